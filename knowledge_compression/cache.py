@@ -1,0 +1,47 @@
+"""The user's cache of things that are made once: converted models, trained worlds, tokenized tasks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+from platformdirs import user_cache_path
+
+
+def cache_folder() -> Path:
+    """``$KC_CACHE_DIR``, or the platform's cache folder for this project."""
+    override = os.environ.get("KC_CACHE_DIR")
+    return Path(override) if override else user_cache_path("knowledge_compression")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file beside ``path``, so that one process makes it while the others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        yield
+
+
+def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
+    """The cache's folder ``name``; where it is not there, ``make`` fills a temporary one that is then renamed.
+
+    Safe against other processes doing the same, and against dying half-way.
+    """
+    folder = cache_folder() / name
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if not folder.is_dir():
+            scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            try:
+                make(scratch)
+                scratch.rename(folder)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    return folder

@@ -1,0 +1,71 @@
+"""What every compression method is: a dataclass with one method.
+
+A method is one short file beside this one and one YAML under ``conf/compression/``; nothing is registered anywhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Protocol
+
+from torch import LongTensor, nn
+
+from knowledge_compression.compression.report import CompressionReport
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model, Targets
+
+
+class Compression(Protocol):
+    """A way to make a model smaller.
+
+    Attributes:
+        calibrated: whether ``compress`` needs calibration text.
+    """
+
+    calibrated: ClassVar[bool] = False
+
+    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
+        """Compress the target layers in place.
+
+        Args:
+            model: the model whose network is changed.
+            targets: the layers to touch; nothing else changes, but a tied head is untied first if it is among them.
+            calibration: token ids ``[samples, length]`` on the CPU where ``calibrated``, else None.
+
+        Returns:
+            What was touched and reached.
+
+        Raises:
+            BadInput: the settings do not fit these layers or this model.
+        """
+        ...
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Refuse a share of weights to remove that lies outside [0, 1)."""
+    if not 0.0 <= sparsity < 1.0:
+        raise BadInput(f"sparsity={sparsity} is not a share to remove; it must lie in [0, 1), e.g. sparsity=0.2")
+
+
+@contextmanager
+def reporting(method: str, model: Model, targets: Targets) -> Iterator[CompressionReport]:
+    """Time a compression and take the model's size before and after; the body appends the layers.
+
+    Unties the head if it is among the targets, so that no method can forget to.
+    """
+    report = CompressionReport(method=method, model_parameters=model.parameter_count())
+    if any(layer.role == "final" for layer in targets):
+        model.untie_head()
+    report.model_bytes_before = memory_bytes(model.network)
+    start = time.perf_counter()
+    yield report
+    report.seconds = time.perf_counter() - start
+    report.model_bytes_after = memory_bytes(model.network)
+
+
+def memory_bytes(network: nn.Module) -> int:
+    """Bytes of all distinct parameters and buffers."""
+    tensors = {t.data_ptr(): t for t in [*network.parameters(), *network.buffers()]}
+    return sum(t.numel() * t.element_size() for t in tensors.values())

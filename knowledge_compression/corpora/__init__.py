@@ -1,0 +1,1 @@
+"""Corpora: the text that compression is calibrated on and recovery trains on."""

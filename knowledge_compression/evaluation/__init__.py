@@ -1,0 +1,1 @@
+"""Evaluation suites over one scoring core."""

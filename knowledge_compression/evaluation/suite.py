@@ -1,0 +1,85 @@
+"""What every evaluation suite is, and the item table that all of them fill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import polars as pl
+
+from knowledge_compression.models import Model
+
+# One row per fact or question. A suite may add columns of its own after these.
+ITEM_SCHEMA: Mapping[str, pl.DataType] = {
+    "suite": pl.String(),  # atlas, lama, harness, perplexity, world, ...
+    "task": pl.String(),  # the relation or task inside the suite
+    "id": pl.String(),  # stable over runs and models: the same fact in the same wording has the same id
+    "prompt": pl.String(),  # what the model was asked
+    "gold": pl.String(),  # the right answer
+    "prediction": pl.String(),  # the model's answer
+    "correct": pl.Boolean(),
+    "log_prob": pl.Float64(),  # natural log-probability (or score) of the gold answer
+    "margin": pl.Float64(),  # gold's score minus the best wrong one's; negative where the model is wrong
+    "rank": pl.Int64(),  # 1 = the gold answer came first; null where answers are not ranked
+    "choices": pl.Int64(),  # number of answers it was ranked among; null where not ranked
+}
+
+
+@dataclass
+class Evaluation:
+    """What a suite found.
+
+    Attributes:
+        metrics: flat names to numbers; ``accuracy`` or ``perplexity`` is the headline, ``<task>.accuracy`` its parts,
+            ``majority`` the accuracy of always giving the most frequent answer.
+        items: one row per item, :data:`ITEM_SCHEMA` first.
+        description: what was asked, JSON-ready: data sets found and missing, their digest, protocol, counts of what
+            was left out and why. Runs are only compared where this agrees.
+    """
+
+    metrics: dict[str, float]
+    items: pl.DataFrame
+    description: dict[str, Any] = field(default_factory=dict)
+
+
+class Suite(Protocol):
+    """A way to ask a model what it knows; one file beside this one and one YAML under ``conf/eval/``.
+
+    A suite whose questions come from files may have a method ``fingerprint() -> str``, the digest of those files; it
+    enters the run's hash in the place of their path.
+    """
+
+    def evaluate(self, model: Model) -> Evaluation:
+        """Ask ``model`` everything and give the items and the metrics.
+
+        Raises:
+            BadInput: the suite does not fit the model's family, or its data is not there.
+        """
+        ...
+
+
+def item_table(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, pl.DataType] | None = None) -> pl.DataFrame:
+    """Rows as a table in the item schema; columns that a row lacks are null."""
+    schema = dict(ITEM_SCHEMA) | dict(extra or {})
+    return pl.DataFrame([{name: row.get(name) for name in schema} for row in rows], schema=schema)
+
+
+def accuracy_metrics(items: pl.DataFrame) -> dict[str, float]:
+    """Micro and macro accuracy, accuracy by task, and the majority baseline (most frequent gold answer by task)."""
+    by_task = (
+        items.group_by("task")
+        .agg(
+            pl.col("correct").mean().alias("accuracy"),
+            pl.len().alias("count"),
+            pl.col("gold").value_counts(sort=True).struct.field("count").first().alias("most_frequent"),
+        )
+        .sort("task")
+    )
+    metrics = {
+        "accuracy": float(items["correct"].mean() or 0.0),  # type: ignore[arg-type]
+        "accuracy_macro": float(by_task["accuracy"].mean() or 0.0),  # type: ignore[arg-type]
+        "majority": float(by_task["most_frequent"].sum() / max(items.height, 1)),
+        "items": float(items.height),
+    }
+    return metrics | {f"{row['task']}.accuracy": float(row["accuracy"]) for row in by_task.iter_rows(named=True)}

@@ -1,0 +1,136 @@
+"""One run, from start to finish: load a model, compress a part of it, recover it, evaluate it, record it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import polars as pl
+import torch
+
+from knowledge_compression.compression.base import Compression
+from knowledge_compression.compression.none import NoCompression
+from knowledge_compression.corpora.corpus import Corpus, digest
+from knowledge_compression.evaluation.suite import Evaluation, Suite
+from knowledge_compression.models import Model, Target
+from knowledge_compression.models.loading import ModelSource, resolve_device, resolve_dtype
+from knowledge_compression.recovery.base import Recovery
+from knowledge_compression.recovery.none import NoRecovery
+from knowledge_compression.results.environment import environment
+from knowledge_compression.results.store import Run, RunStore
+from knowledge_compression.results.tracker import Tracker
+
+log = logging.getLogger(__name__)
+
+# Settings that say where something lies; what lies there decides the result and is fingerprinted instead.
+_PLACES = ("path", "data_dir")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that one run is made of.
+
+    Attributes:
+        source: where the model comes from.
+        target: which of its layers are compressed.
+        compression, recovery: what is done to it.
+        corpus: text for calibration and recovery, drawn only where one of them needs it.
+        suites: what the model is asked, by name.
+        settings: the same as plain data, for the record and for the run's hash.
+        seed, device, dtype: as the user chose them.
+    """
+
+    source: ModelSource
+    target: Target
+    compression: Compression
+    recovery: Recovery
+    corpus: Corpus
+    suites: Mapping[str, Suite]
+    settings: Mapping[str, Any]
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is a baseline: nothing compressed, nothing recovered."""
+        return isinstance(self.compression, NoCompression) and isinstance(self.recovery, NoRecovery)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether a corpus decides the result."""
+        return self.compression.calibrated or self.recovery.trains
+
+    def dense(self) -> Experiment:
+        """The baseline that this run is compared with."""
+        none = {"_target_": "knowledge_compression.compression.none.NoCompression"}
+        settings = {**self.settings, "compression": none, "compression_name": "none", "recovery_name": "none"}
+        return replace(self, compression=NoCompression(), recovery=NoRecovery(), settings=settings)
+
+    @property
+    def id(self) -> str:
+        """Hash of what decides the result; paths, tracker and launcher do not."""
+        deciding: dict[str, Any] = {
+            "model": self.source.fingerprint(),
+            "dtype": str(resolve_dtype(self.dtype, resolve_device(self.device))),
+            "seed": self.seed,
+            "eval": {name: _deciding(self.settings["eval"][name], suite) for name, suite in self.suites.items()},
+        }
+        if not isinstance(self.compression, NoCompression):
+            deciding["target"] = _deciding(self.settings["target"], self.target)
+            deciding["compression"] = _deciding(self.settings["compression"], self.compression)
+        if not isinstance(self.recovery, NoRecovery):
+            deciding["recovery"] = _deciding(self.settings["recovery"], self.recovery)
+        if self.needs_text:
+            deciding["corpus"] = _deciding(self.settings["corpus"], self.corpus)
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def run(self, store: RunStore, tracker: Tracker, *, force: bool = False) -> Run:
+        """Do the run, or give the one that is there.
+
+        Raises:
+            BadInput: what was asked for does not fit together; nothing is written.
+        """
+        if not force and (done := store.find(self.id)):
+            log.info("run %s is there already", self.id)
+            return done
+        torch.manual_seed(self.seed)
+        model = self.source.load(self.device, self.dtype)
+        targets = self.target.select(model) if not self.is_dense else None
+
+        with tracker.track(self.id, self.settings) as tracked:
+            report: dict[str, Any] = {"model": {"name": model.name, "note": model.note, **model.provenance}}
+            if targets is not None:
+                windows = self.corpus.windows(model) if self.compression.calibrated else None
+                compressed = self.compression.compress(model, targets, windows)
+                report["compression"] = compressed.to_json()
+                if windows is not None:
+                    report["compression"]["calibration"] = digest(windows)
+            recovered = self.recovery.recover(model, self.corpus if self.recovery.trains else None)
+            report["recovery"] = recovered.to_json()
+            evaluations = {name: suite.evaluate(model) for name, suite in self.suites.items()}
+            report["eval"] = {name: evaluation.description for name, evaluation in evaluations.items()}
+            run = self._record(model, evaluations, report)
+            tracked.finish_with(run)
+        return store.write(run)
+
+    def _record(self, model: Model, evaluations: Mapping[str, Evaluation], report: dict[str, Any]) -> Run:
+        return Run(
+            id=self.id,
+            config=dict(self.settings),
+            metrics={f"{name}.{key}": value for name, e in evaluations.items() for key, value in e.metrics.items()},
+            report=report,
+            environment=environment() | {"device": str(model.device), "dtype": str(model.dtype)},
+            _items=pl.concat([evaluation.items for evaluation in evaluations.values()], how="diagonal"),
+        )
+
+
+def _deciding(settings: Mapping[str, Any], part: Any) -> dict[str, Any]:
+    """A part's settings without places, with the digest of what lies there."""
+    kept = {key: value for key, value in settings.items() if key not in _PLACES}
+    fingerprint = getattr(part, "fingerprint", None)
+    return kept | ({"fingerprint": fingerprint()} if fingerprint else {})

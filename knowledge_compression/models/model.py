@@ -1,0 +1,83 @@
+"""The one value that every step of a run takes and gives back: a language model with what belongs to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from knowledge_compression.models.families import Architecture, architecture_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class Model:
+    """A loaded language model.
+
+    Attributes:
+        network: the transformers model in evaluation mode; compression changes it in place and recovery may wrap it.
+        tokenizer: its tokenizer.
+        name: the name it is shown under, e.g. ``smollm2``.
+        provenance: where the weights came from (hub id and commit, file and digest), for the record.
+        note: what a reader must know of this baseline, e.g. that it was stored in 4 bits; may be empty.
+    """
+
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the family map knows of this kind of network."""
+        return architecture_of(self.network.config)
+
+    @property
+    def family(self) -> str:
+        """``encoder``, ``encoder_decoder`` or ``decoder``."""
+        return self.architecture.family
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' floating-point type."""
+        return next(p.dtype for p in self.network.parameters() if p.is_floating_point())
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest input in tokens, or None where positions are relative and without end (T5)."""
+        limit = getattr(self.network.config, "max_position_embeddings", None)
+        if limit is None:
+            limit = getattr(self.network.config, "n_positions", None) if self.family != "encoder_decoder" else None
+        if limit is not None and self.network.config.model_type == "roberta":
+            limit -= self.network.config.pad_token_id + 1  # RoBERTa numbers positions from padding_idx + 1
+        return limit
+
+    def parameter_count(self) -> int:
+        """Number of distinct parameters; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    def untie_head(self) -> None:
+        """Give the final layer a weight of its own, so that compressing it leaves the embeddings alone.
+
+        Tied weights stay untied through ``tie_weights()``, which lm-eval's ``HFLM`` calls. No-op where nothing is tied.
+        """
+        head = self.network.get_submodule(self.architecture.final)
+        embeddings = self.network.get_input_embeddings()
+        if not isinstance(head, nn.Linear) or head.weight is not embeddings.weight:
+            return
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+        self.network.config.tie_word_embeddings = False
+        tied = f"{self.architecture.final}.weight"
+        self.network.all_tied_weights_keys = {
+            target: source for target, source in self.network.all_tied_weights_keys.items() if target != tied
+        }

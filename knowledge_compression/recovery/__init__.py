@@ -1,0 +1,1 @@
+"""Recovery strategies, one file each: what brings lost facts back."""

@@ -1,0 +1,45 @@
+"""What a result was made with: versions, hardware, time."""
+
+from __future__ import annotations
+
+import platform
+import socket
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "lm-eval",
+    "datasets",
+    "hydra-core",
+    "wandb",
+    "polars",
+    "knowledge-compression",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and time, JSON-ready; no user name, no environment variables."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "command": " ".join(sys.argv),
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,48 @@
+"""Where a run is shown while it goes on: Weights & Biases, or nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from knowledge_compression.results.store import Run
+
+
+class TrackedRun(Protocol):
+    """One run as the tracker sees it."""
+
+    def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Show figures of a moment, e.g. the training loss."""
+        ...
+
+    def finish_with(self, run: Run) -> None:
+        """Show the result."""
+        ...
+
+
+class Tracker(Protocol):
+    """A place where runs are shown; always finished, also when the run fails."""
+
+    def track(self, run_id: str, settings: Mapping[str, Any]) -> Any:
+        """A context manager that gives the :class:`TrackedRun`."""
+        ...
+
+
+@dataclass(frozen=True)
+class NoTracker:
+    """Show runs nowhere."""
+
+    @contextmanager
+    def track(self, run_id: str, settings: Mapping[str, Any]) -> Iterator[TrackedRun]:
+        """A run that nobody watches."""
+        yield _Unseen()
+
+
+class _Unseen:
+    def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        pass
+
+    def finish_with(self, run: Run) -> None:
+        pass
