@@ -113,6 +113,7 @@ class Scorer:
         network = self.model.network
         if self.model.family == DECODER:
             ids, mask = self._pad([[*context, *answer][:-1] for context, answer in pairs])
+            self.model.announce_context([len(context) for context, _ in pairs])
             logits = network(input_ids=ids, attention_mask=mask, use_cache=False).logits
             starts = [len(context) - 1 for context, _ in pairs]
         else:

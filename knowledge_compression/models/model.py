@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ class Model:
         name: the name it is shown under, e.g. ``smollm2``.
         provenance: where the weights came from (hub id and commit, file and digest), for the record.
         note: what a reader must know of this baseline, e.g. that it was stored in 4 bits; may be empty.
+        reserved_positions: positions that a recovery's prompt takes away from every input.
+        on_context: set by a recovery that chooses among prompts by the input. Whoever scores continuations calls
+            :meth:`announce_context` before each forward pass, so that the choice never sees an answer.
     """
 
     network: PreTrainedModel
@@ -31,6 +35,13 @@ class Model:
     name: str
     provenance: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    reserved_positions: int = 0
+    on_context: Callable[[Sequence[int]], None] | None = field(default=None, repr=False)
+
+    def announce_context(self, lengths: Sequence[int]) -> None:
+        """Say how many tokens at the start of each row of the next forward pass are context; the rest are answers."""
+        if self.on_context is not None:
+            self.on_context(lengths)
 
     @property
     def architecture(self) -> Architecture:
@@ -54,13 +65,13 @@ class Model:
 
     @property
     def max_positions(self) -> int | None:
-        """Longest input in tokens, or None where positions are relative and without end (T5)."""
+        """Longest input in tokens beside what a prompt takes, or None where positions have no end (T5)."""
         limit = getattr(self.network.config, "max_position_embeddings", None)
         if limit is None:
             limit = getattr(self.network.config, "n_positions", None) if self.family != "encoder_decoder" else None
         if limit is not None and self.network.config.model_type == "roberta":
             limit -= self.network.config.pad_token_id + 1  # RoBERTa numbers positions from padding_idx + 1
-        return limit
+        return None if limit is None else limit - self.reserved_positions
 
     def parameter_count(self) -> int:
         """Number of distinct parameters; tied ones count once."""
