@@ -16,7 +16,7 @@ from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.none import NoCompression
 from knowledge_compression.corpora.corpus import Corpus, digest
 from knowledge_compression.evaluation.suite import Evaluation, Suite
-from knowledge_compression.models import Model, Target
+from knowledge_compression.models import Model, Target, Targets
 from knowledge_compression.models.loading import ModelSource, resolve_device, resolve_dtype
 from knowledge_compression.recovery.base import Recovery
 from knowledge_compression.recovery.none import NoRecovery
@@ -67,8 +67,8 @@ class Experiment:
 
     def dense(self) -> Experiment:
         """The baseline that this run is compared with."""
-        none = {"_target_": "knowledge_compression.compression.none.NoCompression"}
-        settings = {**self.settings, "compression": none, "compression_name": "none", "recovery_name": "none"}
+        choices = {**self.settings["choices"], "compression": "none", "recovery": "none"}
+        settings = {**self.settings, "choices": choices, "compression": {}, "recovery": {}}
         return replace(self, compression=NoCompression(), recovery=NoRecovery(), settings=settings)
 
     @property
@@ -100,16 +100,14 @@ class Experiment:
             return done
         torch.manual_seed(self.seed)
         model = self.source.load(self.device, self.dtype)
-        targets = self.target.select(model) if not self.is_dense else None
+        targets = self.target.select(model) if not isinstance(self.compression, NoCompression) else Targets([], model)
 
         with tracker.track(self.id, self.settings) as tracked:
             report: dict[str, Any] = {"model": {"name": model.name, "note": model.note, **model.provenance}}
-            if targets is not None:
-                windows = self.corpus.windows(model) if self.compression.calibrated else None
-                compressed = self.compression.compress(model, targets, windows)
-                report["compression"] = compressed.to_json()
-                if windows is not None:
-                    report["compression"]["calibration"] = digest(windows)
+            windows = self.corpus.windows(model) if self.compression.calibrated else None
+            report["compression"] = self.compression.compress(model, targets, windows).to_json()
+            if windows is not None:
+                report["compression"]["calibration"] = digest(windows)
             recovered = self.recovery.recover(model, self.corpus if self.recovery.trains else None)
             report["recovery"] = recovered.to_json()
             evaluations = {name: suite.evaluate(model) for name, suite in self.suites.items()}

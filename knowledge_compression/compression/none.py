@@ -20,6 +20,6 @@ class NoCompression:
 
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
         """Touch nothing and report the model's size."""
-        with reporting("none", model, Targets([], model, "module")) as report:
+        with reporting("none", model, targets) as report:
             pass
         return report

@@ -42,7 +42,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What a model thinks of one continuation: its summed log-probability (nats), and whether greedy decoding gives it."""
+    """What a model thinks of a continuation: its summed log-probability (nats), and whether greedy decoding gives it."""
 
     log_prob: float
     greedy: bool

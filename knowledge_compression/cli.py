@@ -1,0 +1,155 @@
+"""The command line: one run, or with ``-m`` a sweep; bad input is one line and exit status 2."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from knowledge_compression.errors import BadInput
+
+if TYPE_CHECKING:
+    from knowledge_compression.results.store import Run
+
+log = logging.getLogger(__name__)
+
+CONF = Path(__file__).parent.parent / "conf"
+
+DONE, FAILED, BAD_INPUT = "done", "failed", "bad input"
+EXIT_STATUS = {DONE: 0, FAILED: 1, BAD_INPUT: 2}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one job of a sweep ended.
+
+    Attributes:
+        label: the overrides that tell it from the others, e.g. ``target=att sparsity=0.2``.
+        status: ``done``, ``failed`` or ``bad input``.
+        run_id, baseline_id: the run and the dense run it is compared with, where there are any.
+        message: why it did not end well; one line.
+        log: where the whole story is.
+        seconds: wall time.
+    """
+
+    label: str
+    status: str
+    run_id: str = ""
+    baseline_id: str = ""
+    message: str = ""
+    log: str = ""
+    seconds: float = 0.0
+
+
+def main() -> None:
+    """Entry point of ``run.py``."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole; what the user sees is decided here
+    try:
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+    except (BadInput, HydraException, OmegaConfBaseException) as error:
+        refuse(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; what was finished is kept\n")
+        raise SystemExit(130) from None
+
+
+def job(config: DictConfig) -> Outcome | None:
+    """What Hydra calls: one run alone, or one job of a sweep, whose outcome the sweeper gathers."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return attempt(config)
+    from knowledge_compression.results.summary import show
+
+    try:
+        run, baseline = carry_out(config)
+    except BadInput as error:
+        refuse(error)
+    show([run], {run.id: baseline})
+    return None
+
+
+def refuse(error: BaseException) -> NoReturn:
+    """Say in one line what was wrong with the input, and end with status 2."""
+    sys.stderr.write(f"error: {one_line(error)}\n")
+    raise SystemExit(EXIT_STATUS[BAD_INPUT]) from None
+
+
+def carry_out(config: DictConfig) -> tuple[Run, Run]:
+    """Do the run and the dense baseline it is compared with, or find them; both come back whole.
+
+    Raises:
+        BadInput: what was asked for does not fit together.
+    """
+    # Torch and transformers are loaded here, so that --help and tab completion answer at once.
+    from knowledge_compression.configuration import experiment_from, tracker_from
+    from knowledge_compression.results.store import RunStore
+
+    experiment = experiment_from(config, HydraConfig.get().runtime.choices)
+    store, tracker = RunStore(config.output.dir), tracker_from(config)
+    if experiment.is_dense:
+        run = experiment.run(store, tracker, force=config.run.force)
+        return run, run
+    baseline = experiment.dense().run(store, tracker)
+    return experiment.run(store, tracker, force=config.run.force), baseline
+
+
+def attempt(config: DictConfig) -> Outcome:
+    """Do one job of a sweep; whatever goes wrong in it stays in its outcome."""
+    job_config = HydraConfig.get()
+    label = " ".join(override for override in job_config.overrides.task if not override.startswith("hydra"))
+    start = time.perf_counter()
+    try:
+        run, baseline = carry_out(config)
+    except BadInput as error:
+        return Outcome(label, BAD_INPUT, message=one_line(error))
+    except Exception as error:
+        log.exception("the run failed")
+        where = Path(job_config.runtime.output_dir) / f"{job_config.job.name}.log"
+        return Outcome(label, FAILED, message=f"{type(error).__name__}: {one_line(error)}", log=str(where))
+    return Outcome(label, DONE, run.id, baseline.id, seconds=time.perf_counter() - start)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line, with what would be accepted where that is known."""
+    message = " ".join(str(error).split())
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        there = sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
+        return f"{group}={name} does not exist{_nearest(name, there)}; choose one of {', '.join(there)}"
+    if found := re.match(r"Could not override '([^']+)'", message):
+        key = found[1]
+        parent, _, name = key.rpartition(".")
+        return (
+            f"there is no setting '{key}'" + _nearest(name, _siblings(parent)) + "; python run.py --cfg job shows all"
+        )
+    cause = error.__cause__
+    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
+        message += f" ({' '.join(str(cause).split())})"
+    return message or type(error).__name__
+
+
+def _siblings(parent: str) -> list[str]:
+    """Settings that exist beside a misspelt one: top-level values and groups."""
+    if parent:
+        return []  # what a part accepts depends on the file that was chosen for it
+    return [str(key) for key in OmegaConf.load(CONF / "config.yaml") if key != "defaults"] + [
+        folder.name for folder in CONF.iterdir() if folder.is_dir()
+    ]
+
+
+def _nearest(name: str, options: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, options, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

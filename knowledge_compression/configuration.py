@@ -1,0 +1,105 @@
+"""From a composed Hydra configuration to the objects of one experiment; nothing below this file knows Hydra."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, cast, get_type_hints
+
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.experiment import Experiment
+from knowledge_compression.results.tracker import Tracker
+
+# What one experiment is made of: the configuration groups, and the plain values that every part may refer to.
+GROUPS = ("model", "target", "compression", "recovery", "corpus", "eval")
+VALUES = ("sparsity", "reading", "seed", "device", "dtype")
+
+
+def experiment_from(config: DictConfig, choices: Mapping[str, str]) -> Experiment:
+    """Build the experiment that a configuration describes.
+
+    Args:
+        config: the composed configuration, without its ``hydra`` node.
+        choices: which file was chosen in each group, e.g. ``{"target": "att"}``; kept with the settings.
+
+    Raises:
+        BadInput: a value is missing, of the wrong kind or out of range.
+    """
+    try:
+        settings: dict[str, Any] = {
+            name: OmegaConf.to_container(config[name], resolve=True, throw_on_missing=True) for name in GROUPS
+        }
+    except OmegaConfBaseException as error:
+        raise BadInput(first_line(error)) from None
+    settings |= {name: config[name] for name in VALUES}
+    settings["choices"] = {group: choices[group] for group in GROUPS if group in choices and group != "eval"}
+    if not settings["eval"]:
+        raise BadInput("eval=[] asks nothing; choose at least one suite, e.g. eval=[atlas]")
+    return Experiment(
+        source=_instantiate("model", settings["model"]),
+        target=_instantiate("target", settings["target"]),
+        compression=_instantiate("compression", settings["compression"]),
+        recovery=_instantiate("recovery", settings["recovery"]),
+        corpus=_instantiate("corpus", settings["corpus"]),
+        suites={name: _instantiate(f"eval.{name}", part) for name, part in settings["eval"].items()},
+        settings=settings,
+        seed=config.seed,
+        device=config.device,
+        dtype=config.dtype,
+    )
+
+
+def tracker_from(config: DictConfig) -> Tracker:
+    """The tracker that the configuration names."""
+    settings = OmegaConf.to_container(config.tracker, resolve=True)
+    return _instantiate("tracker", cast(dict[str, Any], settings))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, as a user should read it."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _instantiate(name: str, settings: Mapping[str, Any]) -> Any:
+    """The object that ``_target_`` names, after its plain fields were checked against their type hints."""
+    try:
+        check_types(name, get_class(settings["_target_"]), settings)
+        return instantiate(dict(settings), _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, BadInput):
+            raise cause from None
+        if isinstance(cause, TypeError):  # a field too many or too few
+            raise BadInput(f"{name}: {first_line(cause).split('__init__() ')[-1]}") from None
+        raise
+    except HydraException as error:
+        raise BadInput(f"{name}: {first_line(error)}") from None
+
+
+def check_types(name: str, part: type, settings: Mapping[str, Any]) -> None:
+    """Refuse values that do not fit a dataclass field made of plain types, naming the setting.
+
+    Raises:
+        BadInput: e.g. ``compression.bits=three``.
+    """
+    if not is_dataclass(part):
+        return
+    hints = get_type_hints(part)
+    for field in fields(part):
+        value = settings.get(field.name)
+        if field.name not in settings or isinstance(value, Mapping):
+            continue
+        try:
+            adapter = TypeAdapter(hints[field.name])
+        except PydanticSchemaGenerationError:  # a part of ours, checked when it is made
+            continue
+        try:
+            adapter.validate_python(value)
+        except ValidationError as error:
+            raise BadInput(f"{name}.{field.name}={value} does not fit: {error.errors()[0]['msg']}") from None

@@ -1,0 +1,156 @@
+"""The table and the figure over a few runs: what each reached, and how far it fell from its dense baseline."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from rich.console import Console
+from rich.table import Table
+
+from knowledge_compression.results.store import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+# The headline of a suite: the first of these that it has, and whether more of it is better.
+HEADLINES = {"accuracy": True, "perplexity": False}
+
+
+def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None = None) -> None:
+    """Print the table of runs; with a folder, write it there as CSV beside the figure as PNG and SVG.
+
+    Args:
+        runs: finished runs.
+        baselines: the dense run of each, by run id.
+        folder: where the files go.
+    """
+    table = drop_table(runs, baselines)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)  # a log keeps whole rows
+    console.print(as_rich(table))
+    for note in sorted(
+        {
+            f"{run.report['model']['name']}: {run.report['model']['note']}"
+            for run in runs
+            if run.report["model"].get("note")
+        }
+    ):
+        console.print(f"[dim]{note}[/dim]")
+    if folder is None:
+        return
+    table.write_csv(folder / "table.csv")
+    figure = drop_figure(table)
+    for suffix in ("png", "svg"):
+        figure.savefig(folder / f"drop.{suffix}", dpi=150)
+    console.print(f"table and figure: {folder / 'table.csv'}, {folder / 'drop.png'}")
+
+
+def drop_table(runs: Sequence[Run], baselines: Mapping[str, Run]) -> pl.DataFrame:
+    """One row a run and suite, dense baselines first.
+
+    Returns:
+        Columns ``model, target, compression, recovery, asked_sparsity, suite, metric, value, dense``, then
+        ``drop_percent`` (share of the dense value that was lost; for perplexity its rise), ``majority_percent`` (the
+        same for always giving the most frequent answer), ``reached_sparsity, bits, stored_mb, run``.
+    """
+    distinct = {run.id: run for run in [*baselines.values(), *runs]}
+    rows = [row for run in distinct.values() for row in _rows(run, baselines.get(run.id, run))]
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def as_rich(table: pl.DataFrame) -> Table:
+    """The table as a terminal shows it."""
+    shown = Table(title="What compression did", title_justify="left")
+    for column in ("model", "target", "compression", "recovery", "suite", "metric"):
+        shown.add_column(column)
+    for column in ("sparsity", "bits", "MB stored", "value", "drop %", "majority %", "run"):
+        shown.add_column(column, justify="right")
+    for row in table.iter_rows(named=True):
+        shown.add_row(
+            *(row[name] for name in ("model", "target", "compression", "recovery", "suite", "metric")),
+            f"{row['reached_sparsity']:.1%}",
+            f"{row['bits']:.3g}",
+            f"{row['stored_mb']:.0f}",
+            f"{row['value']:.4g}",
+            f"{row['drop_percent']:+.1f}",
+            "" if row["majority_percent"] is None else f"{row['majority_percent']:+.1f}",
+            row["run"][:8],
+        )
+    return shown
+
+
+def drop_figure(table: pl.DataFrame) -> Figure:
+    """Drop against sparsity, one panel a suite, one line a model, target and compression, the majority baseline dashed.
+
+    In the style of Figures 2 and 5 of The Cost of Compression (Namburi et al., 2023).
+    """
+    from matplotlib.figure import Figure
+
+    suites = table["suite"].unique(maintain_order=True).to_list()
+    figure = Figure(figsize=(6.4 * len(suites), 4.4), layout="constrained")
+    for axes, suite in zip(figure.subplots(1, len(suites), squeeze=False)[0], suites, strict=True):
+        rows = table.filter(pl.col("suite") == suite)
+        metric = rows["metric"][0]
+        for (model, target, compression, recovery), line in rows.filter(pl.col("compression") != "none").group_by(
+            ["model", "target", "compression", "recovery"], maintain_order=True
+        ):
+            label = " ".join(str(part) for part in (model, target, compression, recovery) if part not in ("none", ""))
+            points = line.sort("reached_sparsity")
+            axes.plot(points["reached_sparsity"] * 100, points["drop_percent"], marker="o", label=label)
+        axes.axhline(0, color="grey", linewidth=0.8)
+        for majority in rows["majority_percent"].drop_nulls().unique():
+            axes.axhline(majority, color="grey", linestyle="--", linewidth=0.8)
+            axes.annotate(
+                "majority", (1, majority), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
+            )
+        axes.set(xlabel="sparsity of the target (%)", title=suite)
+        axes.set_ylabel("drop in accuracy (% of dense)" if HEADLINES[metric] else f"rise in {metric} (% of dense)")
+        axes.invert_yaxis()
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _rows(run: Run, baseline: Run) -> list[dict[str, Any]]:
+    choices = run.config["choices"]
+    dense = run.id == baseline.id
+    report = run.report.get("compression", {})
+    rows = []
+    for suite in run.config["eval"]:
+        metric = next((name for name in HEADLINES if f"{suite}.{name}" in run.metrics), None)
+        if metric is None:
+            continue
+        sign = 1.0 if HEADLINES[metric] else -1.0
+        value, reference = run.metrics[f"{suite}.{metric}"], baseline.metrics[f"{suite}.{metric}"]
+        majority = run.metrics.get(f"{suite}.majority")
+        rows.append(
+            {
+                "model": choices["model"],
+                "target": "" if dense else choices["target"],
+                "compression": choices["compression"],
+                "recovery": choices["recovery"],
+                "asked_sparsity": None if dense else float(run.config["sparsity"]),
+                "suite": suite,
+                "metric": metric,
+                "value": value,
+                "dense": reference,
+                "drop_percent": _percent_lost(value, reference, sign),
+                "majority_percent": None if majority is None else _percent_lost(majority, reference, sign),
+                "reached_sparsity": float(report.get("sparsity", 0.0)),
+                "bits": float(report.get("bits") or 32.0),
+                "stored_mb": report.get("stored_bytes", 0) / 1e6,
+                "run": run.id,
+            }
+        )
+    return rows
+
+
+def _percent_lost(value: float, reference: float, sign: float) -> float:
+    return 100.0 * sign * (reference - value) / reference if reference else 0.0

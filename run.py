@@ -1,0 +1,6 @@
+"""Compress a language model and see what it still knows: ``python run.py --help``."""
+
+from knowledge_compression.cli import main
+
+if __name__ == "__main__":
+    main()
