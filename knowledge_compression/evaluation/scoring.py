@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER
@@ -46,6 +48,34 @@ class Likelihood:
 
     log_prob: float
     greedy: bool
+
+
+@contextmanager
+def head_at(network: nn.Module, positions: Tensor, width: int) -> Iterator[None]:
+    """Let an encoder's vocabulary head see one position a row, so that its logits are ``[rows, 1, vocabulary]``.
+
+    The head comes after the body in every encoder, so a hook on the body's output serves all of them, with whatever
+    was put in the place of their layers.
+
+    Args:
+        network: an encoder with its masked-token head; adapters may be wrapped around it.
+        positions: the position that is asked for in each row, int64 ``[rows]``.
+        width: tokens in a row of input ids; what the body gives beyond it are soft prompts in front of the input.
+    """
+
+    def gather(_body: nn.Module, _inputs: Any, output: Any) -> Any:
+        hidden = output[0]
+        rows = torch.arange(len(positions), device=hidden.device)
+        output["last_hidden_state"] = hidden[rows, positions + (hidden.shape[1] - width)][:, None]
+        return output
+
+    unwrap = getattr(network, "get_base_model", None)  # of peft's wrapper
+    inner = unwrap() if callable(unwrap) else network
+    handle = inner.base_model.register_forward_hook(gather)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class Scorer:
@@ -101,7 +131,8 @@ class Scorer:
         network = self.model.network
         if self.model.family == ENCODER:
             positions = torch.tensor([blank.position for blank in blanks], device=ids.device)
-            return network(input_ids=ids, attention_mask=mask).logits[rows, positions]
+            with head_at(network, positions, ids.shape[1]):
+                return network(input_ids=ids, attention_mask=mask).logits[:, 0]
         if self.model.family == DECODER:
             return network(input_ids=ids, attention_mask=mask, use_cache=False).logits[rows, mask.sum(-1) - 1]
         said, said_mask = self._pad([blank.decoder_ids for blank in blanks])
