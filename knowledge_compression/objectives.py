@@ -1,0 +1,214 @@
+"""What a language model of each family is trained to predict, on windows of token ids ``[batch, length]``.
+
+An objective is called with the network and a batch on the network's device and gives the summed negative log-likelihood
+(nats, a scalar tensor with gradient) and the number of tokens that were predicted. Random masks come from torch's
+global generator. Logits are read from their end, so that networks which put a soft prompt before the text fit too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import BoolTensor, LongTensor, Tensor, nn
+from torch.nn import functional
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model
+from knowledge_compression.models.families import DECODER, ENCODER
+
+Objective = Callable[[nn.Module, LongTensor], tuple[Tensor, int]]
+
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Causal language modelling: every token from those before it.
+
+    Attributes:
+        pad_id: token that fills short windows on the right and is not predicted; None where windows are full.
+    """
+
+    pad_id: int | None = None
+
+    def __call__(self, network: nn.Module, ids: LongTensor) -> tuple[Tensor, int]:
+        """Loss of a batch; padding lies on the right, where causal attention never looks."""
+        logits = network(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] :]
+        labels = ids if self.pad_id is None else ids.masked_fill(ids == self.pad_id, _IGNORED)
+        return _summed_loss(logits[:, :-1], labels[:, 1:])
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Which tokens are hidden from the model.
+
+    Attributes:
+        rate: share of a window's tokens.
+        mean_span: mean length of a run of hidden tokens.
+        specials: ids that are never hidden (padding among them).
+        rates: instead of ``rate`` and ``mean_span``, the probability to hide a token by its id, ``[vocabulary]``;
+            at least one token a window is hidden. With names likelier than other words this is salient span masking
+            (Guu et al., REALM, 2020, section 3.4).
+    """
+
+    rate: float = 0.15
+    mean_span: float = 1.0
+    specials: tuple[int, ...] = ()
+    rates: Tensor | None = None
+
+    def mask(self, ids: LongTensor) -> BoolTensor:
+        """A mask ``[batch, length]`` of hidden tokens."""
+        eligible = ~torch.isin(ids, torch.tensor(self.specials, device=ids.device, dtype=ids.dtype))
+        if self.rates is None:
+            return _random_spans(eligible, self.rate, self.mean_span)
+        score = torch.rand(ids.shape, device=ids.device) / self.rates.to(ids.device)[ids].clamp_min(1e-9)
+        score = score.masked_fill(~eligible, torch.inf)
+        lowest = score == score.amin(-1, keepdim=True)
+        return ((score < 1.0) | lowest) & eligible  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class MaskedTokens:
+    """Masked language modelling as in BERT (Devlin et al., 2019, section 3.1).
+
+    Of the hidden tokens 80 % become the mask, 10 % a random token, 10 % stay as they are.
+
+    Attributes:
+        mask_id: id of the mask token.
+        vocabulary: number of ids that a random token is drawn from.
+        noise: which tokens are hidden.
+        pad_id: token that fills short windows; None where windows are full.
+    """
+
+    mask_id: int
+    vocabulary: int
+    noise: Noise
+    pad_id: int | None = None
+
+    def __call__(self, network: nn.Module, ids: LongTensor) -> tuple[Tensor, int]:
+        """Loss of a batch over its hidden tokens."""
+        hidden = self.noise.mask(ids)
+        draw = torch.rand(ids.shape, device=ids.device)
+        random = torch.randint(self.vocabulary, ids.shape, device=ids.device)
+        shown = torch.where(hidden & (draw < 0.8), self.mask_id, torch.where(hidden & (draw >= 0.9), random, ids))
+        attention = {} if self.pad_id is None else {"attention_mask": (ids != self.pad_id).long()}
+        logits = network(input_ids=shown, **attention).logits[:, -ids.shape[1] :]
+        return _summed_loss(logits[hidden], ids[hidden])
+
+
+@dataclass(frozen=True)
+class SpanCorruption:
+    """T5's objective (Raffel et al., 2020, section 3.1.4).
+
+    Runs of hidden tokens become sentinels in the input; the decoder says each sentinel and what it stood for.
+
+    Attributes:
+        sentinels: ids of ``<extra_id_0>``, ``<extra_id_1>``, ...; spans beyond them stay unhidden.
+        start_id: what the decoder begins with.
+        end_id: end of sequence, put after input and output.
+        pad_id: padding of inputs and outputs.
+        noise: which tokens are hidden.
+    """
+
+    sentinels: tuple[int, ...]
+    start_id: int
+    end_id: int
+    pad_id: int
+    noise: Noise
+
+    def __call__(self, network: nn.Module, ids: LongTensor) -> tuple[Tensor, int]:
+        """Loss of a batch over its outputs."""
+        inputs, outputs = self.corrupt(ids, self.noise.mask(ids))
+        logits = network(
+            input_ids=inputs,
+            attention_mask=(inputs != self.pad_id).long(),
+            decoder_input_ids=functional.pad(outputs, (1, 0), value=self.start_id)[:, :-1],
+            use_cache=False,
+        ).logits[:, -outputs.shape[1] :]
+        return _summed_loss(logits, outputs.masked_fill(outputs == self.pad_id, _IGNORED))
+
+    def corrupt(self, ids: LongTensor, hidden: BoolTensor) -> tuple[LongTensor, LongTensor]:
+        """Inputs and outputs for a mask, each ``[batch, its longest]`` and padded on the right."""
+        before = functional.pad(hidden, (1, 0))[:, :-1]
+        number = (hidden & ~before).cumsum(-1)  # of the span that a hidden token belongs to, from 1
+        hidden = hidden & (number <= len(self.sentinels))  # type: ignore[assignment]
+        starts = hidden & ~before
+        sentinel = torch.tensor(self.sentinels, device=ids.device)[(number - 1).clamp(0, len(self.sentinels) - 1)]
+
+        inputs = torch.where(starts, sentinel, ids.masked_fill(hidden, self.pad_id))
+        outputs = torch.stack([sentinel.masked_fill(~starts, self.pad_id), ids.masked_fill(~hidden, self.pad_id)], -1)
+        return self._compact(inputs), self._compact(outputs.flatten(1))
+
+    def _compact(self, ids: Tensor) -> LongTensor:
+        """Rows without their padding, with the end of sequence, padded to the longest again."""
+        kept = ids != self.pad_id
+        lengths = kept.sum(-1, keepdim=True)
+        order = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)
+        width = int(lengths.max())
+        rows = functional.pad(ids.gather(-1, order)[:, :width], (0, 1), value=self.pad_id)
+        return rows.scatter(-1, lengths, self.end_id)  # type: ignore[return-value]
+
+
+def objective_for(model: Model, *, rate: float = 0.15) -> Objective:
+    """The objective that a model of this family was made for, on full windows of running text.
+
+    Args:
+        model: any family.
+        rate: share of tokens hidden from encoders (single tokens) and encoder-decoders (spans of three on average).
+
+    Raises:
+        BadInput: the tokenizer lacks the mask token or the sentinels that the objective needs.
+    """
+    tokenizer = model.tokenizer
+    if model.family == DECODER:
+        return NextToken()
+    specials = tuple(tokenizer.all_special_ids)
+    if model.family == ENCODER:
+        if tokenizer.mask_token_id is None:
+            raise BadInput(f"{model.name}: its tokenizer has no mask token, so masked tokens cannot be trained on")
+        return MaskedTokens(tokenizer.mask_token_id, len(tokenizer), Noise(rate, specials=specials))
+    sentinels: list[int] = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])  # type: ignore[assignment]
+    known = tuple(i for i in sentinels if i is not None and i != tokenizer.unk_token_id)
+    if not known:
+        raise BadInput(f"{model.name}: its tokenizer has no sentinels (<extra_id_0>), so spans cannot be trained on")
+    start = model.network.config.decoder_start_token_id
+    return SpanCorruption(known, start, tokenizer.eos_token_id, tokenizer.pad_token_id, Noise(rate, 3.0, specials))
+
+
+def _summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    loss = functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=_IGNORED, reduction="sum"
+    )
+    return loss, int((labels != _IGNORED).sum())
+
+
+def _random_spans(eligible: Tensor, rate: float, mean_span: float) -> BoolTensor:
+    """Hidden spans as T5 draws them, turned by a random offset so that no place is favoured: ``[batch, length]``.
+
+    Each row hides ``round(rate * its eligible tokens)`` tokens, at least one, in spans of ``mean_span`` on average.
+    """
+    lengths = eligible.sum(-1)
+    noise = (lengths * rate).round().clamp_min(1).minimum(lengths).long()
+    spans = (noise / mean_span).round().clamp_min(1).minimum((lengths - noise).clamp_min(1)).long()
+    width = eligible.shape[1]
+    hidden_lengths = _random_parts(noise, spans, width)
+    shown_lengths = _random_parts(lengths - noise, spans, width)
+    ends = torch.stack([shown_lengths, hidden_lengths], -1).flatten(1).cumsum(-1)
+
+    rank = (eligible.cumsum(-1) - 1).clamp_min(0)  # place among the row's eligible tokens
+    turn = (torch.rand(len(lengths), device=eligible.device) * lengths).long()
+    turned = (rank + turn[:, None]) % lengths.clamp_min(1)[:, None]
+    segment = torch.searchsorted(ends, turned, right=True)  # shown, hidden, shown, hidden, ...
+    return eligible & (segment % 2 == 1)  # type: ignore[return-value]
+
+
+def _random_parts(total: Tensor, parts: Tensor, width: int) -> Tensor:
+    """Lengths of a random split of each total into so many parts of at least one: ``[batch, width]``, zero-filled."""
+    places = torch.arange(width, device=total.device)
+    inside = (places > 0) & (places < total[:, None])
+    order = torch.rand(inside.shape, device=total.device).masked_fill(~inside, 2.0).argsort(-1).argsort(-1)
+    begins = inside & (order < (parts - 1)[:, None])
+    part = begins.cumsum(-1)
+    return torch.zeros_like(part).scatter_add(1, part, (places < total[:, None]).long())

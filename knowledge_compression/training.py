@@ -1,0 +1,344 @@
+"""The project's one training loop: the controlled world's models, LoRA and soft prompts all go through :func:`train`.
+
+What happens in a step (which windows, which masks, which dropout) is decided by its number and the seed alone, so a
+checkpoint needs no generator states, and an interrupted training goes on to the very result it would have had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import LongTensor, Tensor, nn
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.objectives import Objective
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of a checkpoint; raised when an old one would be continued wrongly
+LogCallback = Callable[[Mapping[str, float], int], None]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How long and how to train; the budget is given in steps or in tokens.
+
+    Attributes:
+        steps: optimizer steps.
+        tokens: tokens to see (window length times windows), rounded up to whole steps; instead of ``steps``.
+        batch_size: windows in one forward pass.
+        accumulate: forward passes in one optimizer step.
+        learning_rate: highest learning rate of AdamW.
+        weight_decay: its decoupled weight decay, on matrices only (norms and biases are left alone).
+        betas: its averaging rates.
+        warmup: share of the steps over which the learning rate rises linearly.
+        schedule: ``linear`` (falls to zero after the warm-up) or ``constant``.
+        clip: largest norm of the gradient; 0 leaves it as it is.
+        precision: ``auto`` (bfloat16 autocast on a GPU that has it, float32 elsewhere), ``float32`` or ``bfloat16``.
+        checkpoint_every: steps between checkpoints.
+        seed: decides order, masks and dropout.
+    """
+
+    steps: int | None = None
+    tokens: int | None = None
+    batch_size: int = 16
+    accumulate: int = 1
+    learning_rate: float = 2e-4
+    weight_decay: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: float = 0.05
+    schedule: str = "linear"
+    clip: float = 1.0
+    precision: str = "auto"
+    checkpoint_every: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be meant."""
+        if (self.steps is None) == (self.tokens is None):
+            raise BadInput("training needs a budget: give either steps or tokens")
+        for name in ("steps", "tokens", "batch_size", "accumulate", "checkpoint_every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise BadInput(f"training: {name}={value} must be at least 1")
+        if self.learning_rate <= 0 or self.weight_decay < 0 or self.clip < 0 or not 0 <= self.warmup <= 1:
+            raise BadInput("training: learning_rate > 0, weight_decay >= 0, clip >= 0 and 0 <= warmup <= 1 are needed")
+        for name, choices in {"schedule": ("linear", "constant"), "precision": ("auto", "float32", "bfloat16")}.items():
+            if (value := getattr(self, name)) not in choices:
+                raise BadInput(f"training: {name}={value} does not exist; choose one of {', '.join(choices)}")
+
+    def steps_over(self, length: int) -> int:
+        """Optimizer steps for windows of ``length`` tokens."""
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None
+        return math.ceil(self.tokens / (length * self.batch_size * self.accumulate))
+
+    def learning_rate_at(self, step: int, steps: int) -> float:
+        """Learning rate of step ``step`` (from 0) of ``steps``."""
+        warm = max(1, round(self.warmup * steps))
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        return self.learning_rate * ((steps - step) / max(1, steps - warm) if self.schedule == "linear" else 1.0)
+
+
+@dataclass
+class TrainingReport:
+    """What a training did.
+
+    Attributes:
+        steps: optimizer steps.
+        tokens: tokens seen.
+        parameters: parameters trained.
+        loss_before, loss_after: mean loss (nats a predicted token) over the first and the last tenth of the steps.
+        seconds: wall time, that before an interruption included.
+        resumed_at: step at which it went on after an interruption, None where there was none.
+    """
+
+    steps: int
+    tokens: int
+    parameters: int
+    loss_before: float
+    loss_after: float
+    seconds: float
+    resumed_at: int | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens seen a second."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures, JSON-ready."""
+        return asdict(self) | {"tokens_per_second": self.tokens_per_second}
+
+
+def train(
+    network: nn.Module,
+    windows: LongTensor,
+    objective: Objective,
+    settings: TrainingSettings,
+    *,
+    checkpoint: Path | None = None,
+    report_to: LogCallback | None = None,
+    label: str = "training",
+) -> TrainingReport:
+    """Train the parameters of ``network`` that require gradients, in place.
+
+    Args:
+        network: on its device already; left in evaluation mode.
+        windows: token ids ``[windows, length]`` on the CPU; each epoch sees all of them in another order.
+        objective: gives the summed loss of a batch and the number of tokens it predicted. Its masks come from torch's
+            global generators, which are seeded for every step and put back at the end.
+        settings: budget and optimizer.
+        checkpoint: file to keep the state in (safetensors). One that is there and belongs to this very training is
+            gone on from; any other is written over.
+        report_to: called every ten steps with loss, learning rate and tokens a second, and the step.
+        label: what the progress bar says.
+
+    Raises:
+        BadInput: nothing to train, no window, or a loss that is no number (the last good checkpoint stays).
+    """
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise BadInput(f"{label}: no parameter of the network requires gradients, so there is nothing to train")
+    if windows.dim() != 2 or not windows.numel():
+        raise BadInput(f"{label}: there is no window of text to train on; give more text or shorter windows")
+
+    device = next(iter(parameters.values())).device
+    optimizer = _optimizer(parameters, settings, device)
+    steps = settings.steps_over(windows.shape[1])
+    state = _State(_identity(parameters, windows, settings))
+    if checkpoint is not None:
+        state.resume(checkpoint, parameters, optimizer, label)
+    resumed_at = state.step or None
+    tokens_a_step = settings.batch_size * settings.accumulate * windows.shape[1]
+
+    network.train()
+    with _progress() as bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        task = bar.add_task(label, total=steps, completed=state.step, note="")
+        start = time.perf_counter() - state.seconds
+        while state.step < steps:
+            torch.manual_seed(settings.seed * 1_000_003 + state.step)
+            rate = settings.learning_rate_at(state.step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = _step(network, optimizer, objective, _batch(windows, settings, state.step), settings)
+            if not math.isfinite(loss):
+                kept = f"; the state of an earlier step is kept in {checkpoint.name}" if checkpoint else ""
+                raise BadInput(
+                    f"{label}: the loss of step {state.step + 1} of {steps} is {loss}, so training stopped{kept}; "
+                    f"try a learning_rate below {settings.learning_rate:g}"
+                )
+            state.step += 1
+            state.losses.append(loss)
+            state.seconds = time.perf_counter() - start
+            speed = state.step * tokens_a_step / state.seconds
+            bar.update(task, advance=1, note=f"loss {loss:.3f}  {speed:,.0f} tokens/s")
+            if report_to is not None and (state.step % 10 == 0 or state.step == steps):
+                report_to({"loss": loss, "learning_rate": rate, "tokens_per_second": speed}, state.step)
+            if checkpoint is not None and (state.step % settings.checkpoint_every == 0 or state.step == steps):
+                state.save(checkpoint, parameters, optimizer)
+    network.eval()
+    tenth = max(1, steps // 10)
+    return TrainingReport(
+        steps=steps,
+        tokens=steps * tokens_a_step,
+        parameters=sum(p.numel() for p in parameters.values()),
+        loss_before=sum(state.losses[:tenth]) / tenth,
+        loss_after=sum(state.losses[-tenth:]) / tenth,
+        seconds=state.seconds,
+        resumed_at=resumed_at,
+    )
+
+
+def _step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    batch: LongTensor,
+    settings: TrainingSettings,
+) -> float:
+    """One optimizer step; gives the mean loss of its predicted tokens, and takes no step where that is no number."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    device = parameters[0].device
+    total, tokens = torch.zeros((), device=device), 0
+    for part in batch.split(settings.batch_size):
+        with _autocast(device, settings.precision):
+            loss, count = objective(network, part.to(device))
+        (loss / batch.numel()).backward()  # about a mean; made exact below, when all parts have been counted
+        total += loss.detach()
+        tokens += count
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    torch._foreach_mul_(gradients, batch.numel() / tokens)
+    norm = nn.utils.clip_grad_norm_(parameters, settings.clip) if settings.clip else total
+    mean = float(total) / tokens
+    if math.isfinite(mean) and not torch.isfinite(norm):
+        mean = float(norm)
+    if math.isfinite(mean):
+        optimizer.step()
+    optimizer.zero_grad()
+    return mean
+
+
+def _batch(windows: LongTensor, settings: TrainingSettings, step: int) -> LongTensor:
+    """The windows of a step: epoch after epoch, each in an order of its own."""
+    size = settings.batch_size * settings.accumulate
+    places = range(step * size, (step + 1) * size)
+    count = len(windows)
+    rows = [_order(count, settings.seed, place // count)[place % count] for place in places]
+    return windows[rows].long()  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def _optimizer(
+    parameters: Mapping[str, nn.Parameter], settings: TrainingSettings, device: torch.device
+) -> torch.optim.AdamW:
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters.values() if p.dim() > 1]},
+        {"params": [p for p in parameters.values() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=device.type in ("cpu", "cuda") or None,
+    )
+
+
+def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def _identity(parameters: Mapping[str, nn.Parameter], windows: Tensor, settings: TrainingSettings) -> str:
+    """Digest of what a checkpoint must have in common with the training that goes on from it."""
+    sha = hashlib.sha256()
+    deciding = {key: value for key, value in asdict(settings).items() if key != "checkpoint_every"}
+    shapes = {name: [str(p.dtype), *p.shape] for name, p in parameters.items()}
+    sha.update(json.dumps([FORMAT, deciding, shapes, list(windows.shape)]).encode())
+    sha.update(windows.contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+class _State:
+    """Where a training stands; on disk one safetensors file with the figures in its header."""
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+        self.step = 0
+        self.seconds = 0.0
+        self.losses: list[float] = []
+
+    def save(self, path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """Write everything under another name and rename it."""
+        tensors = {f"parameter/{name}": p.detach() for name, p in parameters.items()}
+        for name, p in parameters.items():
+            tensors |= {f"{key}/{name}": value for key, value in optimizer.state[p].items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.new")
+        save_file(
+            {key: value.contiguous() for key, value in tensors.items()}, scratch, {"state": json.dumps(vars(self))}
+        )
+        scratch.replace(path)
+
+    def resume(
+        self, path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, label: str
+    ) -> None:
+        """Take over the state at ``path``, if it is there, whole, and of this very training."""
+        if not path.is_file():
+            return
+        try:
+            with safe_open(path, "pt") as file:
+                found = json.loads(file.metadata()["state"])
+                if found["identity"] != self.identity:
+                    log.warning("%s: %s is of another training and is not used", label, path.name)
+                    return
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError):
+            log.warning("%s: %s cannot be read and is not used", label, path.name)
+            return
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(tensors.pop(f"parameter/{name}"))
+        for key, value in tensors.items():
+            kind, name = key.split("/", 1)
+            p = parameters[name]
+            optimizer.state[p][kind] = value.to(p.device)
+        self.step, self.seconds, self.losses = found["step"], found["seconds"], found["losses"]
+        log.info("%s: going on from step %d", label, self.step)
