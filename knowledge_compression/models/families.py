@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from torch import nn
+
 from knowledge_compression.errors import BadInput
 
 ENCODER, ENCODER_DECODER, DECODER = "encoder", "encoder_decoder", "decoder"
@@ -65,6 +67,16 @@ class Architecture:
             if role := stack.role_of(path):
                 return role
         return TRANSFORM if any(_matches(pattern, path) for pattern in self.transforms) else None
+
+    def block_paths(self, network: nn.Module) -> list[str]:
+        """Module paths of all blocks of ``network``, stack by stack in forward order."""
+        return [
+            f"{path}.{name}"
+            for stack in self.stacks
+            for path, module in network.named_modules()
+            if _matches(stack.blocks, path)
+            for name, _ in module.named_children()
+        ]
 
 
 def _roles(role: str, *paths: str) -> dict[str, str]:

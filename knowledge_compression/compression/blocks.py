@@ -1,0 +1,350 @@
+"""The block-by-block walk under every calibrated method: inputs in, one block compressed, its outputs go on.
+
+The network's own forward pass is run once for each batch of calibration text and *suspended* at every block (and at
+every chosen linear that lies outside the blocks). While all batches stand before the same block, its linears' inputs are
+observed, the block is compressed, and the batches go on with the compressed block's outputs. Whatever a network does
+between its blocks (masks, positions, rotary embeddings, the way from encoder to decoder) is thus done by the network
+itself, and nothing here knows an architecture.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from rich.console import Console
+from rich.progress import Progress
+from torch import LongTensor, Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from knowledge_compression.compression.report import LayerReport
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model, Targets
+from knowledge_compression.models.families import DECODER, ENCODER
+from knowledge_compression.models.loading import resolve_device
+from knowledge_compression.models.targets import TargetLayer
+
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What one batch brings to a layer.
+
+    Attributes:
+        values: the inputs ``[tokens, in_features]`` in the precision of the forward pass, on the compute device.
+    """
+
+    values: Tensor
+
+
+class Statistics(Protocol):
+    """What a method keeps of a layer's inputs; one is made for all linears that read the same tensor."""
+
+    def update(self, inputs: LayerInputs) -> None:
+        """Take in one batch."""
+        ...
+
+
+S = TypeVar("S", bound=Statistics)
+
+
+class BlockMethod(Protocol[S]):
+    """What a calibrated method gives to :func:`compress_blocks`."""
+
+    def observe(self, in_features: int, device: torch.device) -> S:
+        """Empty statistics for inputs of this width."""
+        ...
+
+    def shrink(self, layers: Sequence[TargetLayer], statistics: S) -> list[LayerReport]:
+        """Compress, in place, linears that read the same inputs; may also put other modules in their places.
+
+        Returns:
+            One report for each layer, in their order.
+        """
+        ...
+
+
+# Brings a block (its module path and module) to where it is computed for as long as the context is open.
+Hold = Callable[[str, nn.Module], AbstractContextManager[None]]
+
+
+def compress_blocks(
+    model: Model,
+    targets: Targets,
+    calibration: LongTensor | None,
+    method: BlockMethod[S],
+    *,
+    true_sequential: bool = False,
+    device: str | None = None,
+    forward_dtype: str = "auto",
+    hold: Hold | None = None,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+) -> list[LayerReport]:
+    """Compress the target layers block by block, each on the inputs that the compressed blocks before it give.
+
+    A block that is used many times (ALBERT) is observed over all its uses and compressed after the last.
+
+    Args:
+        model: the model; its network is changed in place.
+        targets: the layers to compress; a block with none of them is only run.
+        calibration: token ids ``[samples, length]``. An encoder-decoder reads the first half of each window and its
+            decoder says the second.
+        method: what to observe and what to do with it.
+        true_sequential: observe and compress the linears of a block in the order in which they run, each on the
+            outputs of those before (one more forward pass for each), instead of all on the block as it was.
+        device: where blocks are computed, one at a time; None where they lie.
+        forward_dtype: precision of the forward passes: ``auto`` (bfloat16 autocast of a float32 network where the
+            device computes it natively), ``bfloat16`` or ``float32`` (the network's own).
+        hold: brings a block to ``device`` and back; by default its parameters are moved. Streaming loads and
+            writes here.
+        tokens_per_batch: tokens in one forward pass.
+
+    Returns:
+        One report for each target layer, in forward order.
+
+    Raises:
+        BadInput: no calibration text, windows longer than the model's positions, or a target that never runs.
+    """
+    windows = _checked(model, calibration)
+    compute = resolve_device(device) if device else model.device
+    walk = _Walk(model, targets, method, true_sequential, compute, hold or partial(_moved, device=compute))
+    with torch.no_grad(), _precision(forward_dtype, model.dtype, compute):
+        return walk.run(windows.split(max(1, tokens_per_batch // windows.shape[1])))
+
+
+@contextmanager
+def _moved(_path: str, block: nn.Module, *, device: torch.device) -> Iterator[None]:
+    home = next((tensor.device for tensor in block.parameters()), device)
+    block.to(device)
+    try:
+        yield
+    finally:
+        block.to(home)
+
+
+def _precision(choice: str, stored: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16 where that was asked for, or is what the device does natively for a float32 network."""
+    if choice not in ("auto", "bfloat16", "float32"):
+        raise BadInput(f"compression.forward_dtype={choice} does not exist; choose auto, bfloat16 or float32")
+    native = {
+        "cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+    }.get(device.type, lambda: False)
+    if stored != torch.float32 or choice == "float32" or (choice == "auto" and not native()):
+        return nullcontext()
+    # Without autocast's cache of cast weights: it would go on using a weight as it was before it was compressed.
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+def _checked(model: Model, calibration: LongTensor | None) -> Tensor:
+    if calibration is None or calibration.numel() == 0:
+        raise BadInput("there is no calibration text; choose one with corpus=c4, wikitext, text or self")
+    length = calibration.shape[1]
+    if model.max_positions is not None and length > model.max_positions:
+        raise BadInput(
+            f"calibration windows of {length} tokens do not fit {model.name}'s {model.max_positions} positions; "
+            f"choose corpus.length={model.max_positions} or less"
+        )
+    return calibration
+
+
+class _SuspendedForward:
+    """One forward pass of the network that stops at every marked module and waits for that module's output.
+
+    A greenlet rather than a thread, so that torch's thread-local modes and thread pools are the caller's.
+
+    Attributes:
+        unit: path of the module before which it stands; None at the end.
+        args, kwargs: what that module was called with.
+    """
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.unit: str | None = None
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self._greenlet = greenlet(run)
+
+    def resume(self, *output: Any) -> None:
+        """Give the waiting module's output (nothing at the start) and run on to the next marked module."""
+        self.unit, self.args, self.kwargs = self._greenlet.switch(*output) or (None, (), {})
+
+    def cancel(self) -> None:
+        """Leave the forward pass where it stands."""
+        if self._greenlet:
+            self._greenlet.throw(GreenletExit)
+
+
+@contextmanager
+def _marked(network: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+    """Make the modules at ``paths`` suspend the forward passes that run in greenlets of their own."""
+    main = getcurrent()
+    with ExitStack() as undo:
+        for path in paths:
+            module = network.get_submodule(path)
+            undo.callback(_restore, module, module.__dict__.get("forward"))
+            module.forward = _suspending(path, module.forward, main)  # type: ignore[method-assign]
+        yield
+
+
+def _suspending(path: str, forward: Callable[..., Any], main: greenlet) -> Callable[..., Any]:
+    def suspended(*args: Any, **kwargs: Any) -> Any:
+        if getcurrent() is main:
+            return forward(*args, **kwargs)
+        return main.switch((path, args, kwargs))
+
+    return suspended
+
+
+def _restore(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward
+
+
+@dataclass
+class _Group(Generic[S]):
+    """Linears of a block that read the same tensor, with its statistics; the first of them observes for all."""
+
+    statistics: S
+    layers: list[TargetLayer] = field(default_factory=list)
+
+
+@dataclass
+class _Walk(Generic[S]):
+    """The state of one walk through the network.
+
+    A *unit* is a block, or a target linear outside the blocks; forward passes are suspended before each.
+    """
+
+    model: Model
+    targets: Targets
+    method: BlockMethod[S]
+    true_sequential: bool
+    device: torch.device
+    hold: Hold
+
+    def __post_init__(self) -> None:
+        self.network = self.model.network
+        self.units = self.model.architecture.block_paths(self.network)
+        self.pending: dict[str, list[TargetLayer]] = {}
+        for layer in self.targets:
+            unit = next((path for path in self.units if layer.path.startswith(f"{path}.")), layer.path)
+            self.pending.setdefault(unit, []).append(layer)
+        self.units += [unit for unit in self.pending if unit not in self.units]
+        self.reports: dict[str, LayerReport] = {}
+
+    def run(self, batches: Sequence[Tensor]) -> list[LayerReport]:
+        """Walk until every target is compressed; more than once only where a block is used many times."""
+        total = sum(map(len, self.pending.values()))
+        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+            bar = progress.add_task("compressing", total=total)
+            while self.pending:
+                before = len(self.reports)
+                for _ in self._pass(batches):
+                    progress.update(bar, completed=len(self.reports))
+                if len(self.reports) == before:
+                    missing = ", ".join(layer.path for layers in self.pending.values() for layer in layers)
+                    raise BadInput(f"the forward pass of {self.model.name} on calibration text never runs {missing}")
+        return list(self.reports.values())
+
+    def _pass(self, batches: Sequence[Tensor]) -> Iterator[str]:
+        """Run all batches abreast until nothing is pending, or a block used many times has been compressed."""
+        groups: dict[str, list[_Group[S]]] = defaultdict(list)
+        calls: Counter[str] = Counter()
+        forwards = [_SuspendedForward(partial(self._forward, batch)) for batch in batches]
+        with _marked(self.network, self.units):
+            try:
+                for forward in forwards:
+                    forward.resume()
+                while unit := forwards[0].unit:
+                    with self.hold(unit, self.network.get_submodule(unit)):
+                        uses = max((layer.uses for layer in self.pending.get(unit, ())), default=1)
+                        while unit in self.pending:
+                            self._observe(unit, forwards, groups[unit])
+                            calls[unit] += 1
+                            if calls[unit] < uses:
+                                break
+                            self._shrink(unit, groups.pop(unit))
+                            if uses > 1:  # its earlier uses must be run anew
+                                return
+                        yield unit
+                        if not self.pending:
+                            return
+                        for forward in forwards:
+                            forward.resume(self._call(unit, forward))
+                for unit, seen in groups.items():  # used less often than the configuration says
+                    with self.hold(unit, self.network.get_submodule(unit)):
+                        self._shrink(unit, seen)
+            finally:
+                for forward in forwards:
+                    forward.cancel()
+
+    def _forward(self, ids: Tensor) -> None:
+        ids = ids.to(self.model.device)
+        if self.model.family == ENCODER:
+            self.network(input_ids=ids)
+        elif self.model.family == DECODER:
+            self.network(input_ids=ids, use_cache=False)
+        else:
+            text, said = ids.tensor_split(2, dim=1)
+            start = torch.full_like(said[:, :1], self.network.config.decoder_start_token_id)
+            said = torch.cat([start, said[:, :-1]], dim=1)
+            self.network(input_ids=text, decoder_input_ids=said, use_cache=False)
+
+    def _call(self, unit: str, forward: _SuspendedForward) -> Any:
+        """Run the unit, before which ``forward`` is suspended, with its own arguments, on the compute device."""
+        args, kwargs = tree_map_only(Tensor, lambda t: t.to(self.device), (forward.args, forward.kwargs))
+        output = self.network.get_submodule(unit)(*args, **kwargs)
+        return tree_map_only(Tensor, lambda t: t.to(self.model.device), output)
+
+    def _observe(self, unit: str, forwards: Sequence[_SuspendedForward], groups: list[_Group[S]]) -> None:
+        """Run all batches through the unit; its groups, which the first batch finds, take in their inputs."""
+        group_of = {layer.path: group for group in groups for layer in group.layers}
+        read: dict[tuple[Any, ...], tuple[Tensor, _Group[S]]] = {}  # holds the tensors, so that no address comes twice
+
+        def look(layer: TargetLayer, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs: Tensor = next(iter((*args, *kwargs.values())))
+            tensor = (inputs.data_ptr(), inputs.shape, inputs.stride(), inputs._version)
+            group = group_of.get(layer.path)
+            if group is None:
+                if tensor in read:
+                    group = read[tensor][1]
+                elif groups and self.true_sequential:
+                    return  # its turn comes when the layers before it are compressed
+                else:
+                    group = _Group(self.method.observe(inputs.shape[-1], inputs.device))
+                    groups.append(group)
+                group.layers.append(layer)
+                group_of[layer.path] = group
+            read[tensor] = (inputs, group)
+            if group.layers[0] is layer:
+                group.statistics.update(LayerInputs(inputs.reshape(-1, inputs.shape[-1])))
+
+        with ExitStack() as hooks:
+            for layer in self.pending[unit]:
+                hook = layer.module.register_forward_pre_hook(partial(look, layer), with_kwargs=True)
+                hooks.callback(hook.remove)
+            for forward in forwards:
+                self._call(unit, forward)
+                read.clear()
+
+    def _shrink(self, unit: str, groups: Sequence[_Group[S]]) -> None:
+        for group in groups:
+            for report in self.method.shrink(group.layers, group.statistics):
+                self.reports[report.path] = report
+        left = [layer for layer in self.pending[unit] if layer.path not in self.reports]
+        if left and groups and self.true_sequential:
+            self.pending[unit] = left
+        elif left:
+            raise BadInput(f"the forward pass on calibration text never runs {', '.join(layer.path for layer in left)}")
+        else:
+            del self.pending[unit]
