@@ -1,10 +1,10 @@
 """The block-by-block walk under every calibrated method: inputs in, one block compressed, its outputs go on.
 
 The network's own forward pass is run once for each batch of calibration text and *suspended* at every block (and at
-every chosen linear that lies outside the blocks). While all batches stand before the same block, its linears' inputs are
-observed, the block is compressed, and the batches go on with the compressed block's outputs. Whatever a network does
-between its blocks (masks, positions, rotary embeddings, the way from encoder to decoder) is thus done by the network
-itself, and nothing here knows an architecture.
+every chosen linear that lies outside the blocks). While all batches stand before the same block, its linears' inputs
+are observed, the block is compressed, and the batches go on with the compressed block's outputs. Whatever a network
+does between its blocks (masks, positions, rotary embeddings, the way from encoder to decoder) is thus done by the
+network itself, and nothing here knows an architecture.
 """
 
 from __future__ import annotations
@@ -134,14 +134,16 @@ def _precision(choice: str, stored: torch.dtype, device: torch.device) -> Abstra
     """Autocast to bfloat16 where that was asked for, or is what the device does natively for a float32 network."""
     if choice not in ("auto", "bfloat16", "float32"):
         raise BadInput(f"compression.forward_dtype={choice} does not exist; choose auto, bfloat16 or float32")
-    native = {
-        "cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-    }.get(device.type, lambda: False)
-    if stored != torch.float32 or choice == "float32" or (choice == "auto" and not native()):
+    if stored != torch.float32 or choice == "float32" or (choice == "auto" and not _has_bfloat16(device)):
         return nullcontext()
     # Without autocast's cache of cast weights: it would go on using a weight as it was before it was compressed.
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _checked(model: Model, calibration: LongTensor | None) -> Tensor:
@@ -190,7 +192,7 @@ def _marked(network: nn.Module, paths: Sequence[str]) -> Iterator[None]:
         for path in paths:
             module = network.get_submodule(path)
             undo.callback(_restore, module, module.__dict__.get("forward"))
-            module.forward = _suspending(path, module.forward, main)  # type: ignore[method-assign]
+            module.forward = _suspending(path, module.forward, main)
         yield
 
 

@@ -46,7 +46,7 @@ class QuantizedWeight:
     def put_into(self, module: nn.Module, weight: Tensor) -> None:
         """Write the weight these codes stand for into ``weight`` (the module's own) and keep the codes beside it."""
         weight.copy_(self.dequantize())
-        module.quantized_weight = self  # an ordinary attribute: neither a parameter nor in the state dict
+        module.__dict__["quantized_weight"] = self  # an ordinary attribute: neither a parameter nor in the state dict
 
     @property
     def overhead_bits(self) -> int:

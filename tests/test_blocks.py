@@ -1,0 +1,163 @@
+"""The block-by-block walk: who sees which inputs, what is shared, and what each block is compressed on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from conftest import SPECIAL, VOCABULARY, logits_of
+
+from knowledge_compression.compression.blocks import LayerInputs, compress_blocks
+from knowledge_compression.compression.report import LayerReport
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model, Target
+from knowledge_compression.models.families import ROLES
+
+EVERYTHING = Target("everything", ROLES)
+
+
+@dataclass
+class Kept:
+    """All inputs of a layer, joined."""
+
+    seen: list[torch.Tensor] = field(default_factory=list)
+
+    def update(self, inputs: LayerInputs) -> None:
+        self.seen.append(inputs.values.clone())
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        return torch.cat(self.seen)
+
+
+@dataclass
+class Shrinking:
+    """Scales every weight, and remembers which layers shared which inputs."""
+
+    factor: float = 0.5
+    groups: list[tuple[list[str], Kept]] = field(default_factory=list)
+
+    def observe(self, in_features: int, device: torch.device) -> Kept:
+        return Kept()
+
+    def shrink(self, layers, statistics: Kept) -> list[LayerReport]:
+        self.groups.append(([layer.path for layer in layers], statistics))
+        for layer in layers:
+            assert statistics.inputs.shape[1] == layer.weight.shape[1]
+            layer.weight.mul_(self.factor)
+        return [LayerReport(layer.path, layer.role, layer.parameters) for layer in layers]
+
+
+def windows(samples: int = 4, length: int = 12) -> torch.Tensor:
+    return torch.randint(len(SPECIAL), VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(1))
+
+
+def select(model: Model, target: Target = EVERYTHING):
+    model.untie_head()
+    return target.select(model)
+
+
+def inputs_in_plain_forward(model: Model, paths: list[str]) -> dict[str, torch.Tensor]:
+    """What the layers read when the network, as it stands, is run on the calibration text."""
+    seen: dict[str, list[torch.Tensor]] = {path: [] for path in paths}
+    hooks = [
+        model.network.get_submodule(path).register_forward_pre_hook(
+            lambda module, args, path=path: seen[path].append(args[0].reshape(-1, args[0].shape[-1]).clone())
+        )
+        for path in paths
+    ]
+    ids = windows()
+    with torch.no_grad():
+        if model.family == "encoder_decoder":
+            start = torch.full_like(ids[:, :1], model.network.config.decoder_start_token_id)
+            model.network(input_ids=ids[:, :6], decoder_input_ids=torch.cat([start, ids[:, 6:-1]], 1))
+        else:
+            model.network(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    return {path: torch.cat(rows) for path, rows in seen.items()}
+
+
+def test_every_target_is_compressed_once_and_the_network_is_left_whole(any_tiny_model: Model) -> None:
+    targets, method = select(any_tiny_model), Shrinking()
+    before = {layer.path: layer.weight.clone() for layer in targets}
+    reports = compress_blocks(any_tiny_model, targets, windows(), method, tokens_per_batch=24)
+    assert sorted(report.path for report in reports) == sorted(before)
+    for layer in targets:
+        assert torch.equal(layer.weight, before[layer.path] * 0.5)
+    assert not any("forward" in vars(module) for module in any_tiny_model.network.modules())
+    assert logits_of(any_tiny_model).isfinite().all()
+
+
+def test_layers_see_what_they_read_in_the_compressed_network(any_tiny_model: Model) -> None:
+    """With a compression that changes nothing, the walk shows every layer what a plain forward pass shows it."""
+    targets, method = select(any_tiny_model), Shrinking(factor=1.0)
+    compress_blocks(any_tiny_model, targets, windows(), method, forward_dtype="float32")
+    plain = inputs_in_plain_forward(any_tiny_model, [layer.path for layer in targets])
+    for paths, statistics in method.groups:
+        for path in paths:
+            torch.testing.assert_close(statistics.inputs, plain[path], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bart", "t5", "gpt2", "bert"])
+def test_a_block_is_compressed_on_what_the_compressed_blocks_before_it_give(tiny_model, architecture) -> None:
+    model = tiny_model(architecture)
+    targets, method = select(model), Shrinking(factor=0.7)
+    compress_blocks(model, targets, windows(), method, true_sequential=True, forward_dtype="float32")
+    plain = inputs_in_plain_forward(model, [layer.path for layer in targets])  # of the compressed network
+    for paths, statistics in method.groups:
+        for path in paths:  # true to the sequence: each saw the very inputs that it gets in the finished network
+            torch.testing.assert_close(statistics.inputs, plain[path], rtol=1e-4, atol=1e-5)
+
+
+def test_linears_with_one_input_share_one_statistic(tiny_model) -> None:
+    def shared(architecture: str) -> list[list[str]]:
+        method = Shrinking()
+        model = tiny_model(architecture)
+        compress_blocks(model, select(model), windows(), method)
+        return [[path.rsplit(".", 1)[-1] for path in paths] for paths, _ in method.groups]
+
+    block = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert shared("llama") == [*block, *block, ["lm_head"]]
+    encoder = [["q", "k", "v"], ["o"], ["wi_0", "wi_1"], ["wo"]]
+    decoder = [["q", "k", "v"], ["o"], ["q"], ["k", "v"], ["o"], ["wi_0", "wi_1"], ["wo"]]
+    assert shared("t5") == [*encoder, *encoder, *decoder, *decoder, ["lm_head"]]
+
+
+def test_a_shared_block_is_observed_over_all_its_uses(tiny_model) -> None:
+    model, method = tiny_model("albert"), Shrinking()
+    compress_blocks(model, select(model), windows(), method)
+    tokens = {paths[0].rsplit(".", 1)[-1]: len(statistics.inputs) for paths, statistics in method.groups}
+    assert tokens["query"] == tokens["ffn_output"] == 2 * windows().numel()
+    assert tokens["decoder"] == windows().numel()
+
+
+def test_only_the_chosen_linears_are_touched(tiny_model) -> None:
+    model, method = tiny_model("llama"), Shrinking()
+    targets = select(model, Target("ff", ["ff"]))
+    compress_blocks(model, targets, windows(), method)
+    assert {path for paths, _ in method.groups for path in paths} == {layer.path for layer in targets}
+
+
+def test_bad_calibration_is_refused(tiny_model) -> None:
+    model = tiny_model("gpt2")
+    targets = select(model)
+    with pytest.raises(BadInput, match="no calibration text"):
+        compress_blocks(model, targets, None, Shrinking())
+    with pytest.raises(BadInput, match="128 positions"):
+        compress_blocks(model, targets, windows(length=129), Shrinking())
+    with pytest.raises(BadInput, match="forward_dtype"):
+        compress_blocks(model, targets, windows(), Shrinking(), forward_dtype="int3")
+
+
+def test_a_failing_method_leaves_the_network_runnable(tiny_model) -> None:
+    class Failing(Shrinking):
+        def shrink(self, layers, statistics):
+            raise RuntimeError("stop here")
+
+    model = tiny_model("llama")
+    before = logits_of(model)
+    with pytest.raises(RuntimeError, match="stop here"):
+        compress_blocks(model, select(model), windows(), Failing())
+    assert torch.equal(logits_of(model), before)
