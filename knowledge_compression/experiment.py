@@ -101,14 +101,15 @@ class Experiment:
         torch.manual_seed(self.seed)
         model = self.source.load(self.device, self.dtype)
         targets = self.target.select(model) if not isinstance(self.compression, NoCompression) else Targets([], model)
+        corpus = self.corpus.prepared(model) if self.needs_text else None  # while the model is as it was loaded
 
         with tracker.track(self.id, self.settings) as tracked:
             report: dict[str, Any] = {"model": {"name": model.name, "note": model.note, **model.provenance}}
-            windows = self.corpus.windows(model) if self.compression.calibrated else None
+            windows = corpus.windows(model) if corpus and self.compression.calibrated else None
             report["compression"] = self.compression.compress(model, targets, windows).to_json()
             if windows is not None:
                 report["compression"]["calibration"] = digest(windows)
-            recovered = self.recovery.recover(model, self.corpus if self.recovery.trains else None)
+            recovered = self.recovery.recover(model, corpus if self.recovery.trains else None)
             report["recovery"] = recovered.to_json()
             evaluations = {name: suite.evaluate(model) for name, suite in self.suites.items()}
             report["eval"] = {name: evaluation.description for name, evaluation in evaluations.items()}

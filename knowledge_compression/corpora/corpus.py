@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import LongTensor
 
-from knowledge_compression.errors import BadInput
+from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.models import Model
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 
 class Corpus(Protocol):
@@ -25,10 +30,17 @@ class Corpus(Protocol):
         seed: what the drawing starts from.
     """
 
-    name: str
-    samples: int
-    length: int
-    seed: int
+    @property
+    def name(self) -> str: ...  # noqa: D102 - see Attributes
+
+    @property
+    def samples(self) -> int: ...  # noqa: D102
+
+    @property
+    def length(self) -> int: ...  # noqa: D102
+
+    @property
+    def seed(self) -> int: ...  # noqa: D102
 
     def windows(self, model: Model) -> LongTensor:
         """Calibration windows ``[samples, length]`` of token ids on the CPU, the same for the same seed."""
@@ -36,6 +48,14 @@ class Corpus(Protocol):
 
     def token_stream(self, model: Model) -> LongTensor:
         """All its text as one row of token ids ``[tokens]``, for tuning; long enough for several epochs of windows."""
+        ...
+
+    def prepared(self, model: Model) -> Corpus:
+        """The corpus after whatever has to be done while ``model`` is still as it was loaded."""
+        ...
+
+    def fingerprint(self) -> str:
+        """What tells this text from other text; it enters the run's hash in the place of the text's path."""
         ...
 
 
@@ -49,7 +69,7 @@ class Documents:
     def stream(self, model: Model) -> LongTensor:
         """The documents joined by an empty line, tokenized once without special tokens: ``[tokens]``."""
         encoded = model.tokenizer("\n\n".join(self.texts), add_special_tokens=False, verbose=False)
-        return torch.tensor(encoded["input_ids"], dtype=torch.long)
+        return torch.tensor(encoded["input_ids"], dtype=torch.long)  # type: ignore[return-value]
 
     def draw(self, model: Model, samples: int, length: int, seed: int) -> LongTensor:
         """Windows at random starts, drawn as the published GPTQ and SparseGPT scripts draw them.
@@ -60,11 +80,7 @@ class Documents:
         Raises:
             BadInput: a window is longer than the model's positions or than the text.
         """
-        if model.max_positions is not None and length > model.max_positions:
-            raise BadInput(
-                f"corpus.length={length} is longer than {model.name}'s {model.max_positions} positions; "
-                f"choose corpus.length={model.max_positions} or less"
-            )
+        check_fits(model, length)
         tokens = self.stream(model)
         if len(tokens) <= length:
             raise BadInput(
@@ -73,7 +89,129 @@ class Documents:
             )
         generator = random.Random(seed)
         starts = [generator.randint(0, len(tokens) - length - 1) for _ in range(samples)]
-        return torch.stack([tokens[start : start + length] for start in starts])
+        return torch.stack([tokens[start : start + length] for start in starts])  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class TextCorpus(ABC):
+    """The shared part of corpora that are made of text; each says where its documents come from.
+
+    Attributes:
+        name, samples, length, seed: see :class:`Corpus`.
+    """
+
+    name: str
+    samples: int = 128
+    length: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse window counts and lengths below one."""
+        check_windows(self.samples, self.length)
+
+    @abstractmethod
+    def documents(self, split: str = TRAIN) -> Documents:
+        """The texts of ``train`` (calibration and tuning), ``validation`` or ``test`` (perplexity).
+
+        Raises:
+            DataUnavailable: that split is not to be had.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Digest of the training text, or the hub's name for it."""
+
+    def windows(self, model: Model) -> LongTensor:
+        """Calibration windows ``[samples, length]``, drawn as :meth:`Documents.draw` says."""
+        return self.documents().draw(model, self.samples, self.length, self.seed)
+
+    def token_stream(self, model: Model) -> LongTensor:
+        """The training text as one row of token ids."""
+        return self.documents().stream(model)
+
+    def prepared(self, model: Model) -> Corpus:
+        """Itself: the text does not depend on the model."""
+        return self
+
+
+def check_windows(samples: int, length: int) -> None:
+    """Refuse window counts and lengths below one."""
+    for name, value in (("samples", samples), ("length", length)):
+        if value < 1:
+            raise BadInput(f"corpus.{name}={value} leaves no calibration text; it must be at least 1")
+
+
+def check_fits(model: Model, length: int) -> None:
+    """Refuse windows that are longer than the model's positions."""
+    if model.max_positions is not None and length > model.max_positions:
+        raise BadInput(
+            f"corpus.length={length} is longer than {model.name}'s {model.max_positions} positions; "
+            f"choose corpus.length={model.max_positions} or less"
+        )
+
+
+def read_texts(path: Path) -> list[str]:
+    """The documents of a file: the ``text`` of each line of a ``.jsonl``, or the whole of any other file.
+
+    Raises:
+        DataUnavailable: there is no such file, or nothing in it.
+        BadInput: it is not UTF-8, or a line is not a JSON object with a ``text``.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataUnavailable(f"{path} cannot be read ({error.strerror}); give a text file or a .jsonl") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"{path} is not UTF-8 text") from None
+    if path.suffix == ".jsonl":
+        texts = [_text_of(line, path, number) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    else:
+        texts = [content]
+    if not any(text.strip() for text in texts):
+        raise DataUnavailable(f"{path} holds no text; calibration needs some")
+    return texts
+
+
+def _text_of(line: str, path: Path, number: int) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (json.JSONDecodeError, TypeError, KeyError):
+        text = None
+    if not isinstance(text, str):
+        raise BadInput(f'{path} line {number} is not a JSON object with a string under "text"')
+    return text
+
+
+def hub_texts(repository: str, split: str, *, config: str | None = None, files: str | None = None) -> Any:
+    """The ``text`` column of a data set on the hub (or in its local cache), one entry a row.
+
+    Raises:
+        DataUnavailable: the hub did not give it and it is not cached.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return load_dataset(repository, config, data_files={split: files} if files else None, split=split)["text"]
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise DataUnavailable(
+            f"the data set '{repository}' is not cached and the hub did not give it ({reason[:160]}); give local files "
+            "with data_dir=DIR, a text file with corpus=text corpus.path=FILE, or corpus=self, which needs no data"
+        ) from None
+
+
+def digest_file(path: Path) -> str:
+    """Short hash of a file's bytes.
+
+    Raises:
+        DataUnavailable: there is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise DataUnavailable(f"{path} cannot be read ({error.strerror}); give a text file or a .jsonl") from None
 
 
 def digest(windows: LongTensor) -> str:

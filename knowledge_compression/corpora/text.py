@@ -1,0 +1,28 @@
+"""A text of the user's own: any text file, or a jsonl with a ``text`` in each line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from knowledge_compression.corpora.corpus import TRAIN, Documents, TextCorpus, digest_file, read_texts
+
+
+@dataclass(frozen=True)
+class TextFile(TextCorpus):
+    """One file, which is every split.
+
+    Attributes:
+        path: a ``.jsonl`` (one document a line) or any other UTF-8 file (one document).
+    """
+
+    name: str = "text"
+    path: str = ""
+
+    def documents(self, split: str = TRAIN) -> Documents:
+        """The file's documents, whichever split is asked for."""
+        return Documents(self.name, read_texts(Path(self.path).expanduser()))
+
+    def fingerprint(self) -> str:
+        """Digest of the file."""
+        return digest_file(Path(self.path).expanduser())
