@@ -98,6 +98,7 @@ def carry_out(config: DictConfig) -> tuple[Run, Run]:
     from knowledge_compression.results.store import RunStore
 
     experiment = experiment_from(config, HydraConfig.get().runtime.choices)
+    experiment.check()
     store, tracker = RunStore(config.output.dir), tracker_from(config)
     if experiment.is_dense:
         run = experiment.run(store, tracker, force=config.run.force)

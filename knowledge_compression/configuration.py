@@ -31,6 +31,8 @@ def experiment_from(config: DictConfig, choices: Mapping[str, str]) -> Experimen
     Raises:
         BadInput: a value is missing, of the wrong kind or out of range.
     """
+    if not config.get("eval"):
+        raise BadInput("eval=[] asks nothing; choose at least one suite, e.g. eval=[atlas]")
     try:
         settings: dict[str, Any] = {
             name: OmegaConf.to_container(config[name], resolve=True, throw_on_missing=True) for name in GROUPS
@@ -39,8 +41,6 @@ def experiment_from(config: DictConfig, choices: Mapping[str, str]) -> Experimen
         raise BadInput(first_line(error)) from None
     settings |= {name: config[name] for name in VALUES}
     settings["choices"] = {group: choices[group] for group in GROUPS if group in choices and group != "eval"}
-    if not settings["eval"]:
-        raise BadInput("eval=[] asks nothing; choose at least one suite, e.g. eval=[atlas]")
     return Experiment(
         source=_instantiate("model", settings["model"]),
         target=_instantiate("target", settings["target"]),

@@ -71,6 +71,17 @@ class Experiment:
         settings = {**self.settings, "choices": choices, "compression": {}, "recovery": {}}
         return replace(self, compression=NoCompression(), recovery=NoRecovery(), settings=settings)
 
+    def check(self) -> None:
+        """Refuse what can be seen to be wrong from configurations alone, before anything is loaded or computed.
+
+        Raises:
+            BadInput: the model is not to be had, or has no layers of the target.
+        """
+        resolve_dtype(self.dtype, resolve_device(self.device))
+        skeleton = self.source.skeleton()
+        if not isinstance(self.compression, NoCompression):
+            self.target.select(skeleton)
+
     @property
     def id(self) -> str:
         """Hash of what decides the result; paths, tracker and launcher do not."""

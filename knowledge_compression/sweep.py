@@ -62,7 +62,7 @@ class PlannedSweeper(Sweeper):
         assert self.config is not None and self.hydra_context is not None
         try:
             config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-            experiment_from(config, config.hydra.runtime.choices)
+            experiment_from(config, config.hydra.runtime.choices).check()
         except (BadInput, HydraException) as error:
             return Outcome(" ".join(overrides), BAD_INPUT, message=one_line(error))
         return None

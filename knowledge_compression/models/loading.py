@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +48,14 @@ class ModelSource(Protocol):
         """
         ...
 
+    def skeleton(self) -> Model:
+        """The network on the meta device, from its configuration alone: its layers and shapes without weights.
+
+        Raises:
+            ModelUnavailable: its configuration is not to be had.
+        """
+        ...
+
     def fingerprint(self) -> str:
         """What tells these weights from others."""
         ...
@@ -65,6 +75,10 @@ class HubModel:
     def fingerprint(self) -> str:
         """Hub id and revision; the commit it stood for is in the run's record."""
         return f"{self.hub_id}@{self.revision}"
+
+    def skeleton(self) -> Model:
+        """The network's shape from the hub's configuration."""
+        return _skeleton(self.hub_id, self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def load(self, device: str = "auto", dtype: str = "auto") -> Model:
         """Download (or find in the cache) and load."""
@@ -96,6 +110,10 @@ class LocalModel:
     def fingerprint(self) -> str:
         """Digest of the configuration, the tokenizer and samples of the weights, wherever the folder lies."""
         return folder_fingerprint(self._folder())
+
+    def skeleton(self) -> Model:
+        """The network's shape from the folder's configuration."""
+        return _skeleton(str(self._folder()), self.name, trust_remote_code=self.trust_remote_code)
 
     def load(self, device: str = "auto", dtype: str = "auto") -> Model:
         """Load from the folder."""
@@ -135,6 +153,10 @@ class PackagedModel:
         """The pinned package."""
         return self.requirement
 
+    def skeleton(self) -> Model:
+        """The network's shape from the package's configuration."""
+        return _skeleton(str(_package_folder(self.package, self.requirement) / self.folder), self.name)
+
     def load(self, device: str = "auto", dtype: str = "auto") -> Model:
         """Load from the package's folder."""
         folder = _package_folder(self.package, self.requirement) / self.folder
@@ -158,13 +180,19 @@ class PackagedGguf:
         """The pinned package."""
         return self.requirement
 
+    def skeleton(self) -> Model:
+        """The network's shape from the converted copy's configuration."""
+        return _skeleton(str(self._converted()), self.name)
+
     def load(self, device: str = "auto", dtype: str = "auto") -> Model:
         """Load the converted copy, making it first where it is not there."""
-        folder = cached_folder(f"models/{self.requirement}", self._convert)
-        model = _from_pretrained(str(folder), self.name, device, dtype)
+        model = _from_pretrained(str(self._converted()), self.name, device, dtype)
         model.provenance = {"package": self.requirement, "file": self.file}
         model.note = self.note
         return model
+
+    def _converted(self) -> Path:
+        return cached_folder(f"models/{self.requirement}", self._convert)
 
     def _convert(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -233,22 +261,13 @@ def _package_folder(package: str, requirement: str) -> Path:
 def _from_pretrained(
     where: str, name: str, device: str, dtype: str, *, allow_pickle: bool = False, **hub: Any
 ) -> Model:
-    """Load configuration, network and tokenizer, and turn every known failure into one line."""
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForMaskedLM,
-        AutoModelForSeq2SeqLM,
-        AutoTokenizer,
-    )
+    """Load configuration, network and tokenizer."""
+    from transformers import AutoTokenizer
 
-    auto_class = {ENCODER: AutoModelForMaskedLM, ENCODER_DECODER: AutoModelForSeq2SeqLM, DECODER: AutoModelForCausalLM}
     place = resolve_device(device)
-    try:
-        config = AutoConfig.from_pretrained(where, **hub)
-        if config.model_type == "gemma3":  # the text part of a model that also sees
-            config = config.get_text_config()
-        network = auto_class[architecture_of(config).family].from_pretrained(
+    with _one_line_failures(where, name, allow_pickle):
+        config = _configuration(where, **hub)
+        network = _auto_class(config).from_pretrained(
             where,
             config=config,
             dtype=resolve_dtype(dtype, place),
@@ -256,11 +275,41 @@ def _from_pretrained(
             **hub,
         )
         tokenizer = AutoTokenizer.from_pretrained(where, **hub)
+    return Model(network.to(place).eval(), tokenizer, name)
+
+
+def _skeleton(where: str, name: str, **hub: Any) -> Model:
+    with _one_line_failures(where, name, allow_pickle=False):
+        config = _configuration(where, **hub)
+        with torch.device("meta"):
+            network = _auto_class(config).from_config(config)
+    return Model(network, None, name)  # type: ignore[arg-type]  # a skeleton reads no text
+
+
+def _configuration(where: str, **hub: Any) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(where, **hub)
+    # Gemma 3 also sees; its text part is the language model.
+    return config.get_text_config() if config.model_type == "gemma3" else config
+
+
+def _auto_class(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+    classes = {ENCODER: AutoModelForMaskedLM, ENCODER_DECODER: AutoModelForSeq2SeqLM, DECODER: AutoModelForCausalLM}
+    return classes[architecture_of(config).family]
+
+
+@contextmanager
+def _one_line_failures(where: str, name: str, allow_pickle: bool) -> Iterator[None]:
+    """Turn every known way that loading fails into one line."""
+    try:
+        yield
     except BadInput:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelUnavailable(_why_unavailable(where, name, error, allow_pickle)) from error
-    return Model(network.to(place).eval(), tokenizer, name)
 
 
 def _why_unavailable(where: str, name: str, error: Exception, allow_pickle: bool) -> str:

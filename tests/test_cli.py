@@ -1,0 +1,51 @@
+"""The command line: bad input is one line, exit status 2, and nothing half-written."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from knowledge_compression.cli import main
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capfd):
+    """Run the command line in this process; gives (exit status, stderr lines that are ours)."""
+
+    def run(*arguments: str) -> tuple[int, list[str]]:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments, f"output.dir={tmp_path / 'outputs'}"])
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["target=atn"], "did you mean att?"),
+        (["model=bert_tny"], "bert_tiny"),
+        (["sparcity=0.2"], "did you mean sparsity?"),
+        (["compression.bist=3"], "compression.bist"),
+        (["eval=[atls]"], "choose one of"),
+        (["sparsity=1.5"], "[0, 1)"),
+        (["device=quantum"], "device=quantum"),
+        (["dtype=float12"], "float32"),
+        (["model=bert_tiny", "target=cross_att"], "encoder_att, ff, transform, final"),
+        (["model=local", "model.path=/nowhere"], "/nowhere"),
+        (["-m", "model=bert_tiny", "sparsity=1.5,2"], "[0, 1)"),
+        (["-m", "sparsity=interval(0,1)"], "continuous"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(command, tmp_path, arguments, said):
+    status, errors = command(*arguments)
+    assert status == 2
+    assert errors and any(said in line for line in errors)
+    assert not list((tmp_path / "outputs").rglob("*"))

@@ -1,0 +1,94 @@
+"""Every file under conf/ composes and instantiates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from knowledge_compression.cli import CONF
+from knowledge_compression.configuration import experiment_from, tracker_from
+from knowledge_compression.errors import BadInput
+
+# What a user must give beside the choice itself.
+NEEDED = {"model=local": ["model.path=somewhere"], "corpus=text": ["corpus.path=somewhere.txt"]}
+
+
+def shipped(*groups: str) -> list[str]:
+    """``group=name`` for every shipped file that a user can choose."""
+    return sorted(
+        f"{group}={path.relative_to(CONF / group).with_suffix('')}"
+        for group in groups
+        for path in (CONF / group).rglob("*.yaml")
+        if not path.stem.startswith("_")
+    )
+
+
+def composed(*overrides: str):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", overrides=list(overrides), return_hydra_config=True)
+    return config, config.hydra.runtime.choices
+
+
+@pytest.mark.parametrize("choice", shipped("model", "target", "compression", "recovery", "corpus"))
+def test_every_choice_makes_an_experiment(choice):
+    config, choices = composed(choice, *NEEDED.get(choice, []))
+    experiment = experiment_from(config, choices)
+    group, name = choice.split("=")
+    assert experiment.settings["choices"][group] == name
+
+
+@pytest.mark.parametrize("choice", shipped("eval"))
+def test_every_suite_makes_an_experiment(choice, data_dir):
+    name = choice.split("=")[1]
+    config, choices = composed(f"eval=[{name}]", f"data_dir={data_dir}")
+    assert list(experiment_from(config, choices).suites)
+
+
+@pytest.mark.parametrize("choice", shipped("tracker"))
+def test_every_tracker_can_be_made(choice):
+    config, _ = composed(choice)
+    tracker_from(config)
+
+
+@pytest.mark.parametrize("preset", shipped("experiment"))
+def test_every_preset_makes_an_experiment(preset, data_dir):
+    config, choices = composed(f"+{preset}", f"data_dir={data_dir}")
+    experiment_from(config, choices)
+
+
+def test_models_name_a_hub_id_and_a_revision():
+    for choice in shipped("model"):
+        config, _ = composed(choice, *NEEDED.get(choice, []))
+        if config.model._target_.endswith("HubModel"):
+            assert "/" in config.model.hub_id and config.model.revision
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["sparsity=1.0"], "[0, 1)"),
+        (["sparsity=-0.1"], "[0, 1)"),
+        (["sparsity=much"], "compression.sparsity=much"),
+        (["reading=aloud"], "module, paper"),
+        (["eval=[]"], "at least one suite"),
+        (["+compression.colour=red"], "colour"),
+    ],
+)
+def test_values_out_of_range_are_refused_with_what_would_be_accepted(overrides, said):
+    config, choices = composed(*overrides)
+    with pytest.raises(BadInput, match=said.replace("[", r"\[").replace(")", r"\)")) as refusal:
+        experiment_from(config, choices)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_settings_that_decide_change_the_hash_and_places_do_not():
+    def run_id(*overrides: str) -> str:
+        return experiment_from(*composed("model=bert_tiny", *overrides)).id
+
+    assert run_id() == run_id("output.dir=elsewhere", "tracker=none", "run.force=true")
+    assert len({run_id(), run_id("sparsity=0.3"), run_id("target=ff"), run_id("seed=1"), run_id("reading=paper")}) == 5
+    dense = [run_id("compression=none", *rest) for rest in ([], ["sparsity=0.7"], ["target=ff"])]
+    assert len(set(dense)) == 1
+    assert Path(CONF).is_dir()
