@@ -1,0 +1,54 @@
+"""Dynamic int8 quantization: weights once, activations as they come (Namburi et al. 2023, section 3.2, PTDQ)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import LongTensor
+
+from knowledge_compression.compression.base import reporting
+from knowledge_compression.compression.quantized_linear import GRANULARITIES, Int8Linear
+from knowledge_compression.compression.report import CompressionReport, LayerReport
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model, Targets
+
+
+@dataclass(frozen=True)
+class Int8Dynamic:
+    """Put int8 layers in the place of the targets.
+
+    Attributes:
+        granularity: ``per_tensor`` (the paper's ``torch.ao.quantization.quantize_dynamic``: one scale a weight and one
+            a batch of activations) or ``per_channel`` (one a weight row and one a token; independent of the batch).
+        and_final: take the final layer in as well, as published quantization of everything does.
+    """
+
+    granularity: str = "per_tensor"
+    and_final: bool = False
+    calibrated: ClassVar[bool] = False
+
+    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
+        """Replace the targets in the network."""
+        if self.granularity not in GRANULARITIES:
+            raise BadInput(f"granularity={self.granularity} does not exist; choose one of {', '.join(GRANULARITIES)}")
+        if self.and_final:
+            targets = targets.with_final()
+        with reporting("int8_dynamic", model, targets) as report:
+            for layer in targets:
+                start = time.perf_counter()
+                quantized = Int8Linear.of(layer.module, self.granularity)
+                layer.replace(quantized)
+                scales = quantized.weight_scale
+                report.layers.append(
+                    LayerReport(
+                        layer.path,
+                        layer.role,
+                        quantized.weight_int8.numel(),
+                        bits=8.0,
+                        overhead_bits=scales.numel() * scales.element_size() * 8,
+                        seconds=time.perf_counter() - start,
+                    )
+                )
+        return report

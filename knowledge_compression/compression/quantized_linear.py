@@ -1,0 +1,155 @@
+"""A linear layer whose weights are stored as 8-bit integers and whose inputs are quantized as they come.
+
+The products are products of integers, summed exactly, so that every device gives the same answer up to float rounding
+of the scales: where the device multiplies int8 (a CPU with VNNI, CUDA), it does; elsewhere by float products of the
+same integers, split so that no sum leaves the range in which float32 is exact.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from knowledge_compression.errors import BadInput
+
+GRANULARITIES = ("per_tensor", "per_channel")
+_SMALL = torch.finfo(torch.float32).eps  # least scale, as torch's observers have it
+
+
+class Int8Linear(nn.Module):
+    """``y = x W^T + b`` in 8-bit integers, in the shape of ``nn.Linear``.
+
+    ``per_tensor``: one scale for the weight, and one scale and zero point for the whole input in 7 bits, as
+    ``torch.ao.quantization.quantize_dynamic`` does on a CPU (``reduce_range``). ``per_channel``: one scale an output
+    and one an input vector (token) in 8 bits, so that a row's answer does not depend on its batch.
+
+    Args:
+        weight: ``[out_features, in_features]``, floating.
+        bias: ``[out_features]`` or None; kept as it is, the same object, so that a tied bias stays tied.
+        granularity: ``per_tensor`` or ``per_channel``.
+
+    Attributes:
+        weight_int8: buffer ``[out_features, in_features]``, int8.
+        weight_scale: buffer ``[1]`` or ``[out_features]``, float32; a weight is its integer times its scale.
+    """
+
+    replaces_linear = True  # models.targets takes it for a linear layer
+
+    weight_int8: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_sum: torch.Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None, granularity: str = "per_channel") -> None:
+        super().__init__()
+        if granularity not in GRANULARITIES:
+            raise BadInput(f"granularity={granularity} does not exist; choose one of {', '.join(GRANULARITIES)}")
+        self.granularity = granularity
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        integers, scale = quantize_weight(weight, granularity)
+        self.register_buffer("weight_int8", integers)
+        self.register_buffer("weight_scale", scale)
+        # What the zero point of the inputs adds to each output; follows from the integers, so it is not saved.
+        self.register_buffer("weight_sum", integers.sum(1, dtype=torch.int32), persistent=False)
+        self.bias = bias
+
+    @classmethod
+    def of(cls, linear: nn.Module, granularity: str = "per_channel") -> Int8Linear:
+        """The int8 twin of an ``nn.Linear`` or of GPT-2's ``Conv1D``."""
+        weight: torch.Tensor = linear.weight.detach()  # type: ignore[assignment]
+        return cls(weight.T if isinstance(linear, Conv1D) else weight, linear.bias, granularity)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weights that the integers stand for, ``[out_features, in_features]`` in the type they had."""
+        return (self.weight_int8 * self.weight_scale[:, None]).to(self.dtype)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, in the input's floating type."""
+        rows = inputs.reshape(-1, self.in_features).float()
+        if self.granularity == "per_tensor":
+            integers, scale, zero_point = quantize_tensor(rows)
+            sums = integer_product(integers, self.weight_int8) - zero_point * self.weight_sum
+        else:
+            integers, scale = quantize_tokens(rows)
+            sums = integer_product(integers, self.weight_int8)
+        outputs = sums * scale
+        outputs *= self.weight_scale
+        if self.bias is not None:
+            outputs += self.bias
+        return outputs.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Shown in ``print(model)``."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.granularity}"
+
+
+def quantize_weight(weight: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 of a weight ``[out, in]``, and its scale, ``[1]`` or ``[out]``; zeros stay zero.
+
+    The scale is the largest magnitude over 127.5, as in torch's symmetric observers.
+    """
+    values = weight.float()
+    largest = values.abs().amax(1) if granularity == "per_channel" else values.abs().amax()[None]
+    scale = (largest / 127.5).clamp_min(_SMALL)
+    return (values / scale[:, None]).round_().clamp_(-128, 127).to(torch.int8), scale
+
+
+def quantize_tokens(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 of each row of ``[rows, features]`` by itself, and the scales ``[rows, 1]``."""
+    scale = rows.abs().amax(1, keepdim=True).div_(127).clamp_min_(_SMALL)
+    return (rows * scale.reciprocal()).round_().to(torch.int8), scale
+
+
+def quantize_tensor(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Integers 0 to 127, one scale and one zero point for the whole of ``rows``.
+
+    The range always takes in zero, and zero has an integer of its own.
+    """
+    least, most = torch.aminmax(rows)
+    least, most = least.clamp_max(0), most.clamp_min(0)
+    scale = (most - least) / 127
+    scale = torch.where(scale == 0, 0.1, scale)
+    zero_point = (-least / scale).round().clamp(0, 127)
+    return (rows * scale.reciprocal()).round_().add_(zero_point).clamp_(0, 127).to(torch.int8), scale, zero_point.to(torch.int32)
+
+
+def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Exact ``left @ right.T`` of int8 matrices ``[rows, inner]`` and ``[columns, inner]``, as int32."""
+    if left.is_cuda:
+        return _cuda_product(left, right)
+    if multiplies_int8(left.device.type):
+        return torch._int_mm(left, right.T)
+    return float_product(left, right)
+
+
+def float_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The same as :func:`integer_product` by float32 products, exact because no partial sum reaches 2^24."""
+    step = (1 << 24) // (128 * 128) - 1
+    total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.int32, device=left.device)
+    for a, b in zip(left.split(step, 1), right.split(step, 1), strict=True):
+        total += (a.float() @ b.float().T).to(torch.int32)
+    return total
+
+
+@cache
+def multiplies_int8(device: str) -> bool:
+    """Whether torch has a product of int8 matrices on that kind of device."""
+    ones = torch.ones(32, 32, dtype=torch.int8, device=device)
+    try:
+        return bool((torch._int_mm(ones, ones) == 32).all())
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def _cuda_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``torch._int_mm`` on CUDA wants over 16 rows and the other sizes divisible by 8: pad with zeros, then cut."""
+    rows, inner = left.shape
+    columns = right.shape[0]
+    left = nn.functional.pad(left, (0, -inner % 8, 0, max(17 - rows, 0)))
+    right = nn.functional.pad(right, (0, -inner % 8, 0, -columns % 8))
+    return torch._int_mm(left, right.T)[:rows, :columns]

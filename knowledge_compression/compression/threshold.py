@@ -1,0 +1,108 @@
+"""The exact k-th smallest magnitude of many tensors, in memory that does not grow with them.
+
+The bits of a non-negative IEEE float, read as an integer, are in the float's order. So the k-th smallest magnitude is
+found by radix selection: one pass counts the upper half of the bits, which names the bucket the k-th value lies in,
+and a second pass counts the lower half inside that bucket. Both walk the tensors in small pieces; nothing is sorted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from knowledge_compression.errors import BadInput
+
+Walk = Callable[[], Iterable[torch.Tensor]]
+"""Gives the same tensors in the same order each time it is called, e.g. from the shards of a checkpoint."""
+
+_PIECE = 1 << 20  # values looked at together: a few megabytes of scratch, which stay in cache
+_HALF = 16
+_LOW = (1 << _HALF) - 1
+
+
+class Cut:
+    """The k smallest magnitudes of a walk: all below a threshold, and of those equal to it the first few met.
+
+    Attributes:
+        threshold: the k-th smallest magnitude; -1.0 where k is 0.
+        ties: how many of the values that equal the threshold are among the k, counted from the first.
+    """
+
+    def __init__(self, threshold_bits: int, ties: int) -> None:
+        self._bits = threshold_bits
+        self.ties = ties
+        self._ties_left = ties
+
+    @property
+    def threshold(self) -> float:
+        """The threshold as a number."""
+        return float(torch.tensor(self._bits, dtype=torch.int32).view(torch.float32)) if self._bits >= 0 else -1.0
+
+    def removes(self, piece: torch.Tensor) -> torch.Tensor:
+        """Boolean mask, of the piece's shape, of what lies among the k smallest.
+
+        Pieces must come in the order of the walk, each once: a tie belongs to whoever asks first.
+        """
+        bits = _magnitude_bits(piece)
+        mask = bits < self._bits
+        if self._ties_left:
+            equal = bits == self._bits
+            if count := int(equal.sum()):
+                if count > self._ties_left:
+                    equal &= equal.flatten().cumsum(0).view_as(equal) <= self._ties_left
+                self._ties_left -= min(count, self._ties_left)
+                mask |= equal
+        return mask
+
+
+def smallest(walk: Walk, k: int) -> Cut:
+    """Where to cut so that exactly the ``k`` smallest magnitudes of all the walk's values lie below.
+
+    Args:
+        walk: called three times at most; floating tensors of any shape and device, float32 or narrower.
+        k: how many values to cut off, 0 to the number of values.
+
+    Raises:
+        ValueError: there are fewer than ``k`` values.
+        BadInput: the tensors are of a type wider than float32, whose order 32 bits cannot hold.
+    """
+    if k == 0:
+        return Cut(-1, 0)
+    upper, below = _bucket_of(k, (bits >> _HALF for bits in _all_bits(walk)), bins=1 << (_HALF - 1))
+    inside = ((bits[(bits >> _HALF) == upper]) & _LOW for bits in _all_bits(walk))
+    lower, below_inside = _bucket_of(k - below, inside, bins=1 << _HALF)
+    return Cut(upper << _HALF | lower, ties=k - below - below_inside)
+
+
+def pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views of the tensor, cut along its first dimension into pieces of about a million values."""
+    if tensor.dim() == 0:
+        tensor = tensor.reshape(1)
+    row = max(tensor[:1].numel(), 1)
+    yield from tensor.split(max(_PIECE // row, 1))
+
+
+def _all_bits(walk: Walk) -> Iterator[torch.Tensor]:
+    for tensor in walk():
+        for piece in pieces(tensor):
+            yield _magnitude_bits(piece).flatten()
+
+
+def _magnitude_bits(values: torch.Tensor) -> torch.Tensor:
+    if values.dtype == torch.float64:
+        raise BadInput("weights of float64 cannot be ranked in 32 bits; load the model with dtype=float32 or narrower")
+    return values.abs().to(torch.float32).view(torch.int32)  # to float32 is exact for the narrower types
+
+
+def _bucket_of(k: int, keys: Iterator[torch.Tensor], bins: int) -> tuple[int, int]:
+    """The bucket that holds the k-th smallest key, and how many keys lie in the buckets before it."""
+    counts: torch.Tensor | None = None
+    for part in keys:
+        histogram = torch.bincount(part, minlength=bins)
+        counts = histogram if counts is None else counts + histogram.to(counts.device)
+    total = 0 if counts is None else counts.cumsum(0)
+    if counts is None or not isinstance(total, torch.Tensor) or int(total[-1]) < k:
+        raise ValueError(f"there are fewer than {k} values")
+    bucket = int(torch.searchsorted(total, k))
+    return bucket, int(total[bucket] - counts[bucket])
