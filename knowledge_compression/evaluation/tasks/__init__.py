@@ -1,0 +1,141 @@
+"""lm-evaluation-harness tasks by name, from the hub or from a folder of local files."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from knowledge_compression.errors import BadInput, DataUnavailable
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+LOCAL: Mapping[str, Mapping[str, Any]] = yaml.safe_load(files(__package__).joinpath("local.yaml").read_text())
+
+
+def load_tasks(names: Sequence[str], data_dir: str | None) -> dict[str, Task]:
+    """The stock tasks, reading their documents from ``data_dir`` or, where that is None, from the hub.
+
+    Raises:
+        BadInput: a name is unknown, or a local file is not what the task's prompts read.
+        DataUnavailable: a local file is not there, or the hub did not answer.
+    """
+    if data_dir is not None:
+        for name in names:
+            local_files(name, data_dir)
+    loaded: dict[str, Task] = {}
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        manager = _manager(names, data_dir, Path(folder))
+        for name in names:
+            try:
+                loaded |= manager.load([name])["tasks"]
+            except Exception as error:  # datasets and the hub raise a hundred kinds of it; all mean: no documents
+                line = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+                raise DataUnavailable(
+                    f"task {name}: its documents could not be had ({line}); give local files with data_dir=DIR"
+                ) from error
+    return loaded
+
+
+def local_files(name: str, data_dir: str) -> list[Path]:
+    """The files that the task ``name`` reads under ``data_dir``, checked line by line.
+
+    Raises:
+        BadInput: the task has no local form, or a line is not JSON or lacks a column.
+        DataUnavailable: the folder or a file is not there.
+    """
+    if name not in LOCAL:
+        raise BadInput(unknown_task(name, LOCAL))
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise DataUnavailable(f"data_dir={data_dir} is not a folder")
+    paths = [root / path for path in LOCAL[name]["files"].values()]
+    for path in paths:
+        if not path.is_file():
+            raise DataUnavailable(f"task {name}: data_dir={data_dir} has no {path.relative_to(root)}")
+        _check_lines(path, LOCAL[name]["fields"])
+    return paths
+
+
+def fingerprint(names: Sequence[str], data_dir: str | None, *, skip_missing: bool = False) -> str:
+    """Digest of the local files of the tasks; ``hub`` where there are none."""
+    if data_dir is None:
+        return "hub"
+    sha = hashlib.sha256()
+    for name in names:
+        try:
+            for path in local_files(name, data_dir):
+                sha.update(f"{name}:{path.name}:".encode() + path.read_bytes())
+        except DataUnavailable:
+            if not skip_missing:
+                raise
+    return sha.hexdigest()[:16]
+
+
+def unknown_task(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """One line for a task that does not exist: near names, or all of a short list."""
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
+    return f"task {name} is not known; " + (f"near it are: {', '.join(near)}" if near else f"try {', '.join(LOCAL)}")
+
+
+def _manager(names: Sequence[str], data_dir: str | None, folder: Path) -> TaskManager:
+    """A task manager that knows ``names``; lm-eval's whole index (6-9 s) is read only where it is needed."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    if any(name not in LOCAL for name in names):
+        manager = TaskManager()
+        for name in names:
+            if name not in manager.task_index:
+                raise BadInput(unknown_task(name, manager.all_tasks))
+        return manager
+    stock = Path(lm_eval.__file__).parent / "tasks"
+    for name in names:
+        settings: dict[str, Any] = {"include": str(stock / LOCAL[name]["stock"]), "task": name}
+        if data_dir is not None:
+            where = {split: str(Path(data_dir).expanduser() / path) for split, path in LOCAL[name]["files"].items()}
+            settings |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": where}}
+            settings |= {f"{split}_split": split if split in where else None for split in _SPLITS}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+_SPLITS = ("training", "validation", "test")
+
+
+def _check_lines(path: Path, fields: Sequence[str]) -> None:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                raise BadInput(f"{path} line {number} is not JSON; one object a line is read") from None
+            if not isinstance(row, dict) or any(field not in row for field in fields):
+                raise BadInput(f"{path} line {number} lacks a column; needed are {', '.join(fields)}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep lm-eval's remarks on every task's defaults, and the progress bars of small files, out of the terminal."""
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        enable_progress_bar()
