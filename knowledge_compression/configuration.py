@@ -52,6 +52,7 @@ def experiment_from(config: DictConfig, choices: Mapping[str, str]) -> Experimen
         seed=config.seed,
         device=config.device,
         dtype=config.dtype,
+        save_model=config.output.save_model,
     )
 
 

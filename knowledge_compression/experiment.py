@@ -18,6 +18,7 @@ from knowledge_compression.corpora.corpus import Corpus, digest
 from knowledge_compression.evaluation.suite import Evaluation, Suite
 from knowledge_compression.models import Model, Target, Targets
 from knowledge_compression.models.loading import ModelSource, resolve_device, resolve_dtype
+from knowledge_compression.models.saving import save_checkpoint
 from knowledge_compression.recovery.base import Recovery
 from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results.environment import environment
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 # Settings that say where something lies; what lies there decides the result and is fingerprinted instead.
 _PLACES = ("path", "data_dir")
+SAVED = "model"  # folder of the compressed model inside a run's folder
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Experiment:
         suites: what the model is asked, by name.
         settings: the same as plain data, for the record and for the run's hash.
         seed, device, dtype: as the user chose them.
+        save_model: whether the compressed model is kept in the run's folder, as it is before recovery.
     """
 
     source: ModelSource
@@ -54,6 +57,7 @@ class Experiment:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    save_model: bool = False
 
     @property
     def is_dense(self) -> bool:
@@ -69,7 +73,7 @@ class Experiment:
         """The baseline that this run is compared with."""
         choices = {**self.settings["choices"], "compression": "none", "recovery": "none"}
         settings = {**self.settings, "choices": choices, "compression": {}, "recovery": {}}
-        return replace(self, compression=NoCompression(), recovery=NoRecovery(), settings=settings)
+        return replace(self, compression=NoCompression(), recovery=NoRecovery(), settings=settings, save_model=False)
 
     def check(self) -> None:
         """Refuse what can be seen to be wrong from configurations alone, before anything is loaded or computed.
@@ -106,7 +110,8 @@ class Experiment:
         Raises:
             BadInput: what was asked for does not fit together; nothing is written.
         """
-        if not force and (done := store.find(self.id)):
+        done = store.find(self.id)
+        if done and not force and (not self.save_model or (store.runs_folder / self.id / SAVED).is_dir()):
             log.info("run %s is there already", self.id)
             return done
         torch.manual_seed(self.seed)
@@ -120,6 +125,8 @@ class Experiment:
             report["compression"] = self.compression.compress(model, targets, windows).to_json()
             if windows is not None:
                 report["compression"]["calibration"] = digest(windows)
+            if self.save_model:
+                save_checkpoint(model, store.workplace(self.id) / SAVED)
             recovered = self.recovery.recover(model, corpus if self.recovery.trains else None)
             report["recovery"] = recovered.to_json()
             evaluations = {name: suite.evaluate(model) for name, suite in self.suites.items()}

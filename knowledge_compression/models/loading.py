@@ -275,7 +275,10 @@ def _from_pretrained(
             **hub,
         )
         tokenizer = AutoTokenizer.from_pretrained(where, **hub)
-    return Model(network.to(place).eval(), tokenizer, name)
+    model = Model(network.to(place).eval(), tokenizer, name)
+    if not model.head_is_tied:  # T5 calls its head tied even where the checkpoint holds one
+        model.keep_head_untied()
+    return model
 
 
 def _skeleton(where: str, name: str, **hub: Any) -> Model:

@@ -77,16 +77,25 @@ class Model:
         """Number of distinct parameters; tied ones count once."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
+    @property
+    def head_is_tied(self) -> bool:
+        """Whether the final layer's weight is that of the input embeddings."""
+        head = self.network.get_submodule(self.architecture.final)
+        return isinstance(head, nn.Linear) and head.weight is self.network.get_input_embeddings().weight
+
     def untie_head(self) -> None:
         """Give the final layer a weight of its own, so that compressing it leaves the embeddings alone.
 
         Tied weights stay untied through ``tie_weights()``, which lm-eval's ``HFLM`` calls. No-op where nothing is tied.
         """
-        head = self.network.get_submodule(self.architecture.final)
-        embeddings = self.network.get_input_embeddings()
-        if not isinstance(head, nn.Linear) or head.weight is not embeddings.weight:
+        if not self.head_is_tied:
             return
+        head: Any = self.network.get_submodule(self.architecture.final)
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+        self.keep_head_untied()
+
+    def keep_head_untied(self) -> None:
+        """Let ``tie_weights()`` leave the final layer alone."""
         self.network.config.tie_word_embeddings = False
         tied = f"{self.architecture.final}.weight"
         self.network.all_tied_weights_keys = {

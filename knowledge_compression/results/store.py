@@ -65,6 +65,10 @@ class RunStore:
         """Where the run folders lie."""
         return self.folder / "runs"
 
+    def workplace(self, run_id: str) -> Path:
+        """Where an unfinished run puts files that outlive it; :meth:`write` moves them into the run's folder."""
+        return self.folder / "unfinished" / run_id
+
     def find(self, run_id: str) -> Run | None:
         """The finished run of that hash, if it is there."""
         folder = self.runs_folder / run_id
@@ -97,8 +101,13 @@ class RunStore:
             for name, content in (extra_files or {}).items():
                 (scratch / name).write_bytes(content)
             _write_json(scratch / "metrics.json", run.metrics)
-            for path in scratch.iterdir():
-                _flush(path)
+            if (workplace := self.workplace(run.id)).is_dir():
+                for path in workplace.iterdir():
+                    path.rename(scratch / path.name)
+                workplace.rmdir()
+            for path in scratch.rglob("*"):
+                if path.is_file():
+                    _flush(path)
             if target.exists():  # a forced run replaces the one that was there
                 shutil.rmtree(target)
             scratch.chmod(0o755)

@@ -1,0 +1,79 @@
+"""Writing a model down so that plain ``from_pretrained`` reads it back to the same logits."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models.model import Model
+
+log = logging.getLogger(__name__)
+
+SHARD_SIZE = "2GB"
+
+
+def save_checkpoint(model: Model, folder: Path) -> None:
+    """Save network, configuration and tokenizer as safetensors, under a temporary name until all is there.
+
+    Pruned and rounded weights are stored as the floats they are, in the network's own precision.
+
+    Args:
+        model: any family, its head tied or untied.
+        folder: where to; replaced if it is there.
+
+    Raises:
+        BadInput: a weight is not finite; nothing is written.
+    """
+    state = full_state(model.network)
+    check_finite(state)
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    model.network.save_pretrained(scratch, state_dict=state, max_shard_size=SHARD_SIZE)
+    model.tokenizer.save_pretrained(scratch)
+    _keep_scaling(model.network, scratch / "config.json")
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+    log.info("saved %s to %s", model.name, folder)
+
+
+def _keep_scaling(network: nn.Module, config_file: Path) -> None:
+    """T5 reads from ``tie_word_embeddings`` whether to scale the decoder's states, and the tying from the weights."""
+    scaled = getattr(network.config, "scale_decoder_outputs", None)
+    if scaled is not None:
+        config = json.loads(config_file.read_text())
+        config_file.write_text(json.dumps(config | {"tie_word_embeddings": scaled}, indent=2) + "\n")
+
+
+def full_state(network: nn.Module) -> dict[str, Tensor]:
+    """Every weight under its name, as a plain checkpoint holds them.
+
+    Of a network whose head is untied, no two entries share memory, so that saving leaves none of them out: transformers
+    ties an untied head's bias, or an encoder's and a decoder's embeddings, only where it ties the head as well.
+    """
+    state: dict[str, Tensor] = dict(network.state_dict())
+    if not _ties_head(network):
+        seen: set[int] = set()
+        for name, tensor in state.items():
+            if tensor.data_ptr() in seen:
+                state[name] = tensor.clone()
+            seen.add(tensor.data_ptr())
+    return state
+
+
+def check_finite(state: dict[str, Tensor]) -> None:
+    """Refuse a state with NaN or infinity in it."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise BadInput(f"{name} holds values that are not finite, so the model is not saved; use dtype=float32")
+
+
+def _ties_head(network: nn.Module) -> bool:
+    head = network.get_output_embeddings()  # type: ignore[operator]
+    return head is not None and head.weight is network.get_input_embeddings().weight  # type: ignore[operator]

@@ -1,0 +1,91 @@
+"""Saved models read back to the same logits, whatever was done to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_network, logits_of
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model
+from knowledge_compression.models.loading import LocalModel
+from knowledge_compression.models.saving import save_checkpoint
+
+
+def prune_by_half(model: Model) -> None:
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            parameter.mul_(parameter.abs() > parameter.abs().median())
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_round_trip_of_every_architecture(any_tiny_model: Model, untied: bool, tmp_path: Path) -> None:
+    model = any_tiny_model
+    if untied:
+        model.untie_head()
+        with torch.no_grad():  # so that a head tied again on the way would be seen
+            model.network.get_submodule(model.architecture.final).weight.mul_(1.5).add_(0.1)
+    prune_by_half(model)
+    before = logits_of(model)
+    save_checkpoint(model, tmp_path / "model")
+
+    plain = type(model.network).from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    assert torch.equal(logits_of(Model(plain, model.tokenizer, "plain")), before)
+
+    ours = LocalModel("ours", str(tmp_path / "model")).load("cpu")
+    ours.network.tie_weights()  # lm-eval does
+    assert torch.equal(logits_of(ours), before)
+    assert ours.head_is_tied == model.head_is_tied
+
+
+def test_a_t5_with_a_head_of_its_own_keeps_its_scaling(tiny_model: Callable[[str], Model], tmp_path: Path) -> None:
+    """Flan-T5 has an untied head and unscaled decoder states; T5 has both the other way round."""
+    tokenizer = tiny_model("t5").tokenizer
+    model = Model(build_network("t5", tie_word_embeddings=False), tokenizer, "flan")
+    with torch.no_grad():
+        model.network.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.network.lm_head.weight))
+    model.keep_head_untied()
+    before = logits_of(model)
+    save_checkpoint(model, tmp_path / "model")
+    again = LocalModel("again", str(tmp_path / "model")).load("cpu")
+    again.network.tie_weights()
+    assert torch.equal(logits_of(again), before)
+
+
+def test_untying_leaves_nothing_else_apart(any_tiny_model: Model) -> None:
+    """Parameters that were shared besides the head stay shared: untying costs one matrix, no more."""
+    model = any_tiny_model
+    before, was_tied = model.parameter_count(), model.head_is_tied
+    model.untie_head()
+    head = model.network.get_submodule(model.architecture.final)
+    assert model.parameter_count() - before == (head.weight.numel() if was_tied else 0)
+    assert not model.head_is_tied
+
+
+def test_nothing_is_written_of_a_model_with_nan(tiny_model: Callable[[str], Model], tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.network.model.layers[1].mlp.up_proj.weight[3, 2] = float("nan")
+    with pytest.raises(BadInput, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
+        save_checkpoint(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_again_replaces(tiny_model: Callable[[str], Model], tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    save_checkpoint(model, tmp_path / "model")
+    prune_by_half(model)
+    save_checkpoint(model, tmp_path / "model")
+    again = LocalModel("again", str(tmp_path / "model")).load("cpu")
+    assert torch.equal(logits_of(again), logits_of(model))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_tokenizer_comes_along(tiny_model: Callable[[str], Model], tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    save_checkpoint(model, tmp_path / "model")
+    again = LocalModel("again", str(tmp_path / "model")).load("cpu")
+    assert again.tokenizer("the capital of france").input_ids == model.tokenizer("the capital of france").input_ids
