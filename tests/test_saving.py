@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_network, logits_of
 
+from knowledge_compression.compression.magnitude import Magnitude
+from knowledge_compression.corpora.own_samples import OwnSamples
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models import Model
+from knowledge_compression.evaluation.suite import Evaluation, item_table
+from knowledge_compression.experiment import Experiment
+from knowledge_compression.models import Model, Target
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.saving import save_checkpoint
+from knowledge_compression.recovery.none import NoRecovery
+from knowledge_compression.results.store import RunStore
+from knowledge_compression.results.tracker import NoTracker
 
 
 def prune_by_half(model: Model) -> None:
@@ -89,3 +98,49 @@ def test_the_tokenizer_comes_along(tiny_model: Callable[[str], Model], tmp_path:
     save_checkpoint(model, tmp_path / "model")
     again = LocalModel("again", str(tmp_path / "model")).load("cpu")
     assert again.tokenizer("the capital of france").input_ids == model.tokenizer("the capital of france").input_ids
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A model source without files."""
+
+    make: Callable[[], Model]
+    name: str = "tiny"
+
+    def load(self, device: str = "auto", dtype: str = "auto") -> Model:
+        return self.make()
+
+    def fingerprint(self) -> str:
+        return "tiny"
+
+
+class OneQuestion:
+    """An evaluation suite with one item."""
+
+    def evaluate(self, model: Model) -> Evaluation:
+        return Evaluation({"sum": float(logits_of(model).sum())}, item_table([{"id": "one", "task": "sum"}]))
+
+
+def test_a_run_keeps_its_model_where_asked(tiny_model: Callable[[str], Model], tmp_path: Path) -> None:
+    settings = {name: {} for name in ("target", "compression", "recovery", "corpus", "choices")}
+    experiment = Experiment(
+        source=Tiny(lambda: tiny_model("llama")),
+        target=Target("final", ["final"]),
+        compression=Magnitude(sparsity=0.5),
+        recovery=NoRecovery(),
+        corpus=OwnSamples(),
+        suites={"one": OneQuestion()},
+        settings=settings | {"eval": {"one": {}}},
+        save_model=True,
+    )
+    store = RunStore(tmp_path)
+    run = experiment.run(store, NoTracker())
+    assert run.folder is not None
+    saved = LocalModel("saved", str(run.folder / "model")).load("cpu")
+    assert float(logits_of(saved).sum()) == run.metrics["one.sum"]
+    assert (saved.network.lm_head.weight == 0).float().mean() == 0.5
+    assert not list((tmp_path / "unfinished").iterdir())
+
+    shutil.rmtree(run.folder / "model")  # a run that was done without its model is done again
+    assert (experiment.run(store, NoTracker()).folder / "model" / "config.json").is_file()  # type: ignore[operator]
+    assert not experiment.dense().save_model
