@@ -120,7 +120,9 @@ class Experiment:
         corpus = self.corpus.prepared(model) if self.needs_text else None  # while the model is as it was loaded
 
         with tracker.track(self.id, self.settings) as tracked:
-            report: dict[str, Any] = {"model": {"name": model.name, "note": model.note, **model.provenance}}
+            report: dict[str, Any] = {
+                "model": {"name": model.name, "family": model.family, "note": model.note, **model.provenance}
+            }
             windows = corpus.windows(model) if corpus and self.compression.calibrated else None
             report["compression"] = self.compression.compress(model, targets, windows).to_json()
             if windows is not None:

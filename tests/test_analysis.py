@@ -1,0 +1,150 @@
+"""Ledger, statistics and findings on small stores built by hand, whose answers are known."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import polars as pl
+import pytest
+from scipy import stats
+
+from knowledge_compression.analysis import ledger, statistics
+from knowledge_compression.analysis.claims import CLAIMS
+from knowledge_compression.analysis.comparisons import compare
+from knowledge_compression.analysis.findings import CONTRADICTED, SUPPORTED, UNDECIDED, check
+from knowledge_compression.evaluation.suite import item_table
+from knowledge_compression.results.store import Run, RunStore
+
+_COUNTER = itertools.count()
+
+
+def made_run(
+    correct, *, compression="magnitude", target="att", sparsity=0.2, recovery="none", family="decoder", **rest
+):
+    """A run whose items were right or wrong as told."""
+    rows = [
+        {"suite": "atlas", "task": f"r{i % 3}", "id": str(i), "prompt": f"q{i}", "gold": "a"}
+        | {"prediction": "a" if right else "b", "correct": bool(right), "rank": 1 if right else 5, "log_prob": -1.0}
+        for i, right in enumerate(correct)
+    ]
+    choices = {"model": "m", "target": target, "compression": compression, "recovery": recovery, "corpus": "self"}
+    pruned = {"sparsity": sparsity} if compression not in ("none", "int8_dynamic") else {}
+    return Run(
+        id=rest.get("id", f"run{next(_COUNTER):04d}"),
+        config={"choices": choices, "eval": {"atlas": rest.get("settings", {})}, "seed": 0, "sparsity": sparsity}
+        | {"reading": "module", "compression": pruned},
+        metrics={"atlas.accuracy": float(np.mean(correct))},
+        report={"model": {"name": "m", "family": family}, "eval": {"atlas": {"digest": rest.get("digest", "d")}}}
+        | {"compression": pruned},
+        environment={"dtype": "float32"},
+        _items=item_table(rows),
+    )
+
+
+def bits(text: str) -> np.ndarray:
+    return np.array([c == "1" for c in text])
+
+
+def test_fates_of_facts_by_hand():
+    dense, small = made_run(bits("110010"), compression="none"), made_run(bits("101010"))
+    fates = ledger.fates(dense, small, "atlas").sort("id")["fate"].to_list()
+    assert fates == ["kept", "lost", "gained", "never known", "kept", "never known"]
+
+
+def test_what_restored_each_lost_fact_by_hand():
+    dense, small = made_run(bits("11111"), compression="none"), made_run(bits("00001"))
+    back = {"prompt": made_run(bits("11000"), recovery="prompt"), "lora": made_run(bits("10100"), recovery="lora")}
+    restored = ledger.restorations(dense, small, back, "atlas").sort("id")["restored"].to_list()
+    assert restored == ["by both", "by redirection", "by weights", "by neither"]
+
+
+def test_the_ledger_reads_a_stored_run_as_it_reads_one_in_memory(tmp_path):
+    store = RunStore(tmp_path)
+    runs = [made_run(bits("1100"), compression="none", id="dense"), made_run(bits("1010"), id="small")]
+    in_memory = ledger.fates(*runs, "atlas").sort("id")
+    for run in runs:
+        store.write(run)
+    assert ledger.fates(store.find("dense"), store.find("small"), "atlas").sort("id").equals(in_memory)
+
+
+def test_mcnemar_is_the_exact_binomial_test_on_flips():
+    rng = np.random.default_rng(1)
+    before, after = rng.random(200) < 0.7, rng.random(200) < 0.5
+    table = pl.DataFrame({"b": before, "a": after})
+    lost = table.filter(pl.col("b") & ~pl.col("a")).height
+    gained = table.filter(~pl.col("b") & pl.col("a")).height
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    expected = mcnemar([[0, lost], [gained, 0]], exact=True).pvalue
+    assert statistics.mcnemar(before, after) == pytest.approx(expected)
+    assert statistics.mcnemar(before, before) == 1.0
+
+
+def test_drop_is_relative_to_dense_and_its_interval_covers():
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(40):
+        dense = rng.random(300) < 0.8
+        after = dense & (rng.random(300) < 0.75)  # a quarter of what was known is lost
+        estimate = statistics.drop(dense, after)
+        assert estimate.value == pytest.approx(100 * (dense.mean() - after.mean()) / dense.mean())
+        covered += estimate.low <= 25 <= estimate.high
+    assert covered >= 34  # 95 % nominal
+    assert np.isnan(statistics.drop(np.zeros(5, bool), np.zeros(5, bool)).value)
+
+
+def test_accuracy_interval_is_wilsons():
+    correct = np.arange(50) < 20
+    interval = stats.binomtest(20, 50).proportion_ci(method="wilson")
+    estimate = statistics.accuracy(correct)
+    assert (estimate.low, estimate.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_holm_never_lowers_a_p_value():
+    p = [0.01, 0.04, 0.03, 0.5]
+    assert all(after >= before for before, after in zip(p, statistics.corrected(p), strict=True))
+    assert statistics.corrected([]) == []
+
+
+def store_where_att_beats_ff(family: str, att: float, ff: float, n: int = 400):
+    rng = np.random.default_rng(3)
+    luck = rng.random(n)
+    runs = [made_run(luck < 0.8, compression="none", family=family)]
+    for sparsity in (0.3, 0.4, 0.5):
+        runs.append(made_run(luck < att, target="att", sparsity=sparsity, family=family))
+        runs.append(made_run(luck < ff, target="ff", sparsity=sparsity, family=family))
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("att", "ff", "expected"), [(0.7, 0.4, SUPPORTED), (0.4, 0.7, CONTRADICTED), (0.6, 0.6, UNDECIDED)]
+)
+def test_a_claim_is_supported_contradicted_or_undecided_as_built(att, ff, expected):
+    claim = next(c for c in CLAIMS if c.name == "encoders_medium_ff_hurts_more")
+    verdict = check(compare(store_where_att_beats_ff("encoder", att, ff)), [claim])[0]
+    assert verdict.status == expected
+    assert len(verdict.findings[0].pairs) == 3
+    assert verdict.findings[0].effect.value == pytest.approx(att - ff, abs=0.06)
+
+
+def test_a_claim_about_encoders_says_nothing_of_decoders():
+    claim = next(c for c in CLAIMS if c.name == "encoders_medium_ff_hurts_more")
+    assert check(compare(store_where_att_beats_ff("decoder", 0.7, 0.4)), [claim])[0].findings == ()
+
+
+def test_every_claim_can_be_checked_on_a_store_that_has_nothing_for_it():
+    verdicts = check(compare([made_run(bits("1010"), compression="none")]))
+    assert [verdict.status for verdict in verdicts] == [UNDECIDED] * len(CLAIMS)
+    assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
+
+
+def test_runs_asked_differently_are_never_compared():
+    runs = [
+        made_run(bits("1100"), compression="none"),
+        made_run(bits("1000"), digest="other data"),
+        made_run(bits("1000"), settings={"protocol": "paper"}),
+    ]
+    comparisons = compare(runs)
+    assert [len(group.runs) for group in comparisons] == [0]
+    assert len(comparisons.skipped) == 2 and all("no dense run" in why for _, why in comparisons.skipped)
