@@ -1,0 +1,184 @@
+"""Perplexity of running text: documents joined, cut into fixed windows, each scored on its own."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+import torch
+from torch import LongTensor
+
+from knowledge_compression.corpora.c4 import C4
+from knowledge_compression.corpora.corpus import TEST, VALIDATION, TextCorpus
+from knowledge_compression.corpora.wikitext import WikiText
+from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
+from knowledge_compression.evaluation.suite import Evaluation, item_table
+from knowledge_compression.models import Model
+from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
+
+# Which split of which corpus: GPTQ and SparseGPT report WikiText-2's test text and C4's validation shard.
+_TEXTS: Mapping[str, tuple[Callable[..., TextCorpus], str]] = {"wikitext": (WikiText, TEST), "c4": (C4, VALIDATION)}
+EXTRA_COLUMNS: Mapping[str, pl.DataType] = {"tokens": pl.Int64(), "nll": pl.Float64()}
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity in fixed windows, as GPTQ and SparseGPT report it; pseudo-perplexity for encoders.
+
+    The text is tokenized once without special tokens and cut into windows that share nothing; what is left over at the
+    end is dropped. Decoders are scored on every token of a window but its first. Encoders predict each token from the
+    rest of its window with that token masked [Salazar et al., 2020, eq. 1], between the tokenizer's own special tokens.
+    Encoder-decoders read the first half of a window and are scored on the second.
+
+    Attributes:
+        corpus: ``wikitext`` (WikiText-2 raw, test) or ``c4`` (validation).
+        window: tokens in a window; shortened to the model's positions where those are fewer.
+        limit: N evenly spaced windows, the i-th starting at window ``floor(i * windows / N)``; None takes all.
+        masked_per_window: encoders only: N evenly spaced positions of each window; None masks each in turn.
+        data_dir: local files instead of the hub.
+    """
+
+    corpus: str = "wikitext"
+    window: int = 2048
+    limit: int | None = None
+    masked_per_window: int | None = None
+    data_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be scored."""
+        if self.corpus not in _TEXTS:
+            raise BadInput(f"eval.perplexity.corpus={self.corpus} does not exist; choose one of {', '.join(_TEXTS)}")
+        for option, least in (("window", 2), ("limit", 1), ("masked_per_window", 1)):
+            value = getattr(self, option)
+            if (value is not None or option == "window") and (not isinstance(value, int) or value < least):
+                raise BadInput(f"eval.perplexity.{option}={value} is not a whole number from {least} on")
+
+    def fingerprint(self) -> str:
+        """Digest of the text, or the hub's name for it."""
+        if self.data_dir is None:
+            return self._source().fingerprint()
+        return hashlib.sha256("\n\n".join(self._texts()).encode()).hexdigest()[:16]
+
+    def evaluate(self, model: Model) -> Evaluation:
+        """Score the text.
+
+        Raises:
+            BadInput: the text is shorter than one window.
+            DataUnavailable: the text is not to be had.
+        """
+        windows, total = self._windows(model)
+        scored = _SCORED[model.family](Scorer(model), windows, self.masked_per_window)
+        rows = [
+            {
+                "suite": "perplexity",
+                "task": self.corpus,
+                "id": f"{windows.shape[1]}:{place}",
+                "log_prob": log_prob,
+                "tokens": tokens,
+                "nll": -log_prob / tokens,
+            }
+            for place, (log_prob, tokens) in zip(self._places(total), scored, strict=True)
+        ]
+        items = item_table(rows, EXTRA_COLUMNS)
+        return Evaluation(_metrics(items["nll"]), items, self._description(model, windows, total))
+
+    def _source(self) -> TextCorpus:
+        return _TEXTS[self.corpus][0](data_dir=self.data_dir)
+
+    def _texts(self) -> Sequence[str]:
+        return self._source().documents(_TEXTS[self.corpus][1]).texts
+
+    def _windows(self, model: Model) -> tuple[LongTensor, int]:
+        """The windows to score ``[N, window]`` and how many the text has."""
+        special = model.tokenizer.num_special_tokens_to_add() if model.family == ENCODER else 0
+        length = min(self.window, (model.max_positions or self.window) - special)
+        stream = self._source().documents(_TEXTS[self.corpus][1]).stream(model)
+        total = len(stream) // length
+        if total == 0:
+            raise BadInput(
+                f"eval.perplexity.window={self.window}: the text of {self.corpus} has only {len(stream)} tokens; "
+                f"choose a window of {len(stream)} or less"
+            )
+        whole = stream[: total * length].view(total, length)
+        return whole[self._places(total)], total  # type: ignore[return-value]
+
+    def _places(self, total: int) -> list[int]:
+        count = min(self.limit or total, total)
+        return [i * total // count for i in range(count)]
+
+    def _description(self, model: Model, windows: LongTensor, total: int) -> dict[str, Any]:
+        return {
+            "corpus": self.corpus,
+            "split": _TEXTS[self.corpus][1],
+            "fingerprint": self.fingerprint(),
+            "window": windows.shape[1],
+            "windows": len(windows),
+            "of": total,
+            "protocol": _PROTOCOL[model.family],
+            **({"masked_per_window": self.masked_per_window} if model.family == ENCODER else {}),
+        }
+
+
+_PROTOCOL = {
+    DECODER: "every token of a window but its first, from those before it",
+    ENCODER: "pseudo-perplexity: each token from the rest of its window, with that token masked",
+    ENCODER_DECODER: "the second half of a window, from its first half and the tokens before",
+}
+
+
+def _score_decoder(scorer: Scorer, windows: LongTensor, _: int | None) -> list[tuple[float, int]]:
+    return _continuations(scorer, windows, 1)
+
+
+def _score_encoder_decoder(scorer: Scorer, windows: LongTensor, _: int | None) -> list[tuple[float, int]]:
+    return _continuations(scorer, windows, windows.shape[1] // 2)
+
+
+def _continuations(scorer: Scorer, windows: LongTensor, read: int) -> list[tuple[float, int]]:
+    questions = [Question(row[:read], [row[read:]]) for row in windows.tolist()]
+    return [(answer.log_prob, windows.shape[1] - read) for (answer,) in scorer.log_likelihoods(questions)]
+
+
+def _score_encoder(scorer: Scorer, windows: LongTensor, masked: int | None) -> list[tuple[float, int]]:
+    tokenizer = scorer.model.tokenizer
+    length = windows.shape[1]
+    count = min(masked or length, length)
+    places = [i * length // count for i in range(count)]
+    before, after = _frame(tokenizer)
+    blanks, gold = [], []
+    for row in windows.tolist():
+        for place in places:
+            ids = [*before, *row, *after]
+            gold.append(row[place])
+            ids[len(before) + place] = tokenizer.mask_token_id
+            blanks.append(Blank(ids, position=len(before) + place))
+    log_probs = torch.zeros(len(blanks), dtype=torch.float64)
+    for indices, distributions in scorer.distributions(blanks):
+        wanted = torch.tensor([gold[i] for i in indices], device=distributions.device)
+        log_probs[indices] = distributions.gather(-1, wanted[:, None])[:, 0].double().cpu()
+    return [(float(total), count) for total in log_probs.view(len(windows), count).sum(-1)]
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text."""
+    empty, some = tokenizer("")["input_ids"], tokenizer(tokenizer.mask_token)["input_ids"]
+    before = next((i for i, (a, b) in enumerate(zip(empty, some, strict=False)) if a != b), len(empty))
+    return empty[:before], empty[before:]
+
+
+_SCORED = {DECODER: _score_decoder, ENCODER: _score_encoder, ENCODER_DECODER: _score_encoder_decoder}
+
+
+def _metrics(nll: pl.Series) -> dict[str, float]:
+    """Perplexity, nats a token, and the standard error over windows of both (of perplexity by the delta method)."""
+    mean = float(nll.mean())  # type: ignore[arg-type]
+    metrics = {"perplexity": math.exp(mean), "nats_per_token": mean, "windows": float(len(nll))}
+    if len(nll) > 1:
+        error = float(nll.std()) / math.sqrt(len(nll))  # type: ignore[arg-type]
+        metrics |= {"nats_per_token_stderr": error, "perplexity_stderr": metrics["perplexity"] * error}
+    return metrics
