@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import polars as pl
@@ -116,6 +117,7 @@ class Experiment:
             return done
         torch.manual_seed(self.seed)
         model = self.source.load(self.device, self.dtype)
+        model.original = partial(self.source.load, self.device, self.dtype)
         targets = self.target.select(model) if not isinstance(self.compression, NoCompression) else Targets([], model)
         corpus = self.corpus.prepared(model) if self.needs_text else None  # while the model is as it was loaded
 
@@ -129,7 +131,7 @@ class Experiment:
                 report["compression"]["calibration"] = digest(windows)
             if self.save_model:
                 save_checkpoint(model, store.workplace(self.id) / SAVED)
-            recovered = self.recovery.recover(model, corpus if self.recovery.trains else None)
+            recovered = self.recovery.recover(model, corpus if self.recovery.trains else None, tracked.log)
             report["recovery"] = recovered.to_json()
             evaluations = {name: suite.evaluate(model) for name, suite in self.suites.items()}
             report["eval"] = {name: evaluation.description for name, evaluation in evaluations.items()}

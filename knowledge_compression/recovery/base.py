@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.models import Model
+from knowledge_compression.training import LogCallback
 
 
 @dataclass
@@ -44,6 +45,15 @@ class Recovery(Protocol):
 
     trains: ClassVar[bool]
 
-    def recover(self, model: Model, corpus: Corpus | None) -> RecoveryReport:
-        """Recover ``model`` in place (its network may be wrapped); the base weights stay as they are, bit for bit."""
+    def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> RecoveryReport:
+        """Recover ``model`` in place; the base weights stay as they are, bit for bit.
+
+        The network stays the object it was, with its configuration and module paths: adapters are put inside it,
+        prompts before what it reads.
+
+        Args:
+            model: what the compression left.
+            corpus: text to train on, the same that the compression was calibrated with; None where nothing is trained.
+            report_to: is told the training loss as it goes.
+        """
         ...

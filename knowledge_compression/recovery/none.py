@@ -8,6 +8,7 @@ from typing import ClassVar
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.models import Model
 from knowledge_compression.recovery.base import RecoveryReport
+from knowledge_compression.training import LogCallback
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,6 @@ class NoRecovery:
 
     trains: ClassVar[bool] = False
 
-    def recover(self, model: Model, corpus: Corpus | None) -> RecoveryReport:
+    def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> RecoveryReport:
         """Do nothing."""
         return RecoveryReport("none")

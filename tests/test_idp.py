@@ -1,0 +1,248 @@
+"""Inference-time Dynamic Prompting: equal to prompt tuning where it must be, and choosing by the input alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import VOCABULARY, build_network
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PromptTuningConfig, TaskType, get_peft_model
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.recovery.attention import attend, attend_plainly
+from knowledge_compression.recovery.prompted import ONCE, PER_LAYER, SELECTIONS, Prompted
+
+DECODERS = ("llama", "opt", "gpt2", "gpt_neox", "qwen2")
+LENGTHS = (3, 7)
+
+
+def soft_prompts(model, lengths=LENGTHS, seed=1):
+    torch.manual_seed(seed)
+    width = model.network.get_input_embeddings().weight.shape[1]
+    return [torch.randn(n, width) for n in lengths]
+
+
+def prompt_tuned(architecture, prompt):
+    """The plain way: peft joins the prompt's embeddings with the input's."""
+    network = build_network(architecture)
+    peft = get_peft_model(
+        network,
+        PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=len(prompt), token_dim=prompt.shape[1]),
+    )
+    peft.prompt_encoder["default"].embedding.weight.data.copy_(prompt)
+    return peft.eval()
+
+
+def inputs(rows=4, length=9, seed=1):
+    torch.manual_seed(seed)
+    ids = torch.randint(5, VOCABULARY, (rows, length))
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, length - row :] = 0  # rows of different lengths, padded at the end
+    return ids, mask
+
+
+@pytest.mark.parametrize("architecture", DECODERS)
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_forced_to_one_prompt_it_is_prompt_tuning_with_that_prompt(tiny_model, architecture, selection):
+    model = tiny_model(architecture)
+    prompts = soft_prompts(model)
+    prompted = Prompted(model, Prompted.bank_of(model, prompts), selection)
+    ids, mask = inputs()
+    for i, prompt in enumerate(prompts):
+        with torch.no_grad(), prompted.using(i):
+            ours = model.network(input_ids=ids, attention_mask=mask).logits
+            unpadded = model.network(input_ids=ids).logits
+            plain = prompt_tuned(architecture, prompt)
+            theirs = plain(input_ids=ids, attention_mask=mask).logits[:, len(prompt) :]
+            theirs_unpadded = plain(input_ids=ids).logits[:, len(prompt) :]
+        assert (ours - theirs)[mask.bool()].abs().max() < 1e-4
+        assert (unpadded - theirs_unpadded).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_one_prompt_is_prompt_tuning(tiny_model, architecture):
+    model = tiny_model(architecture)
+    (prompt,) = soft_prompts(model, (5,))
+    Prompted(model, Prompted.bank_of(model, [prompt]))
+    ids, _ = inputs()
+    with torch.no_grad():
+        ours = model.network(input_ids=ids).logits
+        theirs = prompt_tuned(architecture, prompt)(input_ids=ids).logits[:, 5:]
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_chosen_once_each_row_is_prompt_tuning_with_its_prompt(tiny_model, architecture):
+    model = tiny_model(architecture)
+    prompts = soft_prompts(model, (3, 4, 7))
+    prompted = Prompted(model, Prompted.bank_of(model, prompts), ONCE)
+    ids, mask = inputs(rows=8, length=12)
+    with torch.no_grad():
+        ours = model.network(input_ids=ids, attention_mask=mask).logits
+        chosen = prompted.last_choices[:, 0]
+        for i, prompt in enumerate(prompts):
+            theirs = prompt_tuned(architecture, prompt)(input_ids=ids, attention_mask=mask).logits[:, len(prompt) :]
+            rows = mask.bool() & (chosen == i)[:, None]
+            assert not rows.any() or (ours - theirs)[rows].abs().max() < 1e-4
+    assert (prompted.last_choices == chosen[:, None]).all()
+
+
+def test_layers_choose_by_mean_attention_as_written_out(tiny_model):
+    """Against the definition: one softmax over every prompt and the input, then means; layer by layer."""
+    model = tiny_model("llama")
+    prompts = soft_prompts(model, (3, 6))
+    seen = []
+
+    def attention(module, query, key, value, attention_mask, scaling=None, reading=None, **_):
+        layer, bank = module.layer_idx, reading.bank
+        query_heads = query.shape[1] // key.shape[1]
+        parts = [(bank.keys[layer][i, :, -n:], bank.values[layer][i, :, -n:]) for i, n in enumerate(bank.lengths)]
+        width, length = sum(bank.lengths), query.shape[2]
+        keys = torch.cat([*(k.expand(len(query), -1, -1, -1) for k, _ in parts), key], 2)
+        values = torch.cat([*(v.expand(len(query), -1, -1, -1) for _, v in parts), value], 2)
+        keys, values = keys.repeat_interleave(query_heads, 1), values.repeat_interleave(query_heads, 1)
+        scores = query @ keys.transpose(-1, -2) * scaling
+        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+        scores[..., width:].masked_fill_(hidden, -torch.inf)
+        weights = scores.softmax(-1).split([*bank.lengths, length], -1)
+        choice = torch.stack([w.mean((1, 2, 3)) for w in weights[:-1]]).argmax(0)
+        seen.append(choice)
+        start = 0
+        for i, n in enumerate(bank.lengths):  # the prompt that a row did not choose is masked
+            scores[choice != i, :, :, start : start + n] = -torch.inf
+            start += n
+        return (scores.softmax(-1) @ values).transpose(1, 2), None
+
+    from transformers import AttentionInterface
+
+    prompted = Prompted(model, Prompted.bank_of(model, prompts), PER_LAYER)
+    ids, _ = inputs(rows=6)
+    with torch.no_grad():
+        ours = model.network(input_ids=ids).logits
+        chosen = prompted.last_choices
+        AttentionInterface.register("written_out", attention)
+        model.network.set_attn_implementation("written_out")
+        prompted.forced = 0  # the written-out function makes its own choice
+        theirs = model.network(input_ids=ids).logits
+    assert torch.equal(chosen, torch.stack(seen, 1))
+    assert len(chosen.unique()) == 2, "a test in which only one prompt is ever chosen shows nothing"
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_prompts_do_not_see_each_other(tiny_model, architecture):
+    model = tiny_model(architecture)
+    first, second = soft_prompts(model)
+    one = Prompted.bank_of(model, [first, second])
+    other = Prompted.bank_of(model, [first, second + 1.0])
+    for ours, theirs in zip([*one.keys, *one.values], [*other.keys, *other.values], strict=True):
+        assert torch.equal(ours[0], theirs[0])
+        assert not torch.equal(ours[1], theirs[1])
+    prompted = Prompted(model, other)
+    ids, _ = inputs()
+    with torch.no_grad(), prompted.using(0):
+        perturbed = model.network(input_ids=ids).logits
+    prompted.remove()
+    prompted = Prompted(model, one)
+    with torch.no_grad(), prompted.using(0):
+        assert torch.equal(model.network(input_ids=ids).logits, perturbed)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_the_choice_does_not_depend_on_the_continuation(tiny_model, architecture, selection):
+    model = tiny_model(architecture)
+    prompted = Prompted(model, Prompted.bank_of(model, soft_prompts(model)), selection)
+    ids, _ = inputs(rows=16, length=8)
+    answers, _ = inputs(rows=16, length=6, seed=2)
+    lengths = [3 + row % 6 for row in range(16)]
+    with torch.no_grad():
+        chosen = []
+        for tail in (answers, answers.flip(0), answers[:, :0]):
+            joined = torch.cat([ids, tail], 1)
+            for row, length in enumerate(lengths):  # what follows the context is answer, here other answers each time
+                joined[row, length:] = joined[row, length:].roll(tail.shape[1])
+            model.announce_context(lengths)
+            model.network(input_ids=joined)
+            chosen.append(prompted.last_choices)
+    assert torch.equal(chosen[0], chosen[1]) and torch.equal(chosen[0], chosen[2])
+    assert len(chosen[0].unique()) == 2
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_generation_keeps_the_prompt_that_the_input_chose(tiny_model, architecture, selection):
+    model = tiny_model(architecture)
+    prompted = Prompted(model, Prompted.bank_of(model, soft_prompts(model)), selection)
+    ids, _ = inputs(rows=6)
+    said = model.network.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, min_new_tokens=5, do_sample=False
+    )
+    with torch.no_grad():
+        model.announce_context([ids.shape[1]] * len(ids))
+        logits = model.network(input_ids=said).logits
+    logits[..., model.network.generation_config.eos_token_id] = -torch.inf
+    assert torch.equal(logits[:, ids.shape[1] - 1 : -1].argmax(-1), said[:, ids.shape[1] :])
+    assert prompted.tally.sum() == 2 * len(ids) * len(model.network.get_decoder().layers)
+
+
+def test_rows_do_not_depend_on_their_batch(tiny_model):
+    model = tiny_model("llama")
+    Prompted(model, Prompted.bank_of(model, soft_prompts(model)))
+    ids, mask = inputs(rows=6, length=11)
+    with torch.no_grad():
+        together = model.network(input_ids=ids, attention_mask=mask).logits
+        for row in range(len(ids)):
+            length = int(mask[row].sum())
+            alone = model.network(input_ids=ids[row : row + 1, :length]).logits[0]
+            assert (together[row, :length] - alone).abs().max() < 1e-5
+
+
+def test_a_removed_prompt_leaves_no_trace(tiny_model):
+    model = tiny_model("opt")
+    ids, _ = inputs()
+    positions = model.max_positions
+    with torch.no_grad():
+        before = model.network(input_ids=ids).logits
+        prompted = Prompted(model, Prompted.bank_of(model, soft_prompts(model)))
+        assert model.max_positions == positions - 7
+        assert not torch.equal(model.network(input_ids=ids).logits, before)
+        prompted.remove()
+        assert torch.equal(model.network(input_ids=ids).logits, before)
+    assert model.max_positions == positions
+
+
+@pytest.mark.parametrize(("architecture", "why"), [("bert", "both directions"), ("t5", "both"), ("mistral", "windows")])
+def test_what_cannot_be_prompted_says_so(tiny_model, architecture, why):
+    model = tiny_model(architecture)
+    with pytest.raises(BadInput, match=why):
+        Prompted.bank_of(model, [torch.zeros(2, 16)])
+
+
+def test_bad_settings_say_so(tiny_model):
+    model = tiny_model("opt")
+    bank = Prompted.bank_of(model, soft_prompts(model))
+    with pytest.raises(BadInput, match="selection='both' does not exist; choose one of per_layer, once"):
+        Prompted(model, bank, "both")
+    with pytest.raises(BadInput, match="a prompt of 128 tokens leaves none of the 128 positions"):
+        Prompted.bank_of(model, soft_prompts(model, (128,)))
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 2), st.integers(1, 2), st.integers(1, 5), st.integers(1, 6), st.booleans(),
+    st.booleans(),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_the_fused_kernel_is_the_definition(rows, key_heads, group, queries, keys, biased, causal):
+    torch.manual_seed(rows + 7 * keys)
+    query = torch.randn(rows, key_heads * group, queries, 8)
+    if causal:
+        biased, keys = False, queries
+    key, value = torch.randn(2, rows, key_heads, keys, 8)
+    bias = torch.randn(rows, 1, 1, keys) if biased else None
+    ours = attend(query, key, value, scale=0.3, bias=bias, causal=causal)
+    plain = attend_plainly(query, key, value, scale=0.3, bias=bias, causal=causal)
+    for a, b in zip(ours, plain, strict=True):
+        assert (a - b).abs().max() < 1e-5
