@@ -56,10 +56,17 @@ def experiment_from(config: DictConfig, choices: Mapping[str, str]) -> Experimen
     )
 
 
-def tracker_from(config: DictConfig) -> Tracker:
-    """The tracker that the configuration names."""
-    settings = OmegaConf.to_container(config.tracker, resolve=True)
-    return _instantiate("tracker", cast(dict[str, Any], settings))
+def tracker_from(config: DictConfig, sweep: str | None = None) -> Tracker:
+    """The tracker that the configuration names.
+
+    Args:
+        config: the composed configuration.
+        sweep: the name of the sweep, by which a tracker groups its runs unless the user named a group.
+    """
+    settings = cast(dict[str, Any], OmegaConf.to_container(config.tracker, resolve=True))
+    if "group" in settings:
+        settings["group"] = settings["group"] or sweep
+    return _instantiate("tracker", settings)
 
 
 def first_line(error: BaseException) -> str:

@@ -118,6 +118,27 @@ def drop_figure(table: pl.DataFrame) -> Figure:
     return figure
 
 
+def task_figure(run: Run, suite: str) -> Figure | None:
+    """Accuracy of one run by task of one suite, in bars; None where the suite has no accuracy."""
+    from matplotlib.figure import Figure
+
+    prefix, suffix = f"{suite}.", ".accuracy"
+    tasks = {
+        name.removeprefix(prefix).removesuffix(suffix): value
+        for name, value in run.metrics.items()
+        if name.startswith(prefix) and name.endswith(suffix) and len(name) > len(prefix + suffix) - 1
+    }
+    if not tasks:
+        return None
+    figure = Figure(figsize=(6.4, 1.2 + 0.24 * len(tasks)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(list(tasks), [100 * value for value in tasks.values()])
+    axes.invert_yaxis()
+    axes.set(xlabel="accuracy (%)", title=suite, xlim=(0, 100))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def _rows(run: Run, baseline: Run) -> list[dict[str, Any]]:
     choices = run.config["choices"]
     dense = run.id == baseline.id

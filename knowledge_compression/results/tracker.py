@@ -1,4 +1,4 @@
-"""Where a run is shown while it goes on: Weights & Biases, or nowhere."""
+"""Where a run is shown while it goes on: what every tracker is, and the one that shows nothing."""
 
 from __future__ import annotations
 
@@ -37,12 +37,17 @@ class NoTracker:
     @contextmanager
     def track(self, run_id: str, settings: Mapping[str, Any]) -> Iterator[TrackedRun]:
         """A run that nobody watches."""
-        yield _Unseen()
+        yield Unseen()
 
 
-class _Unseen:
+class Unseen:
+    """A run that nobody watches."""
+
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        pass
+        """Nothing."""
 
     def finish_with(self, run: Run) -> None:
-        pass
+        """Nothing."""
+
+    def close(self, exit_code: int) -> None:
+        """Nothing."""
