@@ -66,10 +66,10 @@ def drop(dense: NDArray[np.bool_], compressed: NDArray[np.bool_]) -> Estimate:
 
     Returns:
         The drop with a paired bootstrap interval over items and McNemar's exact p-value; nan where the dense model
-        knows nothing.
+        knows nothing or there is one item.
     """
     n = len(dense)
-    if not dense.any():
+    if not dense.any() or n < 2:  # nothing to lose, or nothing to resample
         return Estimate(float("nan"), float("nan"), float("nan"), n)
 
     def relative(before: NDArray[np.float64], after: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
@@ -92,8 +92,8 @@ def mean_difference(per_item: NDArray[np.float64]) -> Estimate:
             the sparsities that both were run at.
     """
     mean, n = float(per_item.mean()), len(per_item)
-    if not per_item.any():
-        return Estimate(0.0, 0.0, 0.0, n, 1.0)
+    if not per_item.any() or n < 2:
+        return Estimate(mean, mean, mean, n, 1.0)
     low, high = _bootstrap((per_item,), lambda d, axis=-1: d.mean(axis=axis))
     test = stats.permutation_test(
         (per_item,),

@@ -115,7 +115,11 @@ def quantize_tensor(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     scale = (most - least) / 127
     scale = torch.where(scale == 0, 0.1, scale)
     zero_point = (-least / scale).round().clamp(0, 127)
-    return (rows * scale.reciprocal()).round_().add_(zero_point).clamp_(0, 127).to(torch.int8), scale, zero_point.to(torch.int32)
+    return (
+        (rows * scale.reciprocal()).round_().add_(zero_point).clamp_(0, 127).to(torch.int8),
+        scale,
+        zero_point.to(torch.int32),
+    )
 
 
 def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

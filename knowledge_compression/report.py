@@ -1,0 +1,48 @@
+"""The page over a store of runs: ``python -m knowledge_compression.report outputs/ -o report.html``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from knowledge_compression.errors import BadInput
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read every finished run and write one self-contained HTML file; bad input is one line and exit status 2."""
+    parser = argparse.ArgumentParser(prog="python -m knowledge_compression.report", description=__doc__)
+    parser.add_argument("outputs", type=Path, help="the outputs folder, with runs/ inside")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), help="the file to write (report.html)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        write_report(options.outputs, options.output)
+    except BadInput as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+
+
+def write_report(outputs: Path, output: Path) -> None:
+    """Write the page over the runs of ``outputs``.
+
+    Raises:
+        BadInput: there are no finished runs, or the file cannot be written.
+    """
+    from knowledge_compression.analysis.page import render, write
+    from knowledge_compression.results.store import RunStore
+
+    runs = list(RunStore(outputs))
+    if not runs:
+        raise BadInput(f"{outputs} holds no finished runs; give the folder that output.dir named (it has runs/ inside)")
+    html = render(runs)
+    try:
+        write(html, output)
+    except OSError as error:
+        raise BadInput(f"{output} cannot be written ({error.strerror})") from None
+    sys.stdout.write(f"{output}: {len(runs)} runs, {output.stat().st_size / 1e6:.1f} MB\n")
+
+
+if __name__ == "__main__":
+    main()
