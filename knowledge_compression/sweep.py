@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,13 @@ log = logging.getLogger(__name__)
 class PlannedSweeper(Sweeper):
     """The product of all choices: checked first, launched by whichever launcher was chosen, summed up at the end."""
 
-    def __init__(self) -> None:
-        """Hydra makes it without arguments and calls ``setup``."""
+    def __init__(self, params: Mapping[str, str] | None = None) -> None:
+        """Hydra makes it from its configuration and calls ``setup``.
+
+        Args:
+            params: what a preset sweeps over, as on the command line, which wins where both name a key.
+        """
+        self.params = dict(params or {})
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
         self.hydra_context: HydraContext | None = None
@@ -44,7 +49,8 @@ class PlannedSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Check, launch, show; ends the process with the status that tells how it went."""
         assert self.config is not None and self.launcher is not None
-        jobs = combinations(OverridesParser.create().parse_overrides(arguments))
+        swept = [f"{key}={values}" for key, values in self.params.items()]
+        jobs = combinations(OverridesParser.create().parse_overrides([*swept, *arguments]))
         refused = [outcome for overrides in jobs if (outcome := self._refusal(overrides))]
         for outcome in refused:
             sys.stderr.write(f"error: {outcome.label}: {outcome.message}\n")

@@ -102,12 +102,15 @@ class Target:
         name: what the user types.
         roles: the roles it takes under ``reading=module``.
         paper_roles: the roles it takes under ``reading=paper``; the same where not given.
+        final_when_quantized: whether quantization of this target takes in the final layer too, as published; pruning
+            leaves it out.
         reading: ``module`` (a linear belongs where its module lies) or ``paper`` (as Table 2 of paper 1 counts).
     """
 
     name: str
     roles: Sequence[str]
     paper_roles: Sequence[str] | None = None
+    final_when_quantized: bool = False
     reading: str = "module"
 
     def __post_init__(self) -> None:
