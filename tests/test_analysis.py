@@ -148,3 +148,37 @@ def test_runs_asked_differently_are_never_compared():
     comparisons = compare(runs)
     assert [len(group.runs) for group in comparisons] == [0]
     assert len(comparisons.skipped) == 2 and all("no dense run" in why for _, why in comparisons.skipped)
+
+
+def sized(run: Run, megabytes: float) -> Run:
+    run.report["compression"] = {**run.report["compression"], "stored_bytes": megabytes * 1e6}
+    return run
+
+
+def test_advice_names_the_smallest_setting_that_surely_keeps_enough():
+    from knowledge_compression.analysis.advice import front, kept, smallest
+
+    known = np.ones(1000, bool)
+    dense = sized(made_run(known, compression="none"), 100)
+    safe, small, wasteful = (np.arange(1000) >= n for n in (10, 200, 300))
+    runs = [dense, *(sized(made_run(c), mb) for c, mb in ((safe, 60), (small, 30), (wasteful, 70)))]
+    group = compare(runs).groups[0]
+    rows = kept(group)
+    assert [round(row.share, 2) for row in rows] == [1.0, 0.7, 0.99, 0.8]
+    assert [row.size_mb for row in front(rows)] == [100, 60, 30]
+    assert smallest(rows, 0.95).size_mb == 60
+    assert smallest(rows, 0.999).size_mb == 100
+
+
+def test_advise_prints_a_front_and_refuses_nonsense(tmp_path, capsys):
+    from knowledge_compression.advise import main
+
+    store = RunStore(tmp_path)
+    for run in (sized(made_run(bits("1" * 60), compression="none"), 10), sized(made_run(bits("1" * 50 + "0" * 10)), 5)):
+        store.write(run)
+    main([str(tmp_path), "--keep", "70%"])
+    assert "Keeps 70%" in capsys.readouterr().out
+    for nonsense in ("lots", "0", "120%"):
+        with pytest.raises(SystemExit) as end:
+            main([str(tmp_path), "--keep", nonsense])
+        assert end.value.code == 2 and "--keep" in capsys.readouterr().err

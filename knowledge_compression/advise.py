@@ -1,0 +1,84 @@
+"""What to use, and what to run next: ``python -m knowledge_compression.advise outputs/ --keep 95%``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from knowledge_compression.errors import BadInput
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print advice for each model and suite of a store; bad input is one line and exit status 2."""
+    parser = argparse.ArgumentParser(prog="python -m knowledge_compression.advise", description=__doc__)
+    parser.add_argument("outputs", type=Path, help="the outputs folder, with runs/ inside")
+    parser.add_argument("--keep", default="95%", help="share of the known facts to keep, e.g. 95%% or 0.95 (95%%)")
+    options = parser.parse_args(arguments)
+    try:
+        advise(options.outputs, _share(options.keep))
+    except BadInput as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+
+
+def advise(outputs: Path, keep: float) -> None:
+    """Print, for each model and suite, the front of size against knowledge and the smallest setting that keeps enough.
+
+    Args:
+        outputs: folder of the store.
+        keep: share of the facts the dense model knows, in (0, 1].
+
+    Raises:
+        BadInput: there is nothing to compare.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from knowledge_compression.analysis.advice import front, kept, run_next, smallest
+    from knowledge_compression.analysis.comparisons import compare
+    from knowledge_compression.analysis.findings import check
+    from knowledge_compression.analysis.page import label
+    from knowledge_compression.results.store import RunStore
+
+    comparisons = compare(list(RunStore(outputs)))
+    if not comparisons.groups:
+        raise BadInput(f"{outputs} holds no dense run to compare with; run one with compression=none")
+    console = Console()
+    for group in comparisons:
+        rows = kept(group)
+        table = Table(title=f"{group.asked.model}, {group.asked.suite}: the front", title_justify="left")
+        for column in ("setting", "MB stored", "facts kept", "at least (95 %)", "run"):
+            table.add_column(column)
+        for row in front(rows):
+            table.add_row(
+                label(row.run), f"{row.size_mb:.1f}", f"{row.share:.1%}", f"{row.at_least:.1%}", row.run.id[:8]
+            )
+        console.print(table)
+        best = smallest(rows, keep)
+        if best is None:
+            console.print(
+                f"{group.asked.model} answers no {group.asked.suite} item right, so there is nothing to keep."
+            )
+        else:
+            console.print(
+                f"Keeps {keep:.0%} with 95 % confidence, smallest first: {label(best.run)} ({best.size_mb:.1f} MB)\n"
+            )
+    for line in run_next(check(comparisons), comparisons):
+        console.print(f"undecided – {line}", highlight=False)
+    for run_id, why in comparisons.skipped:
+        console.print(f"left out – {run_id}: {why}", highlight=False)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0  # no share at all, refused below
+    if not 0 < share <= 1:
+        raise BadInput(f"--keep {text} is not a share; give e.g. --keep 95% or --keep 0.95")
+    return share
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What to use and what to run next: the smallest setting that keeps enough, the front of size against knowledge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from statsmodels.stats.proportion import proportion_confint
+
+from knowledge_compression.analysis.claims import Claim
+from knowledge_compression.analysis.comparisons import Comparisons, Group, is_dense
+from knowledge_compression.analysis.findings import UNDECIDED, Verdict
+from knowledge_compression.results.store import Run
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How much of what the dense model knew a run still knows.
+
+    Attributes:
+        run: the run.
+        share: of the facts that the dense model answers right, those that this run answers right.
+        at_least: lower bound of that share with 95 % confidence (one-sided, Wilson).
+        size_mb: stored size in 10^6 bytes.
+    """
+
+    run: Run
+    share: float
+    at_least: float
+    size_mb: float
+
+
+def kept(group: Group) -> list[Kept]:
+    """Every run of a group, the dense one first, smallest last.
+
+    Returns:
+        Empty where the dense model knows nothing.
+    """
+    dense = group.correct(group.dense)
+    known = int(dense.sum())
+    if not known:
+        return []
+    rows = []
+    for run in [group.dense, *group.runs]:
+        still = int((group.correct(run) & dense).sum())
+        lower = proportion_confint(still, known, alpha=2 * (1 - CONFIDENCE), method="wilson")[0]
+        rows.append(Kept(run, still / known, float(lower), run.report["compression"]["stored_bytes"] / 1e6))
+    return sorted(rows, key=lambda row: (not is_dense(row.run), -row.size_mb))
+
+
+def front(rows: Sequence[Kept]) -> list[Kept]:
+    """The Pareto front: settings that no other beats in both size and knowledge kept, largest first."""
+    best: list[Kept] = []
+    for row in sorted(rows, key=lambda row: (row.size_mb, -row.share)):
+        if not best or row.share > best[-1].share:
+            best.append(row)
+    return best[::-1]
+
+
+def smallest(rows: Sequence[Kept], keep: float) -> Kept | None:
+    """The smallest setting that keeps at least the share ``keep`` with 95 % confidence, if one does."""
+    enough = [row for row in rows if row.at_least >= keep or (is_dense(row.run) and keep <= 1)]
+    return min(enough, key=lambda row: row.size_mb, default=None)
+
+
+def run_next(verdicts: Sequence[Verdict], comparisons: Comparisons) -> list[str]:
+    """What would settle the undecided claims: the missing runs, or how many items the present ones would need."""
+    models = sorted({group.asked.model for group in comparisons})
+    advice = []
+    for verdict in verdicts:
+        if verdict.status != UNDECIDED:
+            continue
+        if not verdict.findings:
+            advice.append(f"{verdict.claim.name}: no runs bear on it; {_command(verdict.claim, models)}")
+        for finding in verdict.findings:
+            spread = (finding.effect.high - finding.effect.low) / 2
+            if finding.status == UNDECIDED and finding.effect.value and spread:
+                needed = math.ceil(finding.effect.n * (spread / finding.effect.value) ** 2)
+                advice.append(
+                    f"{verdict.claim.name}: {finding.model} on {finding.suite} shows {finding.effect}; "
+                    f"about {needed:,} items instead of {finding.effect.n:,} would decide an effect of that size"
+                )
+    return advice
+
+
+def _command(claim: Claim, models: Sequence[str]) -> str:
+    def values(key: str) -> str:
+        found = [side[key] for side in (claim.better, claim.worse) if side.get(key, "none") != "none"]
+        return f" {key}={','.join(dict.fromkeys(found))}" if found else ""
+
+    low, high = claim.sparsity or (0.0, 0.0)
+    grid = [step / 10 for step in range(1, 10) if low - 1e-9 <= step / 10 <= high + 1e-9]
+    sparsity = f" sparsity={','.join(f'{s:g}' for s in grid)}" if grid else ""
+    where = f" (for {' and '.join(claim.families)} models)"
+    model = f" model={','.join(models)}" if models else ""
+    return f"python run.py -m{model}" + values("compression") + values("target") + values("recovery") + sparsity + where
