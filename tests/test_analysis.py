@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import polars as pl
 import pytest
 from scipy import stats
+from stores import bits, made_run
 
 from knowledge_compression.analysis import ledger, statistics
 from knowledge_compression.analysis.claims import CLAIMS
 from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.analysis.findings import CONTRADICTED, SUPPORTED, UNDECIDED, check
-from knowledge_compression.evaluation.suite import item_table
 from knowledge_compression.results.store import Run, RunStore
-
-_COUNTER = itertools.count()
-
-
-def made_run(
-    correct, *, compression="magnitude", target="att", sparsity=0.2, recovery="none", family="decoder", **rest
-):
-    """A run whose items were right or wrong as told."""
-    rows = [
-        {"suite": "atlas", "task": f"r{i % 3}", "id": str(i), "prompt": f"q{i}", "gold": "a"}
-        | {"prediction": "a" if right else "b", "correct": bool(right), "rank": 1 if right else 5, "log_prob": -1.0}
-        for i, right in enumerate(correct)
-    ]
-    choices = {"model": "m", "target": target, "compression": compression, "recovery": recovery, "corpus": "self"}
-    pruned = {"sparsity": sparsity} if compression not in ("none", "int8_dynamic") else {}
-    return Run(
-        id=rest.get("id", f"run{next(_COUNTER):04d}"),
-        config={"choices": choices, "eval": {"atlas": rest.get("settings", {})}, "seed": 0, "sparsity": sparsity}
-        | {"reading": "module", "compression": pruned},
-        metrics={"atlas.accuracy": float(np.mean(correct))},
-        report={"model": {"name": "m", "family": family}, "eval": {"atlas": {"digest": rest.get("digest", "d")}}}
-        | {"compression": pruned},
-        environment={"dtype": "float32"},
-        _items=item_table(rows),
-    )
-
-
-def bits(text: str) -> np.ndarray:
-    return np.array([c == "1" for c in text])
 
 
 def test_fates_of_facts_by_hand():

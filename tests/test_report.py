@@ -6,11 +6,11 @@ import shutil
 
 import numpy as np
 import pytest
+from stores import made_run
 
 from knowledge_compression.analysis.page import render
 from knowledge_compression.report import main
 from knowledge_compression.results.store import RunStore
-from tests.test_analysis import made_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
