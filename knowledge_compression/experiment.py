@@ -29,7 +29,7 @@ from knowledge_compression.results.tracker import Tracker
 log = logging.getLogger(__name__)
 
 # Settings that say where something lies; what lies there decides the result and is fingerprinted instead.
-_PLACES = ("path", "data_dir")
+_PLACES = ("path", "data_dir", "adapter")
 SAVED = "model"  # folder of the compressed model inside a run's folder
 
 

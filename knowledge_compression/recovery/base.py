@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Protocol
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.models import Model
 from knowledge_compression.training import LogCallback
+
+if TYPE_CHECKING:
+    from knowledge_compression.recovery.adapters import Adapter
 
 
 @dataclass
@@ -30,6 +35,22 @@ class RecoveryReport:
     loss_after: float | None = None
     seconds: float = 0.0
     details: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, strategy: str, adapters: Sequence[Adapter], settings: Mapping[str, Any]) -> RecoveryReport:
+        """The report of a strategy that trained these adapters, or found them."""
+        reports = [adapter.report for adapter in adapters]
+        found = [adapter.file.parent.name for adapter in adapters if adapter.found]
+        resumed = [report.resumed_at for report in reports if report.resumed_at is not None]
+        return cls(
+            strategy,
+            trainable_parameters=sum(report.parameters for report in reports),
+            tokens=sum(report.tokens for report in reports),
+            loss_before=fmean(report.loss_before for report in reports),
+            loss_after=fmean(report.loss_after for report in reports),
+            seconds=sum(report.seconds for report in reports),
+            details=dict(settings) | {"adapters_of_earlier_runs": found, "resumed_at": resumed},
+        )
 
     def to_json(self) -> dict[str, Any]:
         """All fields, JSON-ready."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -296,6 +296,17 @@ def check_positions(model: Model, prompt: int) -> None:
 def has_rotary_positions(model: Model) -> bool:
     """Whether only distances between positions count (LLaMA, GPT-NeoX), not places in a table (OPT, GPT-2)."""
     return getattr(model.network.config, "rope_parameters", None) is not None
+
+
+def embedding_width(model: Model) -> int:
+    """Width of the vectors that a network reads."""
+    return int(cast(Tensor, model.network.get_input_embeddings().weight).shape[1])
+
+
+def key_shape(model: Model) -> tuple[int, int]:
+    """Key heads of a decoder's layers and their width."""
+    heads, _, each = _keys_values(model, torch.zeros(1, embedding_width(model)), None)[0][0].shape
+    return heads, each
 
 
 @torch.no_grad()

@@ -1,0 +1,220 @@
+"""Training what a recovery adds to a model, once: adapters are kept by what made them and belong to one base model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import LongTensor, Tensor, nn
+
+from knowledge_compression.cache import cache_folder, cached_folder
+from knowledge_compression.corpora.corpus import Corpus, digest
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model
+from knowledge_compression.objectives import objective_for
+from knowledge_compression.training import LogCallback, TrainingReport, TrainingSettings, train
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of an adapter; raised when an old one would mean something else
+_CHUNK = 1 << 26  # bytes hashed at a time
+
+
+class FrozenBase:
+    """The weights of a network before anything is added to it: they get no gradient, and can be checked later.
+
+    Args:
+        network: its parameters stop requiring gradients.
+
+    Attributes:
+        digest: SHA-256 over the names, shapes and bytes of all parameters and buffers.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._tensors = dict(chain(network.named_parameters(), network.named_buffers()))
+        network.requires_grad_(False)
+        self.digest = self._digest()
+
+    def check(self, network: nn.Module) -> None:
+        """Make sure that every weight is still in ``network``, bit for bit: zeros stay zero, integers stay integers.
+
+        Raises:
+            RuntimeError: a weight was exchanged or changed, which no recovery may do.
+        """
+        there = {id(tensor) for tensor in chain(network.parameters(), network.buffers())}
+        if gone := [name for name, tensor in self._tensors.items() if id(tensor) not in there]:
+            raise RuntimeError(f"recovery took {gone[0]} and {len(gone) - 1} more weights out of the compressed model")
+        if self._digest() != self.digest:
+            raise RuntimeError("recovery changed weights of the compressed model, which have to stay as they are")
+
+    def _digest(self) -> str:
+        sha = hashlib.sha256()
+        for name, tensor in self._tensors.items():
+            sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+            for part in tensor.detach().reshape(-1).view(torch.uint8).split(_CHUNK):
+                sha.update(part.cpu().numpy())
+        return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Trained parameters, beside the model that they belong to.
+
+    Attributes:
+        tensors: by name.
+        report: of the training that made them.
+        file: where they lie.
+        found: whether an earlier run had made them.
+    """
+
+    tensors: dict[str, Tensor]
+    report: TrainingReport
+    file: Path
+    found: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How the adapters of a run are trained.
+
+    Attributes:
+        training: budget and optimizer.
+        epochs: most passes over the corpus that the budget may take.
+        report_to: is told the loss as it goes.
+    """
+
+    training: TrainingSettings
+    epochs: int = 16
+    report_to: LogCallback | None = field(default=None, compare=False)
+
+    def adapter(
+        self,
+        model: Model,
+        base: FrozenBase,
+        corpus: Corpus,
+        kind: Mapping[str, Any],
+        *,
+        trainable: Callable[[], nn.Module],
+        reserved: int = 0,
+    ) -> Adapter:
+        """Train the parameters that ``trainable`` adds, or take those that an earlier run trained in the same way.
+
+        Args:
+            model: what they are added to.
+            base: its weights.
+            corpus: the text.
+            kind: what is trained, JSON-ready, e.g. ``{"adapter": "lora", "rank": 2}``; with the base, the text and the
+                settings it decides which adapter this is.
+            trainable: gives the network to train; just the new parameters require gradients. Drawn from the seed.
+            reserved: positions that a prompt takes from every window.
+
+        Raises:
+            BadInput: too little text, too long windows, layers without gradients, or a loss that is no number.
+        """
+        check_gradients(model)
+        windows = self._windows(model, corpus, reserved)
+        deciding = {"format": FORMAT, "base": base.digest, "text": digest(windows), "training": asdict(self.training)}
+        identity = json.dumps(deciding | dict(kind), sort_keys=True)
+        key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        label = " ".join(str(value) for value in kind.values())
+        found = True
+
+        def make(folder: Path) -> None:
+            nonlocal found
+            found = False
+            with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+                torch.manual_seed(self.training.seed)
+                network = trainable()
+            checkpoint = cache_folder() / "adapters" / f".{key}.checkpoint"
+            report = train(
+                network,
+                windows,
+                objective_for(model),
+                self.training,
+                checkpoint=checkpoint,
+                report_to=self.report_to,
+                label=label,
+            )
+            tensors = {n: p.detach().cpu().contiguous() for n, p in network.named_parameters() if p.requires_grad}
+            about = {"base": base.digest, "kind": json.dumps(dict(kind)), "report": json.dumps(asdict(report))}
+            save_file(tensors, folder / "adapter.safetensors", about)
+            checkpoint.unlink(missing_ok=True)
+
+        file = cached_folder(f"adapters/{key}", make) / "adapter.safetensors"
+        if found:
+            log.info("%s: an earlier run trained it (%s)", label, file)
+        return read_adapter(file, base, kind, found=found)
+
+    def _windows(self, model: Model, corpus: Corpus, reserved: int) -> LongTensor:
+        length, limit = corpus.length, model.max_positions
+        if limit is not None and reserved + length > limit:
+            beside = f" beside a prompt of {reserved}" if reserved else ""
+            raise BadInput(
+                f"windows of corpus.length={length} tokens{beside} do not fit the {limit} positions of {model.name}; "
+                f"choose corpus.length={max(limit - reserved, 0)} or less"
+            )
+        tokens = corpus.token_stream(model)
+        windows = tokens[: len(tokens) // length * length].view(-1, length)
+        settings = self.training
+        budget = settings.steps_over(length) * settings.batch_size * settings.accumulate * length
+        if windows.numel() * self.epochs < budget:
+            raise BadInput(
+                f"corpus={corpus.name} has {windows.numel():,} tokens in windows of {length}, too few for a budget of "
+                f"{budget:,} in at most {self.epochs} passes; give more text, a smaller recovery.training.tokens or at "
+                f"least recovery.epochs={math.ceil(budget / max(windows.numel(), 1))}"
+            )
+        return windows  # type: ignore[return-value]
+
+
+def read_adapter(file: Path, base: FrozenBase, kind: Mapping[str, Any], *, found: bool = True) -> Adapter:
+    """Read an adapter that was trained for this base.
+
+    Args:
+        file: written by :meth:`Tuning.adapter`.
+        base: the model it is to be added to.
+        kind: what it has to be.
+        found: whether an earlier run made it.
+
+    Raises:
+        BadInput: it cannot be read, is of another kind, or was trained for another base model.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            about = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"the adapter {file} cannot be read ({str(error).splitlines()[0]})") from None
+    if not {"base", "kind", "report"} <= about.keys():
+        raise BadInput(f"{file} is not an adapter of this project; give an adapter.safetensors that a run has written")
+    if about["base"] != base.digest:
+        raise BadInput(
+            f"the adapter {file} was trained for another base model (weights {about['base'][:12]}, here "
+            f"{base.digest[:12]}); leave recovery.adapter out to train one for this model"
+        )
+    if json.loads(about["kind"]) != dict(kind):
+        raise BadInput(f"the adapter {file} is {about['kind']}, not the {json.dumps(dict(kind))} that was asked for")
+    return Adapter(tensors, TrainingReport(**json.loads(about["report"])), file, found)
+
+
+def check_gradients(model: Model) -> None:
+    """Refuse networks whose compressed layers cannot pass gradients back."""
+    without = [
+        path
+        for path, module in model.network.named_modules()
+        if getattr(module, "replaces_linear", False) and not getattr(module, "differentiable", False)
+    ]
+    if without:
+        raise BadInput(
+            f"{len(without)} layers of {model.name} compute in integers and pass no gradient back ({without[0]}, ...); "
+            "compress with compression=rtn compression.bits=8 instead, which rounds the same weights and has gradients"
+        )

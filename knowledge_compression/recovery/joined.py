@@ -1,0 +1,82 @@
+"""A soft prompt read together with the input, for stacks that read in both directions (encoders, T5's encoder).
+
+Every prompt token sees the input there, so nothing can be cached. A masked language model's head meets the positions of
+the input and no others; the decoder of an encoder-decoder attends to the prompt's outputs too (Lester et al., 2021).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from knowledge_compression.models import Model
+from knowledge_compression.models.families import ENCODER
+from knowledge_compression.recovery.prompted import check_positions
+
+NAME = "soft_prompt"  # of the parameter that the network gets
+
+
+def join_prompt(model: Model, prompt: Tensor) -> nn.Module:
+    """Put a soft prompt before everything that the model's encoder reads.
+
+    Args:
+        model: an encoder or encoder-decoder; its network gets the parameter ``soft_prompt``.
+        prompt: embeddings ``[tokens, width]``.
+
+    Returns:
+        The network.
+    """
+    check_positions(model, len(prompt))
+    network = model.network
+    network.register_parameter(NAME, nn.Parameter(prompt.to(model.device)))
+    stack = network.base_model if model.family == ENCODER else network.get_encoder()
+    stack.register_forward_pre_hook(_Before(network), with_kwargs=True)
+    if model.family == ENCODER:
+        stack.register_forward_hook(_cut(len(prompt)))
+    else:
+        network.get_decoder().register_forward_pre_hook(_uncover(len(prompt)), with_kwargs=True)
+    model.reserved_positions += len(prompt)
+    return network
+
+
+class _Before:
+    """Turns ids into embeddings behind the prompt, and widens the masks over it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        kwargs = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+        embeddings = kwargs.pop("inputs_embeds", None)
+        ids = kwargs.pop("input_ids", None)
+        if embeddings is None:
+            embeddings = self.network.get_input_embeddings()(ids)  # type: ignore[operator]
+        prompt: Tensor = getattr(self.network, NAME)
+        joined = prompt.to(embeddings.dtype).expand(len(embeddings), -1, -1)
+        kwargs["inputs_embeds"] = torch.cat([joined, embeddings], 1)
+        for name, filling in (("attention_mask", 1), ("token_type_ids", 0)):
+            if (given := kwargs.get(name)) is not None:
+                kwargs[name] = nn.functional.pad(given, (len(prompt), 0), value=filling)
+        return (), kwargs
+
+
+def _cut(tokens: int) -> Any:
+    def after(_: nn.Module, __: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state[:, tokens:]
+        return output
+
+    return after
+
+
+def _uncover(tokens: int) -> Any:
+    """Lets a decoder see the prompt's outputs, which the mask of the input does not know of."""
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+        if states is not None and mask is not None and states.shape[1] == mask.shape[-1] + tokens:
+            kwargs = kwargs | {"encoder_attention_mask": nn.functional.pad(mask, (tokens, 0), value=1)}
+        return args, kwargs
+
+    return before
