@@ -1,0 +1,95 @@
+"""HQQ: zero points fitted to the weights alone by half-quadratic splitting (Badri & Shaji 2023).
+
+A file of our own: the published library swaps in layers without a floating ``.weight`` and wants a GPU for its kernels.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import LongTensor, Tensor
+
+from knowledge_compression.compression.base import reporting
+from knowledge_compression.compression.quantizer import SCALE_BITS, Grid
+from knowledge_compression.compression.report import CompressionReport, LayerReport
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model, Targets
+
+
+@dataclass(frozen=True)
+class Hqq:
+    """Round to a grid whose zero points, any real numbers, make the few large errors count less; needs no text.
+
+    Minimises ``sum |W - s (q - z)|^p`` with p < 1 over z: the errors are shrunk by the p-norm's proximal operator
+    (eq. 5), then z is the mean of what is left (eq. 8), with a penalty that grows by ``kappa`` each time.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: input columns that share a scale and a zero point; None takes the whole row.
+        p, beta, kappa, iterations: the solver's norm, first penalty, its growth, and the most steps.
+    """
+
+    bits: int = 4
+    group_size: int | None = 64
+    p: float = 0.7
+    beta: float = 10.0
+    kappa: float = 1.01
+    iterations: int = 20
+    calibrated: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse norms that have no such proximal operator."""
+        if not 0.0 < self.p <= 1.0:
+            raise BadInput(f"compression.p={self.p} is not a norm that HQQ solves for; it must lie in (0, 1], e.g. 0.7")
+
+    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
+        """Quantize the targets in place."""
+        grid = Grid(self.bits, self.group_size)
+        grid.check(targets)
+        with reporting("hqq", model, targets) as report:
+            for layer in targets:
+                start = time.perf_counter()
+                weight = layer.weight
+                groups = weight.float().unflatten(1, (-1, grid.width(weight.shape[1])))
+                weight.copy_(self.rounded(groups, grid).flatten(1))
+                report.layers.append(
+                    LayerReport(
+                        layer.path,
+                        layer.role,
+                        layer.parameters,
+                        bits=float(self.bits),
+                        overhead_bits=2 * SCALE_BITS * groups[..., 0].numel(),
+                        seconds=time.perf_counter() - start,
+                    )
+                )
+        return report
+
+    def rounded(self, weight: Tensor, grid: Grid) -> Tensor:
+        """The weight on its fitted grid; scale and zero point are one for each run of the last dimension.
+
+        The solver stops where a step no longer makes the error, summed over the whole weight, smaller.
+        """
+        low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
+        span = high - low
+        scales = torch.where(span > 0, span / grid.top, 1.0).half().float().clamp(min=2.0**-24)
+        zeros = (-low / scales).half().float()
+        best, least, beta = weight, torch.inf, self.beta
+        for _ in range(self.iterations + 1):
+            codes = torch.clamp(torch.round(weight / scales + zeros), 0, grid.top)
+            read = scales * (codes - zeros)
+            error = float((weight - read).abs().mean())
+            if error >= least:
+                break
+            best, least = read, error
+            large = self._shrunk(weight - read, beta)
+            zeros = (codes - (weight - large) / scales).mean(-1, keepdim=True).half().float()
+            beta *= self.kappa
+        return best
+
+    def _shrunk(self, error: Tensor, beta: float) -> Tensor:
+        """The generalised soft threshold: what of each error is large enough to be left to the p-norm."""
+        magnitude = error.abs()
+        return error.sign() * torch.relu(magnitude - magnitude.clamp(min=1e-12).pow(self.p - 1) / beta)

@@ -1,0 +1,102 @@
+"""NF4, the 4-bit grid of QLoRA whose levels are quantiles of the normal distribution (Dettmers et al. 2023, section 3).
+
+A file of our own: the one library that has it keeps packed bytes under ``.weight``, so its layers are no ``nn.Linear``
+for whoever reads that attribute (T5 does), nor can they be saved as plain floats.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import LongTensor, Tensor
+
+from knowledge_compression.compression.base import reporting
+from knowledge_compression.compression.report import CompressionReport, LayerReport
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model, Targets
+
+_SCALE_BITS, _DOUBLE_BLOCK = 32, 256
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """Round weights, block by block, to sixteen levels times the block's largest magnitude; needs no text.
+
+    Attributes:
+        block_size: neighbouring weights that share a scale; blocks run on over the ends of rows, as published.
+        double_quant: store the scales, less their mean, in 8 bits with one float a 256 of them (section 3, "Double
+            Quantization"; evenly spaced integers here where the published code has a dynamic 8-bit type).
+    """
+
+    block_size: int = 64
+    double_quant: bool = False
+    calibrated: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse empty blocks."""
+        if self.block_size < 1:
+            raise BadInput(f"compression.block_size={self.block_size} is not a number of weights; choose e.g. 64")
+
+    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
+        """Round the targets in place."""
+        with reporting("nf4", model, targets) as report:
+            for layer in targets:
+                start = time.perf_counter()
+                weight = layer.weight
+                weight.copy_(self.rounded(weight))
+                blocks = -(-weight.numel() // self.block_size)
+                report.layers.append(
+                    LayerReport(
+                        layer.path,
+                        layer.role,
+                        layer.parameters,
+                        bits=4.0,
+                        overhead_bits=self._scale_bits(blocks),
+                        seconds=time.perf_counter() - start,
+                    )
+                )
+        return report
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The nearest values that NF4 can store, in the weight's shape, computed in float32."""
+        count = weight.numel()
+        blocks = torch.nn.functional.pad(weight.float().flatten(), (0, -count % self.block_size))
+        blocks = blocks.view(-1, self.block_size)
+        scales = blocks.abs().amax(1, keepdim=True)
+        shares = blocks / torch.where(scales > 0, scales, 1.0)
+        grid = levels().to(weight.device)
+        codes = torch.bucketize(shares, (grid[1:] + grid[:-1]) / 2)
+        if self.double_quant:
+            scales = _in_eight_bits(scales)
+        return (grid[codes] * scales).flatten()[:count].view(weight.shape)
+
+    def _scale_bits(self, blocks: int) -> int:
+        if not self.double_quant:
+            return blocks * _SCALE_BITS
+        return blocks * 8 + -(-blocks // _DOUBLE_BLOCK) * _SCALE_BITS + _SCALE_BITS
+
+
+@cache
+def levels() -> Tensor:
+    """The sixteen levels, float32, rising from -1 to 1 with an exact zero (appendix E).
+
+    Eight quantiles of the standard normal on the negative side and nine on the positive one, both with the zero and
+    evenly spaced in probability from 1/2 to the mean of 1 - 1/32 and 1 - 1/30, over the largest of them.
+    """
+    outermost = (1 - 1 / 32 + 1 - 1 / 30) / 2
+    up = torch.special.ndtri(torch.linspace(0.5, outermost, 9, dtype=torch.float64))
+    down = -torch.special.ndtri(torch.linspace(0.5, outermost, 8, dtype=torch.float64))
+    return (torch.cat([down.flip(0)[:-1], up]) / up[-1]).float()
+
+
+def _in_eight_bits(scales: Tensor) -> Tensor:
+    """Scales ``[blocks, 1]`` less their mean, rounded to 255 even steps in runs of 256, never below zero."""
+    mean = scales.mean()
+    runs = torch.nn.functional.pad((scales - mean).flatten(), (0, -len(scales) % _DOUBLE_BLOCK)).view(-1, _DOUBLE_BLOCK)
+    step = runs.abs().amax(1, keepdim=True) / 127
+    rounded = torch.round(runs / torch.where(step > 0, step, 1.0)) * step
+    return (rounded.flatten()[: len(scales), None] + mean).clamp(min=0)

@@ -1,0 +1,130 @@
+"""SmoothQuant: int8 weights and activations, outlying channels moved into the weights (Xiao et al. 2023)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import LongTensor, Tensor
+
+from knowledge_compression.compression.base import reporting
+from knowledge_compression.compression.blocks import LayerInputs, compress_blocks
+from knowledge_compression.compression.quantized_linear import Int8Linear
+from knowledge_compression.compression.report import CompressionReport, LayerReport
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model, TargetLayer, Targets
+
+
+class LargestInputs:
+    """The largest magnitude of each input channel."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.largest = torch.zeros(in_features, device=device)
+
+    def update(self, inputs: LayerInputs) -> None:
+        """Take in a batch."""
+        self.largest = torch.maximum(self.largest, inputs.values.float().abs().amax(0))
+
+
+class SmoothedInt8Linear(Int8Linear):
+    """An int8 layer whose inputs are divided, and whose weights multiplied, channel by channel.
+
+    Args:
+        weight, bias: as :class:`Int8Linear` takes them, before they are multiplied.
+        divisor: float32 ``[in_features]``, positive.
+
+    Attributes:
+        input_factor: buffer, one over the divisor.
+    """
+
+    input_factor: Tensor
+
+    def __init__(self, weight: Tensor, bias: Any, divisor: Tensor) -> None:
+        super().__init__(weight.float() * divisor, bias, "per_channel")
+        self.dtype = weight.dtype
+        self.register_buffer("input_factor", divisor.reciprocal())
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights that the integers stand for, for inputs as they come, ``[out_features, in_features]``."""
+        return (self.weight_int8 * self.weight_scale[:, None] * self.input_factor).to(self.dtype)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, in the input's floating type."""
+        return super().forward(inputs.float() * self.input_factor).to(inputs.dtype)
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """Put int8 layers in the place of the targets that divide their inputs, channel by channel, before they round them.
+
+    Linears that read the same inputs share one divisor, ``max|X_j|^alpha / max|W_j|^(1 - alpha)`` (eq. 4), so that it
+    could be folded into the norm before them; here each layer divides by it, which is the same product. Activations are
+    rounded token by token as they come (the paper's O1), weights row by row.
+
+    Attributes:
+        alpha: how much of the outliers moves into the weights, in [0, 1].
+        forward_dtype, device: see :func:`~knowledge_compression.compression.blocks.compress_blocks`.
+    """
+
+    alpha: float = 0.5
+    forward_dtype: str = "auto"
+    device: str | None = None
+    calibrated: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse shares outside [0, 1]."""
+        if not 0.0 <= self.alpha <= 1.0:
+            raise BadInput(f"compression.alpha={self.alpha} is not a share; it must lie in [0, 1], e.g. 0.5")
+
+    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
+        """Replace the targets in the network."""
+        with reporting("smoothquant", model, targets) as report:
+            report.layers = compress_blocks(
+                model, targets, calibration, self, forward_dtype=self.forward_dtype, device=self.device
+            )
+        return report
+
+    def observe(self, in_features: int, device: torch.device) -> LargestInputs:
+        """The channel maxima that all linears with one input share."""
+        return LargestInputs(in_features, device)
+
+    def shrink(self, layers: Sequence[TargetLayer], statistics: LargestInputs) -> list[LayerReport]:
+        """Replace linears that read the same inputs."""
+        start = time.perf_counter()
+        divisor, dead = self.divisor([layer.weight for layer in layers], statistics.largest)
+        reports = []
+        for layer in layers:
+            smoothed = SmoothedInt8Linear(layer.weight, layer.module.bias, divisor.to(layer.weight.device))
+            reports.append(
+                LayerReport(
+                    layer.path,
+                    layer.role,
+                    layer.parameters,
+                    bits=8.0,
+                    overhead_bits=32 * (len(smoothed.weight_scale) + len(divisor)),
+                    fallbacks=["dead_input"] * dead,
+                )
+            )
+            layer.replace(smoothed)
+        for report in reports:
+            report.seconds = (time.perf_counter() - start) / len(reports)
+        return reports
+
+    def divisor(self, weights: Sequence[Tensor], largest: Tensor) -> tuple[Tensor, bool]:
+        """What the inputs are divided by.
+
+        Args:
+            weights: of the linears that read these inputs, each ``[out_features, in_features]``.
+            largest: the largest magnitude of each input channel, ``[in_features]``.
+
+        Returns:
+            The divisors, float32 ``[in_features]``, and whether a channel, being dead, was left as it is.
+        """
+        heaviest = torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0)
+        alive = (largest > 0) & (heaviest > 0)
+        divisor = largest.pow(self.alpha) / heaviest.pow(1 - self.alpha)
+        return torch.where(alive, divisor.clamp(min=1e-5), 1.0), not bool(alive.all())
