@@ -1,0 +1,29 @@
+"""The doctor names what is missing and what to do about it."""
+
+from __future__ import annotations
+
+import pytest
+
+from knowledge_compression import doctor
+
+
+def test_every_missing_thing_comes_with_a_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    checks = {check.name: check for check in doctor.examine(tmp_path / "outputs", tmp_path)}
+    assert checks["model hub"].state == checks["Weights & Biases"].state == doctor.MISSING
+    assert all(
+        check.remedy for check in checks.values() if check.state == doctor.MISSING and check.name != "local data"
+    )
+    assert checks["device cpu"].state == doctor.FINE and "GFLOP/s" in checks["device cpu"].found
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_the_status_tells_whether_a_run_could_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit) as end:
+        doctor.main(["--outputs", str(tmp_path)])
+    assert end.value.code == 0 and "smollm2" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        doctor.main(["--outputs", str(tmp_path), "--data-dir", str(tmp_path / "nowhere")])
+    assert end.value.code == 1 and "nowhere" in capsys.readouterr().out
