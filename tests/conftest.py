@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -121,6 +121,13 @@ def tiny_model(_tiny_networks: dict[str, Any], tiny_tokenizer: PreTrainedTokeniz
 def any_tiny_model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Model]) -> Model:
     """A tiny model of every architecture in turn."""
     return tiny_model(request.param)
+
+
+def lower_cased(model: Model) -> Model:
+    """The model with a tokenizer that reads capital letters as small ones."""
+    model.tokenizer = deepcopy(model.tokenizer)
+    model.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return model
 
 
 def model_inputs(model: Model, batch: int = 2, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -2,17 +2,75 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.cloze import MASK, Candidates, Cloze, candidate_scores, reader_of
+from knowledge_compression.evaluation.probe import Probe, answers_by_task, evenly_spaced
 from knowledge_compression.evaluation.scoring import Blank, Scorer
 
 ENCODERS = ["albert", "bert", "distilbert", "electra", "roberta"]
-SENTENCES = [
-    "paris is the capital of [MASK] .",
-    "the [MASK] is a wolf and a dog and cat .",
-    "[MASK] wrote the book .",
+FAMILIES = ["bert", "roberta", "t5", "bart", "llama", "opt", "gpt2"]
+SENTENCES = ["paris is the capital of [MASK] .", "the [MASK] is a wolf and a dog and cat .", "[MASK] wrote the book ."]
+WORDS = ["france", "italy", "spain", "japan", "china", "new york", "the red moon"]  # the last two are several tokens
+
+
+def cloze(sentence: str, gold: str, task: str = "capital", wording: str = "0") -> Cloze:
+    return Cloze(task, f"{task}/{sentence}", sentence, "", gold, sentence, wording)
+
+
+CLOZES = [
+    cloze("paris is the capital of [MASK] .", "france"),
+    cloze("rome is the capital of [MASK] .", "italy"),
+    cloze("madrid is a city in the country [MASK] .", "spain"),
+    cloze("the animal is a [MASK] .", "the red moon"),
 ]
+MIDDLE = [cloze("the capital [MASK] is the moon of water .", "japan"), cloze("a dog in [MASK] was red .", "china")]
+
+
+@torch.no_grad()
+def plain_log_prob(model, sentence: str, answer: str) -> float:
+    """Log-probability of an answer in the blank, one forward pass a token, nothing shared."""
+    tokenizer, network = model.tokenizer, model.network
+    tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if model.family == "encoder":
+        ids = tokenizer(sentence.replace(MASK, " ".join([MASK] * len(tokens))))["input_ids"]
+        first = ids.index(tokenizer.mask_token_id)
+        rows = network(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return sum(float(rows[first + n, token]) for n, token in enumerate(tokens))
+    total = 0.0
+    if model.family == "decoder":
+        before, after = sentence.split(MASK)
+        said = tokenizer(before)["input_ids"][:-1]  # without [SEP]
+        if any(character.isalpha() for character in after):
+            tokens = tokenizer(answer + after, add_special_tokens=False)["input_ids"]
+        for token in tokens:
+            total += float(network(torch.tensor([said])).logits[0, -1].log_softmax(-1)[token])
+            said = [*said, token]
+        return total
+    if network.config.model_type == "bart":
+        ids = tokenizer(sentence)["input_ids"]
+        said = [network.config.decoder_start_token_id, *ids[: ids.index(tokenizer.mask_token_id)]]
+    else:
+        ids = tokenizer(sentence.replace(MASK, "<extra_id_0>"))["input_ids"]
+        said = [network.config.decoder_start_token_id, tokenizer.convert_tokens_to_ids("<extra_id_0>")]
+    for token in tokens:
+        logits = network(torch.tensor([ids]), decoder_input_ids=torch.tensor([said])).logits
+        total += float(logits[0, -1].log_softmax(-1)[token])
+        said = [*said, token]
+    return total
+
+
+def scores_of(model, clozes, answers):
+    reader = reader_of(model)
+    candidates = Candidates(reader, {c.task: answers for c in clozes})
+    return candidate_scores(reader, clozes, reader.blanks(clozes), candidates)
 
 
 @pytest.mark.parametrize("architecture", ENCODERS)
@@ -34,3 +92,152 @@ def test_the_head_sees_only_masked_positions_and_says_the_same(architecture, tin
         with torch.no_grad():
             logits = model.network(torch.tensor([blank.ids])).logits[0, blank.position]
         torch.testing.assert_close(scored[i], logits.log_softmax(-1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_candidates_of_one_and_more_tokens_score_as_a_plain_reading(architecture, tiny_model):
+    model = tiny_model(architecture)
+    answers = ["france", "italy", "red moon", "the capital of china"]
+    clozes = [*CLOZES[:3], *MIDDLE]
+    for one, scores in zip(clozes, scores_of(model, clozes, answers), strict=True):
+        expected = [plain_log_prob(model, one.sentence, answer) for answer in answers]
+        torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    subjects=st.lists(st.sampled_from(["paris", "berlin", "rome", "dog", "wolf", "moon"]), min_size=1, max_size=6),
+    words=st.lists(st.sampled_from(["is", "in", "the", "capital", "of", "city"]), min_size=1, max_size=8),
+)
+def test_the_answer_does_not_depend_on_the_company(architecture, tiny_model, subjects, words):
+    model = tiny_model(architecture)
+    answers = ["france", "italy", "red moon"]
+    clozes = [cloze(f"{subject} {' '.join(words[: n + 1])} [MASK] .", "france") for n, subject in enumerate(subjects)]
+    together = scores_of(model, clozes, answers)
+    for one, scores in zip(clozes, together, strict=True):
+        torch.testing.assert_close(scores, scores_of(model, [one], answers)[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "t5", "llama"])
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_ranking_in_the_vocabulary_against_a_plain_sort(architecture, calibrate, tiny_model):
+    model = tiny_model(architecture)
+    clozes = CLOZES[:3]
+    evaluation = Probe("full", calibrate, top_k=(1, 5)).ask("test", model, clozes, {})
+    size = model.network.config.vocab_size
+    words = [model.tokenizer.decode([token]) for token in range(size)]
+    tokens = [
+        token
+        for token in range(size)
+        if model.tokenizer(words[token], add_special_tokens=False)["input_ids"] == [token]
+    ]
+    plain = torch.tensor([[plain_log_prob(model, c.sentence, words[token]) for token in tokens] for c in clozes])
+    ranked = plain - plain.mean(0) if calibrate else plain
+    for row, one, raw, scores in zip(evaluation.items.to_dicts(), clozes, plain, ranked, strict=True):
+        gold = [words[token] for token in tokens].index(one.gold)
+        assert row["log_prob"] == pytest.approx(float(raw[gold]), abs=1e-4)
+        assert row["choices"] == size
+        # The plain reading knows only tokens that are words, so it can only rank gold higher.
+        better = int((scores > scores[gold]).sum())
+        assert 1 + better <= row["rank"] <= 1 + better + size - len(tokens)
+        assert row["correct"] == (row["rank"] == 1) == (row["margin"] > 0)
+        assert (row["prediction"] == one.gold) == row["correct"]
+    ranks = evaluation.items["rank"].to_list()
+    assert evaluation.metrics["mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / len(ranks))
+    assert evaluation.metrics["top5"] == pytest.approx(sum(rank <= 5 for rank in ranks) / len(ranks))
+    assert evaluation.metrics["top1"] == evaluation.metrics["accuracy"]
+
+
+@pytest.mark.parametrize("architecture", ["bert", "t5", "llama"])
+def test_typed_and_calibrated_ranking_against_a_plain_one(architecture, tiny_model):
+    model = tiny_model(architecture)
+    clozes = [
+        *CLOZES,
+        cloze("the cat is a [MASK] .", "dog", wording="1"),
+        cloze("the fish is a [MASK] .", "spain", wording="1"),
+    ]
+    answers = answers_by_task(clozes)
+    items = Probe("typed", calibrate=True).ask("test", model, clozes, answers).items.to_dicts()
+    raw = {c.id: [plain_log_prob(model, c.sentence, answer) for answer in answers[c.task]] for c in clozes}
+    for row, one in zip(items, clozes, strict=True):
+        same = [raw[c.id] for c in clozes if c.wording == one.wording]
+        means = [sum(column) / len(same) for column in zip(*same, strict=True)]
+        scores = [value - mean for value, mean in zip(raw[one.id], means, strict=True)]
+        place = answers[one.task].index(one.gold)
+        rivals = scores[:place] + scores[place + 1 :]
+        assert row["rank"] == 1 + sum(rival >= scores[place] for rival in rivals)
+        assert row["margin"] == pytest.approx(scores[place] - max(rivals), abs=1e-4)
+        assert row["log_prob"] == pytest.approx(raw[one.id][place], abs=1e-4)
+        assert row["choices"] == len(answers[one.task])
+
+
+def test_a_model_that_says_the_same_of_all_answers_knows_nothing(tiny_model):
+    model = tiny_model("bert")
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            parameter.zero_()
+    for candidates in ("typed", "full"):
+        items = Probe(candidates).ask("test", model, CLOZES[:3], answers_by_task(CLOZES[:3])).items
+        assert not items["correct"].any()
+        assert items["rank"].to_list() == items["choices"].to_list()
+
+
+def test_a_model_gone_to_nan_knows_nothing(tiny_model):
+    model = tiny_model("bert")
+    with torch.no_grad():
+        model.network.cls.predictions.bias.fill_(math.nan)
+    for candidates in ("typed", "full"):
+        items = Probe(candidates).ask("test", model, CLOZES[:3], answers_by_task(CLOZES)).items
+        assert not items["correct"].any()
+
+
+def test_what_cannot_be_asked_is_counted(tiny_model):
+    clozes = [*CLOZES, *MIDDLE, cloze("paris is in [MASK] .", "atlantis")]
+    description = Probe("full").ask("test", tiny_model("llama"), clozes, {}).description
+    assert description["left_out"] == {
+        "object_not_last": {"capital": 2},
+        "object_of_several_tokens": {"capital": 1},
+        "object_unknown_to_tokenizer": {"capital": 1},
+    }
+    assert description["objects_of_several_tokens"] == {"capital": 1}
+    assert description["asked"] == 3
+    typed = Probe("typed").ask("test", tiny_model("llama"), clozes, answers_by_task(clozes))
+    assert typed.description["left_out"] == {"object_unknown_to_tokenizer": {"capital": 1}}
+    assert typed.items.height == 6
+
+
+def test_a_mask_that_is_cut_off_is_counted(tiny_model):
+    long = cloze("the dog and the cat and the wolf in [MASK] .", "france")
+    evaluation = Probe("full", max_tokens=8).ask("test", tiny_model("bert"), [*CLOZES[:2], long], {})
+    assert evaluation.description["left_out"] == {"mask_cut_off": {"capital": 1}}
+    assert evaluation.items.height == 2
+
+
+def test_common_vocabulary_ranks_among_its_words_only(tiny_model):
+    words = ["france", "italy", "red", "blue", "red moon"]
+    evaluation = Probe("common").ask("test", tiny_model("bert"), CLOZES[:3], {}, words)
+    assert evaluation.items["choices"].to_list() == [4, 4]
+    assert evaluation.description["left_out"] == {"object_not_in_common_vocabulary": {"capital": 1}}
+    assert set(evaluation.items["prediction"]) <= set(words)
+
+
+@given(st.integers(1, 60), st.integers(1, 80))
+def test_a_limit_takes_evenly_spaced_questions(count, limit):
+    clozes = [cloze(f"{n} [MASK]", "x") for n in range(count)]
+    taken = evenly_spaced(clozes, limit)
+    assert len(taken) == min(count, limit)
+    places = [clozes.index(one) for one in taken]
+    gaps = {after - before for before, after in pairwise(places)}
+    assert not gaps or (min(gaps) >= 1 and max(gaps) - min(gaps) <= 1)
+
+
+@pytest.mark.parametrize("wrong", [{"candidates": "some"}, {"top_k": (0,)}])
+def test_what_does_not_exist_is_refused(wrong):
+    with pytest.raises(BadInput, match=r"some|top_k=0"):
+        Probe(**wrong)
+
+
+def test_a_model_that_can_be_asked_nothing_is_refused(tiny_model):
+    with pytest.raises(BadInput, match=r"none of the 2 questions can be asked of tiny-llama \(2 object_not_last\)"):
+        Probe("full").ask("test", tiny_model("llama"), MIDDLE, {})

@@ -1,0 +1,323 @@
+"""Cloze questions: a sentence with one blank, as each family of language model can be asked for it.
+
+Encoders are asked for a masked token; T5 for what belongs to the sentinel ``<extra_id_0>``; BART to go on from where
+the mask stands; decoders for what follows the words before the blank. Answers of several tokens, and blanks in the
+middle of a decoder's sentence, are scored as whole answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
+from knowledge_compression.models import Model
+from knowledge_compression.models.families import DECODER, ENCODER
+
+MASK = "[MASK]"
+_SENTINEL = "<extra_id_{}>"
+_REPEATS_THE_SENTENCE = ("bart",)  # fills a mask by saying the whole sentence again
+
+
+@dataclass(frozen=True)
+class Cloze:
+    """One fact in one wording.
+
+    Attributes:
+        task: the relation, e.g. ``TREx.P19``.
+        id: stable name of this fact in this wording.
+        fact: stable name of the fact, whatever the wording.
+        subject, gold: what it is about, and the right answer.
+        sentence: has one ``[MASK]``; where it has more, the first is asked for.
+        wording: which template, or ``sentence``; calibration averages over prompts of one wording.
+    """
+
+    task: str
+    id: str
+    fact: str
+    subject: str
+    gold: str
+    sentence: str
+    wording: str
+
+    @property
+    def before(self) -> str:
+        """The words before the blank."""
+        return self.sentence.partition(MASK)[0]
+
+    @property
+    def after(self) -> str:
+        """The words after the blank."""
+        return self.sentence.partition(MASK)[2]
+
+    @property
+    def ends_in_blank(self) -> bool:
+        """Whether nothing but punctuation follows the blank."""
+        return not any(character.isalnum() for character in self.after)
+
+    @property
+    def glued(self) -> bool:
+        """Whether the blank follows its left neighbour without a space, or opens the sentence."""
+        return not self.before[-1:].isspace()
+
+
+def fill(template: str, subject: str) -> str:
+    """A LAMA template (``[X] is the capital of [Y].``) about a subject, its object masked, its first letter large."""
+    sentence = template.replace("[X]", subject).replace("[Y]", MASK)
+    return sentence[0].upper() + sentence[1:] if not sentence.startswith(MASK) else sentence
+
+
+class Reader:
+    """How one model reads clozes and answers; made by :func:`reader_of`.
+
+    Args:
+        model: any family.
+        max_tokens: sentences are cut there; None is the model's own limit.
+
+    Attributes:
+        needs_blank: whether a cloze without a blank (its mask was cut off) cannot be asked at all.
+    """
+
+    needs_blank = True
+
+    def __init__(self, model: Model, max_tokens: int | None = None) -> None:
+        self.model = model
+        self.tokenizer = model.tokenizer
+        limits = [limit for limit in (max_tokens, model.max_positions) if limit is not None]
+        self.limit = min(limits) if limits else None
+        # Byte-level tokenizers write a word after a space with another token than the same word alone.
+        self._space_matters = self._ids(["the the"])[0][-1:] != self._ids(["the"])[0][-1:]
+
+    def answer_ids(self, answers: Sequence[str], *, glued: bool = False) -> list[tuple[int, ...]]:
+        """Token ids of each answer as it stands in a blank; empty where the tokenizer does not know it."""
+        lead = " " if self._space_matters and not glued else ""
+        unknown = self.tokenizer.unk_token_id
+        return [
+            () if unknown is not None and unknown in ids else tuple(ids)
+            for ids in self._ids([lead + answer for answer in answers])
+        ]
+
+    def blanks(self, clozes: Sequence[Cloze]) -> list[Blank | None]:
+        """Where one token is asked for; None where the model cannot be asked in this way."""
+        raise NotImplementedError
+
+    def add_long_answers(self, scorer: Scorer, asked: Sequence[Asked], candidates: Candidates) -> None:
+        """Put in the scores of answers that one blank cannot score."""
+        raise NotImplementedError
+
+    def _ids(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+
+    def _inputs(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        cut = {"truncation": True, "max_length": self.limit} if self.limit else {}
+        return self.tokenizer(list(texts), verbose=False, **cut)["input_ids"]
+
+
+class Candidates:
+    """The answers that each task's clozes are ranked among, as one model's tokens.
+
+    Args:
+        reader: whose tokens.
+        answers: the distinct answers of each task.
+    """
+
+    def __init__(self, reader: Reader, answers: Mapping[str, Sequence[str]]) -> None:
+        self.answers = answers
+        self._reader = reader
+        self._tokens: dict[tuple[str, bool], list[tuple[int, ...]]] = {}
+
+    def tokens(self, cloze: Cloze) -> list[tuple[int, ...]]:
+        """Token ids of every answer of the cloze's task as it stands in that blank."""
+        key = (cloze.task, cloze.glued)
+        if key not in self._tokens:
+            self._tokens[key] = self._reader.answer_ids(self.answers[cloze.task], glued=cloze.glued)
+        return self._tokens[key]
+
+    def of_length(self, cloze: Cloze, length: int) -> tuple[list[int], list[tuple[int, ...]]]:
+        """Places among the candidates, and tokens, of the answers of ``length`` tokens."""
+        places = [i for i, ids in enumerate(self.tokens(cloze)) if len(ids) == length]
+        return places, [self.tokens(cloze)[i] for i in places]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A cloze on its way through a model: its blank, if it has one, and the scores of its candidates so far."""
+
+    cloze: Cloze
+    blank: Blank | None
+    scores: Tensor
+
+
+def candidate_scores(
+    reader: Reader, clozes: Sequence[Cloze], blanks: Sequence[Blank | None], candidates: Candidates
+) -> list[Tensor]:
+    """Log-probability of each candidate in each blank.
+
+    A candidate of one token is read off one next-token (masked-token) distribution, which all of them share. Longer
+    ones are scored whole: encoders by one mask a token, each token's log-probability with all of them masked, summed;
+    the others by the log-likelihood of the tokens (and, for decoders, of the rest of the sentence).
+
+    Args:
+        reader: how the model reads them.
+        clozes: what is asked.
+        blanks: :meth:`Reader.blanks` of the clozes.
+        candidates: the answers to score.
+
+    Returns:
+        One float64 tensor ``[candidates of its task]`` a cloze, on the CPU; -inf for answers that the tokenizer does
+        not know.
+    """
+    scorer = Scorer(reader.model)
+    asked = [
+        Asked(cloze, blank, torch.full((len(candidates.answers[cloze.task]),), -torch.inf, dtype=torch.float64))
+        for cloze, blank in zip(clozes, blanks, strict=True)
+    ]
+    direct = [one for one in asked if one.blank is not None]
+    singles = [candidates.of_length(one.cloze, 1) for one in direct]
+    for batch, log_probs in distributions(scorer, [one.blank for one in direct if one.blank is not None]):
+        width = max(len(singles[b][0]) for b in batch)
+        columns = [[ids[0] for ids in singles[b][1]] + [0] * (width - len(singles[b][0])) for b in batch]
+        index = torch.tensor(columns, dtype=torch.long, device=log_probs.device).reshape(len(batch), width)
+        for b, row in zip(batch, log_probs.gather(1, index).double().cpu(), strict=True):
+            places = singles[b][0]
+            direct[b].scores[places] = row[: len(places)]
+    reader.add_long_answers(scorer, asked, candidates)
+    return [one.scores for one in asked]
+
+
+def distributions(scorer: Scorer, blanks: Sequence[Blank]) -> Iterator[tuple[list[int], Tensor]]:
+    """:meth:`Scorer.distributions` with a progress bar where somebody watches."""
+    with tqdm(total=len(blanks), desc="cloze", unit="blank", leave=False, disable=None) as bar:
+        for batch, log_probs in scorer.distributions(blanks):
+            yield batch, log_probs
+            bar.update(len(batch))
+
+
+class _EncoderReader(Reader):
+    """Masked tokens."""
+
+    def blanks(self, clozes: Sequence[Cloze]) -> list[Blank | None]:
+        rows = self._inputs([cloze.sentence.replace(MASK, self.tokenizer.mask_token) for cloze in clozes])
+        mask = self.tokenizer.mask_token_id
+        return [Blank(ids, ids.index(mask)) if mask in ids else None for ids in rows]
+
+    def add_long_answers(self, scorer: Scorer, asked: Sequence[Asked], candidates: Candidates) -> None:
+        blanks: list[Blank] = []
+        targets: list[tuple[Tensor, list[int], list[int]]] = []  # scores, places among the candidates, token ids
+        for one in asked:
+            blank = one.blank
+            assert blank is not None and blank.position is not None  # it needs one
+            for length in sorted({len(ids) for ids in candidates.tokens(one.cloze)} - {0, 1}):
+                ids, at = list(blank.ids), blank.position
+                wide = ids[:at] + ids[at : at + 1] * length + ids[at + 1 :]
+                places, answers = candidates.of_length(one.cloze, length)
+                one.scores[places] = 0.0
+                for offset in range(length):
+                    blanks.append(Blank(wide, at + offset))
+                    targets.append((one.scores, places, [answer[offset] for answer in answers]))
+        for batch, log_probs in distributions(scorer, blanks):
+            for b, row in zip(batch, log_probs, strict=True):
+                scores, places, tokens = targets[b]
+                scores[places] += row[tokens].double().cpu()
+
+
+class _GeneratorReader(Reader):
+    """What decoders and encoder-decoders share: long answers are continuations of a context."""
+
+    def question(self, cloze: Cloze, blank: Blank | None, answers: Sequence[tuple[str, tuple[int, ...]]]) -> Question:
+        """The continuations of ``answers``, and the empty answer last where there is something to say before it."""
+        raise NotImplementedError
+
+    def add_long_answers(self, scorer: Scorer, asked: Sequence[Asked], candidates: Candidates) -> None:
+        questions, targets = [], []
+        for one in asked:
+            tokens, answers = candidates.tokens(one.cloze), candidates.answers[one.cloze.task]
+            shortest = 1 if one.blank is None else 2  # one blank has scored the single tokens
+            if places := [p for p, ids in enumerate(tokens) if len(ids) >= shortest]:
+                questions.append(self.question(one.cloze, one.blank, [(answers[p], tokens[p]) for p in places]))
+                targets.append((one.scores, places))
+        for (scores, places), likelihoods in zip(targets, scorer.log_likelihoods(questions), strict=True):
+            values = torch.tensor([likelihood.log_prob for likelihood in likelihoods], dtype=torch.float64)
+            said_before = values[len(places)] if len(values) > len(places) else 0.0
+            scores[places] = values[: len(places)] - said_before
+
+
+class _DecoderReader(_GeneratorReader):
+    """Next tokens."""
+
+    needs_blank = False
+
+    def blanks(self, clozes: Sequence[Cloze]) -> list[Blank | None]:
+        contexts = self._contexts([cloze.before for cloze in clozes])
+        return [
+            Blank(ids) if ids and cloze.ends_in_blank else None for ids, cloze in zip(contexts, clozes, strict=True)
+        ]
+
+    def question(self, cloze: Cloze, blank: Blank | None, answers: Sequence[tuple[str, tuple[int, ...]]]) -> Question:
+        if blank is not None:
+            return Question(blank.ids, [ids for _, ids in answers])
+        lead = "" if cloze.glued else " "
+        whole = [lead + answer + cloze.after.replace(MASK, answer) for answer, _ in answers]
+        continuations = self._ids(whole if self._space_matters else [text.lstrip() for text in whole])
+        longest = max(map(len, continuations))
+        context = self._contexts([cloze.before])[0] or [self._opening()]
+        return Question(context[-(self.limit - longest) :] if self.limit else context, continuations)
+
+    def _contexts(self, texts: Sequence[str]) -> list[list[int]]:
+        rows = self._ids([text.rstrip() for text in texts], special=True)
+        end = {self.tokenizer.eos_token_id, self.tokenizer.sep_token_id}
+        return [
+            (ids[:-1] if len(ids) > 1 and ids[-1] in end else ids)[-(self.limit or len(ids) or 1) :] for ids in rows
+        ]
+
+    def _opening(self) -> int:
+        """What stands before the first word: the BOS token, or the end of another text."""
+        begin = self.tokenizer.bos_token_id
+        return begin if begin is not None else self.tokenizer.eos_token_id
+
+
+class _SentinelReader(_GeneratorReader):
+    """T5: the decoder says what belongs to ``<extra_id_0>`` (Raffel et al. 2020, span corruption)."""
+
+    def blanks(self, clozes: Sequence[Cloze]) -> list[Blank | None]:
+        first = self.tokenizer.convert_tokens_to_ids(_SENTINEL.format(0))
+        start = self.model.network.config.decoder_start_token_id
+        rows = self._inputs([self._with_sentinels(cloze.sentence) for cloze in clozes])
+        return [Blank(ids, decoder_ids=(start, first)) if first in ids else None for ids in rows]
+
+    def question(self, cloze: Cloze, blank: Blank | None, answers: Sequence[tuple[str, tuple[int, ...]]]) -> Question:
+        assert blank is not None  # it needs one
+        said = list(blank.decoder_ids[1:])
+        return Question(blank.ids, [*([*said, *ids] for _, ids in answers), *([said] if said else [])])
+
+    @staticmethod
+    def _with_sentinels(sentence: str) -> str:
+        parts = sentence.split(MASK)
+        return parts[0] + "".join(_SENTINEL.format(i) + part for i, part in enumerate(parts[1:]))
+
+
+class _RepeatingReader(_SentinelReader):
+    """BART: the decoder says the sentence up to the mask, then what stands in its place (Lewis et al. 2020)."""
+
+    def blanks(self, clozes: Sequence[Cloze]) -> list[Blank | None]:
+        mask, start = self.tokenizer.mask_token_id, self.model.network.config.decoder_start_token_id
+        rows = self._inputs([cloze.sentence.replace(MASK, self.tokenizer.mask_token) for cloze in clozes])
+        return [Blank(ids, decoder_ids=(start, *ids[: ids.index(mask)])) if mask in ids else None for ids in rows]
+
+
+def reader_of(model: Model, max_tokens: int | None = None) -> Reader:
+    """The way to ask ``model``, by its family."""
+    if model.family == ENCODER:
+        return _EncoderReader(model, max_tokens)
+    if model.family == DECODER:
+        return _DecoderReader(model, max_tokens)
+    repeats = model.network.config.model_type in _REPEATS_THE_SENTENCE
+    return (_RepeatingReader if repeats else _SentinelReader)(model, max_tokens)

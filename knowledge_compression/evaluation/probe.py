@@ -1,0 +1,314 @@
+"""How clozes are asked and answers are ranked: what LAMA and the atlas have in common."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.cloze import (
+    Candidates,
+    Cloze,
+    Reader,
+    candidate_scores,
+    distributions,
+    reader_of,
+)
+from knowledge_compression.evaluation.scoring import Blank, Scorer
+from knowledge_compression.evaluation.suite import Evaluation, accuracy_metrics, item_table
+from knowledge_compression.models import Model
+
+CANDIDATES = ("full", "common", "typed")
+EXTRA_COLUMNS = {"subject": pl.String(), "fact": pl.String(), "wording": pl.String()}
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Where the gold answer of one cloze came.
+
+    Attributes:
+        log_prob: its natural log-probability, before any calibration; None where the model cannot say it.
+        margin: its score minus the best wrong answer's (after calibration).
+        rank: 1 + the number of wrong answers that it does not beat, so that a tie counts as lost.
+        choices: number of answers it was ranked among.
+        prediction: gold where it won, else the best wrong answer.
+    """
+
+    log_prob: float | None
+    margin: float | None
+    rank: int | None
+    choices: int
+    prediction: str
+
+    @property
+    def correct(self) -> bool:
+        """Whether the gold answer beat every other."""
+        return self.rank == 1
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A way to ask clozes.
+
+    Attributes:
+        candidates: ``full`` (the model's vocabulary), ``common`` (a list of words) or ``typed`` (the relation's own
+            objects; objects of several tokens are ranked too).
+        calibrate: subtract each candidate's mean log-probability over the prompts of the relation in the same
+            wording, so that what is likely after any subject gains nothing by it (contextual calibration in the
+            spirit of Zhao et al. 2021, with the other prompts in the place of content-free ones).
+        top_k: the k of the top-k metrics.
+        lower_case: an answer is right when it is the gold one after lower-casing both (the first paper).
+        keep_long: objects that are not one token stay in, as wrong, where only single tokens are ranked (the first
+            paper); else they are left out and counted.
+        max_tokens: sentences are cut there; None is the model's own limit.
+    """
+
+    candidates: str = "typed"
+    calibrate: bool = False
+    top_k: Sequence[int] = (10,)
+    lower_case: bool = False
+    keep_long: bool = False
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse candidates and top-k that do not exist."""
+        if self.candidates not in CANDIDATES:
+            raise BadInput(f"candidates='{self.candidates}' does not exist; choose one of {', '.join(CANDIDATES)}")
+        if wrong := [k for k in self.top_k if not isinstance(k, int) or k < 1]:
+            raise BadInput(f"top_k={wrong[0]} is not a rank; give whole numbers from 1, e.g. top_k=[5,10]")
+
+    def ask(
+        self,
+        suite: str,
+        model: Model,
+        clozes: Sequence[Cloze],
+        answers: Mapping[str, Sequence[str]],
+        common: Sequence[str] = (),
+    ) -> Evaluation:
+        """Ask ``model`` every cloze.
+
+        Args:
+            suite: the name for the item table.
+            model: any family.
+            clozes: what is asked.
+            answers: the distinct objects of each task, for ``typed``.
+            common: the words of the common vocabulary, for ``common``.
+
+        Returns:
+            One item a cloze that could be asked; ``description["left_out"]`` counts the others by reason and task,
+            ``description["objects_of_several_tokens"]`` counts those by task, left out or not.
+
+        Raises:
+            BadInput: not one of them can be asked of this model.
+        """
+        reader = reader_of(model, self.max_tokens)
+        blanks = reader.blanks(clozes)
+        gold = _gold_tokens(reader, clozes)
+        allowed = _single_tokens(reader, common) if self.candidates == "common" else None
+        reasons = [self._cannot(reader, *one, allowed) for one in zip(clozes, blanks, gold, strict=True)]
+        kept = [i for i, reason in enumerate(reasons) if reason is None]
+        if not kept:
+            why = ", ".join(f"{count} {reason}" for reason, count in Counter(filter(None, reasons)).items())
+            raise BadInput(f"eval={suite}: none of the {len(clozes)} questions can be asked of {model.name} ({why})")
+        asked, asked_blanks = [clozes[i] for i in kept], [blanks[i] for i in kept]
+        if self.candidates == "typed":
+            rankings = self._rank_typed(reader, asked, asked_blanks, Candidates(reader, answers))
+        else:
+            singles = _readings(reader, asked) if self.lower_case else [[*gold[i]] for i in kept]
+            rankings = self._rank_vocabulary(
+                reader, asked, [b for b in asked_blanks if b is not None], singles, allowed
+            )
+        items = item_table(
+            [_row(suite, cloze, ranking) for cloze, ranking in zip(asked, rankings, strict=True)], EXTRA_COLUMNS
+        )
+        left_out: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for cloze, reason in zip(clozes, reasons, strict=True):
+            if reason:
+                left_out[reason][cloze.task] += 1
+        long = Counter(cloze.task for cloze, ids in zip(clozes, gold, strict=True) if len(ids) > 1)
+        return Evaluation(
+            cloze_metrics(items, self.top_k),
+            items,
+            {
+                "candidates": self.candidates,
+                "calibrate": self.calibrate,
+                "asked": len(asked),
+                "left_out": {reason: dict(sorted(tasks.items())) for reason, tasks in sorted(left_out.items())},
+                "objects_of_several_tokens": dict(sorted(long.items())),
+            },
+        )
+
+    def _cannot(
+        self, reader: Reader, cloze: Cloze, blank: Blank | None, gold: tuple[int, ...], allowed: Tensor | None
+    ) -> str | None:
+        """Why a cloze cannot be asked, if it cannot."""
+        single = self.candidates != "typed"
+        reasons = {
+            "mask_cut_off": blank is None and reader.needs_blank,
+            "object_not_last": blank is None and single,
+            "object_unknown_to_tokenizer": not gold and not self.keep_long,
+            "object_of_several_tokens": len(gold) > 1 and single and not self.keep_long,
+            "object_not_in_common_vocabulary": allowed is not None and bool(gold) and gold[0] not in allowed,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    def _rank_typed(
+        self, reader: Reader, clozes: Sequence[Cloze], blanks: Sequence[Blank | None], candidates: Candidates
+    ) -> list[Ranking]:
+        scores = candidate_scores(reader, clozes, blanks, candidates)
+        means = _group_means(clozes, scores) if self.calibrate else {}
+        rankings = []
+        for cloze, raw in zip(clozes, scores, strict=True):
+            names, tokens = candidates.answers[cloze.task], candidates.tokens(cloze)
+            place = names.index(cloze.gold)
+            calibrated = raw - means[_group(cloze)] if self.calibrate else raw
+            known = torch.tensor([len(ids) > 0 for ids in tokens])
+            wrong = torch.tensor([ids != tokens[place] for ids in tokens]) & known
+            best = calibrated.masked_fill(~wrong, -torch.inf)
+            margin = float(calibrated[place] - best.max())
+            rank = 1 + int((wrong & ~(calibrated < calibrated[place])).sum())
+            prediction = cloze.gold if rank == 1 else names[int(best.argmax())]
+            rankings.append(Ranking(float(raw[place]), margin, rank, 1 + int(wrong.sum()), prediction))
+        return rankings
+
+    @torch.inference_mode()
+    def _rank_vocabulary(
+        self,
+        reader: Reader,
+        clozes: Sequence[Cloze],
+        blanks: Sequence[Blank],
+        gold: Sequence[Sequence[int]],
+        allowed: Tensor | None,
+    ) -> list[Ranking]:
+        """Rank among all tokens, or the allowed ones; ``gold`` holds the token ids that count as right."""
+        scorer = Scorer(reader.model)
+        groups = {group: n for n, group in enumerate(sorted({_group(cloze) for cloze in clozes}))}
+        of = torch.tensor([groups[_group(cloze)] for cloze in clozes], dtype=torch.long)
+        means = _vocabulary_means(scorer, blanks, of, len(groups)) if self.calibrate else None
+        rankings: list[Ranking | None] = [None] * len(clozes)
+        for batch, log_probs in distributions(scorer, blanks):
+            right, real = _padded([gold[b] for b in batch], log_probs.device)
+            said = log_probs.gather(1, right).masked_fill(~real, -torch.inf).amax(1)
+            scores = log_probs if means is None else log_probs - means[of[batch].to(means.device)]
+            gold_scores = scores.gather(1, right).masked_fill(~real, -torch.inf).amax(1)
+            if allowed is not None:
+                outside = torch.ones(scores.shape[1], dtype=torch.bool, device=scores.device)
+                outside[allowed.to(scores.device)] = False
+                scores = scores.masked_fill(outside, -torch.inf)
+            rows, which = real.nonzero(as_tuple=True)
+            scores[rows, right[rows, which]] = -torch.inf  # what is left is wrong
+            best, place = scores.max(dim=1)
+            ahead = (~(scores < gold_scores[:, None])).sum(dim=1)
+            words = reader.tokenizer.batch_decode([[token] for token in place.tolist()])
+            choices = scores.shape[1] if allowed is None else len(allowed)
+            columns = zip(batch, said.tolist(), (gold_scores - best).tolist(), ahead.tolist(), words, strict=True)
+            for b, log_prob, margin, count, word in columns:
+                if not gold[b]:  # the model has no token for it
+                    rankings[b] = Ranking(None, None, None, choices, self._shown(word))
+                    continue
+                rank = 1 + count
+                prediction = clozes[b].gold if rank == 1 else word
+                rankings[b] = Ranking(log_prob, margin, rank, choices - len(gold[b]) + 1, self._shown(prediction))
+        return [ranking for ranking in rankings if ranking is not None]
+
+    def _shown(self, word: str) -> str:
+        return word.strip().lower() if self.lower_case else word.strip()
+
+
+def cloze_metrics(items: pl.DataFrame, top_k: Iterable[int]) -> dict[str, float]:
+    """Accuracy as every suite has it; top-k and mean reciprocal rank, micro and macro over relations; chance.
+
+    An answer without a rank (the model has no token for it) counts as not found.
+    """
+    found = {"mrr": (1 / pl.col("rank")).fill_null(0.0)} | {
+        f"top{k}": (pl.col("rank") <= k).fill_null(value=False).cast(pl.Float64) for k in top_k
+    }
+    columns = items.select("task", chance=1 / pl.col("choices"), **found)
+    by_task = columns.group_by("task").mean()
+    metrics = accuracy_metrics(items)
+    for name in ("chance", *found):
+        metrics[name] = float(columns[name].mean() or 0.0)  # type: ignore[arg-type]
+        metrics[f"{name}_macro"] = float(by_task[name].mean() or 0.0)  # type: ignore[arg-type]
+    return metrics
+
+
+def evenly_spaced(clozes: Sequence[Cloze], limit: int | None) -> list[Cloze]:
+    """At most ``limit`` clozes at even distances, the same ones for every model."""
+    if limit is not None and limit < 1:
+        raise BadInput(f"limit={limit} asks nothing; give a number from 1, or null for all")
+    if limit is None or limit >= len(clozes):
+        return list(clozes)
+    return [clozes[i * len(clozes) // limit] for i in range(limit)]
+
+
+def answers_by_task(clozes: Iterable[Cloze]) -> dict[str, list[str]]:
+    """The distinct objects of each task, sorted."""
+    answers: defaultdict[str, set[str]] = defaultdict(set)
+    for cloze in clozes:
+        answers[cloze.task].add(cloze.gold)
+    return {task: sorted(objects) for task, objects in answers.items()}
+
+
+def _row(suite: str, cloze: Cloze, ranking: Ranking) -> dict[str, Any]:
+    asked = {"suite": suite, "task": cloze.task, "id": cloze.id, "prompt": cloze.sentence, "gold": cloze.gold}
+    about = {"subject": cloze.subject, "fact": cloze.fact, "wording": cloze.wording}
+    return asked | about | {"correct": ranking.correct} | vars(ranking)
+
+
+def _group(cloze: Cloze) -> tuple[str, str]:
+    return cloze.task, cloze.wording
+
+
+def _group_means(clozes: Sequence[Cloze], scores: Sequence[Tensor]) -> dict[tuple[str, str], Tensor]:
+    groups: defaultdict[tuple[str, str], list[Tensor]] = defaultdict(list)
+    for cloze, row in zip(clozes, scores, strict=True):
+        groups[_group(cloze)].append(row)
+    # An answer that the tokenizer does not know scores -inf everywhere; 0 keeps the difference from being NaN.
+    return {group: torch.stack(rows).mean(0).nan_to_num(neginf=0.0) for group, rows in groups.items()}
+
+
+def _vocabulary_means(scorer: Scorer, blanks: Sequence[Blank], of: Tensor, groups: int) -> Tensor:
+    """Mean log-probability of each token over each group's prompts: float32 ``[groups, vocabulary]``."""
+    sums: Tensor | None = None
+    for batch, log_probs in distributions(scorer, blanks):
+        if sums is None:
+            sums = torch.zeros(groups, log_probs.shape[1], device=log_probs.device)
+        sums.index_add_(0, of[batch].to(log_probs.device), log_probs)
+    assert sums is not None
+    return sums / torch.bincount(of, minlength=groups).to(sums.device)[:, None]
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as one int64 ``[rows, longest]`` (at least one wide), and which of its entries are real."""
+    width = max(1, *map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows], device=device)
+    return ids, real
+
+
+def _gold_tokens(reader: Reader, clozes: Sequence[Cloze]) -> list[tuple[int, ...]]:
+    tokens: list[tuple[int, ...]] = [()] * len(clozes)
+    for glued in (False, True):
+        of = [i for i, cloze in enumerate(clozes) if cloze.glued is glued]
+        for i, ids in zip(of, reader.answer_ids([clozes[i].gold for i in of], glued=glued), strict=True):
+            tokens[i] = ids
+    return tokens
+
+
+def _single_tokens(reader: Reader, words: Sequence[str]) -> Tensor:
+    return torch.tensor(sorted({ids[0] for ids in reader.answer_ids(words) if len(ids) == 1}), dtype=torch.long)
+
+
+def _readings(reader: Reader, clozes: Sequence[Cloze]) -> list[list[int]]:
+    """The tokens that read like the gold answer once both are lower-cased."""
+    words = reader.tokenizer.batch_decode([[token] for token in range(len(reader.tokenizer))])
+    tokens: defaultdict[str, list[int]] = defaultdict(list)
+    for token, word in enumerate(words):
+        tokens[word.strip().lower()].append(token)
+    return [tokens.get(cloze.gold.strip().lower(), []) for cloze in clozes]

