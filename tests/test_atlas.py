@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from conftest import lower_cased
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.atlas import Atlas, atlas_facts, atlas_relations
 from knowledge_compression.evaluation.cloze import MASK
 from knowledge_compression.evaluation.suite import ITEM_SCHEMA
 from knowledge_compression.models.loading import PackagedGguf, PackagedModel
-from tests.conftest import lower_cased
 
 RELATIONS = atlas_relations()
 
