@@ -26,8 +26,8 @@ def text_dir(tmp_path: Path) -> Path:
 
 
 def stream_of(model: Model, text_dir: Path) -> list[int]:
-    suite = Perplexity(data_dir=str(text_dir))
-    return suite._source().documents("test").stream(model).tolist()
+    text = (text_dir / "wikitext2" / "test.raw.txt").read_text()
+    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def test_encoder_masks_each_position_in_turn(tiny_model: Callable[[str], Model],
         row = [2, *tokens[8 * place : 8 * place + 8], 3]
         total = 0.0
         for i in range(1, 9):
-            ids = torch.tensor([row[:i] + [model.tokenizer.mask_token_id] + row[i + 1 :]])
+            ids = torch.tensor([[*row[:i], model.tokenizer.mask_token_id, *row[i + 1 :]]])
             total -= float(model.network(input_ids=ids).logits.log_softmax(-1)[0, i, row[i]])
         expected.append(total / 8)
     assert found.items["nll"].to_list() == pytest.approx(expected, rel=1e-5)
@@ -86,6 +86,15 @@ def test_windows_are_evenly_spaced_and_named_by_place(tiny_model: Callable[[str]
     assert Perplexity(window=7, limit=10**6, data_dir=str(text_dir)).evaluate(model).items.height == total
 
 
+def test_text_is_joined_as_it_stands_or_as_published(tmp_path: Path) -> None:
+    (tmp_path / "wikitext2").mkdir()
+    raw = " \n = Paris = \n \n the capital \n of france \n"
+    (tmp_path / "wikitext2" / "test.raw.txt").write_text(raw)
+    assert Perplexity(data_dir=str(tmp_path))._text() == raw
+    published = Perplexity(data_dir=str(tmp_path), join="gptq")._text()
+    assert published == "\n\n".join(["", " = Paris = \n", "", " the capital \n", " of france \n"])
+
+
 def test_window_fits_the_positions(tiny_model: Callable[[str], Model], tmp_path: Path) -> None:
     (tmp_path / "c4").mkdir()
     (tmp_path / "c4" / "sample.jsonl").write_text('{"text": "' + "the dog is a animal . " * 60 + '"}\n')
@@ -98,6 +107,7 @@ def test_window_fits_the_positions(tiny_model: Callable[[str], Model], tmp_path:
     ("options", "message"),
     [
         ({"corpus": "ptb"}, "choose one of wikitext, c4"),
+        ({"join": "glue"}, "choose one of text, gptq"),
         ({"window": 1}, "window=1"),
         ({"limit": 0}, "limit=0"),
         ({"masked_per_window": -1}, "masked_per_window=-1"),

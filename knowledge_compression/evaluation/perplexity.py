@@ -13,7 +13,7 @@ import torch
 from torch import LongTensor
 
 from knowledge_compression.corpora.c4 import C4
-from knowledge_compression.corpora.corpus import TEST, VALIDATION, TextCorpus
+from knowledge_compression.corpora.corpus import TEST, VALIDATION, Documents, TextCorpus
 from knowledge_compression.corpora.wikitext import WikiText
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
@@ -23,6 +23,15 @@ from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECO
 
 # Which split of which corpus: GPTQ and SparseGPT report WikiText-2's test text and C4's validation shard.
 _TEXTS: Mapping[str, tuple[Callable[..., TextCorpus], str]] = {"wikitext": (WikiText, TEST), "c4": (C4, VALIDATION)}
+# How documents become one text. ``text``: as the corpus stands (the rows of WikiText-2 are its lines, less the blank
+# ones' content; pages of C4 are parted by an empty line). ``gptq``: as the published scripts of GPTQ and SparseGPT do.
+_JOINS: Mapping[tuple[str, str], Callable[[Sequence[str]], str]] = {
+    ("wikitext", "text"): lambda lines: "".join(line or " \n" for line in lines),
+    ("wikitext", "gptq"): "\n\n".join,
+    ("c4", "text"): "\n\n".join,
+    ("c4", "gptq"): lambda pages: " ".join(pages[:1100]),
+}
+JOINS = ("text", "gptq")
 EXTRA_COLUMNS: Mapping[str, pl.DataType] = {"tokens": pl.Int64(), "nll": pl.Float64()}
 
 
@@ -37,6 +46,8 @@ class Perplexity:
 
     Attributes:
         corpus: ``wikitext`` (WikiText-2 raw, test) or ``c4`` (validation).
+        join: ``text`` (the corpus as it stands) or ``gptq`` (with what the scripts of GPTQ and SparseGPT put
+            between documents, for comparison with published figures).
         window: tokens in a window; shortened to the model's positions where those are fewer.
         limit: N evenly spaced windows, the i-th starting at window ``floor(i * windows / N)``; None takes all.
         masked_per_window: encoders only: N evenly spaced positions of each window; None masks each in turn.
@@ -44,6 +55,7 @@ class Perplexity:
     """
 
     corpus: str = "wikitext"
+    join: str = "text"
     window: int = 2048
     limit: int | None = None
     masked_per_window: int | None = None
@@ -51,8 +63,11 @@ class Perplexity:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be scored."""
-        if self.corpus not in _TEXTS:
-            raise BadInput(f"eval.perplexity.corpus={self.corpus} does not exist; choose one of {', '.join(_TEXTS)}")
+        for option, known in (("corpus", tuple(_TEXTS)), ("join", JOINS)):
+            if getattr(self, option) not in known:
+                raise BadInput(
+                    f"eval.perplexity.{option}={getattr(self, option)} does not exist; choose one of {', '.join(known)}"
+                )
         for option, least in (("window", 2), ("limit", 1), ("masked_per_window", 1)):
             value = getattr(self, option)
             if (value is not None or option == "window") and (not isinstance(value, int) or value < least):
@@ -60,9 +75,11 @@ class Perplexity:
 
     def fingerprint(self) -> str:
         """Digest of the text, or the hub's name for it."""
-        if self.data_dir is None:
-            return self._source().fingerprint()
-        return hashlib.sha256("\n\n".join(self._texts()).encode()).hexdigest()[:16]
+        return (
+            self._source().fingerprint()
+            if self.data_dir is None
+            else hashlib.sha256(self._text().encode()).hexdigest()[:16]
+        )
 
     def evaluate(self, model: Model) -> Evaluation:
         """Score the text.
@@ -90,14 +107,15 @@ class Perplexity:
     def _source(self) -> TextCorpus:
         return _TEXTS[self.corpus][0](data_dir=self.data_dir)
 
-    def _texts(self) -> Sequence[str]:
-        return self._source().documents(_TEXTS[self.corpus][1]).texts
+    def _text(self) -> str:
+        documents = self._source().documents(_TEXTS[self.corpus][1])
+        return _JOINS[self.corpus, self.join](documents.texts)
 
     def _windows(self, model: Model) -> tuple[LongTensor, int]:
         """The windows to score ``[N, window]`` and how many the text has."""
         special = model.tokenizer.num_special_tokens_to_add() if model.family == ENCODER else 0
         length = min(self.window, (model.max_positions or self.window) - special)
-        stream = self._source().documents(_TEXTS[self.corpus][1]).stream(model)
+        stream = Documents(self.corpus, [self._text()]).stream(model)
         total = len(stream) // length
         if total == 0:
             raise BadInput(
@@ -114,6 +132,7 @@ class Perplexity:
     def _description(self, model: Model, windows: LongTensor, total: int) -> dict[str, Any]:
         return {
             "corpus": self.corpus,
+            "join": self.join,
             "split": _TEXTS[self.corpus][1],
             "fingerprint": self.fingerprint(),
             "window": windows.shape[1],

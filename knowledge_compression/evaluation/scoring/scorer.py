@@ -1,0 +1,271 @@
+"""Scores blanks and continuations with one model, sharing whatever can be shared."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from knowledge_compression.evaluation.scoring.budget import Budget
+from knowledge_compression.evaluation.scoring.heads import head_at
+from knowledge_compression.evaluation.scoring.questions import Blank, Likelihood, Question
+from knowledge_compression.evaluation.scoring.trees import Tree, attention_masks, plant
+from knowledge_compression.models import Model
+from knowledge_compression.models.families import DECODER, ENCODER
+
+_MOST_PADDING = 0.08  # of a batch's tokens
+_BRANCHING_ATTENTION = ("sdpa", "eager", "prompted")  # attention functions that take a mask of any shape
+
+# What is read off one forward pass: log-probabilities and greedy hits, and the continuations they belong to.
+_Reads = tuple[NDArray[np.int64], Tensor, Tensor]
+
+
+class Scorer:
+    """Scores blanks and continuations with one model.
+
+    Args:
+        model: any family; its network may carry adapters, prompts or quantized modules.
+        tokens_per_batch: padded tokens in one forward pass; None takes what was found best for this model and device.
+
+    Attributes:
+        tokens_read, tokens_padded: tokens of all forward passes so far, and how many of them were padding.
+    """
+
+    def __init__(self, model: Model, tokens_per_batch: int | None = None) -> None:
+        self.model = model
+        self.budget = Budget(model, tokens_per_batch)
+        self.tokens_read = 0
+        self.tokens_padded = 0
+
+    @property
+    def branches(self) -> bool:
+        """Whether the choices of a question can be branches of one row.
+
+        They cannot where an attention function makes its own mask, and where peft puts a soft prompt before the input
+        and so takes no mask of ours. Then every distinct text is a row of its own.
+        """
+        return self.model.network.config._attn_implementation in _BRANCHING_ATTENTION and not self._soft_prompted
+
+    @property
+    def _soft_prompted(self) -> bool:
+        return bool(getattr(getattr(self.model.network, "active_peft_config", None), "is_prompt_learning", False))
+
+    def distributions(self, blanks: Sequence[Blank]) -> Iterator[tuple[list[int], Tensor]]:
+        """Log-probabilities over the vocabulary at each blank.
+
+        Yields:
+            Batches in the engine's own order: the indices into ``blanks`` and float32 log-probabilities
+            ``[len(indices), vocabulary]`` on the model's device. Reduce each batch before asking for the next.
+        """
+        lengths = [len(blank.ids) for blank in blanks]
+        for batch in self._batches(lengths, reads=[1] * len(blanks)):
+            for part, logits in self._fitting(batch, lambda part: self._blank_logits([blanks[i] for i in part])):
+                yield part, torch.log_softmax(logits.float(), dim=-1)
+
+    def log_likelihoods(self, questions: Sequence[Question]) -> list[list[Likelihood]]:
+        """The likelihood of every continuation of every question, in their order (decoders and encoder-decoders)."""
+        score = self._decoder_reads if self.model.family == DECODER else self._encoder_decoder_reads
+        counts = [len(question.continuations) for question in questions]
+        totals = np.zeros(sum(counts))
+        greedy = np.ones(sum(counts), dtype=bool)
+        for slots, log_probs, hits in list(score(questions)):  # the device is waited for once, after the last batch
+            np.add.at(totals, slots, log_probs.double().cpu().numpy())
+            np.logical_and.at(greedy, slots, hits.cpu().numpy())
+        ends = np.cumsum([0, *counts])
+        return [
+            [Likelihood(float(totals[i]), bool(greedy[i])) for i in range(start, end)] for start, end in pairwise(ends)
+        ]
+
+    def _decoder_reads(self, questions: Sequence[Question]) -> Iterator[_Reads]:
+        trees = plant(
+            questions,
+            pairs_per_token=self.budget.pairs_per_token,
+            longest=2 * self.budget.tokens,
+            branches=self.branches,
+            across=self.model.on_context is None,
+        )
+        batches = self._batches([len(tree) for tree in trees], reads=[len(tree.nodes) for tree in trees])
+        for batch in _progress(list(batches)):
+            for _, reads in self._fitting(batch, lambda part: self._read_trees([trees[i] for i in part])):
+                yield reads
+
+    @torch.inference_mode()
+    def _read_trees(self, trees: Sequence[Tree]) -> _Reads:
+        device, width = self.model.device, max(map(len, trees))
+        ids = np.full((len(trees), width), self._pad_id)
+        for row, tree in zip(ids, trees, strict=True):
+            row[: len(tree)] = tree.ids
+        self._count(ids.size, sum(map(len, trees)))
+        inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids).to(device), "use_cache": False}
+        if not all(tree.is_chain for tree in trees):
+            inputs |= self._branch_inputs(trees, width)
+        nodes = np.concatenate([row * width + tree.nodes for row, tree in enumerate(trees)])
+        wanted, of_read = np.unique(nodes, return_inverse=True)
+        flat = torch.from_numpy(wanted).to(device)
+        self.model.announce_context([tree.context for tree in trees])
+        with head_at(self.model.network, flat // width, flat % width, width):
+            logits = self.model.network(**inputs).logits[0]
+        targets, slots = (np.concatenate([getattr(tree, name) for tree in trees]) for name in ("targets", "slots"))
+        return slots, *_read(logits, of_read, targets)
+
+    def _branch_inputs(self, trees: Sequence[Tree], width: int) -> dict[str, Any]:
+        """Mask and positions for rows with branches; padding goes on counting and sees itself alone."""
+        ends = np.tile(np.arange(1, width + 1), (len(trees), 1))
+        depths = np.tile(np.arange(width), (len(trees), 1))
+        for row, tree in enumerate(trees):
+            ends[row, : len(tree)] = tree.ends
+            depths[row, : len(tree)] = tree.depths
+            depths[row, len(tree) :] = 0
+        config, device = self.model.network.config, self.model.device
+        there, places = torch.from_numpy(ends).to(device), torch.from_numpy(depths).to(device)
+        window = getattr(config, "sliding_window", None)
+        kinds = set(getattr(config, "layer_types", None) or ())
+
+        def mask(span: int | None) -> Tensor:
+            return attention_masks(there, places, self.model.dtype, span)
+
+        if "sliding_attention" in kinds:
+            masks: Any = {"full_attention": mask(None), "sliding_attention": mask(window)}
+        else:
+            masks = mask(None if kinds else window)
+        return {"attention_mask": masks, "position_ids": places}
+
+    def _encoder_decoder_reads(self, questions: Sequence[Question]) -> Iterator[_Reads]:
+        starts = np.cumsum([0, *(len(question.continuations) for question in questions)])
+        asked = [i for i, question in enumerate(questions) if question.continuations]
+        lengths = [
+            len(questions[i].context) + sum(len(c) + len(questions[i].context) // 4 for c in questions[i].continuations)
+            for i in asked
+        ]
+        batches = self._batches(lengths, reads=[sum(map(len, questions[i].continuations)) for i in asked])
+        for batch in _progress(list(batches)):
+            for _, reads in self._fitting(
+                batch,
+                lambda part: self._read_answers([questions[asked[i]] for i in part], [starts[asked[i]] for i in part]),
+            ):
+                yield reads
+
+    @torch.inference_mode()
+    def _read_answers(self, questions: Sequence[Question], starts: Sequence[int]) -> _Reads:
+        """One pass of the encoder over each context, one row of the decoder for each distinct beginning."""
+        network = self.model.network
+        rows: dict[tuple[int, tuple[int, ...]], int] = {}
+        of_row, positions, targets, slots = [], [], [], []
+        for q, (question, start) in enumerate(zip(questions, starts, strict=True)):
+            for c, answer in enumerate(question.continuations):
+                row = rows.setdefault((q, (network.config.decoder_start_token_id, *answer[:-1])), len(rows))
+                of_row += [row] * len(answer)
+                positions += range(len(answer))
+                targets += answer
+                slots += [start + c] * len(answer)
+        ids, mask = self._pad([question.context for question in questions])
+        said, _ = self._pad([beginning for _, beginning in rows])
+        of_question = torch.tensor([q for q, _ in rows], device=ids.device)
+        inputs = {"attention_mask": mask[of_question], "decoder_input_ids": said, "use_cache": False}
+        if self._soft_prompted:  # the prompt is put before the encoder's input inside the wrapper
+            inputs["input_ids"] = ids[of_question]
+        else:
+            encoded = network.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+            inputs["encoder_outputs"] = BaseModelOutput(encoded[of_question])
+        wanted, of_read = np.unique(np.array(of_row) * said.shape[1] + np.array(positions), return_inverse=True)
+        flat = torch.from_numpy(wanted).to(ids.device)
+        with head_at(network, flat // said.shape[1], flat % said.shape[1], said.shape[1]):
+            logits = network(**inputs).logits[0]
+        return np.array(slots), *_read(logits, of_read, np.array(targets))
+
+    def _batches(self, lengths: Sequence[int], reads: Sequence[int]) -> Iterator[list[int]]:
+        """Indices in batches, longest first so that what does not fit in memory shows at once.
+
+        A batch keeps to the budgets of padded tokens and of logits; once it is worth a pass of its own, it ends rather
+        than be padded by more than a few per cent.
+        """
+        batch: list[int] = []
+        real = read = 0
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            padded = (len(batch) + 1) * lengths[batch[0]] if batch else 0
+            wasteful = padded - real - lengths[i] > _MOST_PADDING * padded and 4 * padded > self.budget.tokens
+            if batch and (padded > self.budget.tokens or read + reads[i] > self.budget.reads or wasteful):
+                yield batch
+                batch, real, read = [], 0, 0
+            batch.append(i)
+            real += lengths[i]
+            read += reads[i]
+        if batch:
+            yield batch
+
+    def _fitting(self, batch: list[int], score: Callable[[list[int]], Any]) -> Iterator[tuple[list[int], Any]]:
+        """Score a batch; where memory does not suffice, score its halves and keep to half the budget from then on."""
+        try:
+            yield batch, score(batch)
+            return
+        except RuntimeError as error:
+            if len(batch) == 1 or not _is_out_of_memory(error):
+                raise
+        self.budget.halve()
+        for part in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+            yield from self._fitting(part, score)
+
+    @torch.inference_mode()
+    def _blank_logits(self, blanks: Sequence[Blank]) -> Tensor:
+        ids, mask = self._pad([blank.ids for blank in blanks])
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        read_from, places = ids, mask.sum(-1) - 1
+        if self.model.family == ENCODER:
+            places = torch.tensor([blank.position for blank in blanks], device=ids.device)
+        else:
+            inputs["use_cache"] = False
+        if self.model.family not in (ENCODER, DECODER):
+            read_from, said_mask = self._pad([blank.decoder_ids for blank in blanks])
+            inputs["decoder_input_ids"], places = read_from, said_mask.sum(-1) - 1
+        rows = torch.arange(len(blanks), device=ids.device)
+        with head_at(self.model.network, rows, places, read_from.shape[1]):
+            return self.model.network(**inputs).logits[0]
+
+    @property
+    def _pad_id(self) -> int:
+        return self.model.tokenizer.pad_token_id or 0
+
+    def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Rows padded on the right and their masks, int64 ``[rows, longest]`` each."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[self._pad_id] * (width - len(row))] for row in rows], device=self.model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.model.device)
+        self._count(ids.numel(), sum(map(len, rows)))
+        return ids, mask
+
+    def _count(self, tokens: int, real: int) -> None:
+        self.tokens_read += tokens
+        self.tokens_padded += tokens - real
+
+
+def _read(logits: Tensor, of_read: NDArray[np.int64], targets: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and whether it is the likeliest token, ``[reads]`` each.
+
+    Args:
+        logits: ``[positions, vocabulary]``.
+        of_read: for each read its row in ``logits``.
+        targets: for each read the token asked for.
+    """
+    rows, wanted = (torch.from_numpy(array).to(logits.device) for array in (of_read, targets))
+    # A few rows at a time, so that what lies between the passes over a row stays in the cache.
+    parts = [(torch.logsumexp(part.float(), -1), part.argmax(-1)) for part in logits.split(32)]
+    sums, likeliest = (torch.cat(column) for column in zip(*parts, strict=True))
+    return logits[rows, wanted].float() - sums[rows], likeliest[rows] == wanted
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _progress(batches: Sequence[list[int]]) -> Iterable[list[int]]:
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(batches, "scoring", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())

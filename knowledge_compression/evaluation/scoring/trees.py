@@ -1,0 +1,197 @@
+"""Token trees: everything that several texts share is read once.
+
+The tokens of a tree are laid into one row in depth-first order. Then a token sees exactly those tokens before it whose
+subtree it lies in, so that one number a token, the end of its subtree, tells the whole attention mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knowledge_compression.evaluation.scoring.questions import Question
+
+_SHORTEST_SHARE = 8  # tokens; questions that share less than this are not worth a common row
+
+
+@dataclass
+class Tree:
+    """Texts with a common beginning, in one row.
+
+    Attributes:
+        ids: token ids in depth-first order, ``[tokens]``.
+        depths: place of each token in its text, ``[tokens]``.
+        ends: for each token the index behind the last token of its subtree, ``[tokens]``.
+        nodes, targets, slots: what is read off: the prediction after token ``nodes[i]`` gives the log-probability of
+            ``targets[i]``, which belongs to continuation ``slots[i]``; ``[reads]`` each.
+        context: tokens at its start that no continuation is part of.
+    """
+
+    ids: NDArray[np.int64]
+    depths: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    nodes: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    context: int
+
+    def __len__(self) -> int:
+        """Tokens in the row."""
+        return len(self.ids)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether it has no branches, so that it is read as any text."""
+        return bool(self.depths[-1] == len(self) - 1)
+
+
+@dataclass
+class _Text:
+    """One continuation behind its context, as the model reads it: the last token is only predicted."""
+
+    ids: tuple[int, ...]
+    context: int
+    last: int
+    slot: int
+
+
+@dataclass
+class _Group:
+    texts: list[_Text] = field(default_factory=list)
+    size: int = 0
+
+
+def plant(
+    questions: Sequence[Question], *, pairs_per_token: float, longest: int, branches: bool = True, across: bool = True
+) -> list[Tree]:
+    """Trees that hold every continuation of every question once.
+
+    Continuations of a question share its context and whatever they begin with in common. Different questions share a
+    tree where that saves more than the larger attention area costs, as few-shot examples and WinoGrande's halves do.
+
+    Args:
+        questions: slots are numbered through them in order, continuation by continuation.
+        pairs_per_token: how many query-key pairs of attention cost as much as all else that a token costs.
+        longest: tokens a tree of several questions may have.
+        branches: whether a row may have branches; without, only texts that are read alike share a row.
+        across: whether different questions may share a tree at all.
+    """
+    groups: list[_Group] = []
+    slot = 0
+    for question in questions:
+        group = _Group()
+        context = tuple(question.context)
+        for continuation in question.continuations:
+            ids = (*context, *continuation)
+            group.texts.append(_Text(ids[:-1], len(context), ids[-1], slot))
+            slot += 1
+        group.texts.sort(key=lambda text: text.ids)
+        if group.texts:
+            group.size = _distinct(group.texts)
+            groups.append(group)
+    if not branches:
+        alike = (list(texts) for group in groups for _, texts in groupby(group.texts, key=lambda text: text.ids))
+        return [_tree(texts) for texts in alike]
+    if across:
+        groups = list(_merged(groups, pairs_per_token, longest))
+    return [_tree(group.texts) for group in groups]
+
+
+def attention_masks(ends: Tensor, depths: Tensor, dtype: torch.dtype, window: int | None) -> Tensor:
+    """What each token of each row sees, as numbers to add to attention scores.
+
+    Args:
+        ends: ``[rows, tokens]``, see :class:`Tree`; padding has its own index plus one, and sees itself alone.
+        depths: ``[rows, tokens]``.
+        dtype: the model's.
+        window: tokens that a sliding window spans, or None.
+
+    Returns:
+        ``[rows, 1, tokens, tokens]``: 0 where the query (third axis) sees the key (fourth), else the least number.
+    """
+    index = torch.arange(ends.shape[1], device=ends.device)
+    seen = (index[:, None] >= index) & (index[:, None] < ends[:, None, :])
+    if window is not None:
+        seen &= depths[:, :, None] - depths[:, None, :] < window
+    mask = torch.zeros(seen.shape, dtype=dtype, device=ends.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def _merged(groups: Iterable[_Group], pairs_per_token: float, longest: int) -> Iterable[_Group]:
+    """Neighbours in the order of their texts, put together where it pays."""
+    current: _Group | None = None
+    for group in sorted(groups, key=lambda group: group.texts[0].ids):
+        if current is None:
+            current = group
+            continue
+        shared = _common(current.texts[-1].ids, group.texts[0].ids)
+        size = current.size + group.size - shared
+        more_pairs = size**2 - current.size**2 - group.size**2
+        if shared >= _SHORTEST_SHARE and size <= longest and shared * pairs_per_token > more_pairs:
+            texts = sorted(current.texts + group.texts, key=lambda text: text.ids)
+            current = _Group(texts, size)
+        else:
+            yield current
+            current = group
+    if current is not None:
+        yield current
+
+
+def _tree(texts: Sequence[_Text]) -> Tree:
+    """The tree of texts in lexicographic order, which is depth-first order."""
+    ids: list[int] = []
+    depths: list[int] = []
+    size = _distinct(texts)
+    ends = np.full(size, size, dtype=np.int64)
+    path = np.empty(max(len(text.ids) for text in texts), dtype=np.int64)
+    nodes, targets, slots = [], [], []
+    before: tuple[int, ...] = ()
+    for text in texts:
+        shared = _common(before, text.ids)
+        ends[path[shared : len(before)]] = len(ids)
+        path[shared : len(text.ids)] = np.arange(len(ids), len(ids) + len(text.ids) - shared)
+        ids.extend(text.ids[shared:])
+        depths.extend(range(shared, len(text.ids)))
+        before = text.ids
+        nodes.append(path[text.context - 1 : len(text.ids)].copy())
+        targets.extend([*text.ids[text.context :], text.last])
+        slots.extend([text.slot] * (len(text.ids) - text.context + 1))
+    return Tree(
+        ids=np.array(ids, dtype=np.int64),
+        depths=np.array(depths, dtype=np.int64),
+        ends=ends,
+        nodes=np.concatenate(nodes),
+        targets=np.array(targets, dtype=np.int64),
+        slots=np.array(slots, dtype=np.int64),
+        context=min(text.context for text in texts),
+    )
+
+
+def _distinct(texts: Sequence[_Text]) -> int:
+    """Tokens of the tree of texts in lexicographic order."""
+    size, before = 0, ()  # type: tuple[int, tuple[int, ...]]
+    for text in texts:
+        size += len(text.ids) - _common(before, text.ids)
+        before = text.ids
+    return size
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    limit = min(len(a), len(b))
+    if a[:limit] == b[:limit]:
+        return limit
+    low, high = 0, limit  # a[:low] == b[:low], and a[:high] != b[:high]
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[:middle] == b[:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,233 @@
+"""The scoring core against a plain reference that shares nothing, on every architecture."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from conftest import SPECIAL, TINY, VOCABULARY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
+from knowledge_compression.evaluation.scoring.trees import attention_masks, plant
+from knowledge_compression.models import Model
+from knowledge_compression.models.families import ARCHITECTURES, DECODER, ENCODER
+
+CONTINUING = [name for name in TINY if ARCHITECTURES[name].family != ENCODER]
+DECODERS = [name for name in TINY if ARCHITECTURES[name].family == DECODER]
+
+
+@torch.no_grad()
+def plainly(model: Model, question: Question) -> list[tuple[float, bool]]:
+    """Each continuation in a pass of its own, with the network's own mask, positions and head."""
+    answers = []
+    for answer in question.continuations:
+        gold = torch.tensor([list(answer)])
+        if model.family == DECODER:
+            ids = torch.tensor([[*question.context, *answer]])
+            logits = model.network(input_ids=ids).logits[:, len(question.context) - 1 : -1]
+        else:
+            ids = torch.tensor([list(question.context)])
+            logits = model.network(input_ids=ids, labels=gold).logits
+        log_probs = logits.log_softmax(-1)
+        answers.append((float(log_probs.gather(-1, gold[..., None]).sum()), bool((log_probs.argmax(-1) == gold).all())))
+    return answers
+
+
+def random_questions(seed: int, count: int = 12) -> list[Question]:
+    """Questions of unlike lengths; some share their beginning, some choices begin alike or are alike."""
+    draw = random.Random(seed)
+    prefix = tokens(draw, 14)
+    questions = []
+    for _ in range(count):
+        context = tokens(draw, draw.randint(1, 30))
+        if draw.random() < 0.4:
+            context = prefix + context
+        stem = tokens(draw, draw.randint(0, 4))
+        choices = [stem + tokens(draw, draw.randint(1, 9)) for _ in range(draw.randint(1, 5))]
+        if draw.random() < 0.3:
+            choices = [choice[:1] for choice in choices]
+        if draw.random() < 0.2:
+            choices.append(choices[0])
+        questions.append(Question(context, choices))
+    return questions
+
+
+def tokens(draw: random.Random, count: int) -> list[int]:
+    return [draw.randrange(len(SPECIAL), VOCABULARY) for _ in range(count)]
+
+
+def assert_equals_plain(model: Model, questions: Sequence[Question], **scorer: int) -> None:
+    for question, found in zip(questions, Scorer(model, **scorer).log_likelihoods(questions), strict=True):
+        for (log_prob, greedy), answer in zip(plainly(model, question), found, strict=True):
+            assert answer.log_prob == pytest.approx(log_prob, rel=1e-4, abs=1e-5)
+            assert answer.greedy == greedy
+
+
+@pytest.mark.parametrize("architecture", CONTINUING)
+def test_equals_plain_on_every_architecture(tiny_model: Callable[[str], Model], architecture: str) -> None:
+    assert_equals_plain(tiny_model(architecture), random_questions(1))
+
+
+@pytest.mark.parametrize("architecture", CONTINUING)
+def test_greedy_continuations_are_found(tiny_model: Callable[[str], Model], architecture: str) -> None:
+    model = tiny_model(architecture)
+    context = random_questions(2)[0].context
+    said: list[int] = []
+    for _ in range(3):
+        rows = [Question(context, [[*said, token] for token in range(VOCABULARY)])]
+        scores = [plain for plain, _ in plainly(model, rows[0])]
+        said.append(int(np.argmax(scores)))
+    wrong = [*said[:-1], (said[-1] + 1) % VOCABULARY]
+    found = Scorer(model).log_likelihoods([Question(context, [said, wrong])])[0]
+    assert [answer.greedy for answer in found] == [
+        greedy for _, greedy in plainly(model, Question(context, [said, wrong]))
+    ]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "t5"])
+@pytest.mark.parametrize("budget", [1, 50, 100_000])
+def test_result_does_not_depend_on_the_budget(
+    tiny_model: Callable[[str], Model], architecture: str, budget: int
+) -> None:
+    model, questions = tiny_model(architecture), random_questions(3, count=30)
+    reference = Scorer(model).log_likelihoods(questions)
+    found = Scorer(model, tokens_per_batch=budget).log_likelihoods(questions)
+    for a, b in zip(reference, found, strict=True):
+        assert [x.greedy for x in a] == [x.greedy for x in b]
+        assert [x.log_prob for x in a] == pytest.approx([x.log_prob for x in b], rel=1e-5, abs=1e-5)
+
+
+def test_padding_stays_small(tiny_model: Callable[[str], Model]) -> None:
+    scorer = Scorer(tiny_model("llama"), tokens_per_batch=200)
+    scorer.log_likelihoods(random_questions(4, count=300))
+    assert 0 < scorer.tokens_padded < 0.08 * scorer.tokens_read
+
+
+def test_shared_tokens_are_read_once(tiny_model: Callable[[str], Model]) -> None:
+    draw = random.Random(5)
+    context, choices = tokens(draw, 40), [tokens(draw, 5) for _ in range(4)]
+    scorer = Scorer(tiny_model("llama"))
+    scorer.log_likelihoods([Question(context, choices)])
+    assert scorer.tokens_read == 40 + 4 * 4  # the last token of a choice is only predicted
+    scorer = Scorer(tiny_model("llama"))
+    scorer.log_likelihoods([Question(context, [choice[:1] for choice in choices])])
+    assert scorer.tokens_read == 40
+
+
+def test_few_shot_examples_are_read_once(tiny_model: Callable[[str], Model]) -> None:
+    draw = random.Random(6)
+    examples = tokens(draw, 60)
+    questions = [Question(examples + tokens(draw, 5), [tokens(draw, 3), tokens(draw, 3)]) for _ in range(6)]
+    model = tiny_model("llama")
+    scorer = Scorer(model)
+    scorer.budget.pairs_per_token = 3000.0  # as in a model of ordinary width
+    scorer.log_likelihoods(questions)
+    assert scorer.tokens_read < 60 + 6 * 10
+    assert_equals_plain(model, questions)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_rows_without_branches_say_the_same(tiny_model: Callable[[str], Model], architecture: str) -> None:
+    model = tiny_model(architecture)
+
+    class Unbranched(Scorer):
+        branches = False  # type: ignore[assignment]
+
+    questions = random_questions(7)
+    plain, shared = Unbranched(model).log_likelihoods(questions), Scorer(model).log_likelihoods(questions)
+    for a, b in zip(plain, shared, strict=True):
+        assert [x.log_prob for x in a] == pytest.approx([x.log_prob for x in b], rel=1e-4)
+
+
+def test_steps_back_when_memory_runs_out(tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, questions = tiny_model("llama"), random_questions(8, count=20)
+    reference = Scorer(model).log_likelihoods(questions)
+    forward, sizes = model.network.forward, []
+
+    def small_memory(*args: object, **inputs: torch.Tensor) -> object:
+        sizes.append(inputs["input_ids"].numel())
+        if sizes[-1] > 100 and len(inputs["input_ids"]) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(model.network, "forward", small_memory)
+    scorer = Scorer(model, tokens_per_batch=1000)
+    found = scorer.log_likelihoods(questions)
+    assert max(sizes) > 100
+    assert scorer.budget.tokens < 1000
+    for a, b in zip(reference, found, strict=True):
+        assert [x.log_prob for x in a] == pytest.approx([x.log_prob for x in b], rel=1e-5)
+
+
+def test_other_errors_are_not_swallowed(tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+
+    def broken(**_: object) -> object:
+        raise RuntimeError("a shape does not fit")
+
+    monkeypatch.setattr(model.network, "forward", broken)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        Scorer(model).log_likelihoods(random_questions(9))
+
+
+@pytest.mark.parametrize("architecture", DECODERS)
+@torch.no_grad()
+def test_decoder_blanks(tiny_model: Callable[[str], Model], architecture: str) -> None:
+    model = tiny_model(architecture)
+    blanks = [Blank(question.context) for question in random_questions(10)]
+    seen: list[int] = []
+    for indices, log_probs in Scorer(model, tokens_per_batch=64).distributions(blanks):
+        for i, row in zip(indices, log_probs, strict=True):
+            expected = model.network(input_ids=torch.tensor([blanks[i].ids])).logits[0, -1].log_softmax(-1)
+            torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+        seen += indices
+    assert sorted(seen) == list(range(len(blanks)))
+
+
+def test_bfloat16_stays_near(tiny_model: Callable[[str], Model]) -> None:
+    model, questions = tiny_model("llama"), random_questions(11)
+    exact = Scorer(model).log_likelihoods(questions)
+    model.network.to(torch.bfloat16)
+    for a, b in zip(exact, Scorer(model).log_likelihoods(questions), strict=True):
+        assert [x.log_prob for x in b] == pytest.approx([x.log_prob for x in a], rel=0.05)
+
+
+texts = st.lists(st.integers(0, 3), min_size=1, max_size=12)
+questions_of_few_tokens = st.lists(
+    st.builds(Question, texts, st.lists(texts, min_size=0, max_size=4)), min_size=1, max_size=8
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(questions_of_few_tokens, st.booleans(), st.booleans(), st.sampled_from([0.0, 10.0, 1e9]))
+def test_trees_hold_every_text_once(
+    questions: list[Question], branches: bool, across: bool, pairs_per_token: float
+) -> None:
+    trees = plant(questions, pairs_per_token=pairs_per_token, longest=60, branches=branches, across=across)
+    expected = [(q.context, c) for q in questions for c in q.continuations]
+    found: dict[int, list[tuple[list[int], int]]] = {slot: [] for slot in range(len(expected))}
+    for tree in trees:
+        for node, target, slot in zip(tree.nodes, tree.targets, tree.slots, strict=True):
+            index = np.arange(len(tree))
+            path = tree.ids[(index <= node) & (node < tree.ends)]
+            assert len(path) == tree.depths[node] + 1
+            found[slot].append((path.tolist(), int(target)))
+        assert branches or tree.is_chain
+    for slot, (context, answer) in enumerate(expected):
+        texts_read = [[*context, *answer[:i]] for i in range(len(answer))]
+        assert found[slot] == list(zip(texts_read, answer, strict=True))
+
+
+@given(questions_of_few_tokens)
+def test_a_token_sees_its_own_beginnings_alone(questions: list[Question]) -> None:
+    for tree in plant(questions, pairs_per_token=1e9, longest=1000):
+        ends, depths = torch.from_numpy(tree.ends)[None], torch.from_numpy(tree.depths)[None]
+        seen = attention_masks(ends, depths, torch.float32, None)[0, 0] == 0
+        assert seen.sum(-1).tolist() == (tree.depths + 1).tolist()
+        near = attention_masks(ends, depths, torch.float32, 3)[0, 0] == 0
+        assert near.sum(-1).tolist() == np.minimum(tree.depths + 1, 3).tolist()
