@@ -29,7 +29,8 @@ class Budget:
         config = model.network.config
         self.tokens = tokens or _TOKENS.get(model.device.type, 4096)
         self.reads = max(1, _LOGIT_BYTES // (config.vocab_size * model.dtype.itemsize))
-        body = model.parameter_count() - model.network.get_input_embeddings().weight.numel()
+        embeddings = sum(p.numel() for p in model.network.get_input_embeddings().parameters())
+        body = model.parameter_count() - embeddings
         self.pairs_per_token = body / (2 * config.num_hidden_layers * config.hidden_size)
 
     def halve(self) -> None:

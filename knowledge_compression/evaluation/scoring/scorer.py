@@ -157,14 +157,11 @@ class Scorer:
         """One pass of the encoder over each context, one row of the decoder for each distinct beginning."""
         network = self.model.network
         rows: dict[tuple[int, tuple[int, ...]], int] = {}
-        of_row, positions, targets, slots = [], [], [], []
+        reads: list[tuple[int, int, int, int]] = []  # row, position in it, token asked for, continuation
         for q, (question, start) in enumerate(zip(questions, starts, strict=True)):
             for c, answer in enumerate(question.continuations):
                 row = rows.setdefault((q, (network.config.decoder_start_token_id, *answer[:-1])), len(rows))
-                of_row += [row] * len(answer)
-                positions += range(len(answer))
-                targets += answer
-                slots += [start + c] * len(answer)
+                reads += [(row, place, token, start + c) for place, token in enumerate(answer)]
         ids, mask = self._pad([question.context for question in questions])
         said, _ = self._pad([beginning for _, beginning in rows])
         of_question = torch.tensor([q for q, _ in rows], device=ids.device)
@@ -174,11 +171,12 @@ class Scorer:
         else:
             encoded = network.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
             inputs["encoder_outputs"] = BaseModelOutput(encoded[of_question])
-        wanted, of_read = np.unique(np.array(of_row) * said.shape[1] + np.array(positions), return_inverse=True)
+        of_row, places, targets, slots = np.array(reads, dtype=np.int64).T
+        wanted, of_read = np.unique(of_row * said.shape[1] + places, return_inverse=True)
         flat = torch.from_numpy(wanted).to(ids.device)
         with head_at(network, flat // said.shape[1], flat % said.shape[1], said.shape[1]):
             logits = network(**inputs).logits[0]
-        return np.array(slots), *_read(logits, of_read, np.array(targets))
+        return slots, *_read(logits, of_read, targets)
 
     def _batches(self, lengths: Sequence[int], reads: Sequence[int]) -> Iterator[list[int]]:
         """Indices in batches, longest first so that what does not fit in memory shows at once.
