@@ -33,21 +33,16 @@ def experiment_from(config: DictConfig, choices: Mapping[str, str]) -> Experimen
     """
     if not config.get("eval"):
         raise BadInput("eval=[] asks nothing; choose at least one suite, e.g. eval=[atlas]")
-    try:
-        settings: dict[str, Any] = {
-            name: OmegaConf.to_container(config[name], resolve=True, throw_on_missing=True) for name in GROUPS
-        }
-    except OmegaConfBaseException as error:
-        raise BadInput(first_line(error)) from None
+    settings: dict[str, Any] = {name: plain(config[name]) for name in GROUPS}
     settings |= {name: config[name] for name in VALUES}
     settings["choices"] = {group: choices[group] for group in GROUPS if group in choices and group != "eval"}
     return Experiment(
-        source=_instantiate("model", settings["model"]),
-        target=_instantiate("target", settings["target"]),
-        compression=_instantiate("compression", settings["compression"]),
-        recovery=_instantiate("recovery", settings["recovery"]),
-        corpus=_instantiate("corpus", settings["corpus"]),
-        suites={name: _instantiate(f"eval.{name}", part) for name, part in settings["eval"].items()},
+        source=build("model", settings["model"]),
+        target=build("target", settings["target"]),
+        compression=build("compression", settings["compression"]),
+        recovery=build("recovery", settings["recovery"]),
+        corpus=build("corpus", settings["corpus"]),
+        suites={name: build(f"eval.{name}", part) for name, part in settings["eval"].items()},
         settings=settings,
         seed=config.seed,
         device=config.device,
@@ -63,10 +58,22 @@ def tracker_from(config: DictConfig, sweep: str | None = None) -> Tracker:
         config: the composed configuration.
         sweep: the name of the sweep, by which a tracker groups its runs unless the user named a group.
     """
-    settings = cast(dict[str, Any], OmegaConf.to_container(config.tracker, resolve=True))
+    settings = plain(config.tracker)
     if "group" in settings:
         settings["group"] = settings["group"] or sweep
-    return _instantiate("tracker", settings)
+    return build("tracker", settings)
+
+
+def plain(part: DictConfig) -> dict[str, Any]:
+    """A part of the configuration as plain data, every reference resolved.
+
+    Raises:
+        BadInput: a value that must be given is missing, or a reference leads nowhere.
+    """
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(part, resolve=True, throw_on_missing=True))
+    except OmegaConfBaseException as error:
+        raise BadInput(first_line(error)) from None
 
 
 def first_line(error: BaseException) -> str:
@@ -74,8 +81,16 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _instantiate(name: str, settings: Mapping[str, Any]) -> Any:
-    """The object that ``_target_`` names, after its plain fields were checked against their type hints."""
+def build(name: str, settings: Mapping[str, Any]) -> Any:
+    """The object that ``_target_`` names, after its plain fields were checked against their type hints.
+
+    Args:
+        name: how messages call it, e.g. ``compression``.
+        settings: its fields as plain data, with ``_target_``.
+
+    Raises:
+        BadInput: a field is missing, unknown, or its value does not fit.
+    """
     try:
         check_types(name, get_class(settings["_target_"]), settings)
         return instantiate(dict(settings), _convert_="all")

@@ -1,0 +1,98 @@
+"""The same objects as on the command line, for a notebook: ``import knowledge_compression as kc``.
+
+    model = kc.load("smollm2")
+    atlas = kc.choose("eval=atlas")
+    known = atlas.evaluate(model)
+    kc.compress(model, kc.choose("compression=magnitude", sparsity=0.4), kc.choose("target=att"))
+    left = atlas.evaluate(model)
+    print(kc.drop(known, left))
+
+Names and settings are those of the files under ``conf/``; whatever does not fit raises
+:class:`~knowledge_compression.errors.BadInput`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+
+from knowledge_compression.analysis.comparisons import KEY
+from knowledge_compression.analysis.statistics import Estimate
+from knowledge_compression.analysis.statistics import drop as paired_drop
+from knowledge_compression.cli import CONF, one_line
+from knowledge_compression.compression.base import Compression
+from knowledge_compression.compression.report import CompressionReport
+from knowledge_compression.configuration import GROUPS, build, plain
+from knowledge_compression.corpora.corpus import Corpus
+from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.suite import Evaluation
+from knowledge_compression.models import Model, Target
+from knowledge_compression.recovery.base import Recovery, RecoveryReport
+
+
+def load(name: str, *, device: str = "auto", dtype: str = "auto", **settings: Any) -> Model:
+    """A model by its name under ``conf/model/``, e.g. ``load("local", path="my-model")``."""
+    model: Model = choose(f"model={name}", **settings).load(device, dtype)
+    return model
+
+
+def compress(model: Model, how: Compression, what: Target, text: Corpus | None = None) -> CompressionReport:
+    """Compress the layers that ``what`` selects, in place; ``text`` calibrates the methods that need it.
+
+    Raises:
+        BadInput: the method needs text and none is given, or something does not fit the model.
+    """
+    if how.calibrated and text is None:
+        raise BadInput(f"{type(how).__name__} needs calibration text; give e.g. kc.choose('corpus=self')")
+    windows = text.windows(model) if how.calibrated and text is not None else None
+    return how.compress(model, what.select(model), windows)
+
+
+def recover(model: Model, how: Recovery, text: Corpus | None = None) -> RecoveryReport:
+    """Recover ``model`` in place, trained on ``text``."""
+    if how.trains and text is None:
+        raise BadInput(f"{type(how).__name__} needs text to train on; give e.g. kc.choose('corpus=self')")
+    return how.recover(model, text)
+
+
+def drop(before: Evaluation, after: Evaluation) -> Estimate:
+    """Relative drop in accuracy on the same items, in % of what was known before, with its 95 % interval.
+
+    Raises:
+        BadInput: the two were not asked the same.
+    """
+    left, right = (e.items.select(*KEY, "correct").drop_nulls() for e in (before, after))
+    both = left.join(right, on=KEY, how="inner", suffix="_after")
+    if both.is_empty() or not both.height == left.height == right.height:
+        raise BadInput("these two evaluations asked different items, so they cannot be compared")
+    return paired_drop(both["correct"].to_numpy(), both["correct_after"].to_numpy())
+
+
+def choose(choice: str, **settings: Any) -> Any:
+    """The object that a file under ``conf/`` describes, with some settings changed.
+
+    Args:
+        choice: as on the command line, e.g. ``compression=gptq``, ``target=att``, ``corpus=c4``, ``eval=atlas``.
+        settings: fields of the object, or plain values of ``conf/config.yaml`` such as ``sparsity`` and ``data_dir``.
+
+    Raises:
+        BadInput: there is no such file or setting.
+    """
+    group, _, name = choice.partition("=")
+    if group not in GROUPS:
+        raise BadInput(f"'{choice}' is no choice; give one of {', '.join(GROUPS)} and a name, e.g. compression=gptq")
+    GlobalHydra.instance().clear()  # a notebook may have composed something before
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("config", overrides=[f"eval=[{name}]" if group == "eval" else choice])
+    except HydraException as error:
+        raise BadInput(one_line(error)) from None
+    part = next(iter(config.eval.values())) if group == "eval" else config[group]
+    if unknown := [key for key in settings if key not in part and key not in config]:
+        raise BadInput(f"{choice} has no setting {', '.join(unknown)}; it has {', '.join(list(part)[1:])}")
+    for key, value in settings.items():
+        (part if key in part else config)[key] = value
+    return build(choice, plain(part))
