@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from conftest import SPECIAL, VOCABULARY, logits_of
 
 from knowledge_compression.compression.blocks import LayerInputs, compress_blocks
 from knowledge_compression.compression.report import LayerReport
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.families import ROLES
+from tests.conftest import SPECIAL, VOCABULARY, logits_of
 
 EVERYTHING = Target("everything", ROLES)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import VOCABULARY, build_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PromptTuningConfig, TaskType, get_peft_model
@@ -12,6 +11,7 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 from knowledge_compression.errors import BadInput
 from knowledge_compression.recovery.attention import attend, attend_plainly
 from knowledge_compression.recovery.prompted import ONCE, PER_LAYER, SELECTIONS, Prompted
+from tests.conftest import VOCABULARY, build_network
 
 DECODERS = ("llama", "opt", "gpt2", "gpt_neox", "qwen2")
 LENGTHS = (3, 7)

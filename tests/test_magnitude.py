@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import logits_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils import prune as torch_prune
 
@@ -14,6 +13,7 @@ from knowledge_compression.compression.random import Random
 from knowledge_compression.compression.threshold import pieces, smallest
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target, Targets
+from tests.conftest import logits_of
 
 ATT = ["encoder_att", "decoder_self_att", "cross_att"]
 ALL = [*ATT, "ff"]
@@ -98,6 +98,7 @@ def test_asking_for_more_than_there_is_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("method", [Magnitude, Random])
+@settings(max_examples=30)
 @given(sparsity=st.floats(0, 1, exclude_max=True), scope=st.sampled_from(["global", "layer"]))
 def test_any_sparsity_is_reached_exactly(
     method: type, tiny_llama_weights: tuple[Model, dict[str, torch.Tensor]], sparsity: float, scope: str
@@ -116,7 +117,7 @@ def test_any_sparsity_is_reached_exactly(
 
 @pytest.fixture(scope="module")
 def tiny_llama_weights() -> tuple[Model, dict[str, torch.Tensor]]:
-    from conftest import build_network
+    from tests.conftest import build_network
 
     network = build_network("llama")
     return Model(network, None, "tiny"), {key: value.clone() for key, value in network.state_dict().items()}

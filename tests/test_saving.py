@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_network, logits_of
 
 from knowledge_compression.compression.magnitude import Magnitude
 from knowledge_compression.corpora.own_samples import OwnSamples
@@ -22,6 +21,7 @@ from knowledge_compression.models.saving import save_checkpoint
 from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.tracker import NoTracker
+from tests.conftest import build_network, logits_of
 
 
 def prune_by_half(model: Model) -> None:

@@ -54,8 +54,14 @@ def reporting(method: str, model: Model, targets: Targets) -> Iterator[Compressi
     """Time a compression and take the model's size before and after; the body appends the layers.
 
     Unties the head if it is among the targets, so that no method can forget to.
+
+    Raises:
+        BadInput: a target has given way to a module of integers already, whose weight cannot be written.
     """
     report = CompressionReport(method=method, model_parameters=model.parameter_count())
+    for layer in targets:
+        if getattr(layer.module, "replaces_linear", False):
+            raise BadInput(f"{layer.path} is quantized already; quantization comes last, after pruning")
     if any(layer.role == "final" for layer in targets):
         model.untie_head()
     report.model_bytes_before = memory_bytes(model.network)

@@ -8,6 +8,7 @@ same integers, split so that no sum leaves the range in which float32 is exact.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,13 +35,15 @@ class Int8Linear(nn.Module):
     Attributes:
         weight_int8: buffer ``[out_features, in_features]``, int8.
         weight_scale: buffer ``[1]`` or ``[out_features]``, float32; a weight is its integer times its scale.
+        weight_sum: buffer ``[out_features]``, int32, what a zero point of the inputs adds to an output; None where
+            inputs have none (``per_channel``).
     """
 
     replaces_linear = True  # models.targets takes it for a linear layer
 
     weight_int8: torch.Tensor
     weight_scale: torch.Tensor
-    weight_sum: torch.Tensor
+    weight_sum: torch.Tensor | None
     bias: nn.Parameter | None
 
     def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None, granularity: str = "per_channel") -> None:
@@ -53,15 +56,15 @@ class Int8Linear(nn.Module):
         integers, scale = quantize_weight(weight, granularity)
         self.register_buffer("weight_int8", integers)
         self.register_buffer("weight_scale", scale)
-        # What the zero point of the inputs adds to each output; follows from the integers, so it is not saved.
-        self.register_buffer("weight_sum", integers.sum(1, dtype=torch.int32), persistent=False)
+        self.register_buffer("weight_sum", integers.sum(1, dtype=torch.int32) if granularity == "per_tensor" else None)
         self.bias = bias
 
     @classmethod
     def of(cls, linear: nn.Module, granularity: str = "per_channel") -> Int8Linear:
         """The int8 twin of an ``nn.Linear`` or of GPT-2's ``Conv1D``."""
-        weight: torch.Tensor = linear.weight.detach()  # type: ignore[assignment]
-        return cls(weight.T if isinstance(linear, Conv1D) else weight, linear.bias, granularity)  # type: ignore[arg-type]
+        weight, bias = linear.get_parameter("weight").detach(), linear.bias
+        assert bias is None or isinstance(bias, nn.Parameter)
+        return cls(weight.T if isinstance(linear, Conv1D) else weight, bias, granularity)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -69,23 +72,43 @@ class Int8Linear(nn.Module):
         return (self.weight_int8 * self.weight_scale[:, None]).to(self.dtype)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``, in the input's floating type."""
-        rows = inputs.reshape(-1, self.in_features).float()
-        if self.granularity == "per_tensor":
-            integers, scale, zero_point = quantize_tensor(rows)
-            sums = integer_product(integers, self.weight_int8) - zero_point * self.weight_sum
-        else:
-            integers, scale = quantize_tokens(rows)
-            sums = integer_product(integers, self.weight_int8)
-        outputs = sums * scale
-        outputs *= self.weight_scale
-        if self.bias is not None:
-            outputs += self.bias
-        return outputs.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
+        """``[..., in_features]`` to ``[..., out_features]``, in the input's floating type.
+
+        Gradients pass to the input as if nothing were rounded (straight through); the weights are frozen.
+        """
+        return _StraightThrough.apply(inputs, self)
 
     def extra_repr(self) -> str:
         """Shown in ``print(model)``."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.granularity}"
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Integer products forward, the gradient of the product with the rounded weights backward."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
+        ctx.layer = layer
+        rows = inputs.reshape(-1, layer.in_features).float()
+        if layer.weight_sum is not None:  # per_tensor
+            integers, scale, zero_point = quantize_tensor(rows)
+            sums = integer_product(integers, layer.weight_int8)
+            outputs = sums.sub_(zero_point * layer.weight_sum).float()
+            columns = layer.weight_scale * scale
+        else:
+            integers, scale = quantize_tokens(rows)
+            outputs = integer_product(integers, layer.weight_int8).float().mul_(scale)
+            columns = layer.weight_scale
+        if layer.bias is None:
+            outputs *= columns
+        else:
+            torch.addcmul(layer.bias.float(), outputs, columns, out=outputs)
+        return outputs.to(inputs.dtype).view(*inputs.shape[:-1], layer.out_features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = gradients
+        return gradient @ ctx.layer.weight.to(gradient.dtype), None
 
 
 def quantize_weight(weight: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,20 +133,21 @@ def quantize_tensor(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
 
     The range always takes in zero, and zero has an integer of its own.
     """
+    if not rows.numel():
+        return rows.to(torch.int8), rows.new_ones(()), rows.new_zeros((), dtype=torch.int32)
     least, most = torch.aminmax(rows)
     least, most = least.clamp_max(0), most.clamp_min(0)
     scale = (most - least) / 127
     scale = torch.where(scale == 0, 0.1, scale)
     zero_point = (-least / scale).round().clamp(0, 127)
-    return (
-        (rows * scale.reciprocal()).round_().add_(zero_point).clamp_(0, 127).to(torch.int8),
-        scale,
-        zero_point.to(torch.int32),
-    )
+    integers = torch.addcmul(zero_point, rows, scale.reciprocal()).round_().clamp_(0, 127)
+    return integers.to(torch.int8), scale, zero_point.to(torch.int32)
 
 
 def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Exact ``left @ right.T`` of int8 matrices ``[rows, inner]`` and ``[columns, inner]``, as int32."""
+    if left.shape[1] == 1:  # torch 2.13's product on the CPU misreads matrices of one inner column
+        return left.int() * right.T.int()
     if left.is_cuda:
         return _cuda_product(left, right)
     if multiplies_int8(left.device.type):

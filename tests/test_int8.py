@@ -1,0 +1,284 @@
+"""The int8 layer against torch's own dynamic quantization, a slow reference, and itself on other devices' paths."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from knowledge_compression.compression import quantized_linear
+from knowledge_compression.compression.int8_dynamic import Int8Dynamic
+from knowledge_compression.compression.magnitude import Magnitude
+from knowledge_compression.compression.quantized_linear import (
+    GRANULARITIES,
+    Int8Linear,
+    float_product,
+    integer_product,
+    quantize_tensor,
+    quantize_tokens,
+    quantize_weight,
+)
+from knowledge_compression.compression.sequence import Sequence
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model, Target, Targets
+from knowledge_compression.models.targets import is_linear
+from tests.conftest import TINY, logits_of
+
+ALL = ["encoder_att", "decoder_self_att", "cross_att", "ff"]
+
+
+def select(model: Model, *roles: str) -> Targets:
+    return Target("test", list(roles or ALL)).select(model)
+
+
+def random_linear(inputs: int, outputs: int, bias: bool = True, seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 300), st.integers(1, 40))
+
+
+@pytest.mark.parametrize("engine", [e for e in ("onednn", "x86") if e in torch.backends.quantized.supported_engines])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("shift", "spread"), [(0, 1), (3, 1), (-3, 0.01), (0, 1000)])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 8, 8), (7, 33, 17), (64, 768, 100), (16, 3072, 50)])
+def test_per_tensor_is_torchs_quantize_dynamic(
+    engine: str, bias: bool, shift: float, spread: float, rows: int, inputs: int, outputs: int
+) -> None:
+    linear = random_linear(inputs, outputs, bias)
+    before, torch.backends.quantized.engine = torch.backends.quantized.engine, engine
+    try:
+        theirs = torch.ao.quantization.quantize_dynamic(nn.Sequential(linear), {nn.Linear}, dtype=torch.qint8)
+        ours = Int8Linear.of(linear, "per_tensor")
+        quantized = theirs[0].weight()
+        assert torch.equal(ours.weight_int8, quantized.int_repr())
+        assert float(ours.weight_scale) == pytest.approx(quantized.q_scale())
+        inputs_ = torch.randn(rows, inputs) * spread + shift
+        with torch.no_grad():
+            expected, got = theirs(inputs_), ours(inputs_)
+        # The same integers, but for an input that lies on the very edge between two (the engines differ there too).
+        step = float(inputs_.max().clamp_min(0) - inputs_.min().clamp_max(0)) / 127 * float(linear.weight.abs().max())
+        torch.testing.assert_close(got, expected, rtol=0, atol=1.01 * step)
+        assert (got - expected).abs().le(1e-6 * expected.abs().max()).float().mean() > 0.9
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def test_a_whole_model_is_that_of_quantize_dynamic(tiny_model: Callable[[str], Model]) -> None:
+    model, reference = tiny_model("bert"), tiny_model("bert")
+    dense = logits_of(model)
+    Int8Dynamic("per_tensor", and_final=True).compress(model, select(model, *ALL, "transform"), None)
+    reference.untie_head()
+    reference.network = torch.ao.quantization.quantize_dynamic(reference.network, {nn.Linear}, dtype=torch.qint8)
+    ours, theirs = logits_of(model), logits_of(reference)
+    assert (ours - theirs).norm() < 0.1 * (theirs - dense).norm()
+    assert (ours - theirs).abs().lt(1e-4).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@settings(max_examples=40)
+@given(size=sizes, seed=st.integers(0, 1000))
+def test_forward_is_the_slow_reference(granularity: str, size: tuple[int, int, int], seed: int) -> None:
+    rows, inputs, outputs = size
+    linear = random_linear(inputs, outputs, seed=seed)
+    x = torch.randn(rows, inputs)
+    layer = Int8Linear.of(linear, granularity)
+    if granularity == "per_tensor":
+        integers, scale, zero_point = quantize_tensor(x)
+        assert integers.min() >= 0 and 0 <= int(zero_point) <= 127
+        rounded = (integers.double() - zero_point) * scale.double()
+    else:
+        integers, scale = quantize_tokens(x)
+        assert integers.abs().max() <= 127
+        rounded = integers.double() * scale.double()
+    # rounding moves no input by more than half a step; a 7-bit range may clip one further half
+    assert ((rounded - x).abs() <= scale * (1.01 if granularity == "per_tensor" else 0.51)).all()
+    weight = layer.weight_int8.double() * layer.weight_scale.double()[:, None]
+    expected = rounded @ weight.T + linear.bias.double()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 40), st.integers(1, 3000), st.integers(1, 40), st.integers(0, 1000))
+def test_integer_products_are_exact_on_every_path(rows: int, inner: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randint(-128, 128, (rows, inner), dtype=torch.int8, generator=generator)
+    right = torch.randint(-128, 128, (columns, inner), dtype=torch.int8, generator=generator)
+    expected = left.long() @ right.long().T
+    assert torch.equal(integer_product(left, right).long(), expected)
+    assert torch.equal(float_product(left, right).long(), expected)
+
+
+@pytest.mark.parametrize("product", [integer_product, float_product])
+def test_the_largest_integers_do_not_overflow(product: Callable[..., torch.Tensor]) -> None:
+    left, right = torch.full((2, 5000), -128, dtype=torch.int8), torch.full((3, 5000), -128, dtype=torch.int8)
+    assert (product(left, right) == 128 * 128 * 5000).all()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_emulation_gives_the_same_bits(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = Int8Linear.of(random_linear(300, 77), granularity), torch.randn(3, 11, 300)
+    with torch.no_grad():
+        real = layer(x)
+        monkeypatch.setattr(quantized_linear, "multiplies_int8", lambda device: False)
+        assert torch.equal(layer(x), real)
+
+
+@settings(max_examples=40)
+@given(sizes, st.integers(0, 1000))
+def test_per_channel_does_not_depend_on_the_batch(size: tuple[int, int, int], seed: int) -> None:
+    rows, inputs, outputs = size
+    layer = Int8Linear.of(random_linear(inputs, outputs, seed=seed), "per_channel")
+    x = torch.randn(rows, inputs)
+    with torch.no_grad():
+        together = layer(x)
+        assert torch.equal(together[:1], layer(x[:1]))
+        assert torch.equal(together, layer(torch.cat([x, 1000 * x]))[:rows])
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_zeros_infinitesimals_and_empty_inputs(granularity: str) -> None:
+    linear = random_linear(8, 5)
+    with torch.no_grad():
+        for x in (torch.zeros(3, 8), torch.full((3, 8), 1e-30)):
+            torch.testing.assert_close(Int8Linear.of(linear, granularity)(x), linear.bias.expand(3, 5))
+        linear.weight.zero_()
+        torch.testing.assert_close(Int8Linear.of(linear, granularity)(torch.ones(2, 8)), linear.bias.expand(2, 5))
+        assert Int8Linear.of(linear, granularity)(torch.zeros(0, 8)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_rounded_weights_lie_within_a_step_and_zeros_stay_zero(granularity: str) -> None:
+    weight = random_linear(40, 30).weight.detach().clone()
+    weight[:, ::3] = 0
+    integers, scale = quantize_weight(weight, granularity)
+    assert (integers[:, ::3] == 0).all()
+    assert ((integers * scale[:, None] - weight).abs() <= 0.51 * scale[:, None]).all()
+    assert scale.shape == (30,) if granularity == "per_channel" else (1,)
+
+
+def test_it_stands_in_for_a_linear_layer() -> None:
+    linear = random_linear(6, 4)
+    layer = Int8Linear.of(linear)
+    assert is_linear(layer) and layer.bias is linear.bias
+    assert (layer.in_features, layer.out_features) == (6, 4)
+    assert "6, 4, bias=True, per_channel" in str(layer)
+    assert layer.weight.shape == linear.weight.shape and layer.weight.dtype == linear.weight.dtype
+    state = layer.state_dict()
+    assert set(state) == {"weight_int8", "weight_scale", "bias"} and state["weight_int8"].dtype == torch.int8
+    other = Int8Linear.of(random_linear(6, 4, seed=1))
+    other.load_state_dict(state)
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        assert torch.equal(other(x), layer(x))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_loaded_state_brings_its_sums(granularity: str) -> None:
+    layer, other = (Int8Linear.of(random_linear(6, 4, seed=s), granularity) for s in (0, 1))
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 6) + 1
+    with torch.no_grad():
+        assert torch.equal(other(x), layer(x))
+
+
+def test_conv1d_of_gpt2_is_turned() -> None:
+    conv = Conv1D(5, 7)
+    nn.init.normal_(conv.weight)
+    layer, x = Int8Linear.of(conv, "per_channel"), torch.randn(2, 7)
+    with torch.no_grad():
+        assert layer.weight.shape == (5, 7)
+        assert (layer(x) - conv(x)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_gradients_pass_to_the_input_and_only_there(granularity: str) -> None:
+    layer = Int8Linear.of(random_linear(8, 5), granularity)
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, 3, 8))
+    assert layer.bias.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(tiny_model: Callable[[str], Model], dtype: torch.dtype) -> None:
+    model = tiny_model("llama")
+    model.network.to(dtype)
+    dense = logits_of(model).float()
+    Int8Dynamic("per_channel").compress(model, select(model), None)
+    logits = logits_of(model)
+    assert logits.dtype == dtype and model.network.model.layers[0].mlp.up_proj.weight.dtype == dtype
+    assert (logits.float() - dense).norm() < 0.1 * dense.norm()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_every_architecture_stays_close_and_its_int8_is_counted(any_tiny_model: Model, granularity: str) -> None:
+    model = any_tiny_model
+    dense, embeddings = logits_of(model), model.network.get_input_embeddings().weight.detach().clone()
+    targets = select(model)
+    weights = sum(layer.weight.numel() for layer in targets) + select(model, "final")[0].parameters
+    was_tied = model.head_is_tied
+    report = Int8Dynamic(granularity, and_final=True).compress(model, targets, None)
+    model.network.tie_weights()  # lm-eval's HFLM does this in its constructor
+
+    logits = logits_of(model)
+    assert 0 < (logits - dense).norm() < 0.1 * dense.norm()
+    assert torch.equal(model.network.get_input_embeddings().weight, embeddings)
+    assert all(isinstance(layer.module, Int8Linear) for layer in [*select(model), *select(model, "final")])
+    assert report.parameters_touched == weights and report.bits == 8 and report.removed == 0
+    scales = sum(layer.module.weight_scale.numel() for layer in [*select(model), *select(model, "final")])
+    sums = report_rows(model) if granularity == "per_tensor" else 0
+    assert sum(layer.overhead_bits for layer in report.layers) == 32 * scales
+    # a byte a weight instead of four, and the scales and sums of rows; untying the head came first
+    assert report.model_bytes_after == report.model_bytes_before - 3 * weights + 4 * (scales + sums)
+    assert report.model_parameters == sum(p.numel() for p in _fresh(model).parameters())
+    assert was_tied == (model.network.config.model_type != "gpt_neox")
+
+
+def report_rows(model: Model) -> int:
+    return sum(layer.module.out_features for layer in [*select(model), *select(model, "final")])
+
+
+def _fresh(model: Model) -> nn.Module:
+    from tests.conftest import build_network
+
+    return build_network(model.network.config.model_type)
+
+
+@pytest.mark.parametrize("architecture", sorted(TINY))
+def test_prune_then_quantize_keeps_zeros_and_counts_masks(
+    tiny_model: Callable[[str], Model], architecture: str
+) -> None:
+    model, pruned = tiny_model(architecture), tiny_model(architecture)
+    Magnitude(0.4).compress(pruned, select(pruned), None)
+    targets = select(model)
+    report = Sequence([Magnitude(0.4), Int8Dynamic("per_channel")]).compress(model, targets, None)
+    for ours, theirs in zip(select(model), select(pruned), strict=True):
+        assert (ours.module.weight_int8[theirs.weight == 0] == 0).all()
+    parameters = sum(layer.parameters for layer in report.layers)
+    assert report.method == "magnitude+int8_dynamic"
+    assert report.removed == round(0.4 * parameters)  # masks, not the zeros that rounding adds
+    assert report.bits == 8 and report.model_bytes_after < report.model_bytes_before
+    assert report.stored_bytes < report.model_bytes_before - 3 * parameters + report.model_bytes_before * 0.1
+
+
+def test_steps_run_in_order_and_an_empty_list_is_refused() -> None:
+    with pytest.raises(BadInput, match="steps is empty"):
+        Sequence([])
+    assert not Sequence([Magnitude(0.1), Int8Dynamic()]).calibrated
+
+
+def test_what_cannot_be_done_gets_one_line(tiny_model: Callable[[str], Model]) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(BadInput, match="granularity=per_row does not exist; choose one of per_tensor, per_channel"):
+        Int8Dynamic("per_row").compress(model, select(model), None)
+    Int8Dynamic().compress(model, select(model), None)
+    with pytest.raises(BadInput, match=r"model.layers.0.self_attn.q_proj is quantized already"):
+        Magnitude(0.5).compress(model, select(model), None)
+    with pytest.raises(BadInput, match=r"model.layers.0.self_attn.q_proj is quantized already"):
+        Int8Dynamic().compress(model, select(model), None)
