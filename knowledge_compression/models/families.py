@@ -31,6 +31,10 @@ class Stack:
     blocks: str
     roles: Mapping[str, str]
 
+    def is_block(self, path: str) -> bool:
+        """Whether the module at the full path ``path`` is one of its blocks."""
+        return _matches(f"{self.blocks}.*", path)
+
     def role_of(self, path: str) -> str | None:
         """Role of the linear at the full module path ``path``, or None where it is not of this stack."""
         return next((role for inside, role in self.roles.items() if _matches(f"{self.blocks}.*.{inside}", path)), None)

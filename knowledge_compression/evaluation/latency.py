@@ -1,0 +1,187 @@
+"""How long a model takes to read a batch and to say one token more, and what memory that needs.
+
+The second paper compares prompts with LoRA at batch 16 and 1,024 tokens (Hoang et al., section 3.3).
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.suite import Evaluation, item_table
+from knowledge_compression.models import Model
+from knowledge_compression.models.families import DECODER, ENCODER
+
+PREFILL, DECODE = "prefill", "decode"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Warm inference time on random tokens: the median over repeats, and their spread.
+
+    *Prefill* reads the batch and gives the logits of each row's last token (encoders: of all), filling the cache where
+    there is one. *Decode* then says ``decode_tokens`` more tokens, one by one, through the cache; its time is that of
+    one token for the whole batch. Encoders have no decode.
+
+    Attributes:
+        batch: rows.
+        length: tokens in a row.
+        decode_tokens: tokens said after each prefill.
+        repeats: measured repeats.
+        warmup: repeats before them that are not measured.
+        seed: of the random tokens.
+    """
+
+    batch: int = 16
+    length: int = 1024
+    decode_tokens: int = 16
+    repeats: int = 5
+    warmup: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        for name, least in (("batch", 1), ("length", 1), ("decode_tokens", 1), ("repeats", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise BadInput(f"eval.latency.{name}={getattr(self, name)} must be at least {least}")
+
+    def evaluate(self, model: Model) -> Evaluation:
+        """Measure.
+
+        Raises:
+            BadInput: the rows do not fit the model's positions.
+        """
+        said = self.decode_tokens if model.family == DECODER else 0
+        if model.max_positions is not None and self.length + said > model.max_positions:
+            raise BadInput(
+                f"eval.latency.length={self.length} and {said} tokens more do not fit the {model.max_positions} "
+                f"positions of {model.name}; choose a length of {max(model.max_positions - said, 0)} or less"
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        ids = torch.randint(len(model.tokenizer), (self.batch, self.length), generator=generator).to(model.device)
+        kinds = (PREFILL,) if model.family == ENCODER else (PREFILL, DECODE)
+        seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+        with _peak_memory(model.device) as memory:
+            for repeat in track(range(-self.warmup, self.repeats), "latency", transient=True):
+                for name, value in self._once(model, ids).items():
+                    if repeat >= 0:
+                        seconds[name].append(value)
+        return Evaluation(_metrics(seconds, memory), _items(seconds), self._description(model, memory))
+
+    @torch.inference_mode()
+    def _once(self, model: Model, ids: Tensor) -> dict[str, float]:
+        network = model.network
+        if model.family == ENCODER:
+            return {PREFILL: _timed(model.device, lambda: network(input_ids=ids))[0]}
+        fields: dict[str, Any] = {"use_cache": True}
+        if model.family == DECODER:
+            said = "input_ids"
+            if "logits_to_keep" in inspect.signature(network.forward).parameters:
+                fields["logits_to_keep"] = 1  # what generation asks for
+            prefill, output = _timed(model.device, lambda: network(input_ids=ids, **fields))
+        else:
+            said = "decoder_input_ids"
+            start = torch.full_like(ids[:, :1], network.config.decoder_start_token_id)
+            prefill, output = _timed(model.device, lambda: network(input_ids=ids, decoder_input_ids=start, **fields))
+            fields["encoder_outputs"] = (output.encoder_last_hidden_state,)
+
+        def decode(output: Any) -> Any:
+            for _ in range(self.decode_tokens):
+                token = output.logits[:, -1:].argmax(-1)
+                output = network(**{said: token}, past_key_values=output.past_key_values, **fields)
+            return output
+
+        decoding, _ = _timed(model.device, lambda: decode(output))
+        return {PREFILL: prefill, DECODE: decoding / self.decode_tokens}
+
+    def _description(self, model: Model, memory: _Memory) -> dict[str, Any]:
+        return {
+            "batch": self.batch,
+            "length": self.length,
+            "decode_tokens": self.decode_tokens,
+            "repeats": self.repeats,
+            "warmup": self.warmup,
+            "device": str(model.device),
+            "threads": torch.get_num_threads(),
+            "memory": memory.source,
+        }
+
+
+def _timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
+    _wait_for(device)
+    start = time.perf_counter()
+    result = work()
+    _wait_for(device)
+    return time.perf_counter() - start, result
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@dataclass
+class _Memory:
+    """Bytes in use at the worst moment above those before; None where the system does not tell."""
+
+    source: str = "not told by this system"
+    peak: int | None = None
+
+
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator[_Memory]:
+    """Take the peak of the device's memory, or of the process's resident memory on a Linux CPU."""
+    memory = _Memory()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield memory
+        memory.source, memory.peak = "allocated on the device", torch.cuda.max_memory_allocated(device) - before
+        return
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if device.type == "cpu" and reset.exists():
+        reset.write_text("5")  # sets the high-water mark to what is resident now
+        before = _resident(status, "VmRSS")
+        yield memory
+        memory.source, memory.peak = "resident in the process", _resident(status, "VmHWM") - before
+        return
+    yield memory
+
+
+def _resident(status: Path, name: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def _metrics(seconds: Mapping[str, list[float]], memory: _Memory) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for name, values in seconds.items():
+        metrics |= {
+            f"{name}_seconds": statistics.median(values),
+            f"{name}_seconds_min": min(values),
+            f"{name}_seconds_max": max(values),
+        }
+    return metrics | ({"peak_memory": float(memory.peak)} if memory.peak is not None else {})
+
+
+def _items(seconds: Mapping[str, list[float]]) -> pl.DataFrame:
+    rows = [
+        {"suite": "latency", "task": name, "id": f"{name}:{repeat}", "seconds": value}
+        for name, values in seconds.items()
+        for repeat, value in enumerate(values)
+    ]
+    return item_table(rows, {"seconds": pl.Float64()})

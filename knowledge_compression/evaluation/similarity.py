@@ -1,0 +1,180 @@
+"""How far each layer's attention and activations turned from the dense model's (Hoang et al., Figure 5).
+
+Both networks read the same windows of text. Attention is what each input token pays to the input tokens it may see,
+compared head by head; what it pays to a prompt is left out, which scales a row and so does not change its cosine.
+Activations are the outputs of the blocks, compared token by token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+import torch
+from rich.progress import track
+from torch import LongTensor, Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from knowledge_compression.corpora.c4 import C4
+from knowledge_compression.corpora.corpus import TEST, VALIDATION, TextCorpus
+from knowledge_compression.corpora.wikitext import WikiText
+from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.suite import Evaluation, item_table
+from knowledge_compression.models import Model
+from knowledge_compression.models.families import ENCODER_DECODER
+
+ATTENTION, ACTIVATION = "attention", "activation"
+_TEXTS: Mapping[str, tuple[Callable[..., TextCorpus], str]] = {"wikitext": (WikiText, TEST), "c4": (C4, VALIDATION)}
+Seen = dict[tuple[str, str], Tensor]  # rows whose directions are compared, by kind and layer
+_OBSERVED = "observed"  # the attention function that looks on while another one answers
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Mean cosine similarity to the dense model, layer by layer.
+
+    Attributes:
+        corpus: ``wikitext`` (WikiText-2, test) or ``c4`` (validation).
+        windows: windows of text, evenly spaced.
+        length: tokens in a window.
+        data_dir: local files instead of the hub.
+    """
+
+    corpus: str = "wikitext"
+    windows: int = 16
+    length: int = 256
+    data_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be compared."""
+        if self.corpus not in _TEXTS:
+            raise BadInput(f"eval.similarity.corpus={self.corpus} does not exist; choose one of {', '.join(_TEXTS)}")
+        for name, least in (("windows", 1), ("length", 2)):
+            if getattr(self, name) < least:
+                raise BadInput(f"eval.similarity.{name}={getattr(self, name)} must be at least {least}")
+
+    def fingerprint(self) -> str:
+        """Digest of the corpus, or the hub's name for it."""
+        return _TEXTS[self.corpus][0](data_dir=self.data_dir).fingerprint()
+
+    def evaluate(self, model: Model) -> Evaluation:
+        """Compare ``model`` with what it was loaded as.
+
+        Raises:
+            BadInput: the text is shorter than the windows, or nobody can load the dense model.
+        """
+        if model.original is None:
+            raise BadInput("eval=similarity compares with the dense model, and nothing here can load it")
+        dense = model.original()
+        windows = self._windows(model)
+        sums: dict[tuple[str, str], float] = {}
+        for ids in track(windows.split(1), "similarity", transient=True):
+            before, after = _observe(dense, ids), _observe(model, ids)
+            for key in before:
+                cosine = functional.cosine_similarity(before[key], after[key], dim=-1)
+                sums[key] = sums.get(key, 0.0) + float(cosine.mean())
+        return _evaluation({key: total / len(windows) for key, total in sums.items()}, self._description(len(windows)))
+
+    def _windows(self, model: Model) -> LongTensor:
+        length = min(self.length, model.max_positions or self.length)
+        build, split = _TEXTS[self.corpus]
+        stream = build(data_dir=self.data_dir).documents(split).stream(model)
+        total = len(stream) // length
+        if total < self.windows:
+            raise BadInput(
+                f"eval.similarity.windows={self.windows}: the text of {self.corpus} has {total} windows of {length} "
+                "tokens; choose fewer or shorter ones"
+            )
+        places = [i * total // self.windows for i in range(self.windows)]
+        return stream[: total * length].view(total, length)[places]  # type: ignore[return-value]
+
+    def _description(self, windows: int) -> dict[str, Any]:
+        return {"corpus": self.corpus, "windows": windows, "length": self.length, "fingerprint": self.fingerprint()}
+
+
+@torch.inference_mode()
+def _observe(model: Model, ids: LongTensor) -> Seen:
+    """Attention ``[heads * queries, keys]`` and activations ``[tokens, width]`` of every layer for one window."""
+    seen: Seen = {}
+    ids = ids.to(model.device)  # type: ignore[assignment]
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.family == ENCODER_DECODER:  # the decoder reads the text too, as if it had said it
+        inputs["decoder_input_ids"] = ids
+    with ExitStack() as stack:
+        stack.enter_context(_observed_attention(model.network, seen))
+        for path, module in model.network.named_modules():
+            if any(pile.is_block(path) for pile in model.architecture.stacks):
+                stack.callback(module.register_forward_hook(_keep(seen, path)).remove)
+        model.network(**inputs)
+    return seen
+
+
+def _add(seen: Seen, kind: str, path: str, rows: Tensor) -> None:
+    """Keep rows under the module's path, numbered where a shared module is passed more than once (ALBERT)."""
+    use = sum(1 for other, name in seen if other == kind and name.startswith(f"{path}#"))
+    seen[kind, f"{path}#{use}"] = rows.flatten(0, -2).float()
+
+
+def _keep(seen: Seen, path: str) -> Any:
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        _add(seen, ACTIVATION, path, states)
+
+    return hook
+
+
+@contextmanager
+def _observed_attention(network: Any, seen: Seen) -> Iterator[None]:
+    """Let every attention answer as before while its weights over the input are kept."""
+    paths = {module: path for path, module in network.named_modules()}
+    name = network.config._attn_implementation
+    answer = ALL_ATTENTION_FUNCTIONS[name]
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        _add(seen, ATTENTION, paths[module], _weights(module, query, key, mask, kwargs))
+        return answer(module, query, key, value, mask, **kwargs)
+
+    AttentionInterface.register(_OBSERVED, attention)
+    AttentionMaskInterface.register(_OBSERVED, AttentionMaskInterface()[name])
+    network.set_attn_implementation(_OBSERVED)
+    try:
+        yield
+    finally:
+        network.set_attn_implementation(name)
+
+
+def _weights(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, given: Mapping[str, Any]) -> Tensor:
+    """Attention weights ``[rows, heads, queries, keys]`` in float32, as the fused kernels never show them."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scale = given.get("scaling")
+    scores = (query @ key.transpose(-1, -2)).float() * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if (bias := given.get("position_bias")) is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    elif given.get("is_causal", getattr(module, "is_causal", False)) and query.shape[2] > 1:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    return scores.softmax(-1)
+
+
+def _evaluation(means: Mapping[tuple[str, str], float], description: dict[str, Any]) -> Evaluation:
+    """Metrics ``attention``, ``activation`` (means over layers) and ``attention.0`` ... by layer in forward order."""
+    layers = {kind: [name for k, name in means if k == kind] for kind in (ATTENTION, ACTIVATION)}
+    metrics = {f"{kind}.{i}": means[kind, name] for kind, names in layers.items() for i, name in enumerate(names)}
+    for kind, names in layers.items():
+        metrics[kind] = sum(means[kind, name] for name in names) / len(names)
+    rows = [
+        {"suite": "similarity", "task": kind, "id": name, "layer": i, "cosine": means[kind, name]}
+        for kind, names in layers.items()
+        for i, name in enumerate(names)
+    ]
+    return Evaluation(metrics, item_table(rows, {"layer": pl.Int64(), "cosine": pl.Float64()}), description)
