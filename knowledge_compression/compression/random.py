@@ -10,7 +10,7 @@ import torch
 from torch import LongTensor
 
 from knowledge_compression.compression.report import CompressionReport
-from knowledge_compression.compression.unstructured import prune
+from knowledge_compression.compression.unstructured import check_settings, prune
 from knowledge_compression.models import Model, TargetLayer, Targets
 
 
@@ -30,6 +30,10 @@ class Random:
     pattern: str | None = None
     seed: int = 0
     calibrated: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings that do not exist before anything is loaded."""
+        check_settings(self.sparsity, self.scope, self.pattern)
 
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
         """Prune the targets in place."""
