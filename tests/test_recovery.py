@@ -230,11 +230,31 @@ def test_an_adapter_fits_its_own_base_only(tiny_model, text, strategy, name):
         replace(given, adapter=str(file.with_name("gone.safetensors"))).recover(tiny_model("llama"), text)
 
 
-def test_layers_without_gradients_name_the_variant_that_has_them(tiny_model, text):
+@pytest.mark.parametrize("strategy", ["lora", "prompt"])
+def test_quantized_weights_stay_quantized(tiny_model, text, strategy):
     model = tiny_model("llama")
-    Int8Dynamic().compress(model, Target("att", ["decoder_self_att"]).select(model), None)
+    Int8Dynamic().compress(model, Target("all", ["decoder_self_att", "ff"]).select(model), None)
+    integers = {name: t.clone() for name, t in model.network.named_buffers() if t.dtype == torch.int8}
+    assert len(integers) == 2 * 7
+    loss_before = loss(model, text)
+    STRATEGIES[strategy].recover(model, text)
+    assert loss(model, text) < loss_before - 0.01
+    after = {name.replace(".base_layer", ""): t for name, t in model.network.named_buffers()}
+    assert all(torch.equal(t, after[name]) for name, t in integers.items())
+
+
+def test_kernels_without_gradients_name_the_variant_that_has_them(tiny_model, text):
+    class Kernel(torch.nn.Linear):
+        def forward(self, inputs):
+            return super().forward(inputs.detach())
+
+    model = tiny_model("llama")
+    layer = model.network.model.layers[1].self_attn.q_proj
+    model.network.model.layers[1].self_attn.q_proj = Kernel(layer.in_features, layer.out_features)
+    model.network.requires_grad_(False)
     for strategy in STRATEGIES.values():
-        with pytest.raises(BadInput, match=r"8 layers .* pass no gradient back .* compression=rtn compression.bits=8"):
+        said = r"1 layers .* no gradient back \(model.layers.1.self_attn.q_proj, .* compression=int8_dynamic"
+        with pytest.raises(BadInput, match=said):
             strategy.recover(model, text)
 
 

@@ -21,6 +21,8 @@ from knowledge_compression.cache import cache_folder, cached_folder
 from knowledge_compression.corpora.corpus import Corpus, digest
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
+from knowledge_compression.models.families import ENCODER_DECODER
+from knowledge_compression.models.targets import is_linear
 from knowledge_compression.objectives import objective_for
 from knowledge_compression.training import LogCallback, TrainingReport, TrainingSettings, train
 
@@ -207,14 +209,37 @@ def read_adapter(file: Path, base: FrozenBase, kind: Mapping[str, Any], *, found
 
 
 def check_gradients(model: Model) -> None:
-    """Refuse networks whose compressed layers cannot pass gradients back."""
-    without = [
-        path
-        for path, module in model.network.named_modules()
-        if getattr(module, "replaces_linear", False) and not getattr(module, "differentiable", False)
+    """Refuse networks in which a linear layer passes no gradient back, as integer kernels of other libraries do.
+
+    Raises:
+        BadInput: names such a layer, and what has gradients.
+    """
+    without: list[str] = []
+    network = model.network
+
+    def watch(path: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if inputs and inputs[0].requires_grad and not output.requires_grad:
+                without.append(path)
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(watch(path))
+        for path, module in network.named_modules()
+        if is_linear(module) or hasattr(module, "in_features")
     ]
+    hooks.append(network.get_input_embeddings().register_forward_hook(lambda _, __, out: out.detach().requires_grad_()))
+    ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
+    decoder = {"decoder_input_ids": ids} if model.family == ENCODER_DECODER else {}
+    try:
+        with torch.enable_grad():
+            network(input_ids=ids, attention_mask=torch.ones_like(ids), **decoder)
+    finally:
+        for handle in hooks:
+            handle.remove()
     if without:
         raise BadInput(
-            f"{len(without)} layers of {model.name} compute in integers and pass no gradient back ({without[0]}, ...); "
-            "compress with compression=rtn compression.bits=8 instead, which rounds the same weights and has gradients"
+            f"{len(without)} layers of {model.name} run on kernels that pass no gradient back ({without[0]}, ...), so "
+            "nothing can be trained through them; compression=int8_dynamic rounds alike and has gradients"
         )

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.corpora.corpus import Corpus, digest_file
 from knowledge_compression.errors import BadInput
@@ -94,7 +96,9 @@ def add_lora(model: Model, settings: Lora) -> nn.Module:
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
         target_modules=[layer.path for layer in layers],
-        fan_in_fan_out=not isinstance(layers[0].module, nn.Linear),
+        fan_in_fan_out=isinstance(layers[0].module, Conv1D),
         bias="none",
     )
+    ours = {type(layer.module) for layer in layers if getattr(layer.module, "replaces_linear", False)}
+    config._register_custom_module(dict.fromkeys(ours, LoraLinear))
     return inject_adapter_in_model(config, model.network)
