@@ -25,6 +25,7 @@ from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results.environment import environment
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.results.tracker import Tracker
+from knowledge_compression.results.workplace import Workplace
 
 log = logging.getLogger(__name__)
 
@@ -111,10 +112,22 @@ class Experiment:
         Raises:
             BadInput: what was asked for does not fit together; nothing is written.
         """
-        done = store.find(self.id)
-        if done and not force and (not self.save_model or (store.runs_folder / self.id / SAVED).is_dir()):
-            log.info("run %s is there already", self.id)
+        if not force and (done := self._done(store)):
             return done
+        with store.claim(self.id, afresh=force) as workplace:
+            if not force and (done := self._done(store)):  # by whoever had the claim before us
+                return done
+            return store.write(self._make(workplace, tracker))
+
+    def _done(self, store: RunStore) -> Run | None:
+        done = store.find(self.id)
+        if done is None or (self.save_model and not (store.runs_folder / self.id / SAVED).is_dir()):
+            return None
+        log.info("run %s is there already", self.id)
+        return done
+
+    def _make(self, workplace: Workplace, tracker: Tracker) -> Run:
+        """The run itself, step by step; a step that an interrupted attempt finished is taken from the workplace."""
         torch.manual_seed(self.seed)
         model = self.source.load(self.device, self.dtype)
         model.original = partial(self.source.load, self.device, self.dtype)
@@ -130,14 +143,21 @@ class Experiment:
             if windows is not None:
                 report["compression"]["calibration"] = digest(windows)
             if self.save_model:
-                save_checkpoint(model, store.workplace(self.id) / SAVED)
+                save_checkpoint(model, workplace.folder / SAVED)
             recovered = self.recovery.recover(model, corpus if self.recovery.trains else None, tracked.log)
             report["recovery"] = recovered.to_json()
-            evaluations = {name: suite.evaluate(model) for name, suite in self.suites.items()}
+            evaluations = {
+                name: workplace.evaluation(name, partial(self._ask, suite, model))
+                for name, suite in self.suites.items()
+            }
             report["eval"] = {name: evaluation.description for name, evaluation in evaluations.items()}
             run = self._record(model, evaluations, report)
             tracked.finish_with(run)
-        return store.write(run)
+        return run
+
+    def _ask(self, suite: Suite, model: Model) -> Evaluation:
+        torch.manual_seed(self.seed)  # what a suite draws does not depend on what was asked before it
+        return suite.evaluate(model)
 
     def _record(self, model: Model, evaluations: Mapping[str, Evaluation], report: dict[str, Any]) -> Run:
         return Run(

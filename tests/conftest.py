@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from copy import deepcopy
@@ -154,3 +155,22 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder} (set KC_DATA_DIR)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A tiny BERT in a folder that ``model=local model.path=...`` reads."""
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    build_network("bert").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """Where tests start processes that they may kill: fresh ones, in which the heavy libraries are loaded already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["knowledge_compression.configuration", "transformers.models.bert.modeling_bert", "sweep_parts"]
+    )
+    return context

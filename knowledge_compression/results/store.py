@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ import polars as pl
 import yaml
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.results.workplace import LEASE, Workplace, claimed, discard
 
 FORMAT = 1  # of a run folder; raised when a reader of old folders would misread new ones
 
@@ -54,11 +56,12 @@ class RunStore:
     """Finished runs under ``<folder>/runs``; a folder that is there is whole.
 
     Args:
-        folder: the outputs folder; it is made when the first run is written.
+        folder: the outputs folder; it is made when the first run is claimed.
+        lease: see :func:`~knowledge_compression.results.workplace.claimed`; all who share the folder must agree on it.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, lease: float = LEASE) -> None:
+        self.folder, self.lease = Path(folder), lease
 
     @property
     def runs_folder(self) -> Path:
@@ -68,6 +71,37 @@ class RunStore:
     def workplace(self, run_id: str) -> Path:
         """Where an unfinished run puts files that outlive it; :meth:`write` moves them into the run's folder."""
         return self.folder / "unfinished" / run_id
+
+    @contextmanager
+    def claim(self, run_id: str, *, afresh: bool = False) -> Iterator[Workplace]:
+        """Be the one process that does a run; another one that is at it, on any host, is waited for.
+
+        What a dead attempt left half-written is cleared away, what it finished stays in the workplace.
+
+        Args:
+            run_id: which run.
+            afresh: forget what an interrupted attempt finished.
+
+        Raises:
+            BadInput: the outputs folder cannot be written.
+        """
+        folder = self.workplace(run_id)
+        with ExitStack() as stack:
+            with self._writing():
+                stack.callback(_remove_if_empty, folder, folder.parent, self.folder)
+                stack.enter_context(claimed(folder.with_name(f"{run_id}.lock"), self.lease))
+                for scratch in self.runs_folder.glob(f".{run_id}-*"):
+                    shutil.rmtree(scratch)
+                if afresh:
+                    discard(folder)
+            yield Workplace(folder)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise BadInput(f"output.dir={self.folder} cannot be written ({error.strerror})") from None
 
     def find(self, run_id: str) -> Run | None:
         """The finished run of that hash, if it is there."""
@@ -88,36 +122,39 @@ class RunStore:
             BadInput: the folder cannot be written.
         """
         target = self.runs_folder / run.id
-        try:
+        with self._writing():
             self.runs_folder.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(prefix=f".{run.id}-", dir=self.runs_folder))
-        except OSError as error:
-            raise BadInput(f"output.dir={self.folder} cannot be written ({error.strerror})") from None
-        try:
-            (scratch / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
-            _write_json(scratch / "report.json", run.report)
-            _write_json(scratch / "environment.json", {"format": FORMAT} | run.environment)
-            run.items.write_parquet(scratch / "items.parquet")
-            for name, content in (extra_files or {}).items():
-                (scratch / name).write_bytes(content)
-            _write_json(scratch / "metrics.json", run.metrics)
-            if (workplace := self.workplace(run.id)).is_dir():
-                for path in workplace.iterdir():
-                    path.rename(scratch / path.name)
-                workplace.rmdir()
-            for path in scratch.rglob("*"):
-                if path.is_file():
-                    _flush(path)
-            if target.exists():  # a forced run replaces the one that was there
-                shutil.rmtree(target)
-            scratch.chmod(0o755)
-            scratch.rename(target)
-        except OSError as error:
-            raise BadInput(f"output.dir={self.folder} cannot be written ({error.strerror})") from None
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            try:
+                self._fill(scratch, run, extra_files or {})
+                if target.exists():  # a forced run, or another process that lost its claim, was there
+                    target.rename(scratch.with_suffix(".old"))
+                scratch.rename(target)
+                _flush(self.runs_folder)
+                discard(self.workplace(run.id))  # not before: until here it is what a killed run goes on from
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+                shutil.rmtree(scratch.with_suffix(".old"), ignore_errors=True)
         run.folder = target
         return run
+
+    def _fill(self, scratch: Path, run: Run, extra_files: Mapping[str, bytes]) -> None:
+        """Write all of a run and see it to the disk."""
+        (scratch / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
+        _write_json(scratch / "report.json", run.report)
+        _write_json(scratch / "environment.json", {"format": FORMAT} | run.environment)
+        run.items.write_parquet(scratch / "items.parquet")
+        for name, content in extra_files.items():
+            (scratch / name).write_bytes(content)
+        _write_json(scratch / "metrics.json", run.metrics)
+        if (workplace := self.workplace(run.id)).is_dir():
+            for path in workplace.iterdir():
+                if not path.name.startswith("."):
+                    path.rename(scratch / path.name)
+        for path in scratch.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        scratch.chmod(0o755)
 
     def _read(self, folder: Path) -> Run:
         return Run(
@@ -135,5 +172,15 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Have a file, or a folder's list of names, on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_if_empty(*folders: Path) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()

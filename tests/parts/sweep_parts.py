@@ -1,0 +1,145 @@
+"""Parts of an experiment to which mishaps happen: what sweeps are tested with.
+
+A mishap is a file ``$MISHAPS/<place>`` that says what happens the first time an experiment comes by that place.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from knowledge_compression.compression.magnitude import Magnitude
+from knowledge_compression.corpora.text import TextFile
+from knowledge_compression.evaluation.suite import Evaluation, accuracy_metrics, item_table
+from knowledge_compression.experiment import Experiment
+from knowledge_compression.models import Model
+from knowledge_compression.models.loading import LocalModel
+from knowledge_compression.models.targets import Target
+from knowledge_compression.recovery.none import NoRecovery
+from knowledge_compression.results import store
+from knowledge_compression.results.tracker import NoTracker, Unseen
+
+
+def come_by(place: str) -> None:
+    """Note in ``$MISHAPS/log`` that somebody was here, and let happen what is due."""
+    folder = os.environ.get("MISHAPS")
+    if folder is None:
+        return
+    with (Path(folder) / "log").open("a") as log:
+        log.write(f"{place}\n")
+    due = Path(folder) / place.replace("/", "-")
+    try:
+        mishap = due.read_text()
+        due.unlink()  # it happens once
+    except FileNotFoundError:
+        return
+    if mishap == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif mishap == "memory":
+        hoard = [bytearray(b"x" * (1 << 26)) for _ in range(64)]  # 4 GiB, touched
+        time.sleep(60)
+        del hoard
+    elif mishap.startswith("sleep"):
+        time.sleep(float(mishap.split()[1]))
+    else:
+        raise RuntimeError(mishap)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Asks for the word at a few places; every answer depends on all weights."""
+
+    name: str = "probe"
+    seconds: float = 0.0
+
+    def evaluate(self, model: Model) -> Evaluation:
+        which = os.environ.get("MISHAP_LABEL", "")
+        come_by(f"{self.name}{which}")
+        time.sleep(self.seconds)
+        rows = []
+        words = ["paris", "berlin", "rome", "dog", "gold", "moon"]
+        for i, word in enumerate(words):
+            prompt = f"{word} is the {model.tokenizer.mask_token} ."
+            ids = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                logits = model.network(input_ids=ids).logits.log_softmax(-1)[0, 4]
+            gold = model.tokenizer.convert_tokens_to_ids("the")
+            row = {"suite": self.name, "task": "words", "id": f"words/{i}", "prompt": prompt, "gold": "the"}
+            rank = int((logits > logits[gold]).sum()) + 1
+            rows.append(row | {"correct": rank <= 20, "log_prob": float(logits[gold]), "rank": rank})
+        come_by(f"after-{self.name}{which}")
+        items = item_table(rows)
+        return Evaluation(accuracy_metrics(items) | {"log_prob": items["log_prob"].sum()}, items, {"words": len(words)})
+
+
+@dataclass(frozen=True)
+class Stumbling(Magnitude):
+    """Magnitude pruning by which mishaps come."""
+
+    def compress(self, model: Model, targets: Any, calibration: Any) -> Any:
+        come_by("before-compression")
+        report = super().compress(model, targets, calibration)
+        come_by("after-compression")
+        return report
+
+
+@dataclass(frozen=True)
+class StumblingTracker(NoTracker):
+    """Shows nothing; mishaps come by as training goes on and as a run is about to be written."""
+
+    @contextmanager
+    def track(self, run_id: str, settings: Mapping[str, Any]) -> Iterator[Unseen]:
+        yield _Stumbler()
+
+
+class _Stumbler(Unseen):
+    def __init__(self) -> None:
+        self._logged = 0
+
+    def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._logged += 1
+        if self._logged == 3:
+            come_by("training")
+
+    def finish_with(self, run: Any) -> None:
+        come_by("before-write")
+
+
+def _stumbling(step: Any, place: str) -> Any:
+    def stumble(*args: Any) -> Any:
+        come_by(place)
+        return step(*args)
+
+    return stumble
+
+
+def do_run(outputs: str, model: str, mishaps: str) -> None:
+    """One experiment, in a process of its own."""
+    os.environ["MISHAPS"] = mishaps
+    torch.set_num_threads(1)
+    suites = {"probe": Probe("probe"), "second": Probe("second")}
+    choices = {"model": "local", "target": "all", "compression": "stumbling", "recovery": "none"}
+    experiment = Experiment(
+        source=LocalModel("tiny", model),
+        target=Target("all", ["encoder_att", "ff"]),
+        compression=Stumbling(0.5),
+        recovery=NoRecovery(),
+        corpus=TextFile(name="text", path="unused.txt"),
+        suites=suites,
+        settings={name: {} for name in ("target", "compression", "recovery", "corpus")}
+        | {"eval": {name: {} for name in suites}, "choices": choices},
+        device="cpu",
+    )
+    experiment.run(store.RunStore(outputs, lease=2.0), StumblingTracker())
+
+
+store._flush = _stumbling(store._flush, "write")
+store._write_json = _stumbling(store._write_json, "half-written")

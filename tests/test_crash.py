@@ -1,0 +1,123 @@
+"""Kill a run wherever it is and start it again: the same result as undisturbed, nothing twice, nothing left behind."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PARTS = Path(__file__).parent / "parts"
+sys.path.insert(0, str(PARTS))  # of this process and of those it starts
+
+from sweep_parts import do_run  # noqa: E402
+
+# What an undisturbed run comes by, in order.
+WAY = [
+    "before-compression",
+    "after-compression",
+    "probe",
+    "after-probe",
+    "second",
+    "after-second",
+    "before-write",
+    "half-written",
+    "write",
+]
+
+
+@pytest.fixture
+def attempt(tmp_path: Path, tiny_folder: Path, processes: Any) -> Any:
+    """``attempt(place="kill")`` tries the run once with those mishaps; gives the process's exit code."""
+    (tmp_path / "mishaps").mkdir()
+
+    def attempt(**mishaps: str) -> int:
+        process = start(**mishaps)
+        process.join(120)
+        return process.exitcode
+
+    def start(**mishaps: str) -> Any:
+        for place, mishap in mishaps.items():
+            (tmp_path / "mishaps" / place).write_text(mishap)
+        arguments = (str(tmp_path / "outputs"), str(tiny_folder), str(tmp_path / "mishaps"))
+        process = processes.Process(target=do_run, args=arguments)
+        process.start()
+        return process
+
+    attempt.start = start  # type: ignore[attr-defined]
+    return attempt
+
+
+def way(tmp_path: Path) -> list[str]:
+    return (tmp_path / "mishaps" / "log").read_text().split()
+
+
+def result(outputs: Path) -> dict[str, Any]:
+    from knowledge_compression.results.store import RunStore
+
+    (run,) = RunStore(outputs)
+    assert sorted(path.name for path in outputs.iterdir()) == ["runs"]
+    assert [path.name for path in (outputs / "runs").iterdir()] == [run.id]
+    return {"id": run.id, "metrics": run.metrics, "items": run.items.to_dicts(), "eval": run.report["eval"]}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, processes: Any) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "mishaps").mkdir()
+    arguments = (str(folder / "outputs"), str(tiny_folder), str(folder / "mishaps"))
+    process = processes.Process(target=do_run, args=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    assert list(dict.fromkeys(way(folder))) == WAY
+    return result(folder / "outputs")
+
+
+@pytest.mark.parametrize("place", WAY)
+def test_a_run_killed_anywhere_goes_on_to_the_same_result(
+    place: str, attempt: Any, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    assert attempt(**{place: "kill"}) == -9
+    assert not list((tmp_path / "outputs" / "runs").glob("[!.]*"))
+    assert attempt() == 0
+    assert result(tmp_path / "outputs") == undisturbed
+    asked = [here for here in way(tmp_path) if here in ("probe", "second")]
+    finished = WAY.index(place)  # what was finished before the kill is not done again
+    assert asked.count("probe") == (2 if WAY.index("probe") <= finished <= WAY.index("after-probe") else 1)
+    assert asked.count("second") == (2 if WAY.index("second") <= finished <= WAY.index("after-second") else 1)
+
+
+def test_processes_given_the_same_run_at_once_do_it_once(
+    attempt: Any, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    several = [attempt.start() for _ in range(5)]
+    for process in several:
+        process.join(120)
+    assert [process.exitcode for process in several] == [0] * 5
+    assert way(tmp_path).count("before-compression") == 1
+    assert result(tmp_path / "outputs") == undisturbed
+
+
+def test_one_that_waits_takes_over_from_one_that_is_killed(
+    attempt: Any, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    first = attempt.start(second="sleep 600")
+    while not (tmp_path / "mishaps" / "log").is_file() or "second" not in way(tmp_path):
+        first.join(0.05)
+    waiting = attempt.start()
+    first.join(0.5)
+    assert waiting.is_alive()
+    first.kill()
+    waiting.join(120)
+    assert waiting.exitcode == 0
+    assert way(tmp_path).count("probe") == 1 and way(tmp_path).count("second") == 2
+    assert result(tmp_path / "outputs") == undisturbed
+
+
+def test_a_run_that_raises_keeps_what_it_had(attempt: Any, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    assert attempt(second="no such luck") == 1
+    assert attempt() == 0
+    assert way(tmp_path).count("probe") == 1
+    assert result(tmp_path / "outputs") == undisturbed

@@ -1,0 +1,147 @@
+"""The run store: whole folders or none, one process a run, and an interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from filelock import SoftFileLease
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.suite import Evaluation, item_table
+from knowledge_compression.results.store import Run, RunStore
+from knowledge_compression.results.workplace import Workplace
+
+ITEMS = item_table([{"suite": "probe", "task": "t", "id": "t/0", "correct": True, "log_prob": 0.1}])
+
+
+def made(run_id: str = "a1", **metrics: float) -> Run:
+    return Run(run_id, {"seed": 0}, metrics or {"probe.accuracy": 0.1 + 0.2}, {"eval": {}}, {}, None, ITEMS)
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "outputs")
+    assert list(store) == [] and store.find("a1") is None
+    store.write(made())
+    run = store.find("a1")
+    assert run is not None and run.metrics == {"probe.accuracy": 0.1 + 0.2} and run.config == {"seed": 0}
+    assert run.items.equals(ITEMS)
+    assert [found.id for found in store] == ["a1"]
+
+
+def test_a_forced_run_replaces_the_one_that_was_there(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    store.write(made(x=1.0))
+    store.write(made(x=2.0))
+    assert [run.metrics for run in store] == [{"x": 2.0}]
+    assert [path.name for path in store.runs_folder.iterdir()] == ["a1"]
+
+
+def test_folders_of_several_machines_are_merged_by_copying(tmp_path: Path) -> None:
+    here, there = RunStore(tmp_path / "here"), RunStore(tmp_path / "there")
+    here.write(made("a1"))
+    there.write(made("b2"))
+    (there.runs_folder / "b2").rename(here.runs_folder / "b2")
+    assert [run.id for run in here] == ["a1", "b2"]
+
+
+def test_a_claim_clears_what_a_dead_attempt_left_and_leaves_nothing_itself(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "outputs")
+    half = store.runs_folder / ".a1-dead"
+    half.mkdir(parents=True)
+    (half / "config.yaml").write_text("seed: 0")
+    other = store.runs_folder / ".b2-alive"
+    other.mkdir()
+    with store.claim("a1"):
+        assert not half.exists() and other.exists()
+    assert sorted(path.name for path in store.folder.iterdir()) == ["runs"]
+    with pytest.raises(BadInput, match="no such fact"), RunStore(tmp_path / "fresh").claim("a1"):
+        raise BadInput("no such fact")
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_a_finished_suite_is_not_asked_again(tmp_path: Path) -> None:
+    place = Workplace(tmp_path / "a1")
+    found = Evaluation({"accuracy": 1 / 3}, ITEMS, {"protocol": "paper"})
+    first = place.evaluation("probe", lambda: found)
+    again = place.evaluation("probe", lambda: pytest.fail("asked again"))
+    assert again.metrics == first.metrics and again.items.equals(ITEMS) and again.description == found.description
+
+
+def test_a_suite_that_raises_keeps_nothing(tmp_path: Path) -> None:
+    place = Workplace(tmp_path / "a1")
+    with pytest.raises(ZeroDivisionError):
+        place.evaluation("probe", lambda: 1 / 0)  # type: ignore[arg-type,return-value]
+    assert place.evaluation("probe", lambda: Evaluation({}, ITEMS)).items.equals(ITEMS)
+
+
+def test_what_a_run_keeps_for_others_moves_into_its_folder_and_the_rest_goes(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    with store.claim("a1") as place:
+        place.evaluation("probe", lambda: Evaluation({}, ITEMS))
+        (place.folder / "model").mkdir()
+        (place.folder / "model" / "config.json").write_text("{}")
+        run = store.write(made())
+    assert run.folder is not None
+    assert {path.name for path in run.folder.iterdir()} >= {"model", "metrics.json"}
+    assert not any(path.name.startswith(".") for path in run.folder.iterdir())
+    assert not (tmp_path / "unfinished").exists()
+
+
+def test_outputs_that_cannot_be_written_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outputs").write_text("a file")
+    with pytest.raises(BadInput, match=r"output\.dir=.*cannot be written"), RunStore(tmp_path / "outputs").claim("a1"):
+        pass
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pl.DataFrame, "write_parquet", full)
+    store = RunStore(tmp_path / "full")
+    with pytest.raises(BadInput, match="No space left"), store.claim("a1"):
+        store.write(made())
+    assert not list(store.folder.rglob("*.json"))
+
+
+def _hold(folder: str, ready: Any, seconds: float) -> None:
+    with RunStore(folder, lease=2.0).claim("a1"):
+        ready.set()
+        time.sleep(seconds)
+
+
+def test_the_claim_of_a_dead_process_is_taken_over_and_a_living_one_waited_for(tmp_path: Path, processes: Any) -> None:
+    ready = processes.Event()
+    holder = processes.Process(target=_hold, args=(str(tmp_path), ready, 1.0))
+    holder.start()
+    assert ready.wait(60)
+    start = time.monotonic()
+    with RunStore(tmp_path, lease=2.0).claim("a1"):
+        assert time.monotonic() - start > 0.5  # it was waited for
+    holder.join()
+    ready.clear()
+    killed = processes.Process(target=_hold, args=(str(tmp_path), ready, 600.0))
+    killed.start()
+    assert ready.wait(60)
+    killed.kill()
+    killed.join()
+    with RunStore(tmp_path, lease=2.0).claim("a1"):
+        pass
+
+
+def test_a_dead_owner_on_another_host_is_taken_over_when_its_lease_ends(tmp_path: Path) -> None:
+    store = RunStore(tmp_path, lease=2.0)
+    lock = tmp_path / "unfinished" / "a1.lock"
+    lock.parent.mkdir()
+    lease = SoftFileLease(lock, lease_duration=2.0)
+    lease.acquire()
+    marker = lock.read_text()
+    lease.release()
+    assert socket.gethostname() in marker
+    lock.write_text(marker.replace(socket.gethostname(), "a-node-that-burnt-down"))
+    start = time.monotonic()
+    with store.claim("a1"):
+        assert 1.5 < time.monotonic() - start < 10
