@@ -29,10 +29,13 @@ class Int8Dynamic:
     and_final: bool = False
     calibrated: ClassVar[bool] = False
 
-    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
-        """Replace the targets in the network."""
+    def __post_init__(self) -> None:
+        """Refuse a granularity that does not exist before anything is loaded."""
         if self.granularity not in GRANULARITIES:
             raise BadInput(f"granularity={self.granularity} does not exist; choose one of {', '.join(GRANULARITIES)}")
+
+    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
+        """Replace the targets in the network."""
         if self.and_final:
             targets = targets.with_final()
         with reporting("int8_dynamic", model, targets) as report:
