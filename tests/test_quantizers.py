@@ -224,3 +224,16 @@ def test_groups_must_divide(tiny_model: Callable[[str], Model]) -> None:
     model = tiny_model("llama")
     with pytest.raises(BadInput, match="group_size=10 does not divide the 16 inputs"):
         Hqq(group_size=10).compress(model, ALL.select(model), None)
+
+
+def test_gradients_pass_through_static_and_smoothed_layers() -> None:
+    weight, inputs = weight_with_outliers(), inputs_with_outliers().requires_grad_()
+    seen = inputs.detach().abs().amax(0)
+    divisor, _ = SmoothQuant().divisor([weight], seen)
+    layers = (
+        SmoothedInt8Linear(weight, None, divisor),
+        StaticInt8Linear(weight, None, "per_channel", inputs.min().detach(), inputs.max().detach()),
+    )
+    for layer in layers:
+        (gradient,) = torch.autograd.grad(layer(inputs).sum(), inputs)
+        assert torch.allclose(gradient, layer.weight.sum(0).expand_as(gradient), rtol=1e-4, atol=1e-5)

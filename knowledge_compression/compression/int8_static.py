@@ -12,7 +12,7 @@ from torch import LongTensor, Tensor
 
 from knowledge_compression.compression.base import reporting
 from knowledge_compression.compression.blocks import LayerInputs, compress_blocks
-from knowledge_compression.compression.quantized_linear import GRANULARITIES, Int8Linear, integer_product
+from knowledge_compression.compression.quantized_linear import GRANULARITIES, Int8Linear
 from knowledge_compression.compression.report import CompressionReport, LayerReport
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, TargetLayer, Targets
@@ -47,20 +47,16 @@ class StaticInt8Linear(Int8Linear):
 
     def __init__(self, weight: Tensor, bias: Any, granularity: str, least: Tensor, greatest: Tensor) -> None:
         super().__init__(weight, bias, granularity)
+        self.weight_sum = self.weight_int8.sum(1, dtype=torch.int32)
         span = greatest - least
         scale = torch.where(span > 0, span / 127, torch.ones_like(span)).to(weight.device)
         self.register_buffer("input_scale", scale)
         self.register_buffer("input_zero", (-least.to(scale) / scale).round().clamp(0, 127).to(torch.int32))
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``, in the input's floating type."""
-        rows = inputs.reshape(-1, self.in_features).float()
-        integers = ((rows / self.input_scale).round_() + self.input_zero).clamp_(0, 127).to(torch.int8)
-        outputs = (integer_product(integers, self.weight_int8) - self.input_zero * self.weight_sum).float()
-        outputs *= self.input_scale * self.weight_scale
-        if self.bias is not None:
-            outputs += self.bias
-        return outputs.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
+    def round_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Integers 0 to 127 of float32 inputs, and the scale and zero point, which are always the same."""
+        integers = (rows / self.input_scale).round_().add_(self.input_zero).clamp_(0, 127).to(torch.int8)
+        return integers, self.input_scale, self.input_zero
 
 
 @dataclass(frozen=True)

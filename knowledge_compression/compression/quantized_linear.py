@@ -78,6 +78,10 @@ class Int8Linear(nn.Module):
         """
         return _StraightThrough.apply(inputs, self)
 
+    def round_inputs(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Integers of float32 inputs ``[rows, in_features]`` with a scale each, or one scale and zero point for all."""
+        return quantize_tensor(rows) if self.granularity == "per_tensor" else (*quantize_tokens(rows), None)
+
     def extra_repr(self) -> str:
         """Shown in ``print(model)``."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.granularity}"
@@ -90,14 +94,13 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, inputs: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
         ctx.layer = layer
         rows = inputs.reshape(-1, layer.in_features).float()
-        if layer.weight_sum is not None:  # per_tensor
-            integers, scale, zero_point = quantize_tensor(rows)
-            sums = integer_product(integers, layer.weight_int8)
+        integers, scale, zero_point = layer.round_inputs(rows)
+        sums = integer_product(integers, layer.weight_int8)
+        if layer.weight_sum is not None and zero_point is not None:  # one scale for all rows
             outputs = sums.sub_(zero_point * layer.weight_sum).float()
             columns = layer.weight_scale * scale
         else:
-            integers, scale = quantize_tokens(rows)
-            outputs = integer_product(integers, layer.weight_int8).float().mul_(scale)
+            outputs = sums.float().mul_(scale)
             columns = layer.weight_scale
         if layer.bias is None:
             outputs *= columns

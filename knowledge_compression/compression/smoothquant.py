@@ -12,7 +12,7 @@ from torch import LongTensor, Tensor
 
 from knowledge_compression.compression.base import reporting
 from knowledge_compression.compression.blocks import LayerInputs, compress_blocks
-from knowledge_compression.compression.quantized_linear import Int8Linear
+from knowledge_compression.compression.quantized_linear import Int8Linear, quantize_tokens
 from knowledge_compression.compression.report import CompressionReport, LayerReport
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, TargetLayer, Targets
@@ -52,9 +52,9 @@ class SmoothedInt8Linear(Int8Linear):
         """The weights that the integers stand for, for inputs as they come, ``[out_features, in_features]``."""
         return (self.weight_int8 * self.weight_scale[:, None] * self.input_factor).to(self.dtype)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``, in the input's floating type."""
-        return super().forward(inputs.float() * self.input_factor).to(inputs.dtype)
+    def round_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Integers of the divided inputs, and a scale for each row."""
+        return *quantize_tokens(rows * self.input_factor), None
 
 
 @dataclass(frozen=True)
