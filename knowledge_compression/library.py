@@ -13,6 +13,7 @@ Names and settings are those of the files under ``conf/``; whatever does not fit
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -30,12 +31,15 @@ from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.suite import Evaluation
 from knowledge_compression.models import Model, Target
+from knowledge_compression.models.loading import ModelSource
 from knowledge_compression.recovery.base import Recovery, RecoveryReport
 
 
 def load(name: str, *, device: str = "auto", dtype: str = "auto", **settings: Any) -> Model:
     """A model by its name under ``conf/model/``, e.g. ``load("local", path="my-model")``."""
-    model: Model = choose(f"model={name}", **settings).load(device, dtype)
+    source: ModelSource = choose(f"model={name}", **settings)
+    model = source.load(device, dtype)
+    model.original = partial(source.load, device, dtype)  # for suites that compare with the dense model
     return model
 
 
@@ -47,7 +51,7 @@ def compress(model: Model, how: Compression, what: Target, text: Corpus | None =
     """
     if how.calibrated and text is None:
         raise BadInput(f"{type(how).__name__} needs calibration text; give e.g. kc.choose('corpus=self')")
-    windows = text.windows(model) if how.calibrated and text is not None else None
+    windows = text.prepared(model).windows(model) if how.calibrated and text is not None else None
     return how.compress(model, what.select(model), windows)
 
 

@@ -1,0 +1,77 @@
+"""The examples of docs/extending.md, written to a user's own folder and run as they stand."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from knowledge_compression.cli import main
+from knowledge_compression.models.families import ARCHITECTURES
+from knowledge_compression.results.store import RunStore
+
+GUIDE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+FILES = re.findall(r"^`([\w/]+\.(?:py|yaml))`:\n\n```\w+\n(.*?)^```", GUIDE, flags=re.S | re.M)
+
+
+@pytest.fixture
+def users_folder(tmp_path, monkeypatch):
+    """The guide's files where a user would have them; nothing of this project is edited."""
+    for name, content in FILES:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(folder: Path, monkeypatch, *overrides: str):
+    GlobalHydra.instance().clear()
+    arguments = ["run.py", "--config-dir", str(folder / "my_conf"), *overrides, f"output.dir={folder / 'outputs'}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    main()
+    return list(RunStore(folder / "outputs"))
+
+
+def test_every_example_is_short():
+    assert len(FILES) == 8
+    assert all(content.count("\n") < 40 for _, content in FILES)
+
+
+@pytest.mark.slow
+def test_a_method_a_recovery_and_a_suite_of_ones_own(users_folder, monkeypatch):
+    overrides = ("compression=keep_signs", "recovery=rescale", "eval=[days]", "target=att")
+    runs = run(users_folder, monkeypatch, *overrides)
+    dense, compressed = sorted(runs, key=lambda run: run.config["choices"]["compression"] != "none")
+    assert compressed.report["compression"]["method"] == "keep_signs"
+    assert compressed.report["compression"]["bits"] == 1.0
+    assert compressed.report["recovery"]["strategy"] == "rescale"
+    assert dense.items["task"].to_list() == ["days"] * 7
+    assert dense.metrics["days.accuracy"] >= compressed.metrics["days.accuracy"]
+
+
+@pytest.mark.slow
+def test_a_corpus_of_ones_own_calibrates(users_folder, monkeypatch):
+    runs = run(users_folder, monkeypatch, "compression=wanda", "corpus=counting", "eval=[days]", "target=att")
+    assert any(run.report["compression"].get("calibration") for run in runs)
+
+
+def test_a_family_of_ones_own(monkeypatch):
+    import torch
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    from knowledge_compression.models import Model, Target
+
+    example = GUIDE.split("## A model family")[1].split("```python\n")[1].split("```")[0]
+    monkeypatch.setattr(sys.modules["knowledge_compression.models.families"], "ARCHITECTURES", dict(ARCHITECTURES))
+    exec(example, {})  # what a reader would paste into a module of theirs
+    config = StableLmConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    with torch.device("meta"):
+        model = Model(StableLmForCausalLM(config), None, "stable")
+    assert len(Target("ff", ["ff"]).select(model)) == 6
