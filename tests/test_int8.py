@@ -170,7 +170,9 @@ def test_it_stands_in_for_a_linear_layer() -> None:
     assert "6, 4, bias=True, per_channel" in str(layer)
     assert layer.weight.shape == linear.weight.shape and layer.weight.dtype == linear.weight.dtype
     state = layer.state_dict()
-    assert set(state) == {"weight_int8", "weight_scale", "bias"} and state["weight_int8"].dtype == torch.int8
+    assert (
+        set(state) == {"weight_int8", "weight_scale", "weight_sum", "bias"} and state["weight_int8"].dtype == torch.int8
+    )
     other = Int8Linear.of(random_linear(6, 4, seed=1))
     other.load_state_dict(state)
     x = torch.randn(3, 6)
@@ -232,7 +234,7 @@ def test_every_architecture_stays_close_and_its_int8_is_counted(any_tiny_model: 
     assert all(isinstance(layer.module, Int8Linear) for layer in [*select(model), *select(model, "final")])
     assert report.parameters_touched == weights and report.bits == 8 and report.removed == 0
     scales = sum(layer.module.weight_scale.numel() for layer in [*select(model), *select(model, "final")])
-    sums = report_rows(model) if granularity == "per_tensor" else 0
+    sums = report_rows(model)
     assert sum(layer.overhead_bits for layer in report.layers) == 32 * scales
     # a byte a weight instead of four, and the scales and sums of rows; untying the head came first
     assert report.model_bytes_after == report.model_bytes_before - 3 * weights + 4 * (scales + sums)

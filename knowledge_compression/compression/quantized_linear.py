@@ -35,15 +35,14 @@ class Int8Linear(nn.Module):
     Attributes:
         weight_int8: buffer ``[out_features, in_features]``, int8.
         weight_scale: buffer ``[1]`` or ``[out_features]``, float32; a weight is its integer times its scale.
-        weight_sum: buffer ``[out_features]``, int32, what a zero point of the inputs adds to an output; None where
-            inputs have none (``per_channel``).
+        weight_sum: buffer ``[out_features]``, int32, what a zero point of one in the inputs adds to each output.
     """
 
     replaces_linear = True  # models.targets takes it for a linear layer
 
     weight_int8: torch.Tensor
     weight_scale: torch.Tensor
-    weight_sum: torch.Tensor | None
+    weight_sum: torch.Tensor
     bias: nn.Parameter | None
 
     def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None, granularity: str = "per_channel") -> None:
@@ -56,7 +55,7 @@ class Int8Linear(nn.Module):
         integers, scale = quantize_weight(weight, granularity)
         self.register_buffer("weight_int8", integers)
         self.register_buffer("weight_scale", scale)
-        self.register_buffer("weight_sum", integers.sum(1, dtype=torch.int32) if granularity == "per_tensor" else None)
+        self.register_buffer("weight_sum", integers.sum(1, dtype=torch.int32))
         self.bias = bias
 
     @classmethod
