@@ -150,7 +150,10 @@ class Experiment:
                 name: workplace.evaluation(name, partial(self._ask, suite, model))
                 for name, suite in self.suites.items()
             }
-            report["eval"] = {name: evaluation.description for name, evaluation in evaluations.items()}
+            report["eval"] = {
+                name: evaluation.description | {"fingerprint": _fingerprint(self.suites[name])}
+                for name, evaluation in evaluations.items()
+            }
             run = self._record(model, evaluations, report)
             tracked.finish_with(run)
         return run
@@ -173,5 +176,9 @@ class Experiment:
 def _deciding(settings: Mapping[str, Any], part: Any) -> dict[str, Any]:
     """A part's settings without places, with the digest of what lies there."""
     kept = {key: value for key, value in settings.items() if key not in _PLACES}
-    fingerprint = getattr(part, "fingerprint", None)
-    return kept | ({"fingerprint": fingerprint()} if fingerprint else {})
+    fingerprint = _fingerprint(part)
+    return kept | ({"fingerprint": fingerprint} if fingerprint else {})
+
+
+def _fingerprint(part: Any) -> str | None:
+    return part.fingerprint() if hasattr(part, "fingerprint") else None

@@ -28,7 +28,7 @@ def made_run(
         config={"choices": choices, "eval": {"atlas": rest.get("settings", {})}, "seed": 0, "sparsity": sparsity}
         | {"reading": "module", "compression": pruned},
         metrics={"atlas.accuracy": float(np.mean(correct))},
-        report={"model": {"name": "m", "family": family}, "eval": {"atlas": {"digest": rest.get("digest", "d")}}}
+        report={"model": {"name": "m", "family": family}, "eval": {"atlas": {"fingerprint": rest.get("fingerprint", "f")}}}
         | {"compression": pruned},
         environment={"dtype": "float32"},
         _items=item_table(rows),

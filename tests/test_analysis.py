@@ -111,7 +111,7 @@ def test_every_claim_can_be_checked_on_a_store_that_has_nothing_for_it():
 def test_runs_asked_differently_are_never_compared():
     runs = [
         made_run(bits("1100"), compression="none"),
-        made_run(bits("1000"), digest="other data"),
+        made_run(bits("1000"), fingerprint="other data"),
         made_run(bits("1000"), settings={"protocol": "paper"}),
     ]
     comparisons = compare(runs)

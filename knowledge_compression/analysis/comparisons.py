@@ -109,7 +109,7 @@ def _asked(run: Run, suite: str) -> Asked:
         "dtype": run.environment.get("dtype"),
         "seed": run.config["seed"],
         "settings": {k: v for k, v in run.config["eval"][suite].items() if k not in ("path", "data_dir")},
-        "digest": run.report["eval"][suite].get("digest"),
+        "fingerprint": run.report["eval"][suite].get("fingerprint"),
     }
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:12]
     return Asked(run.config["choices"]["model"], suite, digest)
