@@ -16,9 +16,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), help="the file to write (report.html)"
     )
+    parser.add_argument("--figures", type=Path, help="also write the papers' tables and figures into this folder")
+    parser.add_argument(
+        "--per-parameter", action="store_true", help="drops in the figures divided by the share of parameters touched"
+    )
     options = parser.parse_args(arguments)
     try:
         write_report(options.outputs, options.output)
+        if options.figures:
+            write_figures(options.outputs, options.figures, per_parameter=options.per_parameter)
     except BadInput as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
@@ -42,6 +48,19 @@ def write_report(outputs: Path, output: Path) -> None:
     except OSError as error:
         raise BadInput(f"{output} cannot be written ({error.strerror})") from None
     sys.stdout.write(f"{output}: {len(runs)} runs, {output.stat().st_size / 1e6:.1f} MB\n")
+
+
+def write_figures(outputs: Path, folder: Path, *, per_parameter: bool = False) -> None:
+    """Write the tables (CSV, LaTeX) and figures (SVG, PDF) of both papers that the runs of ``outputs`` can fill."""
+    from knowledge_compression.analysis import figures, tables
+    from knowledge_compression.analysis.comparisons import compare
+    from knowledge_compression.results.store import RunStore
+
+    comparisons = compare(list(RunStore(outputs)))
+    written = figures.draw(comparisons, folder, per_parameter=per_parameter)
+    for table in (tables.cost_table(comparisons), tables.recovery_table(comparisons)):
+        written += tables.write(table, folder)
+    sys.stdout.write(f"{folder}: {len(written)} files\n")
 
 
 if __name__ == "__main__":

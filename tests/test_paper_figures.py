@@ -1,0 +1,91 @@
+"""Every table and figure of the papers renders from a small store built by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+from stores import made_run
+
+from knowledge_compression.analysis import figures, tables
+from knowledge_compression.analysis.comparisons import compare
+from knowledge_compression.report import main
+from knowledge_compression.results.store import RunStore
+
+
+def small_study(family: str):
+    """A dense run and every setting that the papers' tables and figures show, with made-up answers."""
+    luck = np.random.default_rng(0).random(60)
+
+    def run(share, **settings):
+        made = made_run(luck < share, family=family, **settings)
+        made.report["compression"] |= {"parameters_touched": 10, "model_parameters": 40}
+        made.report["recovery"] = {"trainable_parameters": 100 if settings.get("recovery") else 0}
+        return made
+
+    yield run(0.9, compression="none")
+    for target in ("all", "att", "ff", "final", *figures.MODULES):
+        yield run(0.8, compression="int8_dynamic", target=target)
+        for sparsity in (0.2, 0.4):
+            for compression in ("magnitude", "structured", "prune_int8"):
+                yield run(0.9 - sparsity, compression=compression, target=target, sparsity=sparsity)
+    for strategy in ("lora", "prompt", "idp"):
+        recovered = run(0.7, compression="gptq", recovery=strategy)
+        recovered.metrics |= {"perplexity.perplexity": 30.0, "similarity.attention": 0.9, "similarity.activation": 0.9}
+        recovered.metrics |= {f"similarity.{kind}.{i}": 0.9 for kind in ("attention", "activation") for i in range(3)}
+        yield recovered
+
+
+@pytest.mark.parametrize("family", ["encoder", "encoder_decoder", "decoder"])
+def test_every_drop_figure_of_the_family_renders(family):
+    comparisons = compare(list(small_study(family)))
+    drawn = [f.name for f in figures.DROP_FIGURES if figures.drop_figure(comparisons, f) is not None]
+    assert drawn == [f.name for f in figures.DROP_FIGURES if family in f.families]
+
+
+def test_the_recovery_figures_render():
+    comparisons = compare(list(small_study("decoder")))
+    assert all(make(comparisons) is not None for make in figures.RECOVERY_FIGURES.values())
+
+
+def test_normalising_divides_by_the_share_touched():
+    comparisons = compare(list(small_study("decoder")))
+    wanted = next(f for f in figures.DROP_FIGURES if f.name == "pruning_decoders")
+    plain, normal = (figures.drop_figure(comparisons, wanted, per_parameter=per) for per in (False, True))
+    y = [figure.axes[0].lines[0].get_ydata() for figure in (plain, normal)]
+    assert y[1] == pytest.approx(4 * np.asarray(y[0]))
+
+
+def test_the_cost_table_holds_our_figures_beside_the_published(tmp_path):
+    runs = list(small_study("decoder"))
+    for run in runs:
+        run.config["choices"]["model"] = "vicuna"
+    table = tables.cost_table(compare(runs))
+    row = next(iter(table.rows))
+    dense = next(run for run in runs if run.config["choices"]["compression"] == "none")
+    assert row["overall_gq"].value == pytest.approx(0.8, abs=0.15)
+    assert row["baseline"].n == dense.items.filter(pl.col("task") == "r0").height
+    paths = tables.write(table, tmp_path)
+    assert {path.suffix for path in paths} == {".csv", ".tex"}
+    assert r"\toprule" in paths[1].read_text()
+
+
+def test_published_figures_are_read_as_printed():
+    published = tables._published_cost(4)
+    vicuna = next(row for row in published if row["model"] == "Vicuna-7B" and row["dataset"] == "Boolq")
+    assert (vicuna["baseline"], vicuna["ff_gpq_40"]) == ("0.7657", "0.4495")
+    assert [len(tables._published_cost(n)) for n in (3, 4, 5)] == [28, 6, 12]
+
+
+def test_the_command_writes_them(tmp_path):
+    store = RunStore(tmp_path / "outputs")
+    for run in small_study("decoder"):
+        store.write(run)
+    main([str(store.folder), "-o", str(tmp_path / "report.html"), "--figures", str(tmp_path / "figures")])
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {
+        "pruning_decoders.svg",
+        "pruning_decoders.pdf",
+        "cost_of_compression.csv",
+        "forgotten_or_displaced.tex",
+    } <= names
