@@ -20,6 +20,7 @@ from knowledge_compression.models.families import DECODER, ENCODER
 
 MASK = "[MASK]"
 _SENTINEL = "<extra_id_{}>"
+_IDS_ONLY = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 _REPEATS_THE_SENTENCE = ("bart",)  # fills a mask by saying the whole sentence again
 
 
@@ -112,13 +113,13 @@ class Reader:
     def _ids(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         if not texts:
             return []
-        return self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+        return self.tokenizer(list(texts), add_special_tokens=special, **_IDS_ONLY)["input_ids"]
 
     def _inputs(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
         cut = {"truncation": True, "max_length": self.limit} if self.limit else {}
-        return self.tokenizer(list(texts), verbose=False, **cut)["input_ids"]
+        return self.tokenizer(list(texts), **_IDS_ONLY, **cut)["input_ids"]
 
 
 class Candidates:

@@ -204,7 +204,8 @@ class Probe:
             rows, which = real.nonzero(as_tuple=True)
             scores[rows, right[rows, which]] = -torch.inf  # what is left is wrong
             best, place = scores.max(dim=1)
-            ahead = (~(scores < gold_scores[:, None])).sum(dim=1)
+            beaten = torch.lt(scores, gold_scores[:, None], out=torch.empty_like(scores)).sum(dim=1)  # sums of bool crawl
+            ahead = scores.shape[1] - beaten.long()
             words = reader.tokenizer.batch_decode([[token] for token in place.tolist()])
             choices = scores.shape[1] if allowed is None else len(allowed)
             columns = zip(batch, said.tolist(), (gold_scores - best).tolist(), ahead.tolist(), words, strict=True)
@@ -293,12 +294,12 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor
 
 
 def _gold_tokens(reader: Reader, clozes: Sequence[Cloze]) -> list[tuple[int, ...]]:
-    tokens: list[tuple[int, ...]] = [()] * len(clozes)
+    tokens: dict[tuple[str, bool], tuple[int, ...]] = {}
     for glued in (False, True):
-        of = [i for i, cloze in enumerate(clozes) if cloze.glued is glued]
-        for i, ids in zip(of, reader.answer_ids([clozes[i].gold for i in of], glued=glued), strict=True):
-            tokens[i] = ids
-    return tokens
+        answers = sorted({cloze.gold for cloze in clozes if cloze.glued is glued})
+        ids = reader.answer_ids(answers, glued=glued)
+        tokens |= {(answer, glued): one for answer, one in zip(answers, ids, strict=True)}
+    return [tokens[cloze.gold, cloze.glued] for cloze in clozes]
 
 
 def _single_tokens(reader: Reader, words: Sequence[str]) -> Tensor:
