@@ -6,8 +6,8 @@ strings, run on the same model, and must give the same top-1 answers; an answer 
 tokens lie closer than the rounding of float32 (they are counted).
 
 The sentences are T-REx's masked evidences in DIR, $KC_DATA_DIR or ../shared/data; where there are none, the embedded
-atlas in all its wordings, whose sentences are shorter and flatter the ratio. The loop is slow, so it gets evenly spaced items out of those that ours answers, and seconds an item are compared. Each
-repeat times both, one after the other.
+atlas in all its wordings, whose sentences are shorter and flatter the ratio. The loop is slow, so it gets evenly spaced
+items out of those that ours answers, and seconds an item are compared. Each repeat times both, one after the other.
 """
 
 from __future__ import annotations

@@ -204,7 +204,9 @@ class Probe:
             rows, which = real.nonzero(as_tuple=True)
             scores[rows, right[rows, which]] = -torch.inf  # what is left is wrong
             best, place = scores.max(dim=1)
-            beaten = torch.lt(scores, gold_scores[:, None], out=torch.empty_like(scores)).sum(dim=1)  # sums of bool crawl
+            beaten = torch.lt(scores, gold_scores[:, None], out=torch.empty_like(scores)).sum(
+                dim=1
+            )  # sums of bool crawl
             ahead = scores.shape[1] - beaten.long()
             words = reader.tokenizer.batch_decode([[token] for token in place.tolist()])
             choices = scores.shape[1] if allowed is None else len(allowed)
