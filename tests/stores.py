@@ -28,8 +28,8 @@ def made_run(
         config={"choices": choices, "eval": {"atlas": rest.get("settings", {})}, "seed": 0, "sparsity": sparsity}
         | {"reading": "module", "compression": pruned},
         metrics={"atlas.accuracy": float(np.mean(correct))},
-        report={"model": {"name": "m", "family": family}, "eval": {"atlas": {"fingerprint": rest.get("fingerprint", "f")}}}
-        | {"compression": pruned},
+        report={"model": {"name": "m", "family": family}, "compression": pruned}
+        | {"eval": {"atlas": {"fingerprint": rest.get("fingerprint", "f")}}},
         environment={"dtype": "float32"},
         _items=item_table(rows),
     )

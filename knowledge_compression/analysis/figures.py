@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from knowledge_compression.analysis.comparisons import Comparisons, Group
-from knowledge_compression.analysis.statistics import accuracy, drop
+from knowledge_compression.analysis.statistics import Estimate, accuracy, drop
 from knowledge_compression.analysis.tables import data_sets
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.results.store import Run
@@ -102,7 +102,8 @@ def drop_figure(comparisons: Comparisons, wanted: DropFigure, *, per_parameter: 
     grid = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (title, group, lines, mask) in zip(grid, panels, strict=False):
         for label, runs in lines.items():
-            _line(axes, label, group, runs, mask, per_parameter)
+            shares = [_share_touched(run) if per_parameter else 1.0 for run in runs]
+            _line(axes, label, _drops(group, runs, mask), [100 * _sparsity(run) for run in runs], shares)
         majority = group.dense.metrics.get(f"{group.asked.suite}.majority")
         if majority is not None and mask.all() and not per_parameter:
             known = group.dense.metrics[f"{group.asked.suite}.accuracy"]
@@ -139,14 +140,13 @@ def _panels(comparisons: Comparisons, wanted: DropFigure) -> Iterator[Panel]:
             yield (f"{title}: {name}" if name else title), group, lines, mask
 
 
-def _line(
-    axes: Axes, label: str, group: Group, runs: Sequence[Run], mask: NDArray[np.bool_], per_parameter: bool
-) -> None:
+def _drops(group: Group, runs: Sequence[Run], mask: NDArray[np.bool_]) -> list[Estimate]:
     dense = group.correct(group.dense)[mask]
-    estimates = [drop(dense, group.correct(run)[mask]) for run in runs]
-    scale = np.array([_share_touched(run) if per_parameter else 1.0 for run in runs])
-    x = [100 * _sparsity(run) for run in runs]
-    value, low, high = (np.array([getattr(e, part) for e in estimates]) / scale for part in ("value", "low", "high"))
+    return [drop(dense, group.correct(run)[mask]) for run in runs]
+
+
+def _line(axes: Axes, label: str, drops: Sequence[Estimate], x: Sequence[float], scale: Sequence[float]) -> None:
+    value, low, high = (np.array([getattr(e, part) for e in drops]) / scale for part in ("value", "low", "high"))
     (line,) = axes.plot(x, value, marker="o", markersize=4, label=label)
     if len(x) > 1:
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)

@@ -75,12 +75,10 @@ class PaperTable:
     def latex(self) -> str:
         """A tabular with booktabs rules, intervals in brackets."""
         keys = list(dict.fromkeys(key for row in self.rows for key in row))
-        lines = [" & ".join(_escaped(str(key)) for key in keys) + r" \\"]
-        body = [" & ".join(_escaped(_cell(row.get(key))) for key in keys) + r" \\" for row in self.rows]
-        return "\n".join(
-            [rf"\begin{{tabular}}{{{'l' * len(keys)}}}", r"\toprule", *lines, r"\midrule", *body, r"\bottomrule"]
-            + [r"\end{tabular}", ""]
-        )
+        rows = [[str(key) for key in keys], *([_cell(row.get(key)) for key in keys] for row in self.rows)]
+        head, *body = [" & ".join(map(_escaped, row)) + r" \\" for row in rows]
+        opening = rf"\begin{{tabular}}{{{'l' * len(keys)}}}"
+        return "\n".join([opening, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def cost_table(comparisons: Comparisons) -> PaperTable:
@@ -88,7 +86,7 @@ def cost_table(comparisons: Comparisons) -> PaperTable:
     published = {row["model"] + row["dataset"]: row for number in (3, 4, 5) for row in _published_cost(number)}
     rows = []
     for group in comparisons:
-        found = {name: _find(group, *wanted) for name, *wanted in COST_COLUMNS}
+        found = {name: _find(group, how, targets, share) for name, how, targets, share in COST_COLUMNS}
         if not any(found.values()):
             continue
         for data_set, mask in data_sets(group):
