@@ -219,7 +219,12 @@ def check_gradients(model: Model) -> None:
 
     def watch(path: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if inputs and inputs[0].requires_grad and not output.requires_grad:
+            if not inputs or not inputs[0].requires_grad:
+                return
+            passed = output.requires_grad and torch.autograd.grad(
+                output.sum(), inputs[0], retain_graph=True, allow_unused=True
+            )
+            if not passed or passed[0] is None:
                 without.append(path)
 
         return hook
