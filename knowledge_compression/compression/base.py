@@ -22,6 +22,7 @@ class Compression(Protocol):
 
     Attributes:
         calibrated: whether ``compress`` needs calibration text.
+        layerwise: whether, without text, each layer is compressed by itself, so that a model can be streamed through.
     """
 
     calibrated: ClassVar[bool] = False

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -72,8 +72,9 @@ class BlockMethod(Protocol[S]):
         ...
 
 
-# Brings a block (its module path and module) to where it is computed for as long as the context is open.
-Hold = Callable[[str, nn.Module], AbstractContextManager[None]]
+# Brings a block (its module path and module) to where it is computed for as long as the context is open; the reports,
+# by layer path, are those of all layers compressed so far, and grow while it is open.
+Hold = Callable[[str, nn.Module, Mapping[str, LayerReport]], AbstractContextManager[None]]
 
 
 def compress_blocks(
@@ -103,8 +104,8 @@ def compress_blocks(
         device: where blocks are computed, one at a time; None where they lie.
         forward_dtype: precision of the forward passes: ``auto`` (bfloat16 autocast of a float32 network where the
             device computes it natively), ``bfloat16`` or ``float32`` (the network's own).
-        hold: brings a block to ``device`` and back; by default its parameters are moved. Streaming loads and
-            writes here.
+        hold: brings a block to ``device`` and back; by default the model's own way (streaming loads and
+            writes there), else its parameters are moved.
         tokens_per_batch: tokens in one forward pass.
 
     Returns:
@@ -114,6 +115,7 @@ def compress_blocks(
         BadInput: no calibration text, windows longer than the model's positions, or a target that never runs.
     """
     windows = _checked(model, calibration)
+    hold = hold or model.hold
     compute = resolve_device(device) if device else model.device
     walk = _Walk(model, targets, method, true_sequential, compute, hold or partial(_moved, device=compute))
     with torch.no_grad(), _precision(forward_dtype, model.dtype, compute):
@@ -121,7 +123,9 @@ def compress_blocks(
 
 
 @contextmanager
-def _moved(_path: str, block: nn.Module, *, device: torch.device) -> Iterator[None]:
+def _moved(
+    _path: str, block: nn.Module, _reports: Mapping[str, LayerReport], *, device: torch.device
+) -> Iterator[None]:
     home = next((tensor.device for tensor in block.parameters()), device)
     block.to(device)
     try:
@@ -268,7 +272,7 @@ class _Walk(Generic[S]):
                 for forward in forwards:
                     forward.resume()
                 while unit := forwards[0].unit:
-                    with self.hold(unit, self.network.get_submodule(unit)):
+                    with self.hold(unit, self.network.get_submodule(unit), self.reports):
                         uses = max((layer.uses for layer in self.pending.get(unit, ())), default=1)
                         while unit in self.pending:
                             self._observe(unit, forwards, groups[unit])
@@ -284,7 +288,7 @@ class _Walk(Generic[S]):
                         for forward in forwards:
                             forward.resume(self._call(unit, forward))
                 for unit, seen in groups.items():  # used less often than the configuration says
-                    with self.hold(unit, self.network.get_submodule(unit)):
+                    with self.hold(unit, self.network.get_submodule(unit), self.reports):
                         self._shrink(unit, seen)
             finally:
                 for forward in forwards:

@@ -39,6 +39,7 @@ class Hqq:
     kappa: float = 1.01
     iterations: int = 20
     calibrated: ClassVar[bool] = False
+    layerwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse norms that have no such proximal operator."""

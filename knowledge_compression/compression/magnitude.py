@@ -9,6 +9,7 @@ from torch import LongTensor
 
 from knowledge_compression.compression.base import check_sparsity
 from knowledge_compression.compression.report import CompressionReport
+from knowledge_compression.compression.threshold import Cut
 from knowledge_compression.compression.unstructured import prune
 from knowledge_compression.models import Model, Targets
 
@@ -36,8 +37,17 @@ class Magnitude:
         """Refuse a share that is none before anything is loaded."""
         check_sparsity(self.sparsity)
 
+    @property
+    def layerwise(self) -> bool:
+        """Whether each layer is pruned by itself."""
+        return self.scope == "layer" or self.pattern is not None
+
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
         """Prune the targets in place."""
+        return self.prune_at(model, targets, None)
+
+    def prune_at(self, model: Model, targets: Targets, cut: Cut | None) -> CompressionReport:
+        """Prune the targets at a cut that was found before, among more layers than these; None finds it here."""
         return prune(
             "magnitude",
             model,
@@ -46,4 +56,5 @@ class Magnitude:
             sparsity=self.sparsity,
             scope=self.scope,
             pattern=self.pattern,
+            cut=cut,
         )

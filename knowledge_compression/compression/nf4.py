@@ -35,6 +35,7 @@ class Nf4:
     block_size: int = 64
     double_quant: bool = False
     calibrated: ClassVar[bool] = False
+    layerwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse empty blocks."""

@@ -35,6 +35,11 @@ class Cut:
         self._ties_left = ties
 
     @property
+    def state(self) -> tuple[int, int]:
+        """What a cut that goes on from here is made of: ``Cut(*state)``."""
+        return self._bits, self._ties_left
+
+    @property
     def threshold(self) -> float:
         """The threshold as a number."""
         return float(torch.tensor(self._bits, dtype=torch.int32).view(torch.float32)) if self._bits >= 0 else -1.0

@@ -74,6 +74,7 @@ def prune(
     sparsity: float,
     scope: str = "global",
     pattern: str | None = None,
+    cut: Cut | None = None,
 ) -> CompressionReport:
     """Set the weights of least score to zero, in place and in bounded memory.
 
@@ -85,6 +86,7 @@ def prune(
         sparsity: share of the weights to remove, in [0, 1); ``round(sparsity * weights)`` go, as in torch's pruning.
         scope: ``global`` ranks the weights of all layers together, ``layer`` each layer's for itself.
         pattern: ``n:m`` keeps n of every m neighbouring inputs; then the sparsity is that of the pattern.
+        cut: where to cut, for ``global``; found by ranking these layers where it is not given.
 
     Raises:
         BadInput: settings out of range, or a pattern that does not divide a layer.
@@ -95,8 +97,7 @@ def prune(
     if shape:
         shape.check(targets)
     with reporting(method, model, targets) as report:
-        cut = None
-        if scope == "global" and not shape:
+        if scope == "global" and not shape and cut is None:
             cut = smallest(lambda: (score(layer) for layer in targets), round(sparsity * targets.parameters))
         for layer in targets:
             start = time.perf_counter()

@@ -22,6 +22,7 @@ from knowledge_compression.cache import cached_folder
 from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, architecture_of
 from knowledge_compression.models.model import Model
+from knowledge_compression.models.streamed import Checkpoint, StreamedModel
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,20 @@ class ModelSource(Protocol):
         ...
 
 
+class StreamableSource(ModelSource, Protocol):
+    """A source whose model can be compressed without loading it whole.
+
+    Attributes:
+        stream: whether the user wants that.
+    """
+
+    stream: bool
+
+    def streamed(self, device: str = "auto", dtype: str = "auto") -> StreamedModel:
+        """A skeleton and where its weights are; ``dtype=auto`` is the checkpoint's own on every device."""
+        ...
+
+
 @dataclass(frozen=True)
 class HubModel:
     """A model from the Hugging Face hub or its local cache."""
@@ -71,6 +86,7 @@ class HubModel:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     note: str = ""
+    stream: bool = False
 
     def fingerprint(self) -> str:
         """Hub id and revision; the commit it stood for is in the run's record."""
@@ -96,6 +112,18 @@ class HubModel:
         model.note = self.note
         return model
 
+    def streamed(self, device: str = "auto", dtype: str = "auto") -> StreamedModel:
+        """Download (or find in the cache) without loading."""
+        from huggingface_hub import snapshot_download
+
+        with _one_line_failures(self.hub_id, self.name, allow_pickle=False):
+            kinds = ["*.safetensors", "*.json", "*.txt", "*.model"]
+            folder = snapshot_download(self.hub_id, revision=self.revision, allow_patterns=kinds)
+        model = _streamed(Path(folder), self.name, device, dtype, trust_remote_code=self.trust_remote_code)
+        model.provenance = {"hub_id": self.hub_id, "revision": self.revision, "commit": Path(folder).name}
+        model.note = self.note
+        return model
+
 
 @dataclass(frozen=True)
 class LocalModel:
@@ -106,6 +134,7 @@ class LocalModel:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     note: str = ""
+    stream: bool = False
 
     def fingerprint(self) -> str:
         """Digest of the configuration, the tokenizer and samples of the weights, wherever the folder lies."""
@@ -126,6 +155,14 @@ class LocalModel:
             allow_pickle=self.allow_pickle,
             trust_remote_code=self.trust_remote_code,
         )
+        model.provenance = {"path": str(folder), "fingerprint": self.fingerprint()}
+        model.note = self.note
+        return model
+
+    def streamed(self, device: str = "auto", dtype: str = "auto") -> StreamedModel:
+        """The folder's weights stay where they are."""
+        folder = self._folder()
+        model = _streamed(folder, self.name, device, dtype, trust_remote_code=self.trust_remote_code)
         model.provenance = {"path": str(folder), "fingerprint": self.fingerprint()}
         model.note = self.note
         return model
@@ -287,6 +324,24 @@ def _skeleton(where: str, name: str, **hub: Any) -> Model:
         with torch.device("meta"):
             network = _auto_class(config).from_config(config)
     return Model(network, None, name)  # type: ignore[arg-type]  # a skeleton reads no text
+
+
+def _streamed(folder: Path, name: str, device: str, dtype: str, **hub: Any) -> StreamedModel:
+    """A network whose parameters are on the meta device; buffers that no checkpoint holds are computed."""
+    from accelerate import init_empty_weights
+    from transformers import AutoTokenizer
+
+    place = resolve_device(device)
+    with _one_line_failures(str(folder), name, allow_pickle=False):
+        config = _configuration(str(folder), **hub)
+        resolve_dtype(dtype, place)
+        chosen = DTYPES.get(dtype) or config.dtype or torch.float32
+        with init_empty_weights(include_buffers=False):
+            network = _auto_class(config).from_config(config, dtype=chosen)
+        network.tie_weights()  # making parameters empty has parted those that are one
+        tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
+        checkpoint = Checkpoint(folder)
+        return StreamedModel(network.eval(), tokenizer, name, checkpoint=checkpoint, place=place, stored=chosen)
 
 
 def _configuration(where: str, **hub: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ class Model:
         reserved_positions: positions that a recovery's prompt takes away from every input.
         on_context: set by a recovery that chooses among prompts by the input. Whoever scores continuations calls
             :meth:`announce_context` before each forward pass, so that the choice never sees an answer.
+        hold: brings a block's weights into memory (see ``compression.blocks.Hold``); None where they are there.
         original: loads the model as it was before anything was done to it, for suites that compare with it.
     """
 
@@ -39,6 +41,7 @@ class Model:
     reserved_positions: int = 0
     on_context: Callable[[Sequence[int]], None] | None = field(default=None, repr=False)
     original: Callable[[], Model] | None = field(default=None, repr=False)
+    hold: Callable[..., AbstractContextManager[None]] | None = field(default=None, repr=False)
 
     def announce_context(self, lengths: Sequence[int]) -> None:
         """Say how many tokens at the start of each row of the next forward pass are context; the rest are answers."""

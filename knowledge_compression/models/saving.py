@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -37,13 +38,13 @@ def save_checkpoint(model: Model, folder: Path) -> None:
     scratch.mkdir(parents=True)
     model.network.save_pretrained(scratch, state_dict=state, max_shard_size=SHARD_SIZE)
     model.tokenizer.save_pretrained(scratch)
-    _keep_scaling(model.network, scratch / "config.json")
+    keep_scaling(model.network, scratch / "config.json")
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
     log.info("saved %s to %s", model.name, folder)
 
 
-def _keep_scaling(network: nn.Module, config_file: Path) -> None:
+def keep_scaling(network: nn.Module, config_file: Path) -> None:
     """T5 reads from ``tie_word_embeddings`` whether to scale the decoder's states, and the tying from the weights."""
     scaled = getattr(network.config, "scale_decoder_outputs", None)
     if scaled is not None:
@@ -67,7 +68,7 @@ def full_state(network: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def check_finite(state: dict[str, Tensor]) -> None:
+def check_finite(state: Mapping[str, Tensor]) -> None:
     """Refuse a state with NaN or infinity in it."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

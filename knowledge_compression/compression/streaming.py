@@ -1,0 +1,214 @@
+"""Compressing a checkpoint that does not fit in memory: from shards to shards, unit by unit.
+
+A *unit* is a block of the network, or a linear layer outside the blocks that is compressed; what is left is the *rest*.
+Only one unit's weights are in memory at a time (with a calibrated method, the rest and the activations too). A run that
+was cut off at any moment goes on behind the last unit that was written and gives the same files.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import LongTensor, Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from knowledge_compression.compression.base import Compression
+from knowledge_compression.compression.magnitude import Magnitude
+from knowledge_compression.compression.report import CompressionReport, LayerReport
+from knowledge_compression.compression.threshold import Cut, smallest
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import TargetLayer, Targets
+from knowledge_compression.models.families import FINAL
+from knowledge_compression.models.sharded import ShardedCopy
+from knowledge_compression.models.streamed import StreamedModel
+
+log = logging.getLogger(__name__)
+
+REST = "everything else"
+
+
+def compress_streamed(
+    compression: Compression, model: StreamedModel, targets: Targets, calibration: LongTensor | None, folder: Path
+) -> CompressionReport:
+    """Write a compressed copy of a model that stays on disk.
+
+    The copy holds the same weights, bit for bit, as compressing the model in memory in its stored type and saving it.
+
+    Args:
+        compression: a method that works layer by layer or block by block and leaves linear layers linear layers.
+        model: the model.
+        targets: the layers to compress.
+        calibration: token ids ``[samples, length]`` where the method is calibrated.
+        folder: where the copy is made; what an earlier call finished there is kept.
+
+    Raises:
+        BadInput: the method cannot be streamed, or the disk is full.
+    """
+    if any(layer.role == FINAL for layer in targets):
+        model.untie_head()
+    stream = _Stream(compression, model, targets, folder)
+    start = time.perf_counter()
+    with torch.no_grad():
+        stream.write_rest()
+        if stream.pending:
+            stream.compress(calibration)
+        stream.write_untouched()
+    stream.copy.finish(model)
+    return stream.report(time.perf_counter() - start)
+
+
+@dataclass
+class _Stream:
+    """One streamed compression."""
+
+    compression: Compression
+    model: StreamedModel
+    targets: Targets
+    folder: Path
+    cut: Cut | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        blocks = self.model.architecture.block_paths(self.model.network)
+        self.unit_of = {
+            layer.path: next((block for block in blocks if layer.path.startswith(f"{block}.")), layer.path)
+            for layer in self.targets
+        }
+        self.units = list(dict.fromkeys([*blocks, *self.unit_of.values()]))
+        self.copy = ShardedCopy(self.folder, [REST, *self.units])
+        self.notes = {unit: self.copy.note(unit) for unit in self.units if self.copy.is_finished(unit)}
+        if self.notes:
+            log.info("%d of %d blocks are finished already", len(self.notes), len(self.units))
+        self.pending = [layer for layer in self.targets if self.unit_of[layer.path] not in self.notes]
+
+    def write_rest(self) -> None:
+        """Copy what belongs to no unit."""
+        names = self.model.names_outside(self.units)
+        if self.model.network.config.tie_word_embeddings:  # a tied weight is stored once; see models.saving.full_state
+            names = [name for name in names if self.model.source[name] == name]
+        if not self.copy.is_finished(REST):
+            self._write(REST, {name: self.model.read(name) for name in names}, None)
+
+    def write_untouched(self) -> None:
+        """Copy the blocks in which nothing is compressed and which no forward pass went through."""
+        for unit in self.units:
+            if not self.copy.is_finished(unit):
+                with self.hold(unit, self.model.network.get_submodule(unit), {}):
+                    pass
+
+    def compress(self, calibration: LongTensor | None) -> None:
+        """Compress what is pending, each method in the way that it allows."""
+        method = self.compression
+        if method.calibrated:
+            self._block_by_block(calibration)
+        elif isinstance(method, Magnitude) and not method.layerwise:
+            cut = self.cut = self._cut(method)
+            self._layer_by_layer(lambda layers: method.prune_at(self.model, layers, cut))
+        elif getattr(method, "layerwise", False):
+            self._layer_by_layer(lambda layers: method.compress(self.model, layers, None))
+        else:
+            raise BadInput(
+                f"{type(method).__name__} cannot be streamed; model.stream=true takes magnitude, rtn, nf4, hqq and the "
+                "calibrated methods that leave linear layers as they are (gptq, sparsegpt, wanda, awq)"
+            )
+
+    def _block_by_block(self, calibration: LongTensor | None) -> None:
+        blocks = self.model.architecture.block_paths(self.model.network)
+        shared: dict[str, Tensor] = {}  # one copy of what is tied
+        for name in self.model.names_outside(blocks):
+            source = self.model.source[name]
+            shared.setdefault(source, self.model.read(name))
+        resident = {name: shared[self.model.source[name]] for name in self.model.names_outside(blocks)}
+        self.model.hold = self.hold
+        try:
+            with self.model.holding(resident):
+                self.compression.compress(self.model, self._some(self.pending), calibration)
+        finally:
+            self.model.hold = None
+
+    def _layer_by_layer(self, compress: Callable[[Targets], CompressionReport]) -> None:
+        units = dict.fromkeys(self.unit_of[layer.path] for layer in self.pending)
+        for unit in _progress(units, "compressing"):
+            reports: dict[str, LayerReport] = {}
+            with self.hold(unit, self.model.network.get_submodule(unit), reports):
+                layers = [layer for layer in self.pending if self.unit_of[layer.path] == unit]
+                reports |= {r.path: r for r in compress(self._some(layers)).layers}
+
+    def _cut(self, method: Magnitude) -> Cut:
+        """Where to cut, from the last finished unit's note, or by passes over the shards."""
+        if self.notes:
+            finished = [self.unit_of[layer.path] for layer in self.targets if self.unit_of[layer.path] in self.notes]
+            return Cut(*self.notes[finished[-1]]["cut"])
+        return smallest(self._weights, round(method.sparsity * self.targets.parameters))
+
+    def _weights(self) -> Iterator[Tensor]:
+        for layer in _progress(self.targets, "ranking"):
+            weight = self.model.read(f"{layer.path}.weight")
+            yield weight.T if isinstance(layer.module, Conv1D) else weight
+
+    @contextmanager
+    def hold(self, unit: str, module: nn.Module, reports: Mapping[str, LayerReport]) -> Iterator[None]:
+        """Put a unit's weights into the network; afterwards write it, unless it is written already."""
+        finished = self.copy.is_finished(unit)
+        names = self.model.names_inside(unit)
+        if finished:
+            stored = self.copy.read(unit)
+            weights = {name: stored[self.model.stored_as[name]] for name in names}
+        else:
+            weights = {name: self.model.read(name) for name in names}
+        with self.model.holding(weights):
+            try:
+                yield
+                if not finished:
+                    self._finish(unit, module, reports)
+            finally:
+                for part in module.modules():  # the codes of a quantized weight are as large as the weight
+                    part.__dict__.pop("quantized_weight", None)
+
+    def _finish(self, unit: str, module: nn.Module, reports: Mapping[str, LayerReport]) -> None:
+        weights = {f"{unit}.{name}": tensor for name, tensor in module.state_dict().items()}
+        if set(weights) != set(self.model.names_inside(unit)):
+            raise BadInput(
+                f"{type(self.compression).__name__} puts other modules in the place of linear layers, which "
+                "model.stream=true cannot write; load the model whole"
+            )
+        done = [asdict(report) for path, report in reports.items() if self.unit_of[path] == unit]
+        # Without the seconds, so that the same compression gives the same file.
+        note: dict[str, Any] = {"layers": [layer | {"seconds": 0.0} for layer in done]}
+        if self.cut is not None:
+            note["cut"] = self.cut.state
+        self._write(unit, weights, note)
+        self.notes[unit] = note | {"layers": done}
+
+    def _write(self, unit: str, weights: Mapping[str, Tensor], note: Any) -> None:
+        self.copy.write(unit, {self.model.stored_as[name]: tensor for name, tensor in weights.items()}, note)
+
+    def _some(self, layers: list[TargetLayer]) -> Targets:
+        return Targets(layers, self.model)
+
+    def report(self, seconds: float) -> CompressionReport:
+        """What all the units' notes say, and this call's seconds."""
+        parameters = {p.data_ptr() or id(p): p for p in self.model.network.parameters()}
+        size = sum(p.numel() for p in parameters.values()) * self.model.stored.itemsize
+        order = {layer.path: i for i, layer in enumerate(self.targets)}
+        layers = [LayerReport(**layer) for note in self.notes.values() for layer in note["layers"]]
+        return CompressionReport(
+            method=type(self.compression).__name__.lower(),
+            layers=sorted(layers, key=lambda layer: order[layer.path]),
+            model_parameters=self.model.parameter_count(),
+            model_bytes_before=size,
+            model_bytes_after=size,
+            seconds=seconds,
+        )
+
+
+def _progress(items: Iterable[Any], description: str) -> Iterable[Any]:
+    return track(list(items), description, console=Console(stderr=True), transient=True)

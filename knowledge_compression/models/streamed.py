@@ -1,0 +1,148 @@
+"""A model that stays on disk: a skeleton of its network, into which weights are put for as long as they are needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from knowledge_compression.errors import BadInput, ModelUnavailable
+from knowledge_compression.models.model import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class Checkpoint:
+    """The safetensors of a model folder, read tensor by tensor.
+
+    Every read opens its file anew: pages of a file that stays mapped would count as this process's memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read which file holds what.
+
+        Raises:
+            ModelUnavailable: there are no weights, or the index points out of the folder.
+        """
+        self.folder = folder
+        try:
+            if (folder / INDEX).is_file():
+                self.file_of: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+            else:
+                with safe_open(folder / SINGLE, "pt") as file:
+                    self.file_of = dict.fromkeys(file.keys(), SINGLE)
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise ModelUnavailable(f"{folder} holds no safetensors weights that could be streamed ({error})") from None
+        if outside := sorted({name for name in self.file_of.values() if Path(name).name != name}):
+            raise ModelUnavailable(f"{folder / INDEX} names a file outside its folder: {outside[0]}")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU, backed by its file until it is copied."""
+        path = self.folder / self.file_of[name]
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ModelUnavailable(f"{path} cannot be read ({error})") from None
+
+
+@dataclass
+class StreamedModel(Model):
+    """A :class:`Model` whose network is a skeleton on the meta device, but for buffers that no checkpoint holds.
+
+    Attributes:
+        checkpoint: where the weights are.
+        place: device on which they are put.
+        stored: floating type in which they are computed and written.
+
+    After it is made, ``source`` says for each weight of the network which weight it is tied to (itself, if to none),
+    and ``stored_as`` under which name a checkpoint holds it.
+    """
+
+    checkpoint: Checkpoint = field(kw_only=True)
+    place: torch.device = field(kw_only=True)
+    stored: torch.dtype = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Refuse a checkpoint that lacks a weight, and a network that uses one block many times."""
+        if self.architecture.shared_depth:
+            raise BadInput(f"{self.name} uses one block many times, so there is nothing to stream; load it whole")
+        names, tied = self.network.state_dict().keys(), self.network.all_tied_weights_keys
+        stored = _names_in_files(self.network, self.checkpoint.file_of)
+        self.stored_as = {name: stored.get(name, name) for name in names}
+        # A tied weight is stored once, under the name of what it is tied to.
+        self.source = {name: name if name in stored else tied.get(name, name) for name in names}
+        if missing := [name for name, source in self.source.items() if source not in stored]:
+            raise BadInput(f"{self.checkpoint.folder} lacks the weight {missing[0]} (and {len(missing) - 1} others)")
+        if f"{self.architecture.final}.weight" in stored:
+            self.untie_head()  # as from_pretrained takes a checkpoint that holds a head of its own
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights are put."""
+        return self.place
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type of the weights."""
+        return self.stored
+
+    def names_inside(self, path: str) -> list[str]:
+        """Names of the weights inside a module."""
+        return [name for name in self.source if name.startswith(f"{path}.")]
+
+    def names_outside(self, paths: Sequence[str]) -> list[str]:
+        """Names of all weights outside some modules."""
+        return [name for name in self.source if not name.startswith(tuple(f"{path}." for path in paths))]
+
+    def read(self, name: str) -> Tensor:
+        """One weight in the stored type on the CPU, backed by its file where that has the same type."""
+        tensor = self.checkpoint.read(self.stored_as[self.source[name]])
+        return tensor.to(self.stored) if tensor.is_floating_point() else tensor
+
+    @contextmanager
+    def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Put copies of weights into the network, and take them out again."""
+        for name, tensor in weights.items():
+            _put(self.network, name, tensor.to(self.place, copy=True))
+        try:
+            yield
+        finally:
+            for name, tensor in weights.items():
+                _put(self.network, name, torch.empty_like(tensor, device="meta"))
+
+
+def _names_in_files(network: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """For each weight of the network, its name in the files, where transformers has renamed it since."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    steps = get_model_conversion_mapping(network)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    conversions: list[Any] = [step for step in steps if not isinstance(step, WeightRenaming)]
+    names, weights = {}, network.state_dict()
+    for key in keys:
+        name, converted = rename_source_key(key, renamings, conversions, network.base_model_prefix, weights)
+        if converted is None:  # a weight that is put together from several is not there as it is
+            names[name] = key
+    return names
+
+
+def _put(network: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set a parameter or buffer by its full name, whatever device it was on."""
+    path, _, leaf = name.rpartition(".")
+    module = network.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor

@@ -1,0 +1,267 @@
+"""A streamed compression gives what compression in memory gives, bit for bit, and survives being killed anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, VOCABULARY, build_network, logits_of
+from safetensors.torch import load_file, save_file
+
+from knowledge_compression.compression.base import Compression
+from knowledge_compression.compression.hqq import Hqq
+from knowledge_compression.compression.int8_dynamic import Int8Dynamic
+from knowledge_compression.compression.magnitude import Magnitude
+from knowledge_compression.compression.nf4 import Nf4
+from knowledge_compression.compression.random import Random
+from knowledge_compression.compression.smoothquant import SmoothQuant
+from knowledge_compression.compression.streaming import compress_streamed
+from knowledge_compression.errors import BadInput, ModelUnavailable
+from knowledge_compression.models import Model, Target
+from knowledge_compression.models.loading import LocalModel
+from knowledge_compression.models.saving import save_checkpoint
+
+ALL = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff"])
+WITH_HEAD = Target("head", ["ff", "final"])
+SHARDED = sorted(set(TINY) - {"albert"})
+
+
+def windows() -> torch.Tensor:
+    return torch.randint(7, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def saved(tiny_tokenizer: object, tmp_path: Path) -> Callable[..., LocalModel]:
+    """``saved(architecture)`` saves a tiny model of three blocks' worth of shards and gives where it lies."""
+
+    def make(architecture: str, dtype: torch.dtype = torch.float32, **changes: object) -> LocalModel:
+        model = Model(build_network(architecture, **changes).to(dtype), tiny_tokenizer, architecture)  # type: ignore[arg-type]
+        folder = tmp_path / architecture
+        model.network.save_pretrained(folder, max_shard_size="10KB")
+        model.tokenizer.save_pretrained(folder)
+        assert len(list(folder.glob("*.safetensors"))) > 1
+        return LocalModel(architecture, str(folder), stream=True)
+
+    return make
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def in_memory(source: LocalModel, compression: Compression, target: Target, folder: Path, dtype: str) -> Model:
+    model = source.load("cpu", dtype)
+    with torch.no_grad():
+        compression.compress(model, target.select(model), windows() if compression.calibrated else None)  # type: ignore[arg-type]
+    save_checkpoint(model, folder)
+    return model
+
+
+def streamed(source: LocalModel, compression: Compression, target: Target, folder: Path, dtype: str = "auto"):
+    model = source.streamed("cpu", dtype)
+    text = windows() if compression.calibrated else None
+    return compress_streamed(compression, model, target.select(model), text, folder)  # type: ignore[arg-type]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    left, right = tensors(one), tensors(other)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.mark.parametrize("target", [ALL, WITH_HEAD], ids=["all", "with_head"])
+@pytest.mark.parametrize("architecture", SHARDED)
+def test_magnitude_is_the_same_streamed(
+    architecture: str, target: Target, saved: Callable[..., LocalModel], tmp_path: Path
+) -> None:
+    source, method = saved(architecture), Magnitude(sparsity=0.4)
+    model = in_memory(source, method, target, tmp_path / "memory", "float32")
+    report = streamed(source, method, target, tmp_path / "streamed")
+    assert_same(tmp_path / "streamed", tmp_path / "memory")
+    assert report.sparsity == pytest.approx(0.4, abs=1e-3)
+    again = LocalModel("again", str(tmp_path / "streamed")).load("cpu")
+    assert torch.equal(logits_of(again), logits_of(model))
+    plain = type(model.network).from_pretrained(tmp_path / "streamed", dtype=torch.float32).eval()
+    assert torch.equal(logits_of(Model(plain, model.tokenizer, "plain")), logits_of(model))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Magnitude(sparsity=0.3, scope="layer"),
+        Magnitude(sparsity=0.5, pattern="2:4"),
+        Nf4(block_size=16),
+        Hqq(group_size=16),
+    ],
+    ids=lambda method: f"{type(method).__name__}",
+)
+def test_layerwise_methods_are_the_same_streamed(
+    method: Compression, saved: Callable[..., LocalModel], tmp_path: Path
+) -> None:
+    source = saved("llama", torch.bfloat16)
+    in_memory(source, method, ALL, tmp_path / "memory", "bfloat16")
+    report = streamed(source, method, ALL, tmp_path / "streamed")
+    assert_same(tmp_path / "streamed", tmp_path / "memory")
+    assert len(report.layers) == 14
+    assert {tensor.dtype for tensor in tensors(tmp_path / "streamed").values()} == {torch.bfloat16}
+
+
+def test_ties_go_to_the_same_weights(saved: Callable[..., LocalModel], tmp_path: Path) -> None:
+    """Where half of all weights have one magnitude, which of them go is decided by their order, across blocks too."""
+    source = saved("llama")
+    for path in Path(source.path).glob("*.safetensors"):
+        save_file(
+            {n: t.sign() * 0.5 if t.dim() == 2 else t for n, t in load_file(path).items()}, path, {"format": "pt"}
+        )
+    method = Magnitude(sparsity=0.7)
+    in_memory(source, method, ALL, tmp_path / "memory", "float32")
+    streamed(source, method, ALL, tmp_path / "streamed")
+    assert_same(tmp_path / "streamed", tmp_path / "memory")
+
+
+class Killed(Exception):
+    """Stands for the process's end."""
+
+
+@pytest.mark.parametrize("method", [Magnitude(sparsity=0.4), Hqq(group_size=16)], ids=["magnitude", "hqq"])
+@pytest.mark.parametrize("after", range(5))
+def test_it_goes_on_behind_the_last_finished_unit(
+    method: Compression, after: int, saved: Callable[..., LocalModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = saved("llama")
+    report = streamed(source, method, WITH_HEAD, tmp_path / "whole")
+
+    renames, rename = [], Path.rename
+
+    def dying(self: Path, target: Path) -> Path:
+        if target.suffix == ".safetensors":
+            if len(renames) == after:
+                raise Killed
+            renames.append(target.name)
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "rename", dying)
+        streamed(source, method, WITH_HEAD, tmp_path / "resumed") if after < 4 else _die()
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "resumed").glob("*.safetensors")}
+    assert len(written) == min(after, 4) if after < 4 else not written
+    resumed = streamed(source, method, WITH_HEAD, tmp_path / "resumed")
+    for name, when in written.items():
+        assert (tmp_path / "resumed" / name).stat().st_mtime_ns == when
+    assert files(tmp_path / "resumed") == files(tmp_path / "whole")
+    assert [(r.path, r.removed, r.bits) for r in resumed.layers] == [(r.path, r.removed, r.bits) for r in report.layers]
+
+
+def _die() -> None:
+    raise Killed
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+CHILD = """
+import sys, torch
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {root!r}]
+from test_streaming import ALL, METHODS, streamed
+from knowledge_compression.models.loading import LocalModel
+torch.set_num_threads(1)
+print("ready", flush=True)
+source = LocalModel("child", sys.argv[1], stream=True)
+streamed(source, METHODS[sys.argv[2]], ALL, Path(sys.argv[3]))
+print("done", flush=True)
+"""
+
+
+METHODS: dict[str, Compression] = {"magnitude": Magnitude(sparsity=0.4)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_kill_minus_nine_at_any_moment(method: str, saved: Callable[..., LocalModel], tmp_path: Path) -> None:
+    source = saved("llama", num_hidden_layers=24, layer_types=None)
+    streamed(source, METHODS[method], ALL, tmp_path / "whole")
+    tests = Path(__file__).parent
+    code = CHILD.format(tests=str(tests), root=str(tests.parent))
+    folder, kills = tmp_path / "killed", 0
+    for wanted in (2, 15):
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, source.path, method, str(folder)], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        while child.poll() is None and len(list(folder.glob("*.safetensors"))) < wanted:
+            time.sleep(0.0005)
+        if child.poll() is None:
+            os.kill(child.pid, signal.SIGKILL)
+            kills += 1
+        child.wait()
+    assert kills == 2
+    streamed(source, METHODS[method], ALL, folder)
+    left = {name: content for name, content in files(folder).items() if not name.endswith(".partial")}
+    assert left == files(tmp_path / "whole")
+
+
+def test_what_cannot_be_streamed_is_refused(saved: Callable[..., LocalModel], tmp_path: Path) -> None:
+    source = saved("llama")
+    for method in (Int8Dynamic(), Random(sparsity=0.2)):
+        with pytest.raises(BadInput, match="cannot be streamed"):
+            streamed(source, method, ALL, tmp_path / "out")
+    with pytest.raises(BadInput, match="puts other modules in the place of linear layers"):
+        streamed(source, SmoothQuant(), ALL, tmp_path / "out2")
+
+
+def test_broken_checkpoints_are_one_line(saved: Callable[..., LocalModel], tmp_path: Path) -> None:
+    source = saved("bert")
+    folder = Path(source.path)
+    index_file = folder / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    shards = sorted(folder.glob("*.safetensors"))
+
+    index_file.write_text(
+        json.dumps(index | {"weight_map": dict.fromkeys(index["weight_map"], "../secret.safetensors")})
+    )
+    with pytest.raises(ModelUnavailable, match="outside its folder"):
+        source.streamed("cpu")
+    short = dict(list(index["weight_map"].items())[:-2])
+    index_file.write_text(json.dumps(index | {"weight_map": short}))
+    with pytest.raises(BadInput, match="lacks the weight"):
+        source.streamed("cpu")
+    index_file.write_text(json.dumps(index))
+    shards[-1].write_bytes(shards[-1].read_bytes()[:100])
+    with pytest.raises(ModelUnavailable, match="cannot be read"):
+        streamed(source, Magnitude(sparsity=0.2), ALL, tmp_path / "out")
+    for path in (*shards, index_file):
+        path.unlink()
+    with pytest.raises(ModelUnavailable, match="no safetensors weights"):
+        source.streamed("cpu")
+
+
+def test_nan_never_reaches_the_copy(saved: Callable[..., LocalModel], tmp_path: Path) -> None:
+    source = saved("llama")
+    path = next(
+        p
+        for p in sorted(Path(source.path).glob("*.safetensors"))
+        if "model.layers.1.mlp.up_proj.weight" in load_file(p)
+    )
+    weights = load_file(path)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 2] = float("nan")
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(BadInput, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
+        streamed(source, Magnitude(sparsity=0.2, scope="layer"), ALL, tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_one_block_used_many_times_is_not_streamed(saved: Callable[..., LocalModel]) -> None:
+    with pytest.raises(BadInput, match="one block many times"):
+        saved("albert").streamed("cpu")
