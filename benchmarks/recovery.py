@@ -21,8 +21,9 @@ import torch
 from knowledge_compression.evaluation.latency import Latency
 from knowledge_compression.models import Model
 from knowledge_compression.models.loading import PackagedGguf
+from knowledge_compression.recovery.bank import bank_of, embedding_width
 from knowledge_compression.recovery.lora import Lora, add_lora
-from knowledge_compression.recovery.prompted import ONCE, PER_LAYER, Prompted, embedding_width
+from knowledge_compression.recovery.prompted import ONCE, PER_LAYER, Prompted
 from knowledge_compression.training import TrainingSettings
 
 LENGTHS = (50, 100)  # tokens of the two prompts, as in the paper's Table 1
@@ -54,10 +55,10 @@ def variants(model: Model) -> dict[str, Model]:
     return {
         "none": shared(model),
         "lora": made(lambda m: add_lora(m, Lora(TrainingSettings(steps=1), rank=4))),
-        "prompt": made(lambda m: Prompted(m, Prompted.bank_of(m, prompts[1:]))),
-        "idp per layer": made(lambda m: Prompted(m, Prompted.bank_of(m, prompts), PER_LAYER)),
-        "idp once": made(lambda m: Prompted(m, Prompted.bank_of(m, prompts), ONCE)),
-        "concat": made(lambda m: Prompted(m, Prompted.bank_of(m, [torch.cat(prompts)]))),
+        "prompt": made(lambda m: Prompted(m, bank_of(m, prompts[1:]))),
+        "idp per layer": made(lambda m: Prompted(m, bank_of(m, prompts), PER_LAYER)),
+        "idp once": made(lambda m: Prompted(m, bank_of(m, prompts), ONCE)),
+        "concat": made(lambda m: Prompted(m, bank_of(m, [torch.cat(prompts)]))),
     }
 
 

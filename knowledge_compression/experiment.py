@@ -160,7 +160,10 @@ class Experiment:
 
     def _ask(self, suite: Suite, model: Model) -> Evaluation:
         torch.manual_seed(self.seed)  # what a suite draws does not depend on what was asked before it
-        return suite.evaluate(model)
+        evaluation = suite.evaluate(model)
+        if model.on_items is not None:
+            evaluation.items = model.on_items(evaluation.items)
+        return evaluation
 
     def _record(self, model: Model, evaluations: Mapping[str, Evaluation], report: dict[str, Any]) -> Run:
         return Run(

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from peft import PromptTuningConfig, TaskType, get_peft_model
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.scoring import Question, Scorer
+from knowledge_compression.evaluation.suite import item_table
 from knowledge_compression.recovery.attention import attend, attend_plainly
+from knowledge_compression.recovery.bank import bank_of
 from knowledge_compression.recovery.prompted import ONCE, PER_LAYER, SELECTIONS, Prompted
 from tests.conftest import VOCABULARY, build_network
 
@@ -48,7 +51,7 @@ def inputs(rows=4, length=9, seed=1):
 def test_forced_to_one_prompt_it_is_prompt_tuning_with_that_prompt(tiny_model, architecture, selection):
     model = tiny_model(architecture)
     prompts = soft_prompts(model)
-    prompted = Prompted(model, Prompted.bank_of(model, prompts), selection)
+    prompted = Prompted(model, bank_of(model, prompts), selection)
     ids, mask = inputs()
     for i, prompt in enumerate(prompts):
         with torch.no_grad(), prompted.using(i):
@@ -65,7 +68,7 @@ def test_forced_to_one_prompt_it_is_prompt_tuning_with_that_prompt(tiny_model, a
 def test_one_prompt_is_prompt_tuning(tiny_model, architecture):
     model = tiny_model(architecture)
     (prompt,) = soft_prompts(model, (5,))
-    Prompted(model, Prompted.bank_of(model, [prompt]))
+    Prompted(model, bank_of(model, [prompt]))
     ids, _ = inputs()
     with torch.no_grad():
         ours = model.network(input_ids=ids).logits
@@ -77,7 +80,7 @@ def test_one_prompt_is_prompt_tuning(tiny_model, architecture):
 def test_chosen_once_each_row_is_prompt_tuning_with_its_prompt(tiny_model, architecture):
     model = tiny_model(architecture)
     prompts = soft_prompts(model, (3, 4, 7))
-    prompted = Prompted(model, Prompted.bank_of(model, prompts), ONCE)
+    prompted = Prompted(model, bank_of(model, prompts), ONCE)
     ids, mask = inputs(rows=8, length=12)
     with torch.no_grad():
         ours = model.network(input_ids=ids, attention_mask=mask).logits
@@ -117,7 +120,7 @@ def test_layers_choose_by_mean_attention_as_written_out(tiny_model):
 
     from transformers import AttentionInterface
 
-    prompted = Prompted(model, Prompted.bank_of(model, prompts), PER_LAYER)
+    prompted = Prompted(model, bank_of(model, prompts), PER_LAYER)
     ids, _ = inputs(rows=6)
     with torch.no_grad():
         ours = model.network(input_ids=ids).logits
@@ -135,8 +138,8 @@ def test_layers_choose_by_mean_attention_as_written_out(tiny_model):
 def test_prompts_do_not_see_each_other(tiny_model, architecture):
     model = tiny_model(architecture)
     first, second = soft_prompts(model)
-    one = Prompted.bank_of(model, [first, second])
-    other = Prompted.bank_of(model, [first, second + 1.0])
+    one = bank_of(model, [first, second])
+    other = bank_of(model, [first, second + 1.0])
     for ours, theirs in zip([*one.keys, *one.values], [*other.keys, *other.values], strict=True):
         assert torch.equal(ours[0], theirs[0])
         assert not torch.equal(ours[1], theirs[1])
@@ -154,7 +157,7 @@ def test_prompts_do_not_see_each_other(tiny_model, architecture):
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_the_choice_does_not_depend_on_the_continuation(tiny_model, architecture, selection):
     model = tiny_model(architecture)
-    prompted = Prompted(model, Prompted.bank_of(model, soft_prompts(model)), selection)
+    prompted = Prompted(model, bank_of(model, soft_prompts(model)), selection)
     ids, _ = inputs(rows=16, length=8)
     answers, _ = inputs(rows=16, length=6, seed=2)
     lengths = [3 + row % 6 for row in range(16)]
@@ -175,7 +178,7 @@ def test_the_choice_does_not_depend_on_the_continuation(tiny_model, architecture
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_generation_keeps_the_prompt_that_the_input_chose(tiny_model, architecture, selection):
     model = tiny_model(architecture)
-    prompted = Prompted(model, Prompted.bank_of(model, soft_prompts(model)), selection)
+    prompted = Prompted(model, bank_of(model, soft_prompts(model)), selection)
     ids, _ = inputs(rows=6)
     said = model.network.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, min_new_tokens=5, do_sample=False
@@ -185,12 +188,29 @@ def test_generation_keeps_the_prompt_that_the_input_chose(tiny_model, architectu
         logits = model.network(input_ids=said).logits
     logits[..., model.network.generation_config.eos_token_id] = -torch.inf
     assert torch.equal(logits[:, ids.shape[1] - 1 : -1].argmax(-1), said[:, ids.shape[1] :])
-    assert prompted.tally.sum() == 2 * len(ids) * len(model.network.get_decoder().layers)
+    assert prompted.last_choices.shape == (len(ids), 2)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_each_item_tells_which_prompt_it_chose(tiny_model, selection):
+    model = tiny_model("llama")
+    prompted = Prompted(model, bank_of(model, soft_prompts(model)), selection)
+    words = ["the capital of france is", "an animal is a", "the book was by", "dog", "the red moon"]
+    questions = [Question(model.tokenizer(text, add_special_tokens=False).input_ids, [[9], [11, 12]]) for text in words]
+    Scorer(model).log_likelihoods(questions)
+    rows = [{"id": text, "prompt": f"{text} [MASK] ."} for text in words] + [{"id": "other", "prompt": "nobody asked"}]
+    items = model.on_items(item_table(rows))
+    assert items["chosen_prompts"][-1] is None
+    for text, chosen in zip(words, items["chosen_prompts"], strict=False):
+        with torch.no_grad():
+            model.network(**model.tokenizer(text, add_special_tokens=False, return_tensors="pt"))
+        assert chosen.to_list() == prompted.last_choices[0].tolist()
+    assert model.on_items(item_table(rows[-1:]))["chosen_prompts"].null_count() == 1
 
 
 def test_rows_do_not_depend_on_their_batch(tiny_model):
     model = tiny_model("llama")
-    Prompted(model, Prompted.bank_of(model, soft_prompts(model)))
+    Prompted(model, bank_of(model, soft_prompts(model)))
     ids, mask = inputs(rows=6, length=11)
     with torch.no_grad():
         together = model.network(input_ids=ids, attention_mask=mask).logits
@@ -206,7 +226,7 @@ def test_a_removed_prompt_leaves_no_trace(tiny_model):
     positions = model.max_positions
     with torch.no_grad():
         before = model.network(input_ids=ids).logits
-        prompted = Prompted(model, Prompted.bank_of(model, soft_prompts(model)))
+        prompted = Prompted(model, bank_of(model, soft_prompts(model)))
         assert model.max_positions == positions - 7
         assert not torch.equal(model.network(input_ids=ids).logits, before)
         prompted.remove()
@@ -218,16 +238,16 @@ def test_a_removed_prompt_leaves_no_trace(tiny_model):
 def test_what_cannot_be_prompted_says_so(tiny_model, architecture, why):
     model = tiny_model(architecture)
     with pytest.raises(BadInput, match=why):
-        Prompted.bank_of(model, [torch.zeros(2, 16)])
+        bank_of(model, [torch.zeros(2, 16)])
 
 
 def test_bad_settings_say_so(tiny_model):
     model = tiny_model("opt")
-    bank = Prompted.bank_of(model, soft_prompts(model))
+    bank = bank_of(model, soft_prompts(model))
     with pytest.raises(BadInput, match="selection='both' does not exist; choose one of per_layer, once"):
         Prompted(model, bank, "both")
     with pytest.raises(BadInput, match="a prompt of 128 tokens leaves none of the 128 positions"):
-        Prompted.bank_of(model, soft_prompts(model, (128,)))
+        bank_of(model, soft_prompts(model, (128,)))
 
 
 @given(

@@ -9,6 +9,7 @@ import torch
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.similarity import Similarity, _observe
+from knowledge_compression.recovery.bank import bank_of
 from knowledge_compression.recovery.prompted import Prompted
 
 
@@ -66,7 +67,7 @@ def test_observed_attention_is_that_of_the_eager_model(tiny_model, architecture)
 def test_prompts_change_attention_and_leave_the_answer_as_it_was(tiny_model, suite):
     model = compared(tiny_model, "llama")
     torch.manual_seed(0)
-    Prompted(model, Prompted.bank_of(model, [torch.randn(4, 16), torch.randn(6, 16)]))
+    Prompted(model, bank_of(model, [torch.randn(4, 16), torch.randn(6, 16)]))
     ids = torch.arange(7, 22)[None]
     with torch.no_grad():
         before = model.network(input_ids=ids).logits

@@ -13,6 +13,7 @@ from torch import nn
 from knowledge_compression.models.families import Architecture, architecture_of
 
 if TYPE_CHECKING:
+    import polars as pl
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -30,6 +31,8 @@ class Model:
         on_context: set by a recovery that chooses among prompts by the input. Whoever scores continuations calls
             :meth:`announce_context` before each forward pass, so that the choice never sees an answer.
         hold: brings a block's weights into memory (see ``compression.blocks.Hold``); None where they are there.
+        on_items: set by a recovery that has something to say of each item, e.g. which prompt it chose; takes a suite's
+            item table and gives it back with columns of its own.
         original: loads the model as it was before anything was done to it, for suites that compare with it.
     """
 
@@ -40,6 +43,7 @@ class Model:
     note: str = ""
     reserved_positions: int = 0
     on_context: Callable[[Sequence[int]], None] | None = field(default=None, repr=False)
+    on_items: Callable[[pl.DataFrame], pl.DataFrame] | None = field(default=None, repr=False)
     original: Callable[[], Model] | None = field(default=None, repr=False)
     hold: Callable[..., AbstractContextManager[None]] | None = field(default=None, repr=False)
 

@@ -11,10 +11,11 @@ import torch
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.models import Model
 from knowledge_compression.recovery.adapters import FrozenBase, Tuning
+from knowledge_compression.recovery.bank import bank_of, check_decoder, check_positions
 from knowledge_compression.recovery.base import RecoveryReport
 from knowledge_compression.recovery.idp import check_prompts
 from knowledge_compression.recovery.prompt import prompt_adapter, prompt_embeddings
-from knowledge_compression.recovery.prompted import Prompted, check_decoder, check_positions
+from knowledge_compression.recovery.prompted import Prompted
 from knowledge_compression.training import LogCallback, TrainingSettings
 
 
@@ -49,6 +50,6 @@ class Concat:
             prompt_adapter(model, base, corpus, tuning, tokens=tokens, init=self.init) for tokens in self.prompts
         ]
         joined = torch.cat([prompt_embeddings(adapter) for adapter in adapters])
-        Prompted(model, Prompted.bank_of(model, [joined]))
+        Prompted(model, bank_of(model, [joined]))
         base.check(model.network)
         return RecoveryReport.of("concat", adapters, {"prompts": list(self.prompts), "init": self.init})

@@ -10,9 +10,10 @@ from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 from knowledge_compression.recovery.adapters import FrozenBase, Tuning
+from knowledge_compression.recovery.bank import bank_of, check_decoder, check_positions
 from knowledge_compression.recovery.base import RecoveryReport
 from knowledge_compression.recovery.prompt import check_prompt, prompt_adapter, prompt_embeddings
-from knowledge_compression.recovery.prompted import PER_LAYER, SELECTIONS, Prompted, check_decoder, check_positions
+from knowledge_compression.recovery.prompted import PER_LAYER, SELECTIONS, Prompted
 from knowledge_compression.training import LogCallback, TrainingSettings
 
 
@@ -55,7 +56,7 @@ class Idp:
         adapters = [
             prompt_adapter(model, base, corpus, tuning, tokens=tokens, init=self.init) for tokens in self.prompts
         ]
-        bank = Prompted.bank_of(model, [prompt_embeddings(adapter) for adapter in adapters])
+        bank = bank_of(model, [prompt_embeddings(adapter) for adapter in adapters])
         Prompted(model, bank, self.selection)
         base.check(model.network)
         details = {"prompts": list(self.prompts), "selection": self.selection, "init": self.init}

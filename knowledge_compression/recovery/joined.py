@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER
-from knowledge_compression.recovery.prompted import check_positions
+from knowledge_compression.recovery.bank import check_positions
 
 NAME = "soft_prompt"  # of the parameter that the network gets
 

@@ -13,9 +13,10 @@ from torch import nn
 from knowledge_compression.corpora.corpus import Corpus, digest_file
 from knowledge_compression.models import Model
 from knowledge_compression.recovery.adapters import Adapter, FrozenBase, Tuning, read_adapter
+from knowledge_compression.recovery.bank import PromptBank, check_decoder, check_positions, key_shape
 from knowledge_compression.recovery.base import RecoveryReport
 from knowledge_compression.recovery.prompt import check_prompt
-from knowledge_compression.recovery.prompted import PromptBank, Prompted, check_decoder, check_positions, key_shape
+from knowledge_compression.recovery.prompted import Prompted
 from knowledge_compression.training import LogCallback, TrainingSettings
 
 

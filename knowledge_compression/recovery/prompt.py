@@ -16,9 +16,10 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER
 from knowledge_compression.recovery.adapters import Adapter, FrozenBase, Tuning, read_adapter
+from knowledge_compression.recovery.bank import bank_of, check_positions, embedding_width
 from knowledge_compression.recovery.base import RecoveryReport
 from knowledge_compression.recovery.joined import join_prompt
-from knowledge_compression.recovery.prompted import Prompted, check_positions, embedding_width
+from knowledge_compression.recovery.prompted import Prompted
 from knowledge_compression.training import LogCallback, TrainingSettings
 
 INITS = {"vocabulary": PromptTuningInit.SAMPLE_VOCAB, "random": PromptTuningInit.RANDOM}
@@ -61,7 +62,7 @@ class Prompt:
             adapter = read_adapter(Path(self.adapter), base, prompt_kind(self.tokens, self.init))
         embeddings = prompt_embeddings(adapter)
         if model.family == DECODER:
-            Prompted(model, Prompted.bank_of(model, [embeddings]))
+            Prompted(model, bank_of(model, [embeddings]))
         elif adapter.found:  # else it is in its place since it was trained
             join_prompt(model, embeddings)
         model.network.requires_grad_(False)

@@ -14,61 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+import polars as pl
 import torch
 from torch import Tensor, nn
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
-from knowledge_compression.models.families import DECODER
 from knowledge_compression.recovery.attention import PROMPTED, attend
+from knowledge_compression.recovery.bank import PromptBank, check_decoder, has_rotary_positions
 
 PER_LAYER, ONCE = "per_layer", "once"
 SELECTIONS = (PER_LAYER, ONCE)
-
-# Keys and values of one prompt in one layer, each [key heads, tokens, width].
-KeysValues = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class PromptBank:
-    """The keys and values of several prompts in every layer, computed once.
-
-    Attributes:
-        lengths: tokens of each prompt.
-        keys, values: for each layer ``[prompts, key heads, longest, width]``; a shorter prompt stands at the end.
-        bias: ``[prompts, 1, 1, longest]``, 0 where there is a token and -inf where a shorter prompt has none.
-    """
-
-    lengths: tuple[int, ...]
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
-    bias: Tensor
-
-    @classmethod
-    def stack(cls, prompts: Sequence[Sequence[KeysValues]]) -> PromptBank:
-        """A bank from prompts given as keys and values by layer."""
-        lengths = tuple(prompt[0][0].shape[1] for prompt in prompts)
-        longest = max(lengths)
-
-        def padded(layer: int, which: int) -> Tensor:
-            return torch.stack(
-                [
-                    nn.functional.pad(prompt[layer][which], (0, 0, longest - n, 0))
-                    for prompt, n in zip(prompts, lengths, strict=True)
-                ]
-            )
-
-        layers = range(len(prompts[0]))
-        keys = [padded(layer, 0) for layer in layers]
-        bias = torch.zeros(len(prompts), 1, 1, longest, dtype=keys[0].dtype, device=keys[0].device)
-        for row, length in zip(bias, lengths, strict=True):
-            row[..., : longest - length] = -torch.inf
-        return cls(lengths, keys, [padded(layer, 1) for layer in layers], bias)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return max(self.lengths)
 
 
 @dataclass
@@ -80,12 +36,14 @@ class Reading:
         selection: ``per_layer`` or ``once``.
         context: float ``[rows, tokens]``, 1 for the input tokens whose attention chooses; None once all is chosen.
         choices: prompt of each row by layer, ``[rows]`` each; filled as the layers are passed.
+        ids: token ids ``[rows, tokens]``, where it was given ids.
     """
 
     bank: PromptBank
     selection: str
     context: Tensor | None
     choices: dict[int, Tensor] = field(default_factory=dict)
+    ids: Tensor | None = None
 
     def attend_to_prompt(self, layer: int, query: Tensor, own_sum: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Attend to the prompt that each row uses in this layer, choosing it first where it is not chosen yet.
@@ -150,7 +108,7 @@ class Prompted:
 
     Args:
         model: a decoder; it is changed in place.
-        bank: the prompts, e.g. from :meth:`bank_of`.
+        bank: the prompts, e.g. from :func:`~knowledge_compression.recovery.bank.bank_of`.
         selection: ``per_layer`` (each layer chooses) or ``once`` (the first layer chooses for all).
     """
 
@@ -162,8 +120,8 @@ class Prompted:
         self.bank = bank
         self.selection = selection
         self.forced: int | None = 0 if len(bank.lengths) == 1 else None
-        self.tally = torch.zeros(len(bank.keys), len(bank.lengths), dtype=torch.long)
         self.last_choices: Tensor | None = None
+        self._chosen_for: dict[str, list[int]] = {}
         self._context_lengths: Sequence[int] | None = None
         self._choices_of_cache: WeakKeyDictionary[Any, dict[int, Tensor]] = WeakKeyDictionary()
         self._reading: Reading | None = None
@@ -177,6 +135,7 @@ class Prompted:
         model.reserved_positions += bank.longest
         if len(bank.lengths) > 1:
             model.on_context = self._note_context
+            model.on_items = self._with_choices
 
     def remove(self) -> None:
         """Give the model back as it was."""
@@ -184,7 +143,7 @@ class Prompted:
             hook.remove()
         self.model.network.set_attn_implementation(self._attention_before)
         self.model.reserved_positions -= self.bank.longest
-        self.model.on_context = None
+        self.model.on_context = self.model.on_items = None
 
     @contextmanager
     def using(self, prompt: int) -> Any:
@@ -194,20 +153,6 @@ class Prompted:
             yield self
         finally:
             self.forced = before
-
-    @staticmethod
-    def bank_of(model: Model, prompts: Sequence[Tensor]) -> PromptBank:
-        """Run soft prompts through the decoder, each by itself, and keep their keys and values.
-
-        Args:
-            model: the decoder, not prompted yet.
-            prompts: embeddings ``[tokens, width]`` of each prompt.
-        """
-        check_decoder(model)
-        longest = max(prompt.shape[0] for prompt in prompts)
-        check_positions(model, longest)
-        start = longest if has_rotary_positions(model) else None
-        return PromptBank.stack([_keys_values(model, prompt, start) for prompt in prompts])
 
     def _note_context(self, lengths: Sequence[int]) -> None:
         self._context_lengths = lengths
@@ -233,6 +178,7 @@ class Prompted:
             reading.choices = self._choices_of_cache[cache]
         else:
             reading.context = _context(lengths, mask, rows, length, tokens.device)
+            reading.ids = kwargs.get("input_ids")
         kwargs["position_ids"] = positions + self._start(reading, kwargs, positions)
         kwargs["reading"] = self._reading = reading
         return (), kwargs
@@ -263,62 +209,30 @@ class Prompted:
             layers = range(len(self.bank.keys))
             chosen = torch.stack([reading.choices[0 if self.selection == ONCE else layer] for layer in layers]).cpu()
             self.last_choices = chosen.T
-            for prompt in range(len(self.bank.lengths)):
-                self.tally[:, prompt] += (chosen == prompt).sum(1)
+            if reading.ids is not None:
+                self._remember(reading.ids.cpu(), reading.context.bool().cpu(), self.last_choices.tolist())
 
+    def _remember(self, ids: Tensor, context: Tensor, choices: Sequence[list[int]]) -> None:
+        for row, seen, chosen in zip(ids, context, choices, strict=True):
+            text = cast(str, self.model.tokenizer.decode(row[seen], skip_special_tokens=True))
+            self._chosen_for[text.strip()] = chosen
 
-def check_decoder(model: Model) -> None:
-    """Refuse what cached prompts cannot be put before."""
-    if model.family != DECODER:
-        raise BadInput(
-            f"{model.name} ({model.family}) reads in both directions, so a prompt's keys and values depend on the "
-            "input and cannot be cached; recovery=prompt and recovery=lora fit, idp, concat and prefix need a decoder"
-        )
-    window = getattr(model.network.config, "sliding_window", None)
-    if (
-        window
-        and getattr(model.network.config, "use_sliding_window", True)
-        and window < (model.max_positions or window)
-    ):
-        raise BadInput(
-            f"{model.name} attends within windows of {window} tokens, where a prompt drops out of sight; "
-            "recovery=lora fits it, prompts need full attention"
-        )
+    def _with_choices(self, items: pl.DataFrame) -> pl.DataFrame:
+        """A suite's items with the prompt that each layer chose for them, by the text that they begin with.
 
+        The column ``chosen_prompts`` holds one index into the bank a layer; null where the model read another text than
+        the item shows (cut on the left, windows without a text). Forgets what it was asked about.
+        """
+        lengths = sorted({len(text) for text in self._chosen_for}, reverse=True)
 
-def check_positions(model: Model, prompt: int) -> None:
-    """Refuse a prompt that leaves the input no position."""
-    limit = model.max_positions
-    if limit is not None and prompt >= limit:
-        raise BadInput(f"a prompt of {prompt} tokens leaves none of the {limit} positions of {model.name} to the input")
+        def chosen(prompt: str | None) -> list[int] | None:
+            text = (prompt or "").strip()
+            beginnings = (text[:length].rstrip() for length in lengths if length <= len(text))
+            return next((self._chosen_for[t] for t in beginnings if t and t in self._chosen_for), None)
 
-
-def has_rotary_positions(model: Model) -> bool:
-    """Whether only distances between positions count (LLaMA, GPT-NeoX), not places in a table (OPT, GPT-2)."""
-    return getattr(model.network.config, "rope_parameters", None) is not None
-
-
-def embedding_width(model: Model) -> int:
-    """Width of the vectors that a network reads."""
-    return int(cast(Tensor, model.network.get_input_embeddings().weight).shape[1])
-
-
-def key_shape(model: Model) -> tuple[int, int]:
-    """Key heads of a decoder's layers and their width."""
-    heads, _, each = _keys_values(model, torch.zeros(1, embedding_width(model)), None)[0][0].shape
-    return heads, each
-
-
-@torch.no_grad()
-def _keys_values(model: Model, prompt: Tensor, start: int | None) -> list[KeysValues]:
-    length = prompt.shape[0]
-    first = 0 if start is None else start - length
-    positions = torch.arange(first, first + length, device=model.device)[None]
-    embeddings = prompt.to(model.device, model.dtype)[None]
-    cache = model.network.get_decoder()(
-        inputs_embeds=embeddings, position_ids=positions, use_cache=True
-    ).past_key_values
-    return [(layer.keys[0].clone(), layer.values[0].clone()) for layer in cache.layers]
+        column = pl.Series("chosen_prompts", [chosen(prompt) for prompt in items["prompt"]], dtype=pl.List(pl.Int8))
+        self._chosen_for.clear()
+        return items.with_columns(column)
 
 
 def _positions(mask: Tensor | None, rows: int, length: int, seen: int, device: torch.device) -> Tensor:
