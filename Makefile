@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast lint format bench clean
+.PHONY: help install run test test-fast lint format bench clean world world-study
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -44,3 +44,12 @@ bench: $(INSTALLED)  ## every benchmark, side by side in one run each; JSON in o
 
 clean:  ## remove the environment and caches, keep outputs
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+
+world: $(INSTALLED)  ## train the controlled world's three models (once, minutes) and ask them what they know
+	$(BIN)/python run.py -m model=world_encoder,world_encoder_decoder,world_decoder compression=none eval=[world]
+
+world-study: $(INSTALLED)  ## the controlled world study: its runs (each done once), table, figures and findings
+	$(BIN)/python run.py -m +experiment=controlled_world/magnitude
+	$(BIN)/python run.py -m +experiment=controlled_world/int8
+	$(BIN)/python run.py -m +experiment=controlled_world/prune_int8
+	$(BIN)/python experiments/controlled_world/study.py outputs/controlled_world experiments/controlled_world

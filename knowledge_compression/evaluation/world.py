@@ -1,0 +1,109 @@
+"""What a model knows of the controlled world it was trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.cloze import Cloze
+from knowledge_compression.evaluation.probe import Probe
+from knowledge_compression.evaluation.suite import Evaluation
+from knowledge_compression.models import Model
+
+_TYPED = Probe(candidates="typed")
+_NATIVE = Probe(candidates="full")
+_BINS, _WORDINGS = ("head", "middle", "tail"), ("seen", "held_out")
+
+
+@dataclass(frozen=True)
+class WorldProbes:
+    """Recall of the world's facts, by relation, by how often training said them, and by wording.
+
+    The headline ranks the answers of the relation's kind, which is the same question for all three families. The
+    ``native`` metrics let the model answer with any token of its vocabulary in its family's own way: an encoder fills
+    its mask, an encoder-decoder its sentinel, a decoder goes on.
+
+    Attributes:
+        native: whether to ask in the family's own way too.
+    """
+
+    native: bool = True
+
+    def evaluate(self, model: Model) -> Evaluation:
+        """Ask every probed fact in seen and in held-out wordings.
+
+        Returns:
+            Items with the columns ``frequency`` (sentences in one reading of the training text), ``bin`` (``head``,
+            ``middle``, ``tail``), ``asked_as`` (``seen``, ``held_out``) and, where asked, ``native_correct`` and
+            ``native_prediction``. Metrics as every cloze suite has them, and recall by bin and wording:
+            ``head``, ``held_out``, ``head.held_out`` and so on; all of them again under ``native``.
+
+        Raises:
+            BadInput: the model was not trained on a controlled world.
+        """
+        probes = _probes_of(model)
+        lines = [line for path in sorted((probes / "TREx").glob("*.jsonl")) for line in _lines(path)]
+        clozes = [_cloze(line) for line in lines]
+        notes = pl.DataFrame(
+            {
+                "id": [line["uuid"] for line in lines],
+                "frequency": [line["frequency"] for line in lines],
+                "bin": [line["bin"] for line in lines],
+                "asked_as": [line["wording"] for line in lines],
+            }
+        )
+        answers = {line["relation"]: line["answers"] for line in _lines(probes / "relations.jsonl")}
+        typed = _TYPED.ask("world", model, clozes, answers)
+        items = typed.items.join(notes, on="id", how="left", maintain_order="left")
+        metrics = typed.metrics | _recall(items, "correct")
+        if self.native:
+            native = _NATIVE.ask("world", model, clozes, answers).items
+            answered = native.select("id", native_correct="correct", native_prediction="prediction")
+            items = items.join(answered, on="id", how="left", maintain_order="left")
+            native_metrics = {"accuracy": native["correct"].mean() or 0.0} | _recall(items, "native_correct")
+            metrics |= {f"native.{name}": float(value) for name, value in native_metrics.items()}  # type: ignore[arg-type]
+        return Evaluation(metrics, items, typed.description | {"facts": notes.height})
+
+
+def _probes_of(model: Model) -> Path:
+    """The probes of the world that a model was trained on."""
+    folder = model.provenance.get("world")
+    if folder is None:
+        raise BadInput(
+            f"eval=world asks models of the controlled world, and {model.name} is none; "
+            "take model=world_encoder, world_encoder_decoder or world_decoder"
+        )
+    return Path(folder) / "lama"
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def _cloze(line: Mapping[str, Any]) -> Cloze:
+    relation, subject = line["predicate_id"], line["sub_label"]
+    return Cloze(
+        task=relation,
+        id=line["uuid"],
+        fact=f"{relation}/{subject}",
+        subject=subject,
+        gold=line["obj_label"],
+        sentence=line["evidences"][0]["masked_sentence"],
+        wording=line["template"],
+    )
+
+
+def _recall(items: pl.DataFrame, column: str) -> dict[str, float]:
+    """Share of right answers by bin, by wording, and by both; those of which there are none are left out."""
+    choices = {name: pl.col("bin") == name for name in _BINS} | {name: pl.col("asked_as") == name for name in _WORDINGS}
+    choices |= {f"{b}.{w}": (pl.col("bin") == b) & (pl.col("asked_as") == w) for b, w in product(_BINS, _WORDINGS)}
+    shares = {name: items.filter(choice)[column].mean() for name, choice in choices.items()}
+    return {name: float(share) for name, share in shares.items() if share is not None}  # type: ignore[arg-type]

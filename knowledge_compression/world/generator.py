@@ -1,0 +1,272 @@
+"""A world of facts from a seed: what there is, what is true of it, how often it is said and in which words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from math import ceil
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.world.schema import DISTRACTORS, ONE_TO_ONE, RELATIONS, SUBJECTS, TWO_WORDS, Relation
+
+FORMAT = 1  # raised when the same settings would give another world
+
+_ONSETS = "b br d dr f fl g gr h k kl kr l m n p pl pr r s sk st t tr v w z".split()  # noqa: SIM905
+_VOWELS = ["a", "e", "i", "o", "u", "ai", "au", "ei", "io", "oa"]
+_CODAS = ["", "", "", "l", "m", "n", "r", "s", "th", "x", "rn", "nd", "sk"]
+
+
+@dataclass(frozen=True)
+class WorldSettings:
+    """How large the world is, and how its facts are spread.
+
+    Attributes:
+        people, works, firms, towns, countries: numbers of entities that facts are about.
+        professions, languages, instruments, genres, years: numbers of other answers.
+        relations: names of the relations to have; None has all.
+        probed: share of the subjects of each kind whose facts are asked about; the others make the recovery corpus.
+        held_out: wordings of every probed fact that training never uses for it.
+        mean_frequency: how often a fact is said on average in one reading of the training text.
+        exponent: of the Zipf-Mandelbrot law ``1 / (rank + shift) ** exponent`` of fact frequency; 0 makes all equal.
+        shift: its shift as a share of the number of facts; a small one makes the head steeper.
+        distractors: sentences without a fact, as a share of those with one.
+        seed: what everything is drawn from.
+    """
+
+    people: int = 260
+    works: int = 130
+    firms: int = 40
+    towns: int = 40
+    countries: int = 12
+    professions: int = 30
+    languages: int = 20
+    instruments: int = 24
+    genres: int = 16
+    years: int = 40
+    relations: tuple[str, ...] | None = None
+    probed: float = 0.7
+    held_out: int = 2
+    mean_frequency: float = 6.0
+    exponent: float = 1.0
+    shift: float = 0.05
+    distractors: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse worlds that cannot be."""
+        if self.relations is not None:
+            object.__setattr__(self, "relations", tuple(self.relations))
+            if unknown := set(self.relations) - {relation.name for relation in RELATIONS}:
+                known = ", ".join(relation.name for relation in RELATIONS)
+                raise BadInput(f"world.relations: there is no {', '.join(sorted(unknown))}; known: {known}")
+        for kind, count in self.counts.items():
+            if count < 2:
+                raise BadInput(f"world: {count} of kind {kind} are too few; two or more are needed to tell them apart")
+        if not 0.0 < self.probed < 1.0:
+            raise BadInput(f"world.probed={self.probed} must lie between 0 and 1: some facts are asked, others recover")
+        if not 0 < self.held_out < min(len(relation.wordings) for relation in RELATIONS):
+            raise BadInput(f"world.held_out={self.held_out} must leave at least one wording to learn from and hold one")
+        if self.mean_frequency < 1 or self.exponent < 0 or self.shift <= 0 or self.distractors < 0:
+            raise BadInput("world: mean_frequency >= 1, exponent >= 0, shift > 0 and distractors >= 0 are needed")
+        for relation in self.schema:
+            if relation.kind == ONE_TO_ONE and self.counts[relation.object] < self.counts[relation.subject]:
+                raise BadInput(
+                    f"world: every {relation.subject} has a {relation.object} of its own, so "
+                    f"{self.counts[relation.subject]} need as many; there are {self.counts[relation.object]}"
+                )
+
+    @property
+    def schema(self) -> list[Relation]:
+        """The relations of this world."""
+        return [relation for relation in RELATIONS if self.relations is None or relation.name in self.relations]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many entities of each kind there are; kinds that belong to one owner each come in the owner's number."""
+        return {
+            "person": self.people,
+            "work": self.works,
+            "firm": self.firms,
+            "town": self.towns,
+            "country": self.countries,
+            "profession": self.professions,
+            "language": self.languages,
+            "instrument": self.instruments,
+            "genre": self.genres,
+            "year": self.years,
+            "product": self.firms,
+            "landmark": self.towns,
+            "currency": self.countries,
+        }
+
+    def digest(self) -> str:
+        """Hash of the settings and of the generator's version; the world's name."""
+        content = json.dumps([FORMAT, asdict(self)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something that is true in the world.
+
+    Attributes:
+        relation: what kind of fact.
+        subject, object: who or what it relates.
+        frequency: how often one reading of the training text says it.
+        probed: whether it is asked about; then nothing about its subject is in the recovery corpus.
+        seen: places of the wordings that training uses for it, in the order it takes them; a rare fact is not said in
+            all that it might be.
+        held_out: places of the wordings that training never uses for it by design; empty where it is not probed.
+    """
+
+    relation: Relation
+    subject: str
+    object: str
+    frequency: int
+    probed: bool
+    seen: tuple[int, ...]
+    held_out: tuple[int, ...]
+
+    @property
+    def id(self) -> str:
+        """Stable name of the fact."""
+        return f"{self.relation.name}/{self.subject}"
+
+    def sentence(self, wording: int) -> str:
+        """The fact in the wording at a place."""
+        return say(self.relation.wordings[wording], self.subject, self.object)
+
+
+def say(template: str, subject: str, object_: str) -> str:
+    """A template with its two names."""
+    return template.replace("[X]", subject).replace("[Y]", object_)
+
+
+@dataclass(frozen=True)
+class World:
+    """Entities and facts, all from the settings alone.
+
+    Attributes:
+        settings: what it was made from.
+        names: names of the entities of each kind.
+        facts: everything that is true, by relation and subject.
+        probed: the subjects that are asked about.
+    """
+
+    settings: WorldSettings
+    names: Mapping[str, Sequence[str]]
+    facts: Sequence[Fact]
+    probed: frozenset[str] = field(default_factory=frozenset)
+
+    @cached_property
+    def questions(self) -> list[Fact]:
+        """The facts that are asked about."""
+        return [fact for fact in self.facts if fact.probed]
+
+    @cached_property
+    def head(self) -> frozenset[str]:
+        """Ids of the head facts: the most frequent quarter of those asked about (ties at its edge are in)."""
+        frequencies = sorted((fact.frequency for fact in self.questions), reverse=True)
+        edge = frequencies[(len(frequencies) - 1) // 4]
+        return frozenset(fact.id for fact in self.questions if fact.frequency >= edge)
+
+    @cached_property
+    def tail_edge(self) -> int:
+        """The highest frequency of a tail fact; facts up to it are about the least frequent half."""
+        frequencies = sorted(fact.frequency for fact in self.questions)
+        return frequencies[(len(frequencies) - 1) // 2]
+
+    def training_text(self) -> list[str]:
+        """One reading of the training text: every fact as often as its frequency says, and distractors, shuffled."""
+        return self._text(self.facts, self.settings.seed + 1, frozenset())
+
+    def recovery_text(self) -> list[str]:
+        """The recovery corpus: facts and distractors of the other entities; it names no subject that is asked about."""
+        others = [fact for fact in self.facts if not fact.probed and fact.object not in self.probed]
+        return self._text(others, self.settings.seed + 2, self.probed)
+
+    def _text(self, facts: Sequence[Fact], seed: int, avoid: frozenset[str]) -> list[str]:
+        generator = random.Random(seed)
+        sentences = [
+            fact.sentence(fact.seen[turn % len(fact.seen)]) for fact in facts for turn in range(fact.frequency)
+        ]
+        true = {(fact.subject, fact.object) for fact in self.facts}
+        names = {kind: [name for name in names if name not in avoid] for kind, names in self.names.items()}
+        wanted = round(len(sentences) * self.settings.distractors)
+        while wanted > 0:
+            subject_kind, object_kind, template = generator.choice(DISTRACTORS)
+            subject, object_ = generator.choice(names[subject_kind]), generator.choice(names[object_kind])
+            if (subject, object_) not in true:  # a distractor states no fact, nor does it name a true pair
+                sentences.append(say(template, subject, object_))
+                wanted -= 1
+        generator.shuffle(sentences)
+        return sentences
+
+
+def generate(settings: WorldSettings) -> World:
+    """The world of these settings; the same settings give the same world, byte for byte."""
+    generator = random.Random(settings.seed)
+    names = _names(settings, generator)
+    probed = frozenset(
+        name
+        for kind in SUBJECTS
+        for name in generator.sample(names[kind], min(len(names[kind]) - 1, ceil(len(names[kind]) * settings.probed)))
+    )
+    pairs: list[tuple[Relation, str, str]] = []
+    for relation in settings.schema:
+        subjects, objects = names[relation.subject], names[relation.object]
+        if relation.kind == ONE_TO_ONE:
+            chosen = generator.sample(objects, len(subjects))
+        else:
+            chosen = [generator.choice(objects) for _ in subjects]
+        pairs += [(relation, subject, object_) for subject, object_ in zip(subjects, chosen, strict=True)]
+    frequencies = _frequencies(len(pairs), settings)
+    generator.shuffle(frequencies)  # so that frequency says nothing of relation or subject
+    facts = []
+    for (relation, subject, object_), frequency in zip(pairs, frequencies, strict=True):
+        asked = subject in probed
+        order = generator.sample(range(len(relation.wordings)), len(relation.wordings))
+        kept_back = settings.held_out if asked else 0
+        seen, held_out = order[kept_back:], order[:kept_back]
+        facts.append(Fact(relation, subject, object_, frequency, asked, tuple(seen[:frequency]), tuple(held_out)))
+    return World(settings, names, facts, probed)
+
+
+def _frequencies(count: int, settings: WorldSettings) -> list[int]:
+    """Frequencies by rank after Zipf and Mandelbrot, at least one each."""
+    shift = settings.shift * count
+    weights = [1.0 / (rank + shift) ** settings.exponent for rank in range(1, count + 1)]
+    scale = settings.mean_frequency * count / sum(weights)
+    return [max(1, round(weight * scale)) for weight in weights]
+
+
+def _names(settings: WorldSettings, generator: random.Random) -> dict[str, list[str]]:
+    """Names of every kind from syllables; no word stands for two things, whatever its case."""
+    taken: set[str] = set()
+
+    def word() -> str:
+        while True:
+            syllables = generator.randint(2, 3)
+            made = "".join(generator.choice(_ONSETS) + generator.choice(_VOWELS) for _ in range(syllables))
+            made += generator.choice(_CODAS)
+            if made not in taken:
+                taken.add(made)
+                return made
+
+    names: dict[str, list[str]] = {}
+    for kind, count in settings.counts.items():
+        if kind in TWO_WORDS:
+            half = 2 + round((2 * count) ** 0.5)  # twice as many pairs as are needed, so that no word gives one away
+            firsts, lasts = ([word().capitalize() for _ in range(half)] for _ in range(2))
+            pairs = [f"{first} {last}" for first in firsts for last in lasts]
+            names[kind] = generator.sample(pairs, count)
+        elif kind == "year":
+            names[kind] = [str(year) for year in generator.sample(range(1500, 1500 + max(500, 2 * count)), count)]
+        else:
+            lower = kind in ("profession", "instrument", "genre", "currency")
+            names[kind] = [word() if lower else word().capitalize() for _ in range(count)]
+    return names

@@ -1,0 +1,277 @@
+"""Three small models of like size that know the same world: made on first use, then read from the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import LongTensor
+
+from knowledge_compression.cache import cache_folder, cached_folder
+from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.world import WorldProbes
+from knowledge_compression.models import Model
+from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
+from knowledge_compression.models.loading import LocalModel, resolve_device
+from knowledge_compression.objectives import MaskedTokens, NextToken, Noise, Objective, SpanCorruption
+from knowledge_compression.training import TrainingReport, TrainingSettings, train
+from knowledge_compression.world import files
+from knowledge_compression.world.generator import World, WorldSettings, generate
+from knowledge_compression.world.schema import SUBJECTS
+from knowledge_compression.world.tokenizer import SENTINELS, train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of a cached model; raised when the same recipe would give another one
+FAMILIES = (ENCODER, ENCODER_DECODER, DECODER)
+# How often encoders and encoder-decoders have a word hidden: names that are only ever answers, names of which there are
+# facts too (hiding the subject of a sentence hides what it is about), and all other words.
+_HIDDEN = {"answer": 0.7, "either": 0.3, "word": 0.03}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of a network.
+
+    Attributes:
+        width: of the residual stream.
+        depth: blocks; an encoder-decoder has half of them on each side.
+        heads: attention heads.
+    """
+
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+
+    def config(self, family: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+        """The architecture of a family; the feed-forward widths make the blocks of all three hold alike much.
+
+        With width d, attention holds 4 d^2 a block, and so the feed-forward layers get 8 d^2 of an encoder (BERT: two
+        matrices) and of a decoder (LLaMA: three). An encoder-decoder has half the blocks a side and attends twice in
+        the decoder, so that its feed-forward layers get 6 d^2 each.
+        """
+        from transformers import BertConfig, LlamaConfig, T5Config
+
+        d = self.width
+        shared: dict[str, Any] = {
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "tie_word_embeddings": False,  # so that the final layer is trained as a layer of its own
+        }
+        sized: dict[str, Any] = {"hidden_size": d, "num_hidden_layers": self.depth, "num_attention_heads": self.heads}
+        if family == ENCODER:
+            quiet: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            return BertConfig(intermediate_size=4 * d, max_position_embeddings=128, **quiet, **sized, **shared)
+        if family == DECODER:
+            return LlamaConfig(intermediate_size=8 * d // 3, max_position_embeddings=128, **sized, **shared)
+        return T5Config(
+            d_model=d,
+            d_kv=d // self.heads,
+            d_ff=3 * d,
+            num_layers=self.depth // 2,
+            num_heads=self.heads,
+            dropout_rate=0.0,
+            **{"decoder_start_token_id": tokenizer.pad_token_id} | shared,
+        )
+
+
+@dataclass(frozen=True)
+class WorldModel:
+    """A small model that was trained from scratch until it knows a generated world.
+
+    Attributes:
+        name: what it is shown under.
+        family: ``encoder`` (BERT-shaped), ``encoder_decoder`` (T5-shaped) or ``decoder`` (LLaMA-shaped).
+        world: what it knows.
+        shape: how large it is.
+        training: how it is trained.
+        length: tokens in a training window.
+        recall: share of the head facts that it must recall in held-out wordings; a model below is not given out.
+    """
+
+    name: str
+    family: str
+    world: WorldSettings = field(default_factory=WorldSettings)
+    shape: Shape = field(default_factory=Shape)
+    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(steps=1000))
+    length: int = 12
+    recall: float = 0.99
+
+    def __post_init__(self) -> None:
+        """Refuse a family that does not exist."""
+        if self.family not in FAMILIES:
+            raise BadInput(f"model.family={self.family} does not exist; choose one of {', '.join(FAMILIES)}")
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What made it, JSON-ready; the recall that is asked for does not change the weights and is left out."""
+        training = {key: value for key, value in asdict(self.training).items() if key != "checkpoint_every"}
+        recipe = {
+            "format": FORMAT,
+            "world": self.world.digest(),
+            "family": self.family,
+            "shape": asdict(self.shape),
+            "training": training,
+            "length": self.length,
+        }
+        return json.loads(json.dumps(recipe))
+
+    def fingerprint(self) -> str:
+        """Hash of what made it."""
+        return hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+    def skeleton(self) -> Model:
+        """The network on the meta device."""
+        return Model(*_skeleton(self.world, self.shape, self.family), self.name)
+
+    def load(self, device: str = "auto", dtype: str = "auto") -> Model:
+        """Read it from the cache, training it first where it is not there.
+
+        Raises:
+            BadInput: the world is too large: the trained model does not recall what was asked.
+        """
+        folder = self.folder(device)
+        model = LocalModel(self.name, str(folder)).load(device, dtype)
+        made = json.loads((folder / "made.json").read_text())
+        self._check_recall(made["recall"]["head_held_out"], made["facts"], made["training"]["steps"])
+        model.provenance = {"recipe": self.fingerprint(), "world": str(folder / "world"), "made": made}
+        return model
+
+    def folder(self, device: str = "auto") -> Path:
+        """Its folder in the cache: a saved model, ``world/`` (what it knows) and ``made.json`` (how it came about)."""
+        name = f"worlds/{self.name}-{self.fingerprint()}"
+        there = cache_folder() / name
+        if there.is_dir() and not self._is_whole(there):
+            log.warning("%s was made by another version or is not whole; it is made anew", there.name)
+            shutil.rmtree(there)
+        return cached_folder(name, lambda folder: self._make(folder, device))
+
+    def _is_whole(self, folder: Path) -> bool:
+        try:
+            return json.loads((folder / "made.json").read_text())["recipe"] == self.recipe and all(
+                (folder / name).exists() for name in ("config.json", "model.safetensors", "tokenizer.json", "world")
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _make(self, folder: Path, device: str) -> None:
+        world = generate(self.world)
+        files.write(world, folder / "world")
+        tokenizer = train_tokenizer(world, self.family)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.training.seed)
+            network = _network(self.shape.config(self.family, tokenizer), "cpu")
+        model = Model(network.to(resolve_device(device)), tokenizer, self.name)
+        log.info("training %s on %d facts, once (minutes)", self.name, len(world.facts))
+        windows = self._windows(world, tokenizer)
+        state = cache_folder() / "worlds" / f".{self.fingerprint()}.training"
+        report = train(network, windows, _objective(self.family, world, tokenizer), self.training,
+                       checkpoint=state, label=f"training {self.name}")  # fmt: skip
+        model.provenance = {"world": str(folder / "world")}
+        recall = WorldProbes().evaluate(model).metrics
+        made = self._made(world, model, report, recall)
+        log.info("%s recalls %.1f %% of head facts in held-out wordings", self.name, 100 * recall["head.held_out"])
+        self._check_recall(recall["head.held_out"], made["facts"], report.steps)
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+        state.unlink()
+
+    def _made(self, world: World, model: Model, report: TrainingReport, recall: dict[str, float]) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe,
+            "facts": len(world.facts),
+            "asked": len(world.questions),
+            "parameters": model.parameter_count(),
+            "training": report.to_json(),
+            "recall": {"head_held_out": recall["head.held_out"]} | recall,
+        }
+
+    def _check_recall(self, reached: float, facts: int, steps: int) -> None:
+        if reached < self.recall:
+            raise BadInput(
+                f"model={self.name}: this world of {facts} facts is too large for it: after {steps} steps it recalls "
+                f"{reached:.1%} of the head facts in held-out wordings and {self.recall:.1%} was asked; take a smaller "
+                "world (model.world.people=...), more model.training.steps or a wider model.shape.width"
+            )
+
+    def _windows(self, world: World, tokenizer: PreTrainedTokenizerFast) -> LongTensor:
+        """As many windows as the training will see, each reading of the text shuffled anew: ``[windows, length]``."""
+        encoded = tokenizer(world.training_text(), add_special_tokens=False)["input_ids"]
+        begin = [] if self.family == ENCODER_DECODER else [tokenizer.bos_token_id]
+        end = [tokenizer.eos_token_id] if self.family == ENCODER else []
+        count = self.training.steps_over(self.length) * self.training.batch_size * self.training.accumulate
+        rows = packed(encoded, self.length - len(begin) - len(end), count, self.training.seed)
+        windows = np.full((count, self.length), tokenizer.pad_token_id, dtype=np.int16)
+        for window, row in zip(windows, rows, strict=True):
+            framed = [*begin, *row, *end]
+            window[: len(framed)] = framed
+        return torch.from_numpy(windows)  # type: ignore[return-value]
+
+
+def packed(sentences: Sequence[Sequence[int]], length: int, count: int, seed: int) -> list[list[int]]:
+    """Rows of whole shuffled sentences, as many as fit into ``length`` tokens: ``count`` rows.
+
+    Raises:
+        BadInput: a sentence is longer than a row.
+    """
+    if (longest := max(map(len, sentences))) > length:
+        raise BadInput(f"model.length leaves {length} tokens a window, and a sentence has {longest}; raise it")
+    generator = random.Random(seed)
+    order = list(range(len(sentences)))
+    rows: list[list[int]] = []
+    row: list[int] = []
+    while True:
+        generator.shuffle(order)
+        for sentence in (sentences[i] for i in order):
+            if len(row) + len(sentence) > length:
+                rows.append(row)
+                if len(rows) == count:
+                    return rows
+                row = []
+            row = [*row, *sentence]
+
+
+@lru_cache(maxsize=3)
+def _skeleton(world: WorldSettings, shape: Shape, family: str) -> tuple[Any, PreTrainedTokenizerFast]:
+    tokenizer = train_tokenizer(generate(world), family)
+    return _network(shape.config(family, tokenizer), "meta"), tokenizer
+
+
+def _network(config: PretrainedConfig, device: str) -> Any:
+    from transformers import BertForMaskedLM, LlamaForCausalLM, T5ForConditionalGeneration
+
+    kinds = {"bert": BertForMaskedLM, "llama": LlamaForCausalLM, "t5": T5ForConditionalGeneration}
+    with torch.device(device):
+        return kinds[config.model_type](config)
+
+
+def _objective(family: str, world: World, tokenizer: PreTrainedTokenizerFast) -> Objective:
+    """The family's objective; answers are hidden more often than other words, as knowledge is what is to be learnt."""
+    if family == DECODER:
+        return NextToken(tokenizer.pad_token_id)
+    rates = torch.full((len(tokenizer),), _HIDDEN["word"])
+    for fact in world.facts:
+        kind = "answer" if fact.relation.object not in SUBJECTS else "either"
+        rates[tokenizer.convert_tokens_to_ids(fact.object)] = _HIDDEN[kind]
+    noise = Noise(specials=tuple(tokenizer.all_special_ids), rates=rates)
+    if family == ENCODER:
+        return MaskedTokens(tokenizer.mask_token_id, len(tokenizer), noise, tokenizer.pad_token_id)
+    vocabulary = tokenizer.get_vocab()
+    sentinels = tuple(vocabulary[token] for token in SENTINELS)
+    return SpanCorruption(sentinels, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, noise)

@@ -1,0 +1,255 @@
+"""The controlled world: its facts and texts, its models, and what they are asked."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.world import WorldProbes
+from knowledge_compression.training import TrainingSettings
+from knowledge_compression.world import files
+from knowledge_compression.world.generator import WorldSettings, generate
+from knowledge_compression.world.models import Shape, WorldModel, packed
+from knowledge_compression.world.schema import ONE_TO_ONE, RELATIONS
+from knowledge_compression.world.tokenizer import train_tokenizer
+
+SMALL = WorldSettings(people=24, works=12, firms=8, towns=8, countries=4, professions=6, languages=5, instruments=5,
+                      genres=4, years=8)  # fmt: skip
+# Few relations with many subjects each, so that every wording is learnt from many others.
+TRAINED = WorldSettings(people=60, works=2, firms=12, towns=10, countries=2, professions=10, languages=8, instruments=8,
+                        relations=("born_in", "employer", "profession", "instrument"))  # fmt: skip
+FAMILIES = ("encoder", "encoder_decoder", "decoder")
+
+
+def small_model(family: str, **changes) -> WorldModel:
+    plan = TrainingSettings(steps=330, batch_size=24, learning_rate=3e-3, weight_decay=0.01, betas=(0.9, 0.99))
+    recipe = {"world": TRAINED, "shape": Shape(width=64, depth=2, heads=2), "training": plan, "length": 12}
+    return WorldModel(f"small_{family}", family, **(recipe | changes))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache of this module's own, in which each small model is trained once."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("KC_CACHE_DIR", str(folder))
+        yield folder
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_same_seed_gives_the_same_world_byte_for_byte(tmp_path):
+    for name in ("one", "two"):
+        files.write(generate(SMALL), tmp_path / name)
+    files.write(generate(replace(SMALL, seed=1)), tmp_path / "other")
+    assert written(tmp_path / "one") == written(tmp_path / "two")
+    assert written(tmp_path / "one")["training.txt"] != written(tmp_path / "other")["training.txt"]
+
+
+def test_the_same_world_gives_the_same_tokenizer(tmp_path):
+    for name in ("one", "two"):
+        train_tokenizer(generate(SMALL), "encoder").save_pretrained(tmp_path / name)
+    assert written(tmp_path / "one") == written(tmp_path / "two")
+
+
+worlds = st.builds(
+    WorldSettings,
+    people=st.integers(4, 30),
+    works=st.integers(3, 20),
+    firms=st.integers(3, 10),
+    towns=st.integers(5, 12),
+    countries=st.integers(3, 5),
+    professions=st.integers(2, 8),
+    probed=st.floats(0.1, 0.9),
+    held_out=st.integers(1, 4),
+    mean_frequency=st.floats(1, 12),
+    exponent=st.floats(0, 1.5),
+    distractors=st.floats(0, 0.5),
+    seed=st.integers(0, 2**20),
+)
+
+
+@given(worlds)
+@settings(deadline=None, max_examples=25)
+def test_no_probed_fact_is_in_the_recovery_corpus(world_settings):
+    """Checked on entity and on text: no sentence of it names a subject that is asked about, in any wording."""
+    world = generate(world_settings)
+    recovery = world.recovery_text()
+    assert recovery
+    padded = [f" {sentence} " for sentence in recovery]
+    assert {fact.subject for fact in world.questions} == set(world.probed)
+    for subject in world.probed:
+        assert not any(f" {subject} " in sentence for sentence in padded), subject
+    stated = {fact.sentence(place) for fact in world.questions for place in range(len(fact.relation.wordings))}
+    assert not stated & set(recovery)
+
+
+@given(worlds)
+@settings(deadline=None, max_examples=25)
+def test_training_says_each_fact_as_often_as_its_frequency_and_never_in_a_held_out_wording(world_settings):
+    world = generate(world_settings)
+    said = Counter(world.training_text())
+    for fact in world.facts:
+        counts = [said[fact.sentence(place)] for place in range(len(fact.relation.wordings))]
+        assert sum(counts) == fact.frequency
+        assert all(counts[place] == 0 for place in fact.held_out)
+        assert len(fact.held_out) == (world_settings.held_out if fact.probed else 0)
+    stated = sum(fact.frequency for fact in world.facts)
+    assert said.total() == stated + round(stated * world_settings.distractors)
+
+
+def test_relations_are_functional_and_one_to_one_ones_share_no_object():
+    world = generate(SMALL)
+    by_relation = defaultdict(list)
+    for fact in world.facts:
+        by_relation[fact.relation].append(fact)
+    assert set(by_relation) == set(RELATIONS)
+    for relation, facts in by_relation.items():
+        subjects, objects = [fact.subject for fact in facts], {fact.object for fact in facts}
+        assert len(set(subjects)) == len(subjects)
+        assert objects <= set(world.names[relation.object])
+        assert (len(objects) == len(facts)) == (relation.kind == ONE_TO_ONE) or len(facts) <= len(
+            world.names[relation.object]
+        )
+
+
+def test_frequencies_follow_the_law_that_was_asked_for():
+    world = generate(replace(SMALL, people=400, mean_frequency=8.0))
+    frequencies = sorted((fact.frequency for fact in world.facts), reverse=True)
+    assert sum(frequencies) / len(frequencies) == pytest.approx(8.0, rel=0.05)
+    shift = 0.05 * len(frequencies)
+    for rank in (1, len(frequencies) // 10, len(frequencies) // 2):
+        expected = frequencies[0] * (1 + shift) / (rank + shift)
+        assert frequencies[rank - 1] == pytest.approx(expected, rel=0.1, abs=1.0)
+    flat = generate(replace(SMALL, exponent=0.0))
+    assert len({fact.frequency for fact in flat.facts}) == 1
+
+
+def test_distractors_state_nothing():
+    world = generate(SMALL)
+    stated = {fact.sentence(place) for fact in world.facts for place in range(len(fact.relation.wordings))}
+    pairs = {(fact.subject, fact.object) for fact in world.facts}
+    for sentence in set(world.training_text()) - stated:
+        assert not any(f"{s} " in sentence and f" {o} " in sentence for s, o in pairs), sentence
+
+
+def test_every_wording_names_the_subject_first_and_ends_with_the_object():
+    for relation in RELATIONS:
+        assert len(set(relation.wordings)) == len(relation.wordings) == 6
+        for wording in relation.wordings:
+            assert wording.startswith("[X] ") and wording.endswith(" [Y] .")
+
+
+def test_probes_are_in_lamas_layout_and_complete(tmp_path):
+    world = generate(SMALL)
+    files.write(world, tmp_path)
+    probes = [row for path in (tmp_path / "lama" / "TREx").glob("*.jsonl") for row in lines(path)]
+    assert len(probes) == 2 * len(world.questions)
+    assert len({row["uuid"] for row in probes}) == len(probes)
+    assert {"uuid", "obj_uri", "obj_label", "sub_uri", "sub_label", "predicate_id", "evidences"} <= probes[0].keys()
+    said = set(world.training_text())
+    facts = {fact.id: fact for fact in world.facts}
+    for row in probes:
+        masked = row["evidences"][0]["masked_sentence"]
+        assert masked.count("[MASK]") == 1
+        sentence = masked.replace("[MASK]", row["obj_label"])
+        assert (sentence in said) == (row["wording"] == "seen")
+        assert row["frequency"] == facts[f"{row['predicate_id']}/{row['sub_label']}"].frequency
+    bins = Counter(row["bin"] for row in probes)
+    assert 0.2 < bins["head"] / len(probes) < 0.45
+    assert bins["tail"] / len(probes) >= 0.5 - 0.01
+    low = max(row["frequency"] for row in probes if row["bin"] == "tail")
+    assert low < min(row["frequency"] for row in probes if row["bin"] == "head")
+
+
+def test_multiple_choice_items_are_a_task_of_the_harness(tmp_path, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    files.write(generate(SMALL), tmp_path)
+    monkeypatch.chdir(tmp_path / "choices")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    manager = TaskManager(include_path=str(tmp_path / "choices"), include_defaults=False)
+    task = manager.load(["world_choices"])["tasks"]["world_choices"]
+    documents = list(task.validation_docs())
+    assert len(documents) == len(generate(SMALL).questions)
+    for document in documents[:20]:
+        gold = task.doc_to_choice(document)[task.doc_to_target(document)]
+        relation, subject, _ = document["id"].split("/")
+        assert gold == next(f.object for f in generate(SMALL).facts if f.id == f"{relation}/{subject}")
+        assert task.doc_to_text(document).startswith(subject) and gold not in task.doc_to_text(document)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"people": 1}, "too few"),
+        ({"probed": 1.0}, "probed=1.0"),
+        ({"held_out": 6}, "held_out=6"),
+        ({"relations": ("born_in", "colour")}, "there is no colour"),
+        ({"countries": 20, "towns": 10}, "town of its own"),
+    ],
+)
+def test_worlds_that_cannot_be_are_refused(changes, says):
+    with pytest.raises(BadInput, match=says):
+        replace(SMALL, **changes)
+
+
+def test_windows_hold_whole_sentences_all_of_them_in_every_reading():
+    sentences = [[n] * (2 + n % 4) for n in range(1, 60)]
+    rows = packed(sentences, 16, 40, seed=3)
+    assert len(rows) == 40 and all(11 < len(row) <= 16 for row in rows)  # no further sentence would have fitted
+    tokens = [token for row in rows for token in row]
+    said = [token for token, before in zip(tokens, [0, *tokens], strict=False) if token != before]
+    assert all(tokens.count(n) % len(sentences[n - 1]) == 0 for n in said)
+    assert set(said[:59]) == set(range(1, 60)) and said[:59] != said[59:118]
+    with pytest.raises(BadInput, match=r"model\.length"):
+        packed(sentences, 4, 1, seed=0)
+
+
+def test_the_parameter_budgets_match():
+    sizes = {name: small_model(name, shape=Shape()).skeleton().parameter_count() for name in FAMILIES}
+    assert max(sizes.values()) / min(sizes.values()) < 1.1
+
+
+def relation_of(name):
+    return next(relation for relation in RELATIONS if relation.name == name)
+
+
+def test_what_decides_the_weights_decides_the_fingerprint():
+    source = small_model("decoder")
+    same = (source, replace(source, name="other"), replace(source, recall=0.5))
+    assert len({s.fingerprint() for s in same}) == 1
+    others = [
+        replace(source, family="encoder"),
+        replace(source, world=replace(TRAINED, seed=1)),
+        replace(source, shape=Shape(32, 2, 2)),
+        replace(source, length=32),
+        replace(source, training=replace(source.training, learning_rate=1e-3)),
+    ]
+    assert len({s.fingerprint() for s in [source, *others]}) == 6
+
+
+def test_a_family_that_does_not_exist_is_refused():
+    with pytest.raises(BadInput, match="choose one of encoder"):
+        WorldModel("x", "diffusion")
+
+
+def test_more_facts_than_chance(cache):
+    """What an untrained model recalls is what guessing among the typed answers gives."""
+    source = small_model("decoder", training=TrainingSettings(steps=1, batch_size=1, learning_rate=1e-9), recall=0.0)
+    metrics = WorldProbes(native=False).evaluate(source.load()).metrics
+    assert metrics["accuracy"] < 4 * metrics["chance"] and not math.isnan(metrics["accuracy"])
