@@ -161,3 +161,55 @@ def test_a_failing_method_leaves_the_network_runnable(tiny_model) -> None:
     with pytest.raises(RuntimeError, match="stop here"):
         compress_blocks(model, select(model), windows(), Failing())
     assert torch.equal(logits_of(model), before)
+
+
+@dataclass
+class Influential(Shrinking):
+    """Remembers the influence of every token."""
+
+    def observe(self, in_features: int, device: torch.device) -> Kept:
+        kept = Kept()
+        kept.influence = []
+        kept.update = lambda inputs: (kept.seen.append(inputs.values), kept.influence.append(inputs.influence))
+        return kept
+
+
+def test_influence_is_the_squared_derivative_of_the_relative_output(tiny_model) -> None:
+    """For a linear outside the blocks it is known in closed form: features over mean square of the output."""
+    model, method = tiny_model("llama"), Influential(factor=1.0)
+    compress_blocks(model, select(model), windows(), method, by_influence=True, forward_dtype="float32")
+    paths, statistics = method.groups[-1]
+    assert paths == ["lm_head"]
+    output = statistics.inputs @ model.network.lm_head.weight.T
+    expected = output.shape[1] / output.square().mean(-1)
+    torch.testing.assert_close(torch.cat(statistics.influence), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_influence_in_a_causal_block_grows_with_the_tokens_that_attend(tiny_model) -> None:
+    """The first token's key and value reach every later token, the last one's only itself."""
+    model, method = tiny_model("llama"), Influential(factor=1.0)
+    compress_blocks(
+        model, select(model, Target("att", ["decoder_self_att"])), windows(32, 16), method, by_influence=True
+    )
+    paths, statistics = method.groups[0]
+    assert paths[0].endswith("q_proj")
+    by_position = torch.cat(statistics.influence).view(32, 16).mean(0)
+    assert by_position[0] > 2 * by_position[-1]
+
+
+def test_every_architecture_tells_the_influence_of_its_tokens(any_tiny_model: Model) -> None:
+    targets, method = select(any_tiny_model), Influential(factor=1.0)
+    compress_blocks(any_tiny_model, targets, windows(), method, by_influence=True)
+    for _, statistics in method.groups:
+        influence = torch.cat(statistics.influence)
+        assert influence.shape == (len(statistics.inputs),)
+        assert influence.isfinite().all()
+        assert (influence >= 0).all()
+        assert influence.sum() > 0
+
+
+def test_inputs_that_are_not_finite_are_refused_by_name(tiny_model) -> None:
+    model = tiny_model("llama")
+    model.network.model.layers[0].input_layernorm.weight.data[0] = float("inf")
+    with pytest.raises(BadInput, match=r"layers\.0\.self_attn\.q_proj reads values that are not finite"):
+        compress_blocks(model, select(model), windows(), Shrinking())

@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 
 from torch import LongTensor, nn
 
+from knowledge_compression.compression.memory import peak_memory
 from knowledge_compression.compression.report import CompressionReport
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Targets
@@ -67,8 +68,10 @@ def reporting(method: str, model: Model, targets: Targets) -> Iterator[Compressi
         model.untie_head()
     report.model_bytes_before = memory_bytes(model.network)
     start = time.perf_counter()
-    yield report
+    with peak_memory(model.device) as peak:
+        yield report
     report.seconds = time.perf_counter() - start
+    report.peak_memory = peak.bytes
     report.model_bytes_after = memory_bytes(model.network)
 
 

@@ -40,9 +40,12 @@ class LayerInputs:
 
     Attributes:
         values: the inputs ``[tokens, in_features]`` in the precision of the forward pass, on the compute device.
+        influence: how far an error in the layer's output at each token moves the output of its block, relative to that
+            output's size, summed over the linears that read the tensor; float32 ``[tokens]``, None unless asked for.
     """
 
     values: Tensor
+    influence: Tensor | None = None
 
 
 class Statistics(Protocol):
@@ -84,6 +87,7 @@ def compress_blocks(
     method: BlockMethod[S],
     *,
     true_sequential: bool = False,
+    by_influence: bool = False,
     device: str | None = None,
     forward_dtype: str = "auto",
     hold: Hold | None = None,
@@ -101,6 +105,8 @@ def compress_blocks(
         method: what to observe and what to do with it.
         true_sequential: observe and compress the linears of a block in the order in which they run, each on the
             outputs of those before (one more forward pass for each), instead of all on the block as it was.
+        by_influence: tell the method, too, how far an error at each token moves the block's output (one backward pass
+            through each block).
         device: where blocks are computed, one at a time; None where they lie.
         forward_dtype: precision of the forward passes: ``auto`` (bfloat16 autocast of a float32 network where the
             device computes it natively), ``bfloat16`` or ``float32`` (the network's own).
@@ -117,7 +123,9 @@ def compress_blocks(
     windows = _checked(model, calibration)
     hold = hold or model.hold
     compute = resolve_device(device) if device else model.device
-    walk = _Walk(model, targets, method, true_sequential, compute, hold or partial(_moved, device=compute))
+    walk = _Walk(
+        model, targets, method, true_sequential, by_influence, compute, hold or partial(_moved, device=compute)
+    )
     with torch.no_grad(), _precision(forward_dtype, model.dtype, compute):
         return walk.run(windows.split(max(1, tokens_per_batch // windows.shape[1])))
 
@@ -216,6 +224,25 @@ def _restore(module: nn.Module, forward: Callable[..., Any] | None) -> None:
         module.forward = forward
 
 
+def _influence(result: Any, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """How far a small error at each token of each layer's output moves the block's output, relative to its size there.
+
+    With ``J`` the derivative of the block's output, each token of it divided by its root mean square, by a layer's
+    output at one token, this is ``‖J‖²``, estimated without bias by the squared gradient of a randomly signed sum
+    (Hutchinson's estimator).
+
+    Returns:
+        Float32 ``[tokens]`` for each layer.
+    """
+    hidden: Tensor = result[0] if isinstance(result, tuple) else result
+    signs = torch.randint(0, 2, hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden) * 2 - 1
+    size = hidden.detach().float().square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
+    gradients = torch.autograd.grad(hidden, list(outputs.values()), (signs / size).to(hidden))
+    return {
+        path: gradient.float().square().sum(-1).flatten() for path, gradient in zip(outputs, gradients, strict=True)
+    }
+
+
 @dataclass
 class _Group(Generic[S]):
     """Linears of a block that read the same tensor, with its statistics; the first of them observes for all."""
@@ -235,6 +262,7 @@ class _Walk(Generic[S]):
     targets: Targets
     method: BlockMethod[S]
     true_sequential: bool
+    by_influence: bool
     device: torch.device
     hold: Hold
 
@@ -314,34 +342,53 @@ class _Walk(Generic[S]):
 
     def _observe(self, unit: str, forwards: Sequence[_SuspendedForward], groups: list[_Group[S]]) -> None:
         """Run all batches through the unit; its groups, which the first batch finds, take in their inputs."""
+        layers = {layer.path: layer for layer in self.pending[unit]}
         group_of = {layer.path: group for group in groups for layer in group.layers}
-        read: dict[tuple[Any, ...], tuple[Tensor, _Group[S]]] = {}  # holds the tensors, so that no address comes twice
+        for forward in forwards:
+            inputs, influence = self._read(unit, forward)  # in the order in which the layers ran
+            by_tensor: dict[tuple[Any, ...], _Group[S]] = {}  # all are held here, so that no address comes twice
+            for path, values in inputs.items():
+                tensor = (values.data_ptr(), values.shape, values.stride(), values._version)
+                if path not in group_of:
+                    if tensor not in by_tensor:
+                        if groups and self.true_sequential:
+                            continue  # its turn comes when the layers before it are compressed
+                        groups.append(_Group(self.method.observe(values.shape[-1], values.device)))
+                        by_tensor[tensor] = groups[-1]
+                    group_of[path] = by_tensor[tensor]
+                    group_of[path].layers.append(layers[path])
+                by_tensor[tensor] = group_of[path]
+            for group in groups:
+                first = group.layers[0].path
+                if not bool(inputs[first].isfinite().all()):
+                    raise BadInput(
+                        f"{first} reads values that are not finite on the calibration text; try dtype=float32"
+                    )
+                weights = sum(influence[layer.path] for layer in group.layers) if self.by_influence else None
+                group.statistics.update(LayerInputs(inputs[first].flatten(0, -2), weights))
 
-        def look(layer: TargetLayer, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs: Tensor = next(iter((*args, *kwargs.values())))
-            tensor = (inputs.data_ptr(), inputs.shape, inputs.stride(), inputs._version)
-            group = group_of.get(layer.path)
-            if group is None:
-                if tensor in read:
-                    group = read[tensor][1]
-                elif groups and self.true_sequential:
-                    return  # its turn comes when the layers before it are compressed
-                else:
-                    group = _Group(self.method.observe(inputs.shape[-1], inputs.device))
-                    groups.append(group)
-                group.layers.append(layer)
-                group_of[layer.path] = group
-            read[tensor] = (inputs, group)
-            if group.layers[0] is layer:
-                group.statistics.update(LayerInputs(inputs.reshape(-1, inputs.shape[-1])))
+    def _read(self, unit: str, forward: _SuspendedForward) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Run the unit; give what each of its pending layers read and, where wanted, the influence of each token."""
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
 
-        with ExitStack() as hooks:
+        def before(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs[path] = next(iter((*args, *kwargs.values()))).detach()
+
+        def after(path: str, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+            # Where the graph begins it begins at a leaf, and the network gets a copy that it may write into.
+            outputs[path] = output if output.requires_grad else output.detach().requires_grad_()
+            return output if output.requires_grad else outputs[path].clone()
+
+        with ExitStack() as hooks, torch.set_grad_enabled(self.by_influence):
             for layer in self.pending[unit]:
-                hook = layer.module.register_forward_pre_hook(partial(look, layer), with_kwargs=True)
-                hooks.callback(hook.remove)
-            for forward in forwards:
-                self._call(unit, forward)
-                read.clear()
+                hooks.callback(
+                    layer.module.register_forward_pre_hook(partial(before, layer.path), with_kwargs=True).remove
+                )
+                if self.by_influence:
+                    hooks.callback(layer.module.register_forward_hook(partial(after, layer.path)).remove)
+            result = self._call(unit, forward)
+        return inputs, _influence(result, outputs) if self.by_influence else {}
 
     def _shrink(self, unit: str, groups: Sequence[_Group[S]]) -> None:
         for group in groups:

@@ -7,15 +7,17 @@ scale ``s`` and a whole-numbered zero point ``z`` for each output row and group 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from knowledge_compression.compression.report import LayerReport
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.targets import TargetLayer
 
+CLIPS = ("minmax", "mse")
+_SHRUNK = [1.0 - step / 40 for step in range(29)]  # shares of the span that `mse` tries, down to 0.3
 SCALE_BITS = 16  # scales are stored as float16, as packed checkpoints hold them
 
 
@@ -39,14 +41,30 @@ class QuantizedWeight:
     bits: int
     symmetric: bool
 
+    @classmethod
+    def made(cls, codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, grid: Grid) -> QuantizedWeight:
+        """From tensors of any type and device."""
+        return cls(
+            codes.to("cpu", torch.uint8).contiguous(),
+            scales.to("cpu", torch.float32).contiguous(),
+            zeros.to("cpu", torch.uint8).contiguous(),
+            group_of.to("cpu", torch.int32),
+            grid.bits,
+            grid.symmetric,
+        )
+
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, float32 ``[out_features, in_features]``."""
         return dequantized(self.codes, self.scales[:, self.group_of], self.zeros[:, self.group_of])
 
-    def put_into(self, module: nn.Module, weight: Tensor) -> None:
-        """Write the weight these codes stand for into ``weight`` (the module's own) and keep the codes beside it."""
-        weight.copy_(self.dequantize())
-        module.__dict__["quantized_weight"] = self  # an ordinary attribute: neither a parameter nor in the state dict
+    def rows(self, start: int, end: int) -> QuantizedWeight:
+        """The part of some output rows, of one layer where several were quantized as one weight."""
+        return replace(self, codes=self.codes[start:end], scales=self.scales[start:end], zeros=self.zeros[start:end])
+
+    def put_into(self, layer: TargetLayer) -> None:
+        """Write the weight these codes stand for into the layer and keep the codes with its module."""
+        layer.weight.copy_(self.dequantize())
+        layer.module.__dict__["quantized_weight"] = self  # neither a parameter nor in the state dict
 
     @property
     def overhead_bits(self) -> int:
@@ -75,11 +93,14 @@ class Grid:
         bits: 2, 3, 4 or 8.
         group_size: input columns that share a scale; None takes the whole row (per channel).
         symmetric: whether the zero point is fixed at the middle of the range.
+        clip: ``minmax`` (the grid spans all values) or ``mse`` (it may cut off extremes where that makes the squared
+            rounding error smaller, as a finer grid then serves the rest).
     """
 
     bits: int
     group_size: int | None = None
     symmetric: bool = False
+    clip: str = "minmax"
 
     def __post_init__(self) -> None:
         """Refuse widths that no packed format holds."""
@@ -89,6 +110,8 @@ class Grid:
             raise BadInput(
                 f"compression.group_size={self.group_size} is not a number of columns; choose 32, 64, 128 or null"
             )
+        if self.clip not in CLIPS:
+            raise BadInput(f"compression.clip={self.clip} does not exist; choose one of {', '.join(CLIPS)}")
 
     @property
     def top(self) -> int:
@@ -109,10 +132,32 @@ class Grid:
         """Columns of one group for a layer with this many inputs."""
         return self.group_size or in_features
 
-    def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales and zero points ``[..., 1]`` that span the values of ``weight`` along its last dimension."""
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scales and zero points for the values along the last dimension of ``weight``.
+
+        Args:
+            weight: float32 ``[..., columns]``.
+            importance: how much the squared error of each column counts for ``mse``, ``[columns]``; alike if None.
+
+        Returns:
+            Scales and zero points, float32 ``[..., 1]``.
+        """
         low, high = weight.amin(-1, keepdim=True).clamp(max=0), weight.amax(-1, keepdim=True).clamp(min=0)
-        return self._spanning(low, high)
+        scales, zeros = self._spanning(low, high)
+        if self.clip == "minmax":
+            return scales, zeros
+        least = self._error(weight, scales, zeros, importance)
+        for share in _SHRUNK[1:]:
+            tried = self._spanning(low * share, high * share)
+            error = self._error(weight, *tried, importance)
+            better = error < least
+            least = torch.where(better, error, least)
+            scales, zeros = torch.where(better, tried[0], scales), torch.where(better, tried[1], zeros)
+        return scales, zeros
+
+    def _error(self, weight: Tensor, scales: Tensor, zeros: Tensor, importance: Tensor | None) -> Tensor:
+        squared = (self.round(weight, scales, zeros) - weight).square_()
+        return (squared if importance is None else squared.mul_(importance)).sum(-1, keepdim=True)
 
     def encode(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         """Codes of the nearest grid points, in the weight's own type; shapes broadcast."""
@@ -136,8 +181,59 @@ def storable(scales: Tensor) -> Tensor:
     return torch.where(scales > 0, scales.half().to(scales).clamp(min=2.0**-24, max=65504.0), torch.ones_like(scales))
 
 
-def quantized_report(layer: TargetLayer, weight: QuantizedWeight) -> LayerReport:
+class GroupedColumns:
+    """The grids of a weight's groups, and the codes found so far, while its columns are rounded in some order.
+
+    Args:
+        grid: the kind of grid.
+        rows: output features.
+        group_of: the group of each column, in the order in which they are rounded, int64 ``[in_features]``.
+    """
+
+    def __init__(self, grid: Grid, rows: int, group_of: Tensor) -> None:
+        self.grid = grid
+        groups = int(group_of.max()) + 1
+        self._group_of = group_of
+        self._groups = group_of.tolist()
+        self._scales = torch.ones(groups, rows, device=group_of.device)
+        self._zeros = torch.zeros_like(self._scales)
+        self._codes = torch.empty(len(group_of), rows, dtype=torch.uint8, device=group_of.device)
+
+    def fit(self, group: int, columns: Tensor, importance: Tensor) -> None:
+        """Choose a group's grid for ``columns`` ``[columns, rows]``."""
+        scales, zeros = self.grid.fit(columns.T, importance)
+        self._scales[group], self._zeros[group] = scales[:, 0], zeros[:, 0]
+
+    def round(self, i: int, column: Tensor) -> Tensor:
+        """Round the ``i``-th column in the order, remember its codes and give the values they stand for."""
+        scales, zeros = self._scales[self._groups[i]], self._zeros[self._groups[i]]
+        codes = self.grid.encode(column, scales, zeros)
+        self._codes[i] = codes
+        return codes.sub_(zeros).mul_(scales)
+
+    def quantized(self, order: Tensor) -> QuantizedWeight:
+        """All of it, its columns put back from ``order``."""
+        back = torch.argsort(order)
+        return QuantizedWeight.made(self._codes[back].T, self._scales.T, self._zeros.T, self._group_of[back], self.grid)
+
+
+def plainly_rounded(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> QuantizedWeight:
+    """Round ``[out_features, in_features]`` to nearest; ``importance`` ``[in_features]`` is as in :meth:`Grid.fit`."""
+    width = grid.width(weight.shape[1])
+    grouped = weight.float().unflatten(1, (-1, width))
+    scales, zeros = grid.fit(grouped, None if importance is None else importance.unflatten(0, (-1, width)))
+    codes = grid.encode(grouped, scales, zeros).flatten(1)
+    group_of = torch.arange(weight.shape[1]) // width
+    return QuantizedWeight.made(codes, scales[..., 0], zeros[..., 0], group_of, grid)
+
+
+def quantized_report(layer: TargetLayer, weight: QuantizedWeight, seconds: float) -> LayerReport:
     """The part of a layer's report that follows from its codes."""
     return LayerReport(
-        layer.path, layer.role, layer.parameters, bits=float(weight.bits), overhead_bits=weight.overhead_bits
+        layer.path,
+        layer.role,
+        layer.parameters,
+        bits=float(weight.bits),
+        overhead_bits=weight.overhead_bits,
+        seconds=seconds,
     )

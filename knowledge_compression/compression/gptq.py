@@ -1,0 +1,140 @@
+"""GPTQ: weights rounded column by column, later ones making up for the error of earlier (Frantar et al. 2023)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import LongTensor, Tensor
+
+from knowledge_compression.compression.base import reporting
+from knowledge_compression.compression.blocks import compress_blocks
+from knowledge_compression.compression.compensation import compensate
+from knowledge_compression.compression.hessian import Hessian, check_damping, inverse_factor, relative_error
+from knowledge_compression.compression.quantizer import (
+    Grid,
+    GroupedColumns,
+    QuantizedWeight,
+    plainly_rounded,
+    quantized_report,
+)
+from knowledge_compression.compression.report import CompressionReport, LayerReport
+from knowledge_compression.models import Model, TargetLayer, Targets
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Quantize with the curvature of each layer's output error on calibration text.
+
+    ``docs/calibrated-compression.md`` gives the reason for each default with its figures; the published script's are
+    ``clip=minmax desc_act=false``.
+
+    Attributes:
+        bits, group_size, symmetric, clip: the grid (:class:`~knowledge_compression.compression.quantizer.Grid`).
+        desc_act: round the columns in the order of falling second moment, not as they stand.
+        static_groups: choose every group's grid beforehand, from the columns as they stand, so that a group is a run of
+            neighbours whatever the order; else a group is a run of the order, its grid chosen when its turn comes.
+        damping: what is added to the Hessian's diagonal, relative to its mean.
+        block_size: columns whose errors are gathered before they move on; changes the speed only.
+        by_influence: weigh each token by how far an error there moves the block's output.
+        true_sequential, forward_dtype, device: see :func:`~knowledge_compression.compression.blocks.compress_blocks`.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    symmetric: bool = False
+    clip: str = "mse"
+    desc_act: bool = True
+    static_groups: bool = True
+    damping: float = 0.01
+    block_size: int = 128
+    by_influence: bool = True
+    true_sequential: bool = False
+    forward_dtype: str = "auto"
+    device: str | None = None
+    calibrated: ClassVar[bool] = True
+
+    @property
+    def grid(self) -> Grid:
+        """The grid that was asked for."""
+        return Grid(self.bits, self.group_size, self.symmetric, self.clip)
+
+    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
+        """Quantize the targets in place."""
+        self.grid.check(targets)
+        check_damping(self.damping)
+        with reporting("gptq", model, targets) as report:
+            report.layers = compress_blocks(
+                model,
+                targets,
+                calibration,
+                self,
+                true_sequential=self.true_sequential,
+                by_influence=self.by_influence,
+                forward_dtype=self.forward_dtype,
+                device=self.device,
+            )
+        return report
+
+    def observe(self, in_features: int, device: torch.device) -> Hessian:
+        """The Hessian that all linears with one input share."""
+        return Hessian(in_features, device)
+
+    def shrink(self, layers: Sequence[TargetLayer], statistics: Hessian) -> list[LayerReport]:
+        """Quantize linears that read the same inputs as one tall weight."""
+        start = time.perf_counter()
+        weight = torch.cat([layer.weight for layer in layers]).to(statistics.matrix)
+        quantized, damping, fallbacks = self.quantize(weight, statistics.matrix)
+        plain = plainly_rounded(weight, Grid(self.bits, self.group_size, self.symmetric))
+        seconds = (time.perf_counter() - start) / len(layers)
+        reports, row = [], 0
+        for layer, old in zip(layers, weight.split([len(layer.weight) for layer in layers]), strict=True):
+            part, rounded = (whole.rows(row, row + len(old)) for whole in (quantized, plain))
+            row += len(old)
+            part.put_into(layer)
+            report = quantized_report(layer, part, seconds)
+            report.error_before = relative_error(old, rounded.dequantize(), statistics.matrix)
+            report.error_after = relative_error(old, part.dequantize(), statistics.matrix)
+            report.damping, report.fallbacks = damping, list(fallbacks)
+            reports.append(report)
+        return reports
+
+    def quantize(self, weight: Tensor, hessian: Tensor) -> tuple[QuantizedWeight, float | None, list[str]]:
+        """The algorithm itself, which knows nothing of models.
+
+        Args:
+            weight: float32 ``[out_features, in_features]``.
+            hessian: mean second moments of the inputs, ``[in_features, in_features]``.
+
+        Returns:
+            The quantized weight, the relative damping used (None where plain rounding had to do), and the names of the
+            fall-backs taken: ``dead_input``, ``damping_raised``, ``not_positive_definite``.
+        """
+        importance = hessian.diagonal()
+        columns = torch.arange(len(hessian), device=hessian.device)
+        order = torch.argsort(importance, descending=True, stable=True) if self.desc_act else columns
+        factor = inverse_factor(hessian[order][:, order], self.damping)
+        if factor is None:
+            return plainly_rounded(weight, self.grid), None, ["not_positive_definite"]
+
+        width = self.grid.width(len(hessian))
+        beforehand = self.static_groups or self.group_size is None
+        groups = GroupedColumns(self.grid, len(weight), (order if beforehand else columns) // width)
+        if beforehand:
+            for group, start in enumerate(range(0, len(hessian), width)):
+                groups.fit(group, weight[:, start : start + width].T, importance[start : start + width])
+        turned = weight.T[order].contiguous()
+        compensate(
+            turned,
+            factor.upper,
+            groups.round,
+            prepare=lambda start, end: (
+                None if beforehand else groups.fit(start // width, turned[start:end], importance[order[start:end]])
+            ),
+            unit=1 if beforehand else width,
+            block_size=self.block_size,
+        )
+        return groups.quantized(order), factor.damping, factor.fallbacks

@@ -1,0 +1,102 @@
+"""Second moments of a layer's inputs: the curvature of its squared output error, and how it is inverted safely."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from knowledge_compression.compression.blocks import LayerInputs
+from knowledge_compression.errors import BadInput
+
+LADDER = 4  # times the damping is raised tenfold before a layer falls back
+
+
+class Hessian:
+    """``H = mean of x xᵀ`` over the tokens of the calibration text (GPTQ, Frantar et al. 2023, eq. 1 without the 2).
+
+    Where the walk tells the influence of each token, the mean is weighted by it: the error that counts is then that of
+    the block's output, to first order, and not that of the layer's.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self._sum = torch.zeros(in_features, in_features, device=device)
+        self._weight = 0.0
+
+    def update(self, inputs: LayerInputs) -> None:
+        """Take in a batch."""
+        values = inputs.values.float()
+        if inputs.influence is None:
+            self._sum.addmm_(values.T, values)
+            self._weight += len(values)
+        else:
+            self._sum.addmm_(values.T, values * inputs.influence[:, None])
+            self._weight += float(inputs.influence.sum())
+
+    @property
+    def matrix(self) -> Tensor:
+        """``H``, float32 ``[in_features, in_features]``."""
+        return self._sum / (self._weight or 1.0)
+
+
+@dataclass
+class InverseFactor:
+    """The upper triangular ``U`` with ``H⁻¹ = Uᵀ U`` of a damped Hessian.
+
+    Attributes:
+        upper: ``U``, float32.
+        damping: what was added to the diagonal, relative to its mean.
+        fallbacks: ``dead_input`` where an input never varies from zero, ``damping_raised`` where the first damping was
+            too little.
+    """
+
+    upper: Tensor
+    damping: float
+    fallbacks: list[str] = field(default_factory=list)
+
+
+def check_damping(damping: float) -> None:
+    """Refuse a damping that cannot make a matrix more definite."""
+    if damping <= 0:
+        raise BadInput(f"compression.damping={damping} must be above 0, e.g. 0.01")
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor | None:
+    """Factor the inverse of a Hessian, raising the damping tenfold until it is positive definite.
+
+    One Cholesky factorisation of the matrix turned about both axes and one triangular inverse give ``U`` without
+    forming the inverse itself, which would be less exact.
+
+    Args:
+        hessian: symmetric ``[n, n]``; left as it is.
+        damping: first damping, relative to the mean of the diagonal.
+
+    Returns:
+        The factor; None where no damping of the ladder helped.
+    """
+    fallbacks = []
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    mean = diagonal[~dead].mean() if not bool(dead.all()) else torch.ones((), device=hessian.device)
+    damped = hessian.clone()
+    if bool(dead.any()):
+        fallbacks.append("dead_input")
+        damped.diagonal()[dead] = mean
+    for step in range(LADDER):
+        relative = damping * 10**step
+        turned = damped.flip(0, 1)
+        turned.diagonal().add_(relative * mean)
+        lower, failed = torch.linalg.cholesky_ex(turned)
+        if not int(failed):
+            identity = torch.eye(len(lower), device=lower.device, dtype=lower.dtype)
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            if bool(upper.isfinite().all()):
+                return InverseFactor(upper, relative, fallbacks + ["damping_raised"] * (step > 0))
+    return None
+
+
+def relative_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
+    """Mean square of a layer's output error over that of its output, ``tr(D H Dᵀ) / tr(W H Wᵀ)``."""
+    error = weight - approximation.to(weight)
+    return float(((error @ hessian) * error).sum() / ((weight @ hessian) * weight).sum().clamp(min=1e-30))

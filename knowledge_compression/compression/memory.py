@@ -1,0 +1,47 @@
+"""How much memory a piece of work takes at its worst moment, above what was in use when it began."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass
+class Peak:
+    """The worst moment: bytes above the start, None while unknown or where the platform does not tell."""
+
+    bytes: int | None = None
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Measure the body: a GPU's allocated memory, or the process's resident memory on Linux.
+
+    Resident memory counts everything in the process, with the scratch of its libraries. Where measurements are nested,
+    an outer one sees only what came after the inner one began.
+    """
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated(device) - before
+    elif os.access(_CLEAR, os.W_OK):
+        _CLEAR.write_text("5")  # sets the high-water mark back to what is resident now
+        before = _high_water()
+        yield peak
+        peak.bytes = _high_water() - before
+    else:
+        yield peak
+
+
+def _high_water() -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,196 @@
+"""SparseGPT: weights removed column by column, the later ones making up for it (Frantar and Alistarh 2023)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import LongTensor, Tensor
+
+from knowledge_compression.compression.base import check_sparsity, reporting
+from knowledge_compression.compression.blocks import compress_blocks
+from knowledge_compression.compression.compensation import compensate
+from knowledge_compression.compression.hessian import Hessian, check_damping, inverse_factor, relative_error
+from knowledge_compression.compression.quantizer import Grid, GroupedColumns, QuantizedWeight
+from knowledge_compression.compression.report import CompressionReport, LayerReport
+from knowledge_compression.compression.threshold import smallest
+from knowledge_compression.compression.unstructured import Pattern
+from knowledge_compression.models import Model, TargetLayer, Targets
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What became of a weight.
+
+    Attributes:
+        weight: the new values, float32 ``[out_features, in_features]``.
+        mask: what was removed, bool of the same shape.
+        quantized: the same values as integers, where they were quantized too.
+        damping, fallbacks: of the Hessian, as in :class:`~knowledge_compression.compression.hessian.InverseFactor`.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    quantized: QuantizedWeight | None
+    damping: float | None
+    fallbacks: list[str]
+
+
+@dataclass(frozen=True)
+class SparseGpt:
+    """Prune with the curvature of each layer's output error on calibration text, and quantize in the same sweep.
+
+    Attributes:
+        sparsity: share of each layer's weights to remove, in [0, 1).
+        pattern: ``n:m``, e.g. ``2:4``: keep n of every m neighbouring inputs; the sparsity is then that of the pattern.
+        bits: width of the codes that the kept weights are rounded to as well; None leaves them as they are.
+        group_size, symmetric, clip: the grid, where ``bits`` is given.
+        damping: what is added to the Hessian's diagonal, relative to its mean.
+        block_size: columns among which the weights that go are chosen together (without a pattern).
+        by_influence: weigh each token by how far an error there moves the block's output.
+        true_sequential, forward_dtype, device: see :func:`~knowledge_compression.compression.blocks.compress_blocks`.
+    """
+
+    sparsity: float
+    pattern: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool = False
+    clip: str = "mse"
+    damping: float = 0.01
+    block_size: int = 128
+    by_influence: bool = True
+    true_sequential: bool = False
+    forward_dtype: str = "auto"
+    device: str | None = None
+    calibrated: ClassVar[bool] = True
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid that was asked for, if any."""
+        return Grid(self.bits, self.group_size, self.symmetric, self.clip) if self.bits is not None else None
+
+    @property
+    def shape(self) -> Pattern | None:
+        """The pattern that was asked for, if any."""
+        return Pattern.parse(self.pattern) if self.pattern is not None else None
+
+    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
+        """Prune the targets in place."""
+        check_sparsity(self.sparsity)
+        check_damping(self.damping)
+        if self.shape:
+            self.shape.check(targets)
+        if self.grid:
+            self.grid.check(targets)
+        with reporting("sparsegpt", model, targets) as report:
+            report.layers = compress_blocks(
+                model,
+                targets,
+                calibration,
+                self,
+                true_sequential=self.true_sequential,
+                by_influence=self.by_influence,
+                forward_dtype=self.forward_dtype,
+                device=self.device,
+            )
+        return report
+
+    def observe(self, in_features: int, device: torch.device) -> Hessian:
+        """The Hessian that all linears with one input share."""
+        return Hessian(in_features, device)
+
+    def shrink(self, layers: Sequence[TargetLayer], statistics: Hessian) -> list[LayerReport]:
+        """Prune linears that read the same inputs as one tall weight, each to its own exact sparsity."""
+        start = time.perf_counter()
+        hessian = statistics.matrix
+        weight = torch.cat([layer.weight for layer in layers]).to(hessian)
+        heights = [len(layer.weight) for layer in layers]
+        pruned = self.prune(weight, hessian, heights)
+        seconds = (time.perf_counter() - start) / len(layers)
+        reports = []
+        for layer, old, new, mask in zip(
+            layers, weight.split(heights), pruned.weight.split(heights), pruned.mask.split(heights), strict=True
+        ):
+            layer.weight.copy_(new)
+            reports.append(
+                LayerReport(
+                    layer.path,
+                    layer.role,
+                    layer.parameters,
+                    removed=int(mask.sum()),
+                    bits=8.0 * layer.weight.element_size(),
+                    error_before=relative_error(old, old.masked_fill(mask, 0), hessian),
+                    error_after=relative_error(old, new, hessian),
+                    damping=pruned.damping,
+                    fallbacks=list(pruned.fallbacks),
+                    seconds=seconds,
+                )
+            )
+        if pruned.quantized:
+            row = 0
+            for layer, report in zip(layers, reports, strict=True):
+                part = pruned.quantized.rows(row, row := row + len(layer.weight))
+                part.put_into(layer)
+                report.bits, report.overhead_bits = float(part.bits), part.overhead_bits
+        return reports
+
+    def prune(self, weight: Tensor, hessian: Tensor, heights: Sequence[int] | None = None) -> Pruned:
+        """The algorithm itself, which knows nothing of models.
+
+        Args:
+            weight: float32 ``[out_features, in_features]``.
+            hessian: mean second moments of the inputs, ``[in_features, in_features]``.
+            heights: rows of each of the layers stacked in ``weight``; each gets the sparsity for itself.
+
+        Returns:
+            The new weight; on a Hessian that no damping made positive definite, one pruned by Wanda's score
+            (``not_positive_definite``).
+        """
+        rows = list(heights or [len(weight)])
+        columns = torch.arange(len(hessian), device=hessian.device)
+        factor = inverse_factor(hessian, self.damping)
+        upper = factor.upper if factor else torch.diag(hessian.diagonal().clamp(min=1e-12).rsqrt())
+        worth = upper.diagonal().reciprocal()[:, None]  # Optimal Brain Surgeon: w² / [H⁻¹]ᵢᵢ of what is left
+        turned = weight.T.contiguous()
+        mask = torch.zeros_like(turned, dtype=torch.bool)
+        removed = [0] * len(rows)
+
+        def choose(start: int, end: int) -> None:
+            scores = (turned[start:end] * worth[start:end]).split(rows, dim=1)
+            for j, (part, goes) in enumerate(zip(scores, mask[start:end].split(rows, dim=1), strict=True)):
+                if self.shape:
+                    goes.copy_(self.shape.removes(part.T).T)
+                else:  # as many as are due by here, so that no rounding adds up
+                    count = round(self.sparsity * rows[j] * end) - removed[j]
+                    goes.copy_(_smallest(part, count))
+                    removed[j] += count
+
+        groups = None
+        if self.grid:
+            width = self.grid.width(len(hessian))
+            groups = GroupedColumns(self.grid, len(weight), columns // width)
+            for group, start in enumerate(range(0, len(hessian), width)):
+                part = slice(start, start + width)
+                groups.fit(group, turned[part], hessian.diagonal()[part])
+
+        def project(i: int, column: Tensor) -> Tensor:
+            kept = column.masked_fill(mask[i], 0)
+            return groups.round(i, kept) if groups else kept
+
+        unit = self.shape.of if self.shape else self.block_size
+        compensate(turned, upper, project, prepare=choose, unit=unit, block_size=self.block_size)
+        return Pruned(
+            turned.T,
+            mask.T,
+            groups.quantized(columns) if groups else None,
+            factor.damping if factor else None,
+            factor.fallbacks if factor else ["not_positive_definite"],
+        )
+
+
+def _smallest(scores: Tensor, count: int) -> Tensor:
+    return smallest(lambda: [scores], count).removes(scores)
