@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast lint format bench clean world world-study
+.PHONY: help install run test test-slurm test-fast lint format bench clean world world-study
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -25,6 +25,12 @@ run: $(INSTALLED)  ## the main job: four compressed runs and their dense baselin
 
 test: $(INSTALLED)  ## all tests
 	$(BIN)/python -m pytest
+
+test-slurm: $(INSTALLED)  ## a sweep on a real SLURM, which is started on this machine; as root, installs Debian packages
+	command -v slurmdbd >/dev/null && command -v mariadbd >/dev/null || { apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	  slurm-wlm slurmdbd munge mariadb-server >/dev/null; }
+	KC_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
 
 test-fast: $(INSTALLED)  ## the tests that take a moment each
 	$(BIN)/python -m pytest -m 'not slow'

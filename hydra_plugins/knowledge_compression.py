@@ -1,7 +1,16 @@
 """Hydra takes sweepers and launchers only from this namespace; ours live in the package."""
 
+from knowledge_compression.launching import LocalLauncher, SlurmLauncher
 from knowledge_compression.sweep import PlannedSweeper
 
 
 class Planned(PlannedSweeper):
     """The sweeper under the name that Hydra accepts."""
+
+
+class Local(LocalLauncher):
+    """The launcher of local processes under the name that Hydra accepts."""
+
+
+class Slurm(SlurmLauncher):
+    """The SLURM launcher under the name that Hydra accepts."""

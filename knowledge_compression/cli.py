@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import os
 import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.results.sweeps import BAD_INPUT, DONE, FAILED, Outcome
 
 if TYPE_CHECKING:
     from knowledge_compression.results.store import Run
@@ -29,30 +30,8 @@ log = logging.getLogger(__name__)
 
 CONF = Path(__file__).parent.parent / "conf"
 
-DONE, FAILED, BAD_INPUT = "done", "failed", "bad input"
 EXIT_STATUS = {DONE: 0, FAILED: 1, BAD_INPUT: 2}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one job of a sweep ended.
-
-    Attributes:
-        label: the overrides that tell it from the others, e.g. ``target=att sparsity=0.2``.
-        status: ``done``, ``failed`` or ``bad input``.
-        run_id, baseline_id: the run and the dense run it is compared with, where there are any.
-        message: why it did not end well; one line.
-        log: where the whole story is.
-        seconds: wall time.
-    """
-
-    label: str
-    status: str
-    run_id: str = ""
-    baseline_id: str = ""
-    message: str = ""
-    log: str = ""
-    seconds: float = 0.0
+_NO_ROOM = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES}  # a disk that takes nothing, whoever writes
 
 
 def main() -> None:
@@ -97,18 +76,34 @@ def carry_out(config: DictConfig) -> tuple[Run, Run]:
     from knowledge_compression.configuration import experiment_from, tracker_from
     from knowledge_compression.results.store import RunStore
 
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     experiment = experiment_from(config, HydraConfig.get().runtime.choices)
     experiment.check()
-    store, tracker = RunStore(config.output.dir), tracker_from(config)
-    if experiment.is_dense:
+    tracker = tracker_from(config, Path(HydraConfig.get().sweep.dir).name if in_sweep else None)
+    store = RunStore(config.output.dir)
+    try:
+        # The baseline comes second: the jobs of a sweep that start together do not all wait for the one that makes it.
         run = experiment.run(store, tracker, force=config.run.force)
-        return run, run
-    baseline = experiment.dense().run(store, tracker)
-    return experiment.run(store, tracker, force=config.run.force), baseline
+        return run, run if experiment.is_dense else experiment.dense().run(store, tracker)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise BadInput(f"{error.filename or config.output.dir} cannot be written ({error.strerror})") from None
 
 
 def attempt(config: DictConfig) -> Outcome:
-    """Do one job of a sweep; whatever goes wrong in it stays in its outcome."""
+    """Do one job of a sweep, again where it fails and ``run.retries`` allows; its outcome is kept in its folder."""
+    for left in range(config.run.retries, -1, -1):
+        outcome = _attempt(config)
+        if outcome.status != FAILED:
+            break
+        log.error("%s%s", outcome.line, "; trying again" if left else "")
+    outcome.write(Path(HydraConfig.get().runtime.output_dir))
+    return outcome
+
+
+def _attempt(config: DictConfig) -> Outcome:
+    """Whatever goes wrong in a job stays in its outcome."""
     job_config = HydraConfig.get()
     label = " ".join(override for override in job_config.overrides.task if not override.startswith("hydra"))
     start = time.perf_counter()

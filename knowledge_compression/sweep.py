@@ -6,6 +6,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from knowledge_compression.cli import BAD_INPUT, DONE, EXIT_STATUS, FAILED, Outcome, one_line
+from knowledge_compression.cli import EXIT_STATUS, one_line
 from knowledge_compression.errors import BadInput
+from knowledge_compression.launching import ProcessLauncher
+from knowledge_compression.results.sweeps import BAD_INPUT, DONE, FAILED, Outcome, PlannedRun, labels, write_plan
 
 log = logging.getLogger(__name__)
 
@@ -51,39 +54,55 @@ class PlannedSweeper(Sweeper):
         assert self.config is not None and self.launcher is not None
         swept = [f"{key}={values}" for key, values in self.params.items()]
         jobs = combinations(OverridesParser.create().parse_overrides([*swept, *arguments]))
-        refused = [outcome for overrides in jobs if (outcome := self._refusal(overrides))]
+        checked = [self._check(*job) for job in zip(jobs, labels(jobs), strict=True)]
+        refused = [outcome for outcome in checked if isinstance(outcome, Outcome)]
+        planned = [run for run in checked if isinstance(run, PlannedRun)]
         for outcome in refused:
             sys.stderr.write(f"error: {outcome.label}: {outcome.message}\n")
-        bad = {outcome.label for outcome in refused}
-        good = [overrides for overrides in jobs if " ".join(overrides) not in bad]
-        if refused and good:
-            sys.stderr.write(f"running the other {len(good)} of {len(jobs)} combinations\n")
-        outcomes = [*refused, *self._launch(good)] if good else refused
+        if refused and planned:
+            sys.stderr.write(f"running the other {len(planned)} of {len(jobs)} combinations\n")
+        outcomes = [*refused, *self._launch(planned)] if planned else refused
         raise SystemExit(max((EXIT_STATUS[outcome.status] for outcome in outcomes), default=0))
 
-    def _refusal(self, overrides: Sequence[str]) -> Outcome | None:
-        """Why this combination cannot run, found without loading a model."""
+    def _check(self, overrides: Sequence[str], label: str) -> PlannedRun | Outcome:
+        """The run that a combination stands for, or why it cannot be; found without loading a model."""
         from knowledge_compression.configuration import experiment_from
 
         assert self.config is not None and self.hydra_context is not None
         try:
             config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-            experiment_from(config, config.hydra.runtime.choices).check()
+            experiment = experiment_from(config, config.hydra.runtime.choices)
+            experiment.check()
         except (BadInput, HydraException) as error:
-            return Outcome(" ".join(overrides), BAD_INPUT, message=one_line(error))
-        return None
+            return Outcome(label, BAD_INPUT, message=one_line(error))
+        return PlannedRun(list(overrides), experiment.id, experiment.dense().id)
 
-    def _launch(self, jobs: Sequence[Sequence[str]]) -> list[Outcome]:
+    def _launch(self, planned: Sequence[PlannedRun]) -> list[Outcome]:
         assert self.config is not None and self.launcher is not None
+        if isinstance(self.launcher, ProcessLauncher):
+            self.launcher.check()
+        elif self.config.run.detach:
+            raise BadInput("run.detach=true needs hydra/launcher=slurm; here the sweep ends with this process")
         folder = Path(self.config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
-        returns = self.launcher.launch(jobs, initial_job_idx=0)
-        outcomes: list[Outcome] = [returned.return_value for returned in returns]
-        for outcome in outcomes:
-            if outcome.status != DONE:
-                place = f" (log: {outcome.log})" if outcome.log else ""
-                sys.stderr.write(f"{outcome.status}: {outcome.label}: {outcome.message}{place}\n")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(self.config, folder / "multirun.yaml")
+            write_plan(folder, planned, self.config.hydra.launcher.get("at_once", 1))
+        except OSError as error:
+            raise BadInput(f"output.dir={self.config.output.dir} cannot be written ({error.strerror})") from None
+        returns = self.launcher.launch([run.overrides for run in planned], initial_job_idx=0)
+        if self.config.run.detach:
+            log.info(
+                "the runs go on without this process; python -m knowledge_compression.status shows how far they are"
+            )
+            return []
+        outcomes = [
+            replace(returned.return_value, label=label)
+            for returned, label in zip(returns, labels([run.overrides for run in planned]), strict=True)
+        ]
+        if troubled := [outcome for outcome in outcomes if outcome.status != DONE]:
+            sys.stderr.write(f"{len(troubled)} of {len(outcomes)} runs did not end well:\n")
+            sys.stderr.writelines(f"{outcome.line}\n" for outcome in troubled)
         self._show(outcomes, folder)
         return outcomes
 

@@ -15,8 +15,8 @@ from sweep_parts import do_run  # noqa: E402
 
 # What an undisturbed run comes by, in order.
 WAY = [
-    "before-compression",
-    "after-compression",
+    "compression-0.5",
+    "after-compression-0.5",
     "probe",
     "after-probe",
     "second",
@@ -96,7 +96,7 @@ def test_processes_given_the_same_run_at_once_do_it_once(
     for process in several:
         process.join(120)
     assert [process.exitcode for process in several] == [0] * 5
-    assert way(tmp_path).count("before-compression") == 1
+    assert way(tmp_path).count("compression-0.5") == 1
     assert result(tmp_path / "outputs") == undisturbed
 
 

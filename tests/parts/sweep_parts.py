@@ -37,8 +37,9 @@ def come_by(place: str) -> None:
         log.write(f"{place}\n")
     due = Path(folder) / place.replace("/", "-")
     try:
-        mishap = due.read_text()
-        due.unlink()  # it happens once
+        mishap = due.read_text().strip()
+        if not mishap.startswith("always"):
+            due.unlink()  # it happens once
     except FileNotFoundError:
         return
     if mishap == "kill":
@@ -61,8 +62,7 @@ class Probe:
     seconds: float = 0.0
 
     def evaluate(self, model: Model) -> Evaluation:
-        which = os.environ.get("MISHAP_LABEL", "")
-        come_by(f"{self.name}{which}")
+        come_by(f"{self.name}")
         time.sleep(self.seconds)
         rows = []
         words = ["paris", "berlin", "rome", "dog", "gold", "moon"]
@@ -75,7 +75,7 @@ class Probe:
             row = {"suite": self.name, "task": "words", "id": f"words/{i}", "prompt": prompt, "gold": "the"}
             rank = int((logits > logits[gold]).sum()) + 1
             rows.append(row | {"correct": rank <= 20, "log_prob": float(logits[gold]), "rank": rank})
-        come_by(f"after-{self.name}{which}")
+        come_by(f"after-{self.name}")
         items = item_table(rows)
         return Evaluation(accuracy_metrics(items) | {"log_prob": items["log_prob"].sum()}, items, {"words": len(words)})
 
@@ -85,9 +85,9 @@ class Stumbling(Magnitude):
     """Magnitude pruning by which mishaps come."""
 
     def compress(self, model: Model, targets: Any, calibration: Any) -> Any:
-        come_by("before-compression")
+        come_by(f"compression-{self.sparsity}")
         report = super().compress(model, targets, calibration)
-        come_by("after-compression")
+        come_by(f"after-compression-{self.sparsity}")
         return report
 
 

@@ -1,0 +1,89 @@
+"""What is kept of a sweep: which runs it consists of, and how each of its jobs ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+DONE, FAILED, BAD_INPUT = "done", "failed", "bad input"
+
+PLAN, OUTCOME = "plan.json", "outcome.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one job of a sweep ended.
+
+    Attributes:
+        label: the overrides that tell it from the others, e.g. ``target=att sparsity=0.2``.
+        status: ``done``, ``failed`` or ``bad input``.
+        run_id, baseline_id: the run and the dense run it is compared with, where there are any.
+        message: why it did not end well; one line.
+        log: where the whole story is.
+        seconds: wall time.
+    """
+
+    label: str
+    status: str
+    run_id: str = ""
+    baseline_id: str = ""
+    message: str = ""
+    log: str = ""
+    seconds: float = 0.0
+
+    @property
+    def line(self) -> str:
+        """One line for people."""
+        place = f" (log: {self.log})" if self.log else ""
+        return f"{self.status}: {self.label}: {self.message}{place}"
+
+    def write(self, folder: Path) -> None:
+        """Keep it in the job's folder; whole or not at all."""
+        _write(folder / OUTCOME, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> Outcome | None:
+        """How the job of that folder ended, if it did."""
+        try:
+            return cls(**json.loads((folder / OUTCOME).read_text()))
+        except FileNotFoundError:
+            return None
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One job of a sweep before it starts.
+
+    Attributes:
+        overrides: what its configuration changes.
+        run_id, baseline_id: the run it will make, and the dense run it is compared with.
+    """
+
+    overrides: Sequence[str]
+    run_id: str
+    baseline_id: str
+
+
+def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """What tells each job of a sweep from the others: the overrides that not all of them have."""
+    common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+    return [" ".join(override for override in job if override not in common) or " ".join(job) for job in jobs]
+
+
+def write_plan(folder: Path, runs: Sequence[PlannedRun], at_once: int) -> None:
+    """Keep what a sweep will do in its folder; job ``i`` has the folder ``<i>`` beside it."""
+    _write(folder / PLAN, {"at_once": at_once, "runs": [asdict(run) for run in runs]})
+
+
+def read_plan(folder: Path) -> tuple[list[PlannedRun], int]:
+    """The jobs of a sweep, and how many of them run at the same time."""
+    plan = json.loads((folder / PLAN).read_text())
+    return [PlannedRun(**run) for run in plan["runs"]], plan["at_once"]
+
+
+def _write(path: Path, content: object) -> None:
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    scratch.rename(path)

@@ -1,0 +1,151 @@
+"""How far sweeps are, run by run: ``python -m knowledge_compression.status outputs/``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.results.sweeps import BAD_INPUT, DONE, FAILED, PLAN, Outcome, labels, read_plan
+
+RUNNING, MISSING = "running", "missing"
+LEASE = 60.0  # seconds; a claim that was not renewed for so long is that of a dead process
+
+
+@dataclass(frozen=True)
+class SweepStatus:
+    """How far one sweep is.
+
+    Attributes:
+        name: its folder.
+        states: of each run: ``done``, ``running``, ``failed``, ``bad input`` or ``missing``.
+        outcomes: how the jobs ended that did not end well.
+        seconds_left: estimate from the runs that are done; None where none is.
+    """
+
+    name: str
+    states: Sequence[str]
+    outcomes: Sequence[Outcome]
+    seconds_left: float | None
+
+    def count(self, state: str) -> int:
+        """Number of runs in a state."""
+        return sum(found == state for found in self.states)
+
+
+def sweeps(outputs: Path) -> list[SweepStatus]:
+    """Every sweep under an outputs folder, oldest first.
+
+    Raises:
+        BadInput: there is no such folder.
+    """
+    if not outputs.is_dir():
+        raise BadInput(f"{outputs} is not there; give the folder that output.dir named")
+    alive = _living_jobs()
+    return [_status(outputs, plan.parent, alive) for plan in sorted(outputs.glob(f"sweeps/*/{PLAN}"))]
+
+
+def _status(outputs: Path, folder: Path, alive: set[str] | None) -> SweepStatus:
+    planned, at_once = read_plan(folder)
+    names = labels([run.overrides for run in planned])
+    states, troubled, seconds = [], [], []
+    for number, (run, label) in enumerate(zip(planned, names, strict=True)):
+        job = folder / str(number)
+        outcome = Outcome.read(job)
+        if outcome is not None and outcome.seconds:
+            seconds.append(outcome.seconds)
+        if all((outputs / "runs" / run_id / "metrics.json").is_file() for run_id in (run.run_id, run.baseline_id)):
+            states.append(DONE)
+        elif outcome is not None and outcome.status in (FAILED, BAD_INPUT):
+            states.append(outcome.status)
+            troubled.append(outcome)
+        elif any(_fresh(outputs / "unfinished" / f"{run_id}.lock") for run_id in (run.run_id, run.baseline_id)):
+            states.append(RUNNING)
+        elif (lost := _lost(job, label, alive)) is not None:
+            states.append(FAILED)
+            troubled.append(lost)
+        else:
+            states.append(MISSING)
+    left = states.count(RUNNING) * 0.5 + states.count(MISSING)  # a running one is half-way, on average
+    each = sum(seconds) / len(seconds) if seconds else None
+    return SweepStatus(folder.name, states, troubled, None if each is None else each * left / min(at_once, left or 1))
+
+
+def _fresh(lock: Path) -> bool:
+    try:
+        return time.time() - lock.stat().st_mtime < LEASE
+    except FileNotFoundError:
+        return False
+
+
+def _lost(job: Path, label: str, alive: set[str] | None) -> Outcome | None:
+    """What became of a job that was handed in to SLURM, if SLURM does not know it any more."""
+    note = job / "slurm_job"
+    if alive is None or not note.is_file():
+        return None
+    from knowledge_compression.launching import how_it_ended
+
+    job_id, log = note.read_text().split("\n")[:2]
+    if job_id in alive:
+        return None
+    return Outcome(label, FAILED, message=f"ended by SLURM without a result ({how_it_ended(job_id)})", log=log)
+
+
+def _living_jobs() -> set[str] | None:
+    """What SLURM knows of, where there is SLURM and it answers."""
+    if shutil.which("squeue") is None:
+        return None
+    from knowledge_compression.launching import living_jobs
+
+    try:
+        return living_jobs()
+    except BadInput:
+        return None
+
+
+def show(found: Sequence[SweepStatus], console: Console) -> None:
+    """The table, and a line for each run that did not end well."""
+    table = Table(title="Sweeps", title_justify="left")
+    for column in ("sweep", "runs", DONE, RUNNING, FAILED, MISSING, "time left"):
+        table.add_column(column, justify="left" if column == "sweep" else "right")
+    for sweep in found:
+        failed = sweep.count(FAILED) + sweep.count(BAD_INPUT)
+        counts = [len(sweep.states), sweep.count(DONE), sweep.count(RUNNING), failed, sweep.count(MISSING)]
+        table.add_row(sweep.name, *map(str, counts), _duration(sweep.seconds_left))
+    console.print(table)
+    for sweep in found:
+        for outcome in sweep.outcomes:
+            console.print(f"{sweep.name}: {outcome.line}", markup=False, soft_wrap=True)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Show it; the status tells whether a run failed."""
+    parser = argparse.ArgumentParser(prog="python -m knowledge_compression.status", description=__doc__)
+    parser.add_argument("outputs", type=Path, nargs="?", default=Path("outputs"), help="the folder of the runs")
+    try:
+        found = sweeps(parser.parse_args(arguments).outputs)
+    except BadInput as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    show(found, Console())
+    return 1 if any(sweep.outcomes for sweep in found) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,130 @@
+"""A sweep on a real SLURM: one run raises, one is killed for memory, one is requeued; nothing is lost or done twice.
+
+Run by ``make test-slurm``, which starts a whole SLURM on this machine (``single_node.sh``) beside any that is there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from knowledge_compression.results.store import RunStore
+from knowledge_compression.status import sweeps
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PARTS = ROOT / "tests" / "parts"
+NEEDED = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "mariadb-install-db")
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A SLURM of one node; gives the environment in which its commands find it."""
+    if os.environ.get("KC_TEST_SLURM") != "1":
+        pytest.skip("starts daemons; run it with make test-slurm")
+    if os.geteuid() != 0:
+        pytest.skip("SLURM's daemons need root")
+    if missing := [name for name in NEEDED if shutil.which(name) is None]:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    folder = tmp_path_factory.mktemp("slurm")
+    try:
+        subprocess.run([HERE / "single_node.sh", "start", folder], check=True, timeout=120)
+        yield {**os.environ, "SLURM_CONF": str(folder / "etc" / "slurm.conf")}
+    finally:
+        subprocess.run([HERE / "single_node.sh", "stop", folder], check=False, timeout=60)
+
+
+@pytest.fixture
+def sweep(slurm: dict[str, str], tmp_path: Path, tiny_folder: Path) -> Any:
+    """``sweep("sparsity=0.1,0.2", ...)`` starts a sweep on SLURM and gives its process."""
+    (tmp_path / "mishaps").mkdir()
+
+    def start(*overrides: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "run.py", "-m", "hydra/launcher=slurm", f"hydra.searchpath=[file://{PARTS}/conf]"]
+        command += ["model=local", f"model.path={tiny_folder}", "target=all", "compression=stumbling"]
+        command += ["eval=[probe,second]", f"output.dir={tmp_path / 'outputs'}", "tracker=none"]
+        command += ["hydra.launcher.gpus=0", "hydra.launcher.cpus=1", "hydra.launcher.memory_gb=2", *overrides]
+        environment = slurm | {"MISHAPS": str(tmp_path / "mishaps"), "PYTHONPATH": str(PARTS), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    return start
+
+
+def way(folder: Path) -> list[str]:
+    log = folder / "mishaps" / "log"
+    return log.read_text().split() if log.is_file() else []
+
+
+def wait_until(true: Any, seconds: float = 300.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.5)
+
+
+def test_a_sweep_of_eight_with_three_mishaps(sweep: Any, slurm: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "mishaps" / "compression-0.2").write_text("always bad luck")
+    (tmp_path / "mishaps" / "compression-0.3").write_text("memory")
+    (tmp_path / "mishaps" / "after-compression-0.1").write_text("sleep 600")
+    process = sweep("sparsity=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8", "run.retries=1", "hydra.launcher.at_once=2")
+    wait_until(lambda: "after-compression-0.1" in way(tmp_path))
+    (note,) = (tmp_path / "outputs" / "sweeps").glob("*/0/slurm_job")
+    subprocess.run(["scontrol", "requeue", note.read_text().split()[0]], check=True, env=slurm)
+    output, _ = process.communicate(timeout=800)
+    assert process.returncode == 1, output
+    runs = list(RunStore(tmp_path / "outputs"))
+    reached = sorted(run.config["sparsity"] for run in runs if run.config["choices"]["compression"] != "none")
+    assert reached == [0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], output
+    assert len(runs) == 8  # and the dense baseline, once
+    failures = [line for line in output.splitlines() if line.startswith("failed: ")]
+    assert failures and all("sparsity=0.2" in line and "always bad luck" in line for line in failures), output
+    assert re.search(r"sparsity=0\.3: ended by SLURM without a result \(\w+\); trying again", output)
+    came_by = way(tmp_path)
+    started = {f"compression-0.{i}": came_by.count(f"compression-0.{i}") for i in range(1, 9)}
+    # what raised was tried again, what was killed or requeued began again, all else was done once
+    assert started == {f"compression-0.{i}": 2 if i in (1, 2, 3) else 1 for i in range(1, 9)}
+    assert came_by.count("probe") == came_by.count("second") == 8
+    (status,) = sweeps(tmp_path / "outputs")
+    assert (status.count("done"), status.count("failed"), status.count("missing")) == (7, 1, 0)
+    again = sweep("sparsity=0.1,0.3,0.4")  # the same command again has nothing to do
+    assert again.wait(300) == 0
+    assert way(tmp_path) == came_by
+
+
+def test_a_detached_sweep_goes_on_by_itself(sweep: Any, tmp_path: Path) -> None:
+    process = sweep("sparsity=0.1,0.2", "run.detach=true")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    wait_until(lambda: [status.count("done") for status in sweeps(tmp_path / "outputs")] == [2])
+
+
+def test_walltime_is_continued(sweep: Any, tmp_path: Path) -> None:
+    (tmp_path / "mishaps" / "second").write_text("sleep 600")
+    process = sweep("sparsity=0.1,0.2", "hydra.launcher.minutes=1", "hydra.launcher.requeues=2")
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert way(tmp_path).count("probe") == 3  # two runs and their baseline; the first suite was not asked again
+    assert way(tmp_path).count("second") == 4
+
+
+def test_a_partition_that_does_not_exist_is_one_line(sweep: Any, tmp_path: Path) -> None:
+    process = sweep("sparsity=0.1,0.2", "hydra.launcher.partition=nowhere")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert [line for line in output.splitlines() if line.startswith("error:")] == [
+        "error: hydra.launcher.partition=nowhere does not exist; choose one of debug"
+    ]
+    assert not (tmp_path / "outputs").exists()

@@ -1,0 +1,172 @@
+"""Launchers and the status of sweeps: one job's end is never another's, and what happened is shown."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+
+PARTS = Path(__file__).parent / "parts"
+sys.path.insert(0, str(PARTS))
+
+from sweep_chores import Chore  # noqa: E402
+
+from knowledge_compression import launching, status  # noqa: E402
+from knowledge_compression.errors import BadInput  # noqa: E402
+from knowledge_compression.launching import LocalLauncher, SlurmLauncher  # noqa: E402
+from knowledge_compression.results.sweeps import Outcome, PlannedRun, labels, write_plan  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+
+def launched(
+    tmp_path: Path, whats: list[str], retries: int = 0, **options: Any
+) -> tuple[dict[int, Outcome], list[Chore]]:
+    launcher = LocalLauncher(**options)
+    launcher.poll_seconds = 0.05
+    launcher.config = OmegaConf.create({"run": {"retries": retries, "detach": False}})
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(PARTS), str(ROOT)])
+    chores = [Chore(tmp_path / str(i), f"chore {i}", i, what) for i, what in enumerate(whats)]
+    return dict(launcher._watch(chores)), chores  # type: ignore[arg-type]
+
+
+def test_a_killed_job_is_marked_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes, chores = launched(tmp_path, ["work", "kill", "exit", "work", "work"], at_once=3)
+    assert [outcomes[i].status for i in range(5)] == ["done", "failed", "failed", "done", "done"]
+    assert outcomes[1].message == "killed by signal 9"
+    assert outcomes[2].message == "ended without a result (status 3)"
+    assert "so much to say" in Path(outcomes[1].log).read_text()
+    assert Outcome.read(chores[1].folder) == outcomes[1]  # for those who ask later
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(outcomes[i].line in said for i in (1, 2))
+
+
+def test_no_more_than_so_many_at_once(tmp_path: Path) -> None:
+    _, chores = launched(tmp_path, ["work"] * 5, at_once=2)
+    spans = [tuple(map(float, (chore.folder / "span").read_text().split())) for chore in chores]
+    for start, _ in spans:
+        assert sum(begin <= start < end for begin, end in spans) <= 2
+
+
+def test_a_job_that_takes_too_much_memory_is_ended(tmp_path: Path) -> None:
+    outcomes, _ = launched(tmp_path, ["hoard", "work"], at_once=2, memory_gb=0.5)
+    assert outcomes[0].message == "out of memory: it took more than 0.5 GB"
+    assert outcomes[1].status == "done"
+
+
+def test_a_killed_job_is_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes, _ = launched(tmp_path, ["kill once", "kill"], retries=1, at_once=2)
+    assert [outcomes[i].status for i in range(2)] == ["done", "failed"]
+    assert capsys.readouterr().err.count("trying again") == 2
+
+
+def test_launchers_refuse_what_they_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadInput, match="at_once=0"):
+        LocalLauncher(at_once=0)
+    local = LocalLauncher()
+    local.config = OmegaConf.create({"run": {"detach": True}})
+    with pytest.raises(BadInput, match="hydra/launcher=slurm"):
+        local.check()
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(BadInput, match="sbatch"):
+        SlurmLauncher().check()
+
+
+class Handle:
+    def __init__(self, job_id: str) -> None:
+        self.job_id = job_id
+
+
+def test_a_job_that_slurm_lost_is_over_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = SlurmLauncher()
+    launcher.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    monkeypatch.setattr(launching, "how_it_ended", lambda job_id: "OUT_OF_MEMORY")
+    alive = {"7_0", "7_1"}
+    monkeypatch.setattr(launching, "living_jobs", lambda: alive)
+    handles = {0: Handle("7_0"), 1: Handle("7_1")}
+    assert launcher.ended(handles) == {}
+    alive.remove("7_0")
+    looks = [launcher.ended(handles) for _ in range(4)]
+    assert looks == [{}, {}, {}, {0: "ended by SLURM without a result (OUT_OF_MEMORY)"}]
+    alive.remove("7_1")
+    (tmp_path / "1").mkdir()
+    Outcome("b", "done").write(tmp_path / "1")
+    assert 1 in launcher.ended({1: handles[1]})  # it said so itself: nothing to wait for
+
+    def away() -> set[str]:
+        raise BadInput("SLURM does not answer")
+
+    monkeypatch.setattr(launching, "living_jobs", away)
+    assert launcher.ended({1: handles[1]}) == {}  # nothing is concluded from silence
+
+
+def test_labels_tell_jobs_apart() -> None:
+    jobs = [["model=bert_tiny", "target=att", "sparsity=0.2"], ["model=bert_tiny", "target=ff", "sparsity=0.2"]]
+    assert labels(jobs) == ["target=att", "target=ff"]
+    assert labels(jobs[:1]) == ["model=bert_tiny target=att sparsity=0.2"]
+    assert labels([["a=1"], ["a=1"]]) == ["a=1", "a=1"]
+
+
+def test_the_status_of_a_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")  # no SLURM to ask
+    folder = tmp_path / "sweeps" / "2026-11-22_09-00-00"
+    folder.mkdir(parents=True)
+    runs = [PlannedRun([f"sparsity=0.{i}"], f"run{i}", "dense") for i in range(6)]
+    write_plan(folder, runs, at_once=2)
+    for run_id in ("run0", "run1", "dense"):
+        (tmp_path / "runs" / run_id).mkdir(parents=True)
+        (tmp_path / "runs" / run_id / "metrics.json").write_text("{}")
+    for number, seconds in ((0, 10.0), (1, 20.0)):
+        (folder / str(number)).mkdir()
+        Outcome("", "done", f"run{number}", "dense", seconds=seconds).write(folder / str(number))
+    (folder / "2").mkdir()
+    Outcome("sparsity=0.2", "failed", message="RuntimeError: bad luck", log="2/run.log").write(folder / "2")
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "run3.lock").write_text("")
+    (tmp_path / "unfinished" / "run4.lock").write_text("")
+    old = time.time() - 3600
+    os.utime(tmp_path / "unfinished" / "run4.lock", (old, old))  # its owner died
+    (found,) = status.sweeps(tmp_path)
+    assert found.states == ["done", "done", "failed", "running", "missing", "missing"]
+    assert found.seconds_left == pytest.approx(15.0 * 2.5 / 2)
+    console = Console(width=120, record=True, file=io.StringIO())
+    status.show([found], console)
+    text = console.export_text()
+    assert "19 s" in text and "failed: sparsity=0.2: RuntimeError: bad luck (log: 2/run.log)" in text
+    assert status.main([str(tmp_path)]) == 1
+    assert status.main([str(tmp_path / "nowhere")]) == 2
+    assert "is not there" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_local_sweep_of_real_runs(tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "mishaps").mkdir()
+    (tmp_path / "mishaps" / "compression-0.3").write_text("kill")
+    command = [sys.executable, "run.py", "-m", "hydra/launcher=local", f"hydra.searchpath=[file://{PARTS}/conf]"]
+    command += ["model=local", f"model.path={tiny_folder}", "target=all", "compression=stumbling", "eval=[probe]"]
+    command += [f"output.dir={tmp_path / 'outputs'}", "sparsity=0.2,0.3"]
+    environment = os.environ | {"MISHAPS": str(tmp_path / "mishaps"), "PYTHONPATH": str(PARTS)}
+
+    def sweep() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300)
+
+    first = sweep()
+    assert first.returncode == 1, first.stderr
+    assert "failed: sparsity=0.3: killed by signal 9" in first.stderr
+    second = sweep()
+    assert second.returncode == 0, second.stderr
+    way = (tmp_path / "mishaps" / "log").read_text().split()
+    assert way.count("compression-0.2") == 1 and way.count("compression-0.3") == 2
+    assert way.count("probe") == 3  # two runs and one dense baseline
+    assert [found.states for found in status.sweeps(tmp_path / "outputs")] == [["done", "done"]] * 2
+    assert not (tmp_path / "outputs" / "unfinished").exists()

@@ -1,0 +1,103 @@
+"""A sweep: what cannot be is said before the first run starts, what is there is not done again."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from knowledge_compression.cli import main
+from knowledge_compression.results.store import RunStore
+from knowledge_compression.results.sweeps import Outcome
+
+PARTS = Path(__file__).parent / "parts"
+sys.path.insert(0, str(PARTS))
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> Any:
+    """``command("-m", ...)`` runs the command line on the tiny model; gives the exit status and what it said."""
+    (tmp_path / "mishaps").mkdir()
+    monkeypatch.setenv("MISHAPS", str(tmp_path / "mishaps"))
+
+    def run(*arguments: str) -> tuple[int, str]:
+        GlobalHydra.instance().clear()
+        given = ["model=local", f"model.path={tiny_folder}", "compression=stumbling", "eval=[probe]", "device=cpu"]
+        given += [f"output.dir={tmp_path / 'outputs'}", f"hydra.searchpath=[file://{PARTS}/conf]"]
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments, *given])
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        said = capfd.readouterr()
+        return status, said.err + said.out
+
+    return run
+
+
+def way(tmp_path: Path) -> list[str]:
+    log = tmp_path / "mishaps" / "log"
+    return log.read_text().split() if log.is_file() else []
+
+
+def test_contradictions_are_reported_first_and_the_rest_is_run(command: Any, tmp_path: Path) -> None:
+    status, said = command("-m", "target=all,cross_att,self_att,decoder_att", "sparsity=0.2")
+    assert status == 2
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert [line.split(": ")[1] for line in errors] == ["target=cross_att", "target=decoder_att"]
+    assert all("it has encoder_att" in line for line in errors)
+    assert "running the other 2 of 4 combinations" in said
+    assert len(list(RunStore(tmp_path / "outputs"))) == 3  # two runs and their baseline
+    assert way(tmp_path).count("probe") == 3
+
+
+def test_a_sweep_of_nothing_but_bad_input_leaves_nothing(command: Any, tmp_path: Path) -> None:
+    status, said = command("-m", "target=cross_att,decoder_att")
+    assert status == 2 and said.count("error: ") == 2
+    assert not (tmp_path / "outputs").exists()
+    for wrong, why in (("run.detach=true", "hydra/launcher=slurm"), ("hydra/launcher=slrm", "slrm")):
+        status, said = command("-m", "target=all,ff", wrong)
+        assert status == 2 and why in said
+        assert not (tmp_path / "outputs").exists()
+
+
+def test_outputs_that_cannot_be_written_are_one_line(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "outputs").write_text("a file")
+    status, said = command("-m", "sparsity=0.2,0.3")
+    assert status == 2
+    assert [line for line in said.splitlines() if "cannot be written" in line]
+    status, said = command("sparsity=0.2")
+    assert status == 2
+    assert sum("cannot be written" in line for line in said.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_raises_is_named_and_the_sweep_goes_on(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "mishaps" / "compression-0.3").write_text("bad luck")
+    status, said = command("-m", "target=all", "sparsity=0.2,0.3,0.4")
+    assert status == 1
+    assert "failed: sparsity=0.3: RuntimeError: bad luck (log: " in said
+    (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    found = [Outcome.read(folder / str(number)) for number in range(3)]
+    assert [outcome.status for outcome in found if outcome] == ["done", "failed", "done"]
+    assert found[1] is not None and "bad luck" in Path(found[1].log).read_text()
+    status, _ = command("-m", "target=all", "sparsity=0.2,0.3,0.4")  # the same again does what is missing
+    assert status == 0
+    counts = [way(tmp_path).count(f"compression-0.{i}") for i in (2, 3, 4)]
+    assert counts == [1, 2, 1] and way(tmp_path).count("probe") == 4
+    status, _ = command("-m", "target=all", "sparsity=0.2", "run.force=true")
+    assert status == 0 and way(tmp_path).count("compression-0.2") == 2
+    assert way(tmp_path).count("probe") == 5  # the baseline is not redone
+
+
+def test_a_run_that_fails_is_tried_again(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "mishaps" / "probe").write_text("bad luck")
+    status, said = command("-m", "target=all", "sparsity=0.2", "run.retries=1")
+    assert status == 0 and "trying again" in said
+    assert way(tmp_path).count("compression-0.2") == 2
