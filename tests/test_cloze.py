@@ -241,3 +241,12 @@ def test_what_does_not_exist_is_refused(wrong):
 def test_a_model_that_can_be_asked_nothing_is_refused(tiny_model):
     with pytest.raises(BadInput, match=r"none of the 2 questions can be asked of tiny-llama \(2 object_not_last\)"):
         Probe("full").ask("test", tiny_model("llama"), MIDDLE, {})
+
+
+@pytest.mark.parametrize("architecture", ["bert", "t5", "llama"])
+def test_a_task_may_have_only_long_answers(architecture, tiny_model):
+    model = tiny_model(architecture)
+    answers = ["red moon", "the capital of china"]
+    for one, scores in zip(CLOZES[:2], scores_of(model, CLOZES[:2], answers), strict=True):
+        expected = [plain_log_prob(model, one.sentence, answer) for answer in answers]
+        torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), atol=1e-4, rtol=1e-4)

@@ -187,7 +187,7 @@ def candidate_scores(
         width = max(len(singles[b][0]) for b in batch)
         columns = [[ids[0] for ids in singles[b][1]] + [0] * (width - len(singles[b][0])) for b in batch]
         index = torch.tensor(columns, dtype=torch.long, device=log_probs.device).reshape(len(batch), width)
-        for b, row in zip(batch, log_probs.gather(1, index).double().cpu(), strict=True):
+        for b, row in zip(batch, log_probs.gather(1, index).cpu().double(), strict=True):
             places = singles[b][0]
             direct[b].scores[places] = row[: len(places)]
     reader.add_long_answers(scorer, asked, candidates)
@@ -227,7 +227,7 @@ class _EncoderReader(Reader):
         for batch, log_probs in distributions(scorer, blanks):
             for b, row in zip(batch, log_probs, strict=True):
                 scores, places, tokens = targets[b]
-                scores[places] += row[tokens].double().cpu()
+                scores[places] += row[tokens].cpu().double()
 
 
 class _GeneratorReader(Reader):
