@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from knowledge_compression.cache import cached_folder
 from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, architecture_of
+from knowledge_compression.models.hub import cache_alone_where_no_hub_answers, hub_answers
 from knowledge_compression.models.model import Model
 from knowledge_compression.models.streamed import Checkpoint, StreamedModel
 
@@ -94,21 +95,14 @@ class HubModel:
 
     def skeleton(self) -> Model:
         """The network's shape from the hub's configuration."""
-        return _skeleton(self.hub_id, self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        with cache_alone_where_no_hub_answers():
+            return _skeleton(self.hub_id, self.name, **self._hub)
 
     def load(self, device: str = "auto", dtype: str = "auto") -> Model:
         """Download (or find in the cache) and load."""
-        model = _from_pretrained(
-            self.hub_id,
-            self.name,
-            device,
-            dtype,
-            allow_pickle=self.allow_pickle,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-        )
-        commit = getattr(model.network.config, "_commit_hash", None)
-        model.provenance = {"hub_id": self.hub_id, "revision": self.revision, "commit": commit}
+        with cache_alone_where_no_hub_answers():
+            model = _from_pretrained(self.hub_id, self.name, device, dtype, allow_pickle=self.allow_pickle, **self._hub)
+        model.provenance = {"hub_id": self.hub_id, "revision": self.revision, "commit": self._commit()}
         model.note = self.note
         return model
 
@@ -116,13 +110,24 @@ class HubModel:
         """Download (or find in the cache) without loading."""
         from huggingface_hub import snapshot_download
 
-        with _one_line_failures(self.hub_id, self.name, allow_pickle=False):
+        with cache_alone_where_no_hub_answers(), _one_line_failures(self.hub_id, self.name, allow_pickle=False):
             kinds = ["*.safetensors", "*.json", "*.txt", "*.model"]
             folder = snapshot_download(self.hub_id, revision=self.revision, allow_patterns=kinds)
         model = _streamed(Path(folder), self.name, device, dtype, trust_remote_code=self.trust_remote_code)
         model.provenance = {"hub_id": self.hub_id, "revision": self.revision, "commit": Path(folder).name}
         model.note = self.note
         return model
+
+    @property
+    def _hub(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    def _commit(self) -> str | None:
+        """The commit that the revision stands for in the cache, where the weights were read from."""
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(self.hub_id, "config.json", revision=self.revision)
+        return Path(file).parent.name if isinstance(file, str) else None
 
 
 @dataclass(frozen=True)
@@ -302,20 +307,42 @@ def _from_pretrained(
     from transformers import AutoTokenizer
 
     place = resolve_device(device)
-    with _one_line_failures(where, name, allow_pickle):
+    with _one_line_failures(where, name, allow_pickle), _quiet():
         config = _configuration(where, **hub)
-        network = _auto_class(config).from_pretrained(
+        network, loaded = _auto_class(config).from_pretrained(
             where,
             config=config,
             dtype=resolve_dtype(dtype, place),
             use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
             **hub,
         )
+        if missing := sorted(loaded["missing_keys"]):
+            raise BadInput(
+                f"model={name}: {where} lacks {len(missing)} weights ({missing[0]}, ...), so its answers would be "
+                "partly random; give a checkpoint that was saved with its language-model head"
+            )
         tokenizer = AutoTokenizer.from_pretrained(where, **hub)
     model = Model(network.to(place).eval(), tokenizer, name)
     if not model.head_is_tied:  # T5 calls its head tied even where the checkpoint holds one
         model.keep_head_untied()
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own bars and reports: what matters of them is raised, and bars are ours."""
+    from transformers.utils import logging as their_logging
+
+    verbosity, bars = their_logging.get_verbosity(), their_logging.is_progress_bar_enabled()
+    their_logging.set_verbosity_error()
+    their_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        their_logging.set_verbosity(verbosity)
+        if bars:
+            their_logging.enable_progress_bar()
 
 
 def _skeleton(where: str, name: str, **hub: Any) -> Model:
@@ -371,7 +398,12 @@ def _one_line_failures(where: str, name: str, allow_pickle: bool) -> Iterator[No
 
 
 def _why_unavailable(where: str, name: str, error: Exception, allow_pickle: bool) -> str:
-    message = str(error)
+    message, local = str(error), Path(where).is_dir()
+    if not local and not hub_answers():
+        return (
+            f"model={name}: '{where}' is not cached and the hub does not answer; "
+            "give a local copy with model=local model.path=DIR"
+        )
     if not allow_pickle and ("safetensors" in message and not isinstance(error, SafetensorError)):
         return (
             f"model={name}: {where} has no safetensors weights; a pickle checkpoint can run code and is refused "
@@ -379,7 +411,7 @@ def _why_unavailable(where: str, name: str, error: Exception, allow_pickle: bool
         )
     if "trust_remote_code" in message:
         return f"model={name}: {where} wants to run code of its own, which is off unless model.trust_remote_code=true"
-    if Path(where).is_dir():
+    if local:
         return f"model={name}: {where} cannot be read ({_first_line(error)}); give a folder saved by save_pretrained"
     return (
         f"model={name}: '{where}' is not cached and the hub did not give it ({_first_line(error)}); "

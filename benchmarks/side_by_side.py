@@ -1,0 +1,47 @@
+"""Times things against each other in one run, in turn, so that a busy machine hurts all of them alike."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path("outputs/benchmarks")
+
+
+def in_turn(contestants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Wall seconds of each contestant, every one once a round; the order turns from round to round."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    for turn in range(repeats):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            contestants[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
+    """How many times faster, round by round."""
+    return spread([a / b for a, b in zip(slow, fast, strict=True)])
+
+
+def write(name: str, result: Mapping[str, Any]) -> None:
+    """Keep the result as ``outputs/benchmarks/<name>.json`` together with the machine it was measured on."""
+    import platform
+
+    import torch
+
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "platform": platform.platform()}
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine, **result}, indent=1) + "\n")
+    print(f"written to {path}")

@@ -1,0 +1,97 @@
+"""The hub path against a local stand-in: a good download, refusals, a transfer cut off, and no server at all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hub import COMMIT, serving
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Runs in a process of its own, because the hub's client reads its address when it is imported.
+CLIENT = """
+import json, sys, time
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models.loading import HubModel
+
+for name in sys.argv[1:]:
+    start = time.perf_counter()
+    try:
+        model = HubModel("tiny", name).load("cpu")
+        total = float(sum(p.double().sum() for p in model.network.parameters()))
+        result = {"sum": total, "vocabulary": len(model.tokenizer), "provenance": model.provenance}
+    except BadInput as error:
+        result = {"line": str(error)}
+    print(json.dumps(result | {"seconds": time.perf_counter() - start}))
+"""
+
+
+def load_in_process(endpoint: str, home: Path, *names: str, **environment: str) -> list[dict[str, Any]]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT, *names],
+        env=clean | settings | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> tuple[Path, float]:
+    from tests.conftest import build_network
+
+    folder = tmp_path_factory.mktemp("repository")
+    network = build_network("llama")
+    network.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder, float(sum(parameter.detach().double().sum() for parameter in network.parameters()))
+
+
+@pytest.mark.slow
+def test_a_good_download_refusals_a_transfer_cut_off_and_then_no_server(
+    repository: tuple[Path, float], tmp_path: Path
+) -> None:
+    folder, total = repository
+    there = {"models/me/tiny": folder, "models/me/cut": folder}
+    with serving(there, cut=frozenset({"models/me/cut/model.safetensors"})) as endpoint:
+        good, *failed = load_in_process(endpoint, tmp_path, "me/tiny", "locked/tiny", "me/nothing", "me/cut")
+    assert good["sum"] == pytest.approx(total) and good["vocabulary"] > 50
+    assert good["provenance"] == {"hub_id": "me/tiny", "revision": "main", "commit": COMMIT}
+    for refused, name in zip(failed, ("locked/tiny", "me/nothing", "me/cut"), strict=True):
+        assert refused["line"].startswith(f"model=tiny: '{name}' is not cached and the hub did not give it (")
+        assert "model=local model.path=DIR" in refused["line"] and "\n" not in refused["line"]
+    assert not list(tmp_path.rglob("models--me--cut/snapshots/*/model.safetensors"))  # nothing half
+
+    # The server is gone: what was downloaded still loads, what was not fails within moments.
+    cached, absent, cut = load_in_process(endpoint, tmp_path, "me/tiny", "me/other", "me/cut")
+    assert cached["sum"] == good["sum"] and cached["provenance"] == good["provenance"]
+    for missing, name in ((absent, "me/other"), (cut, "me/cut")):
+        assert f"'{name}' is not cached and the hub does not answer; give a local copy" in missing["line"]
+        assert missing["seconds"] < 10  # the hub's own client goes on trying for 25 before it says so
+
+
+def test_the_probe_takes_any_answer_and_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    from knowledge_compression.models import hub
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "*")
+    with serving({}) as endpoint:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        assert hub.hub_answers.__wrapped__()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert not hub.hub_answers.__wrapped__()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert not hub.hub_answers.__wrapped__()
