@@ -189,6 +189,31 @@ def test_decoder_blanks(tiny_model: Callable[[str], Model], architecture: str) -
     assert sorted(seen) == list(range(len(blanks)))
 
 
+@pytest.mark.parametrize("architecture", CONTINUING)
+@torch.no_grad()
+def test_generates_the_likeliest_tokens(tiny_model: Callable[[str], Model], architecture: str) -> None:
+    model = tiny_model(architecture)
+    prompts = [question.context for question in random_questions(12, count=5)]
+    lengths = {1: 3, 2: 7, 3: 5}  # some end early, by what they said
+
+    def done(said: Sequence[int]) -> bool:
+        return len(said) >= lengths.get(said[0] % 4, 9)
+
+    expected = []
+    for prompt in prompts:
+        said: list[int] = []
+        while len(said) < 6 and not (said and done(said)):
+            if model.family == DECODER:
+                logits = model.network(input_ids=torch.tensor([[*prompt, *said]])).logits
+            else:
+                begin = model.network.config.decoder_start_token_id
+                ids, spoken = torch.tensor([list(prompt)]), torch.tensor([[begin, *said]])
+                logits = model.network(input_ids=ids, decoder_input_ids=spoken).logits
+            said.append(int(logits[0, -1].argmax()))
+        expected.append(said)
+    assert Scorer(model, tokens_per_batch=64).generate(prompts, 6, done) == expected
+
+
 def test_bfloat16_stays_near(tiny_model: Callable[[str], Model]) -> None:
     model, questions = tiny_model("llama"), random_questions(11)
     exact = Scorer(model).log_likelihoods(questions)

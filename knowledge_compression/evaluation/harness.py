@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FEWSHOT_SEED = 1234  # lm-eval's own
 SCORINGS = ("fast", "stock")
 EXTRA_COLUMNS: Mapping[str, pl.DataType] = {
     "gold_index": pl.Int64(),  # place of the right choice; null where answers are not ranked
@@ -111,20 +112,28 @@ class Harness:
             raise DataUnavailable(f"eval={self.name}: data_dir={self.data_dir} has none of {', '.join(self._asked)}")
         return names, missing
 
-    def _run(self, model: Model, tasks: Mapping[str, Task]) -> dict[str, Any]:
-        from lm_eval import simple_evaluate
+    def _run(self, model: Model, tasks: Mapping[str, Task]) -> Mapping[str, Any]:
+        """``lm_eval.evaluate``, with what ``simple_evaluate`` sets before it and without the look around the machine
+        (``pip list``, compilers, drivers) that it takes after."""
+        from lm_eval import evaluate
 
         from knowledge_compression.evaluation.lm import ScorerLM, stock_lm
 
-        return simple_evaluate(
-            model=ScorerLM(model) if self.scoring == "fast" else stock_lm(model),
-            tasks=list(tasks.values()),
+        for task in tasks.values():
+            own = task.get_config("num_fewshot")
+            if own is None or (own != 0 and self.num_fewshot is not None):  # a task's own 0 is never overruled
+                task.set_config("num_fewshot", self.num_fewshot or 0)
+            task.set_fewshot_seed(FEWSHOT_SEED)
+        found = evaluate(
+            lm=ScorerLM(model) if self.scoring == "fast" else stock_lm(model),
+            task_dict={"tasks": dict(tasks)},
             limit=self.limit,
-            num_fewshot=self.num_fewshot,
             bootstrap_iters=0,
             cache_requests=False,  # lm-eval's request cache does not know the model
             log_samples=True,
         )
+        assert found is not None  # it is, on every rank but the first of a distributed run
+        return found
 
     def _metrics(self, results: Mapping[str, Any], items: pl.DataFrame) -> dict[str, float]:
         metrics = accuracy_metrics(items)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
+from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Question, Scorer
+from knowledge_compression.evaluation.tokens import encode
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER_DECODER
 
@@ -34,6 +39,33 @@ class ScorerLM(HFLM):
             # All rolling windows go to the core at once: it makes its own batches.
             super().__init__(**_arguments(model), batch_size=1 << 30)
         self.scorer = scorer or Scorer(model)
+        self._ids: dict[tuple[str, bool | None], list[int]] = {}
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood and greedy flag of each request's continuation; all texts are tokenized in one go."""
+        pairs = [request.args for request in requests]
+        if self.backend == "causal":
+            self._encode(None, [text for c, a in pairs if c for text in (c.rstrip(), c + a)])
+            self._encode(False, [a for c, a in pairs if not c])
+        else:
+            self._encode(None, [c.rstrip() for c, _ in pairs if c])
+            self._encode(False, [c[len(c.rstrip()) :] + a for c, a in pairs])
+        try:
+            return super().loglikelihood(requests, disable_tqdm=True)
+        finally:
+            self._ids.clear()
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        """Token ids as ``HFLM`` gives them; looked up where they were made beforehand."""
+        ids = self._ids.get((string, add_special_tokens)) if not options else None
+        return super().tok_encode(string, add_special_tokens, **options) if ids is None else ids
+
+    def _encode(self, special_tokens: bool | None, texts: list[str]) -> None:
+        """Tokenize ahead; texts that begin with the prefix token are left to ``HFLM``, which treats them apart."""
+        prefix = self.tokenizer.decode(self.prefix_token_id)
+        distinct = [text for text in dict.fromkeys(texts) if not text.startswith(prefix)]
+        rows = encode(self.tokenizer, distinct, special_tokens=special_tokens)
+        self._ids |= {(text, special_tokens): row for text, row in zip(distinct, rows, strict=True)}
 
     def _loglikelihood_tokens(
         self,
@@ -42,16 +74,56 @@ class ScorerLM(HFLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """Log-likelihood and greedy flag of each ``(text, context tokens, continuation tokens)``, in their order."""
+        questions, places = self.questions_of(requests)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for rows, likelihoods in zip(places, self.scorer.log_likelihoods(questions), strict=True):
+            for i, likelihood in zip(rows, likelihoods, strict=True):
+                answers[i] = (likelihood.log_prob, likelihood.greedy)
+        return answers
+
+    def questions_of(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]]
+    ) -> tuple[list[Question], list[list[int]]]:
+        """Tokenized requests put together by context, and for each question which requests its continuations are."""
         places: dict[tuple[int, ...], list[int]] = {}
         cut = [self._fit(context, continuation) for _, context, continuation in requests]
         for i, (context, _) in enumerate(cut):
             places.setdefault(tuple(context), []).append(i)
         questions = [Question(context, [cut[i][1] for i in rows]) for context, rows in places.items()]
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for rows, likelihoods in zip(places.values(), self.scorer.log_likelihoods(questions), strict=True):
-            for i, likelihood in zip(rows, likelihoods, strict=True):
-                answers[i] = (likelihood.log_prob, likelihood.greedy)
-        return answers
+        return questions, list(places.values())
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Text that the model says after each request's context, up to a stop sequence."""
+        if self.scorer.soft_prompted or not _plain_greedy(self.model.generation_config):
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        texts: dict[int, str] = {}
+        alike: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+        for rows in alike.values():
+            options = normalize_gen_kwargs(requests[rows[0]].args[1], self.max_gen_toks)
+            if options["do_sample"]:
+                sampled = super().generate_until([requests[i] for i in rows], disable_tqdm=disable_tqdm)
+                texts |= zip(rows, sampled, strict=True)
+            else:
+                texts |= zip(rows, self._say([requests[i].args[0] for i in rows], options), strict=True)
+        return [texts[i] for i in range(len(requests))]
+
+    def _say(self, contexts: list[str], options: Any) -> list[str]:
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        stops, most = handle_stop_sequences(options["until"], eos=eos), options["max_gen_toks"]
+        room = self.max_length - (most if self.backend == "causal" else 0)
+        if room < 1:
+            raise BadInput(f"the model has {self.max_length} positions, too few to say {most} tokens (max_gen_toks)")
+        ends = self.model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends])
+
+        def done(said: Sequence[int]) -> bool:
+            return said[-1] in ends or any(stop in self.tok_decode(said) for stop in stops if stop)  # type: ignore[arg-type]
+
+        prompts = [ids[-room:] for ids in encode(self.tokenizer, contexts)]
+        said = self.scorer.generate(prompts, most, done)
+        return [postprocess_generated_text(self.tok_decode(ids), stops, None) for ids in said]  # type: ignore[arg-type]
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[Sequence[int], Sequence[int]]:
         """Cut from the left what the model has no positions for, as stock does (the last token is not read)."""
@@ -59,6 +131,27 @@ class ScorerLM(HFLM):
             return context[-self.max_length :], continuation[-self.max_length :]
         surplus = max(0, len(context) + len(continuation) - (self.max_length + 1))
         return context[surplus:], continuation
+
+
+def _plain_greedy(config: Any) -> bool:
+    """Whether a model's generation settings leave greedy decoding as it is: no beams, penalties or forced tokens."""
+    neutral: dict[str, tuple[Any, ...]] = {
+        "num_beams": (None, 1),
+        "repetition_penalty": (None, 1.0),
+        "encoder_repetition_penalty": (None, 1.0),
+        "no_repeat_ngram_size": (None, 0),
+        "encoder_no_repeat_ngram_size": (None, 0),
+        "min_length": (None, 0),
+        "min_new_tokens": (None, 0),
+        "bad_words_ids": (None,),
+        "forced_bos_token_id": (None,),
+        "forced_eos_token_id": (None,),
+        "suppress_tokens": (None,),
+        "begin_suppress_tokens": (None,),
+        "guidance_scale": (None, 1.0),
+        "sequence_bias": (None,),
+    }
+    return all(getattr(config, name, None) in fine for name, fine in neutral.items())
 
 
 def _arguments(model: Model) -> dict[str, Any]:
@@ -72,9 +165,13 @@ def _arguments(model: Model) -> dict[str, Any]:
 
 @contextmanager
 def _weights_left_alone(model: Model) -> Iterator[None]:
-    """``HFLM`` ties the weights of what it is given; a compressed head must stay as it is."""
+    """``HFLM`` ties the weights of what it is given, and a compressed head must stay as it is."""
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     model.network.tie_weights = lambda *_, **__: None  # type: ignore[method-assign]
     try:
         yield
     finally:
         del model.network.tie_weights
+        logger.setLevel(level)

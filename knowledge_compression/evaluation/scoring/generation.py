@@ -1,0 +1,108 @@
+"""Greedy continuation of many prompts: alike in length together, each leaving the batch when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from knowledge_compression.evaluation.scoring.heads import head_at
+from knowledge_compression.models import Model
+from knowledge_compression.models.families import ENCODER_DECODER
+
+Done = Callable[[Sequence[int]], bool]
+
+
+def generate(model: Model, prompts: Sequence[Sequence[int]], most: int, done: Done, rows: int) -> list[list[int]]:
+    """What the model says after each prompt, by greedy decoding.
+
+    Args:
+        model: a decoder or an encoder-decoder.
+        prompts: token ids of each prompt (for encoder-decoders: the encoder's whole input).
+        most: tokens to say at most.
+        done: whether what was said so far is enough.
+        rows: prompts that are continued side by side.
+
+    Returns:
+        The tokens said for each prompt, in their order, the one that ended it included.
+    """
+    said: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(order), rows):
+        going = order[start : start + rows]
+        state = _start(model, [prompts[i] for i in going])
+        for tokens in _steps(model, state, most):
+            for i, token in zip(going, tokens, strict=True):
+                if not said[i] or not done(said[i]):
+                    said[i].append(token)
+            open_ = [place for place, i in enumerate(going) if not done(said[i])]
+            if not open_:
+                break
+            if len(open_) < len(going) and model.on_context is None:  # a choice of prompts is kept by row
+                going = [going[place] for place in open_]
+                state.keep(torch.tensor(open_, device=model.device))
+    return said
+
+
+@dataclass
+class _State:
+    """A batch under way.
+
+    Attributes:
+        tokens: what is read next, int64 ``[rows, tokens]``.
+        mask: 1 for each token read so far that is not padding, int64 ``[rows, seen]``; of the encoder's input for
+            encoder-decoders.
+        encoded: the encoder's output, or None for decoders.
+        cache: keys and values of what was read, or None before the first pass.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    encoded: Tensor | None = None
+    cache: Any = None
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some rows only."""
+        self.tokens, self.mask = self.tokens[rows], self.mask[rows]
+        if self.encoded is not None:
+            self.encoded = self.encoded[rows]
+        self.cache.batch_select_indices(rows)
+
+    def inputs(self) -> dict[str, Any]:
+        """What the network is given."""
+        shared = {"attention_mask": self.mask, "past_key_values": self.cache, "use_cache": True}
+        if self.encoded is not None:
+            return shared | {"encoder_outputs": BaseModelOutput(self.encoded), "decoder_input_ids": self.tokens}
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -self.tokens.shape[1] :]
+        return shared | {"input_ids": self.tokens, "position_ids": positions}
+
+
+def _start(model: Model, prompts: Sequence[Sequence[int]]) -> _State:
+    """The first pass: prompts end together, so that what is said stands in one column."""
+    width, pad = max(map(len, prompts)), model.tokenizer.pad_token_id or 0
+    ids = torch.tensor([[*[pad] * (width - len(p)), *p] for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    if model.family != ENCODER_DECODER:
+        return _State(ids, mask)
+    with torch.inference_mode():
+        encoded = model.network.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    begin = torch.full((len(prompts), 1), model.network.config.decoder_start_token_id, device=model.device)
+    return _State(begin, mask, encoded)
+
+
+@torch.inference_mode()
+def _steps(model: Model, state: _State, most: int) -> Iterator[list[int]]:
+    """The likeliest next token of each row, again and again; the caller may drop rows of ``state`` in between."""
+    for _ in range(most):
+        count, width = state.tokens.shape
+        rows = torch.arange(count, device=state.tokens.device)
+        with head_at(model.network, rows, torch.full_like(rows, width - 1), width):
+            output = model.network(**state.inputs())
+        state.cache, state.tokens = output.past_key_values, output.logits[0].argmax(-1)[:, None]
+        if state.encoded is None:
+            state.mask = torch.cat([state.mask, torch.ones_like(state.tokens)], dim=1)
+        yield state.tokens[:, 0].tolist()
