@@ -119,11 +119,11 @@ class ScorerLM(HFLM):
         ends = set(ends if isinstance(ends, list) else [ends])
 
         def done(said: Sequence[int]) -> bool:
-            return said[-1] in ends or any(stop in self.tok_decode(said) for stop in stops if stop)  # type: ignore[arg-type]
+            return said[-1] in ends or any(stop in self.tok_decode(said) for stop in stops if stop)
 
         prompts = [ids[-room:] for ids in encode(self.tokenizer, contexts)]
         said = self.scorer.generate(prompts, most, done)
-        return [postprocess_generated_text(self.tok_decode(ids), stops, None) for ids in said]  # type: ignore[arg-type]
+        return [postprocess_generated_text(self.tok_decode(ids), stops, None) for ids in said]
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[Sequence[int], Sequence[int]]:
         """Cut from the left what the model has no positions for, as stock does (the last token is not read)."""

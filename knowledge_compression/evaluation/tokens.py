@@ -48,4 +48,4 @@ def encode(
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special_tokens: bool | None) -> list[list[int]]:
     options = {} if special_tokens is None else {"add_special_tokens": special_tokens}
-    return tokenizer(list(texts), verbose=False, **options)["input_ids"]  # type: ignore[return-value]
+    return tokenizer(list(texts), verbose=False, **options)["input_ids"]
