@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slurm test-fast lint format bench clean world world-study
+.PHONY: help install run test test-slurm test-fast lint format bench clean world world-study world-recovery
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -59,3 +59,7 @@ world-study: $(INSTALLED)  ## the controlled world study: its runs (each done on
 	$(BIN)/python run.py -m +experiment=controlled_world/int8
 	$(BIN)/python run.py -m +experiment=controlled_world/prune_int8
 	$(BIN)/python experiments/controlled_world/study.py outputs/controlled_world experiments/controlled_world
+
+world-recovery: $(INSTALLED)  ## the controlled world's recovery experiment: forgotten or displaced; table, figure, answer
+	for kind in none lora prompt prefix idp; do $(BIN)/python run.py -m +experiment=controlled_world/recovery_$$kind || exit 1; done
+	$(BIN)/python experiments/controlled_world/recovery.py outputs/controlled_world_recovery experiments/controlled_world
