@@ -84,7 +84,8 @@ def carry_out(config: DictConfig) -> tuple[Run, Run]:
     try:
         # The baseline comes second: the jobs of a sweep that start together do not all wait for the one that makes it.
         run = experiment.run(store, tracker, force=config.run.force)
-        return run, run if experiment.is_dense else experiment.dense().run(store, tracker)
+        alone = experiment.is_dense or not experiment.suites  # where nothing is asked there is nothing to compare
+        return run, run if alone else experiment.dense().run(store, tracker)
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise

@@ -31,9 +31,9 @@ def experiment_from(config: DictConfig, choices: Mapping[str, str]) -> Experimen
     Raises:
         BadInput: a value is missing, of the wrong kind or out of range.
     """
-    if not config.get("eval"):
+    if not config.get("eval") and not config.model.get("stream"):
         raise BadInput("eval=[] asks nothing; choose at least one suite, e.g. eval=[atlas]")
-    settings: dict[str, Any] = {name: plain(config[name]) for name in GROUPS}
+    settings: dict[str, Any] = {name: plain(config[name]) if config.get(name) else {} for name in GROUPS}
     settings |= {name: config[name] for name in VALUES}
     settings["choices"] = {group: choices[group] for group in GROUPS if group in choices and group != "eval"}
     return Experiment(

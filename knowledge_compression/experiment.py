@@ -8,18 +8,23 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 import torch
+from torch import LongTensor
 
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.none import NoCompression
+from knowledge_compression.compression.report import CompressionReport
+from knowledge_compression.compression.streaming import compress_streamed
 from knowledge_compression.corpora.corpus import Corpus, digest
-from knowledge_compression.evaluation.suite import Evaluation, Suite
+from knowledge_compression.evaluation.suite import Evaluation, Suite, item_table
 from knowledge_compression.models import Model, Target, Targets
-from knowledge_compression.models.loading import ModelSource, resolve_device, resolve_dtype
+from knowledge_compression.models.loading import LocalModel, ModelSource, check_memory, resolve_device, resolve_dtype
 from knowledge_compression.models.saving import save_checkpoint
+from knowledge_compression.models.streamed import StreamedModel
 from knowledge_compression.recovery.base import Recovery
 from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results.environment import environment
@@ -67,6 +72,16 @@ class Experiment:
         return isinstance(self.compression, NoCompression) and isinstance(self.recovery, NoRecovery)
 
     @property
+    def streams(self) -> bool:
+        """Whether the model is compressed from disk to disk, without being loaded whole."""
+        return getattr(self.source, "stream", False) and not isinstance(self.compression, NoCompression)
+
+    @property
+    def loads(self) -> bool:
+        """Whether the model is needed whole at some time."""
+        return bool(self.suites) or self.recovery.trains or not self.streams
+
+    @property
     def needs_text(self) -> bool:
         """Whether a corpus decides the result."""
         return self.compression.calibrated or self.recovery.trains
@@ -87,6 +102,8 @@ class Experiment:
         skeleton = self.source.skeleton()
         if not isinstance(self.compression, NoCompression):
             self.target.select(skeleton)
+        if self.streams and self.loads:
+            check_memory(skeleton, self.device, self.dtype)
 
     @property
     def id(self) -> str:
@@ -100,6 +117,8 @@ class Experiment:
         if not isinstance(self.compression, NoCompression):
             deciding["target"] = _deciding(self.settings["target"], self.target)
             deciding["compression"] = _deciding(self.settings["compression"], self.compression)
+        if self.streams:
+            deciding["streamed"] = True  # in the checkpoint's own floating type
         if not isinstance(self.recovery, NoRecovery):
             deciding["recovery"] = _deciding(self.settings["recovery"], self.recovery)
         if self.needs_text:
@@ -121,7 +140,7 @@ class Experiment:
 
     def _done(self, store: RunStore) -> Run | None:
         done = store.find(self.id)
-        if done is None or (self.save_model and not (store.runs_folder / self.id / SAVED).is_dir()):
+        if done is None or ((self.save_model or self.streams) and not (store.runs_folder / self.id / SAVED).is_dir()):
             return None
         log.info("run %s is there already", self.id)
         return done
@@ -129,8 +148,8 @@ class Experiment:
     def _make(self, workplace: Workplace, tracker: Tracker) -> Run:
         """The run itself, step by step; a step that an interrupted attempt finished is taken from the workplace."""
         torch.manual_seed(self.seed)
-        model = self.source.load(self.device, self.dtype)
-        model.original = partial(self.source.load, self.device, self.dtype)
+        load = self.source.streamed if self.streams else self.source.load  # type: ignore[attr-defined]
+        model = load(self.device, self.dtype)
         targets = self.target.select(model) if not isinstance(self.compression, NoCompression) else Targets([], model)
         corpus = self.corpus.prepared(model) if self.needs_text else None  # while the model is as it was loaded
 
@@ -139,11 +158,11 @@ class Experiment:
                 "model": {"name": model.name, "family": model.family, "note": model.note, **model.provenance}
             }
             windows = corpus.windows(model) if corpus and self.compression.calibrated else None
-            report["compression"] = self.compression.compress(model, targets, windows).to_json()
+            model, compressed = self._compress(model, targets, windows, workplace.folder / SAVED)
+            report["compression"] = compressed.to_json()
             if windows is not None:
                 report["compression"]["calibration"] = digest(windows)
-            if self.save_model:
-                save_checkpoint(model, workplace.folder / SAVED)
+            model.original = partial(self.source.load, self.device, self.dtype)
             recovered = self.recovery.recover(model, corpus if self.recovery.trains else None, tracked.log)
             report["recovery"] = recovered.to_json()
             evaluations = {
@@ -157,6 +176,19 @@ class Experiment:
             run = self._record(model, evaluations, report)
             tracked.finish_with(run)
         return run
+
+    def _compress(
+        self, model: Model, targets: Targets, windows: LongTensor | None, folder: Path
+    ) -> tuple[Model, CompressionReport]:
+        """Compress, and save where asked; a streamed model is loaded only where something is asked of it."""
+        if isinstance(model, StreamedModel):
+            report = compress_streamed(self.compression, model, targets, windows, folder)
+            whole = LocalModel(model.name, str(folder))
+            return (whole.load(self.device, self.dtype) if self.loads else model), report
+        report = self.compression.compress(model, targets, windows)
+        if self.save_model:
+            save_checkpoint(model, folder)
+        return model, report
 
     def _ask(self, suite: Suite, model: Model) -> Evaluation:
         torch.manual_seed(self.seed)  # what a suite draws does not depend on what was asked before it
@@ -172,7 +204,7 @@ class Experiment:
             metrics={f"{name}.{key}": value for name, e in evaluations.items() for key, value in e.metrics.items()},
             report=report,
             environment=environment() | {"device": str(model.device), "dtype": str(model.dtype)},
-            _items=pl.concat([evaluation.items for evaluation in evaluations.values()], how="diagonal"),
+            _items=pl.concat([item_table([]), *(e.items for e in evaluations.values())], how="diagonal"),
         )
 
 

@@ -11,12 +11,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY, VOCABULARY, build_network, logits_of
+from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
+from knowledge_compression.cli import main
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.hqq import Hqq
 from knowledge_compression.compression.int8_dynamic import Int8Dynamic
@@ -25,6 +28,7 @@ from knowledge_compression.compression.nf4 import Nf4
 from knowledge_compression.compression.random import Random
 from knowledge_compression.compression.smoothquant import SmoothQuant
 from knowledge_compression.compression.streaming import compress_streamed
+from knowledge_compression.corpora.own_samples import OwnSamples
 from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.loading import LocalModel
@@ -265,3 +269,45 @@ def test_nan_never_reaches_the_copy(saved: Callable[..., LocalModel], tmp_path: 
 def test_one_block_used_many_times_is_not_streamed(saved: Callable[..., LocalModel]) -> None:
     with pytest.raises(BadInput, match="one block many times"):
         saved("albert").streamed("cpu")
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """Run the command line in this process; gives its exit status."""
+
+    def run(*arguments: str) -> int:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments, f"output.dir={tmp_path / 'outputs'}"])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return run
+
+
+def test_the_command_line_streams(
+    command: Callable[..., int], saved: Callable[..., LocalModel], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = saved("llama", torch.bfloat16)
+    asked = ["model=local", f"model.path={source.path}", "model.stream=true", "sparsity=0.3", "target=all"]
+    assert command(*asked, "eval=[]") == 0
+    (folder,) = (tmp_path / "outputs" / "runs").iterdir()
+    in_memory(source, Magnitude(sparsity=0.3), ALL, tmp_path / "memory", "bfloat16")
+    assert_same(folder / "model", tmp_path / "memory")
+    report = json.loads((folder / "report.json").read_text())
+    assert report["compression"]["sparsity"] == pytest.approx(0.3, abs=1e-3)
+    assert len(report["compression"]["layers"]) == 14
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+        assert command(*asked, "eval=[perplexity]") == 2
+    assert "choose eval=[]" in capfd.readouterr().err
+    assert command(*asked, "eval=[]", "compression=int8_dynamic") == 2
+    assert "cannot be streamed" in capfd.readouterr().err
+
+
+def test_the_models_own_samples_need_it_whole(saved: Callable[..., LocalModel]) -> None:
+    with pytest.raises(BadInput, match="corpus=self is written by the whole model"):
+        OwnSamples(length=16).prepared(saved("llama").streamed("cpu"))

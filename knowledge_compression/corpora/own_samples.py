@@ -30,6 +30,7 @@ from knowledge_compression.corpora.corpus import Corpus, check_fits, check_windo
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
+from knowledge_compression.models.streamed import StreamedModel
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,8 @@ class OwnSamples:
             BadInput: the windows are longer than the model's positions, or its weights are not in memory.
         """
         check_fits(model, self.length)
-        if model.device.type == "meta":
-            raise BadInput("corpus=self needs the whole model in memory to write its samples; choose another corpus")
+        if isinstance(model, StreamedModel):
+            raise BadInput("corpus=self is written by the whole model, which model.stream=true never loads; try corpus=c4")
         identity = f"{VERSION}:{self.samples}:{self.length}:{self.seed}:{model.device.type}:{_weights_digest(model)}"
         name = hashlib.sha256(identity.encode()).hexdigest()[:16]
         folder = cached_folder(f"self/{name}", partial(self._write, model))

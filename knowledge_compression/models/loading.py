@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import torch
 from safetensors import SafetensorError
 
@@ -273,6 +274,26 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     if dtype not in DTYPES:
         raise BadInput(f"dtype={dtype} does not exist; choose one of auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def check_memory(skeleton: Model, device: str, dtype: str) -> None:
+    """Refuse a model whose weights alone do not fit on the device.
+
+    Raises:
+        BadInput: they are larger than the memory that is free.
+    """
+    place = resolve_device(device)
+    kind = resolve_dtype(dtype, place)
+    own: Any = skeleton.network.config.dtype
+    stored = kind if isinstance(kind, torch.dtype) else own or torch.float32
+    needed = skeleton.parameter_count() * stored.itemsize
+    free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise BadInput(
+            f"{skeleton.name} takes {needed / 1e9:.1f} GB in {str(stored).removeprefix('torch.')} and {place} has "
+            f"{free / 1e9:.1f} GB free, so it can be streamed but not asked anything; choose eval=[] "
+            "recovery=none to write the compressed checkpoint only, or a narrower dtype"
+        )
 
 
 def folder_fingerprint(folder: Path) -> str:
