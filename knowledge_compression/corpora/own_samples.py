@@ -70,7 +70,7 @@ class OwnSamples:
         """
         check_fits(model, self.length)
         if isinstance(model, StreamedModel):
-            raise BadInput("corpus=self is written by the whole model, which model.stream=true never loads; try corpus=c4")
+            raise BadInput("corpus=self is written by the whole model, which model.stream=true never loads; try c4")
         identity = f"{VERSION}:{self.samples}:{self.length}:{self.seed}:{model.device.type}:{_weights_digest(model)}"
         name = hashlib.sha256(identity.encode()).hexdigest()[:16]
         folder = cached_folder(f"self/{name}", partial(self._write, model))
