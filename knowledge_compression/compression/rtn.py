@@ -27,6 +27,7 @@ class Rtn:
     symmetric: bool = False
     clip: str = "minmax"
     calibrated: ClassVar[bool] = False
+    layerwise: ClassVar[bool] = True
 
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
         """Quantize the targets in place."""

@@ -143,6 +143,6 @@ def _put(network: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     module = network.get_submodule(path)
     if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())  # as loaded ones
     else:
         module._buffers[leaf] = tensor

@@ -1,0 +1,133 @@
+"""AWQ: weights that meet large activations are rounded on a finer grid (Lin et al. 2024)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import LongTensor, Tensor
+
+from knowledge_compression.compression.base import reporting
+from knowledge_compression.compression.blocks import LayerInputs, compress_blocks
+from knowledge_compression.compression.hessian import Hessian, relative_error
+from knowledge_compression.compression.quantizer import SCALE_BITS, Grid, plainly_rounded
+from knowledge_compression.compression.report import CompressionReport, LayerReport
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model, TargetLayer, Targets
+
+
+class InputSizes(Hessian):
+    """Second moments of the inputs, which weigh a layer's output error, and the mean magnitude of each channel."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self._magnitudes = torch.zeros(in_features, device=device)
+        self._tokens = 0
+
+    def update(self, inputs: LayerInputs) -> None:
+        """Take in a batch."""
+        super().update(inputs)
+        self._magnitudes += inputs.values.float().abs().sum(0)
+        self._tokens += len(inputs.values)
+
+    @property
+    def magnitudes(self) -> Tensor:
+        """The mean magnitude of each input channel, float32 ``[in_features]``."""
+        return self._magnitudes / max(self._tokens, 1)
+
+
+@dataclass(frozen=True)
+class Awq:
+    """Multiply each input channel's weights by a power of its mean activation, round, and divide again.
+
+    Linears that read the same inputs share the power, the one of ``steps`` between 0 (plain rounding) and 1 that makes
+    their outputs' error on the calibration text least (eq. 4 and 5). The factors could be folded into the norm before;
+    here the weights are divided by them, which is the same product.
+
+    Attributes:
+        bits, group_size, symmetric: the grid (:class:`~knowledge_compression.compression.quantizer.Grid`).
+        steps: powers tried.
+        forward_dtype, device: see :func:`~knowledge_compression.compression.blocks.compress_blocks`.
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    symmetric: bool = False
+    steps: int = 20
+    forward_dtype: str = "auto"
+    device: str | None = None
+    calibrated: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse an empty search."""
+        if self.steps < 1:
+            raise BadInput(f"compression.steps={self.steps} tries nothing; choose e.g. 20")
+
+    @property
+    def grid(self) -> Grid:
+        """The grid that was asked for."""
+        return Grid(self.bits, self.group_size, self.symmetric)
+
+    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
+        """Quantize the targets in place."""
+        self.grid.check(targets)
+        with reporting("awq", model, targets) as report:
+            report.layers = compress_blocks(
+                model, targets, calibration, self, forward_dtype=self.forward_dtype, device=self.device
+            )
+        return report
+
+    def observe(self, in_features: int, device: torch.device) -> InputSizes:
+        """The statistics that all linears with one input share."""
+        return InputSizes(in_features, device)
+
+    def shrink(self, layers: Sequence[TargetLayer], statistics: InputSizes) -> list[LayerReport]:
+        """Quantize linears that read the same inputs as one tall weight."""
+        start = time.perf_counter()
+        hessian = statistics.matrix
+        weight = torch.cat([layer.weight for layer in layers]).to(hessian)
+        rounded = self.rounded(weight, hessian, statistics.magnitudes)
+        plain = plainly_rounded(weight, self.grid).dequantize().to(hessian)
+        reports, row = [], 0
+        for layer in layers:
+            rows = slice(row, row := row + len(layer.weight))
+            layer.weight.copy_(rounded[rows])
+            groups = layer.parameters // self.grid.width(weight.shape[1])
+            scale_bits = groups * (SCALE_BITS + (0 if self.symmetric else self.bits)) + SCALE_BITS * weight.shape[1]
+            report = LayerReport(layer.path, layer.role, layer.parameters, bits=float(self.bits))
+            report.overhead_bits = scale_bits
+            report.error_before = relative_error(weight[rows], plain[rows], hessian)
+            report.error_after = relative_error(weight[rows], rounded[rows], hessian)
+            report.fallbacks = ["dead_input"] * bool((statistics.magnitudes <= 0).any())
+            report.seconds = (time.perf_counter() - start) / len(layers)
+            reports.append(report)
+        return reports
+
+    def rounded(self, weight: Tensor, hessian: Tensor, magnitudes: Tensor) -> Tensor:
+        """The algorithm itself, which knows nothing of models.
+
+        Args:
+            weight: float32 ``[out_features, in_features]``.
+            hessian: mean second moments of the inputs, ``[in_features, in_features]``.
+            magnitudes: mean magnitude of each input, ``[in_features]``; a dead input keeps the factor 1.
+
+        Returns:
+            The rounded weight, of the same shape.
+        """
+        alive = magnitudes > 0
+        if not bool(alive.any()):
+            return plainly_rounded(weight, self.grid).dequantize().to(weight)
+        best, least = weight, torch.inf
+        for step in range(self.steps):
+            factors = torch.where(alive, magnitudes, 1.0).pow(step / self.steps).clamp(min=1e-4)
+            factors = torch.where(alive, factors / (factors[alive].max() * factors[alive].min()).sqrt(), 1.0)
+            scaled = (weight * factors).unflatten(1, (-1, self.grid.width(len(hessian))))
+            read = self.grid.round(scaled, *self.grid.fit(scaled)).flatten(1) / factors
+            error = read - weight
+            loss = float(((error @ hessian) * error).sum())
+            if loss < least:
+                best, least = read, loss
+        return best

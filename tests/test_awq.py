@@ -1,0 +1,78 @@
+"""AWQ against a plain float64 reference, and through every family."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import logits_of
+from test_quantizers import ALL, inputs_with_outliers, weight_with_outliers, windows
+from torch import Tensor
+
+from knowledge_compression.compression.awq import Awq
+from knowledge_compression.compression.blocks import LayerInputs
+from knowledge_compression.compression.quantizer import plainly_rounded
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model
+
+
+def awq_reference(weight: Tensor, inputs: Tensor, awq: Awq) -> float:
+    """The least output error over the powers, in float64, from the inputs themselves."""
+    w, x = weight.double(), inputs.double()
+    sizes, least = x.abs().mean(0), math.inf
+    for step in range(awq.steps):
+        factors = sizes ** (step / awq.steps)
+        factors = factors / (factors.max() * factors.min()).sqrt()
+        read = plainly_rounded((w * factors).float(), awq.grid).dequantize().double() / factors
+        least = min(least, float((x @ (read - w).T).square().mean()))
+    return least
+
+
+@pytest.mark.parametrize(("bits", "group"), [(3, None), (4, 16), (3, 32)])
+def test_awq_finds_the_best_power(bits: int, group: int | None) -> None:
+    weight, inputs, awq = weight_with_outliers(), inputs_with_outliers(), Awq(bits=bits, group_size=group)
+    statistics = awq.observe(64, torch.device("cpu"))
+    for part in inputs.split(64):
+        statistics.update(LayerInputs(part))
+    rounded = awq.rounded(weight, statistics.matrix, statistics.magnitudes)
+    error = float((inputs.double() @ (rounded - weight).double().T).square().mean())
+    assert error == pytest.approx(awq_reference(weight, inputs, awq), rel=1e-3)
+    plain = plainly_rounded(weight, awq.grid).dequantize()
+    assert error < 0.8 * float((inputs.double() @ (plain - weight).double().T).square().mean())
+
+
+def test_awq_survives_dead_inputs() -> None:
+    weight, inputs, awq = weight_with_outliers(), inputs_with_outliers(), Awq(group_size=16)
+    for dead in (inputs * (torch.arange(64) != 5), inputs * 0):
+        statistics = awq.observe(64, torch.device("cpu"))
+        statistics.update(LayerInputs(dead))
+        assert bool(awq.rounded(weight, statistics.matrix, statistics.magnitudes).isfinite().all())
+
+
+@pytest.mark.parametrize("architecture", ["bert", "t5", "llama", "gpt2", "albert", "bart"])
+def test_every_family(architecture: str, tiny_model: Callable[[str], Model]) -> None:
+    model = tiny_model(architecture)
+    before = logits_of(model)
+    targets = ALL.select(model)
+    report = Awq(group_size=16).compress(model, targets, windows())
+    assert {layer.path for layer in report.layers} == {layer.path for layer in targets}
+    after = logits_of(model)
+    assert 0 < (after - before).norm() < 0.5 * before.norm()
+    # One power serves all that read the same inputs, so a single layer may lose a little.
+    assert sum(r.error_after for r in report.layers) <= sum(r.error_before for r in report.layers)  # type: ignore[misc]
+    assert not report.fallbacks
+
+
+def test_bad_settings_are_one_line(tiny_model: Callable[[str], Model]) -> None:
+    model = tiny_model("llama")
+    for wrong, message in (
+        ({"steps": 0}, "steps=0"),
+        ({"bits": 5}, "bits=5"),
+        ({"group_size": 10}, "group_size=10 does not divide the 16 inputs"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            Awq(**wrong).compress(model, ALL.select(model), windows())
+    with pytest.raises(BadInput, match="no calibration text"):
+        Awq(group_size=None).compress(model, ALL.select(model), None)
