@@ -8,7 +8,8 @@ import pytest
 from scipy import stats
 from stores import bits, made_run
 
-from knowledge_compression.analysis import ledger, statistics
+from knowledge_compression import statistics
+from knowledge_compression.analysis import ledger
 from knowledge_compression.analysis.claims import CLAIMS
 from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.analysis.findings import CONTRADICTED, SUPPORTED, UNDECIDED, check

@@ -20,7 +20,7 @@ from scipy import stats
 from knowledge_compression.analysis.claims import CLAIMS
 from knowledge_compression.analysis.comparisons import Comparisons, Group, compare
 from knowledge_compression.analysis.findings import Verdict, check
-from knowledge_compression.analysis.statistics import drop, mean_difference
+from knowledge_compression.statistics import drop, mean_difference
 from knowledge_compression.results.store import Run, RunStore
 
 matplotlib.use("Agg")

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from knowledge_compression.analysis.comparisons import Comparisons, Group
-from knowledge_compression.analysis.statistics import Estimate, accuracy, drop
 from knowledge_compression.analysis.tables import data_sets
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.results.store import Run
+from knowledge_compression.statistics import Estimate, accuracy, drop
 
 EVERYTHING, MODULES = ("overall", "all", "att", "ff"), ("self_att", "cross_att", "encoder_att", "decoder_att")
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from knowledge_compression.analysis.claims import CLAIMS, Claim
 from knowledge_compression.analysis.comparisons import Comparisons, Group
-from knowledge_compression.analysis.statistics import Estimate, corrected, mean_difference
 from knowledge_compression.results.store import Run
+from knowledge_compression.statistics import Estimate, corrected, mean_difference
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 ALPHA = 0.05

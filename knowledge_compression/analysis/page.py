@@ -17,8 +17,8 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from knowledge_compression import __version__
 from knowledge_compression.analysis.comparisons import KEY, Comparisons, Group, compare, is_dense, items_of
 from knowledge_compression.analysis.findings import Verdict, check
-from knowledge_compression.analysis.statistics import accuracy, drop
 from knowledge_compression.results.store import Run
+from knowledge_compression.statistics import accuracy, drop
 
 
 def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 import polars as pl
 
 from knowledge_compression.analysis.comparisons import Comparisons, Group
-from knowledge_compression.analysis.statistics import Estimate, accuracy
 from knowledge_compression.results.store import Run
+from knowledge_compression.statistics import Estimate, accuracy
 
 EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from knowledge_compression.results.store import Run
+from knowledge_compression.statistics import drop
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,7 +58,8 @@ def drop_table(runs: Sequence[Run], baselines: Mapping[str, Run]) -> pl.DataFram
 
     Returns:
         Columns ``model, target, compression, recovery, asked_sparsity, suite, metric, value, dense``, then
-        ``drop_percent`` (share of the dense value that was lost; for perplexity its rise), ``majority_percent`` (the
+        ``drop_percent`` (share of the dense value that was lost; for perplexity its rise) with its 95 % interval
+        ``drop_low, drop_high`` (paired bootstrap over items), ``majority_percent`` (the
         same for always giving the most frequent answer), ``reached_sparsity, bits, stored_mb, run``.
     """
     distinct = {run.id: run for run in [*baselines.values(), *runs]}
@@ -79,7 +81,7 @@ def as_rich(table: pl.DataFrame) -> Table:
             f"{row['bits']:.3g}",
             f"{row['stored_mb']:.0f}",
             f"{row['value']:.4g}",
-            f"{row['drop_percent']:+.1f}",
+            _with_interval(row),
             "" if row["majority_percent"] is None else f"{row['majority_percent']:+.1f}",
             row["run"][:8],
         )
@@ -103,7 +105,15 @@ def drop_figure(table: pl.DataFrame) -> Figure:
         ):
             label = " ".join(str(part) for part in (model, target, compression, recovery) if part not in ("none", ""))
             points = line.sort("reached_sparsity")
-            axes.plot(points["reached_sparsity"] * 100, points["drop_percent"], marker="o", label=label)
+            # Every line starts where nothing was removed and nothing lost, unless nothing is ever removed (int8).
+            start = [0.0] if points["reached_sparsity"].max() else []
+            x = [*start, *(100 * points["reached_sparsity"])]
+            (drawn,) = axes.plot(x, [*start, *points["drop_percent"]], marker="o", label=label)
+            low, high = (points[f"drop_{end}"].fill_null(points["drop_percent"]) for end in ("low", "high"))
+            middle = points["drop_percent"]
+            axes.errorbar(
+                x[len(start) :], middle, [middle - low, high - middle], fmt="none", capsize=3, color=drawn.get_color()
+            )
         axes.axhline(0, color="grey", linewidth=0.8)
         for majority in rows["majority_percent"].drop_nulls().unique():
             axes.axhline(majority, color="grey", linestyle="--", linewidth=0.8)
@@ -163,6 +173,7 @@ def _rows(run: Run, baseline: Run) -> list[dict[str, Any]]:
                 "value": value,
                 "dense": reference,
                 "drop_percent": _percent_lost(value, reference, sign),
+                **_interval(run, baseline, suite),
                 "majority_percent": None if majority is None else _percent_lost(majority, reference, sign),
                 "reached_sparsity": float(report.get("sparsity", 0.0)),
                 "bits": float(report.get("bits") or 32.0),
@@ -171,6 +182,25 @@ def _rows(run: Run, baseline: Run) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _interval(run: Run, baseline: Run, suite: str) -> dict[str, float | None]:
+    """The 95 % interval of the drop, where the suite has right and wrong answers to resample."""
+    if run.id == baseline.id:
+        return {"drop_low": None, "drop_high": None}
+    answers = [
+        of.items.filter(pl.col("suite") == suite).select("task", "id", "correct").drop_nulls() for of in (baseline, run)
+    ]
+    both = answers[0].join(answers[1], on=["task", "id"], suffix="_after")
+    if both.is_empty():
+        return {"drop_low": None, "drop_high": None}
+    estimate = drop(both["correct"].to_numpy(), both["correct_after"].to_numpy())
+    return {"drop_low": estimate.low, "drop_high": estimate.high}
+
+
+def _with_interval(row: Mapping[str, Any]) -> str:
+    interval = "" if row["drop_low"] is None else f" [{row['drop_low']:.1f}, {row['drop_high']:.1f}]"
+    return f"{row['drop_percent']:+.1f}{interval}"
 
 
 def _percent_lost(value: float, reference: float, sign: float) -> float:
