@@ -9,20 +9,18 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 import torch
-from safetensors import SafetensorError
 
 from knowledge_compression.cache import cached_folder
 from knowledge_compression.errors import BadInput, ModelUnavailable
+from knowledge_compression.models.failures import first_line, one_line_failures, quiet
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, architecture_of
-from knowledge_compression.models.hub import cache_alone_where_no_hub_answers, hub_answers
+from knowledge_compression.models.hub import cache_alone_where_no_hub_answers
 from knowledge_compression.models.model import Model
 from knowledge_compression.models.streamed import Checkpoint, StreamedModel
 
@@ -111,7 +109,7 @@ class HubModel:
         """Download (or find in the cache) without loading."""
         from huggingface_hub import snapshot_download
 
-        with cache_alone_where_no_hub_answers(), _one_line_failures(self.hub_id, self.name, allow_pickle=False):
+        with cache_alone_where_no_hub_answers(), one_line_failures(self.hub_id, self.name, allow_pickle=False):
             kinds = ["*.safetensors", "*.json", "*.txt", "*.model"]
             folder = snapshot_download(self.hub_id, revision=self.revision, allow_patterns=kinds)
         model = _streamed(Path(folder), self.name, device, dtype, trust_remote_code=self.trust_remote_code)
@@ -263,7 +261,7 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"device={device} is not to be had here ({_first_line(error)}); try device=auto") from None
+        raise BadInput(f"device={device} is not to be had here ({first_line(error)}); try device=auto") from None
     return resolved
 
 
@@ -328,7 +326,7 @@ def _from_pretrained(
     from transformers import AutoTokenizer
 
     place = resolve_device(device)
-    with _one_line_failures(where, name, allow_pickle), _quiet():
+    with one_line_failures(where, name, allow_pickle), quiet():
         config = _configuration(where, **hub)
         network, loaded = _auto_class(config).from_pretrained(
             where,
@@ -350,24 +348,8 @@ def _from_pretrained(
     return model
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own bars and reports: what matters of them is raised, and bars are ours."""
-    from transformers.utils import logging as their_logging
-
-    verbosity, bars = their_logging.get_verbosity(), their_logging.is_progress_bar_enabled()
-    their_logging.set_verbosity_error()
-    their_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        their_logging.set_verbosity(verbosity)
-        if bars:
-            their_logging.enable_progress_bar()
-
-
 def _skeleton(where: str, name: str, **hub: Any) -> Model:
-    with _one_line_failures(where, name, allow_pickle=False):
+    with one_line_failures(where, name, allow_pickle=False):
         config = _configuration(where, **hub)
         with torch.device("meta"):
             network = _auto_class(config).from_config(config)
@@ -380,7 +362,7 @@ def _streamed(folder: Path, name: str, device: str, dtype: str, **hub: Any) -> S
     from transformers import AutoTokenizer
 
     place = resolve_device(device)
-    with _one_line_failures(str(folder), name, allow_pickle=False):
+    with one_line_failures(str(folder), name, allow_pickle=False):
         config = _configuration(str(folder), **hub)
         resolve_dtype(dtype, place)
         chosen = DTYPES.get(dtype) or config.dtype or torch.float32
@@ -405,41 +387,3 @@ def _auto_class(config: Any) -> Any:
 
     classes = {ENCODER: AutoModelForMaskedLM, ENCODER_DECODER: AutoModelForSeq2SeqLM, DECODER: AutoModelForCausalLM}
     return classes[architecture_of(config).family]
-
-
-@contextmanager
-def _one_line_failures(where: str, name: str, allow_pickle: bool) -> Iterator[None]:
-    """Turn every known way that loading fails into one line."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelUnavailable(_why_unavailable(where, name, error, allow_pickle)) from error
-
-
-def _why_unavailable(where: str, name: str, error: Exception, allow_pickle: bool) -> str:
-    message, local = str(error), Path(where).is_dir()
-    if not local and not hub_answers():
-        return (
-            f"model={name}: '{where}' is not cached and the hub does not answer; "
-            "give a local copy with model=local model.path=DIR"
-        )
-    if not allow_pickle and ("safetensors" in message and not isinstance(error, SafetensorError)):
-        return (
-            f"model={name}: {where} has no safetensors weights; a pickle checkpoint can run code and is refused "
-            "unless model.allow_pickle=true"
-        )
-    if "trust_remote_code" in message:
-        return f"model={name}: {where} wants to run code of its own, which is off unless model.trust_remote_code=true"
-    if local:
-        return f"model={name}: {where} cannot be read ({_first_line(error)}); give a folder saved by save_pretrained"
-    return (
-        f"model={name}: '{where}' is not cached and the hub did not give it ({_first_line(error)}); "
-        "give a local copy with model=local model.path=DIR"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    return line if len(line) <= 160 else line[:157] + "..."

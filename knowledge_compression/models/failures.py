@@ -1,0 +1,67 @@
+"""What can go wrong when a model is loaded, each said in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from knowledge_compression.errors import BadInput, ModelUnavailable
+from knowledge_compression.models.hub import hub_answers
+
+
+@contextmanager
+def one_line_failures(where: str, name: str, allow_pickle: bool) -> Iterator[None]:
+    """Turn every known way that loading fails into one line."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelUnavailable(_why_unavailable(where, name, error, allow_pickle)) from error
+
+
+def _why_unavailable(where: str, name: str, error: Exception, allow_pickle: bool) -> str:
+    message, local = str(error), Path(where).is_dir()
+    if not local and not hub_answers():
+        return (
+            f"model={name}: '{where}' is not cached and the hub does not answer; "
+            "give a local copy with model=local model.path=DIR"
+        )
+    if not allow_pickle and ("safetensors" in message and not isinstance(error, SafetensorError)):
+        return (
+            f"model={name}: {where} has no safetensors weights; a pickle checkpoint can run code and is refused "
+            "unless model.allow_pickle=true"
+        )
+    if "trust_remote_code" in message:
+        return f"model={name}: {where} wants to run code of its own, which is off unless model.trust_remote_code=true"
+    if local:
+        return f"model={name}: {where} cannot be read ({first_line(error)}); give a folder saved by save_pretrained"
+    return (
+        f"model={name}: '{where}' is not cached and the hub did not give it ({first_line(error)}); "
+        "give a local copy with model=local model.path=DIR"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, cut where it is long."""
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own bars and reports: what matters of them is raised, and bars are ours."""
+    from transformers.utils import logging as their_logging
+
+    verbosity, bars = their_logging.get_verbosity(), their_logging.is_progress_bar_enabled()
+    their_logging.set_verbosity_error()
+    their_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        their_logging.set_verbosity(verbosity)
+        if bars:
+            their_logging.enable_progress_bar()
