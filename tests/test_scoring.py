@@ -256,3 +256,81 @@ def test_a_token_sees_its_own_beginnings_alone(questions: list[Question]) -> Non
         assert seen.sum(-1).tolist() == (tree.depths + 1).tolist()
         near = attention_masks(ends, depths, torch.float32, 3)[0, 0] == 0
         assert near.sum(-1).tolist() == np.minimum(tree.depths + 1, 3).tolist()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "t5"])
+def test_lora_is_scored_through_its_wrapper(tiny_model: Callable[[str], Model], architecture: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, questions = tiny_model(architecture), random_questions(13)
+    bare = Scorer(model).log_likelihoods(questions)
+    torch.manual_seed(0)
+    target = ["q", "v"] if architecture == "t5" else ["q_proj", "v_proj"]
+    model.network = get_peft_model(
+        model.network, LoraConfig(r=2, target_modules=target, init_lora_weights=False)
+    ).eval()
+    assert Scorer(model).branches
+    assert_equals_plain(model, questions)
+    assert Scorer(model).log_likelihoods(questions) != bare
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_soft_prompts_of_peft_are_scored_row_by_row(tiny_model: Callable[[str], Model], architecture: str) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    model, questions = tiny_model(architecture), random_questions(14)
+    bare = Scorer(model).log_likelihoods(questions)
+    kind = "CAUSAL_LM" if model.family == DECODER else "SEQ_2_SEQ_LM"
+    torch.manual_seed(0)
+    model.network = get_peft_model(model.network, PromptTuningConfig(task_type=kind, num_virtual_tokens=5)).eval()
+    scorer = Scorer(model)
+    assert not scorer.branches
+    found = scorer.log_likelihoods(questions)
+    assert found != bare
+    for question, answers in zip(questions, found, strict=True):
+        for answer, (log_prob, greedy) in zip(answers, prompted_plainly(model, question, 5), strict=True):
+            assert answer.log_prob == pytest.approx(log_prob, rel=1e-4, abs=1e-5)
+            assert answer.greedy == greedy
+
+
+@torch.no_grad()
+def prompted_plainly(model: Model, question: Question, prompt: int) -> list[tuple[float, bool]]:
+    """As :func:`plainly`, where a decoder's logits begin with those of the prompt."""
+    if model.family != DECODER:
+        return plainly(model, question)
+    answers = []
+    for answer in question.continuations:
+        logits = model.network(input_ids=torch.tensor([[*question.context, *answer]])).logits
+        log_probs = logits[0, prompt + len(question.context) - 1 : -1].log_softmax(-1)
+        gold = torch.tensor(list(answer))
+        answers.append((float(log_probs.gather(-1, gold[:, None]).sum()), bool((log_probs.argmax(-1) == gold).all())))
+    return answers
+
+
+@pytest.mark.parametrize("selection", ["per_layer", "once"])
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_prompts_chosen_by_the_input_are_the_same_for_all_choices(
+    tiny_model: Callable[[str], Model], architecture: str, selection: str
+) -> None:
+    from knowledge_compression.recovery.bank import bank_of
+    from knowledge_compression.recovery.prompted import Prompted
+
+    model = tiny_model(architecture)
+    width = model.network.get_input_embeddings().weight.shape[1]
+    torch.manual_seed(0)
+    bank = bank_of(model, [torch.randn(tokens, width) for tokens in (3, 6)])
+    prompted = Prompted(model, bank, selection)
+    questions = random_questions(15)
+    found = Scorer(model).log_likelihoods(questions)
+    chosen = set()
+    for question, answers in zip(questions, found, strict=True):
+        for c, answer in enumerate(question.continuations):
+            # a row of its own, its choice made from the context as announced
+            model.announce_context([len(question.context)])
+            ids = torch.tensor([[*question.context, *answer]])
+            with torch.no_grad():
+                log_probs = model.network(input_ids=ids).logits[0, len(question.context) - 1 : -1].log_softmax(-1)
+            chosen.add(tuple(prompted.last_choices[0].tolist()))
+            gold = torch.tensor(list(answer))
+            assert answers[c].log_prob == pytest.approx(float(log_probs.gather(-1, gold[:, None]).sum()), rel=1e-4)
+    assert len(chosen) > 1  # otherwise the test says nothing of the choice
