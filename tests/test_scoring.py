@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from conftest import SPECIAL, TINY, VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
+from knowledge_compression.evaluation.scoring import Blank, Question, Scorer, budget
+from knowledge_compression.evaluation.scoring.budget import probe
 from knowledge_compression.evaluation.scoring.trees import attention_masks, plant
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ARCHITECTURES, DECODER, ENCODER
@@ -162,6 +164,48 @@ def test_steps_back_when_memory_runs_out(tiny_model: Callable[[str], Model], mon
     assert scorer.budget.tokens < 1000
     for a, b in zip(reference, found, strict=True):
         assert [x.log_prob for x in a] == pytest.approx([x.log_prob for x in b], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "found"),
+    [
+        (lambda tokens: 1 + tokens / 1e4, 131072),  # a fixed cost a pass: more tokens pay until it no longer counts
+        (lambda tokens: tokens * 1e-5, 2048),  # nothing to gain
+        (lambda tokens: tokens * 1e-5 * (1 if tokens < 9000 else 2) + 0.05, 8192),  # out of the caches
+    ],
+)
+def test_budget_grows_while_it_pays(seconds: Callable[[int], float], found: int) -> None:
+    assert probe(seconds) == found
+
+
+def test_budget_keeps_to_what_fits() -> None:
+    def seconds(tokens: int) -> float:
+        if tokens > 5000:
+            raise torch.OutOfMemoryError("no room")
+        return 1.0
+
+    assert probe(seconds) == 4096
+
+
+def test_budget_is_found_once(
+    tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path))
+    passes: list[int] = []
+    monkeypatch.setattr(budget, "_seconds", lambda _, tokens: passes.append(tokens) or tokens * 1e-5)
+    for architecture, expected in (("llama", 2), ("llama", 2), ("t5", 4)):  # two passes show that more do not pay
+        found = budget.Budget(tiny_model(architecture))
+        found._settled = False  # as on a device that is no CPU
+        found.settle(10)
+        assert found.tokens == 1024
+        found.settle(10**6)
+        assert (found.tokens, len(passes)) == (2048, expected)
+    assert budget.Budget(tiny_model("llama"), 77).tokens == 77
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5", "bert"])
+def test_a_pass_is_timed(tiny_model: Callable[[str], Model], architecture: str) -> None:
+    assert budget._seconds(tiny_model(architecture), 256) > 0
 
 
 def test_other_errors_are_not_swallowed(tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch) -> None:

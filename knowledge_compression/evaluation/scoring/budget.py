@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import torch
+
+from knowledge_compression.cache import cached_folder
 from knowledge_compression.models import Model
+from knowledge_compression.models.families import ENCODER_DECODER
 
 log = logging.getLogger(__name__)
 
-_TOKENS = {"cpu": 1024, "cuda": 16384}  # small batches stay in a CPU's caches: 2,048 tokens and more were slower
+_ON_CPU = 1024  # padded tokens that stay in a CPU's caches: 2,048 and more were slower
+_UNPROBED = 4096  # on other devices, for work too small to be worth probing
+_FIRST, _LAST = 2048, 262_144  # what is tried there
+_WORTH_PROBING = 65_536  # tokens of work
+_GAIN = 1.05  # twice the tokens must be this much faster by the token
+_ROW = 128  # tokens in a row while probing
 _LOGIT_BYTES = 256 << 20  # logits of one pass, so that a large vocabulary does not fill the memory
 
 
@@ -27,14 +42,80 @@ class Budget:
 
     def __init__(self, model: Model, tokens: int | None = None) -> None:
         config = model.network.config
-        self.tokens = tokens or _TOKENS.get(model.device.type, 4096)
+        self._model = model
+        self._settled = tokens is not None or model.device.type == "cpu"
+        self.tokens = tokens or (_ON_CPU if model.device.type == "cpu" else _UNPROBED)
         self.reads = max(1, _LOGIT_BYTES // (config.vocab_size * model.dtype.itemsize))
         embeddings = sum(p.numel() for p in model.network.get_input_embeddings().parameters())
         body = model.parameter_count() - embeddings
         self.pairs_per_token = body / (2 * config.num_hidden_layers * config.hidden_size)
 
+    def settle(self, work: int) -> None:
+        """Find the number of tokens that suits the device, once for each model and device, where ``work`` is worth it.
+
+        Args:
+            work: tokens that are about to be read.
+        """
+        if self._settled or work < _WORTH_PROBING:
+            return
+        self.tokens = _kept_probe(self._model)
+        self._settled = True
+
     def halve(self) -> None:
         """Step back after a pass that did not fit."""
         self.tokens = max(1, self.tokens // 2)
         self.reads = max(1, self.reads // 2)
+        self._settled = True
         log.warning("out of memory: from here on %d tokens go into one pass", self.tokens)
+
+
+def probe(seconds: Callable[[int], float]) -> int:
+    """The number of tokens from which on more make a pass no faster by the token.
+
+    Args:
+        seconds: time of one pass over a number of tokens; raises ``torch.OutOfMemoryError`` where it does not fit.
+
+    Returns:
+        The least of the doublings that is not clearly beaten by the next one.
+    """
+    tokens, rate = _FIRST, 0.0
+    while tokens <= _LAST:
+        try:
+            now = tokens / seconds(tokens)
+        except torch.OutOfMemoryError:
+            break
+        if now < _GAIN * rate:
+            break
+        tokens, rate = 2 * tokens, now
+    return max(_FIRST // 2, tokens // 2)
+
+
+def _kept_probe(model: Model) -> int:
+    """What :func:`probe` found for this kind of model on this kind of device, kept in the user's cache."""
+    place = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+    told = [model.network.config.to_dict(), str(model.dtype), place, torch.__version__, type(model.network).__name__]
+    key = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def make(folder: Path) -> None:
+        tokens = probe(lambda tokens: _seconds(model, tokens))
+        log.info("%d tokens go into one pass of %s on %s", tokens, model.name, place)
+        (folder / "budget.json").write_text(json.dumps({"tokens": tokens, "device": place}))
+
+    return int(json.loads((cached_folder(f"budgets/{key}", make) / "budget.json").read_text())["tokens"])
+
+
+@torch.inference_mode()
+def _seconds(model: Model, tokens: int) -> float:
+    """Least time of three passes over rows of random tokens, without the head."""
+    network: Any = model.network
+    body = network.get_encoder() if model.family == ENCODER_DECODER else network.base_model
+    ids = torch.randint(model.network.config.vocab_size, (tokens // _ROW, _ROW), device=model.device)
+    wait = getattr(getattr(torch, model.device.type), "synchronize", lambda: None)
+    times = []
+    for _ in range(3):
+        wait()
+        start = time.perf_counter()
+        body(input_ids=ids)
+        wait()
+        times.append(time.perf_counter() - start)
+    return min(times)

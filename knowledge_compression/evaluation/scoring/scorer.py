@@ -68,6 +68,7 @@ class Scorer:
             ``[len(indices), vocabulary]`` on the model's device. Reduce each batch before asking for the next.
         """
         lengths = [len(blank.ids) for blank in blanks]
+        self.budget.settle(sum(lengths))
         for batch in self._batches(lengths, reads=[1] * len(blanks)):
             for part, logits in self._fitting(batch, lambda part: self._blank_logits([blanks[i] for i in part])):
                 yield part, torch.log_softmax(logits.float(), dim=-1)
@@ -98,6 +99,7 @@ class Scorer:
             branches=self.branches,
             across=self.model.on_context is None,
         )
+        self.budget.settle(sum(map(len, trees)))
         batches = self._batches([len(tree) for tree in trees], reads=[len(tree.nodes) for tree in trees])
         for batch in _progress(list(batches)):
             for _, reads in self._fitting(batch, lambda part: self._read_trees([trees[i] for i in part])):
@@ -151,6 +153,7 @@ class Scorer:
             len(questions[i].context) + sum(len(c) + len(questions[i].context) // 4 for c in questions[i].continuations)
             for i in asked
         ]
+        self.budget.settle(sum(lengths))
         batches = self._batches(lengths, reads=[sum(map(len, questions[i].continuations)) for i in asked])
         for batch in _progress(list(batches)):
             for _, reads in self._fitting(
