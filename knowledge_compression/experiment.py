@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,11 @@ from torch import LongTensor
 
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.none import NoCompression
+from knowledge_compression.compression.packed import save_packed
 from knowledge_compression.compression.report import CompressionReport
 from knowledge_compression.compression.streaming import compress_streamed
 from knowledge_compression.corpora.corpus import Corpus, digest
+from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.suite import Evaluation, Suite, item_table
 from knowledge_compression.models import Model, Target, Targets
 from knowledge_compression.models.loading import LocalModel, ModelSource, check_memory, resolve_device, resolve_dtype
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 
 # Settings that say where something lies; what lies there decides the result and is fingerprinted instead.
 _PLACES = ("path", "data_dir", "adapter")
+SAVERS: Mapping[bool | str, Callable[[Model, Path], None]] = {True: save_checkpoint, "packed": save_packed}
 SAVED = "model"  # folder of the compressed model inside a run's folder
 
 
@@ -51,7 +54,8 @@ class Experiment:
         suites: what the model is asked, by name.
         settings: the same as plain data, for the record and for the run's hash.
         seed, device, dtype: as the user chose them.
-        save_model: whether the compressed model is kept in the run's folder, as it is before recovery.
+        save_model: whether the compressed model is kept in the run's folder, as it is before recovery; ``packed`` keeps
+            it as a packed GPTQ checkpoint.
     """
 
     source: ModelSource
@@ -64,7 +68,7 @@ class Experiment:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
-    save_model: bool = False
+    save_model: bool | str = False
 
     @property
     def is_dense(self) -> bool:
@@ -99,6 +103,10 @@ class Experiment:
             BadInput: the model is not to be had, or has no layers of the target.
         """
         resolve_dtype(self.dtype, resolve_device(self.device))
+        if self.save_model not in (False, *SAVERS) or (self.streams and self.save_model == "packed"):
+            raise BadInput(
+                f"output.save_model={self.save_model} is not offered here; choose false, true, or packed (not streamed)"
+            )
         skeleton = self.source.skeleton()
         if not isinstance(self.compression, NoCompression):
             self.target.select(skeleton)
@@ -187,7 +195,7 @@ class Experiment:
             return (whole.load(self.device, self.dtype) if self.loads else model), report
         report = self.compression.compress(model, targets, windows)
         if self.save_model:
-            save_checkpoint(model, folder)
+            SAVERS[self.save_model](model, folder)
         return model, report
 
     def _ask(self, suite: Suite, model: Model) -> Evaluation:

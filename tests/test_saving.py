@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from knowledge_compression.compression.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.magnitude import Magnitude
 from knowledge_compression.corpora.own_samples import OwnSamples
 from knowledge_compression.errors import BadInput
@@ -81,6 +82,23 @@ def test_nothing_is_written_of_a_model_with_nan(tiny_model: Callable[[str], Mode
     with pytest.raises(BadInput, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
         save_checkpoint(model, tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert", "t5"])
+def test_int8_layers_are_saved_as_the_floats_they_stand_for(
+    architecture: str, tiny_model: Callable[[str], Model], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(architecture)
+    all_layers = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff"])
+    targets = all_layers.select(model)
+    before = logits_of(model)
+    Int8Dynamic("per_channel").compress(model, targets, None)
+    save_checkpoint(model, tmp_path / "model")
+    assert "does not round its activations" in caplog.text
+    again = LocalModel("again", str(tmp_path / "model")).load("cpu")
+    for layer in all_layers.select(again):
+        assert torch.equal(layer.weight, model.network.get_submodule(layer.path).weight)  # type: ignore[arg-type]
+    assert 0 < (logits_of(again) - before).norm() < 0.05 * before.norm()
 
 
 def test_saving_again_replaces(tiny_model: Callable[[str], Model], tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.model import Model
@@ -31,7 +34,28 @@ def save_checkpoint(model: Model, folder: Path) -> None:
     Raises:
         BadInput: a weight is not finite; nothing is written.
     """
-    state = full_state(model.network)
+    write_checkpoint(model, folder, full_state(model.network))
+
+
+def write_checkpoint(
+    model: Model,
+    folder: Path,
+    state: dict[str, Tensor],
+    settings: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Write a model folder under a temporary name and rename it.
+
+    Args:
+        model: whose configuration and tokenizer are written.
+        folder: where to; replaced if it is there.
+        state: the tensors by name.
+        settings: entries of ``config.json`` to add or replace.
+        files: further text files by name.
+
+    Raises:
+        BadInput: a tensor is not finite; nothing is written.
+    """
     check_finite(state)
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -39,6 +63,11 @@ def save_checkpoint(model: Model, folder: Path) -> None:
     model.network.save_pretrained(scratch, state_dict=state, max_shard_size=SHARD_SIZE)
     model.tokenizer.save_pretrained(scratch)
     keep_scaling(model.network, scratch / "config.json")
+    if settings:
+        config = json.loads((scratch / "config.json").read_text())
+        (scratch / "config.json").write_text(json.dumps(config | dict(settings), indent=2) + "\n")
+    for name, text in (files or {}).items():
+        (scratch / name).write_text(text)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
     log.info("saved %s to %s", model.name, folder)
@@ -52,19 +81,37 @@ def keep_scaling(network: nn.Module, config_file: Path) -> None:
         config_file.write_text(json.dumps(config | {"tie_word_embeddings": scaled}, indent=2) + "\n")
 
 
-def full_state(network: nn.Module) -> dict[str, Tensor]:
+def full_state(network: PreTrainedModel) -> dict[str, Tensor]:
     """Every weight under its name, as a plain checkpoint holds them.
 
     Of a network whose head is untied, no two entries share memory, so that saving leaves none of them out: transformers
     ties an untied head's bias, or an encoder's and a decoder's embeddings, only where it ties the head as well.
     """
-    state: dict[str, Tensor] = dict(network.state_dict())
+    state = _with_float_weights(network)
     if not _ties_head(network):
         seen: set[int] = set()
         for name, tensor in state.items():
             if tensor.data_ptr() in seen:
                 state[name] = tensor.clone()
             seen.add(tensor.data_ptr())
+    return state
+
+
+def _with_float_weights(network: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict, with the weights that they stand for in the place of what int8 modules hold."""
+    state: dict[str, Tensor] = dict(network.state_dict())
+    ours = {path: module for path, module in network.named_modules() if getattr(module, "replaces_linear", False)}
+    if not ours:
+        return state
+    log.warning("saving float weights for %d int8 layers; a plain model does not round its activations", len(ours))
+    with torch.device("meta"):
+        plain = type(network)(network.config)
+    for path, module in ours.items():
+        for name in module.state_dict():
+            if name != "bias":
+                del state[f"{path}.{name}"]
+        weight: Tensor = module.weight
+        state[f"{path}.weight"] = weight.T.contiguous() if isinstance(plain.get_submodule(path), Conv1D) else weight
     return state
 
 

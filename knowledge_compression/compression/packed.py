@@ -1,0 +1,125 @@
+"""Quantized models in the packed format of GPTQ checkpoints, which transformers and GPTQModel load.
+
+Each quantized linear ``<path>`` is stored, instead of its weight, as
+
+- ``qweight``, int32 ``[in_features * bits / 32, out_features]``: the codes, packed along the inputs;
+- ``qzeros``, int32 ``[groups, out_features * bits / 32]``: the zero points, packed along the outputs;
+- ``scales``, float16 ``[groups, out_features]``;
+- ``g_idx``, int32 ``[in_features]``: the group of each input;
+- ``bias``, float16, where there is one.
+
+Packed codes are one stream of bits, the first code in the lowest bits of the first word; a 3-bit code may lie in two
+words. ``checkpoint_format=gptq`` holds every zero point less one, which for a zero point of 0 does not fit in its bits;
+asymmetric grids therefore go out as ``gptq_v2``, which holds them as they are. What is not quantized is in float16.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knowledge_compression.compression.quantizer import QuantizedWeight, quantized_weight
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model, TargetLayer
+from knowledge_compression.models.families import FINAL, TRANSFORM
+from knowledge_compression.models.saving import full_state, write_checkpoint
+from knowledge_compression.models.targets import linear_layers
+
+
+def save_packed(model: Model, folder: Path) -> None:
+    """Save a model whose linears keep the integers they were quantized to, packed.
+
+    Args:
+        model: quantized by ``gptq``, ``rtn`` or another method that leaves a
+            :class:`~knowledge_compression.compression.quantizer.QuantizedWeight` with its layers.
+        folder: where to; replaced if it is there.
+
+    Raises:
+        BadInput: no layer has integers, they are of several kinds, or a layer's size does not fill whole words.
+    """
+    layers = linear_layers(model)
+    packed = {layer: found for layer in layers if (found := quantized_weight(layer)) is not None}
+    if not packed:
+        raise BadInput(
+            f"{model.name} has no layer with integers behind its weights to pack; output.save_model=packed takes "
+            "compression=gptq or rtn as the last step"
+        )
+    config = _quantization_config(packed, [layer for layer in layers if layer not in packed])
+    as_before = config["checkpoint_format"] == "gptq"
+    state = {name: _half(tensor) for name, tensor in full_state(model.network).items()}
+    for layer, weight in packed.items():
+        del state[f"{layer.path}.weight"]
+        fields = packed_fields(layer.path, weight, zero_offset=1 if as_before else 0)
+        state |= {f"{layer.path}.{name}": tensor for name, tensor in fields.items()}
+    extra = {"quantize_config.json": json.dumps(config, indent=2) + "\n"}
+    write_checkpoint(model, folder, state, {"quantization_config": config, "dtype": "float16"}, extra)
+
+
+def packed_fields(path: str, weight: QuantizedWeight, *, zero_offset: int) -> dict[str, Tensor]:
+    """The tensors of one layer, without its bias.
+
+    Args:
+        path: the layer's, for errors.
+        weight: its integers.
+        zero_offset: what is taken from every zero point before it is packed.
+
+    Raises:
+        BadInput: inputs or outputs do not fill whole 32-bit words.
+    """
+    for name, count in zip(("outputs", "inputs"), weight.codes.shape, strict=True):
+        if count * weight.bits % 32:
+            raise BadInput(f"the {count} {name} of {path} do not fill whole words with {weight.bits} bits each")
+    return {
+        "qweight": pack(weight.codes.T, weight.bits),
+        "qzeros": pack(weight.zeros - zero_offset, weight.bits).T.contiguous(),
+        "scales": weight.scales.T.half().contiguous(),
+        "g_idx": weight.group_of.clone(),
+    }
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes ``[count, columns]``, each column one stream of bits, as int32 ``[count * bits / 32, columns]``."""
+    run = math.lcm(32, bits) // bits  # codes that fill whole words together
+    groups = codes.to(torch.int64).unflatten(0, (-1, run))
+    words = torch.zeros(len(groups), run * bits // 32, codes.shape[1], dtype=torch.int64)
+    for i in range(run):
+        word, shift = divmod(i * bits, 32)
+        shifted = groups[:, i] << shift
+        words[:, word] |= shifted & 0xFFFFFFFF
+        if shift + bits > 32:
+            words[:, word + 1] |= shifted >> 32
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).flatten(0, 1)
+
+
+def _quantization_config(packed: dict[TargetLayer, QuantizedWeight], left: list[TargetLayer]) -> dict[str, Any]:
+    kinds = {
+        (w.bits, w.symmetric, w.codes.shape[1] // w.scales.shape[1] if w.scales.shape[1] > 1 else -1)
+        for w in packed.values()
+    }
+    if len(kinds) > 1:
+        raise BadInput(f"a packed checkpoint has one width and group size, but the layers have {sorted(kinds)}")
+    ((bits, symmetric, size),) = kinds
+    in_order = all(torch.equal(w.group_of, w.group_of.sort().values) for w in packed.values())
+    config: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": size,
+        "sym": symmetric,
+        "desc_act": not in_order,
+        "lm_head": any(layer.role == FINAL for layer in packed),
+        "pack_dtype": "int32",
+        "checkpoint_format": "gptq" if symmetric else "gptq_v2",
+        "meta": {"quantizer": ["knowledge_compression"]},
+    }
+    if skipped := [layer.path for layer in left if layer.role not in (FINAL, TRANSFORM)]:
+        config["dynamic"] = {f"-:^{path}$".replace(".", r"\."): {} for path in skipped}
+    return config
+
+
+def _half(tensor: Tensor) -> Tensor:
+    return tensor.half() if tensor.is_floating_point() else tensor
