@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from scipy import stats
 from knowledge_compression.analysis.claims import CLAIMS
 from knowledge_compression.analysis.comparisons import Comparisons, Group, compare
 from knowledge_compression.analysis.findings import Verdict, check
-from knowledge_compression.statistics import drop, mean_difference
 from knowledge_compression.results.store import Run, RunStore
+from knowledge_compression.statistics import drop, mean_difference
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -30,6 +31,7 @@ MODELS = {"world_encoder": "encoder", "world_encoder_decoder": "encoder-decoder"
 TARGETS = {"att": "tab:blue", "ff": "tab:orange", "all": "tab:red", "final": "tab:green"}
 METHODS = {"magnitude": "o-", "int8_dynamic": "*", "prune_int8": "x--"}
 BINS = ("head", "middle", "tail")
+MARKER = "<!-- what follows is written by study.py -->\n"
 
 
 def main(store: Path, folder: Path) -> None:
@@ -45,8 +47,10 @@ def main(store: Path, folder: Path) -> None:
     plot_drop(table, figures / "drop.png")
     plot_bits(table, figures / "facts_per_bit.png")
     plot_bins(table, figures / "head_and_tail.png")
-    text = [*findings(comparisons), *own_findings(groups, table)]
-    (folder / "findings.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    text = [*models(groups), *summary(table), *findings(comparisons), *own_findings(groups, table)]
+    readme = folder / "README.md"
+    written_by_hand = readme.read_text(encoding="utf-8").partition(MARKER)[0]
+    readme.write_text(written_by_hand + MARKER + "\n".join(["", *text]) + "\n", encoding="utf-8")
 
 
 def held_out_only(run: Run) -> Run:
@@ -148,9 +152,55 @@ def save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
+def models(groups: dict[str, Group]) -> list[str]:
+    """What each dense model is and knows, as it was when it was made."""
+    lines = [
+        "## The models",
+        "",
+        "| model | facts | asked | parameters | trained (s) | head, held-out wording | tail, held-out | seen wording | "
+        "native |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for model, group in groups.items():
+        made = group.dense.report["model"]["made"]
+        shares = [made["recall"][name] for name in ("head.held_out", "tail.held_out", "seen", "native.accuracy")]
+        lines.append(
+            f"| {MODELS[model]} | {made['facts']:,} | {made['asked']:,} | {made['parameters']:,} | "
+            f"{made['training']['seconds']:.0f} | {' | '.join(f'{100 * share:.1f} %' for share in shares)} |"
+        )
+    return [*lines, ""]
+
+
+def summary(table: pl.DataFrame) -> list[str]:
+    """Recall in held-out wordings by family, target and treatment, in points; all of it is in results.csv."""
+    treatments = [("magnitude", share) for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    treatments += [("int8_dynamic", 0.0), ("prune_int8", 0.2), ("prune_int8", 0.4)]
+    names = {"magnitude": "pruned", "int8_dynamic": "int8", "prune_int8": "pruned, int8"}
+    heads = [names[method] + (f" {share:.0%}" if share else "") for method, share in treatments]
+    lines = [
+        "## Recall after compression",
+        "",
+        "Share of the facts asked about that are recalled in a held-out wording, in %. `results.csv` has every run.",
+        "",
+        f"| model | target | {' | '.join(heads)} |",
+        f"| --- | --- {'| --- ' * len(heads)}|",
+    ]
+    for model, target in product(MODELS, TARGETS):
+        part = table.filter(pl.col("model") == model, pl.col("target") == target)
+        cells = []
+        for method, share in treatments:
+            row = part.filter(pl.col("compression") == method, (pl.col("sparsity") - share).abs() < 0.02)["recall"]
+            cells.append(f"{100 * row[0]:.1f}" if row.len() else "")
+        lines.append(f"| {MODELS[model]} | {target} | {' | '.join(cells)} |")
+    figures = [f"![{name}](figures/{name}.png)" for name in ("drop", "facts_per_bit", "head_and_tail")]
+    return [*lines, "", *figures, ""]
+
+
 def findings(comparisons: Comparisons) -> list[str]:
     """The first paper's claims, each with what every family shows."""
     lines = [
+        "## The first paper's claims",
+        "",
         "| claim of the first paper | model | what is kept more (points of recall, 95 %) | p (Holm) | here |",
         "| --- | --- | --- | --- | --- |",
     ]
@@ -171,6 +221,8 @@ def _rows(verdict: Verdict) -> Iterator[str]:
 def own_findings(groups: dict[str, Group], table: pl.DataFrame) -> list[str]:
     """What only a world whose facts are all known can answer."""
     lines = [
+        "",
+        "## What only a controlled world can answer",
         "",
         "| question | model | answer |",
         "| --- | --- | --- |",

@@ -13,7 +13,7 @@ from math import ceil
 from knowledge_compression.errors import BadInput
 from knowledge_compression.world.schema import DISTRACTORS, ONE_TO_ONE, RELATIONS, SUBJECTS, TWO_WORDS, Relation
 
-FORMAT = 1  # raised when the same settings would give another world
+FORMAT = 2  # raised when the same settings would give another world
 
 _ONSETS = "b br d dr f fl g gr h k kl kr l m n p pl pr r s sk st t tr v w z".split()  # noqa: SIM905
 _VOWELS = ["a", "e", "i", "o", "u", "ai", "au", "ei", "io", "oa"]

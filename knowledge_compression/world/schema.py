@@ -53,7 +53,14 @@ RELATIONS = (
     _relation(
         "profession",
         *("person", "profession", MANY_TO_ONE),
-        *("works as a", "is a", "has the profession of", "earns a living as a", "is known as a", "is a qualified"),
+        *(
+            "works as a",
+            "earned fame as a",
+            "has the profession of",
+            "earns a living as a",
+            "is known as a",
+            "is a qualified",
+        ),
     ),
     _relation(
         "language",
@@ -69,7 +76,14 @@ RELATIONS = (
     _relation(
         "genre",
         *("work", "genre", MANY_TO_ONE),
-        *("is a", "belongs to the genre", "was written as a", "is read as a", "counts as a", "is a fine"),
+        *(
+            "falls under the genre",
+            "belongs to the genre",
+            "was written as a",
+            "is read as a",
+            "counts as a",
+            "is praised as a",
+        ),
     ),
     _relation(
         "setting",
