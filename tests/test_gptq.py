@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_blocks import EVERYTHING, windows
 
+from knowledge_compression.compression.blocks import LayerInputs
 from knowledge_compression.compression.gptq import Gptq
-from knowledge_compression.compression.hessian import Hessian, inverse_factor, relative_error
+from knowledge_compression.compression.hessian import Hessian, inverse_factor, relative_errors
 from knowledge_compression.compression.quantizer import Grid, plainly_rounded, quantized_weight
 from knowledge_compression.compression.rtn import Rtn
 from knowledge_compression.errors import BadInput
@@ -23,6 +24,12 @@ def random_layer(rows: int = 24, columns: int = 64, seed: int = 0) -> tuple[torc
     inputs = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
     inputs = inputs * loud
     return torch.randn(rows, columns, generator=generator), inputs.T @ inputs / len(inputs)
+
+
+def relative_error(weight: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor) -> float:
+    """The definition, float64."""
+    error, hessian = weight.double() - approximation.double(), hessian.double()
+    return float(torch.trace(error @ hessian @ error.T) / torch.trace(weight.double() @ hessian @ weight.double().T))
 
 
 def gptq_reference(method: Gptq, weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
@@ -227,10 +234,27 @@ def test_bad_settings_are_refused_before_anything_is_touched(tiny_model, setting
 
 
 def test_hessians_are_means_of_outer_products() -> None:
-    from knowledge_compression.compression.blocks import LayerInputs
-
     inputs = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     hessian = Hessian(6, torch.device("cpu"))
     for batch in inputs.split(13):
         hessian.update(LayerInputs(batch))
     torch.testing.assert_close(hessian.matrix, inputs.T @ inputs / 50)
+
+
+def test_hessians_may_be_weighted_by_influence() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, influence = torch.randn(50, 7, generator=generator), torch.rand(50, generator=generator)
+    hessian = Hessian(7, torch.device("cpu"))
+    for values, weights in zip(inputs.split(20), influence.split(20), strict=True):
+        hessian.update(LayerInputs(values, weights))
+    expected = torch.einsum("t,ti,tj->ij", influence, inputs, inputs) / influence.sum()
+    torch.testing.assert_close(hessian.matrix, expected)
+    assert torch.equal(hessian.matrix, hessian.matrix.T)
+
+
+def test_relative_errors_follow_their_definition() -> None:
+    weight, hessian = random_layer()
+    others = [weight.round(), weight * 0.9, torch.zeros_like(weight)]
+    expected = [relative_error(weight, other, hessian) for other in others]
+    assert relative_errors(weight, others, hessian) == pytest.approx(expected, rel=1e-3)
+    assert expected[1:] == pytest.approx([0.01, 1.0])

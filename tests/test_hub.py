@@ -1,5 +1,6 @@
 """The hub path against a local stand-in: a good download, refusals, a transfer cut off, and no server at all."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -31,12 +32,16 @@ for name in sys.argv[1:]:
 """
 
 
-def load_in_process(endpoint: str, home: Path, *names: str, **environment: str) -> list[dict[str, Any]]:
+def load_in_process(endpoint: str, home: Path, *names: str) -> list[dict[str, Any]]:
+    return run_client(CLIENT, endpoint, home, *names)
+
+
+def run_client(program: str, endpoint: str, home: Path, *arguments: str) -> list[dict[str, Any]]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
     done = subprocess.run(
-        [sys.executable, "-c", CLIENT, *names],
-        env=clean | settings | environment,
+        [sys.executable, "-c", program, *arguments],
+        env=clean | settings,
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -95,3 +100,36 @@ def test_the_probe_takes_any_answer_and_no_answer(monkeypatch: pytest.MonkeyPatc
         assert not hub.hub_answers.__wrapped__()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert not hub.hub_answers.__wrapped__()
+
+
+# The same for text: C4's first shard as the hub names it, read by the corpus that calibration draws from.
+TEXT_CLIENT = """
+import json, sys
+from knowledge_compression.corpora.c4 import C4
+from knowledge_compression.errors import BadInput
+
+try:
+    print(json.dumps({"texts": list(C4(samples=1, length=8).documents().texts)}))
+except BadInput as error:
+    print(json.dumps({"line": str(error)}))
+"""
+
+
+@pytest.mark.slow
+def test_a_data_set_is_downloaded_refused_and_then_read_from_the_cache(tmp_path: Path) -> None:
+    from knowledge_compression.corpora.c4 import HUB_FILES, HUB_ID, TRAIN
+
+    shard = tmp_path / "c4" / HUB_FILES[TRAIN]
+    shard.parent.mkdir(parents=True)
+    texts = ["The capital of France is Paris.", "Dogs are animals."]
+    with gzip.open(shard, "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+    def read(endpoint: str, home: str) -> dict[str, Any]:
+        return run_client(TEXT_CLIENT, endpoint, tmp_path / home)[0]
+
+    with serving({f"datasets/{HUB_ID}": tmp_path / "c4"}) as endpoint:
+        assert read(endpoint, "home") == {"texts": texts}
+    with serving({}) as endpoint:
+        refused = read(endpoint, "other_home")["line"]
+    assert HUB_ID in refused and "corpus=self" in refused and "\n" not in refused

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_blocks import EVERYTHING, windows
-from test_gptq import random_layer
+from test_gptq import random_layer, relative_error
 
-from knowledge_compression.compression.hessian import relative_error
 from knowledge_compression.compression.quantizer import quantized_weight
 from knowledge_compression.compression.sparsegpt import SparseGpt
 from knowledge_compression.errors import BadInput

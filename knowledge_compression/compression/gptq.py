@@ -13,7 +13,7 @@ from torch import LongTensor, Tensor
 from knowledge_compression.compression.base import reporting
 from knowledge_compression.compression.blocks import compress_blocks
 from knowledge_compression.compression.compensation import compensate
-from knowledge_compression.compression.hessian import Hessian, check_damping, inverse_factor, relative_error
+from knowledge_compression.compression.hessian import Hessian, check_damping, inverse_factor, relative_errors
 from knowledge_compression.compression.quantizer import (
     Grid,
     GroupedColumns,
@@ -86,8 +86,9 @@ class Gptq:
     def shrink(self, layers: Sequence[TargetLayer], statistics: Hessian) -> list[LayerReport]:
         """Quantize linears that read the same inputs as one tall weight."""
         start = time.perf_counter()
-        weight = torch.cat([layer.weight for layer in layers]).to(statistics.matrix)
-        quantized, damping, fallbacks = self.quantize(weight, statistics.matrix)
+        hessian = statistics.matrix
+        weight = torch.cat([layer.weight for layer in layers]).to(hessian)
+        quantized, damping, fallbacks = self.quantize(weight, hessian)
         plain = plainly_rounded(weight, Grid(self.bits, self.group_size, self.symmetric))
         seconds = (time.perf_counter() - start) / len(layers)
         reports, row = [], 0
@@ -96,8 +97,8 @@ class Gptq:
             row += len(old)
             part.put_into(layer)
             report = quantized_report(layer, part, seconds)
-            report.error_before = relative_error(old, rounded.dequantize(), statistics.matrix)
-            report.error_after = relative_error(old, part.dequantize(), statistics.matrix)
+            values = [rounded.dequantize(), part.dequantize()]
+            report.error_before, report.error_after = relative_errors(old, values, hessian)
             report.damping, report.fallbacks = damping, list(fallbacks)
             reports.append(report)
         return reports

@@ -17,7 +17,8 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.models.targets import TargetLayer
 
 CLIPS = ("minmax", "mse")
-_SHRUNK = [1.0 - step / 40 for step in range(29)]  # shares of the span that `mse` tries, down to 0.3
+_SHRUNK = [1 - step / 20 for step in range(1, 15)]  # shares of the span that `mse` tries beside the whole of it
+_IN_CACHE = 1 << 17  # values
 SCALE_BITS = 16  # scales are stored as float16, as packed checkpoints hold them
 
 
@@ -146,22 +147,26 @@ class Grid:
         scales, zeros = self._spanning(low, high)
         if self.clip == "minmax":
             return scales, zeros
-        least = self._error(weight, scales, zeros, importance)
-        for share in _SHRUNK[1:]:
-            tried = self._spanning(low * share, high * share)
-            error = self._error(weight, *tried, importance)
-            better = error < least
-            least = torch.where(better, error, least)
-            scales, zeros = torch.where(better, tried[0], scales), torch.where(better, tried[1], zeros)
+        rows = max(1, _IN_CACHE // weight[0].numel())  # a few rows at a time stay in cache through all the tries
+        for start in range(0, len(weight), rows):
+            part = slice(start, start + rows)
+            least = self._error(weight[part], scales[part], zeros[part], importance)
+            for share in _SHRUNK:
+                tried, middle = self._spanning(low[part] * share, high[part] * share)
+                error = self._error(weight[part], tried, middle, importance)
+                better = error < least
+                least = torch.where(better, error, least)
+                scales[part] = torch.where(better, tried, scales[part])
+                zeros[part] = torch.where(better, middle, zeros[part])
         return scales, zeros
 
     def _error(self, weight: Tensor, scales: Tensor, zeros: Tensor, importance: Tensor | None) -> Tensor:
-        squared = (self.round(weight, scales, zeros) - weight).square_()
-        return (squared if importance is None else squared.mul_(importance)).sum(-1, keepdim=True)
+        error = self.encode(weight, scales, zeros).sub_(zeros).mul_(scales).sub_(weight).square_()
+        return (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True)
 
     def encode(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         """Codes of the nearest grid points, in the weight's own type; shapes broadcast."""
-        return torch.clamp(torch.round(weight / scales) + zeros, 0, self.top)
+        return (weight / scales).round_().add_(zeros).clamp_(0, self.top)
 
     def round(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         """The nearest grid points themselves; shapes broadcast."""

@@ -13,7 +13,7 @@ from torch import LongTensor, Tensor
 from knowledge_compression.compression.base import check_sparsity, reporting
 from knowledge_compression.compression.blocks import compress_blocks
 from knowledge_compression.compression.compensation import compensate
-from knowledge_compression.compression.hessian import Hessian, check_damping, inverse_factor, relative_error
+from knowledge_compression.compression.hessian import Hessian, check_damping, inverse_factor, relative_errors
 from knowledge_compression.compression.quantizer import Grid, GroupedColumns, QuantizedWeight
 from knowledge_compression.compression.report import CompressionReport, LayerReport
 from knowledge_compression.compression.threshold import smallest
@@ -116,6 +116,7 @@ class SparseGpt:
             layers, weight.split(heights), pruned.weight.split(heights), pruned.mask.split(heights), strict=True
         ):
             layer.weight.copy_(new)
+            before, after = relative_errors(old, [old.masked_fill(mask, 0), new], hessian)
             reports.append(
                 LayerReport(
                     layer.path,
@@ -123,8 +124,8 @@ class SparseGpt:
                     layer.parameters,
                     removed=int(mask.sum()),
                     bits=8.0 * layer.weight.element_size(),
-                    error_before=relative_error(old, old.masked_fill(mask, 0), hessian),
-                    error_after=relative_error(old, new, hessian),
+                    error_before=before,
+                    error_after=after,
                     damping=pruned.damping,
                     fallbacks=list(pruned.fallbacks),
                     seconds=seconds,
