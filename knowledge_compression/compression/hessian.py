@@ -106,3 +106,8 @@ def relative_errors(weight: Tensor, approximations: Sequence[Tensor], hessian: T
         float(((part @ hessian) * part).sum()) for part in (weight, *(weight - a.to(weight) for a in approximations))
     )
     return [error / max(power, 1e-30) for error in errors]
+
+
+def relative_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
+    """:func:`relative_errors` of one approximation."""
+    return relative_errors(weight, [approximation], hessian)[0]
