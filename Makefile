@@ -23,8 +23,8 @@ $(INSTALLED): pyproject.toml constraints.txt embedded-models.txt
 run: $(INSTALLED)  ## the main job: four compressed runs and their dense baseline, a table and a figure
 	$(BIN)/python run.py -m target=att,ff sparsity=0.2,0.4
 
-test: $(INSTALLED)  ## all tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## all tests, on every core
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slurm: $(INSTALLED)  ## a sweep on a real SLURM, which is started on this machine; as root, installs Debian packages
 	command -v slurmdbd >/dev/null && command -v mariadbd >/dev/null || { apt-get update -qq && \
@@ -33,7 +33,7 @@ test-slurm: $(INSTALLED)  ## a sweep on a real SLURM, which is started on this m
 	KC_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
 
 test-fast: $(INSTALLED)  ## the tests that take a moment each
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'
 
 lint: $(INSTALLED)  ## formatting, lint, types, and which part may import which
 	$(BIN)/ruff format --check .

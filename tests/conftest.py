@@ -24,6 +24,8 @@ from transformers import (
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ARCHITECTURES, DECODER, ENCODER, ENCODER_DECODER
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: more threads would only get into each other's way
+    torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
