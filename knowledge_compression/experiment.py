@@ -30,6 +30,7 @@ from knowledge_compression.models.streamed import StreamedModel
 from knowledge_compression.recovery.base import Recovery
 from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results.environment import environment
+from knowledge_compression.results.layer_map import layer_map
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.results.tracker import Tracker
 from knowledge_compression.results.workplace import Workplace
@@ -168,6 +169,8 @@ class Experiment:
             windows = corpus.windows(model) if corpus and self.compression.calibrated else None
             model, compressed = self._compress(model, targets, windows, workplace.folder / SAVED)
             report["compression"] = compressed.to_json()
+            if compressed.layers:
+                (workplace.folder / "layer_map.png").write_bytes(layer_map(compressed))
             if windows is not None:
                 report["compression"]["calibration"] = digest(windows)
             model.original = partial(self.source.load, self.device, self.dtype)

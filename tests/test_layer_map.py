@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from test_blocks import EVERYTHING, windows
 
-from knowledge_compression.analysis.layer_map import layer_map
 from knowledge_compression.compression.gptq import Gptq
 from knowledge_compression.compression.report import CompressionReport
 from knowledge_compression.compression.rtn import Rtn
+from knowledge_compression.results.layer_map import layer_map
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5", "albert"])

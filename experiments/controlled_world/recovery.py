@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.analysis.ledger import REDIRECTION, restorations
-from knowledge_compression.analysis.statistics import mcnemar
 from knowledge_compression.results.store import Run, RunStore
+from knowledge_compression.statistics import mcnemar
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -364,7 +364,8 @@ class _Walk(Generic[S]):
                     raise BadInput(
                         f"{first} reads values that are not finite on the calibration text; try dtype=float32"
                     )
-                weights = sum(influence[layer.path] for layer in group.layers) if self.by_influence else None
+                shares = [influence[layer.path] for layer in group.layers] if self.by_influence else []
+                weights = torch.stack(shares).sum(dim=0) if shares else None
                 group.statistics.update(LayerInputs(inputs[first].flatten(0, -2), weights))
 
     def _read(self, unit: str, forward: _SuspendedForward) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -7,10 +7,9 @@ from typing import ClassVar
 
 from torch import LongTensor
 
-from knowledge_compression.compression.base import check_sparsity
 from knowledge_compression.compression.report import CompressionReport
 from knowledge_compression.compression.threshold import Cut
-from knowledge_compression.compression.unstructured import prune
+from knowledge_compression.compression.unstructured import check_settings, prune
 from knowledge_compression.models import Model, Targets
 
 
@@ -34,8 +33,8 @@ class Magnitude:
     calibrated: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Refuse a share that is none before anything is loaded."""
-        check_sparsity(self.sparsity)
+        """Refuse settings that do not exist before anything is loaded."""
+        check_settings(self.sparsity, self.scope, self.pattern)
 
     @property
     def layerwise(self) -> bool:

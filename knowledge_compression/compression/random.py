@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 from torch import LongTensor
 
-from knowledge_compression.compression.base import check_sparsity
 from knowledge_compression.compression.report import CompressionReport
-from knowledge_compression.compression.unstructured import prune
+from knowledge_compression.compression.unstructured import check_settings, prune
 from knowledge_compression.models import Model, TargetLayer, Targets
 
 
@@ -33,8 +32,8 @@ class Random:
     calibrated: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Refuse a share that is none before anything is loaded."""
-        check_sparsity(self.sparsity)
+        """Refuse settings that do not exist before anything is loaded."""
+        check_settings(self.sparsity, self.scope, self.pattern)
 
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
         """Prune the targets in place."""

@@ -59,10 +59,13 @@ class Pattern:
         return f"{self.keep}:{self.of}"
 
 
-def check_scope(scope: str) -> None:
-    """Refuse a scope that does not exist."""
+def check_settings(sparsity: float, scope: str, pattern: str | None) -> None:
+    """Refuse a sparsity outside [0, 1), a scope that does not exist, and what is not n:m."""
+    check_sparsity(sparsity)
     if scope not in SCOPES:
         raise BadInput(f"scope={scope} does not exist; choose one of {', '.join(SCOPES)}")
+    if pattern is not None:
+        Pattern.parse(pattern)
 
 
 def prune(
@@ -91,8 +94,7 @@ def prune(
     Raises:
         BadInput: settings out of range, or a pattern that does not divide a layer.
     """
-    check_sparsity(sparsity)
-    check_scope(scope)
+    check_settings(sparsity, scope, pattern)
     shape = Pattern.parse(pattern) if pattern is not None else None
     if shape:
         shape.check(targets)

@@ -42,7 +42,8 @@ def layer_map(report: CompressionReport, quantity: str | None = None) -> bytes:
         raise ValueError(f"{report.method} reported no {quantity or 'layer'} to draw")
 
     places = {path: _place(path) for path in values}
-    columns, rows = (list(dict.fromkeys(place[axis] for place in places.values())) for axis in (0, 1))
+    columns = list(dict.fromkeys(column for column, _ in places.values()))
+    rows = list(dict.fromkeys(row for _, row in places.values()))
     grid = np.full((len(rows), len(columns)), np.nan)
     for path, value in values.items():
         grid[rows.index(places[path][1]), columns.index(places[path][0])] = np.nan if value is None else value
