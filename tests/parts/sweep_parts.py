@@ -138,7 +138,7 @@ def do_run(outputs: str, model: str, mishaps: str) -> None:
         | {"eval": {name: {} for name in suites}, "choices": choices},
         device="cpu",
     )
-    experiment.run(store.RunStore(outputs, lease=2.0), StumblingTracker())
+    experiment.run(store.RunStore(outputs), StumblingTracker())
 
 
 store._flush = _stumbling(store._flush, "write")
