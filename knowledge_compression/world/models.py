@@ -71,16 +71,14 @@ class Shape:
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
+            "tie_word_embeddings": False,  # so that the final layer is trained as a layer of its own
         }
-        untied = {"tie_word_embeddings": False}  # so that the final layer is trained as a layer of its own
         sized: dict[str, Any] = {"hidden_size": d, "num_hidden_layers": self.depth, "num_attention_heads": self.heads}
         if family == ENCODER:
             quiet: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-            return BertConfig(intermediate_size=4 * d, max_position_embeddings=128, **quiet, **sized, **shared, **untied)
+            return BertConfig(intermediate_size=4 * d, max_position_embeddings=128, **quiet, **sized, **shared)
         if family == DECODER:
-            return LlamaConfig(intermediate_size=8 * d // 3, max_position_embeddings=128, **sized, **shared, **untied)
-        # T5 shares its embeddings with the head whatever it is told (transformers 5); told not to, it would also leave
-        # out the scaling by 1/sqrt(d) that embeddings of unit variance need, and hardly learn.
+            return LlamaConfig(intermediate_size=8 * d // 3, max_position_embeddings=128, **sized, **shared)
         return T5Config(
             d_model=d,
             d_kv=d // self.heads,
