@@ -170,7 +170,7 @@ class Experiment:
             model, compressed = self._compress(model, targets, windows, workplace.folder / SAVED)
             report["compression"] = compressed.to_json()
             if compressed.layers:
-                (workplace.folder / "layer_map.png").write_bytes(layer_map(compressed))
+                workplace.add("layer_map.png", layer_map(compressed))
             if windows is not None:
                 report["compression"]["calibration"] = digest(windows)
             model.original = partial(self.source.load, self.device, self.dtype)

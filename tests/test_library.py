@@ -9,13 +9,13 @@ import knowledge_compression as kc
 
 def test_the_example_of_the_documentation():
     model = kc.load("bert_tiny")
-    atlas = kc.choose("eval=atlas", relations=["capital_of"])
+    atlas = kc.choose("eval=atlas", relations=["capital_of", "language"])
     known = atlas.evaluate(model)
     report = kc.compress(model, kc.choose("compression=magnitude", sparsity=0.9), kc.choose("target=all"))
     left = atlas.evaluate(model)
     drop = kc.drop(known, left)
     assert report.sparsity == pytest.approx(0.9, abs=1e-4)
-    assert drop.low <= drop.value <= drop.high and drop.value > 20
+    assert drop.low <= drop.value <= drop.high and drop.value > 5
 
 
 @pytest.mark.parametrize(

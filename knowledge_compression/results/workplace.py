@@ -30,6 +30,11 @@ class Workplace:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def add(self, name: str, content: bytes) -> None:
+        """Put a file into what will be the run's folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / name).write_bytes(content)
+
     def evaluation(self, suite: str, evaluate: Callable[[], Evaluation]) -> Evaluation:
         """What an interrupted attempt found for a suite, or what ``evaluate`` finds now, kept for the next one."""
         items, rest = (self.folder / KEPT / f"{suite}.{kind}" for kind in ("parquet", "json"))
