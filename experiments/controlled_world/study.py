@@ -15,6 +15,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -38,8 +40,9 @@ def main(store: Path, folder: Path) -> None:
     """Read the runs under ``store`` and write the study's files into ``folder``."""
     comparisons = compare([held_out_only(run) for run in RunStore(store)])
     groups = {group.asked.model: group for group in comparisons if group.asked.model in MODELS}
-    if missing := MODELS.keys() - groups.keys():
-        sys.exit(f"error: {store} holds no dense run of {', '.join(sorted(missing))}; run the presets first")
+    missing = sorted(MODELS.keys() - groups.keys())
+    if not groups:
+        sys.exit(f"error: {store} holds no dense run of {', '.join(missing)}; run the presets first")
     table = pl.DataFrame([row for group in groups.values() for row in rows_of(group)])
     table.write_csv(folder / "results.csv", float_precision=4)
     figures = folder / "figures"
@@ -47,7 +50,8 @@ def main(store: Path, folder: Path) -> None:
     plot_drop(table, figures / "drop.png")
     plot_bits(table, figures / "facts_per_bit.png")
     plot_bins(table, figures / "head_and_tail.png")
-    text = [*models(groups), *summary(table), *findings(comparisons), *own_findings(groups, table)]
+    text = [f"No runs of {', '.join(missing)}: what follows lacks them.\n"] if missing else []
+    text += [*models(groups), *summary(table), *findings(comparisons), *own_findings(groups, table)]
     readme = folder / "README.md"
     written_by_hand = readme.read_text(encoding="utf-8").partition(MARKER)[0]
     readme.write_text(written_by_hand + MARKER + "\n".join(["", *text]) + "\n", encoding="utf-8")
@@ -87,10 +91,23 @@ def rows_of(group: Group) -> Iterator[dict[str, Any]]:
         }
 
 
+def shown(table: pl.DataFrame) -> list[tuple[str, str]]:
+    """The models that there are runs of, with their titles, in the order of :data:`MODELS`."""
+    there = set(table["model"])
+    return [(model, title) for model, title in MODELS.items() if model in there]
+
+
+def panels(table: pl.DataFrame) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with a panel for each model there are runs of."""
+    count = len(shown(table))
+    figure, axes = plt.subplots(1, count, figsize=(4.4 * count, 4), sharey=True, squeeze=False)
+    return figure, list(axes[0])
+
+
 def plot_drop(table: pl.DataFrame, path: Path) -> None:
     """Relative drop in recall against sparsity, a panel a family, with 95 % bootstrap bands over facts."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True)
-    for axis, (model, title) in zip(axes, MODELS.items(), strict=True):
+    figure, axes = panels(table)
+    for axis, (model, title) in zip(axes, shown(table), strict=True):
         for target, colour in TARGETS.items():
             part = table.filter(pl.col("model") == model, pl.col("target") == target).sort("sparsity")
             pruned = part.filter(pl.col("compression") == "magnitude")
@@ -104,14 +121,14 @@ def plot_drop(table: pl.DataFrame, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("drop in recall (% of the dense model's)")
     axes[0].legend(title="target")
-    axes[2].text(0.02, 0.97, "o pruned   x pruned, then int8   * int8", transform=axes[2].transAxes, va="top", size=8)
+    axes[-1].text(0.02, 0.97, "o pruned   x pruned, then int8   * int8", transform=axes[-1].transAxes, va="top", size=8)
     save(figure, path)
 
 
 def plot_bits(table: pl.DataFrame, path: Path) -> None:
     """Facts known against the bytes that the compressed model takes, a panel a family."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True)
-    for axis, (model, title) in zip(axes, MODELS.items(), strict=True):
+    figure, axes = panels(table)
+    for axis, (model, title) in zip(axes, shown(table), strict=True):
         part = table.filter(pl.col("model") == model)
         for target, colour in TARGETS.items():
             for method, style in METHODS.items():
@@ -126,15 +143,15 @@ def plot_bits(table: pl.DataFrame, path: Path) -> None:
     names = {"magnitude": "pruned", "int8_dynamic": "int8", "prune_int8": "pruned, int8"}
     handles += [plt.Line2D([], [], color="gray", marker=METHODS[m][0], ls="", label=names[m]) for m in METHODS]
     handles.append(plt.Line2D([], [], color="k", marker="s", ls="", label="dense"))
-    axes[2].legend(handles=handles, fontsize=7)
+    axes[-1].legend(handles=handles, fontsize=7)
     save(figure, path)
 
 
 def plot_bins(table: pl.DataFrame, path: Path) -> None:
     """Share of the dense model's facts still known, by how often training said them; everything pruned."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True)
+    figure, axes = panels(table)
     chosen = table.filter(pl.col("compression") == "magnitude", pl.col("target") == "all").sort("sparsity")
-    for axis, (model, title) in zip(axes, MODELS.items(), strict=True):
+    for axis, (model, title) in zip(axes, shown(table), strict=True):
         part = chosen.filter(pl.col("model") == model)
         for name, style in zip(BINS, ("-", "--", ":"), strict=True):
             axis.plot(part["sparsity"], 100 * part[f"kept_{name}"], style, marker="o", ms=3, label=name)
@@ -185,13 +202,13 @@ def summary(table: pl.DataFrame) -> list[str]:
         f"| model | target | {' | '.join(heads)} |",
         f"| --- | --- {'| --- ' * len(heads)}|",
     ]
-    for model, target in product(MODELS, TARGETS):
+    for (model, title), target in product(shown(table), TARGETS):
         part = table.filter(pl.col("model") == model, pl.col("target") == target)
         cells = []
         for method, share in treatments:
             row = part.filter(pl.col("compression") == method, (pl.col("sparsity") - share).abs() < 0.02)["recall"]
             cells.append(f"{100 * row[0]:.1f}" if row.len() else "")
-        lines.append(f"| {MODELS[model]} | {target} | {' | '.join(cells)} |")
+        lines.append(f"| {title} | {target} | {' | '.join(cells)} |")
     figures = [f"![{name}](figures/{name}.png)" for name in ("drop", "facts_per_bit", "head_and_tail")]
     return [*lines, "", *figures, ""]
 
