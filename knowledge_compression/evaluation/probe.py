@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import polars as pl
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.cloze import (
@@ -310,8 +312,14 @@ def _single_tokens(reader: Reader, words: Sequence[str]) -> Tensor:
 
 def _readings(reader: Reader, clozes: Sequence[Cloze]) -> list[list[int]]:
     """The tokens that read like the gold answer once both are lower-cased."""
-    words = reader.tokenizer.batch_decode([[token] for token in range(len(reader.tokenizer))])
-    tokens: defaultdict[str, list[int]] = defaultdict(list)
-    for token, word in enumerate(words):
-        tokens[word.strip().lower()].append(token)
+    tokens = _lower_cased(reader.tokenizer)
     return [tokens.get(cloze.gold.strip().lower(), []) for cloze in clozes]
+
+
+@lru_cache(maxsize=4)  # a tokenizer is asked by many suites and runs, and reading it whole takes a third of a second
+def _lower_cased(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, list[int]]:
+    """The tokens of a vocabulary by what they read like in lower case."""
+    tokens: defaultdict[str, list[int]] = defaultdict(list)
+    for token, word in enumerate(tokenizer.batch_decode([[token] for token in range(len(tokenizer))])):
+        tokens[word.strip().lower()].append(token)
+    return tokens
