@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -39,21 +42,25 @@ def test_decode_is_the_time_of_one_token_through_the_cache(tiny_model):
     assert 0.02 <= found.metrics["decode_seconds"] < 0.04
 
 
-def test_memory_is_that_of_the_worst_moment(tiny_model):
-    model = tiny_model("bert")
+# In a process of its own: one that did much before has freed memory at hand, and its high-water mark does not rise.
+HUNGRY = """
+import torch
+from knowledge_compression.evaluation.latency import _peak_memory
 
-    def hungry(*_):
-        import torch
+with _peak_memory(torch.device("cpu")) as memory:
+    torch.ones(20_000_000).sum()
+print(memory.peak)
+"""
 
-        torch.ones(20_000_000).sum()
 
-    model.network.register_forward_hook(hungry)
-    # The kernel may take idle pages away while we look, so that one look in a few may miss what came on top.
-    looks = [SMALL.evaluate(model) for _ in range(3)]
-    if "peak_memory" in looks[0].metrics:
-        assert 80e6 * 0.9 < max(look.metrics["peak_memory"] for look in looks) < 200e6
+def test_memory_is_that_of_the_worst_moment():
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", HUNGRY], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    if sys.platform == "linux":
+        assert 80e6 * 0.9 < int(done.stdout) < 200e6
     else:
-        assert looks[0].description["memory"] == "not told by this system"
+        assert done.stdout.strip() == "None"
 
 
 def test_what_cannot_be_measured_says_so(tiny_model):
