@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from knowledge_compression.compression.gptq import Gptq
-from knowledge_compression.compression.memory import peak_memory
 from knowledge_compression.compression.quantizer import Grid
 from knowledge_compression.compression.sparsegpt import SparseGpt
+from knowledge_compression.memory import peak_memory
 from knowledge_compression.models import Model, Target, Targets
 from knowledge_compression.models.loading import PackagedGguf
 

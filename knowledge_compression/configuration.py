@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from knowledge_compression.errors import BadInput
+from knowledge_compression.errors import BadInput, first_line
 from knowledge_compression.experiment import Experiment
 from knowledge_compression.results.tracker import Tracker
 
@@ -74,11 +74,6 @@ def plain(part: DictConfig) -> dict[str, Any]:
         return cast(dict[str, Any], OmegaConf.to_container(part, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
         raise BadInput(first_line(error)) from None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, as a user should read it."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def build(name: str, settings: Mapping[str, Any]) -> Any:

@@ -14,3 +14,9 @@ class ModelUnavailable(BadInput):
 
 class DataUnavailable(BadInput):
     """Data that is not where the user said it is, and not to be had elsewhere."""
+
+
+def first_line(error: BaseException, longest: int = 240) -> str:
+    """The first line of a library's error message that says something, cut where it is long."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= longest else f"{line[: longest - 3]}..."

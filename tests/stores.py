@@ -16,8 +16,9 @@ def made_run(
     correct, *, compression="magnitude", target="att", sparsity=0.2, recovery="none", family="decoder", **rest
 ):
     """A run whose items were right or wrong as told."""
+    tasks = rest.get("tasks", ("r0", "r1", "r2"))
     rows = [
-        {"suite": "atlas", "task": f"r{i % 3}", "id": str(i), "prompt": f"q{i}", "gold": "a"}
+        {"suite": "atlas", "task": tasks[i % len(tasks)], "id": str(i), "prompt": f"q{i}", "gold": "a"}
         | {"prediction": "a" if right else "b", "correct": bool(right), "rank": 1 if right else 5, "log_prob": -1.0}
         for i, right in enumerate(correct)
     ]

@@ -45,11 +45,11 @@ def test_decode_is_the_time_of_one_token_through_the_cache(tiny_model):
 # In a process of its own: one that did much before has freed memory at hand, and its high-water mark does not rise.
 HUNGRY = """
 import torch
-from knowledge_compression.evaluation.latency import _peak_memory
+from knowledge_compression.memory import peak_memory
 
-with _peak_memory(torch.device("cpu")) as memory:
+with peak_memory(torch.device("cpu")) as memory:
     torch.ones(20_000_000).sum()
-print(memory.peak)
+print(memory.bytes)
 """
 
 

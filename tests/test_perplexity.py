@@ -90,8 +90,8 @@ def test_text_is_joined_as_it_stands_or_as_published(tmp_path: Path) -> None:
     (tmp_path / "wikitext2").mkdir()
     raw = " \n = Paris = \n \n the capital \n of france \n"
     (tmp_path / "wikitext2" / "test.raw.txt").write_text(raw)
-    assert Perplexity(data_dir=str(tmp_path))._text() == raw
-    published = Perplexity(data_dir=str(tmp_path), join="gptq")._text()
+    assert Perplexity(data_dir=str(tmp_path)).text() == raw
+    published = Perplexity(data_dir=str(tmp_path), join="gptq").text()
     assert published == "\n\n".join(["", " = Paris = \n", "", " the capital \n", " of france \n"])
 
 

@@ -54,7 +54,7 @@ def text():
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(0, 40, (24, 1), generator=generator)
     ids = 7 + (starts + 3 * torch.arange(16)) % 40
-    return DrawnSamples("fixed", len(ids), 16, 0, ids)
+    return DrawnSamples("fixed", len(ids), 16, 0, ids=ids)
 
 
 def state(model):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from knowledge_compression.errors import BadInput
-from knowledge_compression.evaluation.similarity import Similarity, _observe
+from knowledge_compression.evaluation.similarity import Similarity, observe
 from knowledge_compression.recovery.bank import bank_of
 from knowledge_compression.recovery.prompted import Prompted
 
@@ -55,7 +55,7 @@ def test_a_change_shows_where_it_was_made_and_after(tiny_model, suite):
 def test_observed_attention_is_that_of_the_eager_model(tiny_model, architecture):
     model = tiny_model(architecture)
     ids = torch.arange(7, 22)[None]
-    seen = _observe(model, ids)
+    seen = observe(model, ids)
     model.network.set_attn_implementation("eager")
     with torch.no_grad():
         eager = model.network(input_ids=ids, output_attentions=True, output_hidden_states=True)

@@ -10,8 +10,7 @@ from typing import ClassVar
 import torch
 from torch import LongTensor, Tensor
 
-from knowledge_compression.compression.base import reporting
-from knowledge_compression.compression.blocks import LayerInputs, compress_blocks
+from knowledge_compression.compression.blocks import LayerInputs, compress_calibrated
 from knowledge_compression.compression.hessian import Hessian, relative_error
 from knowledge_compression.compression.quantizer import SCALE_BITS, Grid, plainly_rounded
 from knowledge_compression.compression.report import CompressionReport, LayerReport
@@ -74,11 +73,7 @@ class Awq:
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
         """Quantize the targets in place."""
         self.grid.check(targets)
-        with reporting("awq", model, targets) as report:
-            report.layers = compress_blocks(
-                model, targets, calibration, self, forward_dtype=self.forward_dtype, device=self.device
-            )
-        return report
+        return compress_calibrated("awq", self, model, targets, calibration)
 
     def observe(self, in_features: int, device: torch.device) -> InputSizes:
         """The statistics that all linears with one input share."""

@@ -12,9 +12,9 @@ from typing import ClassVar, Protocol
 
 from torch import LongTensor, nn
 
-from knowledge_compression.compression.memory import peak_memory
 from knowledge_compression.compression.report import CompressionReport
 from knowledge_compression.errors import BadInput
+from knowledge_compression.memory import peak_memory
 from knowledge_compression.models import Model, Targets
 
 

@@ -18,13 +18,14 @@ from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from greenlet import GreenletExit, getcurrent, greenlet
 from rich.console import Console
 from rich.progress import Progress
 from torch import LongTensor, Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from knowledge_compression.compression.report import LayerReport
+from knowledge_compression.compression.base import reporting
+from knowledge_compression.compression.report import CompressionReport, LayerReport
+from knowledge_compression.compression.suspended import SuspendedForward, marked
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Targets
 from knowledge_compression.models.families import DECODER, ENCODER
@@ -130,6 +131,39 @@ def compress_blocks(
         return walk.run(windows.split(max(1, tokens_per_batch // windows.shape[1])))
 
 
+class CalibratedMethod(BlockMethod[S], Protocol[S]):
+    """A block method with the two settings that every calibrated method has, see :func:`compress_blocks`."""
+
+    @property
+    def forward_dtype(self) -> str: ...  # noqa: D102 - see compress_blocks
+
+    @property
+    def device(self) -> str | None: ...  # noqa: D102
+
+
+def compress_calibrated(
+    name: str,
+    method: CalibratedMethod[S],
+    model: Model,
+    targets: Targets,
+    calibration: LongTensor | None,
+    **walk: Any,
+) -> CompressionReport:
+    """What every calibrated method's ``compress`` does: the walk, timed and reported.
+
+    Args:
+        name: of the method, for the report.
+        method: what to observe and what to do with it.
+        model, targets, calibration: as ``compress`` takes them.
+        walk: further settings of :func:`compress_blocks`.
+    """
+    with reporting(name, model, targets) as report:
+        report.layers = compress_blocks(
+            model, targets, calibration, method, forward_dtype=method.forward_dtype, device=method.device, **walk
+        )
+    return report
+
+
 @contextmanager
 def _moved(
     _path: str, block: nn.Module, _reports: Mapping[str, LayerReport], *, device: torch.device
@@ -168,60 +202,6 @@ def _checked(model: Model, calibration: LongTensor | None) -> Tensor:
             f"choose corpus.length={model.max_positions} or less"
         )
     return calibration
-
-
-class _SuspendedForward:
-    """One forward pass of the network that stops at every marked module and waits for that module's output.
-
-    A greenlet rather than a thread, so that torch's thread-local modes and thread pools are the caller's.
-
-    Attributes:
-        unit: path of the module before which it stands; None at the end.
-        args, kwargs: what that module was called with.
-    """
-
-    def __init__(self, run: Callable[[], None]) -> None:
-        self.unit: str | None = None
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-        self._greenlet = greenlet(run)
-
-    def resume(self, *output: Any) -> None:
-        """Give the waiting module's output (nothing at the start) and run on to the next marked module."""
-        self.unit, self.args, self.kwargs = self._greenlet.switch(*output) or (None, (), {})
-
-    def cancel(self) -> None:
-        """Leave the forward pass where it stands."""
-        if self._greenlet:
-            self._greenlet.throw(GreenletExit)
-
-
-@contextmanager
-def _marked(network: nn.Module, paths: Sequence[str]) -> Iterator[None]:
-    """Make the modules at ``paths`` suspend the forward passes that run in greenlets of their own."""
-    main = getcurrent()
-    with ExitStack() as undo:
-        for path in paths:
-            module = network.get_submodule(path)
-            undo.callback(_restore, module, module.__dict__.get("forward"))
-            module.forward = _suspending(path, module.forward, main)
-        yield
-
-
-def _suspending(path: str, forward: Callable[..., Any], main: greenlet) -> Callable[..., Any]:
-    def suspended(*args: Any, **kwargs: Any) -> Any:
-        if getcurrent() is main:
-            return forward(*args, **kwargs)
-        return main.switch((path, args, kwargs))
-
-    return suspended
-
-
-def _restore(module: nn.Module, forward: Callable[..., Any] | None) -> None:
-    if forward is None:
-        del module.forward
-    else:
-        module.forward = forward
 
 
 def _influence(result: Any, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -294,8 +274,8 @@ class _Walk(Generic[S]):
         """Run all batches abreast until nothing is pending, or a block used many times has been compressed."""
         groups: dict[str, list[_Group[S]]] = defaultdict(list)
         calls: Counter[str] = Counter()
-        forwards = [_SuspendedForward(partial(self._forward, batch)) for batch in batches]
-        with _marked(self.network, self.units):
+        forwards = [SuspendedForward(partial(self._forward, batch)) for batch in batches]
+        with marked(self.network, self.units):
             try:
                 for forward in forwards:
                     forward.resume()
@@ -334,13 +314,13 @@ class _Walk(Generic[S]):
             said = torch.cat([start, said[:, :-1]], dim=1)
             self.network(input_ids=text, decoder_input_ids=said, use_cache=False)
 
-    def _call(self, unit: str, forward: _SuspendedForward) -> Any:
+    def _call(self, unit: str, forward: SuspendedForward) -> Any:
         """Run the unit, before which ``forward`` is suspended, with its own arguments, on the compute device."""
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(self.device), (forward.args, forward.kwargs))
         output = self.network.get_submodule(unit)(*args, **kwargs)
         return tree_map_only(Tensor, lambda t: t.to(self.model.device), output)
 
-    def _observe(self, unit: str, forwards: Sequence[_SuspendedForward], groups: list[_Group[S]]) -> None:
+    def _observe(self, unit: str, forwards: Sequence[SuspendedForward], groups: list[_Group[S]]) -> None:
         """Run all batches through the unit; its groups, which the first batch finds, take in their inputs."""
         layers = {layer.path: layer for layer in self.pending[unit]}
         group_of = {layer.path: group for group in groups for layer in group.layers}
@@ -368,7 +348,7 @@ class _Walk(Generic[S]):
                 weights = torch.stack(shares).sum(dim=0) if shares else None
                 group.statistics.update(LayerInputs(inputs[first].flatten(0, -2), weights))
 
-    def _read(self, unit: str, forward: _SuspendedForward) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _read(self, unit: str, forward: SuspendedForward) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Run the unit; give what each of its pending layers read and, where wanted, the influence of each token."""
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}

@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import LongTensor, Tensor
 
-from knowledge_compression.compression.base import reporting
-from knowledge_compression.compression.blocks import LayerInputs, compress_blocks
+from knowledge_compression.compression.blocks import LayerInputs, compress_calibrated
 from knowledge_compression.compression.quantized_linear import GRANULARITIES, Int8Linear
 from knowledge_compression.compression.report import CompressionReport, LayerReport
 from knowledge_compression.errors import BadInput
@@ -83,11 +82,7 @@ class Int8Static:
 
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
         """Replace the targets in the network."""
-        with reporting("int8_static", model, targets) as report:
-            report.layers = compress_blocks(
-                model, targets, calibration, self, forward_dtype=self.forward_dtype, device=self.device
-            )
-        return report
+        return compress_calibrated("int8_static", self, model, targets, calibration)
 
     def observe(self, in_features: int, device: torch.device) -> InputRange:
         """The range that all linears with one input share."""

@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import LongTensor, Tensor
 
-from knowledge_compression.compression.base import reporting
-from knowledge_compression.compression.blocks import LayerInputs, compress_blocks
+from knowledge_compression.compression.blocks import LayerInputs, compress_calibrated
 from knowledge_compression.compression.quantized_linear import Int8Linear, quantize_tokens
 from knowledge_compression.compression.report import CompressionReport, LayerReport
 from knowledge_compression.errors import BadInput
@@ -82,11 +81,7 @@ class SmoothQuant:
 
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
         """Replace the targets in the network."""
-        with reporting("smoothquant", model, targets) as report:
-            report.layers = compress_blocks(
-                model, targets, calibration, self, forward_dtype=self.forward_dtype, device=self.device
-            )
-        return report
+        return compress_calibrated("smoothquant", self, model, targets, calibration)
 
     def observe(self, in_features: int, device: torch.device) -> LargestInputs:
         """The channel maxima that all linears with one input share."""

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import LongTensor, Tensor
 
-from knowledge_compression.compression.base import check_sparsity, reporting
-from knowledge_compression.compression.blocks import LayerInputs, compress_blocks
+from knowledge_compression.compression.base import check_sparsity
+from knowledge_compression.compression.blocks import LayerInputs, compress_calibrated
 from knowledge_compression.compression.report import CompressionReport, LayerReport
 from knowledge_compression.compression.unstructured import Pattern
 from knowledge_compression.models import Model, TargetLayer, Targets
@@ -61,11 +61,7 @@ class Wanda:
         check_sparsity(self.sparsity)
         if self.shape:
             self.shape.check(targets)
-        with reporting("wanda", model, targets) as report:
-            report.layers = compress_blocks(
-                model, targets, calibration, self, forward_dtype=self.forward_dtype, device=self.device
-            )
-        return report
+        return compress_calibrated("wanda", self, model, targets, calibration)
 
     def observe(self, in_features: int, device: torch.device) -> InputPower:
         """The norms that all linears with one input share."""

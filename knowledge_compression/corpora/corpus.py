@@ -9,12 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import LongTensor
 
-from knowledge_compression.errors import BadInput, DataUnavailable
+from knowledge_compression.errors import BadInput, DataUnavailable, first_line
 from knowledge_compression.models import Model
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -93,8 +93,8 @@ class Documents:
 
 
 @dataclass(frozen=True)
-class TextCorpus(ABC):
-    """The shared part of corpora that are made of text; each says where its documents come from.
+class Windowed:
+    """What is asked of every corpus.
 
     Attributes:
         name, samples, length, seed: see :class:`Corpus`.
@@ -107,7 +107,14 @@ class TextCorpus(ABC):
 
     def __post_init__(self) -> None:
         """Refuse window counts and lengths below one."""
-        check_windows(self.samples, self.length)
+        for name in ("samples", "length"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"corpus.{name}={getattr(self, name)} leaves no calibration text; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class TextCorpus(Windowed, ABC):
+    """The shared part of corpora that are made of text; each says where its documents come from."""
 
     @abstractmethod
     def documents(self, split: str = TRAIN) -> Documents:
@@ -134,11 +141,42 @@ class TextCorpus(ABC):
         return self
 
 
-def check_windows(samples: int, length: int) -> None:
-    """Refuse window counts and lengths below one."""
-    for name, value in (("samples", samples), ("length", length)):
-        if value < 1:
-            raise BadInput(f"corpus.{name}={value} leaves no calibration text; it must be at least 1")
+@dataclass(frozen=True)
+class PublishedCorpus(TextCorpus):
+    """A published text, from the hub or from local files in its layout.
+
+    Attributes:
+        data_dir: folder with local data, read instead of the hub.
+    """
+
+    data_dir: str | None = None
+    hub_name: ClassVar[str]  # of the training text
+
+    def documents(self, split: str = TRAIN) -> Documents:
+        """The texts of a split."""
+        return Documents(
+            self.name, self.from_hub(split) if self.data_dir is None else self.from_file(self._file(split))
+        )
+
+    def fingerprint(self) -> str:
+        """Digest of the local file with the training text, or the hub's name for it."""
+        return self.hub_name if self.data_dir is None else digest_file(self._file(TRAIN))
+
+    def _file(self, split: str) -> Path:
+        assert self.data_dir is not None
+        return self.choose_file(Path(self.data_dir).expanduser(), split)
+
+    @abstractmethod
+    def from_hub(self, split: str) -> Sequence[str]:
+        """The texts of a split, from the hub or its local cache."""
+
+    @abstractmethod
+    def choose_file(self, folder: Path, split: str) -> Path:
+        """The file of a data folder that holds a split."""
+
+    def from_file(self, path: Path) -> Sequence[str]:
+        """The texts of a local file."""
+        return read_texts(path)
 
 
 def check_fits(model: Model, length: int) -> None:
@@ -194,10 +232,9 @@ def hub_texts(repository: str, split: str, *, config: str | None = None, files: 
     try:
         return load_dataset(repository, config, data_files={split: files} if files else None, split=split)["text"]
     except (OSError, ValueError, DatasetsError) as error:
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise DataUnavailable(
-            f"the data set '{repository}' is not cached and the hub did not give it ({reason[:160]}); give local files "
-            "with data_dir=DIR, a text file with corpus=text corpus.path=FILE, or corpus=self, which needs no data"
+            f"the data set '{repository}' is not cached and the hub did not give it ({first_line(error)}); give local "
+            "files with data_dir=DIR, a text file with corpus=text corpus.path=FILE, or corpus=self, which needs none"
         ) from None
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import LongTensor, Tensor
 
 from knowledge_compression.cache import cached_folder
-from knowledge_compression.corpora.corpus import Corpus, check_fits, check_windows
+from knowledge_compression.corpora.corpus import Corpus, Windowed, check_fits
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
@@ -42,21 +42,12 @@ _SPAN = 32  # longest filling of one blank
 
 
 @dataclass(frozen=True)
-class OwnSamples:
-    """Text that the model itself writes; kept in the cache for the next run of the same model.
-
-    Attributes:
-        name, samples, length, seed: see :class:`~knowledge_compression.corpora.corpus.Corpus`.
-    """
+class OwnSamples(Windowed):
+    """Text that the model itself writes; kept in the cache for the next run of the same model."""
 
     name: str = "self"
     samples: int = 32
     length: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse window counts and lengths below one."""
-        check_windows(self.samples, self.length)
 
     def fingerprint(self) -> str:
         """The way of drawing; the model that draws is in the run's hash already."""
@@ -75,7 +66,7 @@ class OwnSamples:
         name = hashlib.sha256(identity.encode()).hexdigest()[:16]
         folder = cached_folder(f"self/{name}", partial(self._write, model))
         ids = load_file(folder / "ids.safetensors")["ids"]
-        return DrawnSamples(self.name, self.samples, self.length, self.seed, ids)  # type: ignore[arg-type]
+        return DrawnSamples(self.name, self.samples, self.length, self.seed, ids=ids)  # type: ignore[arg-type]
 
     def windows(self, model: Model) -> LongTensor:
         """Samples ``[samples, length]`` of ``model`` as it is now."""
@@ -90,18 +81,14 @@ class OwnSamples:
 
 
 @dataclass(frozen=True)
-class DrawnSamples:
+class DrawnSamples(Windowed):
     """Samples that are there already, whatever happens to the model that wrote them.
 
     Attributes:
         ids: token ids ``[samples, length]``.
     """
 
-    name: str
-    samples: int
-    length: int
-    seed: int
-    ids: LongTensor
+    ids: LongTensor = field(kw_only=True)
 
     def fingerprint(self) -> str:
         """The way of drawing."""

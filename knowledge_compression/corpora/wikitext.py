@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from knowledge_compression.corpora.corpus import (
-    TRAIN,
-    VALIDATION,
-    Documents,
-    TextCorpus,
-    digest_file,
-    hub_texts,
-    read_texts,
-)
+from knowledge_compression.corpora.corpus import TRAIN, VALIDATION, PublishedCorpus, hub_texts, read_texts
 from knowledge_compression.errors import DataUnavailable
 
 log = logging.getLogger(__name__)
@@ -23,31 +16,27 @@ HUB_ID, HUB_CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
 
 
 @dataclass(frozen=True)
-class WikiText(TextCorpus):
+class WikiText(PublishedCorpus):
     """WikiText-2 from the hub, or from ``<data_dir>/wikitext2/<split>.raw.txt`` (or ``<split>.*.txt``).
 
-    Attributes:
-        data_dir: folder with local data, read instead of the hub.
+    Its documents are the lines of a split, an empty string for each empty line, as the hub's rows are.
     """
 
     name: str = "wikitext"
-    data_dir: str | None = None
+    hub_name = f"{HUB_ID}/{HUB_CONFIG}"
 
-    def documents(self, split: str = TRAIN) -> Documents:
-        """The lines of a split, an empty string for each empty line, as the hub's rows are."""
-        if self.data_dir is None:
-            return Documents(self.name, list(hub_texts(HUB_ID, split, config=HUB_CONFIG)))
-        (content,) = read_texts(self._file(split))
-        return Documents(self.name, [line if line.strip() else "" for line in content.splitlines(keepends=True)])
+    def from_hub(self, split: str) -> Sequence[str]:
+        """The rows of a split."""
+        return list(hub_texts(HUB_ID, split, config=HUB_CONFIG))
 
-    def fingerprint(self) -> str:
-        """Digest of the local training text, or the hub's name for it."""
-        return digest_file(self._file(TRAIN)) if self.data_dir is not None else f"{HUB_ID}/{HUB_CONFIG}"
+    def from_file(self, path: Path) -> Sequence[str]:
+        """The lines of a file."""
+        (content,) = read_texts(path)
+        return [line if line.strip() else "" for line in content.splitlines(keepends=True)]
 
-    def _file(self, split: str) -> Path:
+    def choose_file(self, folder: Path, split: str) -> Path:
         """The split's file, raw before tokenized; the validation text stands in where no training text is."""
-        assert self.data_dir is not None
-        folder = Path(self.data_dir).expanduser() / "wikitext2"
+        folder = folder / "wikitext2"
         for name in (TRAIN, VALIDATION) if split == TRAIN else (split,):
             raw_first = sorted(folder.glob(f"{name}.*"), key=lambda path: ("raw" not in path.name, path.name))
             if raw_first:

@@ -7,28 +7,18 @@ from pathlib import Path
 
 from torch import LongTensor
 
-from knowledge_compression.corpora.corpus import check_windows
+from knowledge_compression.corpora.corpus import Windowed
 from knowledge_compression.corpora.text import TextFile
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 
 
 @dataclass(frozen=True)
-class WorldText:
-    """The recovery corpus of the world that the model was trained on; it names no subject that a probe asks about.
-
-    Attributes:
-        name, samples, length, seed: see :class:`~knowledge_compression.corpora.corpus.Corpus`.
-    """
+class WorldText(Windowed):
+    """The recovery corpus of the world that the model was trained on; it names no subject that a probe asks about."""
 
     name: str = "world"
-    samples: int = 128
     length: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse window counts and lengths below one."""
-        check_windows(self.samples, self.length)
 
     def fingerprint(self) -> str:
         """Nothing of its own: the model's fingerprint names the world, and with it the text."""

@@ -9,10 +9,8 @@ import gc
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.suite import Evaluation, item_table
+from knowledge_compression.memory import Peak, peak_memory
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER
 
@@ -74,7 +73,8 @@ class Latency:
         ids = torch.randint(len(model.tokenizer), (self.batch, self.length), generator=generator).to(model.device)
         kinds = (PREFILL,) if model.family == ENCODER else (PREFILL, DECODE)
         seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-        with _peak_memory(model.device) as memory:
+        gc.collect()
+        with peak_memory(model.device) as memory:
             for repeat in track(range(-self.warmup, self.repeats), "latency", transient=True):
                 for name, value in self._once(model, ids).items():
                     if repeat >= 0:
@@ -107,7 +107,7 @@ class Latency:
         decoding, _ = _timed(model.device, lambda: decode(output))
         return {PREFILL: prefill, DECODE: decoding / self.decode_tokens}
 
-    def _description(self, model: Model, memory: _Memory) -> dict[str, Any]:
+    def _description(self, model: Model, memory: Peak) -> dict[str, Any]:
         return {
             "batch": self.batch,
             "length": self.length,
@@ -133,41 +133,7 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-@dataclass
-class _Memory:
-    """Bytes in use at the worst moment above those before; None where the system does not tell."""
-
-    source: str = "not told by this system"
-    peak: int | None = None
-
-
-@contextmanager
-def _peak_memory(device: torch.device) -> Iterator[_Memory]:
-    """Take the peak of the device's memory, or of the process's resident memory on a Linux CPU."""
-    memory = _Memory()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield memory
-        memory.source, memory.peak = "allocated on the device", torch.cuda.max_memory_allocated(device) - before
-        return
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if device.type == "cpu" and reset.exists():
-        reset.write_text("5")  # sets the high-water mark to what is resident now
-        before = _resident(status, "VmRSS")
-        yield memory
-        memory.source, memory.peak = "resident in the process", _resident(status, "VmHWM") - before
-        return
-    yield memory
-
-
-def _resident(status: Path, name: str) -> int:
-    line = next(line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
-
-
-def _metrics(seconds: Mapping[str, list[float]], memory: _Memory) -> dict[str, float]:
+def _metrics(seconds: Mapping[str, list[float]], memory: Peak) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, values in seconds.items():
         metrics |= {
@@ -175,7 +141,7 @@ def _metrics(seconds: Mapping[str, list[float]], memory: _Memory) -> dict[str, f
             f"{name}_seconds_min": min(values),
             f"{name}_seconds_max": max(values),
         }
-    return metrics | ({"peak_memory": float(memory.peak)} if memory.peak is not None else {})
+    return metrics | ({"peak_memory": float(memory.bytes)} if memory.bytes is not None else {})
 
 
 def _items(seconds: Mapping[str, list[float]]) -> pl.DataFrame:

@@ -78,7 +78,7 @@ class Perplexity:
         return (
             self._source().fingerprint()
             if self.data_dir is None
-            else hashlib.sha256(self._text().encode()).hexdigest()[:16]
+            else hashlib.sha256(self.text().encode()).hexdigest()[:16]
         )
 
     def evaluate(self, model: Model) -> Evaluation:
@@ -107,7 +107,8 @@ class Perplexity:
     def _source(self) -> TextCorpus:
         return _TEXTS[self.corpus][0](data_dir=self.data_dir)
 
-    def _text(self) -> str:
+    def text(self) -> str:
+        """The whole text that is scored, its documents joined as ``join`` says."""
         documents = self._source().documents(_TEXTS[self.corpus][1])
         return _JOINS[self.corpus, self.join](documents.texts)
 
@@ -115,7 +116,7 @@ class Perplexity:
         """The windows to score ``[N, window]`` and how many the text has."""
         special = model.tokenizer.num_special_tokens_to_add() if model.family == ENCODER else 0
         length = min(self.window, (model.max_positions or self.window) - special)
-        stream = Documents(self.corpus, [self._text()]).stream(model)
+        stream = Documents(self.corpus, [self.text()]).stream(model)
         total = len(stream) // length
         if total == 0:
             raise BadInput(

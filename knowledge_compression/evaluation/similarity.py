@@ -75,7 +75,7 @@ class Similarity:
         windows = self._windows(model)
         sums: dict[tuple[str, str], float] = {}
         for ids in track(windows.split(1), "similarity", transient=True):
-            before, after = _observe(dense, ids), _observe(model, ids)
+            before, after = observe(dense, ids), observe(model, ids)
             for key in before:
                 cosine = functional.cosine_similarity(before[key], after[key], dim=-1)
                 sums[key] = sums.get(key, 0.0) + float(cosine.mean())
@@ -99,7 +99,7 @@ class Similarity:
 
 
 @torch.inference_mode()
-def _observe(model: Model, ids: LongTensor) -> Seen:
+def observe(model: Model, ids: LongTensor) -> Seen:
     """Attention ``[heads * queries, keys]`` and activations ``[tokens, width]`` of every layer for one window."""
     seen: Seen = {}
     ids = ids.to(model.device)  # type: ignore[assignment]

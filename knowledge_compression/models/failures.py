@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from knowledge_compression.errors import BadInput, ModelUnavailable
+from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
 from knowledge_compression.models.hub import hub_answers
 
 
@@ -43,12 +43,6 @@ def _why_unavailable(where: str, name: str, error: Exception, allow_pickle: bool
         f"model={name}: '{where}' is not cached and the hub did not give it ({first_line(error)}); "
         "give a local copy with model=local model.path=DIR"
     )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, cut where it is long."""
-    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    return line if len(line) <= 160 else line[:157] + "..."
 
 
 @contextmanager

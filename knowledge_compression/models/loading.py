@@ -17,8 +17,8 @@ import psutil
 import torch
 
 from knowledge_compression.cache import cached_folder
-from knowledge_compression.errors import BadInput, ModelUnavailable
-from knowledge_compression.models.failures import first_line, one_line_failures, quiet
+from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
+from knowledge_compression.models.failures import one_line_failures, quiet
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, architecture_of
 from knowledge_compression.models.hub import cache_alone_where_no_hub_answers
 from knowledge_compression.models.model import Model

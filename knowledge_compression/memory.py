@@ -15,9 +15,15 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass
 class Peak:
-    """The worst moment: bytes above the start, None while unknown or where the platform does not tell."""
+    """The worst moment.
+
+    Attributes:
+        bytes: above the start; None while unknown or where the system does not tell.
+        source: what was measured.
+    """
 
     bytes: int | None = None
+    source: str = "not told by this system"
 
 
 @contextmanager
@@ -32,12 +38,12 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield peak
-        peak.bytes = torch.cuda.max_memory_allocated(device) - before
-    elif os.access(_CLEAR, os.W_OK):
+        peak.bytes, peak.source = torch.cuda.max_memory_allocated(device) - before, "allocated on the device"
+    elif device.type == "cpu" and os.access(_CLEAR, os.W_OK):
         _CLEAR.write_text("5")  # sets the high-water mark back to what is resident now
         before = _high_water()
         yield peak
-        peak.bytes = _high_water() - before
+        peak.bytes, peak.source = _high_water() - before, "resident in the process"
     else:
         yield peak
 

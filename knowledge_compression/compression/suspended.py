@@ -1,0 +1,64 @@
+"""Forward passes that stop at chosen modules and wait for what those give back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import nn
+
+
+class SuspendedForward:
+    """One forward pass of the network that stops at every marked module and waits for that module's output.
+
+    A greenlet rather than a thread, so that torch's thread-local modes and thread pools are the caller's.
+
+    Attributes:
+        unit: path of the module before which it stands; None at the end.
+        args, kwargs: what that module was called with.
+    """
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.unit: str | None = None
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self._greenlet = greenlet(run)
+
+    def resume(self, *output: Any) -> None:
+        """Give the waiting module's output (nothing at the start) and run on to the next marked module."""
+        self.unit, self.args, self.kwargs = self._greenlet.switch(*output) or (None, (), {})
+
+    def cancel(self) -> None:
+        """Leave the forward pass where it stands."""
+        if self._greenlet:
+            self._greenlet.throw(GreenletExit)
+
+
+@contextmanager
+def marked(network: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+    """Make the modules at ``paths`` suspend the forward passes that run in greenlets of their own."""
+    main = getcurrent()
+    with ExitStack() as undo:
+        for path in paths:
+            module = network.get_submodule(path)
+            undo.callback(_restore, module, module.__dict__.get("forward"))
+            module.forward = _suspending(path, module.forward, main)
+        yield
+
+
+def _suspending(path: str, forward: Callable[..., Any], main: greenlet) -> Callable[..., Any]:
+    def suspended(*args: Any, **kwargs: Any) -> Any:
+        if getcurrent() is main:
+            return forward(*args, **kwargs)
+        return main.switch((path, args, kwargs))
+
+    return suspended
+
+
+def _restore(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward

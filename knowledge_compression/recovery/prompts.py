@@ -1,0 +1,77 @@
+"""What strategies with several prompts share: each prompt is trained by itself, as ``recovery=prompt`` trains it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from knowledge_compression.corpora.corpus import Corpus
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model
+from knowledge_compression.recovery.adapters import FrozenBase, Tuning
+from knowledge_compression.recovery.bank import check_decoder, check_positions
+from knowledge_compression.recovery.base import RecoveryReport
+from knowledge_compression.recovery.prompt import check_prompt, prompt_adapter, prompt_embeddings
+from knowledge_compression.training import LogCallback, TrainingSettings
+
+
+@dataclass(frozen=True)
+class SeveralPrompts(ABC):
+    """Prompts of several lengths before what a decoder reads; subclasses say how they stand there.
+
+    Attributes:
+        prompts: the length of each, in their order.
+        init: how each prompt begins, see :class:`~knowledge_compression.recovery.prompt.Prompt`.
+        training, epochs: see :class:`~knowledge_compression.recovery.adapters.Tuning`.
+    """
+
+    training: TrainingSettings
+    prompts: Sequence[int] = (50, 100)
+    init: str = "vocabulary"
+    epochs: int = 16
+    name: ClassVar[str]
+    trains: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse no prompts, empty ones, and the same one twice."""
+        if not self.prompts:
+            raise BadInput("recovery.prompts=[] names no prompt; give their lengths, e.g. recovery.prompts=[26,100]")
+        for tokens in self.prompts:
+            check_prompt(tokens, self.init)
+        if len(set(self.prompts)) < len(self.prompts):
+            raise BadInput(
+                f"recovery.prompts={list(self.prompts)} names a prompt twice; prompts differ by their lengths"
+            )
+
+    def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> RecoveryReport:
+        """Train the prompts that earlier runs did not, and put them before what the model reads."""
+        assert corpus is not None
+        check_decoder(model)
+        check_positions(model, self.positions)
+        base = FrozenBase(model.network)
+        tuning = Tuning(training=self.training, epochs=self.epochs, report_to=report_to)
+        adapters = [
+            prompt_adapter(model, base, corpus, tuning, tokens=tokens, init=self.init) for tokens in self.prompts
+        ]
+        self.put(model, [prompt_embeddings(adapter) for adapter in adapters])
+        base.check(model.network)
+        return RecoveryReport.of(
+            self.name, adapters, {"prompts": list(self.prompts), "init": self.init} | self.details()
+        )
+
+    @property
+    @abstractmethod
+    def positions(self) -> int:
+        """Positions that the prompts take before any input."""
+
+    @abstractmethod
+    def put(self, model: Model, prompts: Sequence[Tensor]) -> None:
+        """Put the trained prompts ``[tokens, width]`` before what ``model`` reads."""
+
+    def details(self) -> dict[str, Any]:
+        """What the report says beside the prompts."""
+        return {}
