@@ -71,10 +71,14 @@ class Atlas:
             for cloze in _clozes(relation, every_wording=self.wordings == "all")
         ]
 
+    def questions(self, model: Model) -> tuple[list[Cloze], dict[str, list[str]]]:
+        """What is asked of any model, and the distinct answers of each relation."""
+        clozes = self.clozes()
+        return evenly_spaced(clozes, self.limit), answers_by_task(clozes)
+
     def evaluate(self, model: Model) -> Evaluation:
         """Ask every fact."""
-        clozes = self.clozes()
-        evaluation = self._probe().ask("atlas", model, evenly_spaced(clozes, self.limit), answers_by_task(clozes))
+        evaluation = self._probe().ask("atlas", model, *self.questions(model))
         evaluation.description |= {"facts": self.fingerprint(), "wordings": self.wordings, "limit": self.limit}
         return evaluation
 

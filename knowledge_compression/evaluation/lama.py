@@ -91,12 +91,16 @@ class Lama:
         """
         return self._questions[0]
 
+    def questions(self, model: Model) -> tuple[list[Cloze], dict[str, list[str]]]:
+        """What is asked of any model, and the distinct answers of each relation."""
+        clozes = self.clozes()
+        return evenly_spaced(clozes, self.limit), answers_by_task(clozes)
+
     def evaluate(self, model: Model) -> Evaluation:
         """Ask everything that is there."""
-        clozes, duplicates = self._questions
+        _, duplicates = self._questions
         common = self._source.common_words() if self.candidates == "common" else ()
-        asked = evenly_spaced(clozes, self.limit)
-        evaluation = self._probe().ask("lama", model, asked, answers_by_task(clozes), common)
+        evaluation = self._probe().ask("lama", model, *self.questions(model), common)
         evaluation.metrics |= _by_dataset(evaluation)
         evaluation.description |= {
             "protocol": self.protocol,

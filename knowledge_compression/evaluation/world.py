@@ -36,6 +36,15 @@ class WorldProbes:
 
     native: bool = True
 
+    def questions(self, model: Model) -> tuple[list[Cloze], dict[str, list[str]]]:
+        """What is asked of a model of the world, and the answers of each relation's kind.
+
+        Raises:
+            BadInput: the model was not trained on a controlled world.
+        """
+        answers = {line["relation"]: line["answers"] for line in _lines(_probes_of(model) / "relations.jsonl")}
+        return [_cloze(line) for line in _facts_of(model)], answers
+
     def evaluate(self, model: Model) -> Evaluation:
         """Ask every probed fact in seen and in held-out wordings.
 
@@ -48,9 +57,8 @@ class WorldProbes:
         Raises:
             BadInput: the model was not trained on a controlled world.
         """
-        probes = _probes_of(model)
-        lines = [line for path in sorted((probes / "TREx").glob("*.jsonl")) for line in _lines(path)]
-        clozes = [_cloze(line) for line in lines]
+        lines = _facts_of(model)
+        clozes, answers = self.questions(model)
         notes = pl.DataFrame(
             {
                 "id": [line["uuid"] for line in lines],
@@ -59,7 +67,6 @@ class WorldProbes:
                 "asked_as": [line["wording"] for line in lines],
             }
         )
-        answers = {line["relation"]: line["answers"] for line in _lines(probes / "relations.jsonl")}
         typed = _TYPED.ask("world", model, clozes, answers)
         items = typed.items.join(notes, on="id", how="left", maintain_order="left")
         metrics = typed.metrics | _recall(items, "correct")
@@ -70,6 +77,10 @@ class WorldProbes:
             native_metrics = {"accuracy": native["correct"].mean() or 0.0} | _recall(items, "native_correct")
             metrics |= {f"native.{name}": float(value) for name, value in native_metrics.items()}  # type: ignore[arg-type]
         return Evaluation(metrics, items, typed.description | {"facts": notes.height})
+
+
+def _facts_of(model: Model) -> list[dict[str, Any]]:
+    return [line for path in sorted((_probes_of(model) / "TREx").glob("*.jsonl")) for line in _lines(path)]
 
 
 def _probes_of(model: Model) -> Path:

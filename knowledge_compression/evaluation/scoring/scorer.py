@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from knowledge_compression.evaluation.scoring.budget import Budget
+from knowledge_compression.evaluation.scoring.depths import depths, head_at_every_depth
 from knowledge_compression.evaluation.scoring.generation import Done, generate
 from knowledge_compression.evaluation.scoring.heads import head_at
 from knowledge_compression.evaluation.scoring.questions import Blank, Likelihood, Question
@@ -72,6 +74,18 @@ class Scorer:
         for batch in self._batches(lengths, reads=[1] * len(blanks)):
             for part, logits in self._fitting(batch, lambda part: self._blank_logits([blanks[i] for i in part])):
                 yield part, torch.log_softmax(logits.float(), dim=-1)
+
+    def distributions_by_depth(self, blanks: Sequence[Blank]) -> Iterator[tuple[list[int], Tensor]]:
+        """:meth:`distributions` before the first block and after each: ``[len(indices), depths, vocabulary]``."""
+        count = depths(self.model.network)
+        lengths = [len(blank.ids) for blank in blanks]
+        self.budget.settle(sum(lengths))
+        for batch in self._batches(lengths, reads=[count] * len(blanks)):
+            for part, logits in self._fitting(
+                batch, lambda part: self._blank_logits([blanks[i] for i in part], head_at_every_depth)
+            ):
+                states = logits[: count * len(part)].unflatten(0, (len(part), count))
+                yield part, torch.log_softmax(states.float(), dim=-1)
 
     def log_likelihoods(self, questions: Sequence[Question]) -> list[list[Likelihood]]:
         """The likelihood of every continuation of every question, in their order (decoders and encoder-decoders)."""
@@ -221,7 +235,9 @@ class Scorer:
             yield from self._fitting(part, score)
 
     @torch.inference_mode()
-    def _blank_logits(self, blanks: Sequence[Blank]) -> Tensor:
+    def _blank_logits(
+        self, blanks: Sequence[Blank], at: Callable[..., AbstractContextManager[None]] = head_at
+    ) -> Tensor:
         ids, mask = self._pad([blank.ids for blank in blanks])
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         read_from, places = ids, mask.sum(-1) - 1
@@ -233,8 +249,8 @@ class Scorer:
             read_from, said_mask = self._pad([blank.decoder_ids for blank in blanks])
             inputs["decoder_input_ids"], places = read_from, said_mask.sum(-1) - 1
         rows = torch.arange(len(blanks), device=ids.device)
-        with head_at(self.model.network, rows, places, read_from.shape[1]):
-            return self.model.network(**inputs).logits[0]
+        with at(self.model.network, rows, places, read_from.shape[1]):
+            return self.model.network(**inputs).logits.flatten(0, 1)
 
     @property
     def _pad_id(self) -> int:

@@ -1,0 +1,145 @@
+"""Where in its depth a model has an answer: the logit lens over the clozes of another suite.
+
+The state at the blank, before the first block and after each, goes through what comes after the last block (norm and
+head), as if the rest of the network were not there (nostalgebraist, "interpreting GPT: the logit lens", 2020). Held
+against the dense model's, it tells a fact that a compressed model still found and then lost in its last layers from one
+that it never found.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import polars as pl
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.atlas import Atlas
+from knowledge_compression.evaluation.cloze import Candidates, Cloze, Reader, reader_of
+from knowledge_compression.evaluation.lama import Lama
+from knowledge_compression.evaluation.scoring import Blank, Scorer
+from knowledge_compression.evaluation.suite import Evaluation, item_table
+from knowledge_compression.evaluation.world import WorldProbes
+from knowledge_compression.models import Model
+
+Answers = Mapping[str, Sequence[str]]
+
+
+class ClozeSuite(Protocol):
+    """A suite whose questions are clozes."""
+
+    def questions(self, model: Model) -> tuple[list[Cloze], Answers]:
+        """What it asks of ``model``, and the distinct answers of each task."""
+        ...
+
+
+SUITES: Mapping[str, Callable[[LogitLens], ClozeSuite]] = {
+    "atlas": lambda lens: Atlas(limit=lens.limit),
+    "world": lambda lens: WorldProbes(),
+    "lama": lambda lens: Lama(data_dir=lens.data_dir, limit=lens.limit),
+}
+EXTRA_COLUMNS = {"depth_rank": pl.List(pl.Int32()), "depth_log_prob": pl.List(pl.Float32())}
+
+
+@dataclass(frozen=True)
+class LogitLens:
+    """Rank and log-probability of the right answer's first token at every depth.
+
+    Answers are ranked by their first tokens, among the distinct first tokens of their relation's answers, so that the
+    same question is asked of every model and at every depth.
+
+    Attributes:
+        of: whose questions: ``atlas``, ``world`` or ``lama``, with that suite's own settings; run that suite beside
+            this one and its items are the same facts.
+        calibrate: subtract each candidate's mean log-probability over the relation's prompts in the same wording, at
+            the same depth.
+        limit: at most so many questions (of the atlas and LAMA), evenly spaced.
+        data_dir: local files of LAMA instead of the hub.
+    """
+
+    of: str = "atlas"
+    calibrate: bool = True
+    limit: int | None = None
+    data_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse suites without clozes."""
+        if self.of not in SUITES:
+            raise BadInput(f"eval.lens.of={self.of} does not exist; choose one of {', '.join(SUITES)}")
+        self._suite()
+
+    def fingerprint(self) -> str | None:
+        """That of the suite whose questions are asked."""
+        suite = self._suite()
+        return suite.fingerprint() if isinstance(suite, Atlas | Lama) else None
+
+    def evaluate(self, model: Model) -> Evaluation:
+        """Look into every depth at every question.
+
+        Returns:
+            Items with the ids of the suite that is asked, ``rank``, ``log_prob`` and ``choices`` at the last depth, and
+            the lists ``depth_rank`` and ``depth_log_prob`` over all depths, the first before the first block. They have
+            no ``correct``: the suite itself says that. Metrics ``first.0`` ...: the share ranked first by depth.
+
+        Raises:
+            BadInput: none of the questions ends in a blank that one token fills.
+        """
+        clozes, answers = self._suite().questions(model)
+        reader = reader_of(model)
+        candidates = Candidates(reader, answers)
+        by_task: dict[str, list[tuple[Cloze, Blank]]] = defaultdict(list)
+        for cloze, blank in zip(clozes, reader.blanks(clozes), strict=True):
+            if blank is not None and candidates.tokens(cloze)[candidates.answers[cloze.task].index(cloze.gold)]:
+                by_task[cloze.task].append((cloze, blank))
+        asked = sum(map(len, by_task.values()))
+        if not asked:
+            raise BadInput(f"eval.lens: none of the {len(clozes)} questions of {self.of} can be asked of {model.name}")
+        scorer, rows = Scorer(model), []
+        with tqdm(total=asked, desc="lens", unit="blank", leave=False, disable=None) as bar:
+            for task in by_task.values():
+                rows += self._look(scorer, reader, task, candidates)
+                bar.update(len(task))
+        items = item_table(rows, EXTRA_COLUMNS)
+        first = torch.tensor(items["depth_rank"].to_list()) == 1
+        metrics = {f"first.{depth}": float(share) for depth, share in enumerate(first.double().mean(0))}
+        description = {"of": self.of, "calibrate": self.calibrate, "asked": asked, "left_out": len(clozes) - asked}
+        return Evaluation(metrics, items, description)
+
+    def _suite(self) -> ClozeSuite:
+        return SUITES[self.of](self)
+
+    def _look(
+        self, scorer: Scorer, reader: Reader, asked: Sequence[tuple[Cloze, Blank]], candidates: Candidates
+    ) -> list[dict[str, Any]]:
+        """The rows of one task's questions."""
+        firsts = [_first_tokens(candidates, cloze) for cloze, _ in asked]
+        scores: list[Tensor] = [torch.empty(0)] * len(asked)  # [depths, distinct first tokens] each
+        for batch, log_probs in scorer.distributions_by_depth([blank for _, blank in asked]):
+            for i, states in zip(batch, log_probs, strict=True):
+                scores[i] = states[:, firsts[i][0]].cpu()
+        sums: dict[tuple[str, bool], list[Tensor]] = defaultdict(list)
+        for (cloze, _), row in zip(asked, scores, strict=True):
+            sums[cloze.wording, cloze.glued].append(row)
+        means = {key: torch.stack(rows).mean(0) * self.calibrate for key, rows in sums.items()}
+        rows = []
+        for (cloze, _), (tokens, gold), raw in zip(asked, firsts, scores, strict=True):
+            calibrated = raw - means[cloze.wording, cloze.glued]
+            ranks = (calibrated >= calibrated[:, gold : gold + 1]).sum(1)  # a tie counts as lost
+            rows.append(
+                {"suite": "lens", "task": cloze.task, "id": cloze.id, "prompt": cloze.sentence, "gold": cloze.gold}
+                | {"rank": int(ranks[-1]), "log_prob": float(raw[-1, gold]), "choices": len(tokens)}
+                | {"depth_rank": ranks.tolist(), "depth_log_prob": raw[:, gold].tolist()}
+            )
+        return rows
+
+
+def _first_tokens(candidates: Candidates, cloze: Cloze) -> tuple[list[int], int]:
+    """The distinct first tokens of a cloze's candidates, and the place of the right answer's among them."""
+    tokens = candidates.tokens(cloze)
+    distinct = sorted({ids[0] for ids in tokens if ids})
+    return distinct, distinct.index(tokens[candidates.answers[cloze.task].index(cloze.gold)][0])

@@ -1,0 +1,70 @@
+"""The vocabulary projection after every block: the logit lens (nostalgebraist, 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from knowledge_compression.models.families import architecture_of
+
+
+@contextmanager
+def head_at_every_depth(network: nn.Module, rows: Tensor, positions: Tensor, width: int) -> Iterator[None]:
+    """Let what comes after the blocks see chosen positions as they were before and after every block.
+
+    The logits, ``[any, any, vocabulary]``, then begin with those of the first chosen position at every depth, in turn,
+    then those of the second, and so on. Everything after the last block (norm, transform, head, scalings) works
+    position by position in every network, so it is left to the network itself, with whatever was put in its place: the
+    last block's output gives way to the states of all depths, packed into the shape that the network expects.
+
+    Args:
+        network: a network with its head; adapters may be wrapped around it.
+        rows, positions: which row and which of its tokens, int64 ``[chosen]`` each.
+        width: tokens in a row of input ids; what a block gives beyond it are soft prompts in front of the input.
+    """
+    blocks, uses = _last_stack(network)
+    states: list[Tensor] = []
+
+    def chosen(hidden: Tensor) -> Tensor:
+        return hidden[rows, positions + (hidden.shape[1] - width)]
+
+    def before(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not states:
+            states.append(chosen(next(iter((*args, *kwargs.values())))))
+
+    def after(_block: nn.Module, _inputs: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        states.append(chosen(hidden))
+        if len(states) <= uses:
+            return output
+        flat = torch.stack(states, dim=1).flatten(0, 1)
+        padded = functional.pad(flat, (0, 0, 0, -len(flat) % hidden.shape[1]))
+        packed = padded.unflatten(0, (-1, hidden.shape[1]))
+        return (packed, *output[1:]) if isinstance(output, tuple) else packed
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(block.register_forward_hook(after).remove)
+        yield
+
+
+def depths(network: nn.Module) -> int:
+    """How many depths there are: before the first block, and after each."""
+    return 1 + _last_stack(network)[1]
+
+
+def _last_stack(network: nn.Module) -> tuple[list[nn.Module], int]:
+    """The blocks that the head comes after, under any wrapper of adapters, and how often a forward pass uses one."""
+    unwrap = getattr(network, "get_base_model", None)  # of peft's wrapper
+    inner: Any = unwrap() if callable(unwrap) else network
+    architecture = architecture_of(inner.config)
+    stack = architecture.stacks[-1]
+    blocks = [module for path, module in inner.named_modules() if stack.is_block(path)]
+    shared = architecture.shared_depth
+    return blocks, getattr(inner.config, shared) if shared else len(blocks)
