@@ -41,13 +41,14 @@ def advise(outputs: Path, keep: float) -> None:
     from knowledge_compression.analysis.page import label
     from knowledge_compression.results.store import RunStore
 
-    comparisons = compare(list(RunStore(outputs)))
+    runs, unreadable = RunStore(outputs).scan()
+    comparisons = compare(runs)
     if not comparisons.groups:
         raise BadInput(f"{outputs} holds no dense run to compare with; run one with compression=none")
     console = Console()
     for group in comparisons:
         rows = kept(group)
-        table = Table(title=f"{group.asked.model}, {group.asked.suite}: the front", title_justify="left")
+        table = Table(title=f"{group.asked.model}, {group.asked.name}: the front", title_justify="left")
         for column in ("setting", "MB stored", "facts kept", "at least (95 %)", "run"):
             table.add_column(column)
         for row in front(rows):
@@ -66,7 +67,7 @@ def advise(outputs: Path, keep: float) -> None:
             )
     for line in run_next(check(comparisons), comparisons):
         console.print(f"undecided – {line}", highlight=False)
-    for run_id, why in comparisons.skipped:
+    for run_id, why in [*unreadable, *comparisons.skipped]:
         console.print(f"left out – {run_id}: {why}", highlight=False)
 
 

@@ -39,15 +39,19 @@ def write_report(outputs: Path, output: Path) -> None:
     from knowledge_compression.analysis.page import render, write
     from knowledge_compression.results.store import RunStore
 
-    runs = list(RunStore(outputs))
+    runs, skipped = RunStore(outputs).scan()
     if not runs:
-        raise BadInput(f"{outputs} holds no finished runs; give the folder that output.dir named (it has runs/ inside)")
-    html = render(runs)
+        unreadable = f" that can be read ({skipped[0][0]}: {skipped[0][1]})" if skipped else ""
+        raise BadInput(
+            f"{outputs} holds no finished runs{unreadable}; give the folder that output.dir named (it has runs/ inside)"
+        )
+    html = render(runs, skipped)
     try:
         write(html, output)
     except OSError as error:
         raise BadInput(f"{output} cannot be written ({error.strerror})") from None
-    sys.stdout.write(f"{output}: {len(runs)} runs, {output.stat().st_size / 1e6:.1f} MB\n")
+    left_out = f", {len(skipped)} folders left out (named on the page)" if skipped else ""
+    sys.stdout.write(f"{output}: {len(runs)} runs{left_out}, {output.stat().st_size / 1e6:.1f} MB\n")
 
 
 def write_figures(outputs: Path, folder: Path, *, per_parameter: bool = False) -> None:

@@ -1,9 +1,10 @@
-"""Paired tests and intervals on items; scipy and statsmodels do the arithmetic."""
+"""Paired tests and intervals on items, pooled over seeds; scipy and statsmodels do the arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,15 +37,20 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def accuracy(correct: NDArray[np.bool_]) -> Estimate:
-    """Share of items answered right, with Wilson's interval.
+def accuracy(correct: NDArray[np.bool_], confidence: float = CONFIDENCE) -> Estimate:
+    """Share of items answered right: Wilson's interval, or a bootstrap over items and seeds where there are several.
 
     Args:
-        correct: ``[items]``.
+        correct: ``[items]`` or ``[seeds, items]``.
+        confidence: of the two-sided interval.
     """
-    n = len(correct)
-    right = int(correct.sum())
-    low, high = proportion_confint(right, n, alpha=1 - CONFIDENCE, method="wilson")
+    by_seed = np.atleast_2d(correct)
+    seeds, n = by_seed.shape
+    if seeds > 1:
+        low, high = _interval(_resampled((by_seed,), _SEED)[:, 0], confidence)
+        return Estimate(float(by_seed.mean()), low, high, n)
+    right = int(by_seed.sum())
+    low, high = proportion_confint(right, n, alpha=1 - confidence, method="wilson")
     return Estimate(right / n, float(low), float(high), n)
 
 
@@ -62,26 +68,25 @@ def drop(dense: NDArray[np.bool_], compressed: NDArray[np.bool_]) -> Estimate:
     """Relative drop in accuracy, in % of the dense accuracy, as the first paper plots it.
 
     Args:
-        dense, compressed: ``[items]`` whether each was right, the same items in the same order.
+        dense, compressed: ``[items]`` or ``[seeds, items]`` whether each was right, the same items in the same order.
 
     Returns:
-        The drop with a paired bootstrap interval over items and McNemar's exact p-value; nan where the dense model
-        knows nothing or there is one item.
+        The drop with a paired bootstrap interval over items (and seeds); its p-value is McNemar's exact one, or the
+        bootstrap's where there are several seeds. nan where the dense model knows nothing or there is one item.
     """
-    n = len(dense)
-    if not dense.any() or n < 2:  # nothing to lose, or nothing to resample
+    before, after = np.atleast_2d(dense), np.atleast_2d(compressed)
+    seeds, n = before.shape
+    if not before.any() or n < 2:  # nothing to lose, or nothing to resample
         return Estimate(float("nan"), float("nan"), float("nan"), n)
 
-    def relative(before: NDArray[np.float64], after: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-        reference = before.mean(axis=axis)
-        share: NDArray[np.float64] = (
-            100 * (reference - after.mean(axis=axis)) / np.where(reference > 0, reference, np.nan)
-        )
+    def relative(reference: NDArray[np.float64], kept: NDArray[np.float64]) -> NDArray[np.float64]:
+        share: NDArray[np.float64] = 100 * (reference - kept) / np.where(reference > 0, reference, np.nan)
         return share
 
-    answers = dense.astype(float), compressed.astype(float)
-    low, high = _bootstrap(answers, relative)
-    return Estimate(float(relative(*answers)), low, high, n, mcnemar(dense, compressed))
+    low, high, p = _bootstrap((before, after), relative)
+    if seeds == 1:
+        p = mcnemar(before[0], after[0])
+    return Estimate(float(relative(before.mean(), after.mean())), low, high, n, p)
 
 
 def mean_difference(per_item: NDArray[np.float64]) -> Estimate:
@@ -89,22 +94,42 @@ def mean_difference(per_item: NDArray[np.float64]) -> Estimate:
 
     Args:
         per_item: ``[items]`` one difference each, e.g. accuracy under one target minus under another, averaged over
-            the sparsities that both were run at.
+            the sparsities that both were run at; or ``[seeds, items]``, where seeds are resampled too and the p-value
+            is the bootstrap's.
     """
-    mean, n = float(per_item.mean()), len(per_item)
-    if not per_item.any() or n < 2:
+    by_seed = np.atleast_2d(per_item)
+    mean, (seeds, n) = float(by_seed.mean()), by_seed.shape
+    if not by_seed.any() or n < 2:
         return Estimate(mean, mean, mean, n, 1.0)
-    low, high = _bootstrap((per_item,), lambda d, axis=-1: d.mean(axis=axis))
-    test = stats.permutation_test(
-        (per_item,),
-        lambda d, axis=-1: d.mean(axis=axis),
-        permutation_type="samples",
-        n_resamples=RESAMPLES,
-        batch=_batch(n),
-        vectorized=True,
-        rng=np.random.default_rng(_SEED),
-    )
-    return Estimate(mean, low, high, n, float(test.pvalue))
+    low, high, p = _bootstrap((by_seed,), lambda mean: mean)
+    return Estimate(mean, low, high, n, _sign_flips(by_seed[0]) if seeds == 1 else p)
+
+
+def mean(values: NDArray[np.float64], of_mean: Callable[..., Any] = lambda mean: mean) -> Estimate:
+    """A mean over items, such as windows of text, with a bootstrap interval.
+
+    Args:
+        values: ``[items]``.
+        of_mean: what is wanted of the mean, e.g. ``np.exp`` for the perplexity of mean negative log-likelihoods.
+    """
+    if len(values) < 2:
+        only = float(of_mean(values.mean()))
+        return Estimate(only, float("nan"), float("nan"), len(values))
+    low, high, _ = _bootstrap((values[None],), of_mean)
+    return Estimate(float(of_mean(values.mean())), low, high, len(values))
+
+
+def macro_accuracy(correct: Sequence[NDArray[np.bool_]]) -> Estimate:
+    """Mean of the accuracies of several tasks, with a bootstrap interval over the items of each.
+
+    Args:
+        correct: for each task ``[items]`` or ``[seeds, items]``, with as many seeds in all.
+    """
+    tasks = [np.atleast_2d(task) for task in correct]
+    value = float(np.mean([task.mean() for task in tasks]))
+    means = np.mean([_resampled((task,), seed)[:, 0] for seed, task in enumerate(tasks)], axis=0)
+    low, high = _interval(means)
+    return Estimate(value, low, high, sum(task.shape[1] for task in tasks))
 
 
 def corrected(p_values: Sequence[float]) -> list[float]:
@@ -112,21 +137,64 @@ def corrected(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []
 
 
-def _bootstrap(samples: tuple[NDArray[np.float64], ...], statistic: object) -> tuple[float, float]:
-    interval = stats.bootstrap(
-        samples,
-        statistic,
-        paired=True,
-        vectorized=True,
-        confidence_level=CONFIDENCE,
-        n_resamples=RESAMPLES,
-        batch=_batch(len(samples[0])),
-        method="percentile",
-        rng=np.random.default_rng(_SEED),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+def _bootstrap(
+    samples: tuple[NDArray[Any], ...], statistic: Callable[..., NDArray[np.float64]]
+) -> tuple[float, float, float]:
+    """Resample items and, where there are several, seeds, independently of each other and alike in all samples.
+
+    Items and seeds are crossed (every seed answers every item), so both are drawn anew in each resample (Owen, 2007,
+    "The pigeonhole bootstrap"), which errs on the wide side. Drawing n of n items with replacement is a multinomial
+    draw of how often each *kind* of item comes, and right and wrong answers come in few kinds: so a resample of 100,000
+    items costs no more than one of a hundred.
+
+    Args:
+        samples: ``[seeds, items]`` each.
+        statistic: of the means of the samples, elementwise.
+
+    Returns:
+        The ends of the percentile interval, and a two-sided p-value against zero.
+    """
+    values = statistic(*_resampled(samples, _SEED).T)
+    return *_interval(values), _two_sided(values)
 
 
-def _batch(items: int) -> int:
-    """Resamples drawn at once, so that a batch stays below about 50 MB."""
-    return max(1, min(RESAMPLES, 6_000_000 // max(items, 1)))
+def _resampled(samples: tuple[NDArray[Any], ...], seed: int) -> NDArray[np.float64]:
+    """Means of the samples in each resample: ``[resamples, samples]``."""
+    seeds, items = samples[0].shape
+    kinds, counts = np.unique(np.concatenate(samples), axis=1, return_counts=True)
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for size in _batches(len(counts)):
+        means = stats.multinomial.rvs(items, counts / items, size=size, random_state=rng) @ kinds.T / items
+        times = rng.multinomial(seeds, [1 / seeds] * seeds, size=size) / seeds
+        drawn.append((means.reshape(size, len(samples), seeds) * times[:, None]).sum(-1))
+    return np.concatenate(drawn)
+
+
+def _interval(values: NDArray[np.float64], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    low, high = np.quantile(values[np.isfinite(values)], [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _sign_flips(per_item: NDArray[np.float64]) -> float:
+    """Two-sided p-value of a mean against zero where each difference could as well have the other sign.
+
+    How many of the items with one size of difference turn out positive is binomial, so kinds are drawn, not items.
+    """
+    sizes, counts = np.unique(np.abs(per_item), return_counts=True)
+    rng = np.random.default_rng(_SEED)
+    flipped = [(2 * rng.binomial(counts, 0.5, size=(n, len(counts))) - counts) @ sizes for n in _batches(len(counts))]
+    # What adds up in another order differs in the last digits, and would not count as equal.
+    return _two_sided(np.round(np.concatenate(flipped) - per_item.sum(), 9))
+
+
+def _two_sided(values: NDArray[np.float64]) -> float:
+    """Twice the smaller share of resamples on either side of zero, the data themselves counted as one of them."""
+    tail = min((values <= 0).sum(), (values >= 0).sum())
+    return float(min(1.0, 2 * (1 + tail) / (1 + len(values))))
+
+
+def _batches(kinds: int) -> list[int]:
+    """Sizes of the batches that resamples are drawn in, so that one stays below about 50 MB."""
+    most = max(1, min(RESAMPLES, 6_000_000 // max(kinds, 1)))
+    return [min(most, RESAMPLES - start) for start in range(0, RESAMPLES, most)]

@@ -152,3 +152,107 @@ def test_advise_prints_a_front_and_refuses_nonsense(tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             main([str(tmp_path), "--keep", nonsense])
         assert end.value.code == 2 and "--keep" in capsys.readouterr().err
+
+
+def seeded(correct, seed, **settings):
+    made = made_run(correct, **settings)
+    made.config["seed"] = seed
+    return made
+
+
+def test_seeds_of_one_setting_are_one_point_and_widen_its_interval():
+    rng = np.random.default_rng(5)
+    dense = seeded(np.ones(400, bool), 0, compression="none")
+    lost = [rng.random(400) < share for share in (0.55, 0.6, 0.8)]  # three draws of calibration text that differ much
+    group = compare([dense, *(seeded(correct, seed) for seed, correct in enumerate(lost))]).groups[0]
+    (setting,) = group.runs
+    assert group.seeds_of(setting) == [0, 1, 2]
+    pooled = statistics.drop(group.dense_answers(setting), group.answers(setting))
+    alone = statistics.drop(group.correct(group.dense), lost[1])
+    assert pooled.value == pytest.approx(100 * (1 - np.mean(lost)))
+    assert pooled.high - pooled.low > 1.5 * (alone.high - alone.low)
+    assert statistics.accuracy(group.answers(setting)).value == pytest.approx(np.mean(lost))
+
+
+def test_a_claim_is_checked_over_the_seeds_that_its_runs_share():
+    rng = np.random.default_rng(6)
+    runs = [seeded(np.ones(200, bool), 0, compression="none", family="encoder")]
+    for seed in range(3):
+        runs.append(seeded(rng.random(200) < 0.8, seed, target="att", sparsity=0.4, family="encoder"))
+        runs.append(seeded(rng.random(200) < 0.3, seed, target="ff", sparsity=0.4, family="encoder"))
+    claim = next(c for c in CLAIMS if c.name == "encoders_medium_ff_hurts_more")
+    finding = check(compare(runs), [claim])[0].findings[0]
+    assert (finding.seeds, finding.status, len(finding.pairs)) == (3, SUPPORTED, 1)
+    assert check(compare(runs[:3]), [claim])[0].findings[0].seeds == 1
+
+
+def test_bootstrap_and_permutation_agree_with_scipys():
+    rng = np.random.default_rng(7)
+    before = rng.random(300) < 0.8
+    after = before & (rng.random(300) < 0.9) | (rng.random(300) < 0.05)
+    difference = after.astype(float) - before
+    ours = statistics.mean_difference(difference)
+    theirs = stats.bootstrap((difference,), np.mean, n_resamples=5000, method="percentile", rng=rng).confidence_interval
+    p = stats.permutation_test(
+        (difference,),
+        lambda d, axis: d.mean(axis),
+        permutation_type="samples",
+        n_resamples=5000,
+        vectorized=True,
+        rng=rng,
+    ).pvalue
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.008)
+    assert ours.p == pytest.approx(p, abs=0.01)
+
+    def relative(dense, kept, axis):
+        return 100 * (dense.mean(axis) - kept.mean(axis)) / dense.mean(axis)
+
+    fall = statistics.drop(before, after)
+    theirs = stats.bootstrap(
+        (before.astype(float), after.astype(float)),
+        relative,
+        paired=True,
+        n_resamples=5000,
+        method="percentile",
+        rng=rng,
+    ).confidence_interval
+    assert (fall.low, fall.high) == pytest.approx((theirs.low, theirs.high), abs=0.6)
+
+
+def test_the_mean_over_tasks_weighs_them_alike_and_its_interval_is_that_of_their_sum_of_variances():
+    tasks = [np.arange(400) < 100, np.arange(100) < 80]
+    estimate = statistics.macro_accuracy(tasks)
+    assert estimate.value == pytest.approx((0.25 + 0.8) / 2)
+    error = np.sqrt(0.25 * 0.75 / 400 + 0.8 * 0.2 / 100) / 2
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+
+
+def test_where_in_the_depth_lost_facts_went():
+    def looked_into(run, ranks):
+        rows = [{"suite": "lens", "task": f"r{i % 3}", "id": str(i), "depth_rank": r} for i, r in enumerate(ranks)]
+        run.report["eval"]["lens"] = {"of": "atlas"}
+        run.items = pl.concat([run.items, pl.DataFrame(rows)], how="diagonal")
+        return run
+
+    dense = looked_into(made_run(bits("1111"), compression="none"), [[5, 2, 1, 1]] * 4)
+    small = looked_into(made_run(bits("0001")), [[5, 3, 1, 2], [1, 1, 4, 4], [9, 9, 9, 2], [1, 1, 1, 1]])
+    found = ledger.depths(dense, small, "atlas").sort("id")
+    assert found["went"].to_list() == ["late", "early", "never there"]
+    assert found["first_until"].to_list() == [2, 1, None]
+    assert found["ranks_before"].to_list() == [[5, 2, 1, 1]] * 3
+    assert ledger.depths(dense, made_run(bits("0001")), "atlas") is None
+
+
+def test_groups_of_one_suite_say_what_is_particular_about_them():
+    runs = [made_run(bits("11"), compression="none", settings={"limit": n}, id=f"d{n}") for n in (2, 3)]
+    runs += [made_run(bits("10"), settings={"limit": n}) for n in (2, 3)]
+    runs += [made_run(bits("10"), fingerprint="other", settings={"limit": 3}, id="alone")]
+    comparisons = compare(runs)
+    assert sorted(group.asked.name for group in comparisons) == ["atlas (data=f, limit=2)", "atlas (data=f, limit=3)"]
+    assert comparisons.skipped == [("alone", "no dense run of m with the same atlas settings (data=other, limit=3)")]
+
+
+def test_a_run_that_lacks_items_is_left_out_by_name():
+    comparisons = compare([made_run(bits("1111"), compression="none"), made_run(bits("11"), id="short")])
+    assert comparisons.groups[0].runs == []
+    assert comparisons.skipped == [("short", "2 items that its baseline answers are missing")]

@@ -34,8 +34,22 @@ def small_study(family: str):
     for strategy in ("lora", "prompt", "idp"):
         recovered = run(0.7, compression="gptq", recovery=strategy)
         recovered.metrics |= {"perplexity.perplexity": 30.0, "similarity.attention": 0.9, "similarity.activation": 0.9}
-        recovered.metrics |= {f"similarity.{kind}.{i}": 0.9 for kind in ("attention", "activation") for i in range(3)}
+        recovered.items = pl.concat([recovered.items, windows()], how="diagonal")
         yield recovered
+
+
+def windows():
+    """What perplexity and similarity say of four windows of text."""
+    return pl.DataFrame(
+        [{"suite": "perplexity", "task": "c4", "id": str(i), "nll": 3.0 + i / 10} for i in range(4)]
+        + [
+            {"suite": "similarity", "task": kind, "id": f"{layer}:{i}", "layer": layer, "cosine": 0.9 + i / 100}
+            for kind in ("attention", "activation")
+            for layer in range(3)
+            for i in range(4)
+        ],
+        infer_schema_length=None,
+    )
 
 
 @pytest.mark.parametrize("family", ["encoder", "encoder_decoder", "decoder"])
@@ -48,6 +62,25 @@ def test_every_drop_figure_of_the_family_renders(family):
 def test_the_recovery_figures_render():
     comparisons = compare(list(small_study("decoder")))
     assert all(make(comparisons) is not None for make in figures.RECOVERY_FIGURES.values())
+
+
+def test_every_mark_of_every_figure_has_an_interval():
+    comparisons = compare(list(small_study("decoder")))
+    drawn = [figures.drop_figure(comparisons, f) for f in figures.DROP_FIGURES]
+    drawn += [make(comparisons) for make in figures.RECOVERY_FIGURES.values()]
+    for figure in filter(None, drawn):
+        for axes in figure.axes:
+            bands, bars = len(axes.collections), len(axes.containers)
+            assert bands + bars >= len(axes.get_legend_handles_labels()[1]) > 0
+
+
+def test_every_accuracy_of_every_table_has_an_interval():
+    comparisons = compare(list(small_study("decoder")))
+    settings = {"model", "suite", "data_set", "compression", "target", "recovery", "corpus", "seeds", "trained"}
+    for table in (tables.cost_table(comparisons), tables.recovery_table(comparisons)):
+        columns = set(table.frame().columns)
+        values = {c for c in columns - settings if not c.endswith(("_low", "_high", "_published"))}
+        assert values and all({f"{c}_low", f"{c}_high"} <= columns for c in values)
 
 
 def test_normalising_divides_by_the_share_touched():

@@ -145,3 +145,30 @@ def test_a_dead_owner_on_another_host_is_taken_over_when_its_lease_ends(tmp_path
     start = time.monotonic()
     with store.claim("a1"):
         assert 1.5 < time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.json", "report.json", "environment.json", "items.parquet"])
+def test_half_copied_folders_are_named_skipped_and_counted(tmp_path: Path, name: str) -> None:
+    store = RunStore(tmp_path)
+    for run_id in ("a1", "b2", "c3"):
+        store.write(made(run_id))
+    (store.runs_folder / "a1" / name).unlink()
+    cut = store.runs_folder / "b2" / name
+    cut.write_bytes(cut.read_bytes()[: 3 if name == "config.yaml" else -4])
+    runs, skipped = store.scan()
+    assert [run.id for run in runs] == [run.id for run in store] == ["c3"]
+    assert [run_id for run_id, _ in skipped] == ["a1", "b2"]
+    assert skipped[0][1] == f"half-copied: {name} is not there"
+    assert skipped[1][1].startswith(f"half-copied: {name} cannot be read")
+    assert store.find("a1") is None  # it is done again
+
+
+def test_a_folder_of_another_version_is_named_and_skipped(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    for run_id in ("a1", "b2"):
+        store.write(made(run_id))
+    (store.runs_folder / "a1" / "environment.json").write_text('{"format": 99}')
+    (store.runs_folder / "notes.txt").write_text("a file of the user's own")
+    runs, skipped = store.scan()
+    assert [run.id for run in runs] == ["b2"]
+    assert skipped == [("a1", "of another version: its format is 99, this program reads 1")]

@@ -6,14 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from statsmodels.stats.proportion import proportion_confint
-
 from knowledge_compression.analysis.claims import Claim
 from knowledge_compression.analysis.comparisons import Comparisons, Group, is_dense
 from knowledge_compression.analysis.findings import UNDECIDED, Verdict
 from knowledge_compression.results.store import Run
-
-CONFIDENCE = 0.95
+from knowledge_compression.statistics import CONFIDENCE, accuracy
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,8 @@ class Kept:
     Attributes:
         run: the run.
         share: of the facts that the dense model answers right, those that this run answers right.
-        at_least: lower bound of that share with 95 % confidence (one-sided, Wilson).
+        at_least: lower bound of that share with 95 % confidence (one-sided; Wilson, or over seeds too where there are
+            several).
         size_mb: stored size in 10^6 bytes.
     """
 
@@ -39,15 +37,13 @@ def kept(group: Group) -> list[Kept]:
     Returns:
         Empty where the dense model knows nothing.
     """
-    dense = group.correct(group.dense)
-    known = int(dense.sum())
-    if not known:
+    known = group.correct(group.dense)
+    if not known.any():
         return []
     rows = []
     for run in [group.dense, *group.runs]:
-        still = int((group.correct(run) & dense).sum())
-        lower = proportion_confint(still, known, alpha=2 * (1 - CONFIDENCE), method="wilson")[0]
-        rows.append(Kept(run, still / known, float(lower), run.report["compression"]["stored_bytes"] / 1e6))
+        still = accuracy(group.answers(run)[:, known], confidence=2 * CONFIDENCE - 1)  # one-sided
+        rows.append(Kept(run, still.value, still.low, run.report["compression"]["stored_bytes"] / 1e6))
     return sorted(rows, key=lambda row: (not is_dense(row.run), -row.size_mb))
 
 

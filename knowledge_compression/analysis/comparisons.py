@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from knowledge_compression.results.store import Run
 
 KEY = ["task", "id"]  # an item of a suite
+_PLACES = ("path", "data_dir", "adapter")  # what lies there decides, and is in the fingerprint
 
 
 @dataclass(frozen=True)
@@ -25,34 +27,79 @@ class Asked:
     Attributes:
         model: its name.
         suite: e.g. ``atlas``.
-        protocol: short hash of the model's identity, dtype, seed, and the suite's settings and data digests.
+        protocol: short hash of the model's identity, dtype, and the suite's settings and data digests.
+        differs: where the store has the same model and suite under several protocols, what is particular to this one,
+            e.g. ``limit=100``; empty where there is one.
     """
 
     model: str
     suite: str
     protocol: str
+    differs: str = field(default="", compare=False)
+
+    @property
+    def name(self) -> str:
+        """The suite, with what is particular about how it was asked."""
+        return f"{self.suite} ({self.differs})" if self.differs else self.suite
 
 
 @dataclass
 class Group:
-    """All runs that may be compared with one dense baseline, for one suite."""
+    """All runs that may be compared with one dense baseline, for one suite.
+
+    Attributes:
+        asked: what they share.
+        dense: the baseline.
+        runs: one run for each setting: of several seeds, the one with the least.
+        seeds: by the id of a run above, that run and the others that differ from it in nothing but the seed.
+    """
 
     asked: Asked
     dense: Run
     runs: list[Run] = field(default_factory=list)
+    seeds: dict[str, list[Run]] = field(default_factory=dict)
+    _known: dict[str, NDArray[np.bool_]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def items(self) -> pl.DataFrame:
         """Keys of the suite's items in the dense run's order."""
         return _column(self.dense, self.asked.suite, "correct").select(KEY)
 
+    @property
+    def members(self) -> list[Run]:
+        """Every run of every seed, the dense ones first."""
+        return [member for run in [self.dense, *self.runs] for member in self.seeds.get(run.id, [run])]
+
     def correct(self, run: Run) -> NDArray[np.bool_]:
-        """Whether each item was right in ``run``: ``[items]``, in the order of :attr:`items`."""
-        column = _column(run, self.asked.suite, "correct")
-        aligned = self.items.join(column, on=KEY, how="left", maintain_order="left")["correct"]
-        if aligned.null_count():
-            raise ValueError(f"run {run.id} lacks items of {self.asked.suite} that its baseline has")
-        return aligned.to_numpy().astype(bool)
+        """Whether each item was right in ``run``: ``[items]``, in the order of :attr:`items`.
+
+        Raises:
+            ValueError: the run lacks items that its baseline has.
+        """
+        if run.id not in self._known:
+            column = _column(run, self.asked.suite, "correct")
+            aligned = self.items.join(column, on=KEY, how="left", maintain_order="left")["correct"]
+            if aligned.null_count():
+                raise ValueError(f"{aligned.null_count()} items that its baseline answers are missing")
+            self._known[run.id] = aligned.to_numpy().astype(bool)
+        return self._known[run.id]
+
+    def under(self, run: Run, seed: int) -> NDArray[np.bool_]:
+        """:meth:`correct` of the member of a setting with that seed, where it was run with it, else of its first."""
+        members = {member.config["seed"]: member for member in self.seeds.get(run.id, [run])}
+        return self.correct(members.get(seed, run))
+
+    def seeds_of(self, run: Run) -> list[int]:
+        """The seeds that a setting was run with."""
+        return [member.config["seed"] for member in self.seeds.get(run.id, [run])]
+
+    def answers(self, run: Run) -> NDArray[np.bool_]:
+        """Whether each item was right under each seed of a setting: ``[seeds, items]``."""
+        return np.stack([self.under(run, seed) for seed in self.seeds_of(run)])
+
+    def dense_answers(self, run: Run) -> NDArray[np.bool_]:
+        """The baseline's answers beside :meth:`answers`, those of the same seed where it was run with it."""
+        return np.stack([self.under(self.dense, seed) for seed in self.seeds_of(run)])
 
 
 @dataclass
@@ -72,28 +119,33 @@ class Comparisons:
 
 
 def compare(runs: Sequence[Run]) -> Comparisons:
-    """Sort runs into groups that share a dense baseline.
+    """Sort runs into groups that share a dense baseline, and the runs of a group by setting.
 
     Args:
         runs: finished runs, in any order.
     """
     by_question: dict[Asked, list[Run]] = defaultdict(list)
+    said: dict[Asked, dict[str, str]] = {}
     for run in runs:
         for suite in run.config["eval"]:
-            by_question[_asked(run, suite)].append(run)
-    groups, skipped = [], []
-    for asked, members in sorted(
-        by_question.items(), key=lambda pair: (pair[0].model, pair[0].suite, pair[0].protocol)
-    ):
-        dense = next((run for run in members if is_dense(run)), None)
-        if dense is None:
-            skipped += [
-                (run.id, f"no dense run of {asked.model} with the same {asked.suite} settings") for run in members
-            ]
-            continue
-        if "correct" not in dense.items.columns or not _column(dense, asked.suite, "correct").height:
-            continue  # a suite without right and wrong answers, e.g. latency
-        groups.append(Group(asked, dense, [run for run in members if run is not dense]))
+            deciding = _deciding(run, suite)
+            asked = Asked(run.config["choices"]["model"], suite, _digest(deciding))
+            by_question[asked].append(run)
+            said.setdefault(asked, dict(_flat(deciding)))
+    groups: list[Group] = []
+    skipped: list[tuple[str, str]] = []
+    for asked in sorted(by_question, key=lambda asked: (asked.model, asked.suite, asked.protocol)):
+        rivals = [said[other] for other in said if (other.model, other.suite) == (asked.model, asked.suite)]
+        named = Asked(asked.model, asked.suite, asked.protocol, _particular(said[asked], rivals))
+        members = sorted(by_question[asked], key=lambda run: run.config["seed"])
+        dense = [run for run in members if is_dense(run)]
+        if not dense:
+            why = f"no dense run of {named.model} with the same {named.suite} settings{_in_brackets(named.differs)}"
+            skipped += [(run.id, why) for run in members]
+        elif _has_answers(dense[0], asked.suite):  # else right and wrong do not exist, e.g. latency
+            group = Group(named, dense[0], seeds={dense[0].id: dense})
+            skipped += _fill(group, [run for run in members if not is_dense(run)])
+            groups.append(group)
     return Comparisons(groups, skipped)
 
 
@@ -103,22 +155,82 @@ def is_dense(run: Run) -> bool:
     return choices["compression"] == "none" and choices["recovery"] == "none"
 
 
-def _asked(run: Run, suite: str) -> Asked:
-    deciding = {
-        "model": {key: value for key, value in run.report.get("model", {}).items() if key != "path"},
-        "dtype": run.environment.get("dtype"),
-        "seed": run.config["seed"],
-        "settings": {k: v for k, v in run.config["eval"][suite].items() if k not in ("path", "data_dir")},
-        "fingerprint": run.report["eval"][suite].get("fingerprint"),
-    }
-    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    return Asked(run.config["choices"]["model"], suite, digest)
-
-
 def items_of(run: Run, suite: str) -> pl.LazyFrame:
     """A suite's items that have a right answer, not yet read: only the columns asked for leave the disk."""
-    items = run.items.lazy() if run.folder is None else pl.scan_parquet(run.folder / "items.parquet")
-    return items.filter((pl.col("suite") == suite) & pl.col("correct").is_not_null())
+    return table_of(run).filter((pl.col("suite") == suite) & pl.col("correct").is_not_null())
+
+
+def table_of(run: Run) -> pl.LazyFrame:
+    """A run's item table, not yet read."""
+    return run.items.lazy() if run.folder is None else pl.scan_parquet(run.folder / "items.parquet")
+
+
+def _fill(group: Group, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
+    """Put runs into a group by setting; gives those that cannot be compared, and why."""
+    settings: dict[tuple[str, int], Run] = {}
+    twins: Counter[tuple[str, int]] = Counter()  # of one seed, e.g. on another device: a setting of their own
+    for run in runs:
+        try:
+            group.correct(run)
+        except ValueError as error:
+            yield run.id, str(error)
+            continue
+        setting = _setting(run)
+        first = settings.setdefault((setting, twins[setting, run.config["seed"]]), run)
+        twins[setting, run.config["seed"]] += 1
+        if first is run:
+            group.runs.append(run)
+        group.seeds.setdefault(first.id, []).append(run)
+
+
+def _setting(run: Run) -> str:
+    """What was done to the model, whatever the seed."""
+    parts = ("target", "compression", "recovery", "corpus", "sparsity", "reading", "choices")
+    return json.dumps(seedless({part: run.config.get(part) for part in parts}), sort_keys=True, default=str)
+
+
+def _deciding(run: Run, suite: str) -> dict[str, Any]:
+    return {
+        "model": {key: value for key, value in run.report.get("model", {}).items() if key not in _PLACES},
+        "dtype": run.environment.get("dtype"),
+        "settings": seedless({k: v for k, v in run.config["eval"][suite].items() if k not in _PLACES}),
+        "data": run.report["eval"][suite].get("fingerprint"),
+    }
+
+
+def _digest(deciding: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def seedless(value: Any) -> Any:
+    """Settings without the seeds in them, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: seedless(part) for key, part in value.items() if key != "seed"}
+    return [seedless(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _flat(part, key if name in ("", "settings") else f"{name}.{key}")
+    else:
+        yield name, str(value)
+
+
+def _particular(mine: Mapping[str, str], all_of_them: Sequence[Mapping[str, str]]) -> str:
+    """What of a protocol is not the same in all."""
+    names = {name for said in all_of_them for name in said}
+    unlike = sorted(name for name in names if len({said.get(name) for said in all_of_them}) > 1)
+    return ", ".join(f"{name}={mine[name]}" for name in unlike if name in mine)
+
+
+def _in_brackets(text: str) -> str:
+    return f" ({text})" if text else ""
+
+
+def _has_answers(run: Run, suite: str) -> bool:
+    items = table_of(run)
+    return "correct" in items.collect_schema() and bool(items_of(run, suite).select(pl.len()).collect().item())
 
 
 def _column(run: Run, suite: str, *columns: str) -> pl.DataFrame:

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from knowledge_compression.analysis.comparisons import Comparisons, Group
+from knowledge_compression.analysis.comparisons import Comparisons, Group, table_of
 from knowledge_compression.analysis.tables import data_sets
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import Estimate, accuracy, drop
+from knowledge_compression.statistics import Estimate, accuracy, drop, mean
 
 EVERYTHING, MODULES = ("overall", "all", "att", "ff"), ("self_att", "cross_att", "encoder_att", "decoder_att")
 
@@ -135,14 +136,13 @@ def _panels(comparisons: Comparisons, wanted: DropFigure) -> Iterator[Panel]:
         if not lines:
             continue
         everything = np.ones(group.items.height, bool)
-        title = f"{group.asked.model}, {group.asked.suite}"
+        title = f"{group.asked.model}, {group.asked.name}"
         for name, mask in data_sets(group) if wanted.by_data_set else [("", everything)]:
             yield (f"{title}: {name}" if name else title), group, lines, mask
 
 
 def _drops(group: Group, runs: Sequence[Run], mask: NDArray[np.bool_]) -> list[Estimate]:
-    dense = group.correct(group.dense)[mask]
-    return [drop(dense, group.correct(run)[mask]) for run in runs]
+    return [drop(group.dense_answers(run)[:, mask], group.answers(run)[:, mask]) for run in runs]
 
 
 def _line(axes: Axes, label: str, drops: Sequence[Estimate], x: Sequence[float], scale: Sequence[float]) -> None:
@@ -156,17 +156,12 @@ def _line(axes: Axes, label: str, drops: Sequence[Estimate], x: Sequence[float],
 
 def accuracy_by_parameters(comparisons: Comparisons) -> Figure | None:
     """Accuracy against the number of trained parameters, one mark a recovery (second paper, Figure 4)."""
-    return _scatter(
-        comparisons,
-        lambda run: run.report["recovery"].get("trainable_parameters") or None,
-        "trained parameters",
-        log=True,
-    )
+    return _scatter(comparisons, _trained, "trained parameters", log=True)
 
 
 def accuracy_by_perplexity(comparisons: Comparisons) -> Figure | None:
     """Accuracy against perplexity of the same run, one mark a recovery (second paper, Figure 2)."""
-    return _scatter(comparisons, lambda run: run.metrics.get("perplexity.perplexity"), "perplexity")
+    return _scatter(comparisons, _perplexity, "perplexity")
 
 
 def similarity_by_layer(comparisons: Comparisons) -> Figure | None:
@@ -178,9 +173,8 @@ def similarity_by_layer(comparisons: Comparisons) -> Figure | None:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2), ("attention", "activation"), strict=True):
         for run in runs:
-            prefix = f"similarity.{kind}."
-            layers = {int(k.removeprefix(prefix)): v for k, v in run.metrics.items() if k.startswith(prefix)}
-            axes.plot(sorted(layers), [layers[i] for i in sorted(layers)], marker=".", label=_named(run))
+            layers, cosines = _cosines(run, kind)
+            _line(axes, _named(run), cosines, layers, [1.0] * len(layers))
         axes.set(title=kind, xlabel="layer", ylabel="cosine similarity to dense")
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")
@@ -194,8 +188,29 @@ RECOVERY_FIGURES: Mapping[str, Callable[[Comparisons], Figure | None]] = {
 }
 
 
+def _trained(run: Run) -> Estimate | None:
+    count = float(run.report["recovery"].get("trainable_parameters") or 0)
+    return Estimate(count, count, count, 1) if count else None
+
+
+def _perplexity(run: Run) -> Estimate | None:
+    """Of the windows that the run scored, with the interval over them."""
+    windows = table_of(run)
+    if "nll" not in windows.collect_schema():
+        return None
+    losses = windows.filter(pl.col("suite") == "perplexity").select("nll").collect()["nll"].to_numpy()
+    return mean(losses, np.exp) if len(losses) else None
+
+
+def _cosines(run: Run, kind: str) -> tuple[list[int], list[Estimate]]:
+    """Layers in forward order, and the mean similarity of each with its interval over windows of text."""
+    windows = table_of(run).filter((pl.col("suite") == "similarity") & (pl.col("task") == kind))
+    by_layer = windows.select("layer", "cosine").collect().sort("layer").partition_by("layer", maintain_order=True)
+    return [part["layer"][0] for part in by_layer], [mean(part["cosine"].to_numpy()) for part in by_layer]
+
+
 def _scatter(
-    comparisons: Comparisons, x_of: Callable[[Run], float | None], x_label: str, *, log: bool = False
+    comparisons: Comparisons, x_of: Callable[[Run], Estimate | None], x_label: str, *, log: bool = False
 ) -> Figure | None:
     groups = [
         (group, marks)
@@ -208,12 +223,13 @@ def _scatter(
     figure = Figure(figsize=(5.2 * len(groups), 4), layout="constrained")
     for axes, (group, marks) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         for run, x in marks:
-            estimate = accuracy(group.correct(run))
-            spread = [[100 * (estimate.value - estimate.low)], [100 * (estimate.high - estimate.value)]]
-            axes.errorbar([x], [100 * estimate.value], spread, marker="o", capsize=3, label=_named(run))
+            y = accuracy(group.answers(run))
+            up = [[100 * (y.value - y.low)], [100 * (y.high - y.value)]]
+            across = [[x.value - x.low], [x.high - x.value]]
+            axes.errorbar([x.value], [100 * y.value], up, across, marker="o", capsize=3, label=_named(run))
         if log:
             axes.set_xscale("log")
-        axes.set(title=f"{group.asked.model}, {group.asked.suite}", xlabel=x_label, ylabel="accuracy (%)")
+        axes.set(title=f"{group.asked.model}, {group.asked.name}", xlabel=x_label, ylabel="accuracy (%)")
         axes.legend(frameon=False, fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from knowledge_compression.analysis.claims import CLAIMS, Claim
-from knowledge_compression.analysis.comparisons import Comparisons, Group
+from knowledge_compression.analysis.comparisons import Comparisons, Group, seedless
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, corrected, mean_difference
 
@@ -27,7 +27,8 @@ class Finding:
         status: ``supported``, ``contradicted`` or ``undecided``.
         effect: accuracy kept by the supposedly better setting minus the other's, averaged over the pairs, by item.
         p: of the effect, after Holm's correction over all findings of the store.
-        pairs: the run ids compared, better first.
+        pairs: the run ids compared, better first; of several seeds, those with the least.
+        seeds: how many seeds the effect is averaged over, those that all its runs share.
     """
 
     claim: Claim
@@ -37,6 +38,7 @@ class Finding:
     effect: Estimate
     p: float
     pairs: tuple[tuple[str, str], ...]
+    seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,17 @@ def _find(claim: Claim, group: Group) -> Iterable[Finding]:
         asked_for = group.items["task"].is_in(list(claim.tasks)).to_numpy()
         if not asked_for.any():
             return
-    differences = [group.correct(b).astype(float) - group.correct(w) for b, w in pairs]
-    effect = mean_difference(np.mean(differences, axis=0)[asked_for])
+    seeds = _common_seeds(group, {run.id: run for pair in pairs for run in pair}.values())
+    by_seed = [[group.under(b, s).astype(float) - group.under(w, s) for b, w in pairs] for s in seeds]
+    effect = mean_difference(np.mean(by_seed, axis=1)[:, asked_for])
     ids = tuple((b.id, w.id) for b, w in pairs)
-    yield Finding(claim, group.asked.model, group.asked.suite, UNDECIDED, effect, 1.0, ids)
+    yield Finding(claim, group.asked.model, group.asked.name, UNDECIDED, effect, 1.0, ids, len(seeds))
+
+
+def _common_seeds(group: Group, runs: Iterable[Run]) -> list[int]:
+    """The seeds that all settings were run with; where there are none, one, under which each gives its first."""
+    sets = [set(group.seeds_of(run)) for run in runs if run is not group.dense]
+    return sorted(set.intersection(*sets)) or [min(map(min, sets))]
 
 
 def _fits(run: Run, wanted: Mapping[str, str], sparsity: tuple[float, float] | None) -> bool:
@@ -117,7 +126,7 @@ def _setting(run: Run, key: str) -> Any:
     if key in ("sparsity", "reading"):
         return run.config[key]
     if key == "settings":  # of the compression, such as bits; without sparsity, which is compared by itself
-        return {k: v for k, v in run.config["compression"].items() if k not in ("sparsity", "steps")}
+        return seedless({k: v for k, v in run.config["compression"].items() if k not in ("sparsity", "steps")})
     if key == "corpus" and not run.report["compression"].get("calibration"):
         return None  # no text decided what was compressed
     return run.config["choices"].get(key)

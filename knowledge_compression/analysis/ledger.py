@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import polars as pl
 
-from knowledge_compression.analysis.comparisons import KEY, items_of
+from knowledge_compression.analysis.comparisons import KEY, items_of, table_of
 from knowledge_compression.results.store import Run
 
 # Strategies that redirect the input, and those that change weights (Hoang et al., 2024, section 2.2).
@@ -14,18 +14,24 @@ REDIRECTION = ("prompt", "prefix", "idp", "concat")
 WEIGHTS = ("lora",)
 
 KEPT, LOST, GAINED, NEVER_KNOWN = "kept", "lost", "gained", "never known"
+NEVER_THERE, EARLY, LATE = "never there", "early", "late"
 BY_REDIRECTION, BY_WEIGHTS, BY_BOTH, BY_NEITHER = "by redirection", "by weights", "by both", "by neither"
 
 
-def fates(dense: Run, compressed: Run, suite: str) -> pl.DataFrame:
+def fates(dense: Run, compressed: Run, suite: str, *, by: Sequence[str] = ()) -> pl.DataFrame:
     """What compression did to every item.
+
+    Args:
+        dense, compressed: the two runs.
+        suite: which suite's items.
+        by: further columns of the dense run's items to give, e.g. ``bin`` (how often training said the fact).
 
     Returns:
         One row an item: ``task, id, question, gold, before, after`` (the two answers), ``fate`` (kept, lost, gained or
         never known), and how far the gold answer sank: ``rank_before, rank_after, log_prob_before, log_prob_after``.
     """
     columns = [*KEY, "correct", "prediction", "rank", "log_prob"]
-    before = items_of(dense, suite).select(*columns, pl.col("prompt").alias("question"), "gold")
+    before = items_of(dense, suite).select(*columns, pl.col("prompt").alias("question"), "gold", *by)
     after = items_of(compressed, suite).select(columns)
     joined = before.join(after, on=KEY, how="inner", suffix="_after")
     known, knows = pl.col("correct"), pl.col("correct_after")
@@ -47,27 +53,74 @@ def fates(dense: Run, compressed: Run, suite: str) -> pl.DataFrame:
         "rank_after",
         pl.col("log_prob").alias("log_prob_before"),
         "log_prob_after",
+        *by,
     ).collect()
 
 
-def restorations(dense: Run, compressed: Run, recovered: Mapping[str, Run], suite: str) -> pl.DataFrame:
+def depths(dense: Run, compressed: Run, suite: str) -> pl.DataFrame | None:
+    """In which depth the right answers to lost facts are found (both runs with ``eval=[<suite>,lens]``).
+
+    Returns:
+        One row a lost fact that the lens was held over: ``task, id, question, gold``; ``ranks_before, ranks_after``,
+        the answer's rank by depth, before the first block and after each; ``first_until``, the last depth at which the
+        compressed model ranks it first (null: at none); and ``went``: ``late`` where that is in the last third of the
+        blocks, ``early`` where it is before, ``never there``. None where either run lacks the lens.
+    """
+    looked = [_lens(run, suite) for run in (dense, compressed)]
+    if looked[0] is None or looked[1] is None:
+        return None
+    lost = fates(dense, compressed, suite).lazy().filter(pl.col("fate") == LOST).select(*KEY, "question", "gold")
+    both = looked[0].rename({"ranks": "ranks_before"}).join(looked[1].rename({"ranks": "ranks_after"}), on=KEY)
+    blocks = pl.col("ranks_after").list.len() - 1
+    first = pl.col("ranks_after").list.eval(pl.element() == 1)
+    last = blocks - first.list.reverse().list.arg_max()
+    return (
+        lost.join(both, on=KEY, maintain_order="left")
+        .with_columns(pl.when(first.list.any()).then(last).cast(pl.Int32).alias("first_until"))
+        .with_columns(
+            pl.when(pl.col("first_until").is_null())
+            .then(pl.lit(NEVER_THERE))
+            .when(3 * pl.col("first_until") >= 2 * blocks)
+            .then(pl.lit(LATE))
+            .otherwise(pl.lit(EARLY))
+            .alias("went")
+        )
+        .collect()
+    )
+
+
+def _lens(run: Run, suite: str) -> pl.LazyFrame | None:
+    """What the lens saw of a suite's facts, if it was held over them."""
+    asked = run.report["eval"].get("lens", {})
+    if asked.get("of") != suite:
+        return None
+    return table_of(run).filter(pl.col("suite") == "lens").select(*KEY, pl.col("depth_rank").alias("ranks"))
+
+
+def restorations(
+    dense: Run, compressed: Run, recovered: Mapping[str, Run], suite: str, *, by: Sequence[str] = ()
+) -> pl.DataFrame:
     """What brought back each fact that compression had lost.
 
     Args:
         dense, compressed: the two runs between which facts were lost.
-        recovered: strategy name to the run that recovered the compressed model with it.
+        recovered: name (of the strategy, or longer where it was tried in several ways) to the run that recovered the
+            compressed model.
         suite: which suite's items.
+        by: as in :func:`fates`.
 
     Returns:
-        One row a lost item: ``task, id, question, gold``, one boolean column a strategy, and ``restored`` (by
+        One row a lost item: ``task, id, question, gold``, one boolean column a recovery, and ``restored`` (by
         redirection, by weights, by both, by neither). Strategies that were not run restore nothing: compare
         only like sets of them.
     """
-    lost = fates(dense, compressed, suite).filter(pl.col("fate") == LOST).select(*KEY, "question", "gold").lazy()
-    for strategy, run in recovered.items():
-        lost = lost.join(items_of(run, suite).select(*KEY, pl.col("correct").alias(strategy)), on=KEY, how="left")
-    redirected = pl.any_horizontal([pl.lit(False), *(pl.col(s) for s in recovered if s in REDIRECTION)])
-    relearned = pl.any_horizontal([pl.lit(False), *(pl.col(s) for s in recovered if s in WEIGHTS)])
+    known = fates(dense, compressed, suite, by=by)
+    lost = known.filter(pl.col("fate") == LOST).select(*KEY, "question", "gold", *by).lazy()
+    for name, run in recovered.items():
+        lost = lost.join(items_of(run, suite).select(*KEY, pl.col("correct").alias(name)), on=KEY, how="left")
+    strategies = {name: run.config["choices"]["recovery"] for name, run in recovered.items()}
+    redirected = pl.any_horizontal([pl.lit(False), *(pl.col(n) for n, s in strategies.items() if s in REDIRECTION)])
+    relearned = pl.any_horizontal([pl.lit(False), *(pl.col(n) for n, s in strategies.items() if s in WEIGHTS)])
     return lost.with_columns(
         pl.when(redirected & relearned)
         .then(pl.lit(BY_BOTH))

@@ -7,18 +7,22 @@ import gzip
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import yaml
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from knowledge_compression import __version__
-from knowledge_compression.analysis.comparisons import KEY, Comparisons, Group, compare, is_dense, items_of
+from knowledge_compression.analysis.comparisons import KEY, Comparisons, Group, compare, is_dense, items_of, table_of
+from knowledge_compression.analysis.fates import FATES, RESTORED, shares_by_depth, shares_of_fates, shares_restored
 from knowledge_compression.analysis.findings import Verdict, check
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import accuracy, drop
+from knowledge_compression.statistics import Estimate, accuracy, drop
+
+LARGEST = 24_000_000  # bytes of a page; above it the fact explorer holds fewer facts, and says so
 
 
 def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
@@ -32,22 +36,35 @@ def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
 
     comparisons = compare(runs)
     verdicts = check(comparisons)
-    content = {
-        "runs": [_run(run) for run in runs],
-        "points": [point for group in comparisons for point in _points(group)],
-        "facts": [_facts(group) for group in comparisons],
-    }
     template = Environment(
         loader=PackageLoader("knowledge_compression.analysis", "templates"), autoescape=select_autoescape()
     ).get_template("report.html.j2")
-    return template.render(
+    around = partial(
+        template.render,
         plotly=get_plotlyjs(),
-        content=base64.b64encode(gzip.compress(json.dumps(_finite(content)).encode(), mtime=0)).decode(),
         verdicts=[_verdict(verdict) for verdict in verdicts],
         skipped=[*skipped, *comparisons.skipped],
-        counts=_counts(runs, comparisons, verdicts),
+        counts=_counts(runs, comparisons, verdicts) | ({"folders left out": len(skipped)} if skipped else {}),
         version=__version__,
     )
+    content = _packed(
+        {
+            "runs": [_run(run) for run in runs],
+            "points": [point for group in comparisons for point in _points(group)],
+            "fates": [_fates(group) for group in comparisons],
+            "names": {"fates": FATES, "restored": RESTORED},
+        }
+    )
+    room = LARGEST - len(around(content=content))
+    every = 1
+    while len(facts := _packed([_facts(group, every) for group in comparisons])) > room and every < 1000:
+        every = max(every + 1, math.ceil(every * len(facts) / room)) if room > 0 else 1000
+    return around(content=content, facts=facts)
+
+
+def _packed(content: Any) -> str:
+    """JSON as gzip in base64, which a browser unpacks."""
+    return base64.b64encode(gzip.compress(json.dumps(_finite(content)).encode(), mtime=0)).decode()
 
 
 def _counts(runs: Sequence[Run], comparisons: Comparisons, verdicts: Sequence[Verdict]) -> dict[str, int]:
@@ -55,7 +72,7 @@ def _counts(runs: Sequence[Run], comparisons: Comparisons, verdicts: Sequence[Ve
         "runs": len(runs),
         "dense baselines": sum(is_dense(run) for run in runs),
         "models": len({run.config["choices"]["model"] for run in runs}),
-        "answers": sum(group.items.height * (1 + len(group.runs)) for group in comparisons),
+        "answers": sum(group.items.height * len(group.members) for group in comparisons),
         "findings decided": sum(verdict.status != "undecided" for verdict in verdicts),
     }
 
@@ -72,7 +89,7 @@ def _run(run: Run) -> dict[str, Any]:
         "bits": compression.get("bits") or None,
         "stored_mb": compression.get("stored_bytes", 0) / 1e6,
         "seed": run.config["seed"],
-        "metrics": {key: value for key, value in run.metrics.items() if key.count(".") == 1},
+        "metrics": {key: [value, *_around(run, key)] for key, value in run.metrics.items() if key.count(".") == 1},
         "note": run.report["model"].get("note", ""),
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
         "environment": run.environment,
@@ -81,6 +98,16 @@ def _run(run: Run) -> dict[str, Any]:
             for layer in compression.get("layers", [])
         ],
     }
+
+
+def _around(run: Run, metric: str) -> list[float | None]:
+    """Low and high of a metric, where it is a share of a suite's right answers."""
+    suite, _, name = metric.partition(".")
+    if name != "accuracy" or "correct" not in table_of(run).collect_schema():
+        return [None, None]
+    correct = items_of(run, suite).select("correct").collect()["correct"].to_numpy()
+    estimate = accuracy(correct) if len(correct) else None
+    return [estimate.low, estimate.high] if estimate else [None, None]
 
 
 def label(run: Run) -> str:
@@ -94,25 +121,54 @@ def label(run: Run) -> str:
 
 
 def _points(group: Group) -> list[dict[str, Any]]:
-    """Accuracy and drop of each run of a group, with their intervals."""
-    dense = group.correct(group.dense)
+    """Accuracy and drop of each setting of a group, pooled over its seeds, with their intervals."""
     majority = group.dense.metrics.get(f"{group.asked.suite}.majority")
     points = []
     for run in [group.dense, *group.runs]:
-        correct = group.correct(run)
+        fall = drop(group.dense_answers(run), group.answers(run)) if run is not group.dense else None
         points.append(
-            {"run": run.id, "suite": group.asked.suite, "protocol": group.asked.protocol, "majority": majority}
-            | {"accuracy": asdict(accuracy(correct)), "drop": asdict(drop(dense, correct))}
+            {"run": run.id, "suite": group.asked.name, "majority": majority, "seeds": len(group.seeds_of(run))}
+            | {"accuracy": _interval(accuracy(group.answers(run))), "drop": _interval(fall)}
         )
     return points
 
 
-def _facts(group: Group) -> dict[str, Any]:
-    """Every item of a group with every run's answer, answers as indices into one list of strings."""
-    items = items_of(group.dense, group.asked.suite).select(*KEY, "prompt", "gold").collect()
+def _interval(estimate: Estimate | None) -> list[float] | None:
+    return [estimate.value, estimate.low, estimate.high] if estimate else None
+
+
+def _fates(group: Group) -> dict[str, Any]:
+    """What became of the facts under each run, what brought them back, and where in the depth they went."""
+
+    def told(row: dict[str, Any]) -> dict[str, Any]:
+        return {key: _told(value) for key, value in row.items()}
+
+    runs = [run for run in group.members if not is_dense(run)]
+    by_depth = {run.id: shares_by_depth(group, run) for run in runs}
+    return {
+        "model": group.asked.model,
+        "suite": group.asked.name,
+        "runs": {run.id: [told(row) for row in shares_of_fates(group, run)] for run in runs},
+        "restored": [told(row) for row in shares_restored(group)],
+        "depths": {run: told(found) for run, found in by_depth.items() if found},
+    }
+
+
+def _told(value: Any) -> Any:
+    """Estimates, wherever they stand, as value, low and high."""
+    if isinstance(value, Estimate):
+        return _interval(value)
+    if isinstance(value, dict):
+        return {key: _told(part) for key, part in value.items()}
+    return [_told(part) for part in value] if isinstance(value, list) else value
+
+
+def _facts(group: Group, every: int) -> dict[str, Any]:
+    """Every (or every so-manieth) item of a group with each run's answer, as indices into one list of strings."""
+    items = items_of(group.dense, group.asked.suite).select(*KEY, "prompt", "gold").collect().gather_every(every)
     strings: dict[str, int] = {}
     answers = {}
-    for run in [group.dense, *group.runs]:
+    for run in group.members:
         theirs = items.select(KEY).join(
             items_of(run, group.asked.suite).select(*KEY, "prediction", "correct", "log_prob", "rank").collect(),
             on=KEY,
@@ -124,17 +180,26 @@ def _facts(group: Group) -> dict[str, Any]:
             "right": [int(bool(right)) for right in theirs["correct"]],
             "gold": [None if value is None else round(value, 2) for value in theirs["log_prob"]],
             "rank": theirs["rank"].to_list(),
+            "depths": _ranks_by_depth(run, group.asked.suite, items),
         }
     return {
-        "suite": group.asked.suite,
+        "suite": group.asked.name,
         "model": group.asked.model,
-        "protocol": group.asked.protocol,
+        "of": group.items.height,
         "task": items["task"].to_list(),
         "question": items["prompt"].to_list(),
         "answer": items["gold"].to_list(),
         "runs": answers,
         "strings": list(strings),
     }
+
+
+def _ranks_by_depth(run: Run, suite: str, items: pl.DataFrame) -> list[list[int] | None] | None:
+    """The right answer's rank by depth for each item, where the lens was held over the suite."""
+    if run.report["eval"].get("lens", {}).get("of") != suite:
+        return None
+    seen = table_of(run).filter(pl.col("suite") == "lens").select(*KEY, "depth_rank").collect()
+    return items.select(KEY).join(seen, on=KEY, how="left", maintain_order="left")["depth_rank"].to_list()
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
@@ -145,7 +210,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
         "status": verdict.status,
         "findings": [
             {"model": f.model, "suite": f.suite, "status": f.status, "effect": str(f.effect), "p": f"{f.p:.3g}"}
-            | {"items": f.effect.n, "pairs": f.pairs}
+            | {"items": f.effect.n, "seeds": f.seeds, "pairs": f.pairs}
             for f in verdict.findings
         ],
     }

@@ -12,7 +12,7 @@ import polars as pl
 
 from knowledge_compression.analysis.comparisons import Comparisons, Group
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import Estimate, accuracy
+from knowledge_compression.statistics import Estimate, accuracy, macro_accuracy
 
 EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
 
@@ -90,10 +90,10 @@ def cost_table(comparisons: Comparisons) -> PaperTable:
         if not any(found.values()):
             continue
         for data_set, mask in data_sets(group):
-            row: dict[str, Any] = {"model": group.asked.model, "suite": group.asked.suite, "data_set": data_set}
+            row: dict[str, Any] = {"model": group.asked.model, "suite": group.asked.name, "data_set": data_set}
             theirs = published.get(_PUBLISHED_MODELS.get(group.asked.model, "") + _PUBLISHED_DATA.get(data_set, ""))
             row["baseline"] = accuracy(group.correct(group.dense)[mask])
-            row |= {name: accuracy(group.correct(run)[mask]) if run else None for name, run in found.items()}
+            row |= {name: accuracy(group.answers(run)[:, mask]) if run else None for name, run in found.items()}
             for name in ("baseline", *found) if theirs else ():
                 scale = 100 if data_set in _PERCENT else 1
                 row[f"{name}_published"] = float(theirs[name]) / scale  # type: ignore[index]
@@ -114,15 +114,16 @@ def recovery_table(comparisons: Comparisons) -> PaperTable:
             choices = run.config["choices"]
             trained = run.report["recovery"].get("trainable_parameters", 0)
             row: dict[str, Any] = {"model": group.asked.model, "compression": choices["compression"]}
+            row |= {"seeds": len(group.seeds_of(run))}
             row |= {"target": choices["target"] if run is not group.dense else "", "recovery": choices["recovery"]}
-            row |= {"corpus": choices.get("corpus", ""), "trained": trained, "suite": group.asked.suite}
-            correct = group.correct(run)
-            row |= {name: accuracy(correct[mask]) for name, mask in data_sets(group)}
-            prefix = f"{group.asked.suite}.group."
-            row |= {key.removeprefix(prefix): v for key, v in run.metrics.items() if key.startswith(prefix)}
-            row["average"] = run.metrics.get(
-                f"{group.asked.suite}.average", run.metrics[f"{group.asked.suite}.accuracy"]
-            )
+            row |= {"corpus": choices.get("corpus", ""), "trained": trained, "suite": group.asked.name}
+            correct = group.answers(run)
+            by_task = {name: correct[:, mask] for name, mask in data_sets(group)}
+            row |= {name: accuracy(answers) for name, answers in by_task.items()}
+            for name, tasks in run.config["eval"][group.asked.suite].get("groups", {}).items():
+                if there := [by_task[task] for task in tasks if task in by_task]:
+                    row[name] = macro_accuracy(there)
+            row["average"] = macro_accuracy(list(by_task.values()))
             rows.append(row)
     caption = "Accuracy of compressed models and of what each recovery makes of them, with 95 % intervals."
     return PaperTable("forgotten_or_displaced", caption, rows)

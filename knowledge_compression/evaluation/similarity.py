@@ -73,13 +73,13 @@ class Similarity:
             raise BadInput("eval=similarity compares with the dense model, and nothing here can load it")
         dense = model.original()
         windows = self._windows(model)
-        sums: dict[tuple[str, str], float] = {}
+        cosines: dict[tuple[str, str], list[float]] = {}
         for ids in track(windows.split(1), "similarity", transient=True):
             before, after = observe(dense, ids), observe(model, ids)
             for key in before:
                 cosine = functional.cosine_similarity(before[key], after[key], dim=-1)
-                sums[key] = sums.get(key, 0.0) + float(cosine.mean())
-        return _evaluation({key: total / len(windows) for key, total in sums.items()}, self._description(len(windows)))
+                cosines.setdefault(key, []).append(float(cosine.mean()))
+        return _evaluation(cosines, self._description(len(windows)))
 
     def _windows(self, model: Model) -> LongTensor:
         length = min(self.length, model.max_positions or self.length)
@@ -166,15 +166,20 @@ def _weights(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None,
     return scores.softmax(-1)
 
 
-def _evaluation(means: Mapping[tuple[str, str], float], description: dict[str, Any]) -> Evaluation:
-    """Metrics ``attention``, ``activation`` (means over layers) and ``attention.0`` ... by layer in forward order."""
+def _evaluation(cosines: Mapping[tuple[str, str], list[float]], description: dict[str, Any]) -> Evaluation:
+    """Metrics ``attention``, ``activation`` (means over layers) and ``attention.0`` ... by layer in forward order.
+
+    Items hold the mean cosine of each layer in each window of text.
+    """
+    means = {key: sum(windows) / len(windows) for key, windows in cosines.items()}
     layers = {kind: [name for k, name in means if k == kind] for kind in (ATTENTION, ACTIVATION)}
     metrics = {f"{kind}.{i}": means[kind, name] for kind, names in layers.items() for i, name in enumerate(names)}
     for kind, names in layers.items():
         metrics[kind] = sum(means[kind, name] for name in names) / len(names)
     rows = [
-        {"suite": "similarity", "task": kind, "id": name, "layer": i, "cosine": means[kind, name]}
+        {"suite": "similarity", "task": kind, "id": f"{name}:{window}", "layer": i, "cosine": cosine}
         for kind, names in layers.items()
         for i, name in enumerate(names)
+        for window, cosine in enumerate(cosines[kind, name])
     ]
     return Evaluation(metrics, item_table(rows, {"layer": pl.Int64(), "cosine": pl.Float64()}), description)

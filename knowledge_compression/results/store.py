@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 import yaml
 
-from knowledge_compression.errors import BadInput
+from knowledge_compression.errors import BadInput, first_line
 from knowledge_compression.results.workplace import LEASE, Workplace, claimed, discard
 
 FORMAT = 1  # of a run folder; raised when a reader of old folders would misread new ones
@@ -50,6 +50,20 @@ class Run:
             return self._items
         assert self.folder is not None
         return pl.read_parquet(self.folder / "items.parquet")
+
+
+class Unreadable(Exception):
+    """A folder of the store that is no whole run of this version; the message says why."""
+
+
+# The files of a run, and how each is read; of the item table only whether it can be.
+_FILES: Mapping[str, Callable[[Path], Any]] = {
+    "config.yaml": lambda path: yaml.load(path.read_text(), Loader=yaml.CSafeLoader),
+    "metrics.json": lambda path: json.loads(path.read_text()),
+    "report.json": lambda path: json.loads(path.read_text()),
+    "environment.json": lambda path: json.loads(path.read_text()),
+    "items.parquet": pl.read_parquet_schema,
+}
 
 
 class RunStore:
@@ -104,16 +118,31 @@ class RunStore:
             raise BadInput(f"output.dir={self.folder} cannot be written ({error.strerror})") from None
 
     def find(self, run_id: str) -> Run | None:
-        """The finished run of that hash, if it is there."""
-        folder = self.runs_folder / run_id
-        return self._read(folder) if (folder / "metrics.json").is_file() else None
+        """The finished run of that hash, if it is there and can be read."""
+        try:
+            return self._read(self.runs_folder / run_id)
+        except Unreadable:
+            return None
 
     def __iter__(self) -> Iterator[Run]:
-        """Every finished run, by hash."""
-        if self.runs_folder.is_dir():
-            for folder in sorted(self.runs_folder.iterdir()):
-                if not folder.name.startswith(".") and (folder / "metrics.json").is_file():
-                    yield self._read(folder)
+        """Every finished run that can be read, by hash; see :meth:`scan` for the others."""
+        yield from self.scan()[0]
+
+    def scan(self) -> tuple[list[Run], list[tuple[str, str]]]:
+        """Every finished run by hash, and the folders that cannot be read, each with the reason.
+
+        A run writes its folder whole, so what lacks a file was copied by halves.
+        """
+        runs: list[Run] = []
+        skipped: list[tuple[str, str]] = []
+        folders = sorted(self.runs_folder.iterdir()) if self.runs_folder.is_dir() else []
+        for folder in folders:
+            if folder.is_dir() and not folder.name.startswith("."):
+                try:
+                    runs.append(self._read(folder))
+                except Unreadable as error:
+                    skipped.append((folder.name, str(error)))
+        return runs, skipped
 
     def write(self, run: Run, extra_files: Mapping[str, bytes] | None = None) -> Run:
         """Write a run under a temporary name and rename it, so that no half-written folder is ever seen.
@@ -157,14 +186,20 @@ class RunStore:
         scratch.chmod(0o755)
 
     def _read(self, folder: Path) -> Run:
-        return Run(
-            id=folder.name,
-            config=yaml.load((folder / "config.yaml").read_text(), Loader=yaml.CSafeLoader),
-            metrics=json.loads((folder / "metrics.json").read_text()),
-            report=json.loads((folder / "report.json").read_text()),
-            environment=json.loads((folder / "environment.json").read_text()),
-            folder=folder,
-        )
+        if missing := [name for name in _FILES if not (folder / name).is_file()]:
+            raise Unreadable(f"half-copied: {', '.join(missing)} is not there")
+        content: dict[str, Any] = {}
+        for name, read in _FILES.items():
+            try:
+                content[Path(name).stem] = read(folder / name)
+            except (OSError, ValueError, yaml.YAMLError, pl.exceptions.PolarsError) as error:
+                raise Unreadable(f"half-copied: {name} cannot be read ({first_line(error)})") from None
+            if not isinstance(content[Path(name).stem], Mapping):
+                raise Unreadable(f"half-copied: {name} cannot be read (it names no values)")
+        content.pop("items")
+        if (version := content["environment"].get("format")) != FORMAT:
+            raise Unreadable(f"of another version: its format is {version}, this program reads {FORMAT}")
+        return Run(id=folder.name, folder=folder, **content)
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -1,0 +1,151 @@
+"""The ledger in numbers: shares of facts by fate, frequency, relation, recovery and depth, each with its interval."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from knowledge_compression.analysis.comparisons import Group, seedless, table_of
+from knowledge_compression.analysis.ledger import (
+    BY_BOTH,
+    BY_NEITHER,
+    BY_REDIRECTION,
+    BY_WEIGHTS,
+    GAINED,
+    KEPT,
+    LOST,
+    NEVER_KNOWN,
+    depths,
+    fates,
+    restorations,
+)
+from knowledge_compression.results.store import Run
+from knowledge_compression.statistics import Estimate, accuracy
+
+FATES = (KEPT, LOST, GAINED, NEVER_KNOWN)
+RESTORED = (BY_REDIRECTION, BY_WEIGHTS, BY_BOTH, BY_NEITHER)
+OVERALL = "all facts"
+# Columns of items by which facts are told apart, and what they are called.
+CATEGORIES = {"task": "relation", "bin": "frequency"}
+
+Row = dict[str, Any]
+
+
+def shares_of_fates(group: Group, run: Run) -> list[Row]:
+    """What compression did, for all facts and by each category that the items have.
+
+    Returns:
+        Rows with ``by`` (``all facts``, ``relation``, ``frequency``), ``value``, ``counts`` (of each of :data:`FATES`),
+        ``lost`` (of the facts that the dense model knew) and ``gained`` (of those that it did not); an
+        :class:`Estimate` each, None where there are no such facts.
+    """
+    extra = [column for column in _categories(group) if column != "task"]
+    ledger = fates(group.dense, run, group.asked.suite, by=extra)
+    return [
+        {"by": by, "value": value, "counts": [counts[fate] for fate in FATES]}
+        | {"lost": _share(counts[LOST], counts[KEPT]), "gained": _share(counts[GAINED], counts[NEVER_KNOWN])}
+        for by, value, counts in _counted(ledger, "fate", ["task", *extra])
+    ]
+
+
+def shares_restored(group: Group) -> list[Row]:
+    """What brought back the facts that each compression lost, where a recovery of it is in the store.
+
+    Returns:
+        Rows with ``compressed`` (run id), ``tried`` (names of the recoveries), ``by``, ``value``, ``lost`` (how many
+        facts), and for each of :data:`RESTORED` ``counts`` and ``shares`` (an :class:`Estimate` each).
+    """
+    extra = [column for column in _categories(group) if column != "task"]
+    rows = []
+    for compressed in group.members:
+        if compressed.config["choices"]["recovery"] != "none" or compressed in group.seeds.get(group.dense.id, []):
+            continue
+        recovered = _named(
+            [
+                run
+                for run in group.members
+                if run.config["choices"]["recovery"] != "none" and _treatment(run) == _treatment(compressed)
+            ]
+        )
+        if not recovered:
+            continue
+        ledger = restorations(group.dense, compressed, recovered, group.asked.suite, by=extra)
+        for by, value, counts in _counted(ledger, "restored", extra):
+            lost = sum(counts.values())
+            shares = [_share(counts[name], lost - counts[name]) for name in RESTORED]
+            rows.append(
+                {"compressed": compressed.id, "tried": list(recovered), "by": by, "value": value, "lost": lost}
+                | {"counts": [counts[name] for name in RESTORED], "shares": shares}
+            )
+    return rows
+
+
+def shares_by_depth(group: Group, run: Run) -> Row | None:
+    """At which depths the answers to the facts that a run lost still rank first, in it and in the dense model.
+
+    Returns:
+        ``before`` and ``after``: an :class:`Estimate` a depth, the first before the first block; ``went``: share of
+        the lost facts last seen ``late``, ``early`` or ``never there``. None where the lens was not held over both
+        runs, or nothing was lost.
+    """
+    lost = depths(group.dense, run, group.asked.suite)
+    if lost is None or lost.is_empty():
+        return None
+
+    def first(column: str) -> list[Estimate]:
+        ranks = np.array(lost[column].to_list())
+        return [accuracy(at == 1) for at in ranks.T]
+
+    counts = Counter(lost["went"].to_list())
+    went = {name: _share(count, lost.height - count) for name, count in sorted(counts.items())}
+    return {"before": first("ranks_before"), "after": first("ranks_after"), "went": went, "lost": lost.height}
+
+
+def _categories(group: Group) -> list[str]:
+    there = table_of(group.dense).collect_schema()
+    return [column for column in CATEGORIES if column in there]
+
+
+def _counted(ledger: pl.DataFrame, column: str, categories: list[str]) -> Iterator[tuple[str, str, Counter[str]]]:
+    yield OVERALL, OVERALL, Counter(ledger[column].to_list())
+    for category in categories:
+        counted = ledger.drop_nulls(category).group_by(category, column).len().sort(category)
+        for part in counted.partition_by(category, maintain_order=True):
+            yield CATEGORIES[category], part[category][0], Counter(dict(zip(part[column], part["len"], strict=True)))
+
+
+def _share(such: int, others: int) -> Estimate | None:
+    return accuracy(np.arange(such + others) < such) if such + others else None
+
+
+def _treatment(run: Run) -> str:
+    """What was done to the model before any recovery."""
+    config = run.config
+    done = {key: seedless(config.get(key)) for key in ("target", "compression", "sparsity", "reading")}
+    done |= {"text": run.report["compression"].get("calibration"), "seed": config["seed"]}
+    return json.dumps(done | {"names": [config["choices"][k] for k in ("target", "compression")]}, sort_keys=True)
+
+
+def _named(recovered: list[Run]) -> dict[str, Run]:
+    """Runs by their strategy, with the corpus or the run's id where that does not tell them apart."""
+    named: dict[str, Run] = {}
+    strategies = Counter(run.config["choices"]["recovery"] for run in recovered)
+    with_corpus = Counter(_with_corpus(run) for run in recovered)
+    for run in recovered:
+        strategy = run.config["choices"]["recovery"]
+        longer = _with_corpus(run)
+        name = (
+            strategy if strategies[strategy] == 1 else longer if with_corpus[longer] == 1 else f"{longer} {run.id[:8]}"
+        )
+        named[name] = run
+    return named
+
+
+def _with_corpus(run: Run) -> str:
+    choices = run.config["choices"]
+    return f"{choices['recovery']} {choices.get('corpus', '')}".strip()

@@ -1,0 +1,210 @@
+"use strict";
+const make = (tag, text, attributes = {}) => {
+  const node = document.createElement(tag);
+  if (text !== undefined && text !== null) node.textContent = text;
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  return node;
+};
+const at = id => document.getElementById(id);
+const percent = (x, digits = 1) => x === null || x === undefined ? "" : (100 * x).toFixed(digits) + " %";
+// Estimates are [value, low, high]; null where there is nothing to estimate from.
+const interval = (e, scale = 100, unit = " %") =>
+  !e || e[0] === null ? "–" : `${(scale * e[0]).toFixed(1)}${unit} [${(scale * e[1]).toFixed(1)}, ${(scale * e[2]).toFixed(1)}]`;
+const bars = (estimates, scale = 100) => ({type: "data", symmetric: false, thickness: 1,
+  array: estimates.map(e => e ? scale * (e[2] - e[0]) : 0), arrayminus: estimates.map(e => e ? scale * (e[0] - e[1]) : 0)});
+const unpack = async id => {
+  const bytes = Uint8Array.from(atob(at(id).textContent), c => c.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+};
+const table = (heads, rows) => {  // cells: text, [text, class], or nodes
+  const node = make("table"), head = make("tr"), wrap = make("div", null, {class: "scroll"});
+  heads.forEach(name => head.append(make("th", name, {scope: "col"})));
+  node.append(make("thead"), make("tbody")); node.tHead.append(head);
+  for (const row of rows) {
+    const line = make("tr");
+    for (const cell of row) {
+      if (cell instanceof Node) { const place = make("td"); place.append(cell); line.append(place); }
+      else if (Array.isArray(cell)) line.append(make("td", cell[0], {class: cell[1]}));
+      else line.append(make("td", cell));
+    }
+    node.tBodies[0].append(line);
+  }
+  wrap.append(node);
+  return wrap;
+};
+const layout = (x, y, more = {}) => {
+  const style = getComputedStyle(document.documentElement), ink = style.getPropertyValue("--ink"), line = style.getPropertyValue("--line");
+  const axis = title => ({title: {text: title}, gridcolor: line, zerolinecolor: line, automargin: true});
+  return {margin: {l: 60, r: 15, t: 15, b: 50}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: ink},
+          xaxis: axis(x), yaxis: axis(y), legend: {orientation: "h", y: -0.2}, hovermode: "closest", ...more};
+};
+const CONFIG = {displaylogo: false, responsive: true};
+const FACETS = ["model", "suite", "target", "compression", "recovery"];
+const WENT = {late: "in the last third of the blocks", early: "before that", "never there": "nowhere"};
+const SHOWN = 50;  // facts listed at once; the search narrows the rest
+const redraws = [];  // charts, drawn again when the colours change
+
+const main = ({runs, points, fates, names}, facts) => {
+  const byId = Object.fromEntries(runs.map(run => [run.id, run]));
+  const rows = points.map(point => ({...byId[point.run], ...point}));
+  const button = id => make("button", byId[id].label, {class: "run", "data-run": id});
+
+  // Overview
+  at("overview-table").append(table(["run", "suite", "seeds", "sparsity", "bits", "MB stored", "accuracy", "drop"], rows.map(row => [
+    button(row.id), row.suite, [row.seeds, "number"], [percent(row.sparsity), "number"], [row.dense ? "" : (row.bits ?? ""), "number"],
+    [row.stored_mb.toFixed(1), "number"], [interval(row.accuracy), "number"], [row.dense ? "" : interval(row.drop, 1), "number"]])));
+  at("notes").textContent = [...new Set(runs.filter(r => r.note).map(r => `${r.model}: ${r.note}`))].join(" · ");
+
+  // Charts
+  const chosen = {};
+  for (const facet of FACETS) {
+    const values = [...new Set(rows.filter(r => !r.dense || facet === "model" || facet === "suite").map(r => r[facet]))].sort();
+    chosen[facet] = new Set(facet === "suite" ? values.slice(0, 1) : values);
+    const box = make("fieldset"); box.append(make("legend", facet));
+    for (const value of values) {
+      const label = make("label"), input = make("input", null, {type: "checkbox", "data-facet": facet, value});
+      input.checked = chosen[facet].has(value);
+      input.addEventListener("change", () => { input.checked ? chosen[facet].add(value) : chosen[facet].delete(value); draw(); });
+      label.append(input, " " + (value || "none")); box.append(label);
+    }
+    at("filters").append(box);
+  }
+  const draw = () => {
+    const visible = rows.filter(r => FACETS.every(f => chosen[f].has(r[f]) || (r.dense && f !== "model" && f !== "suite")));
+    const lines = new Map();
+    for (const row of visible.filter(r => !r.dense)) {
+      const name = [row.model, row.suite, row.target, row.compression, row.recovery].filter(p => p && p !== "none").join(" ");
+      if (!lines.has(name)) lines.set(name, []);
+      lines.get(name).push(row);
+    }
+    const traces = (x, e, scale) => [...lines].map(([name, list]) => {
+      list.sort((a, b) => x(a) - x(b));
+      return {name, mode: "lines+markers", x: list.map(x), y: list.map(r => r[e][0] === null ? null : scale * r[e][0]),
+              customdata: list.map(r => r.label), hovertemplate: "%{customdata}<br>%{y:.1f} %<extra></extra>",
+              error_y: bars(list.map(r => r[e]), scale)};
+    });
+    const majorities = [...new Set(visible.map(r => r.majority).filter(m => m !== null && m !== undefined))];
+    const dashes = majorities.map(m => ({type: "line", xref: "paper", x0: 0, x1: 1, y0: 100 * m, y1: 100 * m, line: {dash: "dash", width: 1, color: "gray"}}));
+    const fall = layout("sparsity of the target (%)", "drop (% of dense accuracy)");
+    fall.yaxis.autorange = "reversed";
+    Plotly.react("drop-chart", traces(r => 100 * r.sparsity, "drop", 1), fall, CONFIG);
+    const dense = visible.filter(r => r.dense).map(r => ({name: r.label, mode: "markers", marker: {symbol: "star", size: 11}, x: [r.stored_mb],
+      y: [100 * r.accuracy[0]], error_y: bars([r.accuracy]), hovertemplate: r.label + "<br>%{y:.1f} %<extra></extra>"}));
+    Plotly.react("size-chart", [...traces(r => r.stored_mb, "accuracy", 100), ...dense], layout("stored size (MB)", "accuracy (%)", {shapes: dashes}), CONFIG);
+  };
+  redraws.push(draw);
+
+  // Fates
+  const fateGroup = at("fate-group"), fateRun = at("fate-run"), fateBy = at("fate-by");
+  fates.forEach((group, i) => fateGroup.append(make("option", `${group.model}, ${group.suite}`, {value: i})));
+  const fateRuns = () => {
+    const group = fates[fateGroup.value];
+    fateRun.replaceChildren(...Object.keys(group ? group.runs : {}).map(id => make("option", byId[id].label, {value: id})));
+    restored();
+    fateKinds();
+  };
+  const fateKinds = () => {
+    const told = fates[fateGroup.value]?.runs[fateRun.value] ?? [], before = fateBy.value;
+    const kinds = [...new Set(told.map(row => row.by))].reverse();
+    fateBy.replaceChildren(...kinds.map(kind => make("option", kind, {value: kind})));
+    fateBy.value = kinds.includes(before) ? before : kinds[0];
+    drawFates();
+  };
+  const drawFates = () => {
+    const group = fates[fateGroup.value], told = group?.runs[fateRun.value] ?? [];
+    at("fates").hidden = !told.length;
+    if (!told.length) return;
+    const list = told.filter(row => row.by === fateBy.value || row.by === "all facts");
+    const shown = [["lost", "lost, of what the dense model knew"], ["gained", "gained, of what it did not know"]];
+    Plotly.react("fate-chart", shown.map(([key, name]) => ({type: "bar", name, x: list.map(r => r.value),
+      y: list.map(r => r[key] ? 100 * r[key][0] : null), error_y: bars(list.map(r => r[key]))})),
+      layout("", "share of the facts (%)", {barmode: "group"}), CONFIG);
+    at("fate-table").replaceChildren(table(["facts", ...names.fates, "lost, of the known", "gained, of the unknown"],
+      list.map(row => [row.value, ...row.counts.map(n => [n, "number"]), [interval(row.lost), "number"], [interval(row.gained), "number"]])));
+    const depth = group.depths[fateRun.value];
+    at("depth").hidden = !depth;
+    if (!depth) return;
+    Plotly.react("depth-chart", [["before", "dense model"], ["after", byId[fateRun.value].label]].map(([key, name]) => ({name, mode: "lines+markers",
+      x: depth[key].map((_, i) => i), y: depth[key].map(e => 100 * e[0]), error_y: bars(depth[key])})),
+      layout("after so many blocks", "right answer first (% of the lost facts)"), CONFIG);
+    at("depth-words").textContent = `Of the ${depth.lost} facts that were lost and looked into, the right answer was last seen first: `
+      + Object.entries(depth.went).map(([where, share]) => `${WENT[where]} ${interval(share)}`).join("; ") + ".";
+  };
+  const restored = () => {
+    const list = fates[fateGroup.value]?.restored ?? [];
+    at("restored").hidden = !list.length;
+    at("restored-table").replaceChildren(table(["compressed", "tried", "facts", "lost", ...names.restored], list.map(row => [
+      button(row.compressed), row.tried.join(", "), row.value, [row.lost, "number"], ...row.shares.map(share => [interval(share), "number"])])));
+  };
+  fateGroup.addEventListener("change", fateRuns); fateRun.addEventListener("change", fateKinds); fateBy.addEventListener("change", drawFates);
+  redraws.push(drawFates);
+  fateRuns();
+
+  // Facts
+  const groupChoice = at("fact-group"), search = at("fact-search");
+  const held = group => group.question.length < group.of ? `every ${Math.round(group.of / group.question.length)}th of ${group.of}` : group.of;
+  facts.forEach((group, i) => groupChoice.append(make("option", `${group.model}, ${group.suite} (${held(group)} facts)`, {value: i})));
+  const haystacks = facts.map(() => null);
+  const haystack = g => haystacks[g] ??= facts[g].question.map((q, i) => `${facts[g].task[i]} ${q} ${facts[g].answer[i]}`.toLowerCase());
+  const answersTo = (group, i) => {
+    const all = Object.entries(group.runs), looked = all.some(([, run]) => run.depths);
+    const heads = ["run", "answer", "log-probability of the right one", "its rank", ...(looked ? ["its rank by depth"] : [])];
+    return table(heads, all.map(([id, run]) => [button(id), [group.strings[run.said[i]], run.right[i] ? "right" : "wrong"],
+      [run.gold[i] ?? "", "number"], [run.rank[i] ?? "", "number"], ...(looked ? [(run.depths?.[i] ?? []).join(" ")] : [])]));
+  };
+  const list = () => {
+    const g = Number(groupChoice.value || 0), group = facts[g], place = at("fact-list");
+    place.replaceChildren();
+    if (!group) return;
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const hits = [];
+    haystack(g).forEach((text, i) => { if (words.every(word => text.includes(word))) hits.push(i); });
+    at("fact-count").textContent = `${hits.length} facts` + (hits.length > SHOWN ? `, the first ${SHOWN} shown` : "");
+    const all = Object.values(group.runs);
+    for (const i of hits.slice(0, SHOWN)) {
+      const fact = make("details", null, {class: "fact"}), summary = make("summary", group.question[i] + " ");
+      summary.append(make("b", group.answer[i]), make("span", ` – right in ${all.filter(run => run.right[i]).length} of ${all.length} runs`, {class: "soft"}));
+      fact.append(summary);
+      fact.addEventListener("toggle", () => { if (fact.open && !fact.querySelector("table")) fact.append(answersTo(group, i)); });
+      place.append(fact);
+    }
+  };
+  let waiting;
+  groupChoice.addEventListener("change", list);
+  search.addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(list, 80); });
+  list();
+
+  // One run
+  const choice = at("run-choice");
+  runs.forEach(run => choice.append(make("option", `${run.label} (${run.id.slice(0, 8)})`, {value: run.id})));
+  const page = () => {
+    const run = byId[choice.value], place = at("run-page");
+    place.replaceChildren();
+    if (!run) return;
+    place.append(table(["metric", "value", "95 % interval"], Object.entries(run.metrics).map(([name, [value, low, high]]) => [name, [Number(value).toPrecision(4), "number"],
+      [low === null ? "" : `[${low.toPrecision(4)}, ${high.toPrecision(4)}]`, "number"]])));
+    if (run.layers.length) {
+      const map = make("div", null, {class: "chart", id: "layer-map"}); place.append(make("h3", "Layer map: sparsity"), map);
+      const parts = run.layers.map(layer => { const found = layer.path.match(/^(.*?)\.(\d+)\.(.*)$/); return found ? [Number(found[2]), found[3]] : [0, layer.path]; });
+      const blocks = [...new Set(parts.map(p => p[0]))].sort((a, b) => a - b), modules = [...new Set(parts.map(p => p[1]))];
+      const grid = modules.map(() => blocks.map(() => null));
+      run.layers.forEach((layer, i) => { grid[modules.indexOf(parts[i][1])][blocks.indexOf(parts[i][0])] = 100 * layer.removed / layer.parameters; });
+      Plotly.newPlot(map, [{type: "heatmap", z: grid, x: blocks, y: modules, colorscale: "Viridis", colorbar: {title: {text: "%"}}}], layout("block", "", {margin: {l: 40, r: 15, t: 15, b: 50}}), CONFIG);
+    }
+    for (const [title, text] of [["Configuration", run.config], ["Environment", JSON.stringify(run.environment, null, 1)]]) {
+      const part = make("details"); part.append(make("summary", title), make("pre", text, {tabindex: 0})); place.append(part);
+    }
+  };
+  choice.addEventListener("change", page);
+  redraws.push(page);
+  document.addEventListener("click", event => {
+    const pressed = event.target.closest("button.run");
+    if (pressed) { choice.value = pressed.dataset.run; page(); at("run").scrollIntoView(); choice.focus(); }
+  });
+
+  const redraw = () => redraws.forEach(one => one());
+  redraw();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  document.body.dataset.ready = "yes";
+};
+Promise.all([unpack("content"), unpack("fact-table")]).then(([content, facts]) => main(content, facts));

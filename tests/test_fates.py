@@ -1,0 +1,72 @@
+"""The ledger's shares by frequency, recovery and depth, on runs built by hand."""
+
+from __future__ import annotations
+
+import polars as pl
+import pytest
+from stores import bits, made_run
+
+from knowledge_compression.analysis.comparisons import compare
+from knowledge_compression.analysis.fates import shares_by_depth, shares_of_fates, shares_restored
+
+
+def with_bins(run):
+    """Half of the facts were said often, the other half seldom."""
+    half = run.items.height // 2
+    run.items = run.items.with_columns(bin=pl.Series(["head"] * half + ["tail"] * (run.items.height - half)))
+    return run
+
+
+def group_of(*runs):
+    return compare([with_bins(run) for run in runs]).groups[0]
+
+
+def test_fates_by_relation_and_frequency():
+    group = group_of(made_run(bits("111110"), compression="none"), made_run(bits("110011")))
+    rows = {(row["by"], row["value"]): row for row in shares_of_fates(group, group.runs[0])}
+    assert rows["all facts", "all facts"]["counts"] == [3, 2, 1, 0]  # kept, lost, gained, never known
+    assert rows["frequency", "head"]["counts"] == [2, 1, 0, 0]
+    assert rows["frequency", "tail"]["counts"] == [1, 1, 1, 0]
+    assert {value for by, value in rows if by == "relation"} == {"r0", "r1", "r2"}
+    lost = rows["frequency", "head"]["lost"]
+    assert (lost.value, lost.n) == (pytest.approx(1 / 3), 3) and lost.low < lost.value < lost.high
+    assert rows["frequency", "head"]["gained"] is None  # there was nothing to gain
+
+
+def test_what_each_recovery_brought_back_is_set_beside_the_compression_it_recovered():
+    dense, small = made_run(bits("111111"), compression="none"), made_run(bits("110000"), sparsity=0.5)
+    lora = made_run(bits("111000"), sparsity=0.5, recovery="lora")
+    prompt = made_run(bits("111100"), sparsity=0.5, recovery="prompt")
+    other = made_run(bits("111111"), sparsity=0.4, recovery="lora")  # of another compressed model
+    rows = shares_restored(group_of(dense, small, lora, prompt, other))
+    overall = rows[0]
+    assert (overall["compressed"], overall["tried"], overall["lost"]) == (small.id, ["lora", "prompt"], 4)
+    assert overall["counts"] == [1, 0, 1, 2]  # by redirection, by weights, by both, by neither
+    assert [row["counts"] for row in rows if row["value"] == "tail"] == [[1, 0, 0, 2]]
+
+
+def test_two_recoveries_of_one_strategy_keep_their_names_apart():
+    runs = [made_run(bits("11"), compression="none"), made_run(bits("00"))]
+    runs += [made_run(bits("10"), recovery="prompt"), made_run(bits("01"), recovery="prompt")]
+    runs[2].config["choices"]["corpus"] = "c4"
+    assert shares_restored(group_of(*runs))[0]["tried"] == ["prompt c4", "prompt self"]
+    assert shares_restored(group_of(*runs))[0]["counts"] == [2, 0, 0, 0]
+
+
+def test_depths_of_lost_facts():
+    def looked_into(run, ranks):
+        rows = [{"suite": "lens", "task": f"r{i % 3}", "id": str(i), "depth_rank": ranks[i]} for i in range(len(ranks))]
+        run.report["eval"]["lens"] = {"of": "atlas"}
+        run.items = pl.concat([run.items, pl.DataFrame(rows)], how="diagonal")
+        return run
+
+    dense = looked_into(made_run(bits("1111"), compression="none"), [[4, 1, 1, 1]] * 4)
+    small = looked_into(made_run(bits("1000")), [[1, 1, 1, 1], [4, 1, 1, 2], [4, 4, 1, 2], [4, 4, 4, 4]])
+    group = compare([dense, small]).groups[0]
+    found = shares_by_depth(group, small)
+    assert [e.value for e in found["before"]] == [0, 1, 1, 1]
+    assert [e.value for e in found["after"]] == pytest.approx([0, 1 / 3, 2 / 3, 0])
+    assert {where: share.value for where, share in found["went"].items()} == pytest.approx(
+        {"late": 2 / 3, "never there": 1 / 3}
+    )
+    assert shares_by_depth(group, made_run(bits("1000"))) is None
