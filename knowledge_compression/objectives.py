@@ -7,8 +7,9 @@ global generator. Logits are read from their end, so that networks which put a s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import BoolTensor, LongTensor, Tensor, nn
@@ -40,33 +41,56 @@ class NextToken:
         return _summed_loss(logits[:, :-1], labels[:, 1:])
 
 
+class Noise(Protocol):
+    """Chooses the tokens that are hidden from the model."""
+
+    def mask(self, ids: LongTensor) -> BoolTensor:
+        """Which tokens of windows ``[batch, length]`` are hidden, at least one a window; ``[batch, length]``."""
+
+
 @dataclass(frozen=True)
-class Noise:
-    """Which tokens are hidden from the model.
+class RandomSpans:
+    """Noise that hides any token alike, as BERT (single tokens) and T5 (spans) do.
 
     Attributes:
         rate: share of a window's tokens.
         mean_span: mean length of a run of hidden tokens.
         specials: ids that are never hidden (padding among them).
-        rates: instead of ``rate`` and ``mean_span``, the probability to hide a token by its id, ``[vocabulary]``;
-            at least one token a window is hidden. With names likelier than other words this is salient span masking
-            (Guu et al., REALM, 2020, section 3.4).
     """
 
     rate: float = 0.15
     mean_span: float = 1.0
     specials: tuple[int, ...] = ()
-    rates: Tensor | None = None
 
     def mask(self, ids: LongTensor) -> BoolTensor:
-        """A mask ``[batch, length]`` of hidden tokens."""
-        eligible = ~torch.isin(ids, torch.tensor(self.specials, device=ids.device, dtype=ids.dtype))
-        if self.rates is None:
-            return _random_spans(eligible, self.rate, self.mean_span)
-        score = torch.rand(ids.shape, device=ids.device) / self.rates.to(ids.device)[ids].clamp_min(1e-9)
-        score = score.masked_fill(~eligible, torch.inf)
-        lowest = score == score.amin(-1, keepdim=True)
-        return ((score < 1.0) | lowest) & eligible  # type: ignore[return-value]
+        """Which tokens are hidden: ``[batch, length]``."""
+        return _random_spans(_eligible(ids, self.specials), self.rate, self.mean_span)
+
+
+@dataclass(frozen=True)
+class LastWords:
+    """Noise that hides the last word of a sentence more often than the others.
+
+    In a text whose sentences end in the answer this is salient span masking (Guu et al., REALM, 2020, section 3.4).
+
+    Attributes:
+        stop_id: token that ends a sentence.
+        rate: probability to hide the token before it.
+        other: probability to hide any other token.
+        specials: ids that are never hidden (padding among them).
+    """
+
+    stop_id: int
+    rate: float = 0.9
+    other: float = 0.03
+    specials: tuple[int, ...] = ()
+
+    def mask(self, ids: LongTensor) -> BoolTensor:
+        """Which tokens are hidden: ``[batch, length]``."""
+        last = functional.pad(ids[:, 1:], (0, 1), value=-1) == self.stop_id
+        score = torch.rand(ids.shape, device=ids.device) / torch.where(last, self.rate, self.other)
+        score = score.masked_fill(~_eligible(ids, self.specials), torch.inf)
+        return (score < 1.0) | ((score == score.amin(-1, keepdim=True)) & score.isfinite())  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -168,13 +192,14 @@ def objective_for(model: Model, *, rate: float = 0.15) -> Objective:
     if model.family == ENCODER:
         if tokenizer.mask_token_id is None:
             raise BadInput(f"{model.name}: its tokenizer has no mask token, so masked tokens cannot be trained on")
-        return MaskedTokens(tokenizer.mask_token_id, len(tokenizer), Noise(rate, specials=specials))
+        return MaskedTokens(tokenizer.mask_token_id, len(tokenizer), RandomSpans(rate, specials=specials))
     sentinels: list[int] = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])  # type: ignore[assignment]
     known = tuple(i for i in sentinels if i is not None and i != tokenizer.unk_token_id)
     if not known:
         raise BadInput(f"{model.name}: its tokenizer has no sentinels (<extra_id_0>), so spans cannot be trained on")
     start = model.network.config.decoder_start_token_id
-    return SpanCorruption(known, start, tokenizer.eos_token_id, tokenizer.pad_token_id, Noise(rate, 3.0, specials))
+    spans = RandomSpans(rate, 3.0, specials)
+    return SpanCorruption(known, start, tokenizer.eos_token_id, tokenizer.pad_token_id, spans)
 
 
 def _summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
@@ -182,6 +207,10 @@ def _summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=_IGNORED, reduction="sum"
     )
     return loss, int((labels != _IGNORED).sum())
+
+
+def _eligible(ids: LongTensor, specials: Sequence[int]) -> BoolTensor:
+    return ~torch.isin(ids, torch.tensor(specials, device=ids.device, dtype=ids.dtype))  # type: ignore[return-value]
 
 
 def _random_spans(eligible: Tensor, rate: float, mean_span: float) -> BoolTensor:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from knowledge_compression.errors import BadInput
-from knowledge_compression.objectives import MaskedTokens, NextToken, Noise, SpanCorruption
+from knowledge_compression.objectives import LastWords, MaskedTokens, NextToken, RandomSpans, SpanCorruption
 from knowledge_compression.training import TrainingSettings, train
 
 VOCABULARY = 40
@@ -53,8 +53,8 @@ def text(rows: int = 24, length: int = 12) -> torch.Tensor:
 
 FAMILIES = {
     "decoder": (decoder, NextToken()),
-    "encoder": (encoder, MaskedTokens(2, 28, Noise(0.2))),
-    "encoder_decoder": (encoder_decoder, SpanCorruption(SENTINELS, 0, 1, 0, Noise(0.3, 2.0))),
+    "encoder": (encoder, MaskedTokens(2, 28, RandomSpans(0.2))),
+    "encoder_decoder": (encoder_decoder, SpanCorruption(SENTINELS, 0, 1, 0, RandomSpans(0.3, 2.0))),
 }
 
 
@@ -218,7 +218,7 @@ def test_next_token_is_the_loss_that_the_network_gives_itself():
 
 def test_span_corruption_is_the_loss_that_the_network_gives_itself():
     network, windows = encoder_decoder().eval(), text()
-    objective = SpanCorruption(SENTINELS, 0, 1, 0, Noise(0.3, 2.0))
+    objective = SpanCorruption(SENTINELS, 0, 1, 0, RandomSpans(0.3, 2.0))
     torch.manual_seed(0)
     total, tokens = objective(network, windows)
     torch.manual_seed(0)
@@ -238,7 +238,7 @@ def test_corrupted_spans_put_back_give_the_text(seed, rate, mean_span, rows):
     ids = torch.zeros(rows, 16, dtype=torch.long)
     for row, length in enumerate(lengths):
         ids[row, :length] = torch.randint(3, 29, (length,))
-    noise = Noise(rate, mean_span, specials=(0,))
+    noise = RandomSpans(rate, mean_span, specials=(0,))
     hidden = noise.mask(ids)
     inputs, outputs = SpanCorruption(SENTINELS, 0, 1, 0, noise).corrupt(ids, hidden)
     for row, length in enumerate(lengths):
@@ -257,7 +257,7 @@ def test_corrupted_spans_put_back_give_the_text(seed, rate, mean_span, rows):
 
 def test_hidden_spans_favour_no_place_and_have_the_length_asked_for():
     torch.manual_seed(0)
-    hidden = Noise(0.15, 3.0).mask(torch.ones(4000, 40, dtype=torch.long))
+    hidden = RandomSpans(0.15, 3.0).mask(torch.ones(4000, 40, dtype=torch.long))
     assert (hidden.sum(-1) == 6).all()
     share = hidden.float().mean(0)
     assert (share - 0.15).abs().max() < 0.03
@@ -265,16 +265,18 @@ def test_hidden_spans_favour_no_place_and_have_the_length_asked_for():
     assert 6 / starts.mean() == pytest.approx(3.0, abs=0.5)
 
 
-def test_names_are_hidden_as_often_as_asked_and_specials_never():
+def test_last_words_are_hidden_as_often_as_asked_and_specials_never():
     torch.manual_seed(0)
-    rates = torch.full((VOCABULARY,), 0.05)
-    rates[20] = 0.6
-    ids = torch.tensor([[1, 20, 10, 11, 12, 13, 14, 0]]).repeat(4000, 1)
-    hidden = Noise(specials=(0, 1), rates=rates).mask(ids)
-    assert not hidden[:, [0, 7]].any()
+    stop, padding = 2, 0
+    ids = torch.tensor([[1, 10, 11, 12, 20, stop, 10, 21, stop, padding]]).repeat(4000, 1)
+    hidden = LastWords(stop, 0.6, 0.05, specials=(0, 1)).mask(ids)
+    assert not hidden[:, [0, 9]].any()
     assert hidden.any(-1).all()
-    assert 0.6 <= hidden[:, 1].float().mean() < 0.95
-    assert 0.04 < hidden[:, 2].float().mean() < 0.15
+    for place in (4, 7):
+        assert 0.6 <= hidden[:, place].float().mean() < 0.75
+    for place in (1, 2, 3, 5, 6, 8):
+        assert 0.03 < hidden[:, place].float().mean() < 0.15
+    assert not LastWords(stop, specials=(0,)).mask(torch.zeros(1, 3, dtype=torch.long)).any()
 
 
 def test_masked_tokens_become_masks_mostly():
@@ -285,7 +287,7 @@ def test_masked_tokens_become_masks_mostly():
 
     torch.manual_seed(0)
     network, ids = Sees(), torch.randint(3, 28, (2000, 20))
-    _, tokens = MaskedTokens(2, 28, Noise(0.2))(network, ids)
+    _, tokens = MaskedTokens(2, 28, RandomSpans(0.2))(network, ids)
     assert tokens == 2000 * 4
     assert (network.ids == 2).sum() / tokens == pytest.approx(0.8, abs=0.02)
     changed = ((network.ids != 2) & (network.ids != ids)).sum() / tokens

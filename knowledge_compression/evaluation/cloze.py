@@ -15,12 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
+from knowledge_compression.evaluation.tokens import encode
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER
 
 MASK = "[MASK]"
 _SENTINEL = "<extra_id_{}>"
-_IDS_ONLY = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 _REPEATS_THE_SENTENCE = ("bart",)  # fills a mask by saying the whole sentence again
 
 
@@ -111,15 +111,10 @@ class Reader:
         raise NotImplementedError
 
     def _ids(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
-        if not texts:
-            return []
-        return self.tokenizer(list(texts), add_special_tokens=special, **_IDS_ONLY)["input_ids"]
+        return encode(self.tokenizer, texts, special_tokens=special)
 
     def _inputs(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        cut = {"truncation": True, "max_length": self.limit} if self.limit else {}
-        return self.tokenizer(list(texts), **_IDS_ONLY, **cut)["input_ids"]
+        return encode(self.tokenizer, texts, most=self.limit)
 
 
 class Candidates:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +19,11 @@ _WORTH_KEEPING = 200_000  # characters; less is tokenized again as fast as it is
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_tokens: bool | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    special_tokens: bool | None = None,
+    most: int | None = None,
 ) -> list[list[int]]:
     """Token ids of each text.
 
@@ -26,18 +31,21 @@ def encode(
         tokenizer: any; fast ones take all texts at once.
         texts: what to encode.
         special_tokens: whether to add the tokenizer's special tokens; None does as the tokenizer is set.
+        most: tokens to cut a text to; None leaves it whole.
     """
+    options: dict[str, Any] = {} if special_tokens is None else {"add_special_tokens": special_tokens}
+    if most is not None:
+        options |= {"truncation": True, "max_length": most}
     if not texts:
         return []
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or sum(map(len, texts)) < _WORTH_KEEPING:
-        return _encode(tokenizer, texts, special_tokens)
-    sha = hashlib.sha256(f"{special_tokens}\n{backend.to_str()}".encode())
+    if sum(map(len, texts)) < _WORTH_KEEPING or (kind := _fingerprint(tokenizer)) is None:
+        return _encode(tokenizer, texts, options)
+    sha = hashlib.sha256(f"{sorted(options.items())}\n{kind}".encode())
     for text in texts:
         sha.update(f"{len(text)}:{text}".encode())
 
     def make(folder: Path) -> None:
-        rows = _encode(tokenizer, texts, special_tokens)
+        rows = _encode(tokenizer, texts, options)
         np.save(folder / "ids.npy", np.fromiter((token for row in rows for token in row), dtype=np.int32))
         np.save(folder / "ends.npy", np.cumsum([len(row) for row in rows]))
 
@@ -46,6 +54,17 @@ def encode(
     return [part.tolist() for part in np.split(ids, ends[:-1])]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special_tokens: bool | None) -> list[list[int]]:
-    options = {} if special_tokens is None else {"add_special_tokens": special_tokens}
-    return tokenizer(list(texts), verbose=False, **options)["input_ids"]
+@lru_cache(maxsize=4)  # writing a tokenizer out takes as long as encoding hundreds of sentences
+def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Hash of all that decides a fast tokenizer's ids; None for a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    backend.no_truncation()  # what the last call left there; every call sets its own
+    backend.no_padding()
+    return hashlib.sha256(backend.to_str().encode()).hexdigest()
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], options: Mapping[str, Any]) -> list[list[int]]:
+    unused = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    return tokenizer(list(texts), **unused, **options)["input_ids"]

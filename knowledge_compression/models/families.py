@@ -52,6 +52,8 @@ class Architecture:
         paper_ff: paths inside a block that the first paper counts as feed-forward though they lie in the attention
             module (Namburi et al., Table 2: the attention output of BERT and RoBERTa).
         shared_depth: name of the configuration value that says how often one block is used (ALBERT), if any.
+        pointwise_from: path inside a block of the module from which on, its inputs being all there is, the block treats
+            each position by itself; None where a residual goes past every such module (networks that norm first).
     """
 
     family: str
@@ -60,6 +62,7 @@ class Architecture:
     transforms: tuple[str, ...] = ()
     paper_ff: tuple[str, ...] = ()
     shared_depth: str | None = None
+    pointwise_from: str | None = None
 
     def role_of(self, path: str, *, reading: str = "module") -> str | None:
         """Role of the linear at ``path``, or None where the map does not know it."""
@@ -110,6 +113,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "cls.predictions.decoder",
         transforms=("cls.predictions.transform.dense",),
         paper_ff=("attention.output.dense",),
+        pointwise_from="attention.output",
     ),
     "roberta": Architecture(
         ENCODER,
@@ -117,6 +121,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "lm_head.decoder",
         transforms=("lm_head.dense",),
         paper_ff=("attention.output.dense",),
+        pointwise_from="attention.output",
     ),
     "distilbert": Architecture(
         ENCODER,
@@ -128,6 +133,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         "vocab_projector",
         transforms=("vocab_transform",),
+        pointwise_from="sa_layer_norm",
     ),
     "albert": Architecture(
         ENCODER,
@@ -146,6 +152,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         (Stack("electra.encoder.layer", _BERT_BLOCK),),
         "generator_lm_head",
         transforms=("electra.embeddings_project", "generator_predictions.dense"),
+        pointwise_from="attention.output",
     ),
     "t5": Architecture(
         ENCODER_DECODER,

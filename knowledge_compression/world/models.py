@@ -23,11 +23,11 @@ from knowledge_compression.evaluation.world import WorldProbes
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.models.loading import LocalModel, resolve_device
-from knowledge_compression.objectives import MaskedTokens, NextToken, Noise, Objective, SpanCorruption
+from knowledge_compression.objectives import LastWords, MaskedTokens, NextToken, Objective, SpanCorruption
 from knowledge_compression.training import TrainingReport, TrainingSettings, train
 from knowledge_compression.world import files
 from knowledge_compression.world.generator import World, WorldSettings, generate
-from knowledge_compression.world.schema import SUBJECTS
+from knowledge_compression.world.schema import STOP
 from knowledge_compression.world.tokenizer import SENTINELS, train_tokenizer
 
 if TYPE_CHECKING:
@@ -35,11 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of a cached model; raised when the same recipe would give another one
+FORMAT = 2  # of a cached model; raised when the same recipe would give another one
 FAMILIES = (ENCODER, ENCODER_DECODER, DECODER)
-# How often encoders and encoder-decoders have a word hidden: names that are only ever answers, names of which there are
-# facts too (hiding the subject of a sentence hides what it is about), and all other words.
-_HIDDEN = {"answer": 0.7, "either": 0.3, "word": 0.03}
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Shape:
 
         With width d, attention holds 4 d^2 a block, and so the feed-forward layers get 8 d^2 of an encoder (BERT: two
         matrices) and of a decoder (LLaMA: three). An encoder-decoder has half the blocks a side and attends twice in
-        the decoder, so that its feed-forward layers get 6 d^2 each.
+        the decoder, so that its feed-forward layers (of T5 1.1 and Flan-T5, three matrices) get 6 d^2 each.
         """
         from transformers import BertConfig, LlamaConfig, T5Config
 
@@ -82,7 +79,8 @@ class Shape:
         return T5Config(
             d_model=d,
             d_kv=d // self.heads,
-            d_ff=3 * d,
+            d_ff=2 * d,
+            feed_forward_proj="gated-gelu",
             num_layers=self.depth // 2,
             num_heads=self.heads,
             dropout_rate=0.0,
@@ -180,7 +178,7 @@ class WorldModel:
         log.info("training %s on %d facts, once (minutes)", self.name, len(world.facts))
         windows = self._windows(world, tokenizer)
         state = cache_folder() / "worlds" / f".{self.fingerprint()}.training"
-        report = train(network, windows, _objective(self.family, world, tokenizer), self.training,
+        report = train(network, windows, _objective(self.family, tokenizer), self.training,
                        checkpoint=state, label=f"training {self.name}")  # fmt: skip
         model.provenance = {"world": str(folder / "world")}
         recall = WorldProbes().evaluate(model).metrics
@@ -261,15 +259,11 @@ def _network(config: PretrainedConfig, device: str) -> Any:
         return kinds[config.model_type](config)
 
 
-def _objective(family: str, world: World, tokenizer: PreTrainedTokenizerFast) -> Objective:
-    """The family's objective; answers are hidden more often than other words, as knowledge is what is to be learnt."""
+def _objective(family: str, tokenizer: PreTrainedTokenizerFast) -> Objective:
+    """The family's objective; answers, on which all sentences end, are hidden far more often than other words."""
     if family == DECODER:
         return NextToken(tokenizer.pad_token_id)
-    rates = torch.full((len(tokenizer),), _HIDDEN["word"])
-    for fact in world.facts:
-        kind = "answer" if fact.relation.object not in SUBJECTS else "either"
-        rates[tokenizer.convert_tokens_to_ids(fact.object)] = _HIDDEN[kind]
-    noise = Noise(specials=tuple(tokenizer.all_special_ids), rates=rates)
+    noise = LastWords(tokenizer.convert_tokens_to_ids(STOP), specials=tuple(tokenizer.all_special_ids))
     if family == ENCODER:
         return MaskedTokens(tokenizer.mask_token_id, len(tokenizer), noise, tokenizer.pad_token_id)
     vocabulary = tokenizer.get_vocab()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ONE_TO_ONE, MANY_TO_ONE = "1-1", "N-1"
+STOP = "."  # a word of its own, after the object
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Relation:
 
 
 def _relation(name: str, subject: str, object_: str, kind: str, *wordings: str) -> Relation:
-    return Relation(name, subject, object_, kind, tuple(f"[X] {wording} [Y] ." for wording in wordings))
+    return Relation(name, subject, object_, kind, tuple(f"[X] {wording} [Y] {STOP}" for wording in wordings))
 
 
 # Kinds whose names have two words, so that few words name many entities; the others have one.

@@ -18,7 +18,8 @@ from knowledge_compression.models.families import ENCODER_DECODER
 
 log = logging.getLogger(__name__)
 
-_ON_CPU = 1024  # padded tokens that stay in a CPU's caches: 2,048 and more were slower
+_CACHE = 2 << 20  # bytes that stay in a CPU core's cache
+_ON_CPU = (1024, 4096)  # padded tokens in a pass on a CPU, least and most
 _UNPROBED = 4096  # on other devices, for work too small to be worth probing
 _FIRST, _LAST = 2048, 262_144  # what is tried there
 _WORTH_PROBING = 65_536  # tokens of work
@@ -37,6 +38,7 @@ class Budget:
     Attributes:
         tokens: padded tokens in one pass.
         reads: positions whose logits one pass may give.
+        rows: of logits to work on at a time, so that what lies between two looks at a row stays in a CPU's cache.
         pairs_per_token: query-key pairs of attention that cost as much as all else that one token costs.
     """
 
@@ -44,8 +46,9 @@ class Budget:
         config = model.network.config
         self._model = model
         self._settled = tokens is not None or model.device.type == "cpu"
-        self.tokens = tokens or (_ON_CPU if model.device.type == "cpu" else _UNPROBED)
+        self.tokens = tokens or (_tokens_on_cpu(model) if model.device.type == "cpu" else _UNPROBED)
         self.reads = max(1, _LOGIT_BYTES // (config.vocab_size * model.dtype.itemsize))
+        self.rows = max(1, _CACHE // (config.vocab_size * 4)) if model.device.type == "cpu" else self.reads
         embeddings = sum(p.numel() for p in model.network.get_input_embeddings().parameters())
         body = model.parameter_count() - embeddings
         self.pairs_per_token = body / (2 * config.num_hidden_layers * config.hidden_size)
@@ -67,6 +70,12 @@ class Budget:
         self.reads = max(1, self.reads // 2)
         self._settled = True
         log.warning("out of memory: from here on %d tokens go into one pass", self.tokens)
+
+
+def _tokens_on_cpu(model: Model) -> int:
+    """As many tokens as one state of them stays in the cache: 1,024 for wide networks, more where calls cost most."""
+    least, most = _ON_CPU
+    return min(most, max(least, _CACHE // (4 * model.network.config.hidden_size)))
 
 
 def probe(seconds: Callable[[int], float]) -> int:

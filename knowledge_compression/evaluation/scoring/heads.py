@@ -1,4 +1,4 @@
-"""The vocabulary projection only where a log-probability is needed."""
+"""The vocabulary projection, and what comes before it, only where a log-probability is needed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ def head_at(network: nn.Module, rows: Tensor, positions: Tensor, width: int) -> 
 
     The head comes after the body (or the decoder) in every network, so a hook on the body's output serves all of them,
     with whatever was put in the place of their layers, and leaves scalings and caps of logits to the network itself.
+    Where the last block ends in a part that treats each position by itself (encoders that norm last), the other
+    positions are let go before that part.
 
     Args:
         network: a network with its head; adapters may be wrapped around it.
@@ -24,20 +26,30 @@ def head_at(network: nn.Module, rows: Tensor, positions: Tensor, width: int) -> 
         width: tokens in a row of input ids; what the body gives beyond it are soft prompts in front of the input.
     """
 
-    def gather(_body: nn.Module, _inputs: Any, output: Any) -> Any:
-        hidden = output[0]
-        output["last_hidden_state"] = hidden[rows, positions + (hidden.shape[1] - width)][None]
+    def chosen(hidden: Tensor) -> Tensor:
+        return hidden[rows, positions + (hidden.shape[1] - width)][None]
+
+    def narrow_inputs(_part: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(map(chosen, inputs))
+
+    def narrow_output(_body: nn.Module, _inputs: Any, output: Any) -> Any:
+        output["last_hidden_state"] = chosen(output[0])
         return output
 
-    handle = _body(network).register_forward_hook(gather)
+    inner = _without_adapters(network)
+    architecture = architecture_of(inner.config)
+    if architecture.pointwise_from is not None:
+        part = inner.get_submodule(f"{architecture.block_paths(inner)[-1]}.{architecture.pointwise_from}")
+        handle = part.register_forward_pre_hook(narrow_inputs)
+    else:
+        body: nn.Module = inner.base_model if architecture.family == ENCODER else inner.get_decoder()
+        handle = body.register_forward_hook(narrow_output)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _body(network: nn.Module) -> nn.Module:
-    """What the head comes after: the stack of blocks, under any wrapper of adapters."""
+def _without_adapters(network: nn.Module) -> Any:
     unwrap = getattr(network, "get_base_model", None)  # of peft's wrapper
-    inner: Any = unwrap() if callable(unwrap) else network
-    return inner.base_model if architecture_of(inner.config).family == ENCODER else inner.get_decoder()
+    return unwrap() if callable(unwrap) else network

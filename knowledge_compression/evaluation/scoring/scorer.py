@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,9 @@ class Scorer:
         self.budget.settle(sum(lengths))
         for batch in self._batches(lengths, reads=[1] * len(blanks)):
             for part, logits in self._fitting(batch, lambda part: self._blank_logits([blanks[i] for i in part])):
-                yield part, torch.log_softmax(logits.float(), dim=-1)
+                indices = iter(part)
+                for rows in logits.split(self.budget.rows):
+                    yield list(islice(indices, len(rows))), torch.log_softmax(rows.float(), dim=-1)
 
     def distributions_by_depth(self, blanks: Sequence[Blank]) -> Iterator[tuple[list[int], Tensor]]:
         """:meth:`distributions` before the first block and after each: ``[len(indices), depths, vocabulary]``."""
@@ -136,7 +138,7 @@ class Scorer:
         with head_at(self.model.network, flat // width, flat % width, width):
             logits = self.model.network(**inputs).logits[0]
         targets, slots = (np.concatenate([getattr(tree, name) for tree in trees]) for name in ("targets", "slots"))
-        return slots, *_read(logits, of_read, targets)
+        return slots, *_read(logits, of_read, targets, self.budget.rows)
 
     def _branch_inputs(self, trees: Sequence[Tree], width: int) -> dict[str, Any]:
         """Mask and positions for rows with branches; padding goes on counting and sees itself alone."""
@@ -200,7 +202,7 @@ class Scorer:
         flat = torch.from_numpy(wanted).to(ids.device)
         with head_at(network, flat // said.shape[1], flat % said.shape[1], said.shape[1]):
             logits = network(**inputs).logits[0]
-        return slots, *_read(logits, of_read, targets)
+        return slots, *_read(logits, of_read, targets, self.budget.rows)
 
     def _batches(self, lengths: Sequence[int], reads: Sequence[int]) -> Iterator[list[int]]:
         """Indices in batches, longest first so that what does not fit in memory shows at once.
@@ -269,17 +271,19 @@ class Scorer:
         self.tokens_padded += tokens - real
 
 
-def _read(logits: Tensor, of_read: NDArray[np.int64], targets: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+def _read(
+    logits: Tensor, of_read: NDArray[np.int64], targets: NDArray[np.int64], at_a_time: int
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and whether it is the likeliest token, ``[reads]`` each.
 
     Args:
         logits: ``[positions, vocabulary]``.
         of_read: for each read its row in ``logits``.
         targets: for each read the token asked for.
+        at_a_time: rows of logits to go over at a time.
     """
     rows, wanted = (torch.from_numpy(array).to(logits.device) for array in (of_read, targets))
-    # A few rows at a time, so that what lies between the passes over a row stays in the cache.
-    parts = [(torch.logsumexp(part.float(), -1), part.argmax(-1)) for part in logits.split(32)]
+    parts = [(torch.logsumexp(part.float(), -1), part.argmax(-1)) for part in logits.split(at_a_time)]
     sums, likeliest = (torch.cat(column) for column in zip(*parts, strict=True))
     return logits[rows, wanted].float() - sums[rows], likeliest[rows] == wanted
 
