@@ -6,16 +6,22 @@ import json
 import math
 from collections import Counter, defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
+import knowledge_compression as kc
+from knowledge_compression.compression.magnitude import Magnitude
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.world import WorldProbes
+from knowledge_compression.objectives import NextToken
 from knowledge_compression.training import TrainingSettings
-from knowledge_compression.world import files
+from knowledge_compression.world import files, models
 from knowledge_compression.world.generator import WorldSettings, generate
 from knowledge_compression.world.models import Shape, WorldModel, packed
 from knowledge_compression.world.schema import ONE_TO_ONE, RELATIONS
@@ -29,9 +35,20 @@ TRAINED = WorldSettings(people=60, works=2, firms=12, towns=10, countries=2, pro
 FAMILIES = ("encoder", "encoder_decoder", "decoder")
 
 
+# What each family needs to know that world: a shape, and steps, batch size, learning rate and weight decay.
+RECIPES = {
+    "encoder": (Shape(width=128, depth=2), (600, 64, 3e-3, 0.5)),
+    "encoder_decoder": (Shape(width=128, depth=4), (500, 64, 2e-3, 1.0)),
+    "decoder": (Shape(width=64, depth=2, heads=2), (400, 32, 4e-3, 0.1)),
+}
+
+
 def small_model(family: str, **changes) -> WorldModel:
-    plan = TrainingSettings(steps=330, batch_size=24, learning_rate=3e-3, weight_decay=0.01, betas=(0.9, 0.99))
-    recipe = {"world": TRAINED, "shape": Shape(width=64, depth=2, heads=2), "training": plan, "length": 12}
+    shape, (steps, batch_size, learning_rate, weight_decay) = RECIPES.get(family, RECIPES["decoder"])
+    plan = TrainingSettings(
+        steps=steps, batch_size=batch_size, learning_rate=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99)
+    )
+    recipe = {"world": TRAINED, "shape": shape, "training": plan, "length": 12, "recall": 0.9}
     return WorldModel(f"small_{family}", family, **(recipe | changes))
 
 
@@ -253,3 +270,81 @@ def test_more_facts_than_chance(cache):
     source = small_model("decoder", training=TrainingSettings(steps=1, batch_size=1, learning_rate=1e-9), recall=0.0)
     metrics = WorldProbes(native=False).evaluate(source.load()).metrics
     assert metrics["accuracy"] < 4 * metrics["chance"] and not math.isnan(metrics["accuracy"])
+
+
+@pytest.fixture(scope="module")
+def trained(cache):
+    """The three small models, each trained once."""
+    return {family: small_model(family).load() for family in FAMILIES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_learns_a_small_world_in_any_wording(trained, family):
+    metrics = WorldProbes().evaluate(trained[family]).metrics
+    assert metrics["head.held_out"] >= 0.95
+    assert metrics["accuracy"] >= 0.85
+    assert metrics["native.accuracy"] >= 0.85
+    assert metrics["majority"] < 0.4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_sparsity_does_more_damage(trained, family):
+    grid = [i / 10 for i in range(10)]
+    left = []
+    for sparsity in grid:
+        model = small_model(family).load()
+        targets = kc.choose("target=all").select(model)
+        Magnitude(sparsity).compress(model, targets, None)
+        left.append(WorldProbes(native=False).evaluate(model).metrics["accuracy"])
+    assert spearmanr(grid, left).statistic < -0.9
+    assert left[-1] < 0.5 < left[0]
+
+
+@pytest.mark.slow
+def test_an_interrupted_model_is_gone_on_with_and_comes_out_the_same(cache, tmp_path, monkeypatch):
+    source = small_model("decoder", training=TrainingSettings(steps=12, batch_size=4, checkpoint_every=5), recall=0.0)
+    whole = source.load().network.state_dict()
+
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path))
+    steps = 0
+
+    def power_cut(*arguments, **options):
+        nonlocal steps
+        steps += 1
+        if steps == 8:
+            raise KeyboardInterrupt
+        return NextToken.__call__(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(models, "_objective", lambda *_: partial(power_cut, NextToken(0)))
+        source.load()
+    again = source.load()
+    assert again.provenance["made"]["training"]["resumed_at"] == 5
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in again.network.state_dict().items())
+
+
+def test_a_world_too_large_for_its_model_says_so_and_leaves_nothing_to_use(tmp_path, monkeypatch):
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path))
+    source = small_model("decoder", training=TrainingSettings(steps=2, batch_size=2), recall=0.9)
+    for _ in range(2):
+        with pytest.raises(BadInput, match=r"too large for it: after 2 steps it recalls .* and 90\.0% was asked"):
+            source.load()
+    assert not list((tmp_path / "worlds").glob("*/model.safetensors"))
+
+
+def test_a_model_of_another_version_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path))
+    source = small_model("decoder", training=TrainingSettings(steps=2, batch_size=2), recall=0.0)
+    folder = source.folder()
+    made = json.loads((folder / "made.json").read_text())
+    for spoil in (
+        lambda: (folder / "made.json").write_text(json.dumps(made | {"recipe": made["recipe"] | {"format": 0}})),
+        lambda: (folder / "made.json").write_text("{"),
+        lambda: (folder / "model.safetensors").unlink(),
+    ):
+        spoil()
+        weights = source.load().network.state_dict()
+        assert json.loads((folder / "made.json").read_text())["recipe"] == source.recipe
+        assert all(tensor.isfinite().all() for tensor in weights.values())
