@@ -263,7 +263,7 @@ def _objective(family: str, tokenizer: PreTrainedTokenizerFast) -> Objective:
     """The family's objective; answers, on which all sentences end, are hidden far more often than other words."""
     if family == DECODER:
         return NextToken(tokenizer.pad_token_id)
-    noise = LastWords(tokenizer.convert_tokens_to_ids(STOP), specials=tuple(tokenizer.all_special_ids))
+    noise = LastWords(tokenizer.get_vocab()[STOP], specials=tuple(tokenizer.all_special_ids))
     if family == ENCODER:
         return MaskedTokens(tokenizer.mask_token_id, len(tokenizer), noise, tokenizer.pad_token_id)
     vocabulary = tokenizer.get_vocab()
