@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
+from knowledge_compression.compression.kept import KeptModels
 from knowledge_compression.errors import BadInput, first_line
 from knowledge_compression.experiment import Experiment
 from knowledge_compression.results.tracker import Tracker
@@ -48,6 +49,7 @@ def experiment_from(config: DictConfig, choices: Mapping[str, str]) -> Experimen
         device=config.device,
         dtype=config.dtype,
         save_model=config.output.save_model,
+        kept_models=KeptModels(config.output.compressed_gb),
     )
 
 

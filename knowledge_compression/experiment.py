@@ -16,6 +16,7 @@ import torch
 from torch import LongTensor
 
 from knowledge_compression.compression.base import Compression
+from knowledge_compression.compression.kept import KeptModels
 from knowledge_compression.compression.none import NoCompression
 from knowledge_compression.compression.packed import save_packed
 from knowledge_compression.compression.report import CompressionReport
@@ -29,7 +30,7 @@ from knowledge_compression.models.saving import save_checkpoint
 from knowledge_compression.models.streamed import StreamedModel
 from knowledge_compression.recovery.base import Recovery
 from knowledge_compression.recovery.none import NoRecovery
-from knowledge_compression.results.environment import environment
+from knowledge_compression.results.environment import environment, version_of
 from knowledge_compression.results.layer_map import layer_map
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.results.tracker import Tracker
@@ -57,6 +58,7 @@ class Experiment:
         seed, device, dtype: as the user chose them.
         save_model: whether the compressed model is kept in the run's folder, as it is before recovery; ``packed`` keeps
             it as a packed GPTQ checkpoint.
+        kept_models: where compressed models are kept for other runs; None compresses in every run.
     """
 
     source: ModelSource
@@ -70,6 +72,7 @@ class Experiment:
     device: str = "auto"
     dtype: str = "auto"
     save_model: bool | str = False
+    kept_models: KeptModels | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -117,22 +120,38 @@ class Experiment:
     @property
     def id(self) -> str:
         """Hash of what decides the result; paths, tracker and launcher do not."""
+        asked = {name: _deciding(self.settings["eval"][name], suite) for name, suite in self.suites.items()}
+        deciding = self._deciding_the_model() | {"eval": asked}
+        if not isinstance(self.recovery, NoRecovery):
+            deciding["recovery"] = _deciding(self.settings["recovery"], self.recovery)
+        if self.needs_text:
+            deciding["corpus"] = _deciding(self.settings["corpus"], self.corpus)
+        return _hash(deciding)
+
+    @property
+    def compressed_id(self) -> str:
+        """Hash of what decides the compressed model: runs that share it differ in what follows."""
+        deciding = self._deciding_the_model() | {
+            "device": resolve_device(self.device).type,  # another kind of device rounds otherwise
+            "made_with": [version_of("knowledge-compression"), torch.__version__],
+        }
+        if self.compression.calibrated:
+            deciding["corpus"] = _deciding(self.settings["corpus"], self.corpus)
+        return _hash(deciding)
+
+    def _deciding_the_model(self) -> dict[str, Any]:
+        """Everything up to the compression."""
         deciding: dict[str, Any] = {
             "model": self.source.fingerprint(),
             "dtype": str(resolve_dtype(self.dtype, resolve_device(self.device))),
             "seed": self.seed,
-            "eval": {name: _deciding(self.settings["eval"][name], suite) for name, suite in self.suites.items()},
         }
         if not isinstance(self.compression, NoCompression):
             deciding["target"] = _deciding(self.settings["target"], self.target)
             deciding["compression"] = _deciding(self.settings["compression"], self.compression)
         if self.streams:
             deciding["streamed"] = True  # in the checkpoint's own floating type
-        if not isinstance(self.recovery, NoRecovery):
-            deciding["recovery"] = _deciding(self.settings["recovery"], self.recovery)
-        if self.needs_text:
-            deciding["corpus"] = _deciding(self.settings["corpus"], self.corpus)
-        return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return deciding
 
     def run(self, store: RunStore, tracker: Tracker, *, force: bool = False) -> Run:
         """Do the run, or give the one that is there.
@@ -145,7 +164,7 @@ class Experiment:
         with store.claim(self.id, afresh=force) as workplace:
             if not force and (done := self._done(store)):  # by whoever had the claim before us
                 return done
-            return store.write(self._make(workplace, tracker))
+            return store.write(self._make(workplace, tracker, force))
 
     def _done(self, store: RunStore) -> Run | None:
         done = store.find(self.id)
@@ -154,27 +173,24 @@ class Experiment:
         log.info("run %s is there already", self.id)
         return done
 
-    def _make(self, workplace: Workplace, tracker: Tracker) -> Run:
+    def _make(self, workplace: Workplace, tracker: Tracker, force: bool) -> Run:
         """The run itself, step by step; a step that an interrupted attempt finished is taken from the workplace."""
         torch.manual_seed(self.seed)
         load = self.source.streamed if self.streams else self.source.load  # type: ignore[attr-defined]
         model = load(self.device, self.dtype)
         targets = self.target.select(model) if not isinstance(self.compression, NoCompression) else Targets([], model)
-        corpus = self.corpus.prepared(model) if self.needs_text else None  # while the model is as it was loaded
+        corpus = self.corpus.prepared(model) if self.recovery.trains else None  # while the model is as it was loaded
 
         with tracker.track(self.id, self.settings) as tracked:
             report: dict[str, Any] = {
                 "model": {"name": model.name, "family": model.family, "note": model.note, **model.provenance}
             }
-            windows = corpus.windows(model) if corpus and self.compression.calibrated else None
-            model, compressed = self._compress(model, targets, windows, workplace.folder / SAVED)
-            report["compression"] = compressed.to_json()
+            model, compressed, found = self._compress(model, targets, corpus, workplace.folder / SAVED, force)
+            report["compression"] = compressed.to_json() | {"found": found}
             if compressed.layers:
                 workplace.add("layer_map.png", layer_map(compressed))
-            if windows is not None:
-                report["compression"]["calibration"] = digest(windows)
             model.original = partial(self.source.load, self.device, self.dtype)
-            recovered = self.recovery.recover(model, corpus if self.recovery.trains else None, tracked.log)
+            recovered = self.recovery.recover(model, corpus, tracked.log)
             report["recovery"] = recovered.to_json()
             evaluations = {
                 name: workplace.evaluation(name, partial(self._ask, suite, model))
@@ -189,17 +205,36 @@ class Experiment:
         return run
 
     def _compress(
-        self, model: Model, targets: Targets, windows: LongTensor | None, folder: Path
-    ) -> tuple[Model, CompressionReport]:
-        """Compress, and save where asked; a streamed model is loaded only where something is asked of it."""
+        self, model: Model, targets: Targets, corpus: Corpus | None, folder: Path, afresh: bool
+    ) -> tuple[Model, CompressionReport, bool]:
+        """Compress and save where asked, or find it done; a streamed model is loaded only where it is asked something.
+
+        Returns:
+            The compressed model, what was done to it, and whether another run had done it.
+        """
+
+        def windows() -> LongTensor | None:
+            return (corpus or self.corpus.prepared(model)).windows(model) if self.compression.calibrated else None
+
+        def compress() -> CompressionReport:
+            text = windows()
+            report = self.compression.compress(model, targets, text)
+            report.calibration = None if text is None else digest(text)
+            return report
+
         if isinstance(model, StreamedModel):
-            report = compress_streamed(self.compression, model, targets, windows, folder)
+            text = windows()
+            report = compress_streamed(self.compression, model, targets, text, folder)
+            report.calibration = None if text is None else digest(text)
             whole = LocalModel(model.name, str(folder))
-            return (whole.load(self.device, self.dtype) if self.loads else model), report
-        report = self.compression.compress(model, targets, windows)
+            return (whole.load(self.device, self.dtype) if self.loads else model), report, False
+        if self.kept_models is None or not targets:
+            report, found = compress(), False
+        else:
+            report, found = self.kept_models.compress(self.compressed_id, model, targets, compress, afresh=afresh)
         if self.save_model:
             SAVERS[self.save_model](model, folder)
-        return model, report
+        return model, report, found
 
     def _ask(self, suite: Suite, model: Model) -> Evaluation:
         torch.manual_seed(self.seed)  # what a suite draws does not depend on what was asked before it
@@ -217,6 +252,10 @@ class Experiment:
             environment=environment() | {"device": str(model.device), "dtype": str(model.dtype)},
             _items=pl.concat([item_table([]), *(e.items for e in evaluations.values())], how="diagonal"),
         )
+
+
+def _hash(deciding: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _deciding(settings: Mapping[str, Any], part: Any) -> dict[str, Any]:

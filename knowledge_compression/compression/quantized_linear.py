@@ -7,8 +7,9 @@ same integers, split so that no sum leaves the range in which float32 is exact.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -64,6 +65,22 @@ class Int8Linear(nn.Module):
         weight, bias = linear.get_parameter("weight").detach(), linear.bias
         assert bias is None or isinstance(bias, nn.Parameter)
         return cls(weight.T if isinstance(linear, Conv1D) else weight, bias, granularity)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes this layer beside its buffers and its bias, JSON-ready."""
+        return {"granularity": self.granularity, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_buffers(cls, buffers: Mapping[str, torch.Tensor], bias: Any, *, granularity: str, dtype: str) -> Self:
+        """The layer that had these buffers, this bias and these :attr:`settings`."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.granularity, layer.dtype, layer.bias = granularity, getattr(torch, dtype), bias
+        layer.out_features, layer.in_features = buffers["weight_int8"].shape
+        for name, buffer in buffers.items():
+            layer.register_buffer(name, buffer)
+        return layer
 
     @property
     def weight(self) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -61,6 +61,7 @@ class CompressionReport:
         model_bytes_before, model_bytes_after: bytes of all parameters and buffers in memory.
         seconds: wall time of the whole compression.
         peak_memory: bytes above the loaded model at the worst moment, None where it was not measured.
+        calibration: digest of the token ids that it was calibrated with, None where it needs none.
     """
 
     method: str
@@ -70,6 +71,7 @@ class CompressionReport:
     model_bytes_after: int = 0
     seconds: float = 0.0
     peak_memory: int | None = None
+    calibration: str | None = None
 
     @property
     def parameters_touched(self) -> int:
@@ -129,7 +131,22 @@ class CompressionReport:
 
     def to_json(self) -> dict[str, Any]:
         """The summary and every layer, JSON-ready."""
-        return self.summary() | {"layers": [asdict(layer) for layer in self.layers]}
+        calibration = {} if self.calibration is None else {"calibration": self.calibration}
+        return self.summary() | {"layers": [asdict(layer) for layer in self.layers]} | calibration
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> CompressionReport:
+        """The report that :meth:`to_json` was made of."""
+        return cls(
+            method=content["method"],
+            layers=[LayerReport(**layer) for layer in content["layers"]],
+            model_parameters=content["model_parameters"],
+            model_bytes_before=content["memory_bytes_before"],
+            model_bytes_after=content["memory_bytes"],
+            seconds=content["seconds"],
+            peak_memory=content["peak_memory"],
+            calibration=content.get("calibration"),
+        )
 
 
 def followed_by(first: CompressionReport, second: CompressionReport) -> CompressionReport:

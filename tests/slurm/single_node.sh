@@ -30,7 +30,8 @@ PidFile=$base/slurmdbd.pid
 LogFile=$base/log/slurmdbd.log
 CONF
   chmod 600 "$base/etc/slurmdbd.conf"
-  # OverMemoryKill stands in for cgroups, which containers seldom have; KillWait is short so that tests are.
+  # OverMemoryKill stands in for cgroups, which containers seldom have; KillWait is short so that tests are; and it has
+  # four processors wherever it is, so that jobs run side by side on the smallest machine.
   cat >"$SLURM_CONF" <<CONF
 ClusterName=one
 SlurmctldHost=$host(127.0.0.1)
@@ -50,14 +51,15 @@ SelectTypeParameters=CR_CPU_Memory
 MpiDefault=none
 ReturnToService=2
 KillWait=5
+SlurmdParameters=config_overrides
 StateSaveLocation=$base/state
 SlurmdSpoolDir=$base/spool
 SlurmctldPidFile=$base/slurmctld.pid
 SlurmdPidFile=$base/slurmd.pid
 SlurmctldLogFile=$base/log/slurmctld.log
 SlurmdLogFile=$base/log/slurmd.log
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$megabytes State=UNKNOWN
-PartitionName=debug Nodes=$host Default=YES MaxTime=INFINITE State=UP DefMemPerCPU=1024
+NodeName=$host NodeAddr=127.0.0.1 CPUs=4 RealMemory=$megabytes State=UNKNOWN
+PartitionName=debug Nodes=$host Default=YES MaxTime=INFINITE State=UP DefMemPerCPU=512
 CONF
 }
 

@@ -1,0 +1,165 @@
+"""A compressed model that is found again is the one that compressing anew would give, bit for bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from knowledge_compression.compression.awq import Awq
+from knowledge_compression.compression.gptq import Gptq
+from knowledge_compression.compression.int8_dynamic import Int8Dynamic
+from knowledge_compression.compression.int8_static import Int8Static
+from knowledge_compression.compression.kept import KeptModels
+from knowledge_compression.compression.magnitude import Magnitude
+from knowledge_compression.compression.quantizer import quantized_weight
+from knowledge_compression.compression.rtn import Rtn
+from knowledge_compression.compression.sequence import Sequence
+from knowledge_compression.compression.smoothquant import SmoothQuant
+from knowledge_compression.compression.sparsegpt import SparseGpt
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model, Target
+from knowledge_compression.models.targets import linear_layers
+from tests.conftest import VOCABULARY, logits_of
+
+ALL = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff", "final"])
+METHODS: dict[str, Any] = {
+    "magnitude": Magnitude(sparsity=0.5),
+    "rtn": Rtn(bits=4),
+    "gptq": Gptq(bits=3, group_size=8),
+    "awq": Awq(bits=4, group_size=8),
+    "sparsegpt": SparseGpt(sparsity=0.5),
+    "int8_dynamic": Int8Dynamic("per_channel"),
+    "int8_static": Int8Static(),
+    "smoothquant": SmoothQuant(),
+    "prune_int8": Sequence([Magnitude(sparsity=0.5), Int8Dynamic("per_tensor")]),
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "compressions"
+
+
+class Once:
+    """A compression that counts how often it is asked."""
+
+    def __init__(self, method: Any, target: Target = ALL) -> None:
+        self.method, self.target, self.count = method, target, 0
+
+    def on(self, model: Model, kept: KeptModels, key: str = "a", **how: Any) -> Any:
+        targets = self.target.select(model)
+        text = torch.randint(7, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
+
+        def compress() -> Any:
+            self.count += 1
+            return self.method.compress(model, targets, text if self.method.calibrated else None)
+
+        return kept.compress(key, model, targets, compress, **({"afresh": False} | how))
+
+
+def everything(model: Model) -> dict[str, torch.Tensor]:
+    return dict(chain(model.network.named_parameters(), model.network.named_buffers()))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5", "bert"])
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_found_is_what_was_made(name: str, architecture: str, tiny_model: Callable[[str], Model]) -> None:
+    first, second = tiny_model(architecture), tiny_model(architecture)
+    dense = logits_of(first)
+    once, kept = Once(METHODS[name]), KeptModels(1.0)
+    report, found = once.on(first, kept)
+    assert not found
+    again, found = once.on(second, kept)
+    assert found and once.count == 1 and again == report
+    here, there = everything(first), everything(second)
+    assert here.keys() == there.keys() and all(torch.equal(here[n], there[n]) for n in here)
+    assert [(p, type(m)) for p, m in first.network.named_modules()] == [
+        (p, type(m)) for p, m in second.network.named_modules()
+    ]
+    assert torch.equal(logits_of(first), logits_of(second)) and not torch.equal(logits_of(first), dense)
+    second.network.tie_weights()  # lm-eval does
+    assert torch.equal(logits_of(first), logits_of(second))
+    integers = [[quantized_weight(layer) for layer in linear_layers(model)] for model in (first, second)]
+    assert any(integers[0]) == (name in ("rtn", "gptq"))
+    for one, other in zip(*integers, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (torch.equal(one.codes, other.codes) and torch.equal(one.group_of, other.group_of))
+
+
+def test_only_what_changed_is_kept(tiny_model: Callable[[str], Model], cache: Path) -> None:
+    for key, target in (("all", ALL), ("final", Target("final", ["final"]))):
+        Once(Magnitude(sparsity=0.5), target).on(tiny_model("llama"), KeptModels(1.0), key)
+    sizes = {folder.name: sum(f.stat().st_size for f in folder.iterdir()) for folder in cache.glob("[!.]*")}
+    head = tiny_model("llama").network.lm_head.weight.nbytes
+    assert head < sizes["final"] < head + 4000 < sizes["all"]
+
+
+def test_no_more_is_kept_than_there_is_room_for(tiny_model: Callable[[str], Model], cache: Path) -> None:
+    once = Once(Magnitude(sparsity=0.5))
+    once.on(tiny_model("llama"), KeptModels(1.0), "a")
+    size = sum(f.stat().st_size for f in (cache / "a").iterdir())
+    room = KeptModels(2.5 * size / 1e9)
+    once.on(tiny_model("llama"), room, "b")
+    for place, time in (("a", 1000), ("b", 2000)):
+        os.utime(cache / place, (time, time))
+    once.on(tiny_model("llama"), room, "a")  # used just now
+    once.on(tiny_model("llama"), room, "c")
+    assert sorted(path.name for path in cache.glob("[!.]*")) == ["a", "c"]
+    once.on(tiny_model("llama"), KeptModels(0.0), "d")
+    assert not (cache / "d").exists() and once.count == 4
+
+
+def test_a_broken_file_and_a_forced_run_compress_again(tiny_model: Callable[[str], Model], cache: Path) -> None:
+    once, kept = Once(Int8Dynamic("per_channel")), KeptModels(1.0)
+    once.on(tiny_model("bert"), kept)
+    (file,) = (cache / "a").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    model = tiny_model("bert")
+    assert once.on(model, kept)[1] is False and once.count == 2
+    assert once.on(tiny_model("bert"), kept)[1] is True
+    assert once.on(tiny_model("bert"), kept, afresh=True)[1] is False and once.count == 3
+    assert once.on(tiny_model("bert"), kept)[1] is True
+
+
+def test_a_compression_that_fails_leaves_nothing(tiny_model: Callable[[str], Model], cache: Path) -> None:
+    with pytest.raises(BadInput, match="group_size"):
+        Once(Rtn(bits=4, group_size=7)).on(tiny_model("llama"), KeptModels(1.0))
+    assert not list(cache.glob("[!.]*"))
+
+
+class Listening(Magnitude):
+    """Hangs a hook on a layer, which no file can hold."""
+
+    def compress(self, model: Model, targets: Any, calibration: Any) -> Any:
+        report = super().compress(model, targets, calibration)
+        targets[0].module.register_forward_hook(lambda *_: None)
+        return report
+
+
+class Wrapped(Magnitude):
+    """Puts a module of its own in a layer's place."""
+
+    def compress(self, model: Model, targets: Any, calibration: Any) -> Any:
+        report = super().compress(model, targets, calibration)
+        model.network.set_submodule("model.layers.0.mlp", nn.Sequential(model.network.model.layers[0].mlp))
+        return report
+
+
+@pytest.mark.parametrize("method", [Listening(sparsity=0.5), Wrapped(sparsity=0.5)])
+def test_what_cannot_be_kept_is_done_each_time(
+    method: Any, tiny_model: Callable[[str], Model], cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = Target("att", ["decoder_self_att"])
+    once, kept = Once(method, target), KeptModels(1.0)
+    for _ in range(2):
+        assert once.on(tiny_model("llama"), kept)[1] is False
+    assert once.count == 2 and "cannot be kept" in caplog.text and not list(cache.glob("[!.]*"))
