@@ -12,11 +12,30 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_path
 
+from knowledge_compression.errors import BadInput
+
 
 def cache_folder() -> Path:
     """``$KC_CACHE_DIR``, or the platform's cache folder for this project."""
     override = os.environ.get("KC_CACHE_DIR")
     return Path(override) if override else user_cache_path("knowledge_compression")
+
+
+def check_cache() -> None:
+    """Refuse a cache folder that cannot be written, before anything is begun that needs it.
+
+    Raises:
+        BadInput: what is wrong, and how to choose another.
+    """
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadInput(
+            f"the cache folder {folder} cannot be written ({error.strerror}); KC_CACHE_DIR=DIR chooses another place"
+        ) from None
 
 
 @contextmanager
@@ -38,6 +57,8 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if not folder.is_dir():
+            for left in folder.parent.glob(f".{folder.name}-*"):  # of one who died half-way
+                shutil.rmtree(left, ignore_errors=True)
             scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             try:
                 make(scratch)

@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from knowledge_compression.cache import check_cache
 from knowledge_compression.errors import BadInput
 from knowledge_compression.results.sweeps import BAD_INPUT, DONE, FAILED, Outcome
 
@@ -77,6 +78,7 @@ def carry_out(config: DictConfig) -> tuple[Run, Run]:
     from knowledge_compression.results.store import RunStore
 
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    check_cache()
     experiment = experiment_from(config, HydraConfig.get().runtime.choices)
     experiment.check()
     tracker = tracker_from(config, Path(HydraConfig.get().sweep.dir).name if in_sweep else None)

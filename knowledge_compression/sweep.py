@@ -18,6 +18,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from knowledge_compression.cache import check_cache
 from knowledge_compression.cli import EXIT_STATUS, one_line
 from knowledge_compression.errors import BadInput
 from knowledge_compression.launching import ProcessLauncher
@@ -52,6 +53,7 @@ class PlannedSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Check, launch, show; ends the process with the status that tells how it went."""
         assert self.config is not None and self.launcher is not None
+        check_cache()
         swept = [f"{key}={values}" for key, values in self.params.items()]
         jobs = combinations(OverridesParser.create().parse_overrides([*swept, *arguments]))
         checked = [self._check(*job) for job in zip(jobs, labels(jobs), strict=True)]

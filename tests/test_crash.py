@@ -29,19 +29,22 @@ WAY = [
 
 @pytest.fixture
 def attempt(tmp_path: Path, tiny_folder: Path, processes: Any) -> Any:
-    """``attempt(place="kill")`` tries the run once with those mishaps; gives the process's exit code."""
+    """``attempt(place="kill")`` tries the run once with those mishaps; gives the process's exit code.
+
+    ``attempt({"trains": True})`` is another run: see ``do_run``.
+    """
     (tmp_path / "mishaps").mkdir()
 
-    def attempt(**mishaps: str) -> int:
-        process = start(**mishaps)
+    def attempt(what: dict[str, Any] | None = None, **mishaps: str) -> int:
+        process = start(what, **mishaps)
         process.join(120)
         return process.exitcode
 
-    def start(**mishaps: str) -> Any:
+    def start(what: dict[str, Any] | None = None, **mishaps: str) -> Any:
         for place, mishap in mishaps.items():
             (tmp_path / "mishaps" / place).write_text(mishap)
         arguments = (str(tmp_path / "outputs"), str(tiny_folder), str(tmp_path / "mishaps"))
-        process = processes.Process(target=do_run, args=arguments)
+        process = processes.Process(target=do_run, args=arguments, kwargs=what or {})
         process.start()
         return process
 
@@ -121,3 +124,43 @@ def test_a_run_that_raises_keeps_what_it_had(attempt: Any, undisturbed: dict[str
     assert attempt() == 0
     assert way(tmp_path).count("probe") == 1
     assert result(tmp_path / "outputs") == undisturbed
+
+
+def test_a_training_that_is_killed_goes_on_from_the_step_it_reached(
+    attempt: Any, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, tiny_folder: Path, processes: Any
+) -> None:
+    from knowledge_compression.results.store import RunStore
+
+    quiet = tmp_path_factory.mktemp("quiet")
+    (quiet / "mishaps").mkdir()
+    arguments = (str(quiet / "outputs"), str(tiny_folder), str(quiet / "mishaps"))
+    process = processes.Process(target=do_run, args=arguments, kwargs={"trains": True})
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    assert attempt({"trains": True}, training="kill") == -9
+    assert not (tmp_path / "outputs" / "runs").exists()
+    assert attempt({"trains": True}) == 0
+    assert way(tmp_path).count("compression-0.5") == 1  # the compressed model was whole before the training began
+    assert result(tmp_path / "outputs") == result(quiet / "outputs")
+    (here,), (there,) = RunStore(tmp_path / "outputs"), RunStore(quiet / "outputs")
+    assert here.report["recovery"]["details"]["resumed_at"] in ([20], [30])
+    assert there.report["recovery"]["details"]["resumed_at"] == []
+    assert here.report["recovery"]["loss_after"] == there.report["recovery"]["loss_after"]
+
+
+def test_runs_that_differ_in_what_follows_compress_once(attempt: Any, tmp_path: Path) -> None:
+    """Also in processes that start together; and what was found gives what compressing gives."""
+    from knowledge_compression.results.store import RunStore
+
+    different = [{"suites": ["probe"]}, {"suites": ["second"]}, {"suites": ["second", "probe"]}, {"trains": True}]
+    several = [attempt.start(what) for what in different]
+    for process in several:
+        process.join(120)
+    assert [process.exitcode for process in several] == [0] * 4
+    assert way(tmp_path).count("compression-0.5") == 1
+    runs = list(RunStore(tmp_path / "outputs"))
+    assert sorted(run.report["compression"].pop("found") for run in runs) == [False, True, True, True]
+    assert all(run.report["compression"] == runs[0].report["compression"] for run in runs)
+    plain = [run for run in runs if run.config["choices"]["recovery"] == "none"]
+    assert len({value for run in plain for name, value in run.metrics.items() if name.endswith("log_prob")}) == 1

@@ -156,6 +156,7 @@ def test_a_local_sweep_of_real_runs(tmp_path: Path, tiny_folder: Path) -> None:
     command += ["model=local", f"model.path={tiny_folder}", "target=all", "compression=stumbling", "eval=[probe]"]
     command += [f"output.dir={tmp_path / 'outputs'}", "sparsity=0.2,0.3"]
     environment = os.environ | {"MISHAPS": str(tmp_path / "mishaps"), "PYTHONPATH": str(PARTS)}
+    environment["KC_CACHE_DIR"] = str(tmp_path / "cache")
 
     def sweep() -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300)

@@ -24,10 +24,12 @@ def command(
     """``command("-m", ...)`` runs the command line on the tiny model; gives the exit status and what it said."""
     (tmp_path / "mishaps").mkdir()
     monkeypatch.setenv("MISHAPS", str(tmp_path / "mishaps"))
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path / "cache"))
 
     def run(*arguments: str) -> tuple[int, str]:
         GlobalHydra.instance().clear()
-        given = ["model=local", f"model.path={tiny_folder}", "compression=stumbling", "eval=[probe]", "device=cpu"]
+        given = ["model=local", f"model.path={tiny_folder}", "compression=stumbling", "device=cpu"]
+        given += [] if any(one.startswith("eval=") for one in arguments) else ["eval=[probe]"]
         given += [f"output.dir={tmp_path / 'outputs'}", f"hydra.searchpath=[file://{PARTS}/conf]"]
         monkeypatch.setattr(sys, "argv", ["run.py", *arguments, *given])
         try:
@@ -101,3 +103,22 @@ def test_a_run_that_fails_is_tried_again(command: Any, tmp_path: Path) -> None:
     status, said = command("-m", "target=all", "sparsity=0.2", "run.retries=1")
     assert status == 0 and "trying again" in said
     assert way(tmp_path).count("compression-0.2") == 2
+
+
+def test_a_sweep_over_evaluations_compresses_once(command: Any, tmp_path: Path) -> None:
+    status, _ = command("-m", "target=all", "sparsity=0.2", "eval=[probe],[second]")
+    assert status == 0
+    assert way(tmp_path).count("compression-0.2") == 1
+    runs = [run for run in RunStore(tmp_path / "outputs") if run.config["choices"]["compression"] != "none"]
+    assert sorted(run.report["compression"]["found"] for run in runs) == [False, True]
+    assert len({run.metrics.get("probe.log_prob", run.metrics.get("second.log_prob")) for run in runs}) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    for how in (["-m", "sparsity=0.2,0.3"], ["sparsity=0.2"]):
+        status, said = command(*how)
+        assert status == 2
+        errors = [line for line in said.splitlines() if "error" in line]
+        assert len(errors) == 1 and "KC_CACHE_DIR" in errors[0]
+        assert not (tmp_path / "outputs").exists()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from knowledge_compression.compression.kept import KeptModels
 from knowledge_compression.compression.magnitude import Magnitude
 from knowledge_compression.corpora.text import TextFile
 from knowledge_compression.evaluation.suite import Evaluation, accuracy_metrics, item_table
@@ -23,9 +24,13 @@ from knowledge_compression.experiment import Experiment
 from knowledge_compression.models import Model
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.targets import Target
+from knowledge_compression.recovery.lora import Lora
 from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results import store
 from knowledge_compression.results.tracker import NoTracker, Unseen
+from knowledge_compression.training import TrainingSettings
+
+SUITES = ("probe", "second")
 
 
 def come_by(place: str) -> None:
@@ -121,22 +126,28 @@ def _stumbling(step: Any, place: str) -> Any:
     return stumble
 
 
-def do_run(outputs: str, model: str, mishaps: str) -> None:
-    """One experiment, in a process of its own."""
-    os.environ["MISHAPS"] = mishaps
+def do_run(outputs: str, model: str, mishaps: str, suites: tuple[str, ...] = SUITES, trains: bool = False) -> None:
+    """One experiment, in a process of its own, with a cache of its own beside the outputs."""
+    os.environ |= {"MISHAPS": mishaps, "KC_CACHE_DIR": f"{outputs}-cache"}
     torch.set_num_threads(1)
-    suites = {"probe": Probe("probe"), "second": Probe("second")}
-    choices = {"model": "local", "target": "all", "compression": "stumbling", "recovery": "none"}
+    text = Path(f"{outputs}-text.txt")
+    if trains and not text.exists():
+        text.write_text(" ".join(["paris is the capital of france . the dog is not a wolf ."] * 100))
+    training = TrainingSettings(steps=40, batch_size=2, checkpoint_every=10, learning_rate=1e-2)
+    recovery = Lora(training=training, rank=2) if trains else NoRecovery()
+    chosen = "lora" if trains else "none"
+    choices = {"model": "local", "target": "all", "compression": "stumbling", "recovery": chosen}
     experiment = Experiment(
         source=LocalModel("tiny", model),
         target=Target("all", ["encoder_att", "ff"]),
         compression=Stumbling(0.5),
-        recovery=NoRecovery(),
-        corpus=TextFile(name="text", path="unused.txt"),
-        suites=suites,
+        recovery=recovery,
+        corpus=TextFile(name="text", path=str(text), samples=4, length=16),
+        suites={name: Probe(name) for name in suites},
         settings={name: {} for name in ("target", "compression", "recovery", "corpus")}
         | {"eval": {name: {} for name in suites}, "choices": choices},
         device="cpu",
+        kept_models=KeptModels(1.0),
     )
     experiment.run(store.RunStore(outputs), StumblingTracker())
 
