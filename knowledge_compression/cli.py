@@ -54,11 +54,26 @@ def job(config: DictConfig) -> Outcome | None:
     from knowledge_compression.results.summary import show
 
     try:
+        if config.run.plan:
+            return plan(config)
         run, baseline = carry_out(config)
     except BadInput as error:
         refuse(error)
     show([run], {run.id: baseline})
     return None
+
+
+def plan(config: DictConfig) -> None:
+    """Print what one run would do and take."""
+    from knowledge_compression import forecast
+    from knowledge_compression.configuration import experiment_from
+    from knowledge_compression.results.store import RunStore
+
+    check_cache()
+    experiment = experiment_from(config, HydraConfig.get().runtime.choices)
+    experiment.check()
+    found = forecast.Forecaster(RunStore(config.output.dir), config.run.rate).of(experiment, "the run")
+    forecast.show(found, forecast.totals(found, at_once=1, gpus=0))
 
 
 def refuse(error: BaseException) -> NoReturn:

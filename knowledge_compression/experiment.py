@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import LongTensor
 
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.kept import KeptModels
+from knowledge_compression.compression.memory import peak_of_process
 from knowledge_compression.compression.none import NoCompression
 from knowledge_compression.compression.packed import save_packed
 from knowledge_compression.compression.report import CompressionReport
@@ -166,18 +169,24 @@ class Experiment:
                 return done
             return store.write(self._make(workplace, tracker, force))
 
+    def is_done(self, store: RunStore) -> bool:
+        """Whether the run is in the store, with its model where one is wanted."""
+        wants_model = bool(self.save_model) or self.streams
+        return self.id in store and (not wants_model or (store.runs_folder / self.id / SAVED).is_dir())
+
     def _done(self, store: RunStore) -> Run | None:
-        done = store.find(self.id)
-        if done is None or ((self.save_model or self.streams) and not (store.runs_folder / self.id / SAVED).is_dir()):
+        if not self.is_done(store):
             return None
         log.info("run %s is there already", self.id)
-        return done
+        return store.find(self.id)
 
     def _make(self, workplace: Workplace, tracker: Tracker, force: bool) -> Run:
         """The run itself, step by step; a step that an interrupted attempt finished is taken from the workplace."""
         torch.manual_seed(self.seed)
-        load = self.source.streamed if self.streams else self.source.load  # type: ignore[attr-defined]
-        model = load(self.device, self.dtype)
+        spent: dict[str, float] = {}
+        with _timed(spent, "load"):
+            load = self.source.streamed if self.streams else self.source.load  # type: ignore[attr-defined]
+            model = load(self.device, self.dtype)
         targets = self.target.select(model) if not isinstance(self.compression, NoCompression) else Targets([], model)
         corpus = self.corpus.prepared(model) if self.recovery.trains else None  # while the model is as it was loaded
 
@@ -185,23 +194,27 @@ class Experiment:
             report: dict[str, Any] = {
                 "model": {"name": model.name, "family": model.family, "note": model.note, **model.provenance}
             }
-            model, compressed, found = self._compress(model, targets, corpus, workplace.folder / SAVED, force)
+            with _timed(spent, "compress"):
+                model, compressed, found = self._compress(model, targets, corpus, workplace.folder / SAVED, force)
             report["compression"] = compressed.to_json() | {"found": found}
             if compressed.layers:
                 workplace.add("layer_map.png", layer_map(compressed))
             model.original = partial(self.source.load, self.device, self.dtype)
-            recovered = self.recovery.recover(model, corpus, tracked.log)
+            with _timed(spent, "recover"):
+                recovered = self.recovery.recover(model, corpus, tracked.log)
             report["recovery"] = recovered.to_json()
-            evaluations = {
-                name: workplace.evaluation(name, partial(self._ask, suite, model))
-                for name, suite in self.suites.items()
-            }
+            evaluations = {}
+            for name, suite in self.suites.items():
+                with _timed(spent, f"eval.{name}"):
+                    evaluations[name] = workplace.evaluation(name, partial(self._ask, suite, model))
             report["eval"] = {
                 name: evaluation.description | {"fingerprint": _fingerprint(self.suites[name])}
                 for name, evaluation in evaluations.items()
             }
+            report["cost"] = {"seconds": spent, "peak_memory": peak_of_process(model.device)}
             run = self._record(model, evaluations, report)
-            tracked.finish_with(run)
+            saved = workplace.folder / SAVED
+            tracked.finish_with(run, saved if saved.is_dir() else None)
         return run
 
     def _compress(
@@ -252,6 +265,13 @@ class Experiment:
             environment=environment() | {"device": str(model.device), "dtype": str(model.dtype)},
             _items=pl.concat([item_table([]), *(e.items for e in evaluations.values())], how="diagonal"),
         )
+
+
+@contextmanager
+def _timed(spent: dict[str, float], what: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    spent[what] = time.perf_counter() - start
 
 
 def _hash(deciding: Mapping[str, Any]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +48,14 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         peak.bytes, peak.source = _high_water() - before, "resident in the process"
     else:
         yield peak
+
+
+def peak_of_process(device: torch.device) -> int:
+    """Bytes at the worst moment so far: allocated on a GPU, else resident with all libraries."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _high_water() -> int:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -23,6 +23,9 @@ from knowledge_compression.cli import EXIT_STATUS, one_line
 from knowledge_compression.errors import BadInput
 from knowledge_compression.launching import ProcessLauncher
 from knowledge_compression.results.sweeps import BAD_INPUT, DONE, FAILED, Outcome, PlannedRun, labels, write_plan
+
+if TYPE_CHECKING:
+    from knowledge_compression.experiment import Experiment
 
 log = logging.getLogger(__name__)
 
@@ -58,41 +61,73 @@ class PlannedSweeper(Sweeper):
         jobs = combinations(OverridesParser.create().parse_overrides([*swept, *arguments]))
         checked = [self._check(*job) for job in zip(jobs, labels(jobs), strict=True)]
         refused = [outcome for outcome in checked if isinstance(outcome, Outcome)]
-        planned = [run for run in checked if isinstance(run, PlannedRun)]
+        accepted = [one for one in checked if not isinstance(one, Outcome)]
         for outcome in refused:
             sys.stderr.write(f"error: {outcome.label}: {outcome.message}\n")
+        if self.config.run.plan:
+            self._forecast(accepted)
+            raise SystemExit(EXIT_STATUS[BAD_INPUT] if refused else 0)
+        planned = [run for run, _ in accepted]
         if refused and planned:
             sys.stderr.write(f"running the other {len(planned)} of {len(jobs)} combinations\n")
         outcomes = [*refused, *self._launch(planned)] if planned else refused
         raise SystemExit(max((EXIT_STATUS[outcome.status] for outcome in outcomes), default=0))
 
-    def _check(self, overrides: Sequence[str], label: str) -> PlannedRun | Outcome:
+    def _check(self, overrides: Sequence[str], label: str) -> tuple[PlannedRun, Experiment] | Outcome:
         """The run that a combination stands for, or why it cannot be; found without loading a model."""
         from knowledge_compression.configuration import experiment_from
+        from knowledge_compression.results.store import RunStore
 
         assert self.config is not None and self.hydra_context is not None
         try:
             config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
             experiment = experiment_from(config, config.hydra.runtime.choices)
             experiment.check()
+            store, dense = RunStore(config.output.dir), experiment.dense()
+            done = experiment.is_done(store) and (dense.is_done(store) or not experiment.suites)
+            run = PlannedRun(list(overrides), experiment.id, dense.id, done and not config.run.force)
         except (BadInput, HydraException) as error:
             return Outcome(label, BAD_INPUT, message=one_line(error))
-        return PlannedRun(list(overrides), experiment.id, experiment.dense().id)
+        return run, experiment
+
+    def _forecast(self, accepted: Sequence[tuple[PlannedRun, Experiment]]) -> None:
+        """Print what the sweep would do and take."""
+        from knowledge_compression import forecast
+        from knowledge_compression.results.store import RunStore
+
+        assert self.config is not None
+        launcher, run = self.config.hydra.launcher, self.config.run
+        forecaster = forecast.Forecaster(
+            RunStore(self.config.output.dir), run.rate, process_each=isinstance(self.launcher, ProcessLauncher)
+        )
+        names = labels([planned.overrides for planned, _ in accepted])
+        found = [
+            one
+            for (_, experiment), name in zip(accepted, names, strict=True)
+            for one in forecaster.of(experiment, name)
+        ]
+        forecast.show(found, forecast.totals(found, launcher.get("at_once", 1), launcher.get("gpus", 0)))
 
     def _launch(self, planned: Sequence[PlannedRun]) -> list[Outcome]:
+        """Do what is missing."""
         assert self.config is not None and self.launcher is not None
         if isinstance(self.launcher, ProcessLauncher):
             self.launcher.check()
         elif self.config.run.detach:
             raise BadInput("run.detach=true needs hydra/launcher=slurm; here the sweep ends with this process")
         folder = Path(self.config.hydra.sweep.dir)
+        missing = [run for run in planned if not run.there]
+        if len(missing) < len(planned):
+            log.info("%d of %d runs are there already", len(planned) - len(missing), len(planned))
+        planned = [*missing, *(run for run in planned if run.there)]  # job i of the launcher is run i of the plan
+        names = labels([run.overrides for run in planned])
         try:
             folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(self.config, folder / "multirun.yaml")
             write_plan(folder, planned, self.config.hydra.launcher.get("at_once", 1))
         except OSError as error:
             raise BadInput(f"output.dir={self.config.output.dir} cannot be written ({error.strerror})") from None
-        returns = self.launcher.launch([run.overrides for run in planned], initial_job_idx=0)
+        returns = self.launcher.launch([run.overrides for run in missing], initial_job_idx=0) if missing else []
         if self.config.run.detach:
             log.info(
                 "the runs go on without this process; python -m knowledge_compression.status shows how far they are"
@@ -100,7 +135,11 @@ class PlannedSweeper(Sweeper):
             return []
         outcomes = [
             replace(returned.return_value, label=label)
-            for returned, label in zip(returns, labels([run.overrides for run in planned]), strict=True)
+            for returned, label in zip(returns, names[: len(missing)], strict=True)
+        ]
+        outcomes += [
+            Outcome(label, DONE, run.run_id, run.baseline_id)
+            for run, label in zip(planned[len(missing) :], names[len(missing) :], strict=True)
         ]
         if troubled := [outcome for outcome in outcomes if outcome.status != DONE]:
             sys.stderr.write(f"{len(troubled)} of {len(outcomes)} runs did not end well:\n")

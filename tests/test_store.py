@@ -33,6 +33,36 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert [found.id for found in store] == ["a1"]
 
 
+def test_layers_lie_beside_the_report(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    layers = [{"path": "a", "removed": 3}, {"path": "b", "removed": 4}]
+    run = made()
+    run.report["compression"] = {"sparsity": 0.5, "layers": layers}
+    assert run.layers == layers
+    store.write(run)
+    found = store.find("a1")
+    assert found is not None and found.layers == layers and found.report["compression"] == {"sparsity": 0.5}
+    assert run.report["compression"]["layers"] == layers  # the one in memory is as it was
+    store.write(made("b2"))
+    assert "b2" in store and "c3" not in store
+    assert store.find("b2").layers == []  # type: ignore[union-attr]
+
+
+def test_settings_are_read_section_by_section(tmp_path: Path) -> None:
+    """As the whole file would be: lists at the top, text over lines, sections that share a value."""
+    store, shared = RunStore(tmp_path), ["x", {"y": 1}]
+    config = {"list": [1, 2], "text": "a\n  b: c\n- d\n" * 30, "deep": {"a": shared, "empty": None}, "other": shared}
+    config |= {"#odd": 1, "-odd": {"k": True}, "é": "ü", "none": {}}
+    for run_id in ("a1", "b2"):
+        run = made(run_id)
+        run.config = config
+        store.write(run)
+    run = made("c3")
+    run.config = {"deep": {"a": 1}, "-odd": [3], "list": [[1], {"b": []}]}
+    store.write(run)
+    assert [found.config for found in store] == [config, config, run.config]
+
+
 def test_a_forced_run_replaces_the_one_that_was_there(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     store.write(made(x=1.0))

@@ -83,6 +83,26 @@ def nobody_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     wandb.teardown()
 
 
+def test_the_compressed_model_is_an_artifact_on_request(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    told = {}
+    for wanted in (True, False):
+        folder = tmp_path / str(wanted)
+        tracker = WandbTracker(mode="offline", dir=str(folder), artifact=wanted)
+        with tracker.track("0123456789abcdef", SETTINGS) as tracked:
+            tracked.finish_with(result(), model)
+        kinds = [
+            record.request.log_artifact.artifact for record in offline_record(folder)[0] if record.HasField("request")
+        ]
+        kinds += [record.artifact for record in offline_record(folder)[0] if record.HasField("artifact")]
+        told[wanted] = [(a.type, a.name, [e.path for e in a.manifest.contents]) for a in kinds if a.type == "model"]
+    assert told[False] == []
+    assert told[True] and told[True][0][:2] == ("model", "compressed-0123456789abcdef")
+    assert (model / "model.safetensors").read_bytes() == b"weights"
+
+
 def test_the_offline_record_holds_what_was_logged(tmp_path: Path) -> None:
     tracker = WandbTracker(mode="offline", dir=str(tmp_path), group="2026-11-22", tags=["mine"], items=5)
     run = result()

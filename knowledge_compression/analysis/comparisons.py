@@ -162,7 +162,7 @@ def items_of(run: Run, suite: str) -> pl.LazyFrame:
 
 def table_of(run: Run) -> pl.LazyFrame:
     """A run's item table, not yet read."""
-    return run.items.lazy() if run.folder is None else pl.scan_parquet(run.folder / "items.parquet")
+    return run.scan_items()
 
 
 def _fill(group: Group, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:

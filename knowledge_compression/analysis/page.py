@@ -95,7 +95,7 @@ def _run(run: Run) -> dict[str, Any]:
         "environment": run.environment,
         "layers": [
             {key: layer.get(key) for key in ("path", "role", "parameters", "removed", "bits", "error_after")}
-            for layer in compression.get("layers", [])
+            for layer in run.layers
         ],
     }
 

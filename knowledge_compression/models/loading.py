@@ -328,7 +328,7 @@ def _from_pretrained(
     place = resolve_device(device)
     with one_line_failures(where, name, allow_pickle), quiet():
         config = _configuration(where, **hub)
-        network, loaded = _auto_class(config).from_pretrained(
+        network, loaded = auto_class(config).from_pretrained(
             where,
             config=config,
             dtype=resolve_dtype(dtype, place),
@@ -352,7 +352,7 @@ def _skeleton(where: str, name: str, **hub: Any) -> Model:
     with one_line_failures(where, name, allow_pickle=False):
         config = _configuration(where, **hub)
         with torch.device("meta"):
-            network = _auto_class(config).from_config(config)
+            network = auto_class(config).from_config(config)
     return Model(network, None, name)  # type: ignore[arg-type]  # a skeleton reads no text
 
 
@@ -367,7 +367,7 @@ def _streamed(folder: Path, name: str, device: str, dtype: str, **hub: Any) -> S
         resolve_dtype(dtype, place)
         chosen = DTYPES.get(dtype) or config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
-            network = _auto_class(config).from_config(config, dtype=chosen)
+            network = auto_class(config).from_config(config, dtype=chosen)
         network.tie_weights()  # making parameters empty has parted those that are one
         tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
         checkpoint = Checkpoint(folder)
@@ -382,7 +382,8 @@ def _configuration(where: str, **hub: Any) -> Any:
     return config.get_text_config() if config.model_type == "gemma3" else config
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes a language model of that configuration."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     classes = {ENCODER: AutoModelForMaskedLM, ENCODER_DECODER: AutoModelForSeq2SeqLM, DECODER: AutoModelForCausalLM}

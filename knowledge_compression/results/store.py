@@ -1,15 +1,20 @@
-"""The run store: one folder a finished run, named by the hash of what decides its result."""
+"""The run store: one folder a finished run, named by the hash of what decides its result.
+
+Of a run on the disk only what a table of thousands of runs needs is held: settings, metrics, the report without its
+layers. Layers and items are read when they are asked for, and not kept.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,8 @@ import yaml
 from knowledge_compression.errors import BadInput, first_line
 from knowledge_compression.results.workplace import LEASE, Workplace, claimed, discard
 
+LAYERS = "layers.json"
+_TOP_LEVEL = re.compile(r"^(?=[^\s\-#])", re.MULTILINE)  # where a key of no indentation begins
 FORMAT = 1  # of a run folder; raised when a reader of old folders would misread new ones
 
 
@@ -43,13 +50,25 @@ class Run:
     folder: Path | None = None
     _items: pl.DataFrame | None = field(default=None, repr=False)
 
-    @cached_property
+    @property
     def items(self) -> pl.DataFrame:
-        """The item table, read when it is asked for."""
+        """The item table, read each time it is asked for."""
+        return self.scan_items().collect()
+
+    def scan_items(self) -> pl.LazyFrame:
+        """The item table, not yet read: only the columns and rows that are asked of it leave the disk."""
         if self._items is not None:
-            return self._items
+            return self._items.lazy()
         assert self.folder is not None
-        return pl.read_parquet(self.folder / "items.parquet")
+        return pl.scan_parquet(self.folder / "items.parquet")
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """What the compression did layer by layer, read each time it is asked for; empty where it touched none."""
+        if self.folder is None or "layers" in self.report.get("compression", {}):
+            return self.report.get("compression", {}).get("layers", [])
+        file = self.folder / LAYERS
+        return json.loads(file.read_text()) if file.is_file() else []
 
 
 class Unreadable(Exception):
@@ -58,10 +77,10 @@ class Unreadable(Exception):
 
 # The files of a run, and how each is read; of the item table only whether it can be.
 _FILES: Mapping[str, Callable[[Path], Any]] = {
-    "config.yaml": lambda path: yaml.load(path.read_text(), Loader=yaml.CSafeLoader),
-    "metrics.json": lambda path: json.loads(path.read_text()),
-    "report.json": lambda path: json.loads(path.read_text()),
-    "environment.json": lambda path: json.loads(path.read_text()),
+    "config.yaml": lambda path: _read_settings(path),
+    "metrics.json": lambda path: _read_json(path),
+    "report.json": lambda path: _read_json(path),
+    "environment.json": lambda path: _read_json(path),
     "items.parquet": pl.read_parquet_schema,
 }
 
@@ -144,6 +163,10 @@ class RunStore:
                     skipped.append((folder.name, str(error)))
         return runs, skipped
 
+    def __contains__(self, run_id: str) -> bool:
+        """Whether the folder of that hash is there, by its last file."""
+        return (self.runs_folder / run_id / "metrics.json").is_file()
+
     def write(self, run: Run, extra_files: Mapping[str, bytes] | None = None) -> Run:
         """Write a run under a temporary name and rename it, so that no half-written folder is ever seen.
 
@@ -170,7 +193,10 @@ class RunStore:
     def _fill(self, scratch: Path, run: Run, extra_files: Mapping[str, bytes]) -> None:
         """Write all of a run and see it to the disk."""
         (scratch / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
-        _write_json(scratch / "report.json", run.report)
+        compression = dict(run.report.get("compression", {}))
+        if layers := compression.pop("layers", None):
+            _write_json(scratch / LAYERS, layers)
+        _write_json(scratch / "report.json", run.report | ({"compression": compression} if compression else {}))
         _write_json(scratch / "environment.json", {"format": FORMAT} | run.environment)
         run.items.write_parquet(scratch / "items.parquet")
         for name, content in extra_files.items():
@@ -200,6 +226,27 @@ class RunStore:
         if (version := content["environment"].get("format")) != FORMAT:
             raise Unreadable(f"of another version: its format is {version}, this program reads {FORMAT}")
         return Run(id=folder.name, folder=folder, **content)
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
+def _read_settings(path: Path) -> Any:
+    """A YAML file of settings. Runs of a sweep have most sections in common: each is read once, and shared."""
+    text = path.read_text()
+    try:
+        sections = [_section(part) for part in _TOP_LEVEL.split(text) if part]
+    except yaml.YAMLError:  # one section refers to another
+        return yaml.load(text, Loader=yaml.CSafeLoader)
+    if not all(isinstance(section, Mapping) for section in sections):
+        raise ValueError("it names no values")
+    return {name: value for section in sections for name, value in section.items()}
+
+
+@lru_cache(4096)
+def _section(text: str) -> Any:
+    return yaml.load(text, Loader=yaml.CSafeLoader)
 
 
 def _write_json(path: Path, content: Any) -> None:

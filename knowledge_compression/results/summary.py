@@ -189,7 +189,8 @@ def _interval(run: Run, baseline: Run, suite: str) -> dict[str, float | None]:
     if run.id == baseline.id:
         return {"drop_low": None, "drop_high": None}
     answers = [
-        of.items.filter(pl.col("suite") == suite).select("task", "id", "correct").drop_nulls() for of in (baseline, run)
+        of.scan_items().filter(pl.col("suite") == suite).select("task", "id", "correct").drop_nulls().collect()
+        for of in (baseline, run)
     ]
     both = answers[0].join(answers[1], on=["task", "id"], suffix="_after")
     if both.is_empty():

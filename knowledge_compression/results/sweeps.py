@@ -59,11 +59,13 @@ class PlannedRun:
     Attributes:
         overrides: what its configuration changes.
         run_id, baseline_id: the run it will make, and the dense run it is compared with.
+        there: whether both were finished already when the sweep was planned, so that there is nothing to start.
     """
 
     overrides: Sequence[str]
     run_id: str
     baseline_id: str
+    there: bool = False
 
 
 def labels(jobs: Sequence[Sequence[str]]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from knowledge_compression.results.store import Run
@@ -17,8 +18,8 @@ class TrackedRun(Protocol):
         """Show figures of a moment, e.g. the training loss."""
         ...
 
-    def finish_with(self, run: Run) -> None:
-        """Show the result."""
+    def finish_with(self, run: Run, model: Path | None = None) -> None:
+        """Show the result; ``model`` is the folder of the compressed model, where one was saved."""
         ...
 
 
@@ -46,7 +47,7 @@ class Unseen:
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Nothing."""
 
-    def finish_with(self, run: Run) -> None:
+    def finish_with(self, run: Run, model: Path | None = None) -> None:
         """Nothing."""
 
     def close(self, exit_code: int) -> None:

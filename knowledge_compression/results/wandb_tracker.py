@@ -47,6 +47,7 @@ class WandbTracker:
         group: runs that belong together; the command line puts the sweep here where the user gave nothing.
         tags: beside the names of what was chosen.
         items: most rows of the table of items.
+        artifact: whether the compressed model, where the run saves it, is shown as an artifact of type ``model``.
         seconds: what the tracker may cost a run at most.
         dir: the folder under which ``wandb/`` is kept.
     """
@@ -57,6 +58,7 @@ class WandbTracker:
     group: str | None = None
     tags: Sequence[str] = ()
     items: int = 10_000
+    artifact: bool = False
     seconds: float = 30.0
     dir: str = "outputs"
 
@@ -93,7 +95,7 @@ class WandbTracker:
             run = _within(left, "going offline", lambda: self._init_again("offline", run_id, settings))
             if run is not None:
                 log.warning("W&B does not answer; this run is kept in %s for `wandb sync`", Path(run.dir).parent)
-        return None if run is None else _Tracked(run, self.items, self.seconds / 6)
+        return None if run is None else _Tracked(run, self.items, self.seconds / 6, artifact=self.artifact)
 
     def _init_again(self, mode: Mode, run_id: str, settings: Mapping[str, Any]) -> WandbRun:
         import wandb
@@ -134,15 +136,17 @@ class WandbTracker:
 class _Tracked:
     """One W&B run: showing may take so many seconds over the whole run, closing as many again, and nothing raises."""
 
-    def __init__(self, run: WandbRun, items: int, seconds: float) -> None:
-        self._run, self._items = run, items
+    def __init__(self, run: WandbRun, items: int, seconds: float, *, artifact: bool) -> None:
+        self._run, self._items, self._artifact = run, items, artifact
         self._left = self._reserve = seconds
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self._safely("showing metrics", lambda: self._run.log(dict(metrics), step=step))
 
-    def finish_with(self, run: Run) -> None:
+    def finish_with(self, run: Run, model: Path | None = None) -> None:
         self._safely("showing the result", lambda: self._show(run))
+        if self._artifact and model is not None:
+            self._safely("showing the compressed model", lambda: self._send(run, model))
 
     def close(self, exit_code: int) -> None:
         _within(self._reserve, "closing", lambda: self._run.finish(exit_code=exit_code) or True)
@@ -153,10 +157,17 @@ class _Tracked:
             worked = _within(self._left, what, lambda: (call(), True)[1])
             self._left = self._left - (time.perf_counter() - start) if worked else 0.0
 
+    def _send(self, run: Run, model: Path) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"compressed-{run.id}", type="model", metadata=flat(run.config))
+        artifact.add_dir(str(model))
+        self._run.log_artifact(artifact)
+
     def _show(self, run: Run) -> None:
         import wandb
 
-        items = run.items
+        items = asked = run.items
         if items.height > self._items:
             items = items.gather_every(-(-items.height // self._items))
         self._run.log(
@@ -167,7 +178,7 @@ class _Tracked:
         self._run.summary.update(
             {name.replace(".", "/"): value for name, value in run.metrics.items()}
             | {f"compression/{name}": v for name, v in reached.items() if isinstance(v, (int, float))}
-            | {"items_in_table": items.height, "items_in_all": run.items.height}
+            | {"items_in_table": items.height, "items_in_all": asked.height}
         )
 
 

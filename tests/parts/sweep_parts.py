@@ -114,7 +114,7 @@ class _Stumbler(Unseen):
         if self._logged == 3:
             come_by("training")
 
-    def finish_with(self, run: Any) -> None:
+    def finish_with(self, run: Any, model: Any = None) -> None:
         come_by("before-write")
 
 

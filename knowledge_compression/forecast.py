@@ -1,0 +1,358 @@
+"""What a sweep would do and cost, without starting it: ``python run.py -m ... run.plan=true``.
+
+Every suite is rehearsed once on a miniature of the network: the same kind of network with the same tokenizer and
+vocabulary, one block deep and a few numbers wide. Hooks count how many tokens pass each linear layer; with the layers'
+true shapes, from the configuration on the meta device, that gives the multiply-adds. What they take is measured on one
+block of true width with weights of no meaning, or on the finished runs of the store, or given (``run.rate``).
+
+Counted are linear layers, calibrated compressions by the passes and the second moments they need, and training. Not
+counted are attention's own products and whatever a suite does beside asking its model.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from knowledge_compression.cache import cache_folder
+from knowledge_compression.errors import BadInput
+from knowledge_compression.experiment import Experiment
+from knowledge_compression.models import Model
+from knowledge_compression.models.loading import auto_class, resolve_device, resolve_dtype
+from knowledge_compression.models.targets import is_linear, linear_layers
+from knowledge_compression.results.store import RunStore
+
+log = logging.getLogger(__name__)
+
+_NARROW, _HEAD = 8, 4  # numbers in a hidden state of a miniature for each of its heads, and in a head
+_WIDTHS = ("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim")
+_DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+_PROBED = (8, 128)  # rows and tokens of the pass that measures the rate: what a CPU's budget holds
+_PASSES = 3
+_READING = 1e9  # bytes a second that a model is read with
+_ITEM_BYTES = 100.0  # of a row of items.parquet
+_SECOND_MOMENTS = ("gptq", "sparsegpt")  # methods that keep an input's second moments and solve with them
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a suite asks of a kind of network.
+
+    Attributes:
+        tokens: how many pass each linear layer; block numbers in its path are 0.
+        widest: the most that pass the head at once.
+        items: rows of the item table.
+    """
+
+    tokens: Mapping[str, int]
+    widest: int
+    items: int
+
+
+@dataclass
+class Forecast:
+    """What one run takes.
+
+    Attributes:
+        label: what tells it from the others.
+        state: ``there``, ``to do``, or ``shared`` where another run compresses for it.
+        seconds, macs: time and multiply-adds of what is left to do.
+        memory, disk: bytes at the worst moment, and bytes left behind.
+        unknown: suites whose work cannot be told beforehand.
+    """
+
+    label: str
+    state: str
+    seconds: float = 0.0
+    macs: float = 0.0
+    memory: float = 0.0
+    disk: float = 0.0
+    unknown: list[str] = field(default_factory=list)
+
+
+class Forecaster:
+    """Foretells runs that share this machine, a store and a sweep.
+
+    Args:
+        store: whose finished runs are not done again, and tell how fast this machine is.
+        rate: multiply-adds a second, where they are known; None measures.
+        process_each: whether each run starts a process.
+    """
+
+    def __init__(self, store: RunStore, rate: float | None = None, *, process_each: bool = False) -> None:
+        if rate is not None and rate <= 0:
+            raise BadInput(f"run.rate={rate} is no rate; give multiply-adds a second, e.g. 2e11")
+        self.store, self.rate = store, rate
+        self.started = time.time() - psutil.Process().create_time() if process_each else 0.0
+        self.libraries = float(psutil.Process().memory_info().rss)
+        self._works: dict[Any, Work | None] = {}
+        self._rates: dict[Any, float] = {}
+        self._compressed: set[str] = set()
+        self._done: set[str] = set()
+
+    def of(self, experiment: Experiment, label: str) -> list[Forecast]:
+        """The run, and its dense baseline where this sweep has not made it by then."""
+        found = [self._one(experiment, label)]
+        dense = experiment.dense()
+        if experiment.suites and not experiment.is_dense:
+            baseline = self._one(dense, f"dense baseline of {label}")
+            found += [baseline] if baseline.state != "there" else []
+        return found
+
+    def _one(self, experiment: Experiment, label: str) -> Forecast:
+        if experiment.id in self._done or experiment.is_done(self.store):
+            return Forecast(label, "there")
+        self._done.add(experiment.id)
+        skeleton = experiment.source.skeleton()
+        size = _bytes_of_weights(experiment, skeleton)
+        forecast = Forecast(label, "to do", memory=self.libraries + 1.2 * size)
+        forecast.seconds = self.started + size / _READING
+        self._compress(forecast, experiment, skeleton)
+        self._train(forecast, experiment, skeleton)
+        for name in experiment.suites:
+            work = self.work(experiment, skeleton, name)
+            if work is None:
+                forecast.unknown.append(name)
+                continue
+            forecast.macs += multiply_adds(skeleton, work.tokens)
+            forecast.disk += work.items * _ITEM_BYTES
+            forecast.memory = max(
+                forecast.memory, self.libraries + size + 8.0 * work.widest * skeleton.network.config.vocab_size
+            )
+        forecast.seconds += forecast.macs / self.rate_of(experiment, skeleton)
+        return forecast
+
+    def _compress(self, forecast: Forecast, experiment: Experiment, skeleton: Model) -> None:
+        if experiment.is_dense or experiment.compression.__class__.__name__ == "NoCompression":
+            return
+        targets = experiment.target.select(skeleton)
+        size = _bytes_of_weights(experiment, skeleton) * targets.parameters / skeleton.parameter_count()
+        if experiment.save_model:
+            forecast.disk += _bytes_of_weights(experiment, skeleton)
+        key = experiment.compressed_id
+        if experiment.kept_models is not None and not experiment.streams:
+            if key in self._compressed or (cache_folder() / "compressions" / key).is_dir():
+                forecast.state = "shared"
+                forecast.seconds += size / _READING
+                return
+            self._compressed.add(key)
+            forecast.disk += size
+            forecast.memory += size  # while it is written
+        forecast.seconds += 4 * size / _READING  # to rank or round, and to write
+        if experiment.compression.calibrated:
+            tokens = experiment.corpus.samples * experiment.corpus.length
+            blocks = {_general(layer.path): tokens for layer in linear_layers(skeleton) if layer.role != "final"}
+            forecast.macs += 2 * multiply_adds(skeleton, blocks)
+            if experiment.settings["choices"].get("compression") in _SECOND_MOMENTS:
+                shapes = [layer.weight.shape for layer in targets]
+                forecast.macs += sum(tokens * width**2 + width**3 + rows * width**2 for rows, width in shapes)
+                forecast.memory += 12.0 * max(width**2 for _, width in shapes)
+
+    def _train(self, forecast: Forecast, experiment: Experiment, skeleton: Model) -> None:
+        training = getattr(experiment.recovery, "training", None)
+        if training is None:
+            return
+        length = experiment.corpus.length
+        tokens = training.steps_over(length) * training.batch_size * training.accumulate * length
+        layers = linear_layers(skeleton)
+        # forward, and backward through the frozen weights to what is trained
+        forecast.macs += 2 * multiply_adds(skeleton, {_general(layer.path): tokens for layer in layers})
+        widths = sum(sum(layer.weight.shape) * layer.uses for layer in layers)
+        forecast.memory += 4.0 * training.batch_size * length * widths
+
+    def work(self, experiment: Experiment, skeleton: Model, suite: str) -> Work | None:
+        """What a suite asks of this kind of network; None where it cannot be asked of a miniature."""
+        key = (experiment.source.fingerprint(), suite, str(experiment.settings["eval"][suite]))
+        if key not in self._works:
+            log.info("rehearsing %s on a miniature of %s", suite, experiment.source.name)
+            try:
+                self._works[key] = rehearse(skeleton, experiment.suites[suite])
+            except Exception as error:
+                log.warning("%s cannot be rehearsed (%s: %s)", suite, type(error).__name__, error)
+                self._works[key] = None
+        return self._works[key]
+
+    def rate_of(self, experiment: Experiment, skeleton: Model) -> float:
+        """Multiply-adds a second: as given, as finished runs of this model had it, or as one block has it."""
+        key = (experiment.source.fingerprint(), experiment.device, experiment.dtype)
+        if self.rate is None and key not in self._rates:
+            self._rates[key] = self._past_rate(experiment, skeleton) or measured_rate(experiment, skeleton)
+        return self.rate or self._rates[key]
+
+    def _past_rate(self, experiment: Experiment, skeleton: Model) -> float | None:
+        """From runs of the same model on the same kind of device that were asked the same."""
+        macs = seconds = 0.0
+        device = str(resolve_device(experiment.device))
+        for run in self.store:
+            same = run.config["choices"].get("model") == experiment.settings["choices"].get("model")
+            if not same or run.environment.get("device") != device:
+                continue
+            for name in experiment.suites:
+                if run.config["eval"].get(name) != experiment.settings["eval"][name]:
+                    continue
+                took = run.report.get("cost", {}).get("seconds", {}).get(f"eval.{name}", 0.0)
+                if took and (work := self.work(experiment, skeleton, name)) is not None:
+                    macs, seconds = macs + multiply_adds(skeleton, work.tokens), seconds + took
+        return macs / seconds if seconds else None
+
+
+def rehearse(skeleton: Model, suite: Any) -> Work:
+    """Ask a miniature of the network, and count.
+
+    Args:
+        skeleton: the network on the meta device.
+        suite: an evaluation suite.
+    """
+    small = miniature(skeleton)
+    tokens: Counter[str] = Counter()
+    widest = 0
+    final = small.architecture.final
+
+    def count(path: str) -> Any:
+        def hook(_: nn.Module, inputs: Any, __: Any) -> None:
+            nonlocal widest
+            here = inputs[0].numel() // inputs[0].shape[-1]
+            tokens[_general(path)] += here
+            widest = max(widest, here if path == final else 0)
+
+        return hook
+
+    for path, module in small.network.named_modules():
+        if is_linear(module):
+            module.register_forward_hook(count(path))
+    with torch.random.fork_rng([]):
+        evaluation = suite.evaluate(small)
+    return Work(dict(tokens), widest, evaluation.items.height)
+
+
+def miniature(skeleton: Model) -> Model:
+    """A network of the same kind and vocabulary, one block deep and a few numbers wide, on the CPU."""
+    from transformers import AutoTokenizer
+
+    config = deepcopy(skeleton.network.config)
+    if getattr(config, "head_dim", None):
+        config.head_dim = _HEAD
+    if hasattr(config, "d_kv"):
+        config.d_kv = _HEAD
+    config.hidden_size = _NARROW * config.num_attention_heads
+    for name in ("embedding_size", "word_embed_proj_dim"):
+        if hasattr(config, name):
+            setattr(config, name, config.hidden_size)
+    for name in _WIDTHS:
+        if getattr(config, name, None):
+            setattr(config, name, _NARROW)
+    for name in _DEPTHS:
+        if getattr(config, name, None):
+            setattr(config, name, 1)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        network = auto_class(config).from_config(config, dtype=torch.float32).eval()
+    tokenizer = skeleton.tokenizer or AutoTokenizer.from_pretrained(skeleton.network.config._name_or_path)
+    small = Model(network, tokenizer, skeleton.name)
+    small.original = lambda: Model(deepcopy(network), tokenizer, skeleton.name)
+    return small
+
+
+def multiply_adds(skeleton: Model, tokens: Mapping[str, int]) -> float:
+    """Of all linear layers of the true network, for so many tokens through each."""
+    return float(
+        sum(layer.parameters * layer.uses * tokens.get(_general(layer.path), 0) for layer in linear_layers(skeleton))
+    )
+
+
+def measured_rate(experiment: Experiment, skeleton: Model) -> float:
+    """Multiply-adds a second of one block of true width, on the device and in the precision of the run."""
+    device = resolve_device(experiment.device)
+    dtype = resolve_dtype(experiment.dtype, device)
+    chosen = dtype if isinstance(dtype, torch.dtype) else skeleton.network.config.dtype or torch.float32
+    shapes = {_general(layer.path): layer.weight.shape for layer in linear_layers(skeleton) if layer.role != "final"}
+    weights = [torch.randn(shape, dtype=chosen, device=device) * 0.02 for shape in shapes.values()]
+    tokens = _PROBED[0] * _PROBED[1]
+    inputs = [torch.randn(tokens, weight.shape[1], dtype=chosen, device=device) for weight in weights]
+    wait = getattr(getattr(torch, device.type), "synchronize", lambda: None)
+    least = float("inf")
+    for _ in range(_PASSES + 1):
+        wait()
+        start = time.perf_counter()
+        for weight, rows in zip(weights, inputs, strict=True):
+            nn.functional.silu(rows @ weight.T)
+        wait()
+        least = min(least, time.perf_counter() - start)
+    return tokens * sum(weight.numel() for weight in weights) / least
+
+
+def _general(path: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".0", path)
+
+
+def _bytes_of_weights(experiment: Experiment, skeleton: Model) -> float:
+    dtype = resolve_dtype(experiment.dtype, resolve_device(experiment.device))
+    stored = dtype if isinstance(dtype, torch.dtype) else skeleton.network.config.dtype or torch.float32
+    return float(skeleton.parameter_count() * stored.itemsize)
+
+
+def totals(found: Iterable[Forecast], at_once: int, gpus: int) -> dict[str, Any]:
+    """What a whole sweep takes: figures by name."""
+    todo = [forecast for forecast in found if forecast.state != "there"]
+    seconds = sum(forecast.seconds for forecast in todo)
+    return {
+        "runs to do": len(todo),
+        "multiply-adds": sum(forecast.macs for forecast in todo),
+        "seconds, one after the other": seconds,
+        "seconds, as launched": max([seconds / max(at_once, 1), *(forecast.seconds for forecast in todo)]),
+        "disk": sum(forecast.disk for forecast in todo),
+        "GPU-hours": gpus * seconds / 3600,
+    }
+
+
+def show(found: Sequence[Forecast], whole: Mapping[str, Any]) -> None:
+    """Print the table and the totals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    table = Table(title="What the sweep would do; nothing was started", title_justify="left")
+    table.add_column("run")
+    for name in ("state", "10^12 multiply-adds", "time", "peak memory GB", "disk MB"):
+        table.add_column(name, justify="right")
+    for forecast in found:
+        there = forecast.state == "there"
+        figures = (f"{forecast.macs / 1e12:.3g}", _time(forecast.seconds), f"{forecast.memory / 1e9:.2f}")
+        table.add_row(forecast.label, forecast.state, *("" if there else figure for figure in figures), _disk(forecast))
+    console.print(table)
+    console.print(
+        f"{whole['runs to do']} runs to do: {whole['multiply-adds'] / 1e12:.3g} * 10^12 multiply-adds, "
+        f"{_time(whole['seconds, one after the other'])} one after the other, "
+        f"{_time(whole['seconds, as launched'])} as launched, {whole['disk'] / 1e6:.0f} MB on disk"
+        + _gpu_hours(whole["GPU-hours"])
+    )
+    if unknown := sorted({name for forecast in found for name in forecast.unknown}):
+        console.print(f"without what {', '.join(unknown)} takes, which cannot be told beforehand")
+
+
+def _gpu_hours(hours: float) -> str:
+    return f", {hours:.1f} GPU-hours" if hours else ""
+
+
+def _disk(forecast: Forecast) -> str:
+    return "" if forecast.state == "there" else f"{forecast.disk / 1e6:.1f}"
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
