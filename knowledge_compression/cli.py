@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -90,11 +91,14 @@ def carry_out(config: DictConfig) -> tuple[Run, Run]:
     """
     # Torch and transformers are loaded here, so that --help and tab completion answer at once.
     from knowledge_compression.configuration import experiment_from, tracker_from
+    from knowledge_compression.models.held import HeldSource
     from knowledge_compression.results.store import RunStore
 
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     check_cache()
     experiment = experiment_from(config, HydraConfig.get().runtime.choices)
+    if in_sweep and HydraConfig.get().runtime.choices["hydra/launcher"] == "basic":  # all runs in this process
+        experiment = replace(experiment, source=HeldSource(experiment.source))
     experiment.check()
     tracker = tracker_from(config, Path(HydraConfig.get().sweep.dir).name if in_sweep else None)
     store = RunStore(config.output.dir)

@@ -76,12 +76,14 @@ class PlannedSweeper(Sweeper):
     def _check(self, overrides: Sequence[str], label: str) -> tuple[PlannedRun, Experiment] | Outcome:
         """The run that a combination stands for, or why it cannot be; found without loading a model."""
         from knowledge_compression.configuration import experiment_from
+        from knowledge_compression.models.held import HeldSource
         from knowledge_compression.results.store import RunStore
 
         assert self.config is not None and self.hydra_context is not None
         try:
             config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
             experiment = experiment_from(config, config.hydra.runtime.choices)
+            experiment = replace(experiment, source=HeldSource(experiment.source))
             experiment.check()
             store, dense = RunStore(config.output.dir), experiment.dense()
             done = experiment.is_done(store) and (dense.is_done(store) or not experiment.suites)

@@ -102,7 +102,8 @@ def test_a_run_that_fails_is_tried_again(command: Any, tmp_path: Path) -> None:
     (tmp_path / "mishaps" / "probe").write_text("bad luck")
     status, said = command("-m", "target=all", "sparsity=0.2", "run.retries=1")
     assert status == 0 and "trying again" in said
-    assert way(tmp_path).count("compression-0.2") == 2
+    assert way(tmp_path).count("compression-0.2") == 1  # the compressed model is kept
+    assert way(tmp_path).count("probe") == 3
 
 
 def test_a_sweep_over_evaluations_compresses_once(command: Any, tmp_path: Path) -> None:
@@ -122,3 +123,12 @@ def test_a_cache_that_cannot_be_written_is_one_line(command: Any, tmp_path: Path
         errors = [line for line in said.splitlines() if "error" in line]
         assert len(errors) == 1 and "KC_CACHE_DIR" in errors[0]
         assert not (tmp_path / "outputs").exists()
+
+
+def test_a_plan_from_the_command_line(command: Any, tmp_path: Path) -> None:
+    status, said = command("-m", "target=all,cross_att", "sparsity=0.2", "run.plan=true", "run.rate=1e9")
+    assert status == 2  # of the one that cannot be
+    assert "it has encoder_att" in said and "nothing was started" in said and "2 runs to do" in said
+    status, said = command("target=all", "sparsity=0.2", "run.plan=true")
+    assert status == 0 and "2 runs to do" in said
+    assert not (tmp_path / "outputs").exists()

@@ -1,0 +1,114 @@
+"""The forecast: what a miniature is asked is what the network itself is asked, and nothing is started."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from knowledge_compression.compression.kept import KeptModels
+from knowledge_compression.compression.magnitude import Magnitude
+from knowledge_compression.corpora.text import TextFile
+from knowledge_compression.evaluation.atlas import Atlas
+from knowledge_compression.experiment import Experiment
+from knowledge_compression.forecast import Forecaster, miniature, multiply_adds, rehearse, totals
+from knowledge_compression.models import Model, Target
+from knowledge_compression.models.loading import LocalModel
+from knowledge_compression.models.targets import is_linear
+from knowledge_compression.recovery.none import NoRecovery
+from knowledge_compression.results.store import RunStore
+from knowledge_compression.results.tracker import NoTracker
+
+SUITE = Atlas(relations=["capital", "opposite"], limit=12)
+
+
+def counted(model: Model) -> float:
+    """Multiply-adds of the suite on the network itself, by torch's own count of each product."""
+    seen: Counter[str] = Counter()
+    for path, module in model.network.named_modules():
+        if is_linear(module):
+            module.register_forward_hook(
+                lambda m, i, _, path=path: seen.update({path: i[0].numel() // i[0].shape[-1] * m.weight.numel()})
+            )
+    SUITE.evaluate(model)
+    return float(seen.total())
+
+
+def test_a_miniature_counts_what_the_network_does(any_tiny_model: Model) -> None:
+    """Of every architecture: same passes, same tokens."""
+    work = rehearse(any_tiny_model, SUITE)
+    assert multiply_adds(any_tiny_model, work.tokens) == counted(any_tiny_model)
+    assert work.items == 12 and work.widest > 0
+    small = miniature(any_tiny_model).network
+    assert sum(p.numel() for n, p in small.named_parameters() if "embed" not in n) < 40_000
+
+
+def made(folder: Path, suites: dict[str, Any], sparsity: float = 0.5) -> Experiment:
+    choices = {"model": "local", "target": "all", "compression": "magnitude", "recovery": "none"}
+    parts = {name: {} for name in ("target", "recovery", "corpus")}
+    return Experiment(
+        source=LocalModel("tiny", str(folder)),
+        target=Target("all", ["encoder_att", "ff"]),
+        compression=Magnitude(sparsity),
+        recovery=NoRecovery(),
+        corpus=TextFile(name="text", path="unused.txt"),
+        suites=suites,
+        settings=parts
+        | {"compression": {"sparsity": sparsity}, "eval": {n: {"of": n} for n in suites}, "choices": choices},
+        device="cpu",
+        kept_models=KeptModels(1.0),
+    )
+
+
+class Unaskable:
+    def evaluate(self, model: Model) -> Any:
+        raise OSError("no such data")
+
+
+def test_what_is_there_and_what_is_shared(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path / "cache"))
+    store = RunStore(tmp_path / "outputs")
+    runs = [made(tiny_folder, {"a": SUITE}), made(tiny_folder, {"b": SUITE}), made(tiny_folder, {"a": SUITE}, 0.2)]
+
+    def foretold(rate: float | None = 1e6) -> list[Any]:
+        forecaster = Forecaster(store, rate)
+        return [one for i, run in enumerate(runs) for one in forecaster.of(run, f"run {i}")]
+
+    found = foretold()
+    assert [(one.label, one.state) for one in found] == [
+        ("run 0", "to do"),
+        ("dense baseline of run 0", "to do"),
+        ("run 1", "shared"),
+        ("dense baseline of run 1", "to do"),
+        ("run 2", "to do"),
+    ]
+    assert not (tmp_path / "outputs").exists() and not (tmp_path / "cache" / "compressions").exists()
+    assert all(one.macs == found[0].macs > 0 for one in found)
+    assert found[2].seconds < found[0].seconds and found[2].disk < found[0].disk
+    slower = foretold(rate=1e5)
+    assert slower[0].seconds - found[0].seconds == pytest.approx(9e-6 * found[0].macs)
+    whole = totals(found, at_once=2, gpus=3)
+    assert whole["runs to do"] == 5 and whole["GPU-hours"] == 3 * whole["seconds, one after the other"] / 3600
+
+    runs[0].run(store, NoTracker())
+    assert [one.state for one in foretold()] == ["there", "to do", "shared", "to do", "to do"]
+    past = foretold(rate=None)[-1]  # the finished run tells how fast this machine is
+    (done,) = store
+    took = done.report["cost"]["seconds"]["eval.a"]
+    assert past.seconds == pytest.approx(took, abs=0.5)
+    assert done.report["cost"]["peak_memory"] > 0
+
+    unknown = Forecaster(store, 1e6).of(made(tiny_folder, {"c": Unaskable()}), "run")
+    assert unknown[0].unknown == ["c"] and "no such data" in caplog.text
+
+
+def test_the_rate_is_measured_where_nothing_tells_it(tiny_folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    experiment = made(tiny_folder, {"a": SUITE})
+    rate = Forecaster(RunStore(tmp_path)).rate_of(experiment, experiment.source.skeleton())
+    assert 1e5 < rate < 1e15
