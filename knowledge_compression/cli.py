@@ -56,7 +56,8 @@ def job(config: DictConfig) -> Outcome | None:
 
     try:
         if config.run.plan:
-            return plan(config)
+            plan(config)
+            return None
         run, baseline = carry_out(config)
     except BadInput as error:
         refuse(error)

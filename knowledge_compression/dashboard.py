@@ -96,7 +96,10 @@ def _varied(runs: Sequence[Run]) -> list[str]:
 
 def _panels(what: Compared) -> dict[str, list[Any]]:
     """Panels by the name of their section."""
-    columns = [*(reports.Config(key) for key in what.varied), *(reports.SummaryMetric(key) for key in what.headlines)]
+    columns: list[Any] = [
+        *(reports.Config(key) for key in what.varied),
+        *(reports.SummaryMetric(key) for key in what.headlines),
+    ]
     against = [
         reports.ScatterPlot(title=f"{metric} against {reached}", x=reports.SummaryMetric(reached), y=metric_of(metric))
         for metric in what.headlines

@@ -19,7 +19,6 @@ from torch import LongTensor
 
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.kept import KeptModels
-from knowledge_compression.compression.memory import peak_of_process
 from knowledge_compression.compression.none import NoCompression
 from knowledge_compression.compression.packed import save_packed
 from knowledge_compression.compression.report import CompressionReport
@@ -27,6 +26,7 @@ from knowledge_compression.compression.streaming import compress_streamed
 from knowledge_compression.corpora.corpus import Corpus, digest
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.suite import Evaluation, Suite, item_table
+from knowledge_compression.memory import peak_of_process
 from knowledge_compression.models import Model, Target, Targets
 from knowledge_compression.models.loading import LocalModel, ModelSource, check_memory, resolve_device, resolve_dtype
 from knowledge_compression.models.saving import save_checkpoint
@@ -183,8 +183,8 @@ class Experiment:
     def _make(self, workplace: Workplace, tracker: Tracker, force: bool) -> Run:
         """The run itself, step by step; a step that an interrupted attempt finished is taken from the workplace."""
         torch.manual_seed(self.seed)
-        spent: dict[str, float] = {}
-        with _timed(spent, "load"):
+        cost = _Cost(resolve_device(self.device))
+        with cost.of("load"):
             load = self.source.streamed if self.streams else self.source.load  # type: ignore[attr-defined]
             model = load(self.device, self.dtype)
         targets = self.target.select(model) if not isinstance(self.compression, NoCompression) else Targets([], model)
@@ -194,24 +194,24 @@ class Experiment:
             report: dict[str, Any] = {
                 "model": {"name": model.name, "family": model.family, "note": model.note, **model.provenance}
             }
-            with _timed(spent, "compress"):
+            with cost.of("compress"):
                 model, compressed, found = self._compress(model, targets, corpus, workplace.folder / SAVED, force)
             report["compression"] = compressed.to_json() | {"found": found}
             if compressed.layers:
                 workplace.add("layer_map.png", layer_map(compressed))
             model.original = partial(self.source.load, self.device, self.dtype)
-            with _timed(spent, "recover"):
+            with cost.of("recover"):
                 recovered = self.recovery.recover(model, corpus, tracked.log)
             report["recovery"] = recovered.to_json()
             evaluations = {}
             for name, suite in self.suites.items():
-                with _timed(spent, f"eval.{name}"):
+                with cost.of(f"eval.{name}"):
                     evaluations[name] = workplace.evaluation(name, partial(self._ask, suite, model))
             report["eval"] = {
                 name: evaluation.description | {"fingerprint": _fingerprint(self.suites[name])}
                 for name, evaluation in evaluations.items()
             }
-            report["cost"] = {"seconds": spent, "peak_memory": peak_of_process(model.device)}
+            report["cost"] = {"seconds": cost.seconds, "peak_memory": cost.peak}
             run = self._record(model, evaluations, report)
             saved = workplace.folder / SAVED
             tracked.finish_with(run, saved if saved.is_dir() else None)
@@ -267,11 +267,18 @@ class Experiment:
         )
 
 
-@contextmanager
-def _timed(spent: dict[str, float], what: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    spent[what] = time.perf_counter() - start
+class _Cost:
+    """What the steps of a run took: seconds each, and bytes of the process or its GPU at the worst moment."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds, self.peak = device, dict[str, float](), 0
+
+    @contextmanager
+    def of(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = time.perf_counter() - start
+        self.peak = max(self.peak, peak_of_process(self.device))
 
 
 def _hash(deciding: Mapping[str, Any]) -> str:

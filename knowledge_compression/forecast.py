@@ -275,8 +275,7 @@ def multiply_adds(skeleton: Model, tokens: Mapping[str, int]) -> float:
 def measured_rate(experiment: Experiment, skeleton: Model) -> float:
     """Multiply-adds a second of one block of true width, on the device and in the precision of the run."""
     device = resolve_device(experiment.device)
-    dtype = resolve_dtype(experiment.dtype, device)
-    chosen = dtype if isinstance(dtype, torch.dtype) else skeleton.network.config.dtype or torch.float32
+    chosen = _dtype(experiment, skeleton)
     shapes = {_general(layer.path): layer.weight.shape for layer in linear_layers(skeleton) if layer.role != "final"}
     weights = [torch.randn(shape, dtype=chosen, device=device) * 0.02 for shape in shapes.values()]
     tokens = _PROBED[0] * _PROBED[1]
@@ -297,10 +296,14 @@ def _general(path: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".0", path)
 
 
+def _dtype(experiment: Experiment, skeleton: Model) -> torch.dtype:
+    chosen: Any = resolve_dtype(experiment.dtype, resolve_device(experiment.device))
+    own: Any = skeleton.network.config.dtype
+    return chosen if isinstance(chosen, torch.dtype) else own or torch.float32
+
+
 def _bytes_of_weights(experiment: Experiment, skeleton: Model) -> float:
-    dtype = resolve_dtype(experiment.dtype, resolve_device(experiment.device))
-    stored = dtype if isinstance(dtype, torch.dtype) else skeleton.network.config.dtype or torch.float32
-    return float(skeleton.parameter_count() * stored.itemsize)
+    return float(skeleton.parameter_count() * _dtype(experiment, skeleton).itemsize)
 
 
 def totals(found: Iterable[Forecast], at_once: int, gpus: int) -> dict[str, Any]:

@@ -161,7 +161,8 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _digest(tensor: Tensor) -> bytes:
-    return xxh3_128_digest(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()))
+    raw: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+    return xxh3_128_digest(raw)
 
 
 def _write(folder: Path, model: Model, before: _State, report: CompressionReport) -> None:
