@@ -161,8 +161,12 @@ def report(what: Compared, entity: str, project: str) -> reports.Report:
 
 
 def definition(what: Compared, entity: str, project: str) -> dict[str, Any]:
-    """What would be sent to the server, as plain data."""
-    made = {"workspace": workspace(what, entity, project), "report": report(what, entity, project)}
+    """What would be sent to the server, as plain data, but for the number by which it knows the project."""
+    page = report(what, entity, project)
+    for grid in page.blocks:
+        for runs in getattr(grid, "runsets", []):
+            runs.entity = ""  # else the server is asked for that number
+    made = {"workspace": workspace(what, entity, project), "report": page}
     return {
         name: json.loads(one._to_model().model_dump_json(by_alias=True, exclude_none=True))  # type: ignore[attr-defined]
         for name, one in made.items()

@@ -246,8 +246,9 @@ def miniature(skeleton: Model) -> Model:
         config.d_kv = _HEAD
     config.hidden_size = _NARROW * config.num_attention_heads
     for name in ("embedding_size", "word_embed_proj_dim"):
-        if hasattr(config, name):
-            setattr(config, name, config.hidden_size)
+        if hasattr(config, name):  # where it is that of the hidden states there is no layer between them
+            same = getattr(config, name) == skeleton.network.config.hidden_size
+            setattr(config, name, config.hidden_size if same else _NARROW)
     for name in _WIDTHS:
         if getattr(config, name, None):
             setattr(config, name, _NARROW)

@@ -44,7 +44,7 @@ def test_the_dashboard_compares_what_the_sweep_varied(outputs: Path, capsys: pyt
         assert part in spec
     assert spec.count('"2026-01-02"') >= 2  # both show this sweep's runs alone
     assert {"workspace", "report"} == told.keys()
-    assert told["report"]["project"]["name"] == "p" and "sweep 2026-01-02" in told["workspace"]["display_name"]
+    assert told["report"]["project"]["name"] == "p" and "sweep 2026-01-02" in told["workspace"]["displayName"]
 
 
 def test_what_cannot_be_shown_is_one_line(outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

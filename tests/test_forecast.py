@@ -22,7 +22,7 @@ from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.tracker import NoTracker
 
-SUITE = Atlas(relations=["capital", "opposite"], limit=12)
+SUITE = Atlas(limit=150)
 
 
 def counted(model: Model) -> float:
@@ -41,7 +41,7 @@ def test_a_miniature_counts_what_the_network_does(any_tiny_model: Model) -> None
     """Of every architecture: same passes, same tokens."""
     work = rehearse(any_tiny_model, SUITE)
     assert multiply_adds(any_tiny_model, work.tokens) == counted(any_tiny_model)
-    assert work.items == 12 and work.widest > 0
+    assert work.items > 0 and work.widest > 0
     small = miniature(any_tiny_model).network
     assert sum(p.numel() for n, p in small.named_parameters() if "embed" not in n) < 40_000
 
