@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import yaml
 from side_by_side import spread, write
 
 LAYERS, KINDS = 210, 8  # kinds of answers: item files that the runs share
@@ -132,7 +133,7 @@ def generate(folder: Path, runs: int, items: int) -> None:
             else:
                 shutil.copyfile(path, target / path.name)
         own = config | {"choices": choices | {"compression": "magnitude"}, "sparsity": number / runs}
-        (target / "config.json").write_text(json.dumps(own, indent=1))
+        (target / "config.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
         ids.append(target.name)
     (folder / "ids.json").write_text(json.dumps(ids))
 

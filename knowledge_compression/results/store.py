@@ -75,12 +75,33 @@ class Unreadable(Exception):
     """A folder of the store that is no whole run of this version; the message says why."""
 
 
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
+def _read_settings(path: Path) -> Any:
+    """A YAML file of settings. Runs of a sweep have most sections in common: each is read once, and shared."""
+    text = path.read_text()
+    try:
+        sections = [_section(part) for part in _TOP_LEVEL.split(text) if part]
+    except yaml.YAMLError:  # one section refers to another
+        return yaml.load(text, Loader=yaml.CSafeLoader)
+    if not all(isinstance(section, Mapping) for section in sections):
+        raise ValueError("it names no values")
+    return {name: value for section in sections for name, value in section.items()}
+
+
+@lru_cache(4096)
+def _section(text: str) -> Any:
+    return yaml.load(text, Loader=yaml.CSafeLoader)
+
+
 # The files of a run, and how each is read; of the item table only whether it can be.
 _FILES: Mapping[str, Callable[[Path], Any]] = {
-    "config.yaml": lambda path: _read_settings(path),
-    "metrics.json": lambda path: _read_json(path),
-    "report.json": lambda path: _read_json(path),
-    "environment.json": lambda path: _read_json(path),
+    "config.yaml": _read_settings,
+    "metrics.json": _read_json,
+    "report.json": _read_json,
+    "environment.json": _read_json,
     "items.parquet": pl.read_parquet_schema,
 }
 
@@ -226,27 +247,6 @@ class RunStore:
         if (version := content["environment"].get("format")) != FORMAT:
             raise Unreadable(f"of another version: its format is {version}, this program reads {FORMAT}")
         return Run(id=folder.name, folder=folder, **content)
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_bytes())
-
-
-def _read_settings(path: Path) -> Any:
-    """A YAML file of settings. Runs of a sweep have most sections in common: each is read once, and shared."""
-    text = path.read_text()
-    try:
-        sections = [_section(part) for part in _TOP_LEVEL.split(text) if part]
-    except yaml.YAMLError:  # one section refers to another
-        return yaml.load(text, Loader=yaml.CSafeLoader)
-    if not all(isinstance(section, Mapping) for section in sections):
-        raise ValueError("it names no values")
-    return {name: value for section in sections for name, value in section.items()}
-
-
-@lru_cache(4096)
-def _section(text: str) -> Any:
-    return yaml.load(text, Loader=yaml.CSafeLoader)
 
 
 def _write_json(path: Path, content: Any) -> None:
