@@ -231,7 +231,7 @@ def test_where_in_the_depth_lost_facts_went():
     def looked_into(run, ranks):
         rows = [{"suite": "lens", "task": f"r{i % 3}", "id": str(i), "depth_rank": r} for i, r in enumerate(ranks)]
         run.report["eval"]["lens"] = {"of": "atlas"}
-        run.items = pl.concat([run.items, pl.DataFrame(rows)], how="diagonal")
+        run._items = pl.concat([run.items, pl.DataFrame(rows)], how="diagonal")
         return run
 
     dense = looked_into(made_run(bits("1111"), compression="none"), [[5, 2, 1, 1]] * 4)

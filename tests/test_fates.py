@@ -13,7 +13,7 @@ from knowledge_compression.analysis.fates import shares_by_depth, shares_of_fate
 def with_bins(run):
     """Half of the facts were said often, the other half seldom."""
     half = run.items.height // 2
-    run.items = run.items.with_columns(bin=pl.Series(["head"] * half + ["tail"] * (run.items.height - half)))
+    run._items = run.items.with_columns(bin=pl.Series(["head"] * half + ["tail"] * (run.items.height - half)))
     return run
 
 
@@ -57,7 +57,7 @@ def test_depths_of_lost_facts():
     def looked_into(run, ranks):
         rows = [{"suite": "lens", "task": f"r{i % 3}", "id": str(i), "depth_rank": ranks[i]} for i in range(len(ranks))]
         run.report["eval"]["lens"] = {"of": "atlas"}
-        run.items = pl.concat([run.items, pl.DataFrame(rows)], how="diagonal")
+        run._items = pl.concat([run.items, pl.DataFrame(rows)], how="diagonal")
         return run
 
     dense = looked_into(made_run(bits("1111"), compression="none"), [[4, 1, 1, 1]] * 4)

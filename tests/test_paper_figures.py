@@ -34,7 +34,7 @@ def small_study(family: str):
     for strategy in ("lora", "prompt", "idp"):
         recovered = run(0.7, compression="gptq", recovery=strategy)
         recovered.metrics |= {"perplexity.perplexity": 30.0, "similarity.attention": 0.9, "similarity.activation": 0.9}
-        recovered.items = pl.concat([recovered.items, windows()], how="diagonal")
+        recovered._items = pl.concat([recovered.items, windows()], how="diagonal")
         yield recovered
 
 
