@@ -1,7 +1,7 @@
 """What a sweep would do and cost, without starting it: ``python run.py -m ... run.plan=true``.
 
-Every suite is rehearsed once on a miniature of the network: the same kind of network with the same tokenizer and
-vocabulary, one block deep and a few numbers wide. Hooks count how many tokens pass each linear layer; with the layers'
+Every suite is rehearsed once on a miniature of the network: the same kind of network with the same depth, tokenizer and
+vocabulary, a few numbers wide. Hooks count how many tokens pass each linear layer; with the layers'
 true shapes, from the configuration on the meta device, that gives the multiply-adds. What they take is measured on one
 block of true width with weights of no meaning, or on the finished runs of the store, or given (``run.rate``).
 
@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 
 _NARROW, _HEAD = 8, 4  # numbers in a hidden state of a miniature for each of its heads, and in a head
 _WIDTHS = ("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim")
-_DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 _PROBED = (8, 128)  # rows and tokens of the pass that measures the rate: what a CPU's budget holds
 _PASSES = 3
 _READING = 1e9  # bytes a second that a model is read with
@@ -49,7 +48,7 @@ class Work:
     """What a suite asks of a kind of network.
 
     Attributes:
-        tokens: how many pass each linear layer; block numbers in its path are 0.
+        tokens: how many pass each linear layer, by its path.
         widest: the most that pass the head at once.
         items: rows of the item table.
     """
@@ -151,7 +150,7 @@ class Forecaster:
         forecast.seconds += 4 * size / _READING  # to rank or round, and to write
         if experiment.compression.calibrated:
             tokens = experiment.corpus.samples * experiment.corpus.length
-            blocks = {_general(layer.path): tokens for layer in linear_layers(skeleton) if layer.role != "final"}
+            blocks = {layer.path: tokens * layer.uses for layer in linear_layers(skeleton) if layer.role != "final"}
             forecast.macs += 2 * multiply_adds(skeleton, blocks)
             if experiment.settings["choices"].get("compression") in _SECOND_MOMENTS:
                 shapes = [layer.weight.shape for layer in targets]
@@ -166,7 +165,7 @@ class Forecaster:
         tokens = training.steps_over(length) * training.batch_size * training.accumulate * length
         layers = linear_layers(skeleton)
         # forward, and backward through the frozen weights to what is trained
-        forecast.macs += 2 * multiply_adds(skeleton, {_general(layer.path): tokens for layer in layers})
+        forecast.macs += 2 * multiply_adds(skeleton, {layer.path: tokens * layer.uses for layer in layers})
         widths = sum(sum(layer.weight.shape) * layer.uses for layer in layers)
         forecast.memory += 4.0 * training.batch_size * length * widths
 
@@ -222,7 +221,7 @@ def rehearse(skeleton: Model, suite: Any) -> Work:
         def hook(_: nn.Module, inputs: Any, __: Any) -> None:
             nonlocal widest
             here = inputs[0].numel() // inputs[0].shape[-1]
-            tokens[_general(path)] += here
+            tokens[path] += here
             widest = max(widest, here if path == final else 0)
 
         return hook
@@ -236,7 +235,7 @@ def rehearse(skeleton: Model, suite: Any) -> Work:
 
 
 def miniature(skeleton: Model) -> Model:
-    """A network of the same kind and vocabulary, one block deep and a few numbers wide, on the CPU."""
+    """A network of the same kind and vocabulary, a few numbers wide, on the CPU."""
     from transformers import AutoTokenizer
 
     config = deepcopy(skeleton.network.config)
@@ -252,11 +251,6 @@ def miniature(skeleton: Model) -> Model:
     for name in _WIDTHS:
         if getattr(config, name, None):
             setattr(config, name, _NARROW)
-    for name in _DEPTHS:
-        if getattr(config, name, None):
-            setattr(config, name, 1)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1]
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         network = auto_class(config).from_config(config, dtype=torch.float32).eval()
@@ -268,16 +262,15 @@ def miniature(skeleton: Model) -> Model:
 
 def multiply_adds(skeleton: Model, tokens: Mapping[str, int]) -> float:
     """Of all linear layers of the true network, for so many tokens through each."""
-    return float(
-        sum(layer.parameters * layer.uses * tokens.get(_general(layer.path), 0) for layer in linear_layers(skeleton))
-    )
+    return float(sum(layer.parameters * tokens.get(layer.path, 0) for layer in linear_layers(skeleton)))
 
 
 def measured_rate(experiment: Experiment, skeleton: Model) -> float:
     """Multiply-adds a second of one block of true width, on the device and in the precision of the run."""
     device = resolve_device(experiment.device)
     chosen = _dtype(experiment, skeleton)
-    shapes = {_general(layer.path): layer.weight.shape for layer in linear_layers(skeleton) if layer.role != "final"}
+    layers = [layer for layer in linear_layers(skeleton) if layer.role != "final"]
+    shapes = {re.sub(r"\d+", "", layer.path): layer.weight.shape for layer in layers}  # of one block
     weights = [torch.randn(shape, dtype=chosen, device=device) * 0.02 for shape in shapes.values()]
     tokens = _PROBED[0] * _PROBED[1]
     inputs = [torch.randn(tokens, weight.shape[1], dtype=chosen, device=device) for weight in weights]
@@ -291,10 +284,6 @@ def measured_rate(experiment: Experiment, skeleton: Model) -> float:
         wait()
         least = min(least, time.perf_counter() - start)
     return tokens * sum(weight.numel() for weight in weights) / least
-
-
-def _general(path: str) -> str:
-    return re.sub(r"\.\d+(?=\.|$)", ".0", path)
 
 
 def _dtype(experiment: Experiment, skeleton: Model) -> torch.dtype:
