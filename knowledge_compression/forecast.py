@@ -86,12 +86,15 @@ class Forecaster:
         store: whose finished runs are not done again, and tell how fast this machine is.
         rate: multiply-adds a second, where they are known; None measures.
         process_each: whether each run starts a process.
+        holds: whether one process does them all, and holds the model beside the copy that a run changes.
     """
 
-    def __init__(self, store: RunStore, rate: float | None = None, *, process_each: bool = False) -> None:
+    def __init__(
+        self, store: RunStore, rate: float | None = None, *, process_each: bool = False, holds: bool = False
+    ) -> None:
         if rate is not None and rate <= 0:
             raise BadInput(f"run.rate={rate} is no rate; give multiply-adds a second, e.g. 2e11")
-        self.store, self.rate = store, rate
+        self.store, self.rate, self.holds = store, rate, holds
         self.started = time.time() - psutil.Process().create_time() if process_each else 0.0
         self.libraries = float(psutil.Process().memory_info().rss)
         self._works: dict[Any, Work | None] = {}
@@ -114,7 +117,8 @@ class Forecaster:
         self._done.add(experiment.id)
         skeleton = experiment.source.skeleton()
         size = _bytes_of_weights(experiment, skeleton)
-        forecast = Forecast(label, "to do", memory=self.libraries + 1.2 * size)
+        before = self.libraries + self.holds * size
+        forecast = Forecast(label, "to do", memory=before + 1.2 * size)
         forecast.seconds = self.started + size / _READING
         self._compress(forecast, experiment, skeleton)
         self._train(forecast, experiment, skeleton)
@@ -126,7 +130,7 @@ class Forecaster:
             forecast.macs += multiply_adds(skeleton, work.tokens)
             forecast.disk += work.items * _ITEM_BYTES
             forecast.memory = max(
-                forecast.memory, self.libraries + size + 8.0 * work.widest * skeleton.network.config.vocab_size
+                forecast.memory, before + size + 8.0 * work.widest * skeleton.network.config.vocab_size
             )
         forecast.seconds += forecast.macs / self.rate_of(experiment, skeleton)
         return forecast

@@ -99,8 +99,9 @@ class PlannedSweeper(Sweeper):
 
         assert self.config is not None
         launcher, run = self.config.hydra.launcher, self.config.run
+        apart = isinstance(self.launcher, ProcessLauncher)
         forecaster = forecast.Forecaster(
-            RunStore(self.config.output.dir), run.rate, process_each=isinstance(self.launcher, ProcessLauncher)
+            RunStore(self.config.output.dir), run.rate, process_each=apart, holds=not apart
         )
         names = labels([planned.overrides for planned, _ in accepted])
         found = [

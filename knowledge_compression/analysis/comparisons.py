@@ -170,17 +170,24 @@ def _fill(group: Group, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
     settings: dict[tuple[str, int], Run] = {}
     twins: Counter[tuple[str, int]] = Counter()  # of one seed, e.g. on another device: a setting of their own
     for run in runs:
-        try:
-            group.correct(run)
-        except ValueError as error:
-            yield run.id, str(error)
-            continue
+        if not _as_many_items(run, group.dense, group.asked.suite):  # else there is no need to read them here
+            try:
+                group.correct(run)
+            except ValueError as error:
+                yield run.id, str(error)
+                continue
         setting = _setting(run)
         first = settings.setdefault((setting, twins[setting, run.config["seed"]]), run)
         twins[setting, run.config["seed"]] += 1
         if first is run:
             group.runs.append(run)
         group.seeds.setdefault(first.id, []).append(run)
+
+
+def _as_many_items(run: Run, dense: Run, suite: str) -> bool:
+    """Whether both say that they answered equally many questions; of one protocol these are the same ones."""
+    count = run.metrics.get(f"{suite}.items")
+    return count is not None and count == dense.metrics.get(f"{suite}.items")
 
 
 def _setting(run: Run) -> str:
