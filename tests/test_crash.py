@@ -15,6 +15,7 @@ from sweep_parts import do_run  # noqa: E402
 
 # What an undisturbed run comes by, in order.
 WAY = [
+    "load",
     "compression-0.5",
     "after-compression-0.5",
     "probe",

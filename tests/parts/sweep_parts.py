@@ -86,6 +86,15 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class StumblingModel(LocalModel):
+    """A local model by whose loading mishaps come."""
+
+    def load(self, device: str = "auto", dtype: str = "auto") -> Model:
+        come_by("load")
+        return super().load(device, dtype)
+
+
+@dataclass(frozen=True)
 class Stumbling(Magnitude):
     """Magnitude pruning by which mishaps come."""
 
@@ -138,7 +147,7 @@ def do_run(outputs: str, model: str, mishaps: str, suites: tuple[str, ...] = SUI
     chosen = "lora" if trains else "none"
     choices = {"model": "local", "target": "all", "compression": "stumbling", "recovery": chosen}
     experiment = Experiment(
-        source=LocalModel("tiny", model),
+        source=StumblingModel("tiny", model),
         target=Target("all", ["encoder_att", "ff"]),
         compression=Stumbling(0.5),
         recovery=recovery,
