@@ -211,6 +211,7 @@ class Experiment:
                 name: evaluation.description | {"fingerprint": _fingerprint(self.suites[name])}
                 for name, evaluation in evaluations.items()
             }
+            report["fallbacks"] = model.fallbacks
             report["cost"] = {"seconds": cost.seconds, "peak_memory": cost.peak}
             run = self._record(model, evaluations, report)
             saved = workplace.folder / SAVED

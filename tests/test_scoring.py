@@ -162,6 +162,7 @@ def test_steps_back_when_memory_runs_out(tiny_model: Callable[[str], Model], mon
     found = scorer.log_likelihoods(questions)
     assert max(sizes) > 100
     assert scorer.budget.tokens < 1000
+    assert model.fallbacks[-1] == f"out of memory: from here on {scorer.budget.tokens} tokens go into one pass"
     for a, b in zip(reference, found, strict=True):
         assert [x.log_prob for x in a] == pytest.approx([x.log_prob for x in b], rel=1e-5)
 

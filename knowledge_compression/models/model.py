@@ -33,6 +33,7 @@ class Model:
         hold: brings a block's weights into memory (see ``compression.blocks.Hold``); None where they are there.
         on_items: set by a recovery that has something to say of each item, e.g. which prompt it chose; takes a suite's
             item table and gives it back with columns of its own.
+        fallbacks: what could not be done as it was meant, for the record, e.g. smaller batches for want of memory.
         original: loads the model as it was before anything was done to it, for suites that compare with it.
     """
 
@@ -44,6 +45,7 @@ class Model:
     reserved_positions: int = 0
     on_context: Callable[[Sequence[int]], None] | None = field(default=None, repr=False)
     on_items: Callable[[pl.DataFrame], pl.DataFrame] | None = field(default=None, repr=False)
+    fallbacks: list[str] = field(default_factory=list, repr=False)
     original: Callable[[], Model] | None = field(default=None, repr=False)
     hold: Callable[..., AbstractContextManager[None]] | None = field(default=None, repr=False)
 

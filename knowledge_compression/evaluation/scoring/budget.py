@@ -69,7 +69,8 @@ class Budget:
         self.tokens = max(1, self.tokens // 2)
         self.reads = max(1, self.reads // 2)
         self._settled = True
-        log.warning("out of memory: from here on %d tokens go into one pass", self.tokens)
+        self._model.fallbacks.append(f"out of memory: from here on {self.tokens} tokens go into one pass")
+        log.warning(self._model.fallbacks[-1])
 
 
 def _tokens_on_cpu(model: Model) -> int:
