@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import pytest
@@ -61,6 +62,7 @@ def test_only_the_last_model_is_held(tiny_model: Callable[[str], Model], monkeyp
         HeldSource(source).load()
         HeldSource(source).skeleton()
     assert sources[0].loads == ["one", "skeleton", "one"] and sources[1].loads == ["two", "skeleton"]
+    assert deepcopy(HeldSource(sources[0])).name == "one"
     assert len(held._loaded) == 1 and HeldSource(sources[0]).name == "one"
     monkeypatch.setattr(held, "_fits_again", lambda model: False)
     for _ in range(2):

@@ -31,6 +31,8 @@ class HeldSource:
 
     def __getattr__(self, name: str) -> Any:
         """All else is the other source's."""
+        if name == "source":  # this one is still being made, as by a copy
+            raise AttributeError(name)
         return getattr(self.source, name)
 
     def skeleton(self) -> Model:
