@@ -22,7 +22,7 @@ from scipy import stats
 
 from knowledge_compression.analysis.claims import CLAIMS
 from knowledge_compression.analysis.comparisons import Comparisons, Group, compare
-from knowledge_compression.analysis.findings import Verdict, check
+from knowledge_compression.analysis.findings import as_markdown, check
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.statistics import drop, mean_difference
 
@@ -215,24 +215,8 @@ def summary(table: pl.DataFrame) -> list[str]:
 
 def findings(comparisons: Comparisons) -> list[str]:
     """The first paper's claims, each with what every family shows."""
-    lines = [
-        "## The first paper's claims",
-        "",
-        "| claim of the first paper | model | what is kept more (points of recall, 95 %) | p (Holm) | here |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for verdict in check(comparisons, [claim for claim in CLAIMS if "Cost of Compression" in claim.source]):
-        lines += list(_rows(verdict))
-    return lines
-
-
-def _rows(verdict: Verdict) -> Iterator[str]:
-    if not verdict.findings:
-        yield f"| {verdict.claim.text} | | not run | | |"
-    for finding in verdict.findings:
-        effect = finding.effect
-        value = f"{100 * effect.value:+.1f} [{100 * effect.low:+.1f}, {100 * effect.high:+.1f}]"
-        yield f"| {verdict.claim.text} | {MODELS[finding.model]} | {value} | {finding.p:.2g} | {finding.status} |"
+    claims = [claim for claim in CLAIMS if "Cost of Compression" in claim.source]
+    return ["## The first paper's claims", "", *as_markdown(check(comparisons, claims))]
 
 
 def own_findings(groups: dict[str, Group], table: pl.DataFrame) -> list[str]:
