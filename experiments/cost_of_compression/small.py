@@ -40,7 +40,8 @@ def table(group: Group) -> Iterator[str]:
     majority = group.dense.metrics[f"{suite}.majority"]
     yield f"### {group.asked.model}, {group.asked.name}"
     yield ""
-    yield f"Dense: {100 * dense.mean():.1f} % of {len(dense)} items; always saying the most frequent: {100 * majority:.1f} %."
+    known = f"Dense: {100 * dense.mean():.1f} % of {len(dense)} items"
+    yield f"{known}; always saying the most frequent answer: {100 * majority:.1f} %."
     yield ""
     yield "| target | compression | sparsity | right (%) | drop (% of dense, 95 %) |"
     yield "| --- | --- | --- | --- | --- |"
