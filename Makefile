@@ -58,6 +58,7 @@ world-study: $(INSTALLED)  ## the controlled world study: its runs (each done on
 	$(BIN)/python run.py -m +experiment=controlled_world/magnitude
 	$(BIN)/python run.py -m +experiment=controlled_world/int8
 	$(BIN)/python run.py -m +experiment=controlled_world/prune_int8
+	$(BIN)/python run.py -m +experiment=controlled_world/structured
 	$(BIN)/python experiments/controlled_world/study.py outputs/controlled_world experiments/controlled_world
 
 world-recovery: $(INSTALLED)  ## the controlled world's recovery experiment: forgotten or displaced; table, figure, answer
