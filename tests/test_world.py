@@ -18,6 +18,7 @@ from scipy.stats import spearmanr
 import knowledge_compression as kc
 from knowledge_compression.compression.magnitude import Magnitude
 from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.harness import Harness
 from knowledge_compression.evaluation.world import WorldProbes
 from knowledge_compression.objectives import NextToken
 from knowledge_compression.training import TrainingSettings
@@ -208,6 +209,24 @@ def test_multiple_choice_items_are_a_task_of_the_harness(tmp_path, monkeypatch):
         relation, subject, _ = document["id"].split("/")
         assert gold == next(f.object for f in generate(SMALL).facts if f.id == f"{relation}/{subject}")
         assert task.doc_to_text(document).startswith(subject) and gold not in task.doc_to_text(document)
+
+
+def test_the_harness_asks_a_worlds_choices_from_its_folder(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    files.write(generate(SMALL), tmp_path / "world")
+    suite = Harness(["world_choices"], limit=20, data_dir=str(tmp_path / "world"))
+    evaluation = suite.evaluate(tiny_model("llama"))
+    assert evaluation.items.height == 20 and set(evaluation.items["task"]) == {"world_choices"}
+    before = suite.fingerprint()
+    with (tmp_path / "world" / "choices" / "world_choices.jsonl").open("a") as file:
+        file.write("\n")
+    assert suite.fingerprint() != before
+    with pytest.raises(BadInput, match=r"a file world_choice\.yaml under data_dir"):
+        Harness(["world_choice"], data_dir=str(tmp_path / "world")).fingerprint()
+    definition = tmp_path / "world" / "choices" / "world_choices.yaml"
+    definition.write_text(definition.read_text().replace("world_choices.jsonl", "../../elsewhere.jsonl"))
+    with pytest.raises(BadInput, match="lie beside it"):
+        suite.fingerprint()
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def write(world: World, folder: Path) -> None:
         _write_lines(path, (probe for fact in asked for probe in _probes(world, fact)))
     documents = folder / CHOICES / "world_choices.jsonl"
     _write_lines(documents, _choices(world))
-    # lm-eval reads data_files from where it is started, so the task is told the documents' name by whoever loads it.
+    # lm-eval itself reads data_files from where it is started; eval=harness with data_dir finds them beside the task.
     _write(folder / CHOICES / "world_choices.yaml", _TASK.format(task="world_choices", file=documents.name))
 
 

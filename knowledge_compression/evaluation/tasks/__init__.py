@@ -55,17 +55,50 @@ def local_files(name: str, data_dir: str) -> list[Path]:
         BadInput: the task has no local form, or a line is not JSON or lacks a column.
         DataUnavailable: the folder or a file is not there.
     """
-    if name not in LOCAL:
-        raise BadInput(unknown_task(name, LOCAL))
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         raise DataUnavailable(f"data_dir={data_dir} is not a folder")
+    if name not in LOCAL:
+        definition = own_task(name, root)
+        return [definition, *_own_documents(definition).values()]
     paths = [root / path for path in LOCAL[name]["files"].values()]
     for path in paths:
         if not path.is_file():
             raise DataUnavailable(f"task {name}: data_dir={data_dir} has no {path.relative_to(root)}")
         _check_lines(path, LOCAL[name]["fields"])
     return paths
+
+
+def own_task(name: str, folder: Path) -> Path:
+    """The file ``NAME.yaml`` somewhere under ``folder`` that defines a task of the user's own, as lm-eval writes them.
+
+    Raises:
+        BadInput: there is none.
+    """
+    for path in sorted(folder.rglob("*.yaml")):
+        if path.stem == name:
+            return path
+    raise BadInput(f"{unknown_task(name, LOCAL)}; a task of your own is a file {name}.yaml under data_dir={folder}")
+
+
+def _own_documents(definition: Path) -> dict[str, Path]:
+    """Each split's file of a task of the user's own: beside its definition, and nowhere above it.
+
+    Raises:
+        BadInput: the definition names no files, or files elsewhere.
+        DataUnavailable: a file is not there.
+    """
+    settings = yaml.safe_load(definition.read_text(encoding="utf-8"))
+    named = ((settings or {}).get("dataset_kwargs") or {}).get("data_files")
+    if not isinstance(named, Mapping):
+        raise BadInput(f"{definition} names no documents; dataset_kwargs: {{data_files: {{SPLIT: FILE}}}} is read")
+    documents = {split: definition.parent / str(file) for split, file in named.items()}
+    for path in documents.values():
+        if not path.resolve().is_relative_to(definition.parent.resolve()):
+            raise BadInput(f"{definition} reads {path.name} from elsewhere; its documents lie beside it")
+        if not path.is_file():
+            raise DataUnavailable(f"{definition} reads {path.name}, which is not beside it")
+    return documents
 
 
 def fingerprint(names: Sequence[str], data_dir: str | None, *, skip_missing: bool = False) -> str:
@@ -91,24 +124,38 @@ def unknown_task(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
 
 def _manager(names: Sequence[str], data_dir: str | None, folder: Path) -> TaskManager:
     """A task manager that knows ``names``; lm-eval's whole index (6-9 s) is read only where it is needed."""
-    import lm_eval
     from lm_eval.tasks import TaskManager
 
-    if any(name not in LOCAL for name in names):
+    if data_dir is None and any(name not in LOCAL for name in names):
         manager = TaskManager()
         for name in names:
             if name not in manager.task_index:
                 raise BadInput(unknown_task(name, manager.all_tasks))
         return manager
-    stock = Path(lm_eval.__file__).parent / "tasks"
     for name in names:
-        settings: dict[str, Any] = {"include": str(stock / LOCAL[name]["stock"]), "task": name}
-        if data_dir is not None:
-            where = {split: str(Path(data_dir).expanduser() / path) for split, path in LOCAL[name]["files"].items()}
-            settings |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": where}}
-            settings |= {f"{split}_split": split if split in where else None for split in _SPLITS}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+        settings = _stock(name, data_dir) if name in LOCAL else _own(name, Path(data_dir or ".").expanduser())
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | settings))
     return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+def _stock(name: str, data_dir: str | None) -> dict[str, Any]:
+    """A stock task's settings; with ``data_dir``, its documents from there."""
+    import lm_eval
+
+    settings: dict[str, Any] = {"include": str(Path(lm_eval.__file__).parent / "tasks" / LOCAL[name]["stock"])}
+    if data_dir is not None:
+        where = {split: str(Path(data_dir).expanduser() / path) for split, path in LOCAL[name]["files"].items()}
+        settings |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": where}}
+        settings |= {f"{split}_split": split if split in where else None for split in _SPLITS}
+    return settings
+
+
+def _own(name: str, folder: Path) -> dict[str, Any]:
+    """The settings of a task of the user's own, its documents read from beside it wherever we were started."""
+    definition = own_task(name, folder)
+    documents = {split: str(path.resolve()) for split, path in _own_documents(definition).items()}
+    kwargs = {"data_files": documents}
+    return {"include": str(definition.resolve()), "dataset_path": "json", "dataset_kwargs": kwargs}
 
 
 _SPLITS = ("training", "validation", "test")
