@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slurm test-fast lint format bench clean world world-study world-recovery
+.PHONY: help install run test coverage test-slurm test-fast lint format bench clean world world-study world-recovery
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -31,6 +31,9 @@ test-slurm: $(INSTALLED)  ## a sweep on a real SLURM, which is started on this m
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 	  slurm-wlm slurmdbd munge mariadb-server >/dev/null; }
 	KC_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
+
+coverage: $(INSTALLED)  ## all tests once more, and the lines that none of them runs, by file
+	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 test-fast: $(INSTALLED)  ## the tests that take a moment each
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'

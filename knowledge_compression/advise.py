@@ -38,7 +38,7 @@ def advise(outputs: Path, keep: float) -> None:
     from knowledge_compression.analysis.advice import front, kept, run_next, smallest
     from knowledge_compression.analysis.comparisons import compare
     from knowledge_compression.analysis.findings import check
-    from knowledge_compression.analysis.page import label
+    from knowledge_compression.analysis.naming import label
     from knowledge_compression.results.store import RunStore
 
     runs, unreadable = RunStore(outputs).scan()

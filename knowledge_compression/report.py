@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from knowledge_compression.errors import BadInput
+
+if TYPE_CHECKING:
+    from knowledge_compression.analysis.comparisons import Comparisons
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,16 +59,36 @@ def write_report(outputs: Path, output: Path) -> None:
 
 
 def write_figures(outputs: Path, folder: Path, *, per_parameter: bool = False) -> None:
-    """Write the tables (CSV, LaTeX) and figures (SVG, PDF) of both papers that the runs of ``outputs`` can fill."""
-    from knowledge_compression.analysis import figures, tables
+    """Write what the runs of ``outputs`` can fill of both papers' tables (CSV, LaTeX) and figures (SVG, PDF).
+
+    Beside them lies ``findings.md``: findings, fates and what brought lost facts back, as Markdown.
+
+    Raises:
+        BadInput: the folder cannot be written.
+    """
+    from knowledge_compression.analysis import markdown
     from knowledge_compression.analysis.comparisons import compare
+    from knowledge_compression.analysis.findings import check
+    from knowledge_compression.analysis.naming import reading_order
     from knowledge_compression.results.store import RunStore
 
-    comparisons = compare(list(RunStore(outputs)))
+    comparisons = compare(sorted(RunStore(outputs), key=reading_order))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "findings.md").write_text(markdown.report(comparisons, check(comparisons)), encoding="utf-8")
+        written = [folder / "findings.md", *_papers(comparisons, folder, per_parameter)]
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be written ({error.strerror})") from None
+    sys.stdout.write(f"{folder}: {len(written)} files\n")
+
+
+def _papers(comparisons: Comparisons, folder: Path, per_parameter: bool) -> list[Path]:
+    from knowledge_compression.analysis import figures, tables
+
     written = figures.draw(comparisons, folder, per_parameter=per_parameter)
     for table in (tables.cost_table(comparisons), tables.recovery_table(comparisons)):
         written += tables.write(table, folder)
-    sys.stdout.write(f"{folder}: {len(written)} files\n")
+    return written
 
 
 if __name__ == "__main__":

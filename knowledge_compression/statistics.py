@@ -13,7 +13,8 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 CONFIDENCE = 0.95
-RESAMPLES = 2000
+RESAMPLES = 10_000  # of a bootstrap
+FLIPS = 100_000  # of a permutation test: what is corrected for a hundred comparisons must still be able to be small
 _SEED = 0  # resampling is part of the analysis, not of a run: the same store gives the same intervals
 
 
@@ -164,7 +165,7 @@ def _resampled(samples: tuple[NDArray[Any], ...], seed: int) -> NDArray[np.float
     kinds, counts = np.unique(np.concatenate(samples), axis=1, return_counts=True)
     rng = np.random.default_rng(seed)
     drawn = []
-    for size in _batches(len(counts)):
+    for size in _batches(RESAMPLES, len(counts)):
         means = stats.multinomial.rvs(items, counts / items, size=size, random_state=rng) @ kinds.T / items
         times = rng.multinomial(seeds, [1 / seeds] * seeds, size=size) / seeds
         drawn.append((means.reshape(size, len(samples), seeds) * times[:, None]).sum(-1))
@@ -183,7 +184,9 @@ def _sign_flips(per_item: NDArray[np.float64]) -> float:
     """
     sizes, counts = np.unique(np.abs(per_item), return_counts=True)
     rng = np.random.default_rng(_SEED)
-    flipped = [(2 * rng.binomial(counts, 0.5, size=(n, len(counts))) - counts) @ sizes for n in _batches(len(counts))]
+    flipped = [
+        (2 * rng.binomial(counts, 0.5, size=(n, len(counts))) - counts) @ sizes for n in _batches(FLIPS, len(counts))
+    ]
     # What adds up in another order differs in the last digits, and would not count as equal.
     return _two_sided(np.round(np.concatenate(flipped) - per_item.sum(), 9))
 
@@ -194,7 +197,7 @@ def _two_sided(values: NDArray[np.float64]) -> float:
     return float(min(1.0, 2 * (1 + tail) / (1 + len(values))))
 
 
-def _batches(kinds: int) -> list[int]:
+def _batches(resamples: int, kinds: int) -> list[int]:
     """Sizes of the batches that resamples are drawn in, so that one stays below about 50 MB."""
-    most = max(1, min(RESAMPLES, 6_000_000 // max(kinds, 1)))
-    return [min(most, RESAMPLES - start) for start in range(0, RESAMPLES, most)]
+    most = max(1, min(resamples, 6_000_000 // max(kinds, 1)))
+    return [min(most, resamples - start) for start in range(0, resamples, most)]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
+import re
 import shutil
 
 import numpy as np
+import polars as pl
 import pytest
 from stores import made_run
 
@@ -50,32 +55,147 @@ def test_what_items_say_cannot_break_out_of_the_page(store):
     assert "<script>alert(1)" not in render([run])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
-def test_in_a_browser_the_filters_change_the_chart_and_the_search_finds_a_fact(store, tmp_path):
+def test_what_cannot_be_read_or_compared_is_named_and_counted_on_the_page(tmp_path, capsys):
+    store = RunStore(tmp_path / "outputs")
+    store.write(made_run([True, False], compression="none", id="dense000"))
+    store.write(made_run([True, True], id="asked001", settings={"limit": 5}))
+    store.write(made_run([True, True], id="broken00"))
+    (store.runs_folder / "broken00" / "report.json").unlink()
+    main([str(store.folder), "-o", str(tmp_path / "report.html")])
+    assert "2 runs, 1 folders left out" in capsys.readouterr().out
+    html = (tmp_path / "report.html").read_text()
+    assert "half-copied: report.json is not there" in html
+    assert "no dense run of m with the same atlas settings (limit=5)" in html
+    assert "2 of what lies in the store cannot be read, or compared." in html
+
+
+def test_a_store_of_broken_folders_alone_is_one_line_that_names_one(tmp_path, capsys):
+    store = RunStore(tmp_path / "outputs")
+    store.write(made_run([True], compression="none", id="dense000"))
+    (store.runs_folder / "dense000" / "items.parquet").unlink()
+    with pytest.raises(SystemExit) as end:
+        main([str(store.folder), "-o", str(tmp_path / "report.html")])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "dense000: half-copied: items.parquet is not there" in said and said.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_and_nothing_is_left(store, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    for arguments in (
+        ["-o", str(tmp_path / "file" / "report.html")],
+        ["--figures", str(tmp_path / "file" / "figures")],
+    ):
+        with pytest.raises(SystemExit) as end:
+            main([str(store.folder), "-o", str(tmp_path / "report.html"), *arguments])
+        assert end.value.code == 2 and "cannot be written" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*"))
+
+
+def facts_of(html: str) -> list[dict]:
+    """What the page's fact explorer holds."""
+    packed = re.search(r'id="fact-table">([^<]*)<', html)[1]
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
+
+
+def test_above_the_limit_the_explorer_holds_fewer_facts_and_says_of_how_many(monkeypatch):
+    luck = np.random.default_rng(1)
+    runs = [made_run(luck.random(3000) < 0.7, compression="none"), made_run(luck.random(3000) < 0.5)]
+    for run in runs:  # numbers that do not compress
+        run._items = run.items.with_columns(log_prob=pl.Series(luck.normal(size=3000)))
+    whole = render(runs)
+    assert [len(group["question"]) for group in facts_of(whole)] == [3000]
+    limit = len(whole) - 20_000
+    monkeypatch.setattr("knowledge_compression.analysis.page.LARGEST", limit)
+    thinned = render(runs)
+    (group,) = facts_of(thinned)
+    assert len(thinned) <= limit
+    assert group["of"] == 3000 and 300 < len(group["question"]) < 3000
+
+
+@pytest.fixture
+def page_in_browser():
+    """Opens a file in headless Chromium; what the console complains of fails the test."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
     from playwright.sync_api import sync_playwright
 
-    page_file = tmp_path / "report.html"
-    main([str(store.folder), "-o", str(page_file)])
     problems = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page()
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.goto(page_file.as_uri())
-        page.wait_for_selector("body[data-ready=yes]")
-        lines = page.locator("#drop-chart .scatterlayer .trace")
-        before = lines.count()
-        page.uncheck("input[data-facet=target][value=ff]")
-        page.wait_for_function(f"document.querySelectorAll('#drop-chart .scatterlayer .trace').length < {before}")
-        page.fill("#fact-search", "q17")
-        assert page.locator("#fact-list details.fact").count() == 1
-        page.click("#fact-list details.fact summary")
-        assert page.locator("#fact-list table tr").count() == 8  # a head and seven runs
-        page.click("#fact-list button.run >> nth=1")
-        assert "magnitude" in page.locator("#run-page").inner_text() or page.locator("#run-page table").count()
-        page.set_viewport_size({"width": 390, "height": 800})
-        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"], timeout=300_000
+        )
+
+        def opened(path, **settings):
+            page = browser.new_page(**settings)
+            page.set_default_timeout(300_000)  # a busy machine is no reason to fail
+            page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.goto(path.as_uri())
+            page.wait_for_selector("body[data-ready=yes]")
+            return page
+
+        yield opened
         browser.close()
     assert not problems
+
+
+@pytest.mark.slow
+def test_in_a_browser_the_filters_change_the_chart_and_the_search_finds_a_fact(store, tmp_path, page_in_browser):
+    page_file = tmp_path / "report.html"
+    main([str(store.folder), "-o", str(page_file)])
+    page = page_in_browser(page_file)
+    lines = page.locator("#drop-chart .scatterlayer .trace")
+    before = lines.count()
+    page.uncheck("input[data-facet=target][value=ff]")
+    page.wait_for_function(f"document.querySelectorAll('#drop-chart .scatterlayer .trace').length < {before}")
+    page.fill("#fact-search", "q17")
+    page.wait_for_function("document.querySelectorAll('#fact-list details.fact').length === 1")
+    page.focus("#fact-list details.fact summary")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#fact-list table")
+    assert page.locator("#fact-list table tr").count() == 8  # a head and seven runs
+    page.click("#fact-list button.run >> nth=1")
+    assert "atlas.accuracy" in page.locator("#run-page").inner_text()
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+@pytest.mark.slow
+def test_in_a_browser_fates_are_told_by_frequency_by_recovery_and_by_depth(tmp_path, page_in_browser):
+    def told(run, ranks):
+        run._items = run.items.with_columns(bin=pl.Series(["head", "tail"] * 30))
+        rows = [{"suite": "lens", "task": f"r{i % 3}", "id": str(i), "depth_rank": ranks} for i in range(60)]
+        run.report["eval"]["lens"] = {"of": "atlas"}
+        run._items = pl.concat([run.items, pl.DataFrame(rows)], how="diagonal")
+        return run
+
+    luck = np.random.default_rng(2).random(60)
+    runs = [told(made_run(luck < 0.9, compression="none"), [5, 1, 1, 1]), told(made_run(luck < 0.4), [5, 1, 1, 2])]
+    for name, share in (("lora", 0.6), ("prompt", 0.5)):
+        runs.append(told(made_run(luck < share, recovery=name), [5, 1, 1, 1]))
+    (tmp_path / "report.html").write_text(render(runs))
+    page = page_in_browser(tmp_path / "report.html", color_scheme="dark")
+    assert page.locator("#fate-by").input_value() == "frequency"
+    assert page.locator("#fate-table").inner_text().count("tail") == 1
+    page.select_option("#fate-by", "relation")
+    page.wait_for_function("document.querySelector('#fate-table').innerText.includes('r2')")
+    assert page.locator("#depth-chart .scatterlayer .trace").count() == 2
+    assert "in the last third" in page.locator("#depth-words").inner_text()
+    assert "lora, prompt" in page.locator("#restored-table").inner_text()
+
+
+@pytest.mark.slow
+def test_in_a_browser_a_hundred_thousand_items_can_be_searched(tmp_path, page_in_browser):
+    luck = np.random.default_rng(3).random(100_000)
+    runs = [made_run(luck < 0.8, compression="none"), made_run(luck < 0.6, sparsity=0.4), made_run(luck < 0.7)]
+    page_file = tmp_path / "report.html"
+    page_file.write_text(render(runs))
+    assert page_file.stat().st_size < 25_000_000
+    page = page_in_browser(page_file)
+    assert "100000 facts, the first 50 shown" in page.locator("#fact-count").inner_text()
+    page.fill("#fact-search", "q99999")
+    page.wait_for_function("document.querySelectorAll('#fact-list details.fact').length === 1")
+    page.fill("#fact-search", "q9999")
+    page.wait_for_function("document.querySelector('#fact-count').innerText.startsWith('11 facts')")
+    page.uncheck("input[data-facet=compression][value=magnitude]")
+    page.wait_for_function("document.querySelectorAll('#drop-chart .scatterlayer .trace').length === 0")

@@ -157,12 +157,7 @@ def is_dense(run: Run) -> bool:
 
 def items_of(run: Run, suite: str) -> pl.LazyFrame:
     """A suite's items that have a right answer, not yet read: only the columns asked for leave the disk."""
-    return table_of(run).filter((pl.col("suite") == suite) & pl.col("correct").is_not_null())
-
-
-def table_of(run: Run) -> pl.LazyFrame:
-    """A run's item table, not yet read."""
-    return run.scan_items()
+    return run.scan_items().filter((pl.col("suite") == suite) & pl.col("correct").is_not_null())
 
 
 def _fill(group: Group, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
@@ -236,7 +231,7 @@ def _in_brackets(text: str) -> str:
 
 
 def _has_answers(run: Run, suite: str) -> bool:
-    items = table_of(run)
+    items = run.scan_items()
     return "correct" in items.collect_schema() and bool(items_of(run, suite).select(pl.len()).collect().item())
 
 

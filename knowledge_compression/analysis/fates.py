@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from knowledge_compression.analysis.comparisons import Group, seedless, table_of
+from knowledge_compression.analysis.comparisons import Group, seedless
 from knowledge_compression.analysis.ledger import (
     BY_BOTH,
     BY_NEITHER,
@@ -107,7 +107,7 @@ def shares_by_depth(group: Group, run: Run) -> Row | None:
 
 
 def _categories(group: Group) -> list[str]:
-    there = table_of(group.dense).collect_schema()
+    there = group.dense.scan_items().collect_schema()
     return [column for column in CATEGORIES if column in there]
 
 

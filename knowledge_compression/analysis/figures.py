@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from knowledge_compression.analysis.comparisons import Comparisons, Group, table_of
+from knowledge_compression.analysis.comparisons import Comparisons, Group
 from knowledge_compression.analysis.tables import data_sets
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.results.store import Run
@@ -195,7 +195,7 @@ def _trained(run: Run) -> Estimate | None:
 
 def _perplexity(run: Run) -> Estimate | None:
     """Of the windows that the run scored, with the interval over them."""
-    windows = table_of(run)
+    windows = run.scan_items()
     if "nll" not in windows.collect_schema():
         return None
     losses = windows.filter(pl.col("suite") == "perplexity").select("nll").collect()["nll"].to_numpy()
@@ -204,7 +204,7 @@ def _perplexity(run: Run) -> Estimate | None:
 
 def _cosines(run: Run, kind: str) -> tuple[list[int], list[Estimate]]:
     """Layers in forward order, and the mean similarity of each with its interval over windows of text."""
-    windows = table_of(run).filter((pl.col("suite") == "similarity") & (pl.col("task") == kind))
+    windows = run.scan_items().filter((pl.col("suite") == "similarity") & (pl.col("task") == kind))
     by_layer = windows.select("layer", "cosine").collect().sort("layer").partition_by("layer", maintain_order=True)
     return [part["layer"][0] for part in by_layer], [mean(part["cosine"].to_numpy()) for part in by_layer]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import polars as pl
 
-from knowledge_compression.analysis.comparisons import KEY, items_of, table_of
+from knowledge_compression.analysis.comparisons import KEY, items_of
 from knowledge_compression.results.store import Run
 
 # Strategies that redirect the input, and those that change weights (Hoang et al., 2024, section 2.2).
@@ -94,7 +94,7 @@ def _lens(run: Run, suite: str) -> pl.LazyFrame | None:
     asked = run.report["eval"].get("lens", {})
     if asked.get("of") != suite:
         return None
-    return table_of(run).filter(pl.col("suite") == "lens").select(*KEY, pl.col("depth_rank").alias("ranks"))
+    return run.scan_items().filter(pl.col("suite") == "lens").select(*KEY, pl.col("depth_rank").alias("ranks"))
 
 
 def restorations(

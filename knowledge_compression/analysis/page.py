@@ -16,9 +16,11 @@ import yaml
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from knowledge_compression import __version__
-from knowledge_compression.analysis.comparisons import KEY, Comparisons, Group, compare, is_dense, items_of, table_of
+from knowledge_compression.analysis.comparisons import KEY, Comparisons, Group, compare, is_dense, items_of
 from knowledge_compression.analysis.fates import FATES, RESTORED, shares_by_depth, shares_of_fates, shares_restored
 from knowledge_compression.analysis.findings import Verdict, check
+from knowledge_compression.analysis.metrics import with_intervals
+from knowledge_compression.analysis.naming import label, reading_order
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, accuracy, drop
 
@@ -34,6 +36,7 @@ def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
     """
     from plotly.offline import get_plotlyjs
 
+    runs = sorted(runs, key=reading_order)
     comparisons = compare(runs)
     verdicts = check(comparisons)
     template = Environment(
@@ -89,7 +92,7 @@ def _run(run: Run) -> dict[str, Any]:
         "bits": compression.get("bits") or None,
         "stored_mb": compression.get("stored_bytes", 0) / 1e6,
         "seed": run.config["seed"],
-        "metrics": {key: [value, *_around(run, key)] for key, value in run.metrics.items() if key.count(".") == 1},
+        "metrics": {name: [value, *(_told(e)[1:] if e else ())] for name, (value, e) in with_intervals(run).items()},
         "note": run.report["model"].get("note", ""),
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
         "environment": run.environment,
@@ -98,26 +101,6 @@ def _run(run: Run) -> dict[str, Any]:
             for layer in run.layers
         ],
     }
-
-
-def _around(run: Run, metric: str) -> list[float | None]:
-    """Low and high of a metric, where it is a share of a suite's right answers."""
-    suite, _, name = metric.partition(".")
-    if name != "accuracy" or "correct" not in table_of(run).collect_schema():
-        return [None, None]
-    correct = items_of(run, suite).select("correct").collect()["correct"].to_numpy()
-    estimate = accuracy(correct) if len(correct) else None
-    return [estimate.low, estimate.high] if estimate else [None, None]
-
-
-def label(run: Run) -> str:
-    """How a reader tells a run from its neighbours, e.g. ``smollm2 att magnitude 40 %``."""
-    choices = run.config["choices"]
-    if is_dense(run):
-        return f"{choices['model']} dense"
-    sparsity = run.report.get("compression", {}).get("sparsity", 0.0)
-    parts = [choices["model"], choices["target"], choices["compression"], f"{sparsity:.0%}" if sparsity else ""]
-    return " ".join(part for part in [*parts, choices["recovery"]] if part and part != "none")
 
 
 def _points(group: Group) -> list[dict[str, Any]]:
@@ -198,7 +181,7 @@ def _ranks_by_depth(run: Run, suite: str, items: pl.DataFrame) -> list[list[int]
     """The right answer's rank by depth for each item, where the lens was held over the suite."""
     if run.report["eval"].get("lens", {}).get("of") != suite:
         return None
-    seen = table_of(run).filter(pl.col("suite") == "lens").select(*KEY, "depth_rank").collect()
+    seen = run.scan_items().filter(pl.col("suite") == "lens").select(*KEY, "depth_rank").collect()
     return items.select(KEY).join(seen, on=KEY, how="left", maintain_order="left")["depth_rank"].to_list()
 
 
@@ -209,7 +192,13 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
         "source": verdict.claim.source,
         "status": verdict.status,
         "findings": [
-            {"model": f.model, "suite": f.suite, "status": f.status, "effect": str(f.effect), "p": f"{f.p:.3g}"}
+            {
+                "model": f.model,
+                "suite": f.suite,
+                "status": f.status,
+                "effect": str(f.effect),
+                "p": "" if verdict.claim.margin else f"{f.p:.3g}",
+            }
             | {"items": f.effect.n, "seeds": f.seeds, "pairs": f.pairs}
             for f in verdict.findings
         ],

@@ -10,7 +10,7 @@ const percent = (x, digits = 1) => x === null || x === undefined ? "" : (100 * x
 // Estimates are [value, low, high]; null where there is nothing to estimate from.
 const interval = (e, scale = 100, unit = " %") =>
   !e || e[0] === null ? "–" : `${(scale * e[0]).toFixed(1)}${unit} [${(scale * e[1]).toFixed(1)}, ${(scale * e[2]).toFixed(1)}]`;
-const bars = (estimates, scale = 100) => ({type: "data", symmetric: false, thickness: 1,
+const bars = (estimates, scale = 100) => ({type: "data", symmetric: false, thickness: 1, color: ink(),
   array: estimates.map(e => e ? scale * (e[2] - e[0]) : 0), arrayminus: estimates.map(e => e ? scale * (e[0] - e[1]) : 0)});
 const unpack = async id => {
   const bytes = Uint8Array.from(atob(at(id).textContent), c => c.charCodeAt(0));
@@ -18,7 +18,7 @@ const unpack = async id => {
 };
 const table = (heads, rows) => {  // cells: text, [text, class], or nodes
   const node = make("table"), head = make("tr"), wrap = make("div", null, {class: "scroll"});
-  heads.forEach(name => head.append(make("th", name, {scope: "col"})));
+  heads.forEach((name, i) => head.append(make("th", name, {scope: "col", class: rows.some(row => row[i]?.[1] === "number") ? "number" : ""})));
   node.append(make("thead"), make("tbody")); node.tHead.append(head);
   for (const row of rows) {
     const line = make("tr");
@@ -32,17 +32,20 @@ const table = (heads, rows) => {  // cells: text, [text, class], or nodes
   wrap.append(node);
   return wrap;
 };
+const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name);
+const ink = () => colour("--ink");
 const layout = (x, y, more = {}) => {
-  const style = getComputedStyle(document.documentElement), ink = style.getPropertyValue("--ink"), line = style.getPropertyValue("--line");
-  const axis = title => ({title: {text: title}, gridcolor: line, zerolinecolor: line, automargin: true});
-  return {margin: {l: 60, r: 15, t: 15, b: 50}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: ink},
-          xaxis: axis(x), yaxis: axis(y), legend: {orientation: "h", y: -0.2}, hovermode: "closest", ...more};
+  const line = colour("--line");
+  const axis = title => ({title: {text: title, standoff: 8}, gridcolor: line, zerolinecolor: line, automargin: true});
+  return {margin: {l: 60, r: 15, t: 15, b: 60}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: ink()},
+          xaxis: axis(x), yaxis: axis(y), legend: {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: {size: 11}}, hovermode: "closest", ...more};
 };
+const whole = (chart, count) => { chart.xaxis.dtick = Math.ceil(count / 20); return chart; };  // an axis of numbered blocks
 const CONFIG = {displaylogo: false, responsive: true};
 const FACETS = ["model", "suite", "target", "compression", "recovery"];
 const WENT = {late: "in the last third of the blocks", early: "before that", "never there": "nowhere"};
 const SHOWN = 50;  // facts listed at once; the search narrows the rest
-const redraws = [];  // charts, drawn again when the colours change
+const redraws = [];  // draw charts, anew when the colours change; each gives a promise
 
 const main = ({runs, points, fates, names}, facts) => {
   const byId = Object.fromEntries(runs.map(run => [run.id, run]));
@@ -69,11 +72,12 @@ const main = ({runs, points, fates, names}, facts) => {
     }
     at("filters").append(box);
   }
+  const named = (row, facets) => facets.map(facet => row[facet]).filter(part => part && part !== "none").join(" ");
   const draw = () => {
     const visible = rows.filter(r => FACETS.every(f => chosen[f].has(r[f]) || (r.dense && f !== "model" && f !== "suite")));
-    const lines = new Map();
+    const lines = new Map(), telling = FACETS.filter(f => new Set(visible.filter(r => !r.dense).map(r => r[f])).size > 1);
     for (const row of visible.filter(r => !r.dense)) {
-      const name = [row.model, row.suite, row.target, row.compression, row.recovery].filter(p => p && p !== "none").join(" ");
+      const name = named(row, telling) || named(row, FACETS);
       if (!lines.has(name)) lines.set(name, []);
       lines.get(name).push(row);
     }
@@ -81,16 +85,17 @@ const main = ({runs, points, fates, names}, facts) => {
       list.sort((a, b) => x(a) - x(b));
       return {name, mode: "lines+markers", x: list.map(x), y: list.map(r => r[e][0] === null ? null : scale * r[e][0]),
               customdata: list.map(r => r.label), hovertemplate: "%{customdata}<br>%{y:.1f} %<extra></extra>",
-              error_y: bars(list.map(r => r[e]), scale)};
+              error_y: {...bars(list.map(r => r[e]), scale), color: undefined}};
     });
     const majorities = [...new Set(visible.map(r => r.majority).filter(m => m !== null && m !== undefined))];
     const dashes = majorities.map(m => ({type: "line", xref: "paper", x0: 0, x1: 1, y0: 100 * m, y1: 100 * m, line: {dash: "dash", width: 1, color: "gray"}}));
     const fall = layout("sparsity of the target (%)", "drop (% of dense accuracy)");
     fall.yaxis.autorange = "reversed";
-    Plotly.react("drop-chart", traces(r => 100 * r.sparsity, "drop", 1), fall, CONFIG);
+    const first = Plotly.react("drop-chart", traces(r => 100 * r.sparsity, "drop", 1), fall, CONFIG);
     const dense = visible.filter(r => r.dense).map(r => ({name: r.label, mode: "markers", marker: {symbol: "star", size: 11}, x: [r.stored_mb],
       y: [100 * r.accuracy[0]], error_y: bars([r.accuracy]), hovertemplate: r.label + "<br>%{y:.1f} %<extra></extra>"}));
-    Plotly.react("size-chart", [...traces(r => r.stored_mb, "accuracy", 100), ...dense], layout("stored size (MB)", "accuracy (%)", {shapes: dashes}), CONFIG);
+    const second = Plotly.react("size-chart", [...traces(r => r.stored_mb, "accuracy", 100), ...dense], layout("stored size (MB)", "accuracy (%)", {shapes: dashes}), CONFIG);
+    return Promise.all([first, second]);
   };
   redraws.push(draw);
 
@@ -100,6 +105,8 @@ const main = ({runs, points, fates, names}, facts) => {
   const fateRuns = () => {
     const group = fates[fateGroup.value];
     fateRun.replaceChildren(...Object.keys(group ? group.runs : {}).map(id => make("option", byId[id].label, {value: id})));
+    const lost = id => group.runs[id][0].counts[1];
+    fateRun.value = Object.keys(group?.runs ?? {}).reduce((most, id) => most === "" || lost(id) > lost(most) ? id : most, "");
     restored();
     fateKinds();
   };
@@ -116,19 +123,20 @@ const main = ({runs, points, fates, names}, facts) => {
     if (!told.length) return;
     const list = told.filter(row => row.by === fateBy.value || row.by === "all facts");
     const shown = [["lost", "lost, of what the dense model knew"], ["gained", "gained, of what it did not know"]];
-    Plotly.react("fate-chart", shown.map(([key, name]) => ({type: "bar", name, x: list.map(r => r.value),
+    const first = Plotly.react("fate-chart", shown.map(([key, name]) => ({type: "bar", name, x: list.map(r => r.value),
       y: list.map(r => r[key] ? 100 * r[key][0] : null), error_y: bars(list.map(r => r[key]))})),
       layout("", "share of the facts (%)", {barmode: "group"}), CONFIG);
     at("fate-table").replaceChildren(table(["facts", ...names.fates, "lost, of the known", "gained, of the unknown"],
       list.map(row => [row.value, ...row.counts.map(n => [n, "number"]), [interval(row.lost), "number"], [interval(row.gained), "number"]])));
     const depth = group.depths[fateRun.value];
     at("depth").hidden = !depth;
-    if (!depth) return;
-    Plotly.react("depth-chart", [["before", "dense model"], ["after", byId[fateRun.value].label]].map(([key, name]) => ({name, mode: "lines+markers",
+    if (!depth) return first;
+    const second = Plotly.react("depth-chart", [["before", "dense model"], ["after", byId[fateRun.value].label]].map(([key, name]) => ({name, mode: "lines+markers",
       x: depth[key].map((_, i) => i), y: depth[key].map(e => 100 * e[0]), error_y: bars(depth[key])})),
-      layout("after so many blocks", "right answer first (% of the lost facts)"), CONFIG);
+      whole(layout("after so many blocks", "right answer first (% of the lost facts)"), depth.after.length), CONFIG);
     at("depth-words").textContent = `Of the ${depth.lost} facts that were lost and looked into, the right answer was last seen first: `
       + Object.entries(depth.went).map(([where, share]) => `${WENT[where]} ${interval(share)}`).join("; ") + ".";
+    return Promise.all([first, second]);
   };
   const restored = () => {
     const list = fates[fateGroup.value]?.restored ?? [];
@@ -150,7 +158,7 @@ const main = ({runs, points, fates, names}, facts) => {
     const all = Object.entries(group.runs), looked = all.some(([, run]) => run.depths);
     const heads = ["run", "answer", "log-probability of the right one", "its rank", ...(looked ? ["its rank by depth"] : [])];
     return table(heads, all.map(([id, run]) => [button(id), [group.strings[run.said[i]], run.right[i] ? "right" : "wrong"],
-      [run.gold[i] ?? "", "number"], [run.rank[i] ?? "", "number"], ...(looked ? [(run.depths?.[i] ?? []).join(" ")] : [])]));
+      [run.gold[i]?.toFixed(2) ?? "", "number"], [run.rank[i] ?? "", "number"], ...(looked ? [(run.depths?.[i] ?? []).join(" ")] : [])]));
   };
   const list = () => {
     const g = Number(groupChoice.value || 0), group = facts[g], place = at("fact-list");
@@ -182,14 +190,14 @@ const main = ({runs, points, fates, names}, facts) => {
     place.replaceChildren();
     if (!run) return;
     place.append(table(["metric", "value", "95 % interval"], Object.entries(run.metrics).map(([name, [value, low, high]]) => [name, [Number(value).toPrecision(4), "number"],
-      [low === null ? "" : `[${low.toPrecision(4)}, ${high.toPrecision(4)}]`, "number"]])));
+      [low === undefined || low === null ? "" : `[${low.toPrecision(4)}, ${high.toPrecision(4)}]`, "number"]])));
     if (run.layers.length) {
       const map = make("div", null, {class: "chart", id: "layer-map"}); place.append(make("h3", "Layer map: sparsity"), map);
       const parts = run.layers.map(layer => { const found = layer.path.match(/^(.*?)\.(\d+)\.(.*)$/); return found ? [Number(found[2]), found[3]] : [0, layer.path]; });
       const blocks = [...new Set(parts.map(p => p[0]))].sort((a, b) => a - b), modules = [...new Set(parts.map(p => p[1]))];
       const grid = modules.map(() => blocks.map(() => null));
       run.layers.forEach((layer, i) => { grid[modules.indexOf(parts[i][1])][blocks.indexOf(parts[i][0])] = 100 * layer.removed / layer.parameters; });
-      Plotly.newPlot(map, [{type: "heatmap", z: grid, x: blocks, y: modules, colorscale: "Viridis", colorbar: {title: {text: "%"}}}], layout("block", "", {margin: {l: 40, r: 15, t: 15, b: 50}}), CONFIG);
+      Plotly.newPlot(map, [{type: "heatmap", z: grid, x: blocks, y: modules, colorscale: "Viridis", colorbar: {title: {text: "%"}}}], whole(layout("block", ""), blocks.length), CONFIG);
     }
     for (const [title, text] of [["Configuration", run.config], ["Environment", JSON.stringify(run.environment, null, 1)]]) {
       const part = make("details"); part.append(make("summary", title), make("pre", text, {tabindex: 0})); place.append(part);
@@ -202,9 +210,8 @@ const main = ({runs, points, fates, names}, facts) => {
     if (pressed) { choice.value = pressed.dataset.run; page(); at("run").scrollIntoView(); choice.focus(); }
   });
 
-  const redraw = () => redraws.forEach(one => one());
-  redraw();
+  const redraw = () => Promise.all(redraws.map(one => one()));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-  document.body.dataset.ready = "yes";
+  return redraw().then(() => { document.body.dataset.ready = "yes"; });
 };
 Promise.all([unpack("content"), unpack("fact-table")]).then(([content, facts]) => main(content, facts));

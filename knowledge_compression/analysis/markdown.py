@@ -1,0 +1,88 @@
+"""The findings and the fates of a store's facts as Markdown, for a study's README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from knowledge_compression.analysis.claims import Claim
+from knowledge_compression.analysis.comparisons import Comparisons
+from knowledge_compression.analysis.fates import OVERALL, RESTORED, shares_of_fates, shares_restored
+from knowledge_compression.analysis.findings import Finding, Verdict
+from knowledge_compression.analysis.naming import label
+from knowledge_compression.statistics import Estimate, accuracy, drop
+
+
+def report(comparisons: Comparisons, verdicts: Sequence[Verdict]) -> str:
+    """Everything below, one section after the other; a section with nothing to say is left out."""
+    sections = {
+        "Findings": findings(verdicts),
+        "Accuracy and what was lost": fates(comparisons),
+        "What brought lost facts back": restored(comparisons),
+        "Left out": [f"- `{run}`: {why}" for run, why in comparisons.skipped],
+    }
+    return "\n".join("\n".join([f"## {title}", "", *lines, ""]) for title, lines in sections.items() if lines)
+
+
+def findings(verdicts: Sequence[Verdict]) -> list[str]:
+    """A row a claim and model: what is kept more, with its interval, and what follows."""
+    rows = [_finding(verdict.claim, finding) for verdict in verdicts for finding in verdict.findings]
+    heads = ["", "claim", "model", "suite", "kept more (points, 95 %)", "p (Holm)", "items", "seeds", "pairs of runs"]
+    silent = sum(not verdict.findings for verdict in verdicts)
+    note = ["", f"{silent} of {len(verdicts)} claims have no runs to rest on here."] if silent else []
+    return [*_table(heads, rows), *note] if rows else []
+
+
+def fates(comparisons: Comparisons) -> list[str]:
+    """A row a setting: accuracy, drop, and the share of the known facts lost, by frequency where the items tell it."""
+    rows = []
+    frequencies: list[str] = []
+    for group in comparisons:
+        for run in group.runs:
+            told = {row["value"]: row["lost"] for row in shares_of_fates(group, run) if row["by"] != "relation"}
+            frequencies += [name for name in told if name not in (*frequencies, OVERALL)]
+            fall = drop(group.dense_answers(run), group.answers(run))
+            lost = f"{fall.value:.1f} % [{fall.low:.1f}, {fall.high:.1f}]"
+            cells = [label(run), group.asked.name, _percent(accuracy(group.answers(run))), lost]
+            rows.append((cells, told))
+    heads = ["run", "suite", "accuracy", "drop", "lost, of the known", *(f"lost, {name}" for name in frequencies)]
+    return _table(
+        heads, [[*cells, *(_percent(told.get(name)) for name in (OVERALL, *frequencies))] for cells, told in rows]
+    )
+
+
+def restored(comparisons: Comparisons) -> list[str]:
+    """A row a compressed model that was recovered: what brought back the facts it had lost."""
+    rows = []
+    for group in comparisons:
+        names = {run.id: label(run) for run in group.members}
+        for row in shares_restored(group):
+            told = [names[row["compressed"]], ", ".join(row["tried"]), row["value"], str(row["lost"])]
+            rows.append([*told, *map(_percent, row["shares"])])
+    return _table(["compressed", "tried", "facts", "lost", *RESTORED], rows)
+
+
+def _finding(claim: Claim, finding: Finding) -> list[str]:
+    p = "" if claim.margin else f"{finding.p:.2g}"  # "as good as" is decided by the interval alone
+    counts = [f"{finding.effect.n:,}", str(finding.seeds), str(len(finding.pairs))]
+    return [finding.status, claim.text, finding.model, finding.suite, _points(finding.effect), p, *counts]
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    def lines() -> Iterator[str]:
+        yield f"| {' | '.join(heads)} |"
+        yield f"|{' --- |' * len(heads)}"
+        for row in rows:
+            yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+
+    found = list(lines())
+    return found if len(found) > 2 else []
+
+
+def _percent(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    return f"{100 * estimate.value:.1f} % [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+
+
+def _points(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
