@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import psutil
@@ -30,7 +31,7 @@ from knowledge_compression.experiment import Experiment
 from knowledge_compression.models import Model
 from knowledge_compression.models.loading import auto_class, resolve_device, resolve_dtype
 from knowledge_compression.models.targets import is_linear, linear_layers
-from knowledge_compression.results.store import RunStore
+from knowledge_compression.results.store import Run, RunStore
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,10 @@ _PROBED = (8, 128)  # rows and tokens of the pass that measures the rate: what a
 _PASSES = 3
 _READING = 1e9  # bytes a second that a model is read with
 _ITEM_BYTES = 100.0  # of a row of items.parquet
+# Calibrated methods on smollm2 (docs/scaling.md): passes over the text, with and without gradients; what solving and a
+# model's writing of its own samples take, in products of matrices.
+_PASSES_OVER_TEXT = {True: 7, False: 3}
+_SOLVING, _WRITING = 4, 4
 _SECOND_MOMENTS = ("gptq", "sparsegpt")  # methods that keep an input's second moments and solve with them
 
 
@@ -101,6 +106,7 @@ class Forecaster:
         self._rates: dict[Any, float] = {}
         self._compressed: set[str] = set()
         self._done: set[str] = set()
+        self._written: set[Any] = set()  # models that have written their own samples by then
 
     def of(self, experiment: Experiment, label: str) -> list[Forecast]:
         """The run, and its dense baseline where this sweep has not made it by then."""
@@ -152,14 +158,39 @@ class Forecaster:
             forecast.disk += size
             forecast.memory += size  # while it is written
         forecast.seconds += 4 * size / _READING  # to rank or round, and to write
-        if experiment.compression.calibrated:
-            tokens = experiment.corpus.samples * experiment.corpus.length
-            blocks = {layer.path: tokens * layer.uses for layer in linear_layers(skeleton) if layer.role != "final"}
-            forecast.macs += 2 * multiply_adds(skeleton, blocks)
-            if experiment.settings["choices"].get("compression") in _SECOND_MOMENTS:
-                shapes = [layer.weight.shape for layer in targets]
-                forecast.macs += sum(tokens * width**2 + width**3 + rows * width**2 for rows, width in shapes)
-                forecast.memory += 12.0 * max(width**2 for _, width in shapes)
+        if not experiment.compression.calibrated:
+            return
+        if (took := self._past_seconds(experiment)) is not None:
+            forecast.seconds += took
+            return
+        tokens = experiment.corpus.samples * experiment.corpus.length
+        layers = linear_layers(skeleton)
+        one_pass = {layer.path: tokens * layer.uses for layer in layers}
+        written = (experiment.source.fingerprint(), str(experiment.settings["corpus"]))
+        if experiment.settings["choices"].get("corpus") == "self" and written not in self._written:
+            self._written.add(written)
+            forecast.macs += _WRITING * multiply_adds(skeleton, one_pass)
+        one_pass = {layer.path: one_pass[layer.path] for layer in layers if layer.role != "final"}
+        passes = _PASSES_OVER_TEXT[getattr(experiment.compression, "by_influence", False)]
+        forecast.macs += passes * multiply_adds(skeleton, one_pass)
+        if experiment.settings["choices"].get("compression") in _SECOND_MOMENTS:
+            shapes = [layer.weight.shape for layer in targets]
+            forecast.macs += sum(tokens * width**2 + _SOLVING * (width**3 + rows * width**2) for rows, width in shapes)
+            forecast.memory += 12.0 * max(width**2 for _, width in shapes)
+
+    def _past_seconds(self, experiment: Experiment) -> float | None:
+        """What this compression took in a finished run that did it for other settings behind it."""
+        asked = {part: experiment.settings.get(part) for part in ("model", "target", "compression", "corpus")}
+        for run in self._past:
+            if all(run.config.get(part) == settings for part, settings in asked.items()):
+                took = run.report.get("cost", {}).get("seconds", {}).get("compress")
+                if took is not None and not run.report["compression"].get("found"):
+                    return float(took)
+        return None
+
+    @cached_property
+    def _past(self) -> list[Run]:
+        return list(self.store)
 
     def _train(self, forecast: Forecast, experiment: Experiment, skeleton: Model) -> None:
         training = getattr(experiment.recovery, "training", None)
@@ -196,7 +227,7 @@ class Forecaster:
         """From runs of the same model on the same kind of device that were asked the same."""
         macs = seconds = 0.0
         device = str(resolve_device(experiment.device))
-        for run in self.store:
+        for run in self._past:
             same = run.config["choices"].get("model") == experiment.settings["choices"].get("model")
             if not same or run.environment.get("device") != device:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 
 from knowledge_compression.compression.kept import KeptModels
 from knowledge_compression.compression.magnitude import Magnitude
+from knowledge_compression.compression.wanda import Wanda
 from knowledge_compression.corpora.text import TextFile
 from knowledge_compression.evaluation.atlas import Atlas
 from knowledge_compression.experiment import Experiment
 from knowledge_compression.forecast import Forecaster, miniature, multiply_adds, rehearse, totals
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.loading import LocalModel
-from knowledge_compression.models.targets import is_linear
+from knowledge_compression.models.targets import is_linear, linear_layers
 from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.tracker import NoTracker
@@ -105,6 +107,26 @@ def test_what_is_there_and_what_is_shared(
 
     unknown = Forecaster(store, 1e6).of(made(tiny_folder, {"c": Unaskable()}), "run")
     assert unknown[0].unknown == ["c"] and "no such data" in caplog.text
+
+
+def test_a_calibrated_compression(tiny_folder: Path, tmp_path: Path) -> None:
+    """Counts its passes over the text, until a finished run tells what it takes."""
+    text = tmp_path / "text.txt"
+    text.write_text("paris is the capital of france . " * 40)
+    corpus = TextFile(name="text", path=str(text), samples=4, length=16)
+    plain = replace(made(tiny_folder, {"a": SUITE}), kept_models=None)
+    runs = [replace(made(tiny_folder, {suite: SUITE}), kept_models=None) for suite in "ab"]
+    runs = [replace(run, compression=Wanda(sparsity=0.5), corpus=corpus) for run in runs]
+    skeleton = plain.source.skeleton()
+    blocks = sum(layer.parameters for layer in linear_layers(skeleton) if layer.role != "final")
+    store = RunStore(tmp_path / "outputs")
+    without, calibrated = (Forecaster(store, 1e6).of(run, "")[0] for run in (plain, runs[0]))
+    assert calibrated.macs - without.macs == 3 * 4 * 16 * blocks
+    runs[0].run(store, NoTracker())
+    (done,) = store
+    took = done.report["cost"]["seconds"]["compress"]
+    told = Forecaster(store, 1e6).of(runs[1], "")[0]
+    assert told.macs == without.macs and told.seconds == pytest.approx(without.seconds + took)
 
 
 def test_the_rate_is_measured_where_nothing_tells_it(tiny_folder: Path, tmp_path: Path) -> None:
