@@ -18,7 +18,7 @@ import torch
 from torch import LongTensor
 
 from knowledge_compression.compression.base import Compression
-from knowledge_compression.compression.kept import KeptModels
+from knowledge_compression.compression.kept import KeptModels, code_of
 from knowledge_compression.compression.none import NoCompression
 from knowledge_compression.compression.packed import save_packed
 from knowledge_compression.compression.report import CompressionReport
@@ -33,7 +33,7 @@ from knowledge_compression.models.saving import save_checkpoint
 from knowledge_compression.models.streamed import StreamedModel
 from knowledge_compression.recovery.base import Recovery
 from knowledge_compression.recovery.none import NoRecovery
-from knowledge_compression.results.environment import environment, version_of
+from knowledge_compression.results.environment import environment
 from knowledge_compression.results.layer_map import layer_map
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.results.tracker import Tracker
@@ -136,7 +136,7 @@ class Experiment:
         """Hash of what decides the compressed model: runs that share it differ in what follows."""
         deciding = self._deciding_the_model() | {
             "device": resolve_device(self.device).type,  # another kind of device rounds otherwise
-            "made_with": [version_of("knowledge-compression"), torch.__version__],
+            "made_with": [code_of(self.compression), torch.__version__],
         }
         if self.compression.calibrated:
             deciding["corpus"] = _deciding(self.settings["corpus"], self.corpus)

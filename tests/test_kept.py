@@ -16,7 +16,7 @@ from knowledge_compression.compression.awq import Awq
 from knowledge_compression.compression.gptq import Gptq
 from knowledge_compression.compression.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.int8_static import Int8Static
-from knowledge_compression.compression.kept import KeptModels
+from knowledge_compression.compression.kept import KeptModels, code_of
 from knowledge_compression.compression.magnitude import Magnitude
 from knowledge_compression.compression.quantizer import quantized_weight
 from knowledge_compression.compression.rtn import Rtn
@@ -134,6 +134,20 @@ def test_a_compression_that_fails_leaves_nothing(tiny_model: Callable[[str], Mod
     with pytest.raises(BadInput, match="group_size"):
         Once(Rtn(bits=4, group_size=7)).on(tiny_model("llama"), KeptModels(1.0))
     assert not list(cache.glob("[!.]*"))
+
+
+def test_a_method_that_was_edited_finds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "method_of_mine.py"
+    file.write_text("class Mine:\n    share = 0.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import method_of_mine  # type: ignore[import-not-found]
+
+    mine = method_of_mine.Mine()
+    before = code_of(mine), code_of(Sequence([Magnitude(sparsity=0.5), mine])), code_of(Magnitude(sparsity=0.5))
+    assert len(set(before)) == 3 and code_of(Magnitude(sparsity=0.2)) == before[2]
+    file.write_text("class Mine:\n    share = 0.2\n")
+    assert code_of(mine) != before[0] and code_of(Sequence([Magnitude(sparsity=0.5), mine])) != before[1]
+    assert code_of(Magnitude(sparsity=0.5)) == before[2]
 
 
 class Listening(Magnitude):

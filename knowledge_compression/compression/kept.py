@@ -7,12 +7,15 @@ which is then the compressed one, bit for bit.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -112,6 +115,23 @@ class KeptModels:
             room -= sum(path.stat().st_size for path in folder.iterdir()) if folder.exists() else 0
             if room < 0 and folder != newest:
                 _discard(folder)
+
+
+def code_of(compression: object) -> str:
+    """Digest of the code that a compression is made of: a method that was edited does not find what it made before."""
+    sha = hashlib.sha256(_our_code())
+    kinds = {type(part) for part in (compression, *getattr(compression, "steps", ()))}
+    files = {getattr(sys.modules.get(kind.__module__), "__file__", None) for kind in kinds}
+    for file in sorted(filter(None, files)):
+        sha.update(Path(file).read_bytes())
+    return sha.hexdigest()[:16]
+
+
+@cache
+def _our_code() -> bytes:
+    package = Path(__file__).parents[1]
+    files = sorted(path for folder in ("compression", "models") for path in (package / folder).glob("*.py"))
+    return b"".join(path.read_bytes() for path in files)
 
 
 def _last_used(folder: Path) -> float:

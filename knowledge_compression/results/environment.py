@@ -32,14 +32,13 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "command": " ".join(sys.argv),
-        "packages": {name: found for name in _PACKAGES if (found := version_of(name))},
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
-def version_of(package: str) -> str | None:
-    """The installed version of a package, if it is installed."""
+def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
