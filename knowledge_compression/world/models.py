@@ -68,8 +68,8 @@ class Shape:
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
-            # So that the final layer is trained as a layer of its own. T5 of transformers 5 ties it all the same, and then
-            # leaves its logits unscaled, which is learnt faster than scaled ones are.
+            # So that the final layer is trained as a layer of its own. T5 of transformers 5 ties it all the same, and
+            # then leaves its logits unscaled, which is learnt faster than scaled ones are.
             "tie_word_embeddings": False,
         }
         sized: dict[str, Any] = {"hidden_size": d, "num_hidden_layers": self.depth, "num_attention_heads": self.heads}
