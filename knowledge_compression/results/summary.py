@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import polars as pl
 from rich.console import Console
 from rich.table import Table
 
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import drop
+from knowledge_compression.statistics import Estimate, accuracy, drop, mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +35,7 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
     table = drop_table(runs, baselines)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=150)  # a log keeps whole rows
+        console = Console(width=190)  # a log keeps whole rows
     console.print(as_rich(table))
     for note in sorted(
         {
@@ -58,9 +59,10 @@ def drop_table(runs: Sequence[Run], baselines: Mapping[str, Run]) -> pl.DataFram
 
     Returns:
         Columns ``model, target, compression, recovery, asked_sparsity, suite, metric, value, dense``, then
-        ``drop_percent`` (share of the dense value that was lost; for perplexity its rise) with its 95 % interval
-        ``drop_low, drop_high`` (paired bootstrap over items), ``majority_percent`` (the
-        same for always giving the most frequent answer), ``reached_sparsity, bits, stored_mb, run``.
+        ``drop_percent`` (share of the dense value that was lost; for perplexity its rise), the 95 % intervals
+        ``value_low, value_high`` and ``drop_low, drop_high`` (paired bootstrap over items or windows of text),
+        ``majority_percent`` (the same for always giving the most frequent answer), ``reached_sparsity, bits,
+        stored_mb, run``.
     """
     distinct = {run.id: run for run in [*baselines.values(), *runs]}
     rows = [row for run in distinct.values() for row in _rows(run, baselines.get(run.id, run))]
@@ -80,8 +82,8 @@ def as_rich(table: pl.DataFrame) -> Table:
             f"{row['reached_sparsity']:.1%}",
             f"{row['bits']:.3g}",
             f"{row['stored_mb']:.0f}",
-            f"{row['value']:.4g}",
-            _with_interval(row),
+            _with_interval(row, "value", ".4g"),
+            _with_interval(row, "drop", "+.1f"),
             "" if row["majority_percent"] is None else f"{row['majority_percent']:+.1f}",
             row["run"][:8],
         )
@@ -129,20 +131,17 @@ def drop_figure(table: pl.DataFrame) -> Figure:
 
 
 def task_figure(run: Run, suite: str) -> Figure | None:
-    """Accuracy of one run by task of one suite, in bars; None where the suite has no accuracy."""
+    """Accuracy of one run by task of one suite, with 95 % intervals; None where the suite has no right answers."""
     from matplotlib.figure import Figure
 
-    prefix, suffix = f"{suite}.", ".accuracy"
-    tasks = {
-        name.removeprefix(prefix).removesuffix(suffix): value
-        for name, value in run.metrics.items()
-        if name.startswith(prefix) and name.endswith(suffix) and len(name) > len(prefix + suffix) - 1
-    }
+    by_task = _answers(run, suite, "correct").partition_by("task", as_dict=True)
+    tasks = {str(task): accuracy(answers["correct"].to_numpy()) for (task,), answers in sorted(by_task.items())}
     if not tasks:
         return None
     figure = Figure(figsize=(6.4, 1.2 + 0.24 * len(tasks)), layout="constrained")
     axes = figure.subplots()
-    axes.barh(list(tasks), [100 * value for value in tasks.values()])
+    spread = [[100 * (e.value - e.low) for e in tasks.values()], [100 * (e.high - e.value) for e in tasks.values()]]
+    axes.barh(list(tasks), [100 * e.value for e in tasks.values()], xerr=spread, error_kw={"linewidth": 0.8})
     axes.invert_yaxis()
     axes.set(xlabel="accuracy (%)", title=suite, xlim=(0, 100))
     axes.spines[["top", "right"]].set_visible(False)
@@ -173,7 +172,7 @@ def _rows(run: Run, baseline: Run) -> list[dict[str, Any]]:
                 "value": value,
                 "dense": reference,
                 "drop_percent": _percent_lost(value, reference, sign),
-                **_interval(run, baseline, suite),
+                **_intervals(run, baseline, suite, metric),
                 "majority_percent": None if majority is None else _percent_lost(majority, reference, sign),
                 "reached_sparsity": float(report.get("sparsity", 0.0)),
                 "bits": float(report.get("bits") or 32.0),
@@ -184,24 +183,44 @@ def _rows(run: Run, baseline: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _interval(run: Run, baseline: Run, suite: str) -> dict[str, float | None]:
-    """The 95 % interval of the drop, where the suite has right and wrong answers to resample."""
-    if run.id == baseline.id:
-        return {"drop_low": None, "drop_high": None}
-    answers = [
-        of.scan_items().filter(pl.col("suite") == suite).select("task", "id", "correct").drop_nulls().collect()
-        for of in (baseline, run)
-    ]
-    both = answers[0].join(answers[1], on=["task", "id"], suffix="_after")
-    if both.is_empty():
-        return {"drop_low": None, "drop_high": None}
-    estimate = drop(both["correct"].to_numpy(), both["correct_after"].to_numpy())
-    return {"drop_low": estimate.low, "drop_high": estimate.high}
+# What each headline is computed from: a column of the items, its estimate, and that of the loss beside the baseline.
+_ESTIMATES: Mapping[str, tuple[str, Callable[..., Estimate], Callable[..., Estimate]]] = {
+    "accuracy": ("correct", accuracy, drop),
+    "perplexity": ("nll", lambda nll: mean(nll, np.exp), lambda before, after: mean(after - before, _percent_risen)),
+}
 
 
-def _with_interval(row: Mapping[str, Any]) -> str:
-    interval = "" if row["drop_low"] is None else f" [{row['drop_low']:.1f}, {row['drop_high']:.1f}]"
-    return f"{row['drop_percent']:+.1f}{interval}"
+def _intervals(run: Run, baseline: Run, suite: str, metric: str) -> dict[str, float | None]:
+    """The 95 % intervals of the value and of what was lost; None where the items are not there."""
+    column, estimate, lost = _ESTIMATES[metric]
+    found: dict[str, float | None] = dict.fromkeys(("value_low", "value_high", "drop_low", "drop_high"))
+    asked = [_answers(of, suite, column) for of in (baseline, run)]
+    if asked[1].height:
+        value = estimate(asked[1][column].to_numpy())
+        found |= {"value_low": value.low, "value_high": value.high}
+    both = asked[0].join(asked[1], on=["task", "id"], suffix="_after")
+    if both.height and run.id != baseline.id:
+        fall = lost(both[column].to_numpy(), both[f"{column}_after"].to_numpy())
+        found |= {"drop_low": fall.low, "drop_high": fall.high}
+    return found
+
+
+def _answers(run: Run, suite: str, column: str) -> pl.DataFrame:
+    items = run.scan_items()
+    there = column in items.collect_schema()
+    chosen = items.filter(pl.col("suite") == suite).select("task", "id", *([column] if there else []))
+    return chosen.drop_nulls().collect() if there else pl.DataFrame(schema={"task": str, "id": str, column: float})
+
+
+def _percent_risen(mean_rise: Any) -> Any:
+    return 100 * (np.exp(mean_rise) - 1)
+
+
+def _with_interval(row: Mapping[str, Any], name: str, form: str) -> str:
+    value = row["drop_percent"] if name == "drop" else row[name]
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    inner = form.removeprefix("+")
+    return f"{value:{form}}" + ("" if low is None else f" [{low:{inner}}, {high:{inner}}]")
 
 
 def _percent_lost(value: float, reference: float, sign: float) -> float:

@@ -1,0 +1,61 @@
+"""The table and the figures at the end of a run: every value with its interval."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import polars as pl
+import pytest
+from rich.console import Console
+from stores import bits, made_run
+
+from knowledge_compression import statistics
+from knowledge_compression.results import summary
+
+BEFORE = 3.0 + np.arange(12) / 20
+AFTER = BEFORE + 0.2 + (np.arange(12) % 3) * 0.1
+
+
+def with_perplexity(run, losses):
+    """A run that scored windows of text too."""
+    rows = [{"suite": "perplexity", "task": "c4", "id": str(i), "nll": loss} for i, loss in enumerate(losses.tolist())]
+    run._items = pl.concat([run.items, pl.DataFrame(rows)], how="diagonal")
+    run.config["eval"]["perplexity"] = {}
+    run.metrics["perplexity.perplexity"] = float(np.exp(losses.mean()))
+    return run
+
+
+@pytest.fixture
+def table():
+    dense = with_perplexity(made_run(bits("1111110000"), compression="none"), BEFORE)
+    small = with_perplexity(made_run(bits("1110000000")), AFTER)
+    return summary.drop_table([small], {small.id: dense})
+
+
+def test_values_and_losses_have_their_intervals(table):
+    accuracy, perplexity = table.filter(pl.col("compression") == "magnitude").iter_rows(named=True)
+    wilson = statistics.accuracy(bits("1110000000"))
+    assert (accuracy["value_low"], accuracy["value_high"]) == (wilson.low, wilson.high)
+    fall = statistics.drop(bits("1111110000"), bits("1110000000"))
+    assert (accuracy["drop_percent"], accuracy["drop_low"], accuracy["drop_high"]) == (50.0, fall.low, fall.high)
+    assert perplexity["value_low"] < perplexity["value"] < perplexity["value_high"]
+    assert perplexity["drop_percent"] == pytest.approx(100 * (np.exp(0.3) - 1))
+    assert np.exp(0.2) - 1 < perplexity["drop_low"] / 100 < np.exp(0.3) - 1 < perplexity["drop_high"] / 100
+    # Paired by window, so it is far narrower than that of either perplexity.
+    assert perplexity["drop_high"] - perplexity["drop_low"] < 20
+
+
+def test_the_terminal_shows_them(table):
+    console = Console(width=190, record=True, file=io.StringIO())
+    console.print(summary.as_rich(table))
+    shown = console.export_text()
+    assert "0.3 [0.1078, 0.6032]" in shown and "+50.0 [" in shown
+
+
+def test_the_bars_of_tasks_have_intervals(table):
+    figure = summary.task_figure(made_run(bits("1111110000")), "atlas")
+    (axes,) = figure.axes
+    bars, errors = [c for c in axes.containers if hasattr(c, "patches")], axes.containers
+    assert len(bars[0].patches) == 3 and len(errors) == 2
+    assert summary.task_figure(made_run(bits("10")), "latency") is None
