@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -181,58 +182,61 @@ class LocalModel:
 
 
 @dataclass(frozen=True)
-class PackagedModel:
-    """A model folder inside an installed Python package; the package is found, never imported."""
+class Packaged(ABC):
+    """What models inside an installed Python package share; the package is found, never imported."""
 
     name: str
     package: str
     requirement: str
-    folder: str
-    note: str = ""
+    note: str = field(default="", kw_only=True)
+
+    @abstractmethod
+    def place(self) -> Path:
+        """The folder to load from."""
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the weights came from."""
+        return {"package": self.requirement}
 
     def fingerprint(self) -> str:
         """The pinned package."""
         return self.requirement
 
     def skeleton(self) -> Model:
-        """The network's shape from the package's configuration."""
-        return _skeleton(str(_package_folder(self.package, self.requirement) / self.folder), self.name)
+        """The network's shape from its configuration."""
+        return _skeleton(str(self.place()), self.name)
 
     def load(self, device: str = "auto", dtype: str = "auto") -> Model:
-        """Load from the package's folder."""
-        folder = _package_folder(self.package, self.requirement) / self.folder
-        model = _from_pretrained(str(folder), self.name, device, dtype)
-        model.provenance = {"package": self.requirement}
+        """Load it."""
+        model = _from_pretrained(str(self.place()), self.name, device, dtype)
+        model.provenance = self.provenance()
         model.note = self.note
         return model
 
 
 @dataclass(frozen=True)
-class PackagedGguf:
+class PackagedModel(Packaged):
+    """A model folder inside an installed Python package."""
+
+    folder: str
+
+    def place(self) -> Path:
+        """The package's folder."""
+        return _package_folder(self.package, self.requirement) / self.folder
+
+
+@dataclass(frozen=True)
+class PackagedGguf(Packaged):
     """A GGUF file inside an installed Python package, converted once and cached as safetensors."""
 
-    name: str
-    package: str
-    requirement: str
     file: str
-    note: str = ""
 
-    def fingerprint(self) -> str:
-        """The pinned package."""
-        return self.requirement
+    def provenance(self) -> dict[str, Any]:
+        """Where the weights came from."""
+        return super().provenance() | {"file": self.file}
 
-    def skeleton(self) -> Model:
-        """The network's shape from the converted copy's configuration."""
-        return _skeleton(str(self._converted()), self.name)
-
-    def load(self, device: str = "auto", dtype: str = "auto") -> Model:
-        """Load the converted copy, making it first where it is not there."""
-        model = _from_pretrained(str(self._converted()), self.name, device, dtype)
-        model.provenance = {"package": self.requirement, "file": self.file}
-        model.note = self.note
-        return model
-
-    def _converted(self) -> Path:
+    def place(self) -> Path:
+        """The converted copy, made first where it is not there."""
         return cached_folder(f"models/{self.requirement}", self._convert)
 
     def _convert(self, folder: Path) -> None:
