@@ -138,7 +138,7 @@ def main() -> None:
     pairs = {
         "gptq, 4 bit": (Gptq(bits=4), reference_gptq),
         "gptq, 4 bit, as published (float32, minmax)": (
-            Gptq(bits=4, clip="minmax", desc_act=False, by_influence=False, forward_dtype="float32"),
+            Gptq(bits=4, clip="minmax", desc_act=False, true_sequential=False, forward_dtype="float32"),
             reference_gptq,
         ),
         "sparsegpt, 50 %": (SparseGpt(sparsity=0.5), reference_sparsegpt),

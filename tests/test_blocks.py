@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -111,6 +112,21 @@ def test_a_block_is_compressed_on_what_the_compressed_blocks_before_it_give(tiny
             torch.testing.assert_close(statistics.inputs, plain[path], rtol=1e-4, atol=1e-5)
 
 
+def test_in_sequence_every_linear_is_run_once_but_for_one_window(tiny_model) -> None:
+    """What tells which linears share an input is the first window; the rest of the text goes through but once."""
+    model, method = tiny_model("llama"), Shrinking()
+    targets, ids, read = select(model), windows(), Counter()
+    for layer in targets:
+        layer.module.register_forward_pre_hook(
+            lambda _, args, path=layer.path: read.update({path: args[0].shape[:-1].numel()})
+        )
+    compress_blocks(model, targets, ids, method, true_sequential=True)
+    last = targets[-1].path  # a linear outside the blocks, after which nothing is left to run
+    assert {path: count for path, count in read.items() if path != last} == {
+        layer.path: ids.numel() + ids.shape[1] for layer in targets if layer.path != last
+    }
+
+
 def test_linears_with_one_input_share_one_statistic(tiny_model) -> None:
     def shared(architecture: str) -> list[list[str]]:
         method = Shrinking()
@@ -149,6 +165,8 @@ def test_bad_calibration_is_refused(tiny_model) -> None:
         compress_blocks(model, targets, windows(length=129), Shrinking())
     with pytest.raises(BadInput, match="forward_dtype"):
         compress_blocks(model, targets, windows(), Shrinking(), forward_dtype="int3")
+    with pytest.raises(BadInput, match="set one of them to false"):
+        compress_blocks(model, targets, windows(), Shrinking(), by_influence=True, true_sequential=True)
 
 
 def test_a_failing_method_leaves_the_network_runnable(tiny_model) -> None:

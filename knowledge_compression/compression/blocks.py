@@ -104,13 +104,14 @@ def compress_blocks(
         calibration: token ids ``[samples, length]``. An encoder-decoder reads the first half of each window and its
             decoder says the second.
         method: what to observe and what to do with it.
-        true_sequential: observe and compress the linears of a block in the order in which they run, each on the
-            outputs of those before (one more forward pass for each), instead of all on the block as it was.
+        true_sequential: observe and compress the linears of a block in the order in which they run, each on what those
+            before it now give; then every linear is run only once. Else all are observed on the block as it was. A
+            block that is used many times is always observed whole.
         by_influence: tell the method, too, how far an error at each token moves the block's output (one backward pass
-            through each block).
+            through each block, which must be whole).
         device: where blocks are computed, one at a time; None where they lie.
         forward_dtype: precision of the forward passes: ``auto`` (bfloat16 autocast of a float32 network where the
-            device computes it natively), ``bfloat16`` or ``float32`` (the network's own).
+            device has matrix units for it), ``bfloat16`` or ``float32`` (the network's own).
         hold: brings a block to ``device`` and back; by default the model's own way (streaming loads and
             writes there), else its parameters are moved.
         tokens_per_batch: tokens in one forward pass.
@@ -119,8 +120,14 @@ def compress_blocks(
         One report for each target layer, in forward order.
 
     Raises:
-        BadInput: no calibration text, windows longer than the model's positions, or a target that never runs.
+        BadInput: no calibration text, windows longer than the model's positions, a target that never runs, or
+            ``by_influence`` together with ``true_sequential``.
     """
+    if by_influence and true_sequential:
+        raise BadInput(
+            "compression.by_influence=true looks at whole blocks and compression.true_sequential=true never does; "
+            "set one of them to false"
+        )
     windows = _checked(model, calibration)
     hold = hold or model.hold
     compute = resolve_device(device) if device else model.device
@@ -128,7 +135,8 @@ def compress_blocks(
         model, targets, method, true_sequential, by_influence, compute, hold or partial(_moved, device=compute)
     )
     with torch.no_grad(), _precision(forward_dtype, model.dtype, compute):
-        return walk.run(windows.split(max(1, tokens_per_batch // windows.shape[1])))
+        # The first batch is one window, which shows at little cost what reads what.
+        return walk.run([windows[:1], *windows[1:].split(max(1, tokens_per_batch // windows.shape[1]))])
 
 
 class CalibratedMethod(BlockMethod[S], Protocol[S]):
@@ -177,19 +185,19 @@ def _moved(
 
 
 def _precision(choice: str, stored: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to bfloat16 where that was asked for, or is what the device does natively for a float32 network."""
+    """Autocast to bfloat16 where that was asked for, or the device has matrix units for it."""
     if choice not in ("auto", "bfloat16", "float32"):
         raise BadInput(f"compression.forward_dtype={choice} does not exist; choose auto, bfloat16 or float32")
-    if stored != torch.float32 or choice == "float32" or (choice == "auto" and not _has_bfloat16(device)):
+    if stored != torch.float32 or choice == "float32" or (choice == "auto" and not _has_bfloat16_units(device)):
         return nullcontext()
     # Without autocast's cache of cast weights: it would go on using a weight as it was before it was compressed.
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
-def _has_bfloat16(device: torch.device) -> bool:
+def _has_bfloat16_units(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # vector units alone were slower than float32
 
 
 def _checked(model: Model, calibration: LongTensor | None) -> Tensor:
@@ -202,6 +210,25 @@ def _checked(model: Model, calibration: LongTensor | None) -> Tensor:
             f"choose corpus.length={model.max_positions} or less"
         )
     return calibration
+
+
+def _input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a module reads: the first tensor that it is called with."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def _finite(path: str, values: Tensor) -> Tensor:
+    if not bool(values.isfinite().all()):
+        raise BadInput(f"{path} reads values that are not finite on the calibration text; try dtype=float32")
+    return values
+
+
+def _by_tensor(inputs: Mapping[str, Tensor]) -> list[list[str]]:
+    """The layers that read the very same tensor, together; all tensors are held, so that no address comes twice."""
+    groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for path, values in inputs.items():
+        groups[values.data_ptr(), values.shape, values.stride(), values._version].append(path)
+    return list(groups.values())
 
 
 def _influence(result: Any, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -282,22 +309,28 @@ class _Walk(Generic[S]):
                 while unit := forwards[0].unit:
                     with self.hold(unit, self.network.get_submodule(unit), self.reports):
                         uses = max((layer.uses for layer in self.pending.get(unit, ())), default=1)
-                        while unit in self.pending:
+                        if unit in self.pending and self.true_sequential and uses == 1:
+                            self._one_by_one(unit, forwards)
+                            yield unit
+                            if self.pending:
+                                continue
+                            return
+                        if unit in self.pending:
                             self._observe(unit, forwards, groups[unit])
                             calls[unit] += 1
-                            if calls[unit] < uses:
-                                break
-                            self._shrink(unit, groups.pop(unit))
-                            if uses > 1:  # its earlier uses must be run anew
-                                return
+                            if calls[unit] == uses:
+                                self._compress(unit, groups.pop(unit))
+                                if uses > 1:  # its earlier uses must be run anew
+                                    return
                         yield unit
                         if not self.pending:
                             return
                         for forward in forwards:
-                            forward.resume(self._call(unit, forward))
+                            output = self._run(self.network.get_submodule(unit), forward)
+                            forward.resume(lambda _, output=output: output)
                 for unit, seen in groups.items():  # used less often than the configuration says
                     with self.hold(unit, self.network.get_submodule(unit), self.reports):
-                        self._shrink(unit, seen)
+                        self._compress(unit, seen)
             finally:
                 for forward in forwards:
                     forward.cancel()
@@ -314,39 +347,57 @@ class _Walk(Generic[S]):
             said = torch.cat([start, said[:, :-1]], dim=1)
             self.network(input_ids=text, decoder_input_ids=said, use_cache=False)
 
-    def _call(self, unit: str, forward: SuspendedForward) -> Any:
-        """Run the unit, before which ``forward`` is suspended, with its own arguments, on the compute device."""
+    def _run(self, module: Callable[..., Any], forward: SuspendedForward) -> Any:
+        """Call the module, before which ``forward`` is suspended, with its own arguments, on the compute device."""
+        home = _input(forward.args, forward.kwargs).device
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(self.device), (forward.args, forward.kwargs))
-        output = self.network.get_submodule(unit)(*args, **kwargs)
-        return tree_map_only(Tensor, lambda t: t.to(self.model.device), output)
+        return tree_map_only(Tensor, lambda t: t.to(home), module(*args, **kwargs))
+
+    def _one_by_one(self, unit: str, forwards: Sequence[SuspendedForward]) -> None:
+        """Run all batches through the unit, stopping before each linear to compress it on what it is about to read.
+
+        Batches may take different ways through the unit (experts): whoever stands before the first layer goes on.
+        """
+        layers = {layer.path: layer for layer in self.pending[unit]}
+        inputs, _ = self._read(unit, forwards[0])
+        sharing = {path: group for group in _by_tensor(inputs) for path in group}
+        order = {path: place for place, path in enumerate(dict.fromkeys([*inputs, *layers]))}
+        with marked(self.network, [path for path in layers if path != unit]):
+            moving = [] if unit in layers else list(forwards)
+            while True:
+                for forward in moving:
+                    forward.resume(partial(self._run, forward=forward))
+                path = min((f.unit for f in forwards if f.unit in order), key=order.__getitem__, default=None)
+                if path is None:
+                    break
+                moving = [forward for forward in forwards if forward.unit == path]
+                if path not in self.reports:
+                    group = sharing.get(path, [path])
+                    statistics = self.method.observe(layers[path].weight.shape[1], self.device)
+                    for forward in moving:
+                        values = _finite(path, _input(forward.args, forward.kwargs))
+                        statistics.update(LayerInputs(values.to(self.device).flatten(0, -2)))
+                    self._shrink(_Group(statistics, [layers[member] for member in group]))
+                    if len(self.reports) == len(self.targets):
+                        break
+        self._finish(unit)
 
     def _observe(self, unit: str, forwards: Sequence[SuspendedForward], groups: list[_Group[S]]) -> None:
         """Run all batches through the unit; its groups, which the first batch finds, take in their inputs."""
         layers = {layer.path: layer for layer in self.pending[unit]}
-        group_of = {layer.path: group for group in groups for layer in group.layers}
         for forward in forwards:
             inputs, influence = self._read(unit, forward)  # in the order in which the layers ran
-            by_tensor: dict[tuple[Any, ...], _Group[S]] = {}  # all are held here, so that no address comes twice
-            for path, values in inputs.items():
-                tensor = (values.data_ptr(), values.shape, values.stride(), values._version)
-                if path not in group_of:
-                    if tensor not in by_tensor:
-                        if groups and self.true_sequential:
-                            continue  # its turn comes when the layers before it are compressed
-                        groups.append(_Group(self.method.observe(values.shape[-1], values.device)))
-                        by_tensor[tensor] = groups[-1]
-                    group_of[path] = by_tensor[tensor]
-                    group_of[path].layers.append(layers[path])
-                by_tensor[tensor] = group_of[path]
+            known = {layer.path for group in groups for layer in group.layers}
+            for paths in _by_tensor({path: values for path, values in inputs.items() if path not in known}):
+                width = inputs[paths[0]].shape[-1]
+                groups.append(_Group(self.method.observe(width, self.device), [layers[path] for path in paths]))
             for group in groups:
                 first = group.layers[0].path
-                if not bool(inputs[first].isfinite().all()):
-                    raise BadInput(
-                        f"{first} reads values that are not finite on the calibration text; try dtype=float32"
-                    )
+                if first not in inputs:
+                    continue
+                values = _finite(first, inputs[first]).flatten(0, -2)
                 shares = [influence[layer.path] for layer in group.layers] if self.by_influence else []
-                weights = torch.stack(shares).sum(dim=0) if shares else None
-                group.statistics.update(LayerInputs(inputs[first].flatten(0, -2), weights))
+                group.statistics.update(LayerInputs(values, torch.stack(shares).sum(dim=0) if shares else None))
 
     def _read(self, unit: str, forward: SuspendedForward) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Run the unit; give what each of its pending layers read and, where wanted, the influence of each token."""
@@ -354,7 +405,7 @@ class _Walk(Generic[S]):
         outputs: dict[str, Tensor] = {}
 
         def before(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[path] = next(iter((*args, *kwargs.values()))).detach()
+            inputs[path] = _input(args, kwargs).detach()
 
         def after(path: str, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
             # Where the graph begins it begins at a leaf, and the network gets a copy that it may write into.
@@ -368,17 +419,19 @@ class _Walk(Generic[S]):
                 )
                 if self.by_influence:
                     hooks.callback(layer.module.register_forward_hook(partial(after, layer.path)).remove)
-            result = self._call(unit, forward)
+            result = self._run(self.network.get_submodule(unit), forward)
         return inputs, _influence(result, outputs) if self.by_influence else {}
 
-    def _shrink(self, unit: str, groups: Sequence[_Group[S]]) -> None:
+    def _shrink(self, group: _Group[S]) -> None:
+        for report in self.method.shrink(group.layers, group.statistics):
+            self.reports[report.path] = report
+
+    def _compress(self, unit: str, groups: Sequence[_Group[S]]) -> None:
         for group in groups:
-            for report in self.method.shrink(group.layers, group.statistics):
-                self.reports[report.path] = report
-        left = [layer for layer in self.pending[unit] if layer.path not in self.reports]
-        if left and groups and self.true_sequential:
-            self.pending[unit] = left
-        elif left:
-            raise BadInput(f"the forward pass on calibration text never runs {', '.join(layer.path for layer in left)}")
-        else:
-            del self.pending[unit]
+            self._shrink(group)
+        self._finish(unit)
+
+    def _finish(self, unit: str) -> None:
+        """Strike the unit off the list."""
+        if missing := [layer.path for layer in self.pending.pop(unit) if layer.path not in self.reports]:
+            raise BadInput(f"the forward pass on calibration text never runs {', '.join(missing)}")

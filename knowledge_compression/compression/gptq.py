@@ -39,7 +39,8 @@ class Gptq:
             neighbours whatever the order; else a group is a run of the order, its grid chosen when its turn comes.
         damping: what is added to the Hessian's diagonal, relative to its mean.
         block_size: columns whose errors are gathered before they move on; changes the speed only.
-        by_influence: weigh each token by how far an error there moves the block's output.
+        by_influence: weigh each token by how far an error there moves the block's output; looks at whole blocks, so
+            ``true_sequential`` must be false then.
         true_sequential, forward_dtype, device: see :func:`~knowledge_compression.compression.blocks.compress_blocks`.
     """
 
@@ -51,8 +52,8 @@ class Gptq:
     static_groups: bool = True
     damping: float = 0.01
     block_size: int = 128
-    by_influence: bool = True
-    true_sequential: bool = False
+    true_sequential: bool = True
+    by_influence: bool = False
     forward_dtype: str = "auto"
     device: str | None = None
     calibrated: ClassVar[bool] = True

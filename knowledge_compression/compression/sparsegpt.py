@@ -50,7 +50,8 @@ class SparseGpt:
         group_size, symmetric, clip: the grid, where ``bits`` is given.
         damping: what is added to the Hessian's diagonal, relative to its mean.
         block_size: columns among which the weights that go are chosen together (without a pattern).
-        by_influence: weigh each token by how far an error there moves the block's output.
+        by_influence: weigh each token by how far an error there moves the block's output; looks at whole blocks, so
+            ``true_sequential`` must be false then.
         true_sequential, forward_dtype, device: see :func:`~knowledge_compression.compression.blocks.compress_blocks`.
     """
 
@@ -62,8 +63,8 @@ class SparseGpt:
     clip: str = "mse"
     damping: float = 0.01
     block_size: int = 128
-    by_influence: bool = True
-    true_sequential: bool = False
+    true_sequential: bool = True
+    by_influence: bool = False
     forward_dtype: str = "auto"
     device: str | None = None
     calibrated: ClassVar[bool] = True

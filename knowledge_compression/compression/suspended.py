@@ -1,4 +1,4 @@
-"""Forward passes that stop at chosen modules and wait for what those give back."""
+"""Forward passes that stop before chosen modules and wait to be told how to go on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class SuspendedForward:
-    """One forward pass of the network that stops at every marked module and waits for that module's output.
+    """One forward pass of the network that stops at every marked module and waits to be told how to go on.
 
     A greenlet rather than a thread, so that torch's thread-local modes and thread pools are the caller's.
 
@@ -26,9 +26,13 @@ class SuspendedForward:
         self.kwargs: dict[str, Any] = {}
         self._greenlet = greenlet(run)
 
-    def resume(self, *output: Any) -> None:
-        """Give the waiting module's output (nothing at the start) and run on to the next marked module."""
-        self.unit, self.args, self.kwargs = self._greenlet.switch(*output) or (None, (), {})
+    def resume(self, *answer: Callable[[Callable[..., Any]], Any]) -> None:
+        """Run on to the next marked module.
+
+        Args:
+            answer: gives the waiting module's output, from its own ``forward`` if it likes; none at the start.
+        """
+        self.unit, self.args, self.kwargs = self._greenlet.switch(*answer) or (None, (), {})
 
     def cancel(self) -> None:
         """Leave the forward pass where it stands."""
@@ -52,7 +56,7 @@ def _suspending(path: str, forward: Callable[..., Any], main: greenlet) -> Calla
     def suspended(*args: Any, **kwargs: Any) -> Any:
         if getcurrent() is main:
             return forward(*args, **kwargs)
-        return main.switch((path, args, kwargs))
+        return main.switch((path, args, kwargs))(forward)
 
     return suspended
 

