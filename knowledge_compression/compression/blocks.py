@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -24,6 +24,7 @@ from torch import LongTensor, Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from knowledge_compression.compression.base import reporting
+from knowledge_compression.compression.reading import finite, first_tensor, reading, sharing
 from knowledge_compression.compression.report import CompressionReport, LayerReport
 from knowledge_compression.compression.suspended import SuspendedForward, marked
 from knowledge_compression.errors import BadInput
@@ -212,44 +213,6 @@ def _checked(model: Model, calibration: LongTensor | None) -> Tensor:
     return calibration
 
 
-def _input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a module reads: the first tensor that it is called with."""
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-
-
-def _finite(path: str, values: Tensor) -> Tensor:
-    if not bool(values.isfinite().all()):
-        raise BadInput(f"{path} reads values that are not finite on the calibration text; try dtype=float32")
-    return values
-
-
-def _by_tensor(inputs: Mapping[str, Tensor]) -> list[list[str]]:
-    """The layers that read the very same tensor, together; all tensors are held, so that no address comes twice."""
-    groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-    for path, values in inputs.items():
-        groups[values.data_ptr(), values.shape, values.stride(), values._version].append(path)
-    return list(groups.values())
-
-
-def _influence(result: Any, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """How far a small error at each token of each layer's output moves the block's output, relative to its size there.
-
-    With ``J`` the derivative of the block's output, each token of it divided by its root mean square, by a layer's
-    output at one token, this is ``‖J‖²``, estimated without bias by the squared gradient of a randomly signed sum
-    (Hutchinson's estimator).
-
-    Returns:
-        Float32 ``[tokens]`` for each layer.
-    """
-    hidden: Tensor = result[0] if isinstance(result, tuple) else result
-    signs = torch.randint(0, 2, hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden) * 2 - 1
-    size = hidden.detach().float().square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
-    gradients = torch.autograd.grad(hidden, list(outputs.values()), (signs / size).to(hidden))
-    return {
-        path: gradient.float().square().sum(-1).flatten() for path, gradient in zip(outputs, gradients, strict=True)
-    }
-
-
 @dataclass
 class _Group(Generic[S]):
     """Linears of a block that read the same tensor, with its statistics; the first of them observes for all."""
@@ -349,7 +312,7 @@ class _Walk(Generic[S]):
 
     def _run(self, module: Callable[..., Any], forward: SuspendedForward) -> Any:
         """Call the module, before which ``forward`` is suspended, with its own arguments, on the compute device."""
-        home = _input(forward.args, forward.kwargs).device
+        home = first_tensor(forward.args, forward.kwargs).device
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(self.device), (forward.args, forward.kwargs))
         return tree_map_only(Tensor, lambda t: t.to(home), module(*args, **kwargs))
 
@@ -360,7 +323,7 @@ class _Walk(Generic[S]):
         """
         layers = {layer.path: layer for layer in self.pending[unit]}
         inputs, _ = self._read(unit, forwards[0])
-        sharing = {path: group for group in _by_tensor(inputs) for path in group}
+        together = {path: group for group in sharing(inputs) for path in group}
         order = {path: place for place, path in enumerate(dict.fromkeys([*inputs, *layers]))}
         with marked(self.network, [path for path in layers if path != unit]):
             moving = [] if unit in layers else list(forwards)
@@ -372,10 +335,10 @@ class _Walk(Generic[S]):
                     break
                 moving = [forward for forward in forwards if forward.unit == path]
                 if path not in self.reports:
-                    group = sharing.get(path, [path])
+                    group = together.get(path, [path])
                     statistics = self.method.observe(layers[path].weight.shape[1], self.device)
                     for forward in moving:
-                        values = _finite(path, _input(forward.args, forward.kwargs))
+                        values = finite(path, first_tensor(forward.args, forward.kwargs))
                         statistics.update(LayerInputs(values.to(self.device).flatten(0, -2)))
                     self._shrink(_Group(statistics, [layers[member] for member in group]))
                     if len(self.reports) == len(self.targets):
@@ -388,43 +351,21 @@ class _Walk(Generic[S]):
         for forward in forwards:
             inputs, influence = self._read(unit, forward)  # in the order in which the layers ran
             known = {layer.path for group in groups for layer in group.layers}
-            for paths in _by_tensor({path: values for path, values in inputs.items() if path not in known}):
+            for paths in sharing({path: values for path, values in inputs.items() if path not in known}):
                 width = inputs[paths[0]].shape[-1]
                 groups.append(_Group(self.method.observe(width, self.device), [layers[path] for path in paths]))
             for group in groups:
                 first = group.layers[0].path
                 if first not in inputs:
                     continue
-                values = _finite(first, inputs[first]).flatten(0, -2)
+                values = finite(first, inputs[first]).flatten(0, -2)
                 shares = [influence[layer.path] for layer in group.layers] if self.by_influence else []
                 group.statistics.update(LayerInputs(values, torch.stack(shares).sum(dim=0) if shares else None))
 
     def _read(self, unit: str, forward: SuspendedForward) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Run the unit; give what each of its pending layers read and, where wanted, the influence of each token."""
-        inputs: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
-
-        def before(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[path] = _input(args, kwargs).detach()
-
-        def after(path: str, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
-            # Where the graph begins it begins at a leaf, and the network gets a copy that it may write into.
-            outputs[path] = output if output.requires_grad else output.detach().requires_grad_()
-            return output if output.requires_grad else outputs[path].clone()
-
-        with ExitStack() as hooks, torch.set_grad_enabled(self.by_influence):
-            for layer in self.pending[unit]:
-                hooks.callback(
-                    layer.module.register_forward_pre_hook(partial(before, layer.path), with_kwargs=True).remove
-                )
-                if self.by_influence:
-                    hooks.callback(layer.module.register_forward_hook(partial(after, layer.path)).remove)
-            result = self._run(self.network.get_submodule(unit), forward)
-        return inputs, _influence(result, outputs) if self.by_influence else {}
-
-    def _shrink(self, group: _Group[S]) -> None:
-        for report in self.method.shrink(group.layers, group.statistics):
-            self.reports[report.path] = report
+        """Run the unit; what each of its pending layers read and, where wanted, the influence of each token."""
+        run = partial(self._run, self.network.get_submodule(unit), forward)
+        return reading({layer.path: layer.module for layer in self.pending[unit]}, run, by_influence=self.by_influence)
 
     def _compress(self, unit: str, groups: Sequence[_Group[S]]) -> None:
         for group in groups:

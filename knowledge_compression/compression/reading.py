@@ -1,0 +1,91 @@
+"""What chosen linears of a module read while it runs, and how much each token counts for its output."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from knowledge_compression.errors import BadInput
+
+
+def reading(
+    layers: Mapping[str, nn.Module], run: Callable[[], Any], *, by_influence: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Run a module and look at what these linears in it read.
+
+    Args:
+        layers: the linears, by path.
+        run: runs the module and gives its output.
+        by_influence: whether to tell how far an error at each token moves that output (one backward pass).
+
+    Returns:
+        What each linear read, in the order in which they ran, and the influence of each token on each (empty unless
+        asked for).
+    """
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def before(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[path] = first_tensor(args, kwargs).detach()
+
+    def after(path: str, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        # Where the graph begins it begins at a leaf, and the network gets a copy that it may write into.
+        outputs[path] = output if output.requires_grad else output.detach().requires_grad_()
+        return output if output.requires_grad else outputs[path].clone()
+
+    with ExitStack() as hooks, torch.set_grad_enabled(by_influence):
+        for path, module in layers.items():
+            hooks.callback(module.register_forward_pre_hook(partial(before, path), with_kwargs=True).remove)
+            if by_influence:
+                hooks.callback(module.register_forward_hook(partial(after, path)).remove)
+        result = run()
+    return inputs, _influence(result, outputs) if by_influence else {}
+
+
+def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a module reads: the first tensor that it is called with."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def finite(path: str, values: Tensor) -> Tensor:
+    """The values themselves.
+
+    Raises:
+        BadInput: some are not finite; ``path`` reads them.
+    """
+    if not bool(values.isfinite().all()):
+        raise BadInput(f"{path} reads values that are not finite on the calibration text; try dtype=float32")
+    return values
+
+
+def sharing(inputs: Mapping[str, Tensor]) -> list[list[str]]:
+    """The layers that read the very same tensor, together; all tensors are held, so that no address comes twice."""
+    groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for path, values in inputs.items():
+        groups[values.data_ptr(), values.shape, values.stride(), values._version].append(path)
+    return list(groups.values())
+
+
+def _influence(result: Any, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """How far a small error at each token of each layer's output moves the block's output, relative to its size there.
+
+    With ``J`` the derivative of the block's output, each token of it divided by its root mean square, by a layer's
+    output at one token, this is ``‖J‖²``, estimated without bias by the squared gradient of a randomly signed sum
+    (Hutchinson's estimator).
+
+    Returns:
+        Float32 ``[tokens]`` for each layer.
+    """
+    hidden: Tensor = result[0] if isinstance(result, tuple) else result
+    signs = torch.randint(0, 2, hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden) * 2 - 1
+    size = hidden.detach().float().square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
+    gradients = torch.autograd.grad(hidden, list(outputs.values()), (signs / size).to(hidden))
+    return {
+        path: gradient.float().square().sum(-1).flatten() for path, gradient in zip(outputs, gradients, strict=True)
+    }
