@@ -367,6 +367,10 @@ class _Walk(Generic[S]):
         run = partial(self._run, self.network.get_submodule(unit), forward)
         return reading({layer.path: layer.module for layer in self.pending[unit]}, run, by_influence=self.by_influence)
 
+    def _shrink(self, group: _Group[S]) -> None:
+        for report in self.method.shrink(group.layers, group.statistics):
+            self.reports[report.path] = report
+
     def _compress(self, unit: str, groups: Sequence[_Group[S]]) -> None:
         for group in groups:
             self._shrink(group)
