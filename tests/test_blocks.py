@@ -127,6 +127,12 @@ def test_in_sequence_every_linear_is_run_once_but_for_one_window(tiny_model) -> 
     }
 
 
+def test_one_window_will_do(tiny_model) -> None:
+    model, method = tiny_model("llama"), Shrinking()
+    compress_blocks(model, select(model), windows(samples=1), method)
+    assert {len(statistics.inputs) for _, statistics in method.groups} == {windows().shape[1]}
+
+
 def test_linears_with_one_input_share_one_statistic(tiny_model) -> None:
     def shared(architecture: str) -> list[list[str]]:
         method = Shrinking()

@@ -137,7 +137,8 @@ def compress_blocks(
     )
     with torch.no_grad(), _precision(forward_dtype, model.dtype, compute):
         # The first batch is one window, which shows at little cost what reads what.
-        return walk.run([windows[:1], *windows[1:].split(max(1, tokens_per_batch // windows.shape[1]))])
+        rest = windows[1:].split(max(1, tokens_per_batch // windows.shape[1]))
+        return walk.run([windows[:1], *(batch for batch in rest if len(batch))])
 
 
 class CalibratedMethod(BlockMethod[S], Protocol[S]):
