@@ -290,8 +290,7 @@ class _Walk(Generic[S]):
                         if not self.pending:
                             return
                         for forward in forwards:
-                            output = self._run(self.network.get_submodule(unit), forward)
-                            forward.resume(lambda _, output=output: output)
+                            forward.give(self._run(self.network.get_submodule(unit), forward))
                 for unit, seen in groups.items():  # used less often than the configuration says
                     with self.hold(unit, self.network.get_submodule(unit), self.reports):
                         self._compress(unit, seen)

@@ -34,6 +34,10 @@ class SuspendedForward:
         """
         self.unit, self.args, self.kwargs = self._greenlet.switch(*answer) or (None, (), {})
 
+    def give(self, output: Any) -> None:
+        """Give the waiting module's output and run on to the next marked module."""
+        self.resume(lambda _forward: output)
+
     def cancel(self) -> None:
         """Leave the forward pass where it stands."""
         if self._greenlet:
