@@ -9,7 +9,7 @@ host=$(hostname -s)
 export SLURM_CONF=$base/etc/slurm.conf
 
 until_it_works() {
-  for _ in $(seq 240); do if "$@" >/dev/null 2>&1; then return; fi; sleep 0.25; done
+  for _ in $(seq 1200); do if "$@" >/dev/null 2>&1; then return; fi; sleep 0.25; done
   echo "no answer: $*" >&2
   exit 1
 }
