@@ -97,6 +97,7 @@ def test_bert_tiny_knows_its_capitals_once_calibrated(bert_tiny):
     assert evaluation.metrics["chance"] == pytest.approx(1 / 41, rel=0.05)
 
 
+@pytest.mark.slow
 def test_bert_tiny_is_well_above_chance_and_majority_on_everything(bert_tiny):
     evaluation = Atlas().evaluate(bert_tiny)
     assert evaluation.metrics["accuracy"] > 2 * max(evaluation.metrics["chance"], evaluation.metrics["majority"])

@@ -46,6 +46,7 @@ def test_every_suite_makes_an_experiment(choice, data_dir):
     assert list(experiment_from(config, choices).suites)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", shipped("tracker"))
 def test_every_tracker_can_be_made(choice, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
@@ -59,6 +60,7 @@ def test_every_preset_makes_an_experiment(preset, data_dir):
     experiment_from(config, choices)
 
 
+@pytest.mark.slow
 def test_models_name_a_hub_id_and_a_revision():
     for choice in shipped("model"):
         config, _ = composed(choice, *NEEDED.get(choice, []))
