@@ -127,6 +127,7 @@ def test_a_run_that_raises_keeps_what_it_had(attempt: Any, undisturbed: dict[str
     assert result(tmp_path / "outputs") == undisturbed
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_goes_on_from_the_step_it_reached(
     attempt: Any, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, tiny_folder: Path, processes: Any
 ) -> None:

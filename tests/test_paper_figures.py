@@ -124,6 +124,7 @@ def test_published_figures_are_printed_as_in_the_paper(model, task, baseline, ff
     assert row["ff_gpq_40_published"] == pytest.approx(ff_gpq_40)
 
 
+@pytest.mark.slow
 def test_the_command_writes_them(tmp_path):
     store = RunStore(tmp_path / "outputs")
     for run in small_study("decoder"):
