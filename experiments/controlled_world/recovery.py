@@ -126,8 +126,17 @@ def answer(found: Sequence[Case]) -> list[str]:
                 continue
             net, strategy = top
             p = mcnemar(case.lossy, case.recovered[strategy])
-            sure = "" if p < 0.05 else f" (not told from nothing, p = {p:.2g})"
-            said.append(f"{kind} ({strategy}) brings back {net:+.0%} of the recall that was lost{sure}")
+            change = 100 * float(case.recovered[strategy].mean() - case.lossy.mean())
+            if p >= 0.05:
+                said.append(
+                    f"{kind} ({strategy}) changes recall by {change:+.1f} points, not told from nothing (p = {p:.2g})"
+                )
+            elif net > 0:
+                said.append(
+                    f"{kind} ({strategy}) brings back {net:.0%} of the recall that was lost ({change:+.1f} points)"
+                )
+            else:
+                said.append(f"{kind} ({strategy}, the best of its kind) costs a further {-change:.1f} points of recall")
         lines.append(f"- {case.model}, {case.name}: " + "; ".join(said) + ".")
     return lines
 
