@@ -13,7 +13,7 @@ from conftest import SPECIAL, TINY, VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knowledge_compression.evaluation.scoring import Blank, Question, Scorer, budget
+from knowledge_compression.evaluation.scoring import Blank, Question, Scorer, budget, likeliest
 from knowledge_compression.evaluation.scoring.budget import probe
 from knowledge_compression.evaluation.scoring.trees import attention_masks, plant
 from knowledge_compression.models import Model
@@ -177,6 +177,15 @@ def test_steps_back_when_memory_runs_out(tiny_model: Callable[[str], Model], mon
 )
 def test_budget_grows_while_it_pays(seconds: Callable[[int], float], found: int) -> None:
     assert probe(seconds) == found
+
+
+@given(st.integers(1, 5), st.integers(1, 300), st.integers(0, 2**20))
+@settings(deadline=None)
+def test_the_likeliest_token_is_the_first_of_the_best(rows: int, vocabulary: int, seed: int) -> None:
+    logits = torch.randint(0, 9, (rows, vocabulary), generator=torch.Generator().manual_seed(seed)).float()
+    logits[0, vocabulary // 2 :] = -torch.inf
+    best = logits.amax(1, keepdim=True)
+    assert likeliest(logits).tolist() == [row.index(True) for row in (logits == best).tolist()]
 
 
 def test_budget_keeps_to_what_fits() -> None:

@@ -22,7 +22,7 @@ from knowledge_compression.evaluation.cloze import (
     distributions,
     reader_of,
 )
-from knowledge_compression.evaluation.scoring import Blank, Scorer
+from knowledge_compression.evaluation.scoring import Blank, Scorer, likeliest
 from knowledge_compression.evaluation.suite import Evaluation, accuracy_metrics, item_table
 from knowledge_compression.models import Model
 
@@ -205,7 +205,8 @@ class Probe:
                 scores = scores.masked_fill(outside, -torch.inf)
             rows, which = real.nonzero(as_tuple=True)
             scores[rows, right[rows, which]] = -torch.inf  # what is left is wrong
-            best, place = scores.max(dim=1)
+            place = likeliest(scores)
+            best = scores.gather(1, place[:, None])[:, 0]
             beaten = torch.lt(scores, gold_scores[:, None], out=torch.empty_like(scores)).sum(
                 dim=1
             )  # sums of bool crawl

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isqrt
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from knowledge_compression.models.families import ENCODER, architecture_of
@@ -48,6 +50,22 @@ def head_at(network: nn.Module, rows: Tensor, positions: Tensor, width: int) -> 
         yield
     finally:
         handle.remove()
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """``logits.argmax(-1)`` of ``[rows, vocabulary]``, the first of equals: int64 ``[rows]``.
+
+    In two steps, the best block of tokens and the best in it, because a CPU finds maxima many times faster than places.
+    """
+    vocabulary = logits.shape[-1]
+    width = isqrt(vocabulary)
+    whole = vocabulary - vocabulary % width
+    peaks = logits[:, :whole].unflatten(1, (-1, width)).amax(2)
+    if whole < vocabulary:
+        peaks = torch.cat([peaks, logits[:, whole:].amax(1, keepdim=True)], 1)
+    tokens = peaks.argmax(1, keepdim=True) * width + torch.arange(width, device=logits.device)
+    tokens = tokens.clamp_max(vocabulary - 1)
+    return tokens.gather(1, logits.gather(1, tokens).argmax(1, keepdim=True))[:, 0]
 
 
 def _without_adapters(network: nn.Module) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from knowledge_compression.evaluation.scoring.budget import Budget
 from knowledge_compression.evaluation.scoring.depths import depths, head_at_every_depth
 from knowledge_compression.evaluation.scoring.generation import Done, generate
-from knowledge_compression.evaluation.scoring.heads import head_at
+from knowledge_compression.evaluation.scoring.heads import head_at, likeliest
 from knowledge_compression.evaluation.scoring.questions import Blank, Likelihood, Question
 from knowledge_compression.evaluation.scoring.trees import Tree, attention_masks, plant
 from knowledge_compression.models import Model
@@ -260,11 +260,13 @@ class Scorer:
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Rows padded on the right and their masks, int64 ``[rows, longest]`` each."""
-        width = max(map(len, rows))
-        ids = torch.tensor([[*row, *[self._pad_id] * (width - len(row))] for row in rows], device=self.model.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.model.device)
-        self._count(ids.numel(), sum(map(len, rows)))
-        return ids, mask
+        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        real = np.arange(lengths.max()) < lengths[:, None]
+        ids = np.full(real.shape, self._pad_id)
+        ids[real] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum()))
+        self._count(ids.size, int(lengths.sum()))
+        padded, mask = (torch.from_numpy(array).to(self.model.device) for array in (ids, real.astype(np.int64)))
+        return padded, mask
 
     def _count(self, tokens: int, real: int) -> None:
         self.tokens_read += tokens
@@ -283,9 +285,9 @@ def _read(
         at_a_time: rows of logits to go over at a time.
     """
     rows, wanted = (torch.from_numpy(array).to(logits.device) for array in (of_read, targets))
-    parts = [(torch.logsumexp(part.float(), -1), part.argmax(-1)) for part in logits.split(at_a_time)]
-    sums, likeliest = (torch.cat(column) for column in zip(*parts, strict=True))
-    return logits[rows, wanted].float() - sums[rows], likeliest[rows] == wanted
+    parts = [(torch.logsumexp(part.float(), -1), likeliest(part)) for part in logits.split(at_a_time)]
+    sums, best = (torch.cat(column) for column in zip(*parts, strict=True))
+    return logits[rows, wanted].float() - sums[rows], best[rows] == wanted
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
