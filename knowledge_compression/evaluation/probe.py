@@ -194,6 +194,7 @@ class Probe:
         of = torch.tensor([groups[_group(cloze)] for cloze in clozes], dtype=torch.long)
         means = _vocabulary_means(scorer, blanks, of, len(groups)) if self.calibrate else None
         rankings: list[Ranking | None] = [None] * len(clozes)
+        said_before: dict[int, str] = {}
         for batch, log_probs in distributions(scorer, blanks):
             right, real = _padded([gold[b] for b in batch], log_probs.device)
             said = log_probs.gather(1, right).masked_fill(~real, -torch.inf).amax(1)
@@ -211,7 +212,10 @@ class Probe:
                 dim=1
             )  # sums of bool crawl
             ahead = scores.shape[1] - beaten.long()
-            words = reader.tokenizer.batch_decode([[token] for token in place.tolist()])
+            tokens = place.tolist()
+            if new := list(set(tokens) - said_before.keys()):
+                said_before |= zip(new, reader.tokenizer.batch_decode([[token] for token in new]), strict=True)
+            words = [said_before[token] for token in tokens]
             choices = scores.shape[1] if allowed is None else len(allowed)
             columns = zip(batch, said.tolist(), (gold_scores - best).tolist(), ahead.tolist(), words, strict=True)
             for b, log_prob, margin, count, word in columns:
