@@ -24,7 +24,11 @@ def main(store: Path, folder: Path) -> None:
     comparisons = compare(list(RunStore(store)))
     if not comparisons.groups:
         sys.exit(f"error: {store} holds no dense run with compressed ones beside it; run the presets first")
-    figures = [path for path in draw(comparisons, folder / "figures") if path.suffix == ".svg"]
+    figures = draw(comparisons, folder / "figures")
+    for path in list(figures):  # a README shows pictures, and those of 22 relations are for the page
+        if path.suffix != ".svg" or path.stem.endswith("_by_data_set"):
+            path.unlink()
+            figures.remove(path)
     claims = [claim for claim in CLAIMS if "Cost of Compression" in claim.source]
     text = [line for group in comparisons for line in table(group)]
     text += [f"![{path.stem}](figures/{path.name})" for path in figures]
