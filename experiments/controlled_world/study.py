@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy import stats
 
+from knowledge_compression.analysis import markdown
 from knowledge_compression.analysis.claims import CLAIMS
 from knowledge_compression.analysis.comparisons import Comparisons, Group, compare
-from knowledge_compression.analysis.findings import as_markdown, check
+from knowledge_compression.analysis.findings import check
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.statistics import drop, mean_difference
 
@@ -216,7 +217,7 @@ def summary(table: pl.DataFrame) -> list[str]:
 def findings(comparisons: Comparisons) -> list[str]:
     """The first paper's claims, each with what every family shows."""
     claims = [claim for claim in CLAIMS if "Cost of Compression" in claim.source]
-    return ["## The first paper's claims", "", *as_markdown(check(comparisons, claims))]
+    return ["## The first paper's claims", "", *markdown.findings(check(comparisons, claims))]
 
 
 def own_findings(groups: dict[str, Group], table: pl.DataFrame) -> list[str]:

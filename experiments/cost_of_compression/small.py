@@ -12,7 +12,8 @@ from pathlib import Path
 from knowledge_compression.analysis.claims import CLAIMS
 from knowledge_compression.analysis.comparisons import Group, compare
 from knowledge_compression.analysis.figures import draw
-from knowledge_compression.analysis.findings import as_markdown, check
+from knowledge_compression.analysis.findings import check
+from knowledge_compression.analysis.markdown import findings
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.statistics import drop
 
@@ -32,7 +33,7 @@ def main(store: Path, folder: Path) -> None:
     claims = [claim for claim in CLAIMS if "Cost of Compression" in claim.source]
     text = [line for group in comparisons for line in table(group)]
     text += [f"![{path.stem}](figures/{path.name})" for path in figures]
-    text += ["", "## The paper's claims", "", *as_markdown([v for v in check(comparisons, claims) if v.findings])]
+    text += ["", "## The paper's claims", "", *findings(check(comparisons, claims))]
     readme = folder / "README.md"
     written_by_hand = readme.read_text(encoding="utf-8").partition(MARKER)[0]
     readme.write_text(written_by_hand + MARKER + "\n".join(["", *text]) + "\n", encoding="utf-8")

@@ -149,22 +149,3 @@ def _decided(finding: Finding, p: float) -> Finding:
 def _verdict(claim: Claim, findings: Sequence[Finding]) -> Verdict:
     said = {finding.status for finding in findings} - {UNDECIDED}
     return Verdict(claim, said.pop() if len(said) == 1 else UNDECIDED, tuple(findings))
-
-
-def as_markdown(verdicts: Sequence[Verdict]) -> list[str]:
-    """A table with a line for every model and suite that a claim was held against, and for every claim without runs."""
-    lines = [
-        "| claim | model, suite | what is kept more (points, 95 %) | p (Holm) | here |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for verdict in verdicts:
-        if not verdict.findings:
-            lines.append(f"| {verdict.claim.text} | | not run | | |")
-        for finding in verdict.findings:
-            low, value, high = (
-                100 * figure for figure in (finding.effect.low, finding.effect.value, finding.effect.high)
-            )
-            effect = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
-            where = f"{finding.model}, {finding.suite}"
-            lines.append(f"| {verdict.claim.text} | {where} | {effect} | {finding.p:.2g} | {finding.status} |")
-    return lines

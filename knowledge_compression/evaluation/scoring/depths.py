@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from knowledge_compression.evaluation.scoring.heads import without_adapters
 from knowledge_compression.models.families import architecture_of
 
 
@@ -61,8 +62,7 @@ def depths(network: nn.Module) -> int:
 
 def _last_stack(network: nn.Module) -> tuple[list[nn.Module], int]:
     """The blocks that the head comes after, under any wrapper of adapters, and how often a forward pass uses one."""
-    unwrap = getattr(network, "get_base_model", None)  # of peft's wrapper
-    inner: Any = unwrap() if callable(unwrap) else network
+    inner = without_adapters(network)
     architecture = architecture_of(inner.config)
     stack = architecture.stacks[-1]
     blocks = [module for path, module in inner.named_modules() if stack.is_block(path)]

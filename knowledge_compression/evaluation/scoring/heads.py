@@ -38,7 +38,7 @@ def head_at(network: nn.Module, rows: Tensor, positions: Tensor, width: int) -> 
         output["last_hidden_state"] = chosen(output[0])
         return output
 
-    inner = _without_adapters(network)
+    inner = without_adapters(network)
     architecture = architecture_of(inner.config)
     if architecture.pointwise_from is not None:
         part = inner.get_submodule(f"{architecture.block_paths(inner)[-1]}.{architecture.pointwise_from}")
@@ -68,6 +68,7 @@ def likeliest(logits: Tensor) -> Tensor:
     return tokens.gather(1, logits.gather(1, tokens).argmax(1, keepdim=True))[:, 0]
 
 
-def _without_adapters(network: nn.Module) -> Any:
+def without_adapters(network: nn.Module) -> Any:
+    """The network under peft's wrapper, or itself where there is none."""
     unwrap = getattr(network, "get_base_model", None)  # of peft's wrapper
     return unwrap() if callable(unwrap) else network
