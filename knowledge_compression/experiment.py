@@ -25,7 +25,7 @@ from knowledge_compression.compression.report import CompressionReport
 from knowledge_compression.compression.streaming import compress_streamed
 from knowledge_compression.corpora.corpus import Corpus, digest
 from knowledge_compression.errors import BadInput
-from knowledge_compression.evaluation.suite import Evaluation, Suite, item_table
+from knowledge_compression.evaluation.suite import DividedSuite, Evaluation, Suite, item_table
 from knowledge_compression.memory import peak_of_process
 from knowledge_compression.models import Model, Target, Targets
 from knowledge_compression.models.loading import LocalModel, ModelSource, check_memory, resolve_device, resolve_dtype
@@ -206,7 +206,7 @@ class Experiment:
             evaluations = {}
             for name, suite in self.suites.items():
                 with cost.of(f"eval.{name}"):
-                    evaluations[name] = workplace.evaluation(name, partial(self._ask, suite, model))
+                    evaluations[name] = self._evaluate(name, suite, model, workplace)
             report["eval"] = {
                 name: evaluation.description | {"fingerprint": _fingerprint(self.suites[name])}
                 for name, evaluation in evaluations.items()
@@ -249,6 +249,17 @@ class Experiment:
         if self.save_model:
             SAVERS[self.save_model](model, folder)
         return model, report, found
+
+    def _evaluate(self, name: str, suite: Suite, model: Model, workplace: Workplace) -> Evaluation:
+        """Ask a suite, part by part where it has parts; what an interrupted attempt asked is not asked again."""
+        if not isinstance(suite, DividedSuite):
+            return workplace.evaluation(name, partial(self._ask, suite, model))
+        return suite.joined(
+            {
+                part: workplace.evaluation(f"{name}.{part}", partial(self._ask, asked, model))
+                for part, asked in suite.parts().items()
+            }
+        )
 
     def _ask(self, suite: Suite, model: Model) -> Evaluation:
         torch.manual_seed(self.seed)  # what a suite draws does not depend on what was asked before it

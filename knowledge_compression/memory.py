@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+
+_KEPT = 1 << 30  # bytes that the allocator keeps for the next tensors
+_MAPPED = 1 << 25  # bytes from which on a block is mapped by itself; the most that glibc takes
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -28,6 +34,23 @@ class Peak:
     source: str = "not told by this system"
 
 
+@lru_cache(maxsize=1)
+def reuse_freed_memory() -> None:
+    """Have the C library keep what tensors on a CPU leave, up to a gigabyte, for the next ones; once for the process.
+
+    glibc hands freed blocks of some megabytes back, and the system clears every page of them anew before the next use:
+    a sixth of the seconds of scoring with smollm2. Other C libraries are left as they are.
+    """
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "gnu_get_libc_version") else None
+
+
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
     """Measure the body: a GPU's allocated memory, or the process's resident memory on Linux.
@@ -42,6 +65,8 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         yield peak
         peak.bytes, peak.source = torch.cuda.max_memory_allocated(device) - before, "allocated on the device"
     elif device.type == "cpu" and os.access(_CLEAR, os.W_OK):
+        if (libc := _glibc()) is not None:
+            libc.malloc_trim(0)  # what is merely kept is not in use
         _CLEAR.write_text("5")  # sets the high-water mark back to what is resident now
         before = _high_water()
         yield peak
@@ -61,3 +86,8 @@ def peak_of_process(device: torch.device) -> int:
 def _high_water() -> int:
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the processor's allocator, had no room."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

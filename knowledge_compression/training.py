@@ -12,12 +12,12 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import LongTensor, Tensor, nn
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.memory import is_out_of_memory
 from knowledge_compression.objectives import Objective
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,8 @@ class TrainingReport:
         loss_before, loss_after: mean loss (nats a predicted token) over the first and the last tenth of the steps.
         seconds: wall time, that before an interruption included.
         resumed_at: step at which it went on after an interruption, None where there was none.
+        windows_at_once: windows in one forward pass after memory had not sufficed for ``batch_size`` of them, None
+            where it did.
     """
 
     steps: int
@@ -117,6 +120,7 @@ class TrainingReport:
     loss_after: float
     seconds: float
     resumed_at: int | None = None
+    windows_at_once: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -163,7 +167,7 @@ def train(
     device = next(iter(parameters.values())).device
     optimizer = _optimizer(parameters, settings, device)
     steps = settings.steps_over(windows.shape[1])
-    state = _State(_identity(parameters, windows, settings))
+    state = _State(_identity(parameters, windows, settings), settings.batch_size)
     if checkpoint is not None:
         state.resume(checkpoint, parameters, optimizer, label)
     resumed_at = state.step or None
@@ -174,11 +178,20 @@ def train(
         task = bar.add_task(label, total=steps, completed=state.step, note="")
         start = time.perf_counter() - state.seconds
         while state.step < steps:
-            torch.manual_seed(settings.seed * 1_000_003 + state.step)
             rate = settings.learning_rate_at(state.step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = _step(network, optimizer, objective, _batch(windows, settings, state.step), settings)
+            try:
+                torch.manual_seed(settings.seed * 1_000_003 + state.step)
+                batch = _batch(windows, settings, state.step)
+                loss = _step(network, optimizer, objective, batch.split(state.windows_at_once), settings)
+            except RuntimeError as error:
+                if state.windows_at_once == 1 or not is_out_of_memory(error):
+                    raise
+                optimizer.zero_grad()
+                state.windows_at_once //= 2
+                log.warning("%s: out of memory; from here on %d windows at once", label, state.windows_at_once)
+                continue
             if not math.isfinite(loss):
                 kept = f"; the state of an earlier step is kept in {checkpoint.name}" if checkpoint else ""
                 raise BadInput(
@@ -204,6 +217,7 @@ def train(
         loss_after=sum(state.losses[-tenth:]) / tenth,
         seconds=state.seconds,
         resumed_at=resumed_at,
+        windows_at_once=state.windows_at_once if state.windows_at_once < settings.batch_size else None,
     )
 
 
@@ -211,21 +225,21 @@ def _step(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     objective: Objective,
-    batch: LongTensor,
+    parts: Sequence[Tensor],
     settings: TrainingSettings,
 ) -> float:
     """One optimizer step; gives the mean loss of its predicted tokens, and takes no step where that is no number."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
-    total, tokens = torch.zeros((), device=device), 0
-    for part in batch.split(settings.batch_size):
+    total, tokens, size = torch.zeros((), device=device), 0, sum(part.numel() for part in parts)
+    for part in parts:
         with _autocast(device, settings.precision):
-            loss, count = objective(network, part.to(device))
-        (loss / batch.numel()).backward()  # about a mean; made exact below, when all parts have been counted
+            loss, count = objective(network, cast("LongTensor", part.to(device)))
+        (loss / size).backward()  # about a mean; made exact below, when all parts have been counted
         total += loss.detach()
         tokens += count
     gradients = [p.grad for p in parameters if p.grad is not None]
-    torch._foreach_mul_(gradients, batch.numel() / tokens)
+    torch._foreach_mul_(gradients, size / tokens)
     norm = nn.utils.clip_grad_norm_(parameters, settings.clip) if settings.clip else total
     mean = float(total) / tokens
     if math.isfinite(mean) and not torch.isfinite(norm):
@@ -299,8 +313,9 @@ def _identity(parameters: Mapping[str, nn.Parameter], windows: Tensor, settings:
 class _State:
     """Where a training stands; on disk one safetensors file with the figures in its header."""
 
-    def __init__(self, identity: str) -> None:
+    def __init__(self, identity: str, windows_at_once: int) -> None:
         self.identity = identity
+        self.windows_at_once = windows_at_once  # in one forward pass; it decides masks, so it is gone on with
         self.step = 0
         self.seconds = 0.0
         self.losses: list[float] = []
@@ -340,5 +355,5 @@ class _State:
             kind, name = key.split("/", 1)
             p = parameters[name]
             optimizer.state[p][kind] = value.to(p.device)
-        self.step, self.seconds, self.losses = found["step"], found["seconds"], found["losses"]
+        vars(self).update(found)
         log.info("%s: going on from step %d", label, self.step)

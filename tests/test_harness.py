@@ -108,6 +108,16 @@ def test_every_task_answers_as_stock_does(
     assert fast.metrics == pytest.approx(stock.metrics, rel=1e-4)
 
 
+def test_tasks_asked_one_by_one_give_what_all_of_them_give(tiny_model: Callable[[str], Model], tasks_dir: Path) -> None:
+    suite = Harness(groups={"all": ["piqa", "boolq"]}, num_fewshot=1, limit=5, data_dir=str(tasks_dir))
+    model = tiny_model("gpt2")
+    whole, parts = suite.evaluate(model), {name: part.evaluate(model) for name, part in suite.parts().items()}
+    assert [len(part.items) for part in parts.values()] == [5, 5]
+    joined = suite.joined(parts)
+    assert (joined.metrics, joined.description) == (whole.metrics, whole.description)
+    assert joined.items.equals(whole.items)
+
+
 def test_rows_and_metrics_say_the_same(tiny_model: Callable[[str], Model], tasks_dir: Path) -> None:
     found = Harness(tasks=["piqa", "winogrande", "arc_easy"], limit=5, data_dir=str(tasks_dir)).evaluate(
         tiny_model("gpt2")

@@ -150,6 +150,43 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch():
     assert agree.float().mean() > 0.98  # AdamW's first step is a sign, which noise decides where the gradient is nought
 
 
+class TooLittleMemory:
+    """An objective with room for a few windows at a time."""
+
+    def __init__(self, objective, room):
+        self.objective, self.room, self.sizes = objective, room, []
+
+    def __call__(self, network, batch):
+        self.sizes.append(len(batch))
+        if len(batch) > self.room:
+            raise torch.OutOfMemoryError("no room")
+        return self.objective(network, batch)
+
+
+def test_windows_that_do_not_fit_in_memory_go_in_smaller_parts(tmp_path, caplog):
+    """The training is that of the smaller batches accumulated; the parts are kept to, also after an interruption."""
+    plan = TrainingSettings(steps=6, batch_size=8, checkpoint_every=3)
+    smaller = TrainingSettings(steps=6, batch_size=2, accumulate=4, checkpoint_every=3)
+    network, reference = decoder(0.0), decoder(0.0)
+    tight = TooLittleMemory(NextToken(), room=3)
+    report = train(network, text(8), tight, plan, checkpoint=tmp_path / "state.safetensors")
+    assert report.windows_at_once == 2 and tight.sizes == [8, 4, *[2] * 4 * 6]
+    assert [record.message for record in caplog.records if "out of memory" in record.message][-1].endswith(
+        "2 windows at once"
+    )
+    assert train(reference, text(8), NextToken(), smaller).windows_at_once is None
+    for (name, here), (_, there) in zip(network.named_parameters(), reference.named_parameters(), strict=True):
+        torch.testing.assert_close(here, there, msg=name)
+    roomy = TooLittleMemory(NextToken(), room=8)
+    again = train(decoder(0.0), text(8), roomy, plan, checkpoint=tmp_path / "state.safetensors")
+    assert again.resumed_at == 6 and again.windows_at_once == 2 and not roomy.sizes
+
+
+def test_one_window_that_does_not_fit_ends_the_training():
+    with pytest.raises(torch.OutOfMemoryError):
+        train(decoder(), text(8), TooLittleMemory(NextToken(), room=0), TrainingSettings(steps=1, batch_size=8))
+
+
 def test_a_loss_that_is_no_number_stops_the_training_and_keeps_the_last_good_state(tmp_path):
     class Breaks:
         calls = 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from knowledge_compression.errors import BadInput, DataUnavailable
-from knowledge_compression.evaluation.suite import Evaluation, accuracy_metrics, item_table
+from knowledge_compression.evaluation.suite import Evaluation, Suite, accuracy_metrics, item_table
 from knowledge_compression.evaluation.tasks import LOCAL, fingerprint, load_tasks, local_files
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER
@@ -80,54 +80,97 @@ class Harness:
             BadInput: the model is an encoder, or a task is unknown.
             DataUnavailable: a task's documents are not to be had.
         """
-        if model.family == ENCODER:
-            raise BadInput(
-                f"eval={self.name} asks decoders and encoder-decoders, and {model.name} is an encoder; "
-                "choose eval=atlas, eval=lama or eval=perplexity"
-            )
-        names, missing = self._available()
-        tasks = load_tasks(names, self.data_dir)
-        results = self._run(model, tasks)
-        rows = [
-            {"suite": self.name, "task": name, "id": f"{sample['doc_id']}:{sample['doc_hash'][:12]}"}
-            | _answer(tasks[name], sample)
-            for name, samples in results["samples"].items()
-            for sample in samples
-        ]
-        items = item_table(rows, EXTRA_COLUMNS)
-        return Evaluation(self._metrics(results, items), items, self._description(results, missing))
+        return self.joined({name: part.evaluate(model) for name, part in self.parts().items()})
 
-    def _available(self) -> tuple[list[str], dict[str, str]]:
-        """The tasks that can be asked, and why the others cannot."""
-        missing: dict[str, str] = {}
-        if self.skip_missing and self.data_dir is not None:
-            for task in self._asked:
-                try:
+    def parts(self) -> dict[str, Suite]:
+        """One suite a task; all of them are found before the first is asked."""
+        return {name: _OneTask(self, name, task) for name, task in load_tasks(self._available(), self.data_dir).items()}
+
+    def joined(self, parts: Mapping[str, Evaluation]) -> Evaluation:
+        """What the parts found, with the means over them."""
+        items = pl.concat([part.items for part in parts.values()])
+        metrics = accuracy_metrics(items)
+        for part in parts.values():
+            metrics |= part.metrics
+        metrics["majority"] = sum(metrics[f"{name}.majority"] * part.items.height for name, part in parts.items())
+        metrics["majority"] /= items.height
+        for group, tasks in self.groups.items():
+            there = [metrics[f"{task}.accuracy"] for task in tasks if task in parts]
+            if there:
+                metrics[f"group.{group}"] = fmean(there)
+        if self.groups:
+            metrics["average"] = metrics["accuracy_macro"]
+        described: dict[str, Any] = {
+            "lm_eval": version("lm-eval"),
+            "tasks": {name: part.description for name, part in parts.items()},
+            "data": "local files" if self.data_dir is not None else "hub",
+            "fingerprint": self.fingerprint(),
+        }
+        if missing := sorted(set(self._asked) - parts.keys()):
+            described["missing"] = missing
+            described["note"] = f"means are over {', '.join(parts)}; not there: {', '.join(missing)}"
+        return Evaluation(metrics, items, described)
+
+    def _available(self) -> list[str]:
+        """The tasks that can be asked."""
+        names = []
+        for task in self._asked:
+            try:
+                if self.skip_missing and self.data_dir is not None:
                     local_files(task, self.data_dir)
-                except DataUnavailable as error:
-                    missing[task] = str(error)
-                    log.warning("%s is left out: %s", task, error)
-        names = [task for task in self._asked if task not in missing]
+                names.append(task)
+            except DataUnavailable as error:
+                log.warning("%s is left out: %s", task, error)
         if not names:
             raise DataUnavailable(f"eval={self.name}: data_dir={self.data_dir} has none of {', '.join(self._asked)}")
-        return names, missing
+        return names
 
-    def _run(self, model: Model, tasks: Mapping[str, Task]) -> Mapping[str, Any]:
+
+@dataclass(frozen=True)
+class _OneTask:
+    """One task of a suite, asked by itself; its description is what the suite's says of it."""
+
+    suite: Harness
+    name: str
+    task: Task
+
+    def evaluate(self, model: Model) -> Evaluation:
+        """Ask the task's questions."""
+        if model.family == ENCODER:
+            raise BadInput(
+                f"eval={self.suite.name} asks decoders and encoder-decoders, and {model.name} is an encoder; "
+                "choose eval=atlas, eval=lama or eval=perplexity"
+            )
+        results = self._run(model)
+        rows = [
+            {"suite": self.suite.name, "task": self.name, "id": f"{sample['doc_id']}:{sample['doc_hash'][:12]}"}
+            | _answer(self.task, sample)
+            for sample in results["samples"][self.name]
+        ]
+        items = item_table(rows, EXTRA_COLUMNS)
+        described = {
+            "version": results["versions"][self.name],
+            "items": items.height,
+            "of": results["n-samples"][self.name]["original"],
+            "fewshot": results["n-shot"][self.name],
+        }
+        return Evaluation(self._metrics(results["results"][self.name], items), items, described)
+
+    def _run(self, model: Model) -> Mapping[str, Any]:
         """``lm_eval.evaluate``, with what ``simple_evaluate`` sets before it and without the look around the machine
         (``pip list``, compilers, drivers) that it takes after."""
         from lm_eval import evaluate
 
         from knowledge_compression.evaluation.lm import ScorerLM, stock_lm
 
-        for task in tasks.values():
-            own = task.get_config("num_fewshot")
-            if own is None or (own != 0 and self.num_fewshot is not None):  # a task's own 0 is never overruled
-                task.set_config("num_fewshot", self.num_fewshot or 0)
-            task.set_fewshot_seed(FEWSHOT_SEED)
+        own, asked = self.task.get_config("num_fewshot"), self.suite.num_fewshot
+        if own is None or (own != 0 and asked is not None):  # a task's own 0 is never overruled
+            self.task.set_config("num_fewshot", asked or 0)
+        self.task.set_fewshot_seed(FEWSHOT_SEED)
         found = evaluate(
-            lm=ScorerLM(model) if self.scoring == "fast" else stock_lm(model),
-            task_dict={"tasks": dict(tasks)},
-            limit=self.limit,
+            lm=ScorerLM(model) if self.suite.scoring == "fast" else stock_lm(model),
+            task_dict={"tasks": {self.name: self.task}},
+            limit=self.suite.limit,
             bootstrap_iters=0,
             cache_requests=False,  # lm-eval's request cache does not know the model
             log_samples=True,
@@ -135,46 +178,14 @@ class Harness:
         assert found is not None  # it is, on every rank but the first of a distributed run
         return found
 
-    def _metrics(self, results: Mapping[str, Any], items: pl.DataFrame) -> dict[str, float]:
-        metrics = accuracy_metrics(items)
-        hits = {}
-        for (task,), rows in items.group_by("task", maintain_order=True):
-            by = "gold_index" if rows["gold_index"].null_count() == 0 else "gold"
-            hits[task] = int(rows[by].value_counts()["count"].max())  # type: ignore[arg-type]
-            metrics[f"{task}.majority"] = hits[task] / rows.height
-            for key, value in results["results"][task].items():
-                metric, comma, _ = key.partition(",")
-                if comma and isinstance(value, int | float) and not metric.endswith("_stderr"):
-                    metrics[f"{task}.{metric}"] = float(value)
-        metrics["majority"] = sum(hits.values()) / items.height
-        for group, tasks in self.groups.items():
-            there = [metrics[f"{task}.accuracy"] for task in tasks if task in hits]
-            if there:
-                metrics[f"group.{group}"] = fmean(there)
-        if self.groups:
-            metrics["average"] = metrics["accuracy_macro"]
+    def _metrics(self, found: Mapping[str, Any], items: pl.DataFrame) -> dict[str, float]:
+        by = "gold_index" if items["gold_index"].null_count() == 0 else "gold"
+        metrics = {f"{self.name}.majority": int(items[by].value_counts()["count"].max()) / items.height}  # type: ignore[arg-type]
+        for key, value in found.items():
+            metric, comma, _ = key.partition(",")
+            if comma and isinstance(value, int | float) and not metric.endswith("_stderr"):
+                metrics[f"{self.name}.{metric}"] = float(value)
         return metrics
-
-    def _description(self, results: Mapping[str, Any], missing: Mapping[str, str]) -> dict[str, Any]:
-        asked = list(results["samples"])
-        described: dict[str, Any] = {
-            "lm_eval": version("lm-eval"),
-            "tasks": {
-                task: {
-                    "version": results["versions"][task],
-                    "items": len(results["samples"][task]),
-                    "of": results["n-samples"][task]["original"],
-                    "fewshot": results["n-shot"][task],
-                }
-                for task in asked
-            },
-            "data": "local files" if self.data_dir is not None else "hub",
-            "fingerprint": self.fingerprint(),
-        }
-        if missing:
-            described["missing"] = sorted(missing)
-            described["note"] = f"means are over {', '.join(asked)}; not there: {', '.join(sorted(missing))}"
-        return described
 
 
 def _answer(task: Task, sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import polars as pl
 
@@ -56,6 +56,19 @@ class Suite(Protocol):
         Raises:
             BadInput: the suite does not fit the model's family, or its data is not there.
         """
+        ...
+
+
+@runtime_checkable
+class DividedSuite(Suite, Protocol):
+    """A suite of parts that are asked one by one, so that a run which dies among them has lost only the last."""
+
+    def parts(self) -> Mapping[str, Suite]:
+        """Its parts by name, in the order in which to ask them."""
+        ...
+
+    def joined(self, parts: Mapping[str, Evaluation]) -> Evaluation:
+        """The suite's own answer from those of all its parts."""
         ...
 
 

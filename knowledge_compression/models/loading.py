@@ -19,6 +19,7 @@ import torch
 
 from knowledge_compression.cache import cached_folder
 from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
+from knowledge_compression.memory import reuse_freed_memory
 from knowledge_compression.models.failures import one_line_failures, quiet
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, architecture_of
 from knowledge_compression.models.hub import cache_alone_where_no_hub_answers
@@ -330,6 +331,8 @@ def _from_pretrained(
     from transformers import AutoTokenizer
 
     place = resolve_device(device)
+    if place.type == "cpu":
+        reuse_freed_memory()
     with one_line_failures(where, name, allow_pickle), quiet():
         config = _configuration(where, **hub)
         network, loaded = auto_class(config).from_pretrained(

@@ -42,6 +42,7 @@ class RecoveryReport:
         reports = [adapter.report for adapter in adapters]
         found = [adapter.file.parent.name for adapter in adapters if adapter.found]
         resumed = [report.resumed_at for report in reports if report.resumed_at is not None]
+        smaller = [report.windows_at_once for report in reports if report.windows_at_once is not None]
         return cls(
             strategy,
             trainable_parameters=sum(report.parameters for report in reports),
@@ -49,7 +50,8 @@ class RecoveryReport:
             loss_before=fmean(report.loss_before for report in reports),
             loss_after=fmean(report.loss_after for report in reports),
             seconds=sum(report.seconds for report in reports),
-            details=dict(settings) | {"adapters_of_earlier_runs": found, "resumed_at": resumed},
+            details=dict(settings)
+            | {"adapters_of_earlier_runs": found, "resumed_at": resumed, "windows_at_once_for_memory": smaller},
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -8,18 +8,19 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
 
 from knowledge_compression.compression.kept import KeptModels
 from knowledge_compression.compression.magnitude import Magnitude
 from knowledge_compression.corpora.text import TextFile
-from knowledge_compression.evaluation.suite import Evaluation, accuracy_metrics, item_table
+from knowledge_compression.evaluation.suite import Evaluation, Suite, accuracy_metrics, item_table
 from knowledge_compression.experiment import Experiment
 from knowledge_compression.models import Model
 from knowledge_compression.models.loading import LocalModel
@@ -29,8 +30,6 @@ from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results import store
 from knowledge_compression.results.tracker import NoTracker, Unseen
 from knowledge_compression.training import TrainingSettings
-
-SUITES = ("probe", "second")
 
 
 def come_by(place: str) -> None:
@@ -86,6 +85,24 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two probes, asked one by one."""
+
+    def parts(self) -> dict[str, Suite]:
+        return {name: Probe(name) for name in ("second", "third")}
+
+    def evaluate(self, model: Model) -> Evaluation:
+        return self.joined({name: part.evaluate(model) for name, part in self.parts().items()})
+
+    def joined(self, parts: Mapping[str, Evaluation]) -> Evaluation:
+        items = pl.concat([part.items for part in parts.values()])
+        return Evaluation(accuracy_metrics(items) | parts["third"].metrics, items, {"asked": list(parts)})
+
+
+SUITES: Mapping[str, Suite] = {"probe": Probe(), "pair": Pair()}
+
+
+@dataclass(frozen=True)
 class StumblingModel(LocalModel):
     """A local model by whose loading mishaps come."""
 
@@ -135,7 +152,7 @@ def _stumbling(step: Any, place: str) -> Any:
     return stumble
 
 
-def do_run(outputs: str, model: str, mishaps: str, suites: tuple[str, ...] = SUITES, trains: bool = False) -> None:
+def do_run(outputs: str, model: str, mishaps: str, suites: Sequence[str] = tuple(SUITES), trains: bool = False) -> None:
     """One experiment, in a process of its own, with a cache of its own beside the outputs."""
     os.environ |= {"MISHAPS": mishaps, "KC_CACHE_DIR": f"{outputs}-cache"}
     torch.set_num_threads(1)
@@ -152,7 +169,7 @@ def do_run(outputs: str, model: str, mishaps: str, suites: tuple[str, ...] = SUI
         compression=Stumbling(0.5),
         recovery=recovery,
         corpus=TextFile(name="text", path=str(text), samples=4, length=16),
-        suites={name: Probe(name) for name in suites},
+        suites={name: SUITES[name] for name in suites},
         settings={name: {} for name in ("target", "compression", "recovery", "corpus")}
         | {"eval": {name: {} for name in suites}, "choices": choices},
         device="cpu",

@@ -20,6 +20,7 @@ from knowledge_compression.evaluation.scoring.generation import Done, generate
 from knowledge_compression.evaluation.scoring.heads import head_at, likeliest
 from knowledge_compression.evaluation.scoring.questions import Blank, Likelihood, Question
 from knowledge_compression.evaluation.scoring.trees import Tree, attention_masks, plant
+from knowledge_compression.memory import is_out_of_memory
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER
 
@@ -230,7 +231,7 @@ class Scorer:
             yield batch, score(batch)
             return
         except RuntimeError as error:
-            if len(batch) == 1 or not _is_out_of_memory(error):
+            if len(batch) == 1 or not is_out_of_memory(error):
                 raise
         self.budget.halve()
         for part in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
@@ -288,10 +289,6 @@ def _read(
     parts = [(torch.logsumexp(part.float(), -1), likeliest(part)) for part in logits.split(at_a_time)]
     sums, best = (torch.cat(column) for column in zip(*parts, strict=True))
     return logits[rows, wanted].float() - sums[rows], best[rows] == wanted
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _progress(batches: Sequence[list[int]]) -> Iterable[list[int]]:
