@@ -1,9 +1,11 @@
 # make run   installs what is needed and runs the main job on the embedded model
 # make test  installs what is needed and runs the tests
 # make help  lists the rest
+# KC_TEST_SLURM=all make test-slurm   and fifty jobs that start at the same second, which takes minutes and memory
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+KC_TEST_SLURM ?= 1
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -27,10 +29,8 @@ test: $(INSTALLED)  ## all tests, on every core
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slurm: $(INSTALLED)  ## a sweep on a real SLURM, which is started on this machine; as root, installs Debian packages
-	command -v slurmdbd >/dev/null && command -v mariadbd >/dev/null || { apt-get update -qq && \
-	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-	  slurm-wlm slurmdbd munge mariadb-server >/dev/null; }
-	KC_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
+	tests/slurm/single_node.sh install
+	KC_TEST_SLURM=$(KC_TEST_SLURM) $(BIN)/python -m pytest -rs tests/slurm
 
 coverage: $(INSTALLED)  ## all tests once more, and the lines that none of them runs, by file
 	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term-missing:skip-covered

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import polars as pl
 import torch
@@ -25,6 +25,7 @@ from knowledge_compression.experiment import Experiment
 from knowledge_compression.models import Model
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.targets import Target
+from knowledge_compression.recovery.base import RecoveryReport
 from knowledge_compression.recovery.lora import Lora
 from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results import store
@@ -120,6 +121,21 @@ class Stumbling(Magnitude):
         report = super().compress(model, targets, calibration)
         come_by(f"after-compression-{self.sparsity}")
         return report
+
+
+@dataclass(frozen=True)
+class Nudge:
+    """A recovery that trains nothing and adds a constant to all that is no matrix."""
+
+    by: float
+    trains: ClassVar[bool] = False
+
+    def recover(self, model: Model, corpus: Any, report_to: Any = None) -> RecoveryReport:
+        come_by(f"recovery-{self.by:g}")
+        with torch.no_grad():
+            for parameter in model.network.parameters():
+                parameter.add_(self.by if parameter.ndim == 1 else 0.0)
+        return RecoveryReport("nudge")
 
 
 @dataclass(frozen=True)

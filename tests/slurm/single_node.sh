@@ -1,12 +1,25 @@
 #!/usr/bin/env bash
 # A whole SLURM on this one machine, accounts included, without systemd. For tests; as root, on Debian.
-#   tests/slurm/single_node.sh start FOLDER | stop FOLDER
-# All of its files lie in FOLDER and its commands find it by SLURM_CONF=FOLDER/etc/slurm.conf; /etc/slurm is left alone.
+#   tests/slurm/single_node.sh install | start FOLDER | stop FOLDER
+# All of its files lie in FOLDER and its commands find it by SLURM_CONF=FOLDER/etc/slurm.conf; /etc/slurm is left alone,
+# and its ports are its own, so that it runs beside any other that is there.
 set -euo pipefail
 action=$1
-base=$(realpath -m "$2")
+base=$(realpath -m "${2:-.}")
 host=$(hostname -s)
+port=$((20000 + $$ % 4000 * 3))
 export SLURM_CONF=$base/etc/slurm.conf
+
+install() {
+  for command in slurmctld slurmd slurmdbd munged mariadbd mariadb-install-db; do
+    if ! command -v $command >/dev/null; then
+      apt-get update -qq
+      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        slurm-wlm slurmdbd munge mariadb-server >/dev/null
+      return
+    fi
+  done
+}
 
 until_it_works() {
   for _ in $(seq 1200); do if "$@" >/dev/null 2>&1; then return; fi; sleep 0.25; done
@@ -15,10 +28,10 @@ until_it_works() {
 }
 
 write_configuration() {
-  local megabytes=$(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1024 - 1024))
   cat >"$base/etc/slurmdbd.conf" <<CONF
 DbdHost=localhost
 DbdAddr=127.0.0.1
+DbdPort=$((port + 2))
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket=$base/munge/socket
@@ -30,14 +43,17 @@ PidFile=$base/slurmdbd.pid
 LogFile=$base/log/slurmdbd.log
 CONF
   chmod 600 "$base/etc/slurmdbd.conf"
-  # OverMemoryKill stands in for cgroups, which containers seldom have; KillWait is short so that tests are; and it has
-  # four processors wherever it is, so that jobs run side by side on the smallest machine.
+  # OverMemoryKill stands in for cgroups, which containers seldom have. It has 64 processors and 256 GB wherever it is,
+  # so that jobs run side by side on the smallest machine. What SLURM waits for is cut short: a requeued job may start
+  # again after cred_expire (120 s otherwise), at the scheduler's next look (30 or 60 s otherwise).
   cat >"$SLURM_CONF" <<CONF
 ClusterName=one
 SlurmctldHost=$host(127.0.0.1)
+SlurmctldPort=$port
+SlurmdPort=$((port + 1))
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket=$base/munge/socket,cred_expire=5
+AuthInfo=socket=$base/munge/socket,cred_expire=10
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/linux
@@ -45,12 +61,14 @@ JobAcctGatherFrequency=task=2
 JobAcctGatherParams=OverMemoryKill
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
+AccountingStoragePort=$((port + 2))
 AccountingStoragePass=$base/munge/socket
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 MpiDefault=none
 ReturnToService=2
-KillWait=5
+SchedulerParameters=sched_interval=2,bf_interval=2
+KillWait=2
 SlurmdParameters=config_overrides
 StateSaveLocation=$base/state
 SlurmdSpoolDir=$base/spool
@@ -58,7 +76,7 @@ SlurmctldPidFile=$base/slurmctld.pid
 SlurmdPidFile=$base/slurmd.pid
 SlurmctldLogFile=$base/log/slurmctld.log
 SlurmdLogFile=$base/log/slurmd.log
-NodeName=$host NodeAddr=127.0.0.1 CPUs=4 RealMemory=$megabytes State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=64 RealMemory=256000 State=UNKNOWN
 PartitionName=debug Nodes=$host Default=YES MaxTime=INFINITE State=UP DefMemPerCPU=512
 CONF
 }
