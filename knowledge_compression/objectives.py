@@ -176,7 +176,7 @@ class SpanCorruption:
 
 
 def objective_for(model: Model, *, rate: float = 0.15) -> Objective:
-    """The objective that a model of this family was made for, on full windows of running text.
+    """The objective that a model was trained for: its own, or that of its family on full windows of running text.
 
     Args:
         model: any family.
@@ -185,6 +185,8 @@ def objective_for(model: Model, *, rate: float = 0.15) -> Objective:
     Raises:
         BadInput: the tokenizer lacks the mask token or the sentinels that the objective needs.
     """
+    if model.objective is not None:
+        return model.objective
     tokenizer = model.tokenizer
     if model.family == DECODER:
         return NextToken()

@@ -17,14 +17,15 @@ from scipy.stats import spearmanr
 
 import knowledge_compression as kc
 from knowledge_compression.compression.magnitude import Magnitude
+from knowledge_compression.corpora.world import WorldText, packed
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.harness import Harness
 from knowledge_compression.evaluation.world import WorldProbes
-from knowledge_compression.objectives import NextToken
+from knowledge_compression.objectives import NextToken, objective_for
 from knowledge_compression.training import TrainingSettings
 from knowledge_compression.world import files, models
 from knowledge_compression.world.generator import WorldSettings, generate
-from knowledge_compression.world.models import Shape, WorldModel, packed
+from knowledge_compression.world.models import Shape, WorldModel
 from knowledge_compression.world.schema import ONE_TO_ONE, RELATIONS
 from knowledge_compression.world.tokenizer import train_tokenizer
 
@@ -289,6 +290,27 @@ def test_more_facts_than_chance(cache):
     source = small_model("decoder", training=TrainingSettings(steps=1, batch_size=1, learning_rate=1e-9), recall=0.0)
     metrics = WorldProbes(native=False).evaluate(source.load()).metrics
     assert metrics["accuracy"] < 4 * metrics["chance"] and not math.isnan(metrics["accuracy"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recovery_reads_whole_sentences_as_training_did(cache, family):
+    source = small_model(family, training=TrainingSettings(steps=1, batch_size=1, learning_rate=1e-9), recall=0.0)
+    model, corpus = source.load(), WorldText(samples=5, length=21)
+    windows = corpus.token_stream(model).view(-1, 21)
+    assert corpus.windows(model).shape == (5, 21)
+    whole = set(generate(TRAINED).recovery_text())
+    seen = set()
+    for text in model.tokenizer.batch_decode(windows, skip_special_tokens=True):
+        sentences = [f"{part.strip()} ." for part in text.split(" .") if part.strip()]
+        assert len(sentences) > 1 and set(sentences) <= whole
+        seen |= set(sentences)
+    assert seen == whole
+    begins = model.tokenizer.bos_token_id
+    assert (windows[:, 0] == begins).all() if family != "encoder_decoder" else (windows != begins).all()
+    assert objective_for(model) is model.objective
+    with torch.no_grad():
+        loss, count = objective_for(model)(model.network, windows)
+    assert math.isfinite(loss) and count
 
 
 @pytest.fixture(scope="module")

@@ -2,46 +2,111 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import LongTensor
 
-from knowledge_compression.corpora.corpus import Windowed
-from knowledge_compression.corpora.text import TextFile
+from knowledge_compression.corpora.corpus import Windowed, check_fits
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
+from knowledge_compression.models.families import ENCODER, ENCODER_DECODER
 
 
 @dataclass(frozen=True)
 class WorldText(Windowed):
-    """The recovery corpus of the world that the model was trained on; it names no subject that a probe asks about."""
+    """The recovery corpus of the world that the model was trained on; it names no subject that a probe asks about.
+
+    Its windows are such as the model was trained on: whole sentences, as many as fit, framed as its family has them.
+    """
 
     name: str = "world"
-    length: int = 32
+    length: int = 12
 
     def fingerprint(self) -> str:
         """Nothing of its own: the model's fingerprint names the world, and with it the text."""
         return "of the model's world"
 
-    def prepared(self, model: Model) -> TextFile:
-        """The text of the model's own world.
+    def prepared(self, model: Model) -> WorldText:
+        """Itself: the text does not depend on what is done to the model."""
+        return self
 
-        Raises:
-            BadInput: the model was not trained on a controlled world.
-        """
+    def windows(self, model: Model) -> LongTensor:
+        """Calibration windows ``[samples, length]``."""
+        return sentence_windows(model, self._sentences(model), self.length, self.samples, self.seed)
+
+    def token_stream(self, model: Model) -> LongTensor:
+        """One window after the other, as many as hold every sentence."""
+        sentences = self._sentences(model)
+        a_window = max(1, self.length // (max(map(len, sentences)) + 2))
+        windows = sentence_windows(model, sentences, self.length, ceil(len(sentences) / a_window), self.seed)
+        return windows.flatten()  # type: ignore[return-value]
+
+    def _sentences(self, model: Model) -> list[list[int]]:
         folder = model.provenance.get("world")
         if folder is None:
             raise BadInput(
                 f"corpus=world is the text of a controlled world, and {model.name} was not trained on one; "
                 "take model=world_encoder, world_encoder_decoder or world_decoder, or another corpus"
             )
-        return TextFile(self.name, self.samples, self.length, self.seed, path=str(Path(folder) / "recovery.txt"))
+        lines = (Path(folder) / "recovery.txt").read_text(encoding="utf-8").splitlines()
+        return model.tokenizer(lines, add_special_tokens=False)["input_ids"]
 
-    def windows(self, model: Model) -> LongTensor:
-        """Calibration windows ``[samples, length]``."""
-        return self.prepared(model).windows(model)
 
-    def token_stream(self, model: Model) -> LongTensor:
-        """All of it as one row of token ids."""
-        return self.prepared(model).token_stream(model)
+def sentence_windows(
+    model: Model, sentences: Sequence[Sequence[int]], length: int, count: int, seed: int
+) -> LongTensor:
+    """Windows of whole shuffled sentences, each reading of them shuffled anew, padded on the right.
+
+    Args:
+        model: whose tokenizer and family say what begins and ends a window.
+        sentences: token ids.
+        length: tokens in a window.
+        count: windows.
+        seed: of the shuffling.
+
+    Returns:
+        Token ids ``[count, length]``.
+
+    Raises:
+        BadInput: a sentence does not fit into a window, or a window into the model's positions.
+    """
+    check_fits(model, length)
+    tokenizer = model.tokenizer
+    begin = [] if model.family == ENCODER_DECODER else [tokenizer.bos_token_id]
+    end = [tokenizer.eos_token_id] if model.family == ENCODER else []
+    windows = np.full((count, length), tokenizer.pad_token_id)
+    for window, row in zip(windows, packed(sentences, length - len(begin) - len(end), count, seed), strict=True):
+        framed = [*begin, *row, *end]
+        window[: len(framed)] = framed
+    return torch.from_numpy(windows)  # type: ignore[return-value]
+
+
+def packed(sentences: Sequence[Sequence[int]], length: int, count: int, seed: int) -> list[list[int]]:
+    """Rows of whole shuffled sentences, as many as fit into ``length`` tokens: ``count`` rows.
+
+    Raises:
+        BadInput: a sentence is longer than a row.
+    """
+    if (longest := max(map(len, sentences))) > length:
+        raise BadInput(
+            f"a window has room for {length} tokens, and a sentence has {longest}; raise model.length or corpus.length"
+        )
+    generator = random.Random(seed)
+    order = list(range(len(sentences)))
+    rows: list[list[int]] = []
+    row: list[int] = []
+    while True:
+        generator.shuffle(order)
+        for sentence in (sentences[i] for i in order):
+            if len(row) + len(sentence) > length:
+                rows.append(row)
+                if len(rows) == count:
+                    return rows
+                row = []
+            row = [*row, *sentence]

@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import random
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import LongTensor
 
 from knowledge_compression.cache import cache_folder, cached_folder
+from knowledge_compression.corpora.world import sentence_windows
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.world import WorldProbes
 from knowledge_compression.models import Model
@@ -31,7 +28,7 @@ from knowledge_compression.world.schema import STOP
 from knowledge_compression.world.tokenizer import SENTINELS, train_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +147,7 @@ class WorldModel:
         made = json.loads((folder / "made.json").read_text())
         self._check_recall(made["recall"]["head_held_out"], made["facts"], made["training"]["steps"])
         model.provenance = {"recipe": self.fingerprint(), "world": str(folder / "world"), "made": made}
+        model.objective = _objective(self.family, model.tokenizer)
         return model
 
     def folder(self, device: str = "auto") -> Path:
@@ -178,7 +176,9 @@ class WorldModel:
             network = _network(self.shape.config(self.family, tokenizer), "cpu")
         model = Model(network.to(resolve_device(device)), tokenizer, self.name)
         log.info("training %s on %d facts, once (minutes)", self.name, len(world.facts))
-        windows = self._windows(world, tokenizer)
+        sentences = tokenizer(world.training_text(), add_special_tokens=False)["input_ids"]
+        count = self.training.steps_over(self.length) * self.training.batch_size * self.training.accumulate
+        windows = sentence_windows(model, sentences, self.length, count, self.training.seed)
         state = cache_folder() / "worlds" / f".{self.fingerprint()}.training"
         report = train(network, windows, _objective(self.family, tokenizer), self.training,
                        checkpoint=state, label=f"training {self.name}")  # fmt: skip
@@ -210,42 +210,6 @@ class WorldModel:
                 "world (model.world.people=...), more model.training.steps or a wider model.shape.width"
             )
 
-    def _windows(self, world: World, tokenizer: PreTrainedTokenizerFast) -> LongTensor:
-        """As many windows as the training will see, each reading of the text shuffled anew: ``[windows, length]``."""
-        encoded = tokenizer(world.training_text(), add_special_tokens=False)["input_ids"]
-        begin = [] if self.family == ENCODER_DECODER else [tokenizer.bos_token_id]
-        end = [tokenizer.eos_token_id] if self.family == ENCODER else []
-        count = self.training.steps_over(self.length) * self.training.batch_size * self.training.accumulate
-        rows = packed(encoded, self.length - len(begin) - len(end), count, self.training.seed)
-        windows = np.full((count, self.length), tokenizer.pad_token_id, dtype=np.int16)
-        for window, row in zip(windows, rows, strict=True):
-            framed = [*begin, *row, *end]
-            window[: len(framed)] = framed
-        return torch.from_numpy(windows)  # type: ignore[return-value]
-
-
-def packed(sentences: Sequence[Sequence[int]], length: int, count: int, seed: int) -> list[list[int]]:
-    """Rows of whole shuffled sentences, as many as fit into ``length`` tokens: ``count`` rows.
-
-    Raises:
-        BadInput: a sentence is longer than a row.
-    """
-    if (longest := max(map(len, sentences))) > length:
-        raise BadInput(f"model.length leaves {length} tokens a window, and a sentence has {longest}; raise it")
-    generator = random.Random(seed)
-    order = list(range(len(sentences)))
-    rows: list[list[int]] = []
-    row: list[int] = []
-    while True:
-        generator.shuffle(order)
-        for sentence in (sentences[i] for i in order):
-            if len(row) + len(sentence) > length:
-                rows.append(row)
-                if len(rows) == count:
-                    return rows
-                row = []
-            row = [*row, *sentence]
-
 
 @lru_cache(maxsize=3)
 def _skeleton(world: WorldSettings, shape: Shape, family: str) -> tuple[Any, PreTrainedTokenizerFast]:
@@ -261,7 +225,7 @@ def _network(config: PretrainedConfig, device: str) -> Any:
         return kinds[config.model_type](config)
 
 
-def _objective(family: str, tokenizer: PreTrainedTokenizerFast) -> Objective:
+def _objective(family: str, tokenizer: PreTrainedTokenizerBase) -> Objective:
     """The family's objective; answers, on which all sentences end, are hidden far more often than other words."""
     if family == DECODER:
         return NextToken(tokenizer.pad_token_id)
