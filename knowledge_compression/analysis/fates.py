@@ -25,7 +25,7 @@ from knowledge_compression.analysis.ledger import (
     restorations,
 )
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import Estimate, accuracy
+from knowledge_compression.statistics import Estimate, accuracy, proportion
 
 FATES = (KEPT, LOST, GAINED, NEVER_KNOWN)
 RESTORED = (BY_REDIRECTION, BY_WEIGHTS, BY_BOTH, BY_NEITHER)
@@ -120,7 +120,7 @@ def _counted(ledger: pl.DataFrame, column: str, categories: list[str]) -> Iterat
 
 
 def _share(such: int, others: int) -> Estimate | None:
-    return accuracy(np.arange(such + others) < such) if such + others else None
+    return proportion(such, such + others) if such + others else None
 
 
 def _treatment(run: Run) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from knowledge_compression.analysis.claims import Claim
 from knowledge_compression.analysis.comparisons import Comparisons
@@ -29,7 +30,7 @@ def findings(verdicts: Sequence[Verdict]) -> list[str]:
     heads = ["", "claim", "model", "suite", "kept more (points, 95 %)", "p (Holm)", "items", "seeds", "pairs of runs"]
     silent = sum(not verdict.findings for verdict in verdicts)
     note = ["", f"{silent} of {len(verdicts)} claims have no runs to rest on here."] if silent else []
-    return [*_table(heads, rows), *note] if rows else []
+    return [*table(heads, rows), *note] if rows else []
 
 
 def fates(comparisons: Comparisons) -> list[str]:
@@ -42,11 +43,11 @@ def fates(comparisons: Comparisons) -> list[str]:
             frequencies += [name for name in told if name not in (*frequencies, OVERALL)]
             fall = drop(group.dense_answers(run), group.answers(run))
             lost = f"{fall.value:.1f} % [{fall.low:.1f}, {fall.high:.1f}]"
-            cells = [label(run), group.asked.name, _percent(accuracy(group.answers(run))), lost]
+            cells = [label(run), group.asked.name, percent(accuracy(group.answers(run))), lost]
             rows.append((cells, told))
     heads = ["run", "suite", "accuracy", "drop", "lost, of the known", *(f"lost, {name}" for name in frequencies)]
-    return _table(
-        heads, [[*cells, *(_percent(told.get(name)) for name in (OVERALL, *frequencies))] for cells, told in rows]
+    return table(
+        heads, [[*cells, *(percent(told.get(name)) for name in (OVERALL, *frequencies))] for cells, told in rows]
     )
 
 
@@ -57,17 +58,19 @@ def restored(comparisons: Comparisons) -> list[str]:
         names = {run.id: label(run) for run in group.members}
         for row in shares_restored(group):
             told = [names[row["compressed"]], ", ".join(row["tried"]), row["value"], str(row["lost"])]
-            rows.append([*told, *map(_percent, row["shares"])])
-    return _table(["compressed", "tried", "facts", "lost", *RESTORED], rows)
+            rows.append([*told, *map(percent, row["shares"])])
+    return table(["compressed", "tried", "facts", "lost", *RESTORED], rows)
 
 
 def _finding(claim: Claim, finding: Finding) -> list[str]:
     p = "" if claim.margin else f"{finding.p:.2g}"  # "as good as" is decided by the interval alone
     counts = [f"{finding.effect.n:,}", str(finding.seeds), str(len(finding.pairs))]
-    return [finding.status, claim.text, finding.model, finding.suite, _points(finding.effect), p, *counts]
+    return [finding.status, claim.text, finding.model, finding.suite, points(finding.effect), p, *counts]
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table; none where it has no rows."""
+
     def lines() -> Iterator[str]:
         yield f"| {' | '.join(heads)} |"
         yield f"|{' --- |' * len(heads)}"
@@ -78,11 +81,19 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return found if len(found) > 2 else []
 
 
-def _percent(estimate: Estimate | None) -> str:
+def percent(estimate: Estimate | None) -> str:
+    """A share and its interval in percent; empty where there is none."""
     if estimate is None:
         return ""
     return f"{100 * estimate.value:.1f} % [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
-def _points(estimate: Estimate) -> str:
+def points(estimate: Estimate) -> str:
+    """A difference of shares and its interval, in points."""
     return f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
+
+
+def write_below(marker: str, lines: Iterable[str], page: Path) -> None:
+    """Replace what a page says below a marker line; what was written by hand above it stays."""
+    by_hand = page.read_text(encoding="utf-8").partition(f"{marker}\n")[0]
+    page.write_text("\n".join([f"{by_hand}{marker}", "", *lines, ""]), encoding="utf-8")

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Run:
     report: dict[str, Any]
     environment: dict[str, Any]
     folder: Path | None = None
-    _items: pl.DataFrame | None = field(default=None, repr=False)
+    _items: pl.DataFrame | pl.LazyFrame | None = field(default=None, repr=False)
 
     @property
     def items(self) -> pl.DataFrame:
@@ -62,6 +62,10 @@ class Run:
             return self._items.lazy()
         assert self.folder is not None
         return pl.scan_parquet(self.folder / "items.parquet")
+
+    def only(self, condition: pl.Expr) -> Run:
+        """The run with just the items that meet a condition; like the whole table, they are not read before asked."""
+        return replace(self, _items=self.scan_items().filter(condition))
 
     @property
     def layers(self) -> list[dict[str, Any]]:

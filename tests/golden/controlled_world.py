@@ -28,7 +28,8 @@ def keep(store: Path) -> None:
     columns: dict[str, pl.DataFrame] = {}
     runs = []
     for run in sorted(RunStore(store), key=reading_order):
-        items = run.items.filter(pl.col("asked_as") == "held_out").sort("id")
+        held_out = run.only(pl.col("asked_as") == "held_out").scan_items()
+        items = held_out.select("task", "id", "bin", "correct").sort("id").collect()
         model = run.config["choices"]["model"]
         known = columns.setdefault(model, items.select(pl.lit(model).alias("model"), "task", "id", "bin"))
         assert known["id"].equals(items["id"])
