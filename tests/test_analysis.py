@@ -232,13 +232,13 @@ def test_where_in_the_depth_lost_facts_went():
         run._items = pl.concat([run.items, pl.DataFrame(rows)], how="diagonal")
         return run
 
-    dense = looked_into(made_run(bits("1111"), compression="none"), [[5, 2, 1, 1]] * 4)
-    small = looked_into(made_run(bits("0001")), [[5, 3, 1, 2], [1, 1, 4, 4], [9, 9, 9, 2], [1, 1, 1, 1]])
+    dense = looked_into(made_run(bits("11111"), compression="none"), [[5, 2, 1, 1]] * 5)
+    small = looked_into(made_run(bits("00001")), [[5, 3, 1, 2], [1, 1, 4, 4], [9, 9, 9, 2], [3, 1, 2, 1], [1, 1, 1, 1]])
     found = ledger.depths(dense, small, "atlas").sort("id")
-    assert found["went"].to_list() == ["late", "early", "never there"]
-    assert found["first_until"].to_list() == [2, 1, None]
-    assert found["ranks_before"].to_list() == [[5, 2, 1, 1]] * 3
-    assert ledger.depths(dense, made_run(bits("0001")), "atlas") is None
+    assert found["went"].to_list() == ["late", "early", "never there", "to the end"]
+    assert found["first_until"].to_list() == [2, 1, None, 3]
+    assert found["ranks_before"].to_list() == [[5, 2, 1, 1]] * 4
+    assert ledger.depths(dense, made_run(bits("00001")), "atlas") is None
 
 
 def test_groups_of_one_suite_say_what_is_particular_about_them():

@@ -8,6 +8,7 @@ from conftest import SPECIAL, VOCABULARY
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation import lens
+from knowledge_compression.evaluation.atlas import Atlas
 from knowledge_compression.evaluation.cloze import MASK, Cloze
 from knowledge_compression.evaluation.lens import LogitLens
 from knowledge_compression.evaluation.probe import Probe
@@ -78,6 +79,17 @@ def test_at_the_last_depth_the_lens_ranks_as_the_probe_does(architecture, calibr
     assert joined.height == 4
     assert joined["rank"].to_list() == joined["rank_probe"].to_list() == [r[-1] for r in joined["depth_rank"].to_list()]
     assert joined["log_prob"].to_list() == pytest.approx(joined["log_prob_probe"].to_list(), abs=1e-4)
+
+
+def test_it_calibrates_as_the_suite_does_unless_told(tiny_model):
+    model = tiny_model("llama")
+    assert LogitLens(limit=40).evaluate(model).description["calibrate"] is Atlas().calibrate is True
+    assert LogitLens(limit=40, calibrate=False).evaluate(model).description["calibrate"] is False
+
+
+def test_a_suite_that_does_not_calibrate_is_read_without(tiny_model, monkeypatch):
+    monkeypatch.setitem(lens.SUITES, "world", lambda _: Capitals())
+    assert LogitLens(of="world").evaluate(tiny_model("llama")).description["calibrate"] is False
 
 
 def test_the_atlas_can_be_looked_into(tiny_model):

@@ -180,7 +180,7 @@ def test_in_a_browser_fates_are_told_by_frequency_by_recovery_and_by_depth(tmp_p
     page.select_option("#fate-by", "relation")
     page.wait_for_function("document.querySelector('#fate-table').innerText.includes('r2')")
     assert page.locator("#depth-chart .scatterlayer .trace").count() == 2
-    assert "in the last third" in page.locator("#depth-words").inner_text()
+    assert "within the last third" in page.locator("#depth-words").inner_text()
     assert "lora, prompt" in page.locator("#restored-table").inner_text()
 
 

@@ -16,10 +16,14 @@ from knowledge_compression.analysis.ledger import (
     BY_NEITHER,
     BY_REDIRECTION,
     BY_WEIGHTS,
+    EARLY,
     GAINED,
     KEPT,
+    LATE,
     LOST,
     NEVER_KNOWN,
+    NEVER_THERE,
+    TO_THE_END,
     depths,
     fates,
     restorations,
@@ -28,6 +32,7 @@ from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, accuracy, proportion
 
 FATES = (KEPT, LOST, GAINED, NEVER_KNOWN)
+WENT = (TO_THE_END, LATE, EARLY, NEVER_THERE)
 RESTORED = (BY_REDIRECTION, BY_WEIGHTS, BY_BOTH, BY_NEITHER)
 OVERALL = "all facts"
 # Columns of items by which facts are told apart, and what they are called.
@@ -90,8 +95,8 @@ def shares_by_depth(group: Group, run: Run) -> Row | None:
 
     Returns:
         ``before`` and ``after``: an :class:`Estimate` a depth, the first before the first block; ``went``: share of
-        the lost facts last seen ``late``, ``early`` or ``never there``. None where the lens was not held over both
-        runs, or nothing was lost.
+        the lost facts by where they went, deepest first, as in :func:`~.ledger.depths`. None where the lens was not
+        held over both runs, or nothing was lost.
     """
     lost = depths(group.dense, run, group.asked.suite)
     if lost is None or lost.is_empty():
@@ -102,7 +107,7 @@ def shares_by_depth(group: Group, run: Run) -> Row | None:
         return [accuracy(at == 1) for at in ranks.T]
 
     counts = Counter(lost["went"].to_list())
-    went = {name: _share(count, lost.height - count) for name, count in sorted(counts.items())}
+    went = {name: _share(counts[name], lost.height - counts[name]) for name in WENT if counts[name]}
     return {"before": first("ranks_before"), "after": first("ranks_after"), "went": went, "lost": lost.height}
 
 

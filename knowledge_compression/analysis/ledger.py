@@ -14,7 +14,7 @@ REDIRECTION = ("prompt", "prefix", "idp", "concat")
 WEIGHTS = ("lora",)
 
 KEPT, LOST, GAINED, NEVER_KNOWN = "kept", "lost", "gained", "never known"
-NEVER_THERE, EARLY, LATE = "never there", "early", "late"
+NEVER_THERE, EARLY, LATE, TO_THE_END = "never there", "early", "late", "to the end"
 BY_REDIRECTION, BY_WEIGHTS, BY_BOTH, BY_NEITHER = "by redirection", "by weights", "by both", "by neither"
 
 
@@ -63,8 +63,10 @@ def depths(dense: Run, compressed: Run, suite: str) -> pl.DataFrame | None:
     Returns:
         One row a lost fact that the lens was held over: ``task, id, question, gold``; ``ranks_before, ranks_after``,
         the answer's rank by depth, before the first block and after each; ``first_until``, the last depth at which the
-        compressed model ranks it first (null: at none); and ``went``: ``late`` where that is in the last third of the
-        blocks, ``early`` where it is before, ``never there``. None where either run lacks the lens.
+        compressed model ranks it first (null: at none); and ``went``: ``to the end`` where that is after the last
+        block (the lens reads an answer's first token, so the rest of it went wrong, or another that begins alike won),
+        ``late`` where it is in the last third of the blocks, ``early`` where it is before, ``never there``. None where
+        either run lacks the lens.
     """
     looked = [_lens(run, suite) for run in (dense, compressed)]
     if looked[0] is None or looked[1] is None:
@@ -80,6 +82,8 @@ def depths(dense: Run, compressed: Run, suite: str) -> pl.DataFrame | None:
         .with_columns(
             pl.when(pl.col("first_until").is_null())
             .then(pl.lit(NEVER_THERE))
+            .when(pl.col("first_until") == blocks)
+            .then(pl.lit(TO_THE_END))
             .when(3 * pl.col("first_until") >= 2 * blocks)
             .then(pl.lit(LATE))
             .otherwise(pl.lit(EARLY))

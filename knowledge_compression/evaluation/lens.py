@@ -57,13 +57,14 @@ class LogitLens:
         of: whose questions: ``atlas``, ``world`` or ``lama``, with that suite's own settings; run that suite beside
             this one and its items are the same facts.
         calibrate: subtract each candidate's mean log-probability over the relation's prompts in the same wording, at
-            the same depth.
+            the same depth. None does as the suite does by itself (the atlas calibrates, LAMA and the world do not), so
+            that at the last depth both rank alike.
         limit: at most so many questions (of the atlas and LAMA), evenly spaced.
         data_dir: local files of LAMA instead of the hub.
     """
 
     of: str = "atlas"
-    calibrate: bool = True
+    calibrate: bool | None = None
     limit: int | None = None
     data_dir: str | None = None
 
@@ -89,7 +90,9 @@ class LogitLens:
         Raises:
             BadInput: none of the questions ends in a blank that one token fills.
         """
-        clozes, answers = self._suite().questions(model)
+        suite = self._suite()
+        calibrate = getattr(suite, "calibrate", False) if self.calibrate is None else self.calibrate
+        clozes, answers = suite.questions(model)
         reader = reader_of(model)
         candidates = Candidates(reader, answers)
         by_task: dict[str, list[tuple[Cloze, Blank]]] = defaultdict(list)
@@ -102,19 +105,24 @@ class LogitLens:
         scorer, rows = Scorer(model), []
         with tqdm(total=asked, desc="lens", unit="blank", leave=False, disable=None) as bar:
             for task in by_task.values():
-                rows += self._look(scorer, reader, task, candidates)
+                rows += self._look(scorer, reader, task, candidates, calibrate)
                 bar.update(len(task))
         items = item_table(rows, EXTRA_COLUMNS)
         first = torch.tensor(items["depth_rank"].to_list()) == 1
         metrics = {f"first.{depth}": float(share) for depth, share in enumerate(first.double().mean(0))}
-        description = {"of": self.of, "calibrate": self.calibrate, "asked": asked, "left_out": len(clozes) - asked}
+        description = {"of": self.of, "calibrate": calibrate, "asked": asked, "left_out": len(clozes) - asked}
         return Evaluation(metrics, items, description)
 
     def _suite(self) -> ClozeSuite:
         return SUITES[self.of](self)
 
     def _look(
-        self, scorer: Scorer, reader: Reader, asked: Sequence[tuple[Cloze, Blank]], candidates: Candidates
+        self,
+        scorer: Scorer,
+        reader: Reader,
+        asked: Sequence[tuple[Cloze, Blank]],
+        candidates: Candidates,
+        calibrate: bool,
     ) -> list[dict[str, Any]]:
         """The rows of one task's questions."""
         firsts = [_first_tokens(candidates, cloze) for cloze, _ in asked]
@@ -125,7 +133,7 @@ class LogitLens:
         sums: dict[tuple[str, bool], list[Tensor]] = defaultdict(list)
         for (cloze, _), row in zip(asked, scores, strict=True):
             sums[cloze.wording, cloze.glued].append(row)
-        means = {key: torch.stack(rows).mean(0) * self.calibrate for key, rows in sums.items()}
+        means = {key: torch.stack(rows).mean(0) * calibrate for key, rows in sums.items()}
         rows = []
         for (cloze, _), (tokens, gold), raw in zip(asked, firsts, scores, strict=True):
             calibrated = raw - means[cloze.wording, cloze.glued]

@@ -43,7 +43,7 @@ const layout = (x, y, more = {}) => {
 const whole = (chart, count) => { chart.xaxis.dtick = Math.ceil(count / 20); return chart; };  // an axis of numbered blocks
 const CONFIG = {displaylogo: false, responsive: true};
 const FACETS = ["model", "suite", "target", "compression", "recovery"];
-const WENT = {late: "in the last third of the blocks", early: "before that", "never there": "nowhere"};
+const WENT = {"to the end": "after the last block too", late: "within the last third of the blocks", early: "in the first two thirds", "never there": "nowhere"};
 const SHOWN = 50;  // facts listed at once; the search narrows the rest
 const redraws = [];  // draw charts, anew when the colours change; each gives a promise
 
@@ -133,8 +133,8 @@ const main = ({runs, points, fates, names}, facts) => {
     if (!depth) return first;
     const second = Plotly.react("depth-chart", [["before", "dense model"], ["after", byId[fateRun.value].label]].map(([key, name]) => ({name, mode: "lines+markers",
       x: depth[key].map((_, i) => i), y: depth[key].map(e => 100 * e[0]), error_y: bars(depth[key])})),
-      whole(layout("after so many blocks", "right answer first (% of the lost facts)"), depth.after.length), CONFIG);
-    at("depth-words").textContent = `Of the ${depth.lost} facts that were lost and looked into, the right answer was last seen first: `
+      whole(layout("after so many blocks", "right first token first (% of the lost facts)"), depth.after.length), CONFIG);
+    at("depth-words").textContent = `Of the ${depth.lost} facts that were lost and looked into, the first token of the right answer was last ranked first: `
       + Object.entries(depth.went).map(([where, share]) => `${WENT[where]} ${interval(share)}`).join("; ") + ".";
     return Promise.all([first, second]);
   };
@@ -156,7 +156,7 @@ const main = ({runs, points, fates, names}, facts) => {
   const haystack = g => haystacks[g] ??= facts[g].question.map((q, i) => `${facts[g].task[i]} ${q} ${facts[g].answer[i]}`.toLowerCase());
   const answersTo = (group, i) => {
     const all = Object.entries(group.runs), looked = all.some(([, run]) => run.depths);
-    const heads = ["run", "answer", "log-probability of the right one", "its rank", ...(looked ? ["its rank by depth"] : [])];
+    const heads = ["run", "answer", "log-probability of the right one", "its rank", ...(looked ? ["rank of its first token by depth"] : [])];
     return table(heads, all.map(([id, run]) => [button(id), [group.strings[run.said[i]], run.right[i] ? "right" : "wrong"],
       [run.gold[i]?.toFixed(2) ?? "", "number"], [run.rank[i] ?? "", "number"], ...(looked ? [(run.depths?.[i] ?? []).join(" ")] : [])]));
   };
