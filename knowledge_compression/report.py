@@ -86,8 +86,8 @@ def _papers(comparisons: Comparisons, folder: Path, per_parameter: bool) -> list
     from knowledge_compression.analysis import figures, tables
 
     written = figures.draw(comparisons, folder, per_parameter=per_parameter)
-    for table in (tables.cost_table(comparisons), tables.recovery_table(comparisons)):
-        written += tables.write(table, folder)
+    for make in (tables.parameters_table, tables.cost_table, tables.recovery_table):
+        written += tables.write(make(comparisons), folder)
     return written
 
 

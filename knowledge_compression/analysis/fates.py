@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from knowledge_compression.analysis.ledger import (
     fates,
     restorations,
 )
+from knowledge_compression.analysis.naming import recovery_name
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, accuracy, proportion
 
@@ -67,18 +68,7 @@ def shares_restored(group: Group) -> list[Row]:
     """
     extra = [column for column in _categories(group) if column != "task"]
     rows = []
-    for compressed in group.members:
-        if compressed.config["choices"]["recovery"] != "none" or compressed in group.seeds.get(group.dense.id, []):
-            continue
-        recovered = _named(
-            [
-                run
-                for run in group.members
-                if run.config["choices"]["recovery"] != "none" and _treatment(run) == _treatment(compressed)
-            ]
-        )
-        if not recovered:
-            continue
+    for compressed, recovered in recoveries(group):
         ledger = restorations(group.dense, compressed, recovered, group.asked.suite, by=extra)
         for by, value, counts in _counted(ledger, "restored", extra):
             lost = sum(counts.values())
@@ -88,6 +78,20 @@ def shares_restored(group: Group) -> list[Row]:
                 | {"counts": [counts[name] for name in RESTORED], "shares": shares}
             )
     return rows
+
+
+def recoveries(group: Group) -> Iterator[tuple[Run, dict[str, Run]]]:
+    """Every compressed run that was recovered, with its recoveries by name."""
+    for compressed in group.members:
+        if compressed.config["choices"]["recovery"] != "none" or compressed in group.seeds.get(group.dense.id, []):
+            continue
+        recovered = [
+            run
+            for run in group.members
+            if run.config["choices"]["recovery"] != "none" and _treatment(run) == _treatment(compressed)
+        ]
+        if recovered:
+            yield compressed, _named(recovered)
 
 
 def shares_by_depth(group: Group, run: Run) -> Row | None:
@@ -137,20 +141,14 @@ def _treatment(run: Run) -> str:
 
 
 def _named(recovered: list[Run]) -> dict[str, Run]:
-    """Runs by their strategy, with the corpus or the run's id where that does not tell them apart."""
-    named: dict[str, Run] = {}
-    strategies = Counter(run.config["choices"]["recovery"] for run in recovered)
-    with_corpus = Counter(_with_corpus(run) for run in recovered)
-    for run in recovered:
-        strategy = run.config["choices"]["recovery"]
-        longer = _with_corpus(run)
-        name = (
-            strategy if strategies[strategy] == 1 else longer if with_corpus[longer] == 1 else f"{longer} {run.id[:8]}"
-        )
-        named[name] = run
-    return named
-
-
-def _with_corpus(run: Run) -> str:
-    choices = run.config["choices"]
-    return f"{choices['recovery']} {choices.get('corpus', '')}".strip()
+    """Runs by their recovery, with its size, corpus and the run's id as far as it takes to tell them apart."""
+    ways: list[Callable[[Run], str]] = [
+        lambda run: run.config["choices"]["recovery"],
+        recovery_name,
+        lambda run: f"{recovery_name(run)} {run.config['choices'].get('corpus', '')}".strip(),
+    ]
+    counted = [(way, Counter(map(way, recovered))) for way in ways]
+    return {
+        next((way(run) for way, count in counted if count[way(run)] == 1), f"{ways[-1](run)} {run.id[:8]}"): run
+        for run in recovered
+    }

@@ -14,8 +14,24 @@ def label(run: Run) -> str:
     if is_dense(run):
         return f"{choices['model']} dense"
     sparsity = run.report.get("compression", {}).get("sparsity", 0.0)
-    parts = [choices["model"], choices["target"], choices["compression"], f"{sparsity:.0%}" if sparsity else ""]
-    return " ".join(part for part in [*parts, choices["recovery"]] if part and part != "none")
+    bits = run.config["compression"].get("bits")
+    parts = [choices["model"], choices["target"], choices["compression"], f"{bits} bits" if bits else ""]
+    parts += [f"{sparsity:.0%}" if sparsity else "", recovery_name(run)]
+    return " ".join(part for part in parts if part and part != "none")
+
+
+def recovery_name(run: Run) -> str:
+    """The recovery with its size: the rank of LoRA, the lengths of prompts; e.g. ``idp 26+100``."""
+    strategy = run.config["choices"]["recovery"]
+    return " ".join([strategy, "+".join(map(str, recovery_size(run)))]).strip()
+
+
+def recovery_size(run: Run) -> tuple[int, ...]:
+    """What a recovery's size is set by: the rank of LoRA, the lengths of its prompts; empty for one without."""
+    settings = run.config.get("recovery") or {}
+    if "prompts" in settings:
+        return tuple(settings["prompts"])
+    return tuple(settings[key] for key in ("rank", "tokens") if key in settings)
 
 
 def reading_order(run: Run) -> tuple[Any, ...]:

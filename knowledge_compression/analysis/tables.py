@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 
 import polars as pl
 
+from knowledge_compression.analysis import published
 from knowledge_compression.analysis.comparisons import Comparisons, Group
+from knowledge_compression.analysis.naming import recovery_size
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, accuracy, macro_accuracy
-
-EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
 
 # Columns of Tables 3-5 of The Cost of Compression: heading, compression, targets that stand for it, sparsity asked.
 OVERALL, ATT, FF = ("overall", "all"), ("att",), ("ff",)
@@ -30,28 +29,8 @@ COST_COLUMNS: tuple[tuple[str, str, tuple[str, ...], float | None], ...] = (
     ("ff_gpq_40", "prune_int8", FF, 0.4),
 )
 
-# Which of our models and tasks the published tables call what, and whether they print percentages.
-_PUBLISHED_MODELS = {
-    "bert_base": "BERT-base",
-    "bert_large": "BERT-large",
-    "roberta_base": "RoBERTa-base",
-    "roberta_large": "RoBERTa-large",
-    "distilbert": "DistilBERT-base",
-    "albert_base": "ALBERT-base",
-    "albert_large": "ALBERT-large",
-    "vicuna": "Vicuna-7B",
-    "wizardlm": "WizardLM-7B",
-    "flan_t5_base": "FlanT5-Base",
-    "flan_t5_large": "FlanT5-Large",
-    "lamini_flan_t5_248m": "Lamini-Flan-T5-248M",
-    "lamini_flan_t5_783m": "Lamini-Flan-T5-783M",
-}
-_PUBLISHED_DATA = {"TREx": "TRex", "Google_RE": "GoogleRe", "Squad": "Squad", "ConceptNet": "Conceptnet"} | {
-    "boolq": "Boolq",
-    "piqa": "Piqa",
-    "winogrande": "Winogrande",
-}
-_PERCENT = {"TREx", "Google_RE", "Squad", "ConceptNet"}
+# Columns of Table 2: what our targets are called there.
+PARAMETER_COLUMNS = {"all": "overall", "att": "att", "ff": "ff", "final": "final", "overall": "total"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +62,6 @@ class PaperTable:
 
 def cost_table(comparisons: Comparisons) -> PaperTable:
     """Tables 3-5 of The Cost of Compression: int8, and pruning then int8, of everything, attention and feed-forward."""
-    published = {row["model"] + row["dataset"]: row for number in (3, 4, 5) for row in _published_cost(number)}
     rows = []
     for group in comparisons:
         found = {name: _find(group, how, targets, share) for name, how, targets, share in COST_COLUMNS}
@@ -91,19 +69,36 @@ def cost_table(comparisons: Comparisons) -> PaperTable:
             continue
         for data_set, mask in data_sets(group):
             row: dict[str, Any] = {"model": group.asked.model, "suite": group.asked.name, "data_set": data_set}
-            theirs = published.get(_PUBLISHED_MODELS.get(group.asked.model, "") + _PUBLISHED_DATA.get(data_set, ""))
+            theirs = published.cost_of(group.asked.model, data_set)
             row["baseline"] = accuracy(group.correct(group.dense)[mask])
             row |= {name: accuracy(group.answers(run)[:, mask]) if run else None for name, run in found.items()}
-            for name in ("baseline", *found) if theirs else ():
-                scale = 100 if data_set in _PERCENT else 1
-                row[f"{name}_published"] = float(theirs[name]) / scale  # type: ignore[index]
+            row |= {f"{name}_published": theirs[name] for name in ("baseline", *found) if theirs}
             rows.append(row)
     caption = "Accuracy after int8 (gq) and after pruning to 20 or 40 % and then int8 (gpq), with 95 % intervals."
-    return PaperTable("cost_of_compression", caption, rows)
+    return PaperTable(published.COST, caption, rows)
+
+
+def parameters_table(comparisons: Comparisons) -> PaperTable:
+    """Table 2 of The Cost of Compression: the weights that each target takes, of what the runs of a model touched."""
+    touched: dict[tuple[str, str, int], dict[str, int]] = {}
+    for group in comparisons:
+        for run in group.runs:
+            report = run.report["compression"]
+            if "parameters_touched" in report:
+                key = group.asked.model, run.config["reading"], report["model_parameters"]
+                touched.setdefault(key, {})[run.config["choices"]["target"]] = report["parameters_touched"]
+    rows = []
+    for (model, reading, parameters), found in sorted(touched.items()):
+        theirs = published.parameters_of(model)
+        row: dict[str, Any] = {"model": model, "reading": reading, "distinct_parameters": parameters}
+        row |= {name: found.get(target) for target, name in PARAMETER_COLUMNS.items()}
+        rows.append(row | {f"{name}_published": theirs[name] for name in PARAMETER_COLUMNS.values() if theirs})
+    return PaperTable("parameters", "Weights that each target takes: counted, so without intervals.", rows)
 
 
 def recovery_table(comparisons: Comparisons) -> PaperTable:
-    """Tables 1-2 of Do Compressed LLMs Forget Knowledge?: what each recovery gives, by task, group and on average."""
+    """Tables 1-3 of Do Compressed LLMs Forget Knowledge?: what each recovery gives, by task, group and on average."""
+    known = published.recoveries()
     rows = []
     for group in comparisons:
         recovered = [run for run in group.runs if run.config["choices"]["recovery"] != "none"]
@@ -116,6 +111,7 @@ def recovery_table(comparisons: Comparisons) -> PaperTable:
             row: dict[str, Any] = {"model": group.asked.model, "compression": choices["compression"]}
             row |= {"seeds": len(group.seeds_of(run))}
             row |= {"target": choices["target"] if run is not group.dense else "", "recovery": choices["recovery"]}
+            row |= {"size": "+".join(map(str, recovery_size(run)))}
             row |= {"corpus": choices.get("corpus", ""), "trained": trained, "suite": group.asked.name}
             correct = group.answers(run)
             by_task = {name: correct[:, mask] for name, mask in data_sets(group)}
@@ -123,10 +119,20 @@ def recovery_table(comparisons: Comparisons) -> PaperTable:
             for name, tasks in run.config["eval"][group.asked.suite].get("groups", {}).items():
                 if there := [by_task[task] for task in tasks if task in by_task]:
                     row[name] = macro_accuracy(there)
-            row["average"] = macro_accuracy(list(by_task.values()))
+            row["average"] = average(group, run)
+            if theirs := known.get(published.treated(run), {}) if group.asked.suite == "nine_tasks" else {}:
+                tasks = [name for name in published.NINE_TASKS if name in by_task]
+                whole = len(tasks) == len(published.NINE_TASKS)  # means over fewer tasks are other means
+                row |= {f"{name}_published": theirs[name] for name in [*tasks, *(published.AVERAGES if whole else ())]}
             rows.append(row)
     caption = "Accuracy of compressed models and of what each recovery makes of them, with 95 % intervals."
-    return PaperTable("forgotten_or_displaced", caption, rows)
+    return PaperTable(published.FORGOTTEN, caption, rows)
+
+
+def average(group: Group, run: Run) -> Estimate:
+    """Accuracy averaged over the data sets of a suite, as the second paper averages its nine tasks."""
+    correct = group.answers(run)
+    return macro_accuracy([correct[:, mask] for _, mask in data_sets(group)])
 
 
 def data_sets(group: Group) -> Iterator[tuple[str, Any]]:
@@ -156,11 +162,6 @@ def _find(group: Group, compression: str, targets: tuple[str, ...], sparsity: fl
             if sparsity is None or abs(run.config["sparsity"] - sparsity) < 1e-9:
                 return run
     return None
-
-
-def _published_cost(number: int) -> list[dict[str, str]]:
-    path = EXPERIMENTS / "cost_of_compression" / "published" / f"table{number}.csv"
-    return list(csv.DictReader(path.open())) if path.is_file() else []
 
 
 def _recovery_order(run: Run) -> tuple[str, bool, str, int]:

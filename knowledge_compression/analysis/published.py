@@ -1,0 +1,107 @@
+"""The published figures under ``experiments/``, found by our names for models, tasks and recoveries."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from knowledge_compression.analysis.naming import recovery_size
+from knowledge_compression.results.store import Run
+
+EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
+COST, FORGOTTEN = "cost_of_compression", "forgotten_or_displaced"
+
+# The Cost of Compression: which of our models and tasks its tables call what, and which they print in percent.
+_MODELS = {
+    "bert_base": "BERT-base",
+    "bert_large": "BERT-large",
+    "roberta_base": "RoBERTa-base",
+    "roberta_large": "RoBERTa-large",
+    "distilbert": "DistilBERT-base",
+    "albert_base": "ALBERT-base",
+    "albert_large": "ALBERT-large",
+    "vicuna": "Vicuna-7B",
+    "wizardlm": "WizardLM-7B",
+    "flan_t5_base": "FlanT5-Base",
+    "flan_t5_large": "FlanT5-Large",
+    "lamini_flan_t5_248m": "Lamini-Flan-T5-248M",
+    "lamini_flan_t5_783m": "Lamini-Flan-T5-783M",
+}
+_PERCENT = {"TREx": "TRex", "Google_RE": "GoogleRe", "Squad": "Squad", "ConceptNet": "Conceptnet"}
+_DATA = _PERCENT | {"boolq": "Boolq", "piqa": "Piqa", "winogrande": "Winogrande"}
+
+# Do Compressed LLMs Forget Knowledge?: what its tables compressed how far, and what their rows and columns are called.
+_TREATMENTS: Mapping[int, tuple[str, float]] = {1: ("gptq", 3.0), 2: ("sparsegpt", 0.5)}
+_RECOVERED_MODELS = {"Llama-7b": "llama_7b", "OPT-6.7b": "opt_6_7b"}
+_SIZES: Mapping[str, tuple[str, tuple[tuple[int, ...], ...]]] = {  # those of one type stand in rising order
+    "none": ("none", ((),)),
+    "lora": ("lora", ((2,), (3,), (4,))),
+    "prompt": ("prompt", ((26,), (50,), (100,))),
+    "ptune": ("prefix", ((26,), (50,), (100,))),
+    "IDP": ("idp", ((50, 100),)),
+}
+_BOTH_PROMPTS = {"Concat": "concat", "IDP": "idp"}  # Table 3; its prompts alone are rows of Table 1
+NINE_TASKS = {"arc_easy": "arce", "arc_challenge": "arcc", "lambada_openai": "lambada"} | {
+    name: name for name in ("sciq", "webqs", "triviaqa", "piqa", "hellaswag", "winogrande")
+}
+AVERAGES = ("world", "common", "language", "average")
+
+Treated = tuple[str, str, float, str, tuple[int, ...]]
+
+
+def cost_of(model: str, data_set: str) -> dict[str, float]:
+    """Tables 3-5 of The Cost of Compression for one model and data set: column to accuracy; empty if it has no row."""
+    scale = 100 if data_set in _PERCENT else 1
+    for number in (3, 4, 5):
+        for row in _rows(COST, number):
+            if (row["model"], row["dataset"]) == (_MODELS.get(model), _DATA.get(data_set)):
+                return {key: float(row[key]) / scale for key in row.keys() - {"model", "dataset"}}
+    return {}
+
+
+def parameters_of(model: str) -> dict[str, int]:
+    """Table 2 of The Cost of Compression for one model: column to number of weights; empty if it has no row."""
+    for row in _rows(COST, 2):
+        if row["model"] == model:
+            return {key: int(row[key]) * 10**6 for key in row.keys() - {"model"}}
+    return {}
+
+
+def recoveries() -> dict[Treated, dict[str, float]]:
+    """Tables 1-3 of Do Compressed LLMs Forget Knowledge?: by what was done (:func:`treated`), column to accuracy."""
+    found: dict[Treated, dict[str, float]] = {}
+    for number, treatment in _TREATMENTS.items():
+        rows = _rows(FORGOTTEN, number)
+        for theirs, model in _RECOVERED_MODELS.items():
+            for called, (recovery, sizes) in _SIZES.items():
+                mine = [row for row in rows if (row["model"], row["type"]) == (theirs, called)]
+                found |= {
+                    (model, *treatment, recovery, size): _shares(row)
+                    for size, row in zip(sizes, mine, strict=bool(mine))
+                }
+    for row in _rows(FORGOTTEN, 3):
+        if row["prompt"] in _BOTH_PROMPTS:
+            recovery = _BOTH_PROMPTS[row["prompt"]]
+            found[_RECOVERED_MODELS[row["model"]], *_TREATMENTS[1], recovery, (26, 100)] = _shares(row)
+    return found
+
+
+def treated(run: Run) -> Treated:
+    """What was done to a run's model: model, compression, its bits or sparsity, recovery, and the recovery's size."""
+    choices, settings = run.config["choices"], run.config["compression"]
+    how_much = float(settings.get("bits") or settings.get("sparsity") or 0)
+    return choices["model"], choices["compression"], how_much, choices["recovery"], recovery_size(run)
+
+
+def _shares(row: Mapping[str, str]) -> dict[str, float]:
+    ours = {theirs: name for name, theirs in NINE_TASKS.items()} | {name: name for name in AVERAGES}
+    return {name: float(row[theirs]) / 100 for theirs, name in ours.items()}
+
+
+def _rows(study: str, number: int) -> list[dict[str, str]]:
+    path = EXPERIMENTS / study / "published" / f"table{number}.csv"
+    if not path.is_file():  # the package is installed without the studies
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
