@@ -24,7 +24,7 @@ def test_every_preset_has_a_small_form(small):
             chosen = f"+experiment=[{FOLDER}/{preset},{FOLDER}/{small}]"
             config = compose("config", [chosen], return_hydra_config=True)
             params = config.hydra.sweeper.params
-            assert params.model == {"small_smollm2": "smollm2", "small_world": "world_decoder"}[small]
+            assert params.model == {"small_smollm2": "smollm2", "small_world": "world_decoder_long"}[small]
             first = [f"{key}={_first(str(value))}" for key, value in params.items()]
             job = compose("config", [chosen, *first, "data_dir=somewhere"], return_hydra_config=True)
             experiment = experiment_from(job, job.hydra.runtime.choices)

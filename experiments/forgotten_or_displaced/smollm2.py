@@ -53,7 +53,7 @@ def main() -> None:
     row("GPTQ, 3 bits", model, seconds=time.perf_counter() - start)
 
     text = C4(length=256, data_dir=arguments.data_dir)
-    shared = {"tokens": arguments.tokens, "batch_size": 2, "precision": "bfloat16", "checkpoint_every": 20}
+    shared = {"tokens": arguments.tokens, "batch_size": 2, "checkpoint_every": 20}
     recoveries = {
         "GPTQ, 3 bits + LoRA rank 4": Lora(TrainingSettings(learning_rate=5e-4, **shared), rank=4),
         "GPTQ, 3 bits + prompt of 26": Prompt(TrainingSettings(learning_rate=1e-2, **shared), tokens=26),

@@ -59,7 +59,8 @@ def finite(path: str, values: Tensor) -> Tensor:
     Raises:
         BadInput: some are not finite; ``path`` reads them.
     """
-    if not bool(values.isfinite().all()):
+    # A sum is finite only where all its terms are, and is had several times as fast as a look at each of them.
+    if not (bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())):
         raise BadInput(f"{path} reads values that are not finite on the calibration text; try dtype=float32")
     return values
 

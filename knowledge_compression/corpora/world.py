@@ -26,7 +26,7 @@ class WorldText(Windowed):
     """
 
     name: str = "world"
-    length: int = 12
+    length: int = 11
 
     def fingerprint(self) -> str:
         """Nothing of its own: the model's fingerprint names the world, and with it the text."""
