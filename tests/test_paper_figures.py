@@ -31,8 +31,15 @@ def small_study(family: str):
         for sparsity in (0.2, 0.4):
             for compression in ("magnitude", "structured", "prune_int8"):
                 yield run(0.9 - sparsity, compression=compression, target=target, sparsity=sparsity)
-    for strategy in ("lora", "prompt", "idp"):
+    for compression, settings in (("gptq", {"bits": 3}), ("gptq", {"bits": 4}), ("sparsegpt", {})):
+        bare = run(0.6, compression=compression)
+        bare.config["compression"] |= settings
+        yield bare
+    sizes = ({"rank": 4}, {"tokens": 26}, {"prompts": [26, 100]}, {"prompts": [10, 30]})
+    for strategy, size in zip(("lora", "prompt", "idp", "idp"), sizes, strict=True):
         recovered = run(0.7, compression="gptq", recovery=strategy)
+        recovered.config["compression"] |= {"bits": 3}
+        recovered.config["recovery"] = size
         recovered.metrics |= {"perplexity.perplexity": 30.0, "similarity.attention": 0.9, "similarity.activation": 0.9}
         recovered._items = pl.concat([recovered.items, windows()], how="diagonal")
         yield recovered
@@ -62,6 +69,20 @@ def test_every_drop_figure_of_the_family_renders(family):
 def test_the_recovery_figures_render():
     comparisons = compare(list(small_study("decoder")))
     assert all(make(comparisons) is not None for make in figures.RECOVERY_FIGURES.values())
+
+
+def test_similarity_needs_no_questions_that_have_answers():
+    run = made_run(bits("11"), compression="gptq", recovery="lora")
+    run.metrics, run._items = {"similarity.attention": 0.9}, windows()
+    run.config["eval"] = run.report["eval"] = {"similarity": {}}
+    assert figures.RECOVERY_FIGURES["similarity_by_layer"](compare([run])) is not None
+
+
+def test_the_gain_of_a_recovery_is_against_the_compressed_model_it_recovers():
+    figure = figures.RECOVERY_FIGURES["improvement_by_data_set"](compare(list(small_study("decoder"))))
+    (axes,) = figure.axes
+    assert axes.get_legend_handles_labels()[1] == ["prompt", "idp 10+30", "idp 26+100"]
+    assert all(bar.get_height() > 0 for bar in axes.patches)  # 70 % of the luck against 60 %
 
 
 def test_every_mark_of_every_figure_has_an_interval():

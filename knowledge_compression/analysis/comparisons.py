@@ -109,10 +109,12 @@ class Comparisons:
     Attributes:
         groups: one for each model, suite and protocol that has a dense run.
         skipped: run id and why it is left out.
+        runs: everything that was given, for what is told of a run by itself.
     """
 
     groups: list[Group]
     skipped: list[tuple[str, str]]
+    runs: Sequence[Run]
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
@@ -146,7 +148,7 @@ def compare(runs: Sequence[Run]) -> Comparisons:
             group = Group(named, dense[0], seeds={dense[0].id: dense})
             skipped += _fill(group, [run for run in members if not is_dense(run)])
             groups.append(group)
-    return Comparisons(groups, skipped)
+    return Comparisons(groups, skipped, runs)
 
 
 def is_dense(run: Run) -> bool:

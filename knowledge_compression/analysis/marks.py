@@ -1,0 +1,57 @@
+"""What the figures are drawn with: panels, lines and bars that always carry their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from knowledge_compression.statistics import Estimate
+
+
+def panels(count: int, width: float = 4.2, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels, at most four in a row; sizes in inches, of one panel."""
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid:
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[count:]:
+        axes.set_visible(False)  # places of the last row that no panel takes
+    return figure, grid[:count]
+
+
+def line(
+    axes: Axes, label: str, values: Sequence[Estimate], x: Sequence[float], scale: Sequence[float] | None = None
+) -> None:
+    """A line with its interval as a band, or a point with a bar; each figure divided by its ``scale``."""
+    value, low, high = _parts(values, scale)
+    (drawn,) = axes.plot(x, value, marker="o", markersize=4, label=label)
+    if len(x) > 1:
+        axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
+    else:
+        axes.errorbar(x, value, [value - low, high - value], color=drawn.get_color(), capsize=3)
+
+
+def bars(axes: Axes, label: str, values: Sequence[Estimate], x: Sequence[float], width: float) -> None:
+    """Bars with their intervals."""
+    value, low, high = _parts(values)
+    axes.bar(x, value, width, yerr=[value - low, high - value], label=label, error_kw={"elinewidth": 0.8})
+
+
+def level(axes: Axes, label: str, value: Estimate) -> None:
+    """What the other marks are to be held against: a dashed line over the whole width, its interval as a band."""
+    axes.axhline(value.value, color="grey", linestyle="--", linewidth=0.8, label=label)
+    across = axes.get_yaxis_transform()  # x runs from 0 to 1 over the panel, whatever the other marks need
+    axes.fill_between([0, 1], value.low, value.high, color="grey", alpha=0.1, linewidth=0, transform=across)
+
+
+def _parts(values: Sequence[Estimate], scale: Sequence[float] | None = None) -> list[NDArray[np.float64]]:
+    return [
+        np.array([getattr(value, part) for value in values]) / (scale or [1.0] * len(values))
+        for part in ("value", "low", "high")
+    ]
