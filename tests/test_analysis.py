@@ -254,3 +254,81 @@ def test_a_run_that_lacks_items_is_left_out_by_name():
     comparisons = compare([made_run(bits("1111"), compression="none"), made_run(bits("11"), id="short")])
     assert comparisons.groups[0].runs == []
     assert comparisons.skipped == [("short", "2 items that its baseline answers are missing")]
+
+
+def claim_named(name):
+    return next(claim for claim in CLAIMS if claim.name == name)
+
+
+def recovered(correct, recovery, trained, compression="gptq", **size):
+    run = made_run(correct, compression=compression, recovery=recovery)
+    run.report["recovery"] = {"trainable_parameters": trained}
+    run.config["recovery"] = size
+    return run
+
+
+def test_being_as_good_counts_only_where_far_fewer_parameters_were_trained():
+    half = np.arange(1000) < 500
+    dense, lora = made_run(half, compression="none"), recovered(half, "lora", 1000, rank=4)
+    claim = claim_named("idp_at_least_equals_lora")
+    (cheap,) = check(compare([dense, lora, recovered(half, "idp", 250, prompts=[50, 100])]), [claim])
+    (dear,) = check(compare([dense, lora, recovered(half, "idp", 251, prompts=[50, 100])]), [claim])
+    assert (cheap.status, dear.status, dear.findings) == (SUPPORTED, UNDECIDED, ())
+
+
+@pytest.mark.parametrize(("longer", "expected"), [(500, SUPPORTED), (560, CONTRADICTED), (440, CONTRADICTED)])
+def test_alike_is_contradicted_by_a_difference_either_way(longer, expected):
+    facts = np.arange(1000)
+    runs = [made_run(facts < 600, compression="none"), recovered(facts < 500, "idp", 100, prompts=[10, 30])]
+    runs.append(recovered(facts < longer, "idp", 500, prompts=[50, 150]))
+    (verdict,) = check(compare(runs), [claim_named("idp_is_stable_over_sizes")])
+    assert (verdict.status, len(verdict.findings[0].pairs)) == (expected, 1)
+
+
+def test_gains_are_compared_not_what_is_kept():
+    facts = np.arange(1000)
+    runs = [made_run(facts < 900, compression="none")]
+    for compression, bare, after in (("gptq", 300, 500), ("sparsegpt", 600, 620)):  # gptq keeps less and gains more
+        runs += [made_run(facts < bare, compression=compression), made_run(facts < after, compression=compression)]
+        runs[-1].config["choices"]["recovery"] = "lora"
+    kept, gained = check(
+        compare(runs),
+        [claim_named("quantization_keeps_more_than_pruning"), claim_named("quantization_recovers_more_than_pruning")],
+    )
+    assert (kept.status, gained.status) == (CONTRADICTED, SUPPORTED)
+    assert gained.findings[0].effect.value == pytest.approx(0.2 - 0.02)
+
+
+def test_bits_of_one_compression_are_told_apart():
+    facts = np.arange(1000)
+    runs = [made_run(facts < 900, compression="none")]
+    for bits_kept, kept in ((8, 900), (4, 800), (3, 500)):
+        runs.append(made_run(facts < kept, compression="gptq"))
+        runs[-1].config["compression"] = {"bits": bits_kept}
+        runs[-1].report["compression"] = {}
+    verdicts = check(compare(runs), [claim_named("gptq_8_bits_is_harmless"), claim_named("fewer_bits_hurt")])
+    assert [verdict.status for verdict in verdicts] == [SUPPORTED, SUPPORTED]
+    assert [len(verdict.findings[0].pairs) for verdict in verdicts] == [1, 1]
+
+
+@pytest.mark.parametrize(("known", "expected"), [(0.34, SUPPORTED), (0.8, CONTRADICTED)])
+def test_what_is_left_of_a_model_is_held_against_the_majority(known, expected):
+    luck = np.random.default_rng(8).random(3000)
+    runs = [made_run(luck < 0.9, compression="none"), made_run(luck < known, target="final", sparsity=0.2)]
+    for run in runs:  # a third of the answers are the most frequent one
+        run.report["compression"] = {"sparsity": 0.2}
+        run._items = run.items.with_columns(gold=pl.Series(["a", "b", "c", "a", "d", "e"] * 500), task=pl.lit("r"))
+    (verdict,) = check(compare(runs), [claim_named("final_at_20_leaves_the_majority")])
+    assert verdict.status == expected
+    assert verdict.findings[0].pairs == (("majority", runs[1].id),)
+
+
+def test_every_undecided_claim_has_a_command_that_names_what_it_compares():
+    from knowledge_compression.analysis.advice import run_next
+
+    comparisons = compare([made_run(bits("10"), compression="none")])
+    advice = dict(line.split(": ", 1) for line in run_next(check(comparisons), comparisons))
+    assert set(advice) == {claim.name for claim in CLAIMS}
+    assert "compression.bits=4,3" in advice["fewer_bits_hurt"]
+    assert "recovery=idp 'recovery.prompts=[10,30],[50,100]'" in advice["idp_is_stable_over_sizes"]
+    assert "sparsity=0.1,0.2" in advice["decline_steepens_past_half"]

@@ -82,14 +82,25 @@ def run_next(verdicts: Sequence[Verdict], comparisons: Comparisons) -> list[str]
     return advice
 
 
+# For claims about the size of a recovery: two that the second paper has, too.
+_TWO_SIZES = {"prompt": " recovery.tokens=26,100", "idp": " 'recovery.prompts=[10,30],[50,100]'"}
+
+
 def _command(claim: Claim, models: Sequence[str]) -> str:
     def values(key: str) -> str:
         found = [side[key] for side in (claim.better, claim.worse) if side.get(key, "none") != "none"]
         return f" {key}={','.join(dict.fromkeys(found))}" if found else ""
 
-    low, high = claim.sparsity or (0.0, 0.0)
+    low, high = claim.sparsity or ((0.1, 0.9) if "level" in claim.better else (0.0, 0.0))
     grid = [step / 10 for step in range(1, 10) if low - 1e-9 <= step / 10 <= high + 1e-9]
     sparsity = f" sparsity={','.join(f'{s:g}' for s in grid)}" if grid else ""
+    bits = (
+        f" compression.bits={claim.better['bits']},{claim.worse.get('bits', '')}".rstrip(",")
+        if "bits" in claim.better
+        else ""
+    )
+    sizes = _TWO_SIZES[claim.better["recovery"]] if claim.better == claim.worse else ""
     where = f" (for {' and '.join(claim.families)} models)"
     model = f" model={','.join(models)}" if models else ""
-    return f"python run.py -m{model}" + values("compression") + values("target") + values("recovery") + sparsity + where
+    chosen = values("compression") + bits + values("target") + values("recovery") + sizes
+    return f"python run.py -m{model}{chosen}{sparsity}{where}"

@@ -22,13 +22,18 @@ class Claim:
         name: short and stable.
         text: the claim in our words.
         source: paper and section.
-        better, worse: settings (``compression``, ``target``, ``recovery``) of the run that should keep more, and of the
-            one that should keep less.
+        better, worse: settings (``compression``, its ``bits``, ``target``, ``recovery``, ``level`` of sparsity) of the
+            run that should keep more, and of the one that should keep less; ``answers: majority`` is no run but always
+            giving a task's most frequent answer.
         families: where it is claimed.
         sparsity: closed range of sparsities at which pairs are formed; None takes every pair that is there.
         suites: the suites it is claimed for; empty takes all that have right answers.
         tasks: tasks it is claimed for; empty takes all.
         margin: how much less (in accuracy) the better one may keep and still be as good; 0 claims a real difference.
+        alike: with a margin: neither may keep less than the other by more than it.
+        parameters: pairs are formed where the better one trained at most this share of what the other trained.
+        gain_over: settings of a third run for each of the two, alike in all else; what each keeps beyond its own third
+            run is compared, instead of what it keeps.
     """
 
     name: str
@@ -41,6 +46,9 @@ class Claim:
     suites: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     margin: float = 0.0
+    alike: bool = False
+    parameters: float | None = None
+    gain_over: Mapping[str, str] | None = None
 
 
 def _pruned(target: str) -> dict[str, str]:
@@ -82,17 +90,46 @@ CLAIMS: tuple[Claim, ...] = (
           f"{FIRST}, 3.2 and 8.2", better=_quantized("att"), worse=_quantized("ff")),
     Claim("quantizing_all_hurts_more_than_ff", "Quantizing everything hurts more than feed-forward alone",
           f"{FIRST}, 8.2", better=_quantized("ff"), worse=_quantized("all")),
+    Claim("quantizing_all_hurts_more_than_att", "Quantizing everything hurts more than attention alone",
+          f"{FIRST}, 8.2", better=_quantized("att"), worse=_quantized("all")),
+    Claim("quantizing_is_like_medium_pruning",
+          "Quantizing to int8 keeps about what pruning 30-50 % of the same target keeps (within 2 points)",
+          f"{FIRST}, 8.2", better={"compression": "int8_dynamic"}, worse={"compression": PRUNING}, sparsity=MEDIUM,
+          margin=0.02, alike=True),
     Claim("prune_int8_at_20_att_hurts_less", "Pruning 20 %, then int8: attention hurts less than feed-forward",
           f"{FIRST}, 3.3 and 8.3", better=_both("att"), worse=_both("ff"), sparsity=(0.2, 0.2)),
     Claim("prune_int8_at_40_att_hurts_less", "Pruning 40 %, then int8, in encoders and decoders: attention hurts less",
           f"{FIRST}, 8.3", better=_both("att"), worse=_both("ff"), families=(ENCODER, DECODER), sparsity=(0.4, 0.4)),
     Claim("prune_int8_at_40_reverses", "Pruning 40 %, then int8: in encoder-decoders feed-forward hurts less",
           f"{FIRST}, 8.3", better=_both("ff"), worse=_both("att"), families=(ENCODER_DECODER,), sparsity=(0.4, 0.4)),
+    Claim("prune_int8_cross_att_hurts_more",
+          "Pruning, then int8, in encoder-decoders: cross-attention hurts more than self-attention",
+          f"{FIRST}, 8.3 and Figure 8", better=_both("self_att"), worse=_both("cross_att"),
+          families=(ENCODER_DECODER,)),
+    Claim("final_at_20_leaves_the_majority",
+          "In decoders and encoder-decoders, pruning 20 % of the final layer leaves little over the majority baseline "
+          "(within 2 points)", f"{FIRST}, 8.4", better={"answers": "majority"}, worse=_pruned("final"),
+          families=(ENCODER_DECODER, DECODER), sparsity=(0.2, 0.2), margin=0.02),
     Claim("final_unstructured_hurts_less", "In encoders, pruning weights of the final layer hurts less than rows",
           f"{FIRST}, 3.4 and 8.4", better=_pruned("final"), worse={"compression": "structured", "target": "final"},
           families=(ENCODER,)),
-    Claim("idp_at_least_equals_lora", "IDP keeps at least what LoRA keeps (within 1 point)",
-          f"{SECOND}, 3.2.2", better={"recovery": "idp"}, worse={"recovery": "lora"}, margin=0.01),
+    Claim("gptq_8_bits_is_harmless", "GPTQ to 8 bits costs nothing (within 1 point of the dense accuracy)",
+          f"{SECOND}, 2.1 and Figure 1", better={"compression": "gptq", "bits": "8", "recovery": "none"},
+          worse={"compression": "none", "recovery": "none"}, margin=0.01),
+    Claim("fewer_bits_hurt", "GPTQ to 3 bits hurts more than to 4 bits", f"{SECOND}, 2.1 and Figure 1",
+          better={"compression": "gptq", "bits": "4", "recovery": "none"},
+          worse={"compression": "gptq", "bits": "3", "recovery": "none"}),
+    Claim("more_sparsity_hurts", "SparseGPT past 50 % hurts more than up to 50 %", f"{SECOND}, 2.1 and Figure 1",
+          better={"compression": "sparsegpt", "recovery": "none", "level": "up to 0.5"},
+          worse={"compression": "sparsegpt", "recovery": "none", "level": "past 0.5"}),
+    Claim("idp_at_least_equals_lora",
+          "With at most a quarter of its trained parameters, IDP keeps at least what LoRA keeps (within 1 point)",
+          f"{SECOND}, 3.2.2 and 3.3", better={"recovery": "idp"}, worse={"recovery": "lora"}, margin=0.01,
+          parameters=0.25),
+    Claim("lora_recovers", "LoRA recovers accuracy over the compressed model",
+          f"{SECOND}, Tables 1-2", better={"recovery": "lora"}, worse={"recovery": "none"}),
+    Claim("idp_recovers", "IDP recovers accuracy over the compressed model",
+          f"{SECOND}, Tables 1-2", better={"recovery": "idp"}, worse={"recovery": "none"}),
     Claim("prompting_recovers", "Prompt tuning recovers accuracy over the compressed model",
           f"{SECOND}, Tables 1-2", better={"recovery": "prompt"}, worse={"recovery": "none"}),
     Claim("prefix_tuning_hurts", "Prefix tuning leaves the compressed model worse than it was",
@@ -101,8 +138,17 @@ CLAIMS: tuple[Claim, ...] = (
           f"{SECOND}, 3.2.2", better={"recovery": "idp"}, worse={"recovery": "lora"}, tasks=WORLD),
     Claim("weights_win_language", "On language understanding, LoRA brings back more than IDP",
           f"{SECOND}, 3.2.2", better={"recovery": "lora"}, worse={"recovery": "idp"}, tasks=LANGUAGE),
+    Claim("short_prompts_are_as_good", "A shorter prompt keeps as much as a longer one (within 1 point)",
+          f"{SECOND}, 3.1 and Figure 2", better={"recovery": "prompt"}, worse={"recovery": "prompt"}, margin=0.01,
+          parameters=0.6),
+    Claim("idp_is_stable_over_sizes", "IDP keeps the same whatever the size of its prompts (within 1 point)",
+          f"{SECOND}, 3.3 and Figure 6", better={"recovery": "idp"}, worse={"recovery": "idp"}, margin=0.01, alike=True,
+          parameters=0.6),
     Claim("choosing_beats_joining", "Choosing a prompt (IDP) is better than joining the prompts",
           f"{SECOND}, 3.1", better={"recovery": "idp"}, worse={"recovery": "concat"}),
     Claim("quantization_keeps_more_than_pruning", "GPTQ keeps more than SparseGPT where both are recovered alike",
           f"{SECOND}, Tables 1-2", better={"compression": "gptq"}, worse={"compression": "sparsegpt"}),
+    Claim("quantization_recovers_more_than_pruning", "A recovery adds more to a model after GPTQ than after SparseGPT",
+          f"{SECOND}, 3.2.2", better={"compression": "gptq"}, worse={"compression": "sparsegpt"},
+          gain_over={"recovery": "none"}),
 )  # fmt: skip

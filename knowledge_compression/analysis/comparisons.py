@@ -65,6 +65,16 @@ class Group:
         """Keys of the suite's items in the dense run's order."""
         return _column(self.dense, self.asked.suite, "correct").select(KEY)
 
+    @cached_property
+    def majority(self) -> NDArray[np.bool_] | None:
+        """Whether always giving a task's most frequent answer is right: ``[items]``; None where no answers are kept."""
+        gold = items_of(self.dense, self.asked.suite).select(*KEY, "gold").collect()
+        if gold["gold"].null_count():
+            return None
+        often = gold.group_by("task").agg(pl.col("gold").mode().sort().first().alias("often"))
+        joined = gold.join(often, on="task", how="left", maintain_order="left")
+        return (joined["gold"] == joined["often"]).to_numpy()
+
     @property
     def members(self) -> list[Run]:
         """Every run of every seed, the dense ones first."""

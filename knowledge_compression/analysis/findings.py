@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from knowledge_compression.analysis.claims import CLAIMS, Claim
 from knowledge_compression.analysis.comparisons import Comparisons, Group, seedless
+from knowledge_compression.analysis.naming import recovery_size
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, corrected, mean_difference
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
+MAJORITY = "majority"  # stands in a pair for always giving a task's most frequent answer
 ALPHA = 0.05
 
 
@@ -27,7 +30,7 @@ class Finding:
         status: ``supported``, ``contradicted`` or ``undecided``.
         effect: accuracy kept by the supposedly better setting minus the other's, averaged over the pairs, by item.
         p: of the effect, after Holm's correction over all findings of the store.
-        pairs: the run ids compared, better first; of several seeds, those with the least.
+        pairs: the run ids compared, better first (:data:`MAJORITY` is none); of several seeds, those with the least.
         seeds: how many seeds the effect is averaged over, those that all its runs share.
     """
 
@@ -67,10 +70,7 @@ def _find(claim: Claim, group: Group) -> Iterable[Finding]:
         return
     if group.dense.report["model"].get("family") not in claim.families:
         return
-    everything = [group.dense, *group.runs]
-    better = [run for run in everything if _fits(run, claim.better, claim.sparsity)]
-    worse = [run for run in everything if _fits(run, claim.worse, claim.sparsity)]
-    pairs = [(b, w) for b in better for w in worse if _alike(b, w, claim)]
+    pairs = _pairs(claim, group)
     if not pairs:
         return
     asked_for = np.ones(group.items.height, bool)
@@ -78,11 +78,46 @@ def _find(claim: Claim, group: Group) -> Iterable[Finding]:
         asked_for = group.items["task"].is_in(list(claim.tasks)).to_numpy()
         if not asked_for.any():
             return
-    seeds = _common_seeds(group, {run.id: run for pair in pairs for run in pair}.values())
-    by_seed = [[group.under(b, s).astype(float) - group.under(w, s) for b, w in pairs] for s in seeds]
+    seeds = _common_seeds(group, {run.id: run for pair in pairs for run in pair if run}.values())
+    by_seed = [[_known(claim, group, b, s) - _known(claim, group, w, s) for b, w in pairs] for s in seeds]
     effect = mean_difference(np.mean(by_seed, axis=1)[:, asked_for])
-    ids = tuple((b.id, w.id) for b, w in pairs)
+    ids = tuple((b.id if b else MAJORITY, w.id) for b, w in pairs)
     yield Finding(claim, group.asked.model, group.asked.name, UNDECIDED, effect, 1.0, ids, len(seeds))
+
+
+def _pairs(claim: Claim, group: Group) -> list[tuple[Run | None, Run]]:
+    """The runs to compare, the supposedly better one first; None stands for always giving the most frequent answer."""
+    everything = [group.dense, *group.runs]
+    worse = [run for run in everything if _fits(run, claim.worse, claim.sparsity)]
+    if claim.better == {"answers": MAJORITY}:
+        return [
+            (None, run) for run in worse if run.config["choices"]["recovery"] == "none" and group.majority is not None
+        ]
+    better = [run for run in everything if _fits(run, claim.better, claim.sparsity)]
+    pairs = [(b, w) for b in better for w in worse if b is not w and _alike(b, w, claim)]
+    if claim.gain_over:
+        pairs = [pair for pair in pairs if all(_before(run, claim.gain_over, group) not in (None, run) for run in pair)]
+    return list(pairs)
+
+
+def _known(claim: Claim, group: Group, run: Run | None, seed: int) -> NDArray[np.float64]:
+    """What a side of a pair answers right, or gains over its third run: ``[items]``."""
+    if run is None:
+        assert group.majority is not None
+        return group.majority.astype(float)
+    known = group.under(run, seed).astype(float)
+    if claim.gain_over and (before := _before(run, claim.gain_over, group)):
+        known -= group.under(before, seed)
+    return known
+
+
+def _before(run: Run, wanted: Mapping[str, str], group: Group) -> Run | None:
+    """The run that has the settings wanted and is like ``run`` in all else."""
+    shared = [key for key in _SHARED if key not in (*wanted, "size")]
+    for other in group.runs:
+        if _fits(other, wanted, None) and all(_setting(other, key) == _setting(run, key) for key in shared):
+            return other
+    return None
 
 
 def _common_seeds(group: Group, runs: Iterable[Run]) -> list[int]:
@@ -97,15 +132,18 @@ def _fits(run: Run, wanted: Mapping[str, str], sparsity: tuple[float, float] | N
         if key == "level":
             if (run.config["sparsity"] <= 0.5) != (value == "up to 0.5"):
                 return False
+        elif key == "bits":
+            if str(run.config["compression"].get("bits")) != value:
+                return False
         elif choices.get(key) != value:
             return False
-    if sparsity is None or choices["compression"] == "none":
+    if sparsity is None or not _prunes(run):
         return True
     return sparsity[0] - 1e-9 <= run.config["sparsity"] <= sparsity[1] + 1e-9
 
 
 # What two runs of a pair must share, unless the claim is about it.
-_SHARED = ("compression", "settings", "target", "recovery", "corpus", "sparsity", "reading")
+_SHARED = ("compression", "settings", "target", "recovery", "size", "corpus", "sparsity", "reading")
 
 
 def _alike(better: Run, worse: Run, claim: Claim) -> bool:
@@ -113,6 +151,12 @@ def _alike(better: Run, worse: Run, claim: Claim) -> bool:
     differs = {key for key in {*claim.better, *claim.worse} if claim.better.get(key) != claim.worse.get(key)}
     if "level" in differs:
         differs.add("sparsity")
+    if "bits" in differs:
+        differs.add("settings")
+    if "recovery" in differs or claim.parameters is not None:
+        differs.add("size")
+    if claim.parameters is not None and not 0 < _trained(better) <= claim.parameters * _trained(worse):
+        return False
     if "compression" in differs:
         differs.add("settings")
         if not (_prunes(better) and _prunes(worse)):
@@ -125,11 +169,17 @@ def _alike(better: Run, worse: Run, claim: Claim) -> bool:
 def _setting(run: Run, key: str) -> Any:
     if key in ("sparsity", "reading"):
         return run.config[key]
+    if key == "size":
+        return recovery_size(run)
     if key == "settings":  # of the compression, such as bits; without sparsity, which is compared by itself
         return seedless({k: v for k, v in run.config["compression"].items() if k not in ("sparsity", "steps")})
     if key == "corpus" and not run.report["compression"].get("calibration"):
         return None  # no text decided what was compressed
     return run.config["choices"].get(key)
+
+
+def _trained(run: Run) -> int:
+    return run.report.get("recovery", {}).get("trainable_parameters") or 0
 
 
 def _prunes(run: Run) -> bool:
@@ -139,8 +189,12 @@ def _prunes(run: Run) -> bool:
 def _decided(finding: Finding, p: float) -> Finding:
     effect, margin = finding.effect, finding.claim.margin
     status = UNDECIDED
-    if margin:  # "as good as": the whole interval lies above, or below, the margin
-        status = SUPPORTED if effect.low > -margin else CONTRADICTED if effect.high < -margin else UNDECIDED
+    if margin:  # "as good as", "alike": the whole interval lies within the margin, or beyond it
+        most = margin if finding.claim.alike else np.inf
+        if effect.low > -margin and effect.high < most:
+            status = SUPPORTED
+        elif effect.high < -margin or effect.low > most:
+            status = CONTRADICTED
     elif p < ALPHA and effect.value:
         status = SUPPORTED if effect.value > 0 else CONTRADICTED
     return replace(finding, status=status, p=p)
