@@ -168,12 +168,12 @@ def plot(found: Sequence[Case], path: Path) -> None:
     for place, case in enumerate(found):
         width = 0.8 / len(case.recovered)
         for i, strategy in enumerate(case.recovered):
-            at, net = place - 0.4 + (i + 0.5) * width, case.net(strategy)
-            ends = [[100 * (net.value - net.low)], [100 * (net.high - net.value)]]
-            axis.bar(at, 100 * net.value, width, yerr=ends, color=colours[strategy], error_kw={"elinewidth": 0.8})
+            at, change = place - 0.4 + (i + 0.5) * width, case.change(strategy)
+            ends = [[100 * (change.value - change.low)], [100 * (change.high - change.value)]]
+            axis.bar(at, 100 * change.value, width, yerr=ends, color=colours[strategy], error_kw={"elinewidth": 0.8})
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xticks(range(len(found)), [f"{c.model.removeprefix('world_')}\n{c.name}" for c in found], fontsize=8)
-    axis.set_ylabel("recall brought back (% of the recall lost)")
+    axis.set_ylabel("change of recall by the recovery (points)")
     axis.legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()], colours, fontsize=8)
     axis.grid(axis="y", alpha=0.3)
     figure.tight_layout()
