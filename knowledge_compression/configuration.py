@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any, cast, get_type_hints
 
 from hydra.errors import HydraException, InstantiationException
@@ -22,28 +23,55 @@ GROUPS = ("model", "target", "compression", "recovery", "corpus", "eval")
 VALUES = ("sparsity", "reading", "seed", "device", "dtype")
 
 
-def experiment_from(config: DictConfig, choices: Mapping[str, str]) -> Experiment:
+def settings_of(config: DictConfig, group: str) -> dict[str, Any]:
+    """What the configuration says of one group, as plain data.
+
+    Raises:
+        BadInput: a value that must be given is missing, or a reference leads nowhere.
+    """
+    return plain(config[group]) if config.get(group) else {}
+
+
+def made_of(group: str, settings: Mapping[str, Any]) -> Any:
+    """What the settings of one group describe; of ``eval`` all suites by name.
+
+    Raises:
+        BadInput: a value is missing, of the wrong kind or out of range.
+    """
+    if group == "eval":
+        return {name: build(f"eval.{name}", part) for name, part in settings.items()}
+    return build(group, settings)
+
+
+def experiment_from(
+    config: DictConfig,
+    choices: Mapping[str, str],
+    settings_of: Callable[[DictConfig, str], dict[str, Any]] = settings_of,
+    made_of: Callable[[str, Mapping[str, Any]], Any] = made_of,
+) -> Experiment:
     """Build the experiment that a configuration describes.
 
     Args:
         config: the composed configuration, without its ``hydra`` node.
         choices: which file was chosen in each group, e.g. ``{"target": "att"}``; kept with the settings.
+        settings_of, made_of: those of this module, or what remembers their answers.
 
     Raises:
         BadInput: a value is missing, of the wrong kind or out of range.
     """
     if not config.get("eval") and not config.model.get("stream"):
         raise BadInput("eval=[] asks nothing; choose at least one suite, e.g. eval=[atlas]")
-    settings: dict[str, Any] = {name: plain(config[name]) if config.get(name) else {} for name in GROUPS}
+    settings: dict[str, Any] = {name: settings_of(config, name) for name in GROUPS}
+    made = {name: made_of(name, settings[name]) for name in GROUPS}
     settings |= {name: config[name] for name in VALUES}
     settings["choices"] = {group: choices[group] for group in GROUPS if group in choices and group != "eval"}
     return Experiment(
-        source=build("model", settings["model"]),
-        target=build("target", settings["target"]),
-        compression=build("compression", settings["compression"]),
-        recovery=build("recovery", settings["recovery"]),
-        corpus=build("corpus", settings["corpus"]),
-        suites={name: build(f"eval.{name}", part) for name, part in settings["eval"].items()},
+        source=made["model"],
+        target=made["target"],
+        compression=made["compression"],
+        recovery=made["recovery"],
+        corpus=made["corpus"],
+        suites=made["eval"],
         settings=settings,
         seed=config.seed,
         device=config.device,
@@ -116,10 +144,13 @@ def check_types(name: str, part: type, settings: Mapping[str, Any]) -> None:
         if field.name not in settings or isinstance(value, Mapping):
             continue
         try:
-            adapter = TypeAdapter(hints[field.name])
+            adapter = _adapter(hints[field.name])
         except PydanticSchemaGenerationError:  # a part of ours, checked when it is made
             continue
         try:
             adapter.validate_python(value)
         except ValidationError as error:
             raise BadInput(f"{name}.{field.name}={value} does not fit: {error.errors()[0]['msg']}") from None
+
+
+_adapter = cache(TypeAdapter)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
@@ -25,9 +23,12 @@ from knowledge_compression.launching import ProcessLauncher
 from knowledge_compression.results.sweeps import BAD_INPUT, DONE, FAILED, Outcome, PlannedRun, labels, write_plan
 
 if TYPE_CHECKING:
+    from knowledge_compression.combinations import Assembler
     from knowledge_compression.experiment import Experiment
 
 log = logging.getLogger(__name__)
+
+_SHOWN = 1000  # runs of a sweep with nothing to do; the table of more would take longer than all else
 
 
 class PlannedSweeper(Sweeper):
@@ -55,11 +56,14 @@ class PlannedSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Check, launch, show; ends the process with the status that tells how it went."""
-        assert self.config is not None and self.launcher is not None
+        from knowledge_compression.combinations import Assembler, combinations
+
+        assert self.config is not None and self.launcher is not None and self.hydra_context is not None
         check_cache()
         swept = [f"{key}={values}" for key, values in self.params.items()]
         jobs = combinations(OverridesParser.create().parse_overrides([*swept, *arguments]))
-        checked = [self._check(*job) for job in zip(jobs, labels(jobs), strict=True)]
+        experiment_of = Assembler(self.hydra_context.config_loader, self.config, jobs)
+        checked = [self._check(experiment_of, *job) for job in zip(jobs, labels(jobs), strict=True)]
         refused = [outcome for outcome in checked if isinstance(outcome, Outcome)]
         accepted = [one for one in checked if not isinstance(one, Outcome)]
         for outcome in refused:
@@ -73,16 +77,15 @@ class PlannedSweeper(Sweeper):
         outcomes = [*refused, *self._launch(planned)] if planned else refused
         raise SystemExit(max((EXIT_STATUS[outcome.status] for outcome in outcomes), default=0))
 
-    def _check(self, overrides: Sequence[str], label: str) -> tuple[PlannedRun, Experiment] | Outcome:
+    def _check(
+        self, experiment_of: Assembler, overrides: Sequence[str], label: str
+    ) -> tuple[PlannedRun, Experiment] | Outcome:
         """The run that a combination stands for, or why it cannot be; found without loading a model."""
-        from knowledge_compression.configuration import experiment_from
         from knowledge_compression.models.held import HeldSource
         from knowledge_compression.results.store import RunStore
 
-        assert self.config is not None and self.hydra_context is not None
         try:
-            config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-            experiment = experiment_from(config, config.hydra.runtime.choices)
+            experiment, config = experiment_of(overrides)
             experiment = replace(experiment, source=HeldSource(experiment.source))
             experiment.check()
             store, dense = RunStore(config.output.dir), experiment.dense()
@@ -130,6 +133,9 @@ class PlannedSweeper(Sweeper):
             write_plan(folder, planned, self.config.hydra.launcher.get("at_once", 1))
         except OSError as error:
             raise BadInput(f"output.dir={self.config.output.dir} cannot be written ({error.strerror})") from None
+        if not missing and len(planned) > _SHOWN:
+            log.info("python -m knowledge_compression.report %s compares them", self.config.output.dir)
+            return []
         returns = self.launcher.launch([run.overrides for run in missing], initial_job_idx=0) if missing else []
         if self.config.run.detach:
             log.info(
@@ -163,21 +169,3 @@ class PlannedSweeper(Sweeper):
             show(runs, baselines, folder)
         failed = sum(outcome.status == FAILED for outcome in outcomes)
         log.info("%d runs done, %d failed", len(done), failed)
-
-
-def combinations(overrides: Sequence[Override]) -> list[list[str]]:
-    """The product of all swept overrides, in the order they were typed, last one fastest.
-
-    Raises:
-        BadInput: a sweep over a continuous range, which has no list of values.
-    """
-    axes: dict[str, list[str]] = {}
-    for override in overrides:
-        key = override.get_key_element()
-        if not override.is_sweep_override():
-            axes[key] = [f"{key}={override.get_value_element_as_str()}"]
-        elif override.is_discrete_sweep():
-            axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-        else:
-            raise BadInput(f"{override.input_line} sweeps over a continuous range; give a list, e.g. {key}=0.2,0.4")
-    return [list(job) for job in itertools.product(*axes.values())]

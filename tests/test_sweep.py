@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from knowledge_compression import sweep
 from knowledge_compression.cli import main
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.sweeps import Outcome
@@ -113,6 +114,20 @@ def test_a_sweep_over_evaluations_compresses_once(command: Any, tmp_path: Path) 
     runs = [run for run in RunStore(tmp_path / "outputs") if run.config["choices"]["compression"] != "none"]
     assert sorted(run.report["compression"]["found"] for run in runs) == [False, True]
     assert len({run.metrics.get("probe.log_prob", run.metrics.get("second.log_prob")) for run in runs}) == 1
+
+
+def test_a_large_sweep_with_nothing_to_do_draws_no_table(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["-m", "target=all", "sparsity=0.2,0.3"]
+    assert "What compression did" in command(*given)[1]
+    monkeypatch.setattr(sweep, "_SHOWN", 2)
+    assert "What compression did" in command(*given)[1]
+    monkeypatch.setattr(sweep, "_SHOWN", 1)
+    status, said = command(*given)
+    assert status == 0 and "knowledge_compression.report" in said and "What compression did" not in said
+    assert "What compression did" in command(*given, "target=all,ff")[1]  # here is something to do
+    assert way(tmp_path).count("probe") == 5
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(command: Any, tmp_path: Path) -> None:

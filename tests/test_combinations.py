@@ -1,0 +1,121 @@
+"""The experiments of a sweep's combinations are those that Hydra composes, whatever is put together without it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from test_configs import NEEDED, shipped
+
+from knowledge_compression.cli import CONF
+from knowledge_compression.combinations import Assembler, combinations
+from knowledge_compression.configuration import GROUPS, experiment_from
+from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.atlas import Atlas
+
+
+class Sweep:
+    """A sweep's combinations, in an order of no meaning."""
+
+    def __init__(self, loader: Any, overrides: Sequence[str]) -> None:
+        self.jobs = combinations(OverridesParser.create().parse_overrides(list(overrides)))
+        random.Random(0).shuffle(self.jobs)
+        self._loader, self._master = loader, loader.load_configuration("config", [], RunMode.MULTIRUN)
+        self._assembler = Assembler(self, self._master, self.jobs)  # type: ignore[arg-type]
+        self.composed = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def load_sweep_config(self, *arguments: Any) -> Any:
+        self.composed += 1
+        return self._loader.load_sweep_config(*arguments)
+
+    def assembled(self, job: list[str]) -> Any:
+        return self._assembler(job)[0]
+
+    def by_hydra(self, job: list[str]) -> Any:
+        config = self._loader.load_sweep_config(self._master, job)
+        return experiment_from(config, config.hydra.runtime.choices)
+
+    def check(self) -> int:
+        """Compare all of them; gives how often Hydra composed."""
+        for job in self.jobs:
+            assert self.assembled(job) == self.by_hydra(job), job
+        return self.composed
+
+
+@pytest.fixture
+def loader() -> Iterator[Any]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_shipped_choice_is_assembled_as_hydra_composes_it(
+    group: str, loader: Any, request: pytest.FixtureRequest
+) -> None:
+    data = [f"data_dir={request.getfixturevalue('data_dir')}"] if group == "eval" else []
+    for choice in shipped(group):
+        chosen = f"eval=[{choice.split('=')[1]}]" if group == "eval" else choice
+        given = [*data, chosen, *NEEDED.get(choice, []), "reading=paper"]
+        sweep = Sweep(loader, [*given, "sparsity=0.1,0.3", "seed=1,2"])
+        sweep.jobs = sweep.jobs[:3]
+        assert sweep.check() == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "composed"),
+    [
+        (["target=att,ff", "compression=magnitude,random", "sparsity=0.1,0.2"], 4),
+        (["model=bert_tiny,smollm2", "eval=[atlas],[atlas,perplexity]", "seed=1,2"], 4),
+        (["compression.sparsity=0.2,0.4", "sparsity=0.1,0.3"], 1),
+        (["compression.sparsity=0.2,'${sparsity}'", "sparsity=0.1,0.3"], 2),
+        (["compression=gptq", "compression.bits=3,4", "corpus.samples=8,16"], 1),
+        (["recovery=lora", "recovery.training.learning_rate=1e-3,1e-4", "+budget.tokens=1000,2000"], 2),
+        (["recovery=lora", "recovery.training={batch_size:1},{batch_size:2}", "recovery.training.batch_size=3,4"], 4),
+        (["recovery=lora", "recovery.training.batch_size=3,4", "recovery.training={batch_size:1},{batch_size:2}"], 4),
+        (["recovery=lora", "+to=5", "recovery.rank='${${scoring}}'", "scoring=device,to", "device=3,4"], 1),
+        (["eval.atlas.limit=null,10", "eval.atlas.wordings=all,rotate", "output.compressed_gb=0,1"], 1),
+        (["+experiment=controlled_world/magnitude,controlled_world/int8", "seed=0,1"], 2),
+    ],
+)
+def test_whatever_overrides_do_to_each_other(overrides: list[str], composed: int, loader: Any) -> None:
+    assert Sweep(loader, overrides).check() == composed
+
+
+@pytest.mark.parametrize(
+    "overrides", [["sparsty=0.1,0.2"], ["compression.bits=3,4"], ["target=att,nothing"], ["sparsity=much,0.1"]]
+)
+def test_what_hydra_or_a_part_refuses_is_refused(overrides: list[str], loader: Any) -> None:
+    sweep = Sweep(loader, overrides)
+    refused = 0
+    for job in sweep.jobs:
+        try:
+            expected: Any = sweep.by_hydra(job)
+        except (BadInput, HydraException) as error:
+            refused += 1
+            with pytest.raises(type(error)) as caught:
+                sweep.assembled(job)
+            assert str(caught.value) == str(error)
+        else:
+            assert sweep.assembled(job) == expected
+    assert refused
+
+
+def test_what_a_part_reads_is_digested_once(loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    digest = Atlas.fingerprint
+    monkeypatch.setattr(Atlas, "fingerprint", lambda self: asked.append(self) or digest(self))
+    sweep = Sweep(loader, ["model=bert_tiny", "target=att,ff", "sparsity=0.1,0.2,0.3"])
+    ids = {sweep.assembled(job).id for job in sweep.jobs}
+    assert len(ids) == 6 and len(asked) == 1
+    assert ids == {sweep.by_hydra(job).id for job in sweep.jobs}
