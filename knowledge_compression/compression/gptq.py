@@ -10,8 +10,7 @@ from typing import ClassVar
 import torch
 from torch import LongTensor, Tensor
 
-from knowledge_compression.compression.base import reporting
-from knowledge_compression.compression.blocks import compress_blocks
+from knowledge_compression.compression.blocks import compress_calibrated
 from knowledge_compression.compression.compensation import compensate
 from knowledge_compression.compression.hessian import Hessian, check_damping, inverse_factor, relative_errors
 from knowledge_compression.compression.quantizer import (
@@ -67,18 +66,8 @@ class Gptq:
         """Quantize the targets in place."""
         self.grid.check(targets)
         check_damping(self.damping)
-        with reporting("gptq", model, targets) as report:
-            report.layers = compress_blocks(
-                model,
-                targets,
-                calibration,
-                self,
-                true_sequential=self.true_sequential,
-                by_influence=self.by_influence,
-                forward_dtype=self.forward_dtype,
-                device=self.device,
-            )
-        return report
+        walk = {"true_sequential": self.true_sequential, "by_influence": self.by_influence}
+        return compress_calibrated("gptq", self, model, targets, calibration, **walk)
 
     def observe(self, in_features: int, device: torch.device) -> Hessian:
         """The Hessian that all linears with one input share."""

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import LongTensor, Tensor
 
-from knowledge_compression.compression.base import check_sparsity, reporting
-from knowledge_compression.compression.blocks import compress_blocks
+from knowledge_compression.compression.base import check_sparsity
+from knowledge_compression.compression.blocks import compress_calibrated
 from knowledge_compression.compression.compensation import compensate
 from knowledge_compression.compression.hessian import Hessian, check_damping, inverse_factor, relative_errors
 from knowledge_compression.compression.quantizer import Grid, GroupedColumns, QuantizedWeight
@@ -87,18 +87,8 @@ class SparseGpt:
             self.shape.check(targets)
         if self.grid:
             self.grid.check(targets)
-        with reporting("sparsegpt", model, targets) as report:
-            report.layers = compress_blocks(
-                model,
-                targets,
-                calibration,
-                self,
-                true_sequential=self.true_sequential,
-                by_influence=self.by_influence,
-                forward_dtype=self.forward_dtype,
-                device=self.device,
-            )
-        return report
+        walk = {"true_sequential": self.true_sequential, "by_influence": self.by_influence}
+        return compress_calibrated("sparsegpt", self, model, targets, calibration, **walk)
 
     def observe(self, in_features: int, device: torch.device) -> Hessian:
         """The Hessian that all linears with one input share."""
