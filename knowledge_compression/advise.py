@@ -66,9 +66,9 @@ def advise(outputs: Path, keep: float) -> None:
                 f"Keeps {keep:.0%} with 95 % confidence, smallest first: {label(best.run)} ({best.size_mb:.1f} MB)\n"
             )
     for line in run_next(check(comparisons), comparisons):
-        console.print(f"undecided – {line}", highlight=False)
+        console.print(f"undecided – {line}", highlight=False, markup=False, soft_wrap=True)
     for run_id, why in [*unreadable, *comparisons.skipped]:
-        console.print(f"left out – {run_id}: {why}", highlight=False)
+        console.print(f"left out – {run_id}: {why}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _share(text: str) -> float:

@@ -129,6 +129,14 @@ def mean(values: NDArray[np.float64], of_mean: Callable[..., Any] = lambda mean:
     return Estimate(float(of_mean(values.mean())), low, high, len(values))
 
 
+def mean_t(values: NDArray[np.float64]) -> Estimate | None:
+    """A mean of many different values, such as log-probabilities, with Student's interval; None of fewer than two."""
+    if len(values) < 2:
+        return None
+    ends = stats.ttest_1samp(values, 0.0).confidence_interval(CONFIDENCE)
+    return Estimate(float(values.mean()), float(ends.low), float(ends.high), len(values))
+
+
 def macro_accuracy(correct: Sequence[NDArray[np.bool_]]) -> Estimate:
     """Mean of the accuracies of several tasks, with a bootstrap interval over the items of each.
 

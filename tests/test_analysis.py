@@ -305,7 +305,7 @@ def test_bits_of_one_compression_are_told_apart():
     for bits_kept, kept in ((8, 900), (4, 800), (3, 500)):
         runs.append(made_run(facts < kept, compression="gptq"))
         runs[-1].config["compression"] = {"bits": bits_kept}
-        runs[-1].report["compression"] = {}
+        runs[-1].report["compression"] = {"calibration": {"digest": "text"}}
     verdicts = check(compare(runs), [claim_named("gptq_8_bits_is_harmless"), claim_named("fewer_bits_hurt")])
     assert [verdict.status for verdict in verdicts] == [SUPPORTED, SUPPORTED]
     assert [len(verdict.findings[0].pairs) for verdict in verdicts] == [1, 1]
@@ -332,3 +332,8 @@ def test_every_undecided_claim_has_a_command_that_names_what_it_compares():
     assert "compression.bits=4,3" in advice["fewer_bits_hurt"]
     assert "recovery=idp 'recovery.prompts=[10,30],[50,100]'" in advice["idp_is_stable_over_sizes"]
     assert "sparsity=0.1,0.2" in advice["decline_steepens_past_half"]
+    assert advice["low_pruning_is_harmless"].endswith(
+        "python run.py -m model=m eval=[atlas] compression=magnitude sparsity=0.1,0.2,0.3"
+    )
+    assert "model=m eval=[nine_tasks]" in advice["weights_win_language"]
+    assert advice["final_unstructured_hurts_less"].endswith("target=final, with an encoder as the model")

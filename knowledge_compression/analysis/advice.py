@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from knowledge_compression.analysis.claims import Claim
@@ -64,13 +65,14 @@ def smallest(rows: Sequence[Kept], keep: float) -> Kept | None:
 
 def run_next(verdicts: Sequence[Verdict], comparisons: Comparisons) -> list[str]:
     """What would settle the undecided claims: the missing runs, or how many items the present ones would need."""
-    models = sorted({group.asked.model for group in comparisons})
     advice = []
     for verdict in verdicts:
         if verdict.status != UNDECIDED:
             continue
         if not verdict.findings:
-            advice.append(f"{verdict.claim.name}: no runs bear on it; {_command(verdict.claim, models)}")
+            advice += [
+                f"{verdict.claim.name}: no runs bear on it; {how}" for how in _commands(verdict.claim, comparisons)
+            ]
         for finding in verdict.findings:
             spread = (finding.effect.high - finding.effect.low) / 2
             if finding.status == UNDECIDED and finding.effect.value and spread:
@@ -86,21 +88,31 @@ def run_next(verdicts: Sequence[Verdict], comparisons: Comparisons) -> list[str]
 _TWO_SIZES = {"prompt": " recovery.tokens=26,100", "idp": " 'recovery.prompts=[10,30],[50,100]'"}
 
 
-def _command(claim: Claim, models: Sequence[str]) -> str:
-    def values(key: str) -> str:
+def _commands(claim: Claim, comparisons: Comparisons) -> Iterator[str]:
+    """What would make the runs that a claim lacks: one command for the models that were asked the same suites."""
+    asked: defaultdict[str, set[str]] = defaultdict(set)
+    for group in comparisons:
+        if group.dense.report["model"].get("family") in claim.families:
+            asked[group.asked.model].add("nine_tasks" if claim.tasks else group.asked.suite)
+    together: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
+    for model, suites in sorted(asked.items()):
+        together[tuple(sorted(suites))].append(model)
+    for names, models in together.items():
+        yield f"python run.py -m model={','.join(models)} eval=[{','.join(names)}]{_settings(claim)}"
+    if not together:
+        families = " or ".join(family.replace("_", "-") for family in claim.families)
+        yield f"python run.py -m model=...{_settings(claim)}, with an {families} as the model"
+
+
+def _settings(claim: Claim) -> str:
+    def values(key: str, called: str = "") -> str:
         found = [side[key] for side in (claim.better, claim.worse) if side.get(key, "none") != "none"]
-        return f" {key}={','.join(dict.fromkeys(found))}" if found else ""
+        return f" {called or key}={','.join(dict.fromkeys(found))}" if found else ""
 
     low, high = claim.sparsity or ((0.1, 0.9) if "level" in claim.better else (0.0, 0.0))
     grid = [step / 10 for step in range(1, 10) if low - 1e-9 <= step / 10 <= high + 1e-9]
     sparsity = f" sparsity={','.join(f'{s:g}' for s in grid)}" if grid else ""
-    bits = (
-        f" compression.bits={claim.better['bits']},{claim.worse.get('bits', '')}".rstrip(",")
-        if "bits" in claim.better
-        else ""
-    )
     sizes = _TWO_SIZES[claim.better["recovery"]] if claim.better == claim.worse else ""
-    where = f" (for {' and '.join(claim.families)} models)"
-    model = f" model={','.join(models)}" if models else ""
-    chosen = values("compression") + bits + values("target") + values("recovery") + sizes
-    return f"python run.py -m{model}{chosen}{sparsity}{where}"
+    before = " recovery=none,lora" if claim.gain_over else ""
+    what = values("compression") + values("bits", "compression.bits") + values("target")
+    return what + values("recovery") + before + sizes + sparsity

@@ -30,7 +30,7 @@ from knowledge_compression.analysis.ledger import (
 )
 from knowledge_compression.analysis.naming import recovery_name
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import Estimate, accuracy, proportion
+from knowledge_compression.statistics import Estimate, accuracy, mean_t, proportion
 
 FATES = (KEPT, LOST, GAINED, NEVER_KNOWN)
 WENT = (TO_THE_END, LATE, EARLY, NEVER_THERE)
@@ -47,16 +47,23 @@ def shares_of_fates(group: Group, run: Run) -> list[Row]:
 
     Returns:
         Rows with ``by`` (``all facts``, ``relation``, ``frequency``), ``value``, ``counts`` (of each of :data:`FATES`),
-        ``lost`` (of the facts that the dense model knew) and ``gained`` (of those that it did not); an
-        :class:`Estimate` each, None where there are no such facts.
+        ``lost`` (of the facts that the dense model knew) and ``gained`` (of those that it did not); and of the lost
+        facts how far the right answer sank: its mean ``rank`` now, and by how many nats its log-probability ``fell``.
+        An :class:`Estimate` each, None where there are no such facts.
     """
     extra = [column for column in _categories(group) if column != "task"]
     ledger = fates(group.dense, run, group.asked.suite, by=extra)
-    return [
-        {"by": by, "value": value, "counts": [counts[fate] for fate in FATES]}
-        | {"lost": _share(counts[LOST], counts[KEPT]), "gained": _share(counts[GAINED], counts[NEVER_KNOWN])}
-        for by, value, counts in _counted(ledger, "fate", ["task", *extra])
-    ]
+    rows = []
+    for by, value, facts in _parts(ledger, ["task", *extra]):
+        counts, lost = Counter(facts["fate"].to_list()), facts.filter(pl.col("fate") == LOST)
+        fell = lost.select(pl.col("log_prob_before") - pl.col("log_prob_after"))["log_prob_before"]
+        rows.append(
+            {"by": by, "value": value, "counts": [counts[fate] for fate in FATES]}
+            | {"lost": _share(counts[LOST], counts[KEPT]), "gained": _share(counts[GAINED], counts[NEVER_KNOWN])}
+            | {"rank": mean_t(lost["rank_after"].drop_nulls().to_numpy())}
+            | {"fell": mean_t(fell.filter(fell.is_finite()).to_numpy())}
+        )
+    return rows
 
 
 def shares_restored(group: Group) -> list[Row]:
@@ -70,7 +77,8 @@ def shares_restored(group: Group) -> list[Row]:
     rows = []
     for compressed, recovered in recoveries(group):
         ledger = restorations(group.dense, compressed, recovered, group.asked.suite, by=extra)
-        for by, value, counts in _counted(ledger, "restored", extra):
+        for by, value, facts in _parts(ledger, extra):
+            counts = Counter(facts["restored"].to_list())
             lost = sum(counts.values())
             shares = [_share(counts[name], lost - counts[name]) for name in RESTORED]
             rows.append(
@@ -120,12 +128,12 @@ def _categories(group: Group) -> list[str]:
     return [column for column in CATEGORIES if column in there]
 
 
-def _counted(ledger: pl.DataFrame, column: str, categories: list[str]) -> Iterator[tuple[str, str, Counter[str]]]:
-    yield OVERALL, OVERALL, Counter(ledger[column].to_list())
+def _parts(ledger: pl.DataFrame, categories: list[str]) -> Iterator[tuple[str, str, pl.DataFrame]]:
+    """All facts, and those of each value of each category."""
+    yield OVERALL, OVERALL, ledger
     for category in categories:
-        counted = ledger.drop_nulls(category).group_by(category, column).len().sort(category)
-        for part in counted.partition_by(category, maintain_order=True):
-            yield CATEGORIES[category], part[category][0], Counter(dict(zip(part[column], part["len"], strict=True)))
+        for part in ledger.drop_nulls(category).sort(category).partition_by(category, maintain_order=True):
+            yield CATEGORIES[category], part[category][0], part
 
 
 def _share(such: int, others: int) -> Estimate | None:

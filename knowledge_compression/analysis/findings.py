@@ -162,7 +162,7 @@ def _alike(better: Run, worse: Run, claim: Claim) -> bool:
         if not (_prunes(better) and _prunes(worse)):
             differs.add("sparsity")
         if "none" in (_setting(better, "compression"), _setting(worse, "compression")):
-            differs.add("target")
+            differs |= {"target", "corpus"}
     return all(_setting(better, key) == _setting(worse, key) for key in _SHARED if key not in differs)
 
 

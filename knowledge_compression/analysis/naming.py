@@ -38,4 +38,5 @@ def reading_order(run: Run) -> tuple[Any, ...]:
     """What to sort runs by so that a reader finds them: the dense one first, then by what was done and how much."""
     choices = run.config["choices"]
     done = [choices.get(key, "") for key in ("target", "compression", "recovery")]
-    return choices["model"], not is_dense(run), *done, run.config["sparsity"], run.config["seed"], run.id
+    how_much = run.config["sparsity"], -(run.config["compression"].get("bits") or 0), recovery_size(run)
+    return choices["model"], not is_dense(run), *done, *how_much, run.config["seed"], run.id

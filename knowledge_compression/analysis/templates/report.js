@@ -77,13 +77,14 @@ const main = ({runs, points, fates, names}, facts) => {
     const visible = rows.filter(r => FACETS.every(f => chosen[f].has(r[f]) || (r.dense && f !== "model" && f !== "suite")));
     const lines = new Map(), telling = FACETS.filter(f => new Set(visible.filter(r => !r.dense).map(r => r[f])).size > 1);
     for (const row of visible.filter(r => !r.dense)) {
-      const name = named(row, telling) || named(row, FACETS);
+      const name = named(row, telling) || (telling.length ? "none" : named(row, FACETS));
       if (!lines.has(name)) lines.set(name, []);
       lines.get(name).push(row);
     }
     const traces = (x, e, scale) => [...lines].map(([name, list]) => {
       list.sort((a, b) => x(a) - x(b));
-      return {name, mode: "lines+markers", x: list.map(x), y: list.map(r => r[e][0] === null ? null : scale * r[e][0]),
+      const apart = new Set(list.map(x)).size === list.length;  // runs that differ in something else are no line
+      return {name, mode: apart ? "lines+markers" : "markers", x: list.map(x), y: list.map(r => r[e][0] === null ? null : scale * r[e][0]),
               customdata: list.map(r => r.label), hovertemplate: "%{customdata}<br>%{y:.1f} %<extra></extra>",
               error_y: {...bars(list.map(r => r[e]), scale), color: undefined}};
     });
@@ -126,8 +127,9 @@ const main = ({runs, points, fates, names}, facts) => {
     const first = Plotly.react("fate-chart", shown.map(([key, name]) => ({type: "bar", name, x: list.map(r => r.value),
       y: list.map(r => r[key] ? 100 * r[key][0] : null), error_y: bars(list.map(r => r[key]))})),
       layout("", "share of the facts (%)", {barmode: "group"}), CONFIG);
-    at("fate-table").replaceChildren(table(["facts", ...names.fates, "lost, of the known", "gained, of the unknown"],
-      list.map(row => [row.value, ...row.counts.map(n => [n, "number"]), [interval(row.lost), "number"], [interval(row.gained), "number"]])));
+    at("fate-table").replaceChildren(table(["facts", ...names.fates, "lost, of the known", "gained, of the unknown", "lost: mean rank now", "lost: fell by (nats)"],
+      list.map(row => [row.value, ...row.counts.map(n => [n, "number"]), [interval(row.lost), "number"], [interval(row.gained), "number"],
+        [interval(row.rank, 1, ""), "number"], [interval(row.fell, 1, ""), "number"]])));
     const depth = group.depths[fateRun.value];
     at("depth").hidden = !depth;
     if (!depth) return first;
