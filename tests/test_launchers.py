@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 from rich.console import Console
 
 PARTS = Path(__file__).parent / "parts"
 sys.path.insert(0, str(PARTS))
 
-from sweep_chores import Chore  # noqa: E402
+from sweep_chores import chore  # noqa: E402
 
-from knowledge_compression import launching, status  # noqa: E402
+from knowledge_compression import status  # noqa: E402
+from knowledge_compression.cli import CONF  # noqa: E402
 from knowledge_compression.errors import BadInput  # noqa: E402
 from knowledge_compression.launching import LocalLauncher, SlurmLauncher  # noqa: E402
 from knowledge_compression.results.sweeps import Outcome, PlannedRun, labels, write_plan  # noqa: E402
@@ -27,44 +32,47 @@ from knowledge_compression.results.sweeps import Outcome, PlannedRun, labels, wr
 ROOT = Path(__file__).parents[1]
 
 
-def launched(
-    tmp_path: Path, whats: list[str], retries: int = 0, **options: Any
-) -> tuple[dict[int, Outcome], list[Chore]]:
-    launcher = LocalLauncher(**options)
-    launcher.poll_seconds = 0.05
-    launcher.config = OmegaConf.create({"run": {"retries": retries, "detach": False}})
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(PARTS), str(ROOT)])
-    chores = [Chore(tmp_path / str(i), f"chore {i}", i, what) for i, what in enumerate(whats)]
-    return dict(launcher._watch(chores)), chores  # type: ignore[arg-type]
+def launched(tmp_path: Path, whats: list[str], retries: int = 0, **options: Any) -> list[Outcome]:
+    """How the chores ended; chore ``i`` has the folder ``<i>``."""
+    overrides = [f"hydra.sweep.dir={tmp_path}", f"hydra.run.dir={tmp_path}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        config = loader.load_configuration("config", overrides, RunMode.MULTIRUN)
+        config.run.retries = retries
+        launcher = LocalLauncher(**options)
+        launcher.poll_seconds = 0.05
+        launcher.setup(hydra_context=HydraContext(loader, Callbacks()), task_function=chore, config=config)
+        returns = launcher.launch([[f"+what={what}", f"+number={i}"] for i, what in enumerate(whats)], 0)
+    return [returned.return_value for returned in returns]
 
 
 def test_a_killed_job_is_marked_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    outcomes, chores = launched(tmp_path, ["work", "kill", "exit", "work", "work"], at_once=3)
-    assert [outcomes[i].status for i in range(5)] == ["done", "failed", "failed", "done", "done"]
+    outcomes = launched(tmp_path, ["work", "kill", "exit", "work", "work"], at_once=3)
+    assert [outcome.status for outcome in outcomes] == ["done", "failed", "failed", "done", "done"]
     assert outcomes[1].message == "killed by signal 9"
     assert outcomes[2].message == "ended without a result (status 3)"
     assert "so much to say" in Path(outcomes[1].log).read_text()
-    assert Outcome.read(chores[1].folder) == outcomes[1]  # for those who ask later
+    assert Outcome.read(tmp_path / "1") == outcomes[1]  # for those who ask later
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and all(outcomes[i].line in said for i in (1, 2))
 
 
 def test_no_more_than_so_many_at_once(tmp_path: Path) -> None:
-    _, chores = launched(tmp_path, ["work"] * 5, at_once=2)
-    spans = [tuple(map(float, (chore.folder / "span").read_text().split())) for chore in chores]
+    launched(tmp_path, ["work"] * 5, at_once=2)
+    spans = [tuple(map(float, (tmp_path / str(i) / "span").read_text().split())) for i in range(5)]
     for start, _ in spans:
         assert sum(begin <= start < end for begin, end in spans) <= 2
 
 
 def test_a_job_that_takes_too_much_memory_is_ended(tmp_path: Path) -> None:
-    outcomes, _ = launched(tmp_path, ["hoard", "work"], at_once=2, memory_gb=0.5)
+    outcomes = launched(tmp_path, ["hoard", "work"], at_once=2, memory_gb=0.5)
     assert outcomes[0].message == "out of memory: it took more than 0.5 GB"
     assert outcomes[1].status == "done"
 
 
 def test_a_killed_job_is_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    outcomes, _ = launched(tmp_path, ["kill once", "kill"], retries=1, at_once=2)
-    assert [outcomes[i].status for i in range(2)] == ["done", "failed"]
+    outcomes = launched(tmp_path, ["kill_once", "kill"], retries=1, at_once=2)
+    assert [outcome.status for outcome in outcomes] == ["done", "failed"]
     assert capsys.readouterr().err.count("trying again") == 2
 
 
@@ -86,25 +94,26 @@ class Handle:
 
 
 def test_a_job_that_slurm_lost_is_over_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = tmp_path / "alive"  # what squeue lists
+    for name, does in (("squeue", f"cat {alive}"), ("sacct", "echo OUT_OF_MEMORY")):
+        command = tmp_path / "bin" / name
+        command.parent.mkdir(exist_ok=True)
+        command.write_text(f"#!/bin/sh\n{does}\n")
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     launcher = SlurmLauncher()
     launcher.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
-    monkeypatch.setattr(launching, "how_it_ended", lambda job_id: "OUT_OF_MEMORY")
-    alive = {"7_0", "7_1"}
-    monkeypatch.setattr(launching, "living_jobs", lambda: alive)
     handles = {0: Handle("7_0"), 1: Handle("7_1")}
+    alive.write_text("7_0\n7_1\n")
     assert launcher.ended(handles) == {}
-    alive.remove("7_0")
+    alive.write_text("7_1\n")
     looks = [launcher.ended(handles) for _ in range(4)]
     assert looks == [{}, {}, {}, {0: "ended by SLURM without a result (OUT_OF_MEMORY)"}]
-    alive.remove("7_1")
+    alive.write_text("")
     (tmp_path / "1").mkdir()
     Outcome("b", "done").write(tmp_path / "1")
     assert 1 in launcher.ended({1: handles[1]})  # it said so itself: nothing to wait for
-
-    def away() -> set[str]:
-        raise BadInput("SLURM does not answer")
-
-    monkeypatch.setattr(launching, "living_jobs", away)
+    alive.unlink()  # SLURM does not answer
     assert launcher.ended({1: handles[1]}) == {}  # nothing is concluded from silence
 
 
