@@ -7,6 +7,9 @@ and copied with other settings and answers; item files are hard links to a few. 
 own, the files being in the page cache, and again for each number of items, so that memory that grew with them would
 show: nothing but the number of items differs. ``compare`` loads every run and sorts it to its dense baseline;
 ``accuracy`` then reads the column of right and wrong answers of each run, one run after the other.
+
+``command`` is the whole of ``python run.py -m ...`` over a sweep whose runs are all there, under the ids that they
+have, in seconds of the wall's clock and of the processor.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import numpy as np
 import yaml
 from side_by_side import spread, write
 
+ROOT = Path(__file__).resolve().parents[1]
 LAYERS, KINDS = 210, 8  # kinds of answers: item files that the runs share
 STEPS = ("imports", "list", "resume", "load", "compare", "accuracy")
 
@@ -55,6 +59,8 @@ def main() -> None:
                     "peak_bytes": spread([one["peak_bytes"] for one in found]),
                 }
             shutil.rmtree(store)
+        arguments = finished(Path(scratch) / "sweep", options.runs)
+        result["command"] = [in_one_command(arguments) for _ in range(options.repeats)]
     write("store", result)
 
 
@@ -91,6 +97,52 @@ def measured(folder: Path, step: str) -> dict[str, float]:
     return {"found": found, "seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
+def in_one_command(arguments: list[str]) -> dict[str, float]:
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run([sys.executable, "run.py", "-m", *arguments], cwd=ROOT, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": time.perf_counter() - start, "processor_seconds": processor}
+
+
+def finished(folder: Path, runs: int) -> list[str]:
+    """All runs of a sweep and their dense ones; gives the sweep's overrides."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.types import RunMode
+
+    from knowledge_compression.combinations import Assembler, combinations
+    from knowledge_compression.results.store import RunStore
+
+    sparsities = ",".join(f"{(i + 1) / 100}" for i in range(50))
+    arguments = ["model=smollm2", "target=att,ff", "compression=magnitude,random", f"sparsity={sparsities}"]
+    arguments += [f"seed=range({max(1, runs // 200)})", f"output.dir={folder}"]
+    generate(folder, KINDS, items=500)
+    store = RunStore(folder)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        jobs = combinations(OverridesParser.create().parse_overrides(arguments))
+        experiment_of = Assembler(loader, loader.load_configuration("config", [], RunMode.MULTIRUN), jobs)
+        for number, job in enumerate(jobs):
+            experiment, _ = experiment_of(job)
+            for one, kind in ((experiment.dense(), 0), (experiment, 1 + number % (KINDS - 1))):
+                if one.id not in store:
+                    copy(store.runs_folder / f"{kind:016x}", store.runs_folder / one.id, dict(one.settings))
+    return arguments
+
+
+def copy(source: Path, target: Path, config: dict[str, object]) -> None:
+    """A run folder with other settings."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.name in ("items.parquet", "layers.json", "environment.json"):
+            os.link(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+    (target / "config.yaml").write_text(yaml.dump(config, Dumper=yaml.CSafeDumper, sort_keys=False))
+
+
 def generate(folder: Path, runs: int, items: int) -> None:
     """A dense run and its comparisons."""
     from knowledge_compression.evaluation.suite import accuracy_metrics, item_table
@@ -125,15 +177,9 @@ def generate(folder: Path, runs: int, items: int) -> None:
         store.write(Run(ids[-1], config | {"choices": chosen}, metrics, report, {}, None, table))
     for number in range(KINDS, runs):
         kind = 1 + number % (KINDS - 1)
-        source, target = store.runs_folder / ids[kind], store.runs_folder / f"{number:016x}"
-        target.mkdir()
-        for path in source.iterdir():
-            if path.name in ("items.parquet", "layers.json", "environment.json"):
-                os.link(path, target / path.name)
-            else:
-                shutil.copyfile(path, target / path.name)
+        target = store.runs_folder / f"{number:016x}"
         own = config | {"choices": choices | {"compression": "magnitude"}, "sparsity": number / runs}
-        (target / "config.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
+        copy(store.runs_folder / ids[kind], target, own)
         ids.append(target.name)
     (folder / "ids.json").write_text(json.dumps(ids))
 
