@@ -41,10 +41,9 @@ _PROBED = (8, 128)  # rows and tokens of the pass that measures the rate: what a
 _PASSES = 3
 _READING = 1e9  # bytes a second that a model is read with
 _ITEM_BYTES = 100.0  # of a row of items.parquet
-# Calibrated methods on smollm2 (docs/scaling.md): passes over the text, with and without gradients; what solving and a
-# model's writing of its own samples take, in products of matrices.
-_PASSES_OVER_TEXT = {True: 7, False: 3}
-_SOLVING, _WRITING = 4, 4
+# What a calibrated method's solving (columns one by one, the search for a grid) and a model's writing of its own
+# samples take, in products of matrices: fitted to one run of GPTQ on smollm2 (docs/scaling.md).
+_SOLVING, _WRITING = 12, 4
 _SECOND_MOMENTS = ("gptq", "sparsegpt")  # methods that keep an input's second moments and solve with them
 
 
@@ -171,8 +170,7 @@ class Forecaster:
             self._written.add(written)
             forecast.macs += _WRITING * multiply_adds(skeleton, one_pass)
         one_pass = {layer.path: one_pass[layer.path] for layer in layers if layer.role != "final"}
-        passes = _PASSES_OVER_TEXT[getattr(experiment.compression, "by_influence", False)]
-        forecast.macs += passes * multiply_adds(skeleton, one_pass)
+        forecast.macs += _passes_over_text(experiment.compression) * multiply_adds(skeleton, one_pass)
         if experiment.settings["choices"].get("compression") in _SECOND_MOMENTS:
             shapes = [layer.weight.shape for layer in targets]
             forecast.macs += sum(tokens * width**2 + _SOLVING * (width**3 + rows * width**2) for rows, width in shapes)
@@ -238,6 +236,13 @@ class Forecaster:
                 if took and (work := self.work(experiment, skeleton, name)) is not None:
                     macs, seconds = macs + multiply_adds(skeleton, work.tokens), seconds + took
         return macs / seconds if seconds else None
+
+
+def _passes_over_text(compression: Any) -> int:
+    """How often the walk through the blocks (``compression/blocks.py``) takes the text through each of them."""
+    if getattr(compression, "true_sequential", False):
+        return 1  # every linear is compressed on the way
+    return 3 if getattr(compression, "by_influence", False) else 2  # to observe, backward too, and with what came of it
 
 
 def rehearse(skeleton: Model, suite: Any) -> Work:

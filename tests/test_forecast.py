@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from knowledge_compression.compression.gptq import Gptq
 from knowledge_compression.compression.kept import KeptModels
 from knowledge_compression.compression.magnitude import Magnitude
 from knowledge_compression.compression.wanda import Wanda
@@ -121,12 +122,43 @@ def test_a_calibrated_compression(tiny_folder: Path, tmp_path: Path) -> None:
     blocks = sum(layer.parameters for layer in linear_layers(skeleton) if layer.role != "final")
     store = RunStore(tmp_path / "outputs")
     without, calibrated = (Forecaster(store, 1e6).of(run, "")[0] for run in (plain, runs[0]))
-    assert calibrated.macs - without.macs == 3 * 4 * 16 * blocks
+    assert calibrated.macs - without.macs == 2 * 4 * 16 * blocks
     runs[0].run(store, NoTracker())
     (done,) = store
     took = done.report["cost"]["seconds"]["compress"]
     told = Forecaster(store, 1e6).of(runs[1], "")[0]
     assert told.macs == without.macs and told.seconds == pytest.approx(without.seconds + took)
+
+
+@pytest.mark.parametrize(
+    ("settings", "forward", "backward"),
+    [({}, 1, 0), ({"true_sequential": False}, 2, 0), ({"true_sequential": False, "by_influence": True}, 2, 1)],
+)
+def test_passes_over_the_text_are_those_that_the_walk_makes(
+    settings: dict[str, bool], forward: int, backward: int, tiny_folder: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("paris is the capital of france . " * 40)
+    corpus = TextFile(name="text", path=str(text), samples=4, length=16)
+    gptq = Gptq(bits=4, **settings)
+    plain, run = (
+        replace(made(tiny_folder, {}), kept_models=None, compression=c, corpus=corpus) for c in (Gptq(), gptq)
+    )
+    model = run.source.load("cpu")
+    blocks = sum(layer.parameters for layer in linear_layers(model) if layer.role != "final")
+    store = RunStore(tmp_path / "outputs")
+    one, foretold = (Forecaster(store, 1e6).of(of, "")[0].macs for of in (plain, run))
+    assert foretold - one == (forward + backward - 1) * 4 * 16 * blocks
+
+    seen = 0
+
+    def count(_: Any, inputs: Any, __: Any) -> None:
+        nonlocal seen
+        seen += inputs[0].shape[:-1].numel()
+
+    model.network.get_submodule("bert.encoder.layer.0.attention.output.LayerNorm").register_forward_hook(count)
+    gptq.compress(model, run.target.select(model), corpus.windows(model))
+    assert seen == forward * 4 * 16 + (16 if gptq.true_sequential else 0)  # one window shows what reads what
 
 
 def test_the_rate_is_measured_where_nothing_tells_it(tiny_folder: Path, tmp_path: Path) -> None:
