@@ -72,7 +72,9 @@ def write_figures(outputs: Path, folder: Path, *, per_parameter: bool = False) -
     from knowledge_compression.analysis.naming import reading_order
     from knowledge_compression.results.store import RunStore
 
-    comparisons = compare(sorted(RunStore(outputs), key=reading_order))
+    runs, unreadable = RunStore(outputs).scan()
+    comparisons = compare(sorted(runs, key=reading_order))
+    comparisons.skipped[:0] = unreadable
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "findings.md").write_text(markdown.report(comparisons, check(comparisons)), encoding="utf-8")

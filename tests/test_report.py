@@ -61,8 +61,10 @@ def test_what_cannot_be_read_or_compared_is_named_and_counted_on_the_page(tmp_pa
     store.write(made_run([True, True], id="asked001", settings={"limit": 5}))
     store.write(made_run([True, True], id="broken00"))
     (store.runs_folder / "broken00" / "report.json").unlink()
-    main([str(store.folder), "-o", str(tmp_path / "report.html")])
+    main([str(store.folder), "-o", str(tmp_path / "report.html"), "--figures", str(tmp_path / "figures")])
     assert "2 runs, 1 folders left out" in capsys.readouterr().out
+    left_out = (tmp_path / "figures" / "findings.md").read_text().partition("## Left out")[2]
+    assert "`broken00`: half-copied" in left_out and "`asked001`: no dense run" in left_out
     html = (tmp_path / "report.html").read_text()
     assert "half-copied: report.json is not there" in html
     assert "no dense run of m with the same atlas settings (limit=5)" in html
