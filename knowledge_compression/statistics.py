@@ -12,6 +12,7 @@ from scipy import stats
 from statsmodels.stats import contingency_tables
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.weightstats import DescrStatsW
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000  # of a bootstrap
@@ -133,8 +134,8 @@ def mean_t(values: NDArray[np.float64]) -> Estimate | None:
     """A mean of many different values, such as log-probabilities, with Student's interval; None of fewer than two."""
     if len(values) < 2:
         return None
-    ends = stats.ttest_1samp(values, 0.0).confidence_interval(CONFIDENCE)
-    return Estimate(float(values.mean()), float(ends.low), float(ends.high), len(values))
+    low, high = DescrStatsW(values).tconfint_mean(1 - CONFIDENCE)
+    return Estimate(float(values.mean()), float(low), float(high), len(values))
 
 
 def macro_accuracy(correct: Sequence[NDArray[np.bool_]]) -> Estimate:
