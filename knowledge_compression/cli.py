@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -39,6 +40,8 @@ _NO_ROOM = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES}  # a disk tha
 def main() -> None:
     """Entry point of ``run.py``."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole; what the user sees is decided here
+    if {"-m", "--multirun"} & set(sys.argv):
+        sys.argv[1:] = with_their_files(sys.argv[1:])
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     except (BadInput, HydraException, OmegaConfBaseException) as error:
@@ -46,6 +49,30 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("stopped; what was finished is kept\n")
         raise SystemExit(130) from None
+
+
+def with_their_files(arguments: Sequence[str]) -> list[str]:
+    """Settings of a swept group, as in ``recovery=idp,concat recovery.prompts=[1,2]``, as sweeps of one value.
+
+    Hydra looks for other settings in the files of the defaults, before any file of the sweep is chosen.
+    """
+    swept = {key for key, equals, value in (a.partition("=") for a in arguments) if equals and _sweeps(key, value)}
+
+    def together(argument: str) -> str:
+        key, equals, value = argument.partition("=")
+        group, dot, _ = key.partition(".")
+        waits = equals and dot and group in swept and not _sweeps(key, value)
+        return f"{key}=choice({value})" if waits else argument
+
+    return [together(argument) for argument in arguments]
+
+
+def _sweeps(key: str, value: str) -> bool:
+    """Whether an override names several values; one that cannot be read is left to Hydra to refuse."""
+    try:
+        return OverridesParser.create().parse_override(f"{key}={value}").is_sweep_override()
+    except HydraException:
+        return False
 
 
 def job(config: DictConfig) -> Outcome | None:

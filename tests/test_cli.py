@@ -7,7 +7,7 @@ import sys
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from knowledge_compression.cli import main
+from knowledge_compression.cli import main, with_their_files
 
 
 @pytest.fixture
@@ -49,3 +49,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(command, tmp_path, arguments, 
     assert status == 2
     assert errors and any(said in line for line in errors)
     assert not list((tmp_path / "outputs").rglob("*"))
+
+
+def test_settings_of_a_swept_group_wait_for_its_files():
+    typed = ["-m", "recovery=idp,concat", "recovery.prompts=[1,2]", "target=att", "target.layers=all", "seed=0,1"]
+    assert with_their_files(typed) == [*typed[:2], "recovery.prompts=choice([1,2])", *typed[3:]]
+    values = ["compression=rtn,gptq", "compression.bits=3,4", "compression.clip=mse", "+experiment=[a,b]", "a={"]
+    assert with_their_files(values) == [*values[:2], "compression.clip=choice(mse)", *values[3:]]

@@ -74,7 +74,7 @@ class Shape:
             quiet: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
             return BertConfig(intermediate_size=4 * d, max_position_embeddings=128, **quiet, **sized, **shared)
         if family == DECODER:
-            return LlamaConfig(intermediate_size=8 * d // 3, max_position_embeddings=128, **sized, **shared)
+            return LlamaConfig(intermediate_size=8 * d // 3, max_position_embeddings=256, **sized, **shared)
         return T5Config(
             d_model=d,
             d_kv=d // self.heads,
