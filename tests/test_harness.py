@@ -100,9 +100,10 @@ def test_every_task_answers_as_stock_does(
     )
     assert set(fast.items["task"]) == set(tasks)
     assert fast.items.height == 3 * len(tasks)
-    same = [name for name in stock.items.columns if name not in ("log_prob", "margin")]
+    numbers = ("log_prob", "prediction_log_prob", "margin")
+    same = [name for name in stock.items.columns if name not in numbers]
     assert fast.items.select(same).equals(stock.items.select(same))
-    for column in ("log_prob", "margin"):
+    for column in numbers:
         pairs = zip(fast.items[column], stock.items[column], strict=True)
         assert all(a == b or a == pytest.approx(b, rel=1e-4, abs=1e-4) for a, b in pairs)
     assert fast.metrics == pytest.approx(stock.metrics, rel=1e-4)
@@ -127,6 +128,7 @@ def test_rows_and_metrics_say_the_same(tiny_model: Callable[[str], Model], tasks
     assert ((items["margin"] > 0) == items["correct"]).all()
     assert ((items["rank"] == 1) == items["correct"]).all()
     assert ((items["prediction"] == items["gold"]) == items["correct"]).all()
+    assert ((items["prediction_log_prob"] - items["log_prob"]) == (-items["margin"]).clip(0)).all()
     for task in ("piqa", "winogrande", "arc_easy"):
         rows = items.filter(pl.col("task") == task)
         assert found.metrics[f"{task}.accuracy"] == found.metrics[f"{task}.acc"] == rows["correct"].mean()

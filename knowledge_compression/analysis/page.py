@@ -24,6 +24,8 @@ from knowledge_compression.analysis.naming import label, reading_order
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, accuracy, drop
 
+_SHOWN = ("prediction", "correct", "log_prob", "rank")  # of an answer, in the fact explorer
+_OF_ANSWER = "prediction_log_prob"  # the runs of early versions lack it
 LARGEST = 24_000_000  # bytes of a page; above it the fact explorer holds fewer facts, and says so
 
 
@@ -153,7 +155,7 @@ def _facts(group: Group, every: int) -> dict[str, Any]:
     answers = {}
     for run in group.members:
         theirs = items.select(KEY).join(
-            items_of(run, group.asked.suite).select(*KEY, "prediction", "correct", "log_prob", "rank").collect(),
+            items_of(run, group.asked.suite).select(*KEY, *_SHOWN, pl.col(f"^{_OF_ANSWER}$")).collect(),
             on=KEY,
             how="left",
             maintain_order="left",
@@ -161,7 +163,8 @@ def _facts(group: Group, every: int) -> dict[str, Any]:
         answers[run.id] = {
             "said": [strings.setdefault(text or "", len(strings)) for text in theirs["prediction"]],
             "right": [int(bool(right)) for right in theirs["correct"]],
-            "gold": [None if value is None else round(value, 2) for value in theirs["log_prob"]],
+            "gold": _rounded(theirs["log_prob"]),
+            "sure": _rounded(theirs[_OF_ANSWER]) if _OF_ANSWER in theirs.columns else None,
             "rank": theirs["rank"].to_list(),
             "depths": _ranks_by_depth(run, group.asked.suite, items),
         }
@@ -175,6 +178,10 @@ def _facts(group: Group, every: int) -> dict[str, Any]:
         "runs": answers,
         "strings": list(strings),
     }
+
+
+def _rounded(values: pl.Series) -> list[float | None]:
+    return [None if value is None else round(value, 2) for value in values]
 
 
 def _ranks_by_depth(run: Run, suite: str, items: pl.DataFrame) -> list[list[int] | None] | None:

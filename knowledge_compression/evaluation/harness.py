@@ -215,6 +215,7 @@ def _answer(task: Task, sample: Mapping[str, Any]) -> dict[str, Any]:
         "gold_index": gold,
         "prediction": choices[best],
         "log_prob": scores[gold],
+        "prediction_log_prob": scores[best],
         "margin": scores[gold] - max(wrong),
         "rank": 1 + sum(score > scores[gold] for score in wrong),
         "choices": len(choices),

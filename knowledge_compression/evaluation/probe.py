@@ -40,6 +40,7 @@ class Ranking:
         rank: 1 + the number of wrong answers that it does not beat, so that a tie counts as lost.
         choices: number of answers it was ranked among.
         prediction: gold where it won, else the best wrong answer.
+        prediction_log_prob: its natural log-probability, before any calibration.
     """
 
     log_prob: float | None
@@ -47,6 +48,7 @@ class Ranking:
     rank: int | None
     choices: int
     prediction: str
+    prediction_log_prob: float
 
     @property
     def correct(self) -> bool:
@@ -175,8 +177,10 @@ class Probe:
             best = calibrated.masked_fill(~wrong, -torch.inf)
             margin = float(calibrated[place] - best.max())
             rank = 1 + int((wrong & ~(calibrated < calibrated[place])).sum())
-            prediction = cloze.gold if rank == 1 else names[int(best.argmax())]
-            rankings.append(Ranking(float(raw[place]), margin, rank, 1 + int(wrong.sum()), prediction))
+            said = place if rank == 1 else int(best.argmax())
+            rankings.append(
+                Ranking(float(raw[place]), margin, rank, 1 + int(wrong.sum()), names[said], float(raw[said]))
+            )
         return rankings
 
     @torch.inference_mode()
@@ -208,6 +212,7 @@ class Probe:
             scores[rows, right[rows, which]] = -torch.inf  # what is left is wrong
             place = likeliest(scores)
             best = scores.gather(1, place[:, None])[:, 0]
+            best_wrong = log_probs.gather(1, place[:, None])[:, 0]
             beaten = torch.lt(scores, gold_scores[:, None], out=torch.empty_like(scores)).sum(
                 dim=1
             )  # sums of bool crawl
@@ -217,14 +222,14 @@ class Probe:
                 said_before |= zip(new, reader.tokenizer.batch_decode([[token] for token in new]), strict=True)
             words = [said_before[token] for token in tokens]
             choices = scores.shape[1] if allowed is None else len(allowed)
-            columns = zip(batch, said.tolist(), (gold_scores - best).tolist(), ahead.tolist(), words, strict=True)
-            for b, log_prob, margin, count, word in columns:
+            numbers = [column.tolist() for column in (said, gold_scores - best, ahead, best_wrong)]
+            for b, word, log_prob, margin, count, of_word in zip(batch, words, *numbers, strict=True):
                 if not gold[b]:  # the model has no token for it
-                    rankings[b] = Ranking(None, None, None, choices, self._shown(word))
+                    rankings[b] = Ranking(None, None, None, choices, self._shown(word), of_word)
                     continue
                 rank = 1 + count
-                prediction = clozes[b].gold if rank == 1 else word
-                rankings[b] = Ranking(log_prob, margin, rank, choices - len(gold[b]) + 1, self._shown(prediction))
+                prediction, its = (clozes[b].gold, log_prob) if rank == 1 else (word, of_word)
+                rankings[b] = Ranking(log_prob, margin, rank, choices - len(gold[b]) + 1, self._shown(prediction), its)
         return [ranking for ranking in rankings if ranking is not None]
 
     def _shown(self, word: str) -> str:

@@ -20,6 +20,7 @@ ITEM_SCHEMA: Mapping[str, pl.DataType] = {
     "prediction": pl.String(),  # the model's answer
     "correct": pl.Boolean(),
     "log_prob": pl.Float64(),  # natural log-probability (or score) of the gold answer
+    "prediction_log_prob": pl.Float64(),  # the same of the model's answer; null where answers are not ranked
     "margin": pl.Float64(),  # gold's score minus the best wrong one's; negative where the model is wrong
     "rank": pl.Int64(),  # 1 = the gold answer came first; null where answers are not ranked
     "choices": pl.Int64(),  # number of answers it was ranked among; null where not ranked

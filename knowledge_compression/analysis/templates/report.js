@@ -158,9 +158,9 @@ const main = ({runs, points, fates, names}, facts) => {
   const haystack = g => haystacks[g] ??= facts[g].question.map((q, i) => `${facts[g].task[i]} ${q} ${facts[g].answer[i]}`.toLowerCase());
   const answersTo = (group, i) => {
     const all = Object.entries(group.runs), looked = all.some(([, run]) => run.depths);
-    const heads = ["run", "answer", "log-probability of the right one", "its rank", ...(looked ? ["rank of its first token by depth"] : [])];
+    const heads = ["run", "answer", "its log-probability", "log-probability of the right one", "rank of the right one", ...(looked ? ["rank of its first token by depth"] : [])];
     return table(heads, all.map(([id, run]) => [button(id), [group.strings[run.said[i]], run.right[i] ? "right" : "wrong"],
-      [run.gold[i]?.toFixed(2) ?? "", "number"], [run.rank[i] ?? "", "number"], ...(looked ? [(run.depths?.[i] ?? []).join(" ")] : [])]));
+      [run.sure?.[i]?.toFixed(2) ?? "", "number"], [run.gold[i]?.toFixed(2) ?? "", "number"], [run.rank[i] ?? "", "number"], ...(looked ? [(run.depths?.[i] ?? []).join(" ")] : [])]));
   };
   const list = () => {
     const g = Number(groupChoice.value || 0), group = facts[g], place = at("fact-list");
