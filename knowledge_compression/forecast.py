@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import median
 from typing import Any
 
 import psutil
@@ -28,6 +29,7 @@ from torch import nn
 from knowledge_compression.cache import cache_folder
 from knowledge_compression.errors import BadInput
 from knowledge_compression.experiment import Experiment
+from knowledge_compression.memory import reuse_freed_memory
 from knowledge_compression.models import Model
 from knowledge_compression.models.loading import auto_class, resolve_device, resolve_dtype
 from knowledge_compression.models.targets import is_linear, linear_layers
@@ -38,12 +40,12 @@ log = logging.getLogger(__name__)
 _NARROW, _HEAD = 8, 4  # numbers in a hidden state of a miniature for each of its heads, and in a head
 _WIDTHS = ("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim")
 _PROBED = (8, 128)  # rows and tokens of the pass that measures the rate: what a CPU's budget holds
-_PASSES = 3
+_PASSES, _PROBING = 3, 2.0  # of them at least, and seconds: what else a machine does comes and goes
 _READING = 1e9  # bytes a second that a model is read with
 _ITEM_BYTES = 100.0  # of a row of items.parquet
 # What a calibrated method's solving (columns one by one, the search for a grid) and a model's writing of its own
-# samples take, in products of matrices: fitted to one run of GPTQ on smollm2 (docs/scaling.md).
-_SOLVING, _WRITING = 12, 4
+# samples take, in products of matrices: fitted to one run of GPTQ on smollm2, held against others in docs/scaling.md.
+_SOLVING, _WRITING = 8, 4
 _SECOND_MOMENTS = ("gptq", "sparsegpt")  # methods that keep an input's second moments and solve with them
 
 
@@ -148,7 +150,7 @@ class Forecaster:
         if experiment.save_model:
             forecast.disk += _bytes_of_weights(experiment, skeleton)
         key = experiment.compressed_id
-        if experiment.kept_models is not None and not experiment.streams:
+        if experiment.kept_models is not None and experiment.kept_models.takes(size) and not experiment.streams:
             if key in self._compressed or (cache_folder() / "compressions" / key).is_dir():
                 forecast.state = "shared"
                 forecast.seconds += size / _READING
@@ -308,6 +310,8 @@ def multiply_adds(skeleton: Model, tokens: Mapping[str, int]) -> float:
 def measured_rate(experiment: Experiment, skeleton: Model) -> float:
     """Multiply-adds a second of one block of true width, on the device and in the precision of the run."""
     device = resolve_device(experiment.device)
+    if device.type == "cpu":
+        reuse_freed_memory()  # as the run will
     chosen = _dtype(experiment, skeleton)
     layers = [layer for layer in linear_layers(skeleton) if layer.role != "final"]
     shapes = {re.sub(r"\d+", "", layer.path): layer.weight.shape for layer in layers}  # of one block
@@ -315,15 +319,15 @@ def measured_rate(experiment: Experiment, skeleton: Model) -> float:
     tokens = _PROBED[0] * _PROBED[1]
     inputs = [torch.randn(tokens, weight.shape[1], dtype=chosen, device=device) for weight in weights]
     wait = getattr(getattr(torch, device.type), "synchronize", lambda: None)
-    least = float("inf")
-    for _ in range(_PASSES + 1):
+    passes: list[float] = []
+    while sum(passes) < _PROBING or len(passes) < _PASSES:
         wait()
         start = time.perf_counter()
         for weight, rows in zip(weights, inputs, strict=True):
             nn.functional.silu(rows @ weight.T)
         wait()
-        least = min(least, time.perf_counter() - start)
-    return tokens * sum(weight.numel() for weight in weights) / least
+        passes.append(time.perf_counter() - start)
+    return tokens * sum(weight.numel() for weight in weights) / median(passes)
 
 
 def _dtype(experiment: Experiment, skeleton: Model) -> torch.dtype:

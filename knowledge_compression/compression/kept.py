@@ -57,6 +57,10 @@ class KeptModels:
 
     gigabytes: float
 
+    def takes(self, size: float) -> bool:
+        """Whether a model whose compressed weights have so many bytes is kept at all."""
+        return size <= self.gigabytes * 1e9
+
     def compress(
         self, key: str, model: Model, targets: Targets, compress: Callable[[], CompressionReport], *, afresh: bool
     ) -> tuple[CompressionReport, bool]:
@@ -74,7 +78,7 @@ class KeptModels:
         Returns:
             The report of whoever did it, and whether it was done before.
         """
-        if sum(layer.weight.nbytes for layer in targets) > self.gigabytes * 1e9:
+        if not self.takes(sum(layer.weight.nbytes for layer in targets)):
             return compress(), False
         name = f"compressions/{key}"
         if afresh:
