@@ -74,7 +74,7 @@ def as_rich(table: pl.DataFrame) -> Table:
     shown = Table(title="What compression did", title_justify="left")
     for column in ("model", "target", "compression", "recovery", "suite", "metric"):
         shown.add_column(column)
-    for column in ("sparsity", "bits", "MB stored", "value", "drop %", "majority %", "run"):
+    for column in ("sparsity", "bits", "MB stored", "value", "drop %", "majority: drop %", "run"):
         shown.add_column(column, justify="right")
     for row in table.iter_rows(named=True):
         shown.add_row(
