@@ -36,6 +36,9 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
     console = Console()
     if not console.is_terminal:
         console = Console(width=190)  # a log keeps whole rows
+    if table.is_empty():
+        console.print("these suites give no accuracy or perplexity to compare; what they found is in each run's folder")
+        return
     console.print(as_rich(table))
     for note in sorted(
         {

@@ -74,9 +74,11 @@ def way(folder: Path) -> list[str]:
     return log.read_text().split() if log.is_file() else []
 
 
-def wait_until(true: Any, seconds: float = PATIENCE) -> None:
-    end = time.monotonic() + seconds
+def wait_until(true: Any, process: subprocess.Popen[str] | None = None) -> None:
+    """Wait for something that a process that is still there will do."""
+    end = time.monotonic() + PATIENCE
     while not true():
+        assert process is None or process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.5)
 
@@ -86,7 +88,7 @@ def test_a_sweep_of_eight_with_three_mishaps(sweep: Any, slurm: dict[str, str], 
     (tmp_path / "mishaps" / "compression-0.3").write_text("memory")
     (tmp_path / "mishaps" / "after-compression-0.1").write_text("sleep 600")
     process = sweep("sparsity=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8", "run.retries=1", "hydra.launcher.at_once=2")
-    wait_until(lambda: "after-compression-0.1" in way(tmp_path))
+    wait_until(lambda: "after-compression-0.1" in way(tmp_path), process)
     (note,) = (tmp_path / "outputs" / "sweeps").glob("*/0/slurm_job")
     subprocess.run(["scontrol", "requeue", note.read_text().split()[0]], check=True, env=slurm)
     output, _ = process.communicate(timeout=PATIENCE)
