@@ -59,3 +59,11 @@ def test_the_bars_of_tasks_have_intervals(table):
     bars, errors = [c for c in axes.containers if hasattr(c, "patches")], axes.containers
     assert len(bars[0].patches) == 3 and len(errors) == 2
     assert summary.task_figure(made_run(bits("10")), "latency") is None
+
+
+def test_suites_without_a_headline_end_without_a_table(tmp_path, capsys):
+    run = made_run(bits("10"))
+    run.metrics = {"similarity.attention": 0.9}
+    run.config["eval"] = {"similarity": {}}
+    summary.show([run], {run.id: run}, tmp_path)
+    assert "no accuracy or perplexity to compare" in capsys.readouterr().out and not list(tmp_path.iterdir())
