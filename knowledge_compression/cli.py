@@ -59,9 +59,9 @@ def with_their_files(arguments: Sequence[str]) -> list[str]:
     swept = {key for key, equals, value in (a.partition("=") for a in arguments) if equals and _sweeps(key, value)}
 
     def together(argument: str) -> str:
-        key, equals, value = argument.partition("=")
+        key, _, value = argument.partition("=")
         group, dot, _ = key.partition(".")
-        waits = equals and dot and group in swept and not _sweeps(key, value)
+        waits = value and dot and group in swept and not _sweeps(key, value)
         return f"{key}=choice({value})" if waits else argument
 
     return [together(argument) for argument in arguments]

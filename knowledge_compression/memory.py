@@ -38,8 +38,8 @@ class Peak:
 def reuse_freed_memory() -> None:
     """Have the C library keep what tensors on a CPU leave, up to a gigabyte, for the next ones; once for the process.
 
-    glibc hands freed blocks of some megabytes back, and the system clears every page of them anew before the next use:
-    a sixth of the seconds of scoring with smollm2. Other C libraries are left as they are.
+    glibc hands freed blocks of some megabytes back, and the system clears every page of them anew before the next use.
+    Other C libraries are left as they are.
     """
     if (libc := _glibc()) is not None:
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)

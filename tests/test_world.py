@@ -313,6 +313,11 @@ def test_recovery_reads_whole_sentences_as_training_did(cache, family):
     assert math.isfinite(loss) and count
 
 
+def test_text_of_a_world_is_refused_to_other_models_before_anything_is_done(tiny_model):
+    with pytest.raises(BadInput, match="was not trained on one"):
+        WorldText().prepared(tiny_model("llama"))
+
+
 @pytest.fixture(scope="module")
 def trained(cache):
     """The three small models, each trained once."""

@@ -33,7 +33,12 @@ class WorldText(Windowed):
         return "of the model's world"
 
     def prepared(self, model: Model) -> WorldText:
-        """Itself: the text does not depend on what is done to the model."""
+        """Itself: the text does not depend on what is done to the model.
+
+        Raises:
+            BadInput: the model was not trained on a controlled world.
+        """
+        self._file(model)
         return self
 
     def windows(self, model: Model) -> LongTensor:
@@ -48,14 +53,17 @@ class WorldText(Windowed):
         return windows.flatten()  # type: ignore[return-value]
 
     def _sentences(self, model: Model) -> list[list[int]]:
+        lines = self._file(model).read_text(encoding="utf-8").splitlines()
+        return model.tokenizer(lines, add_special_tokens=False)["input_ids"]
+
+    def _file(self, model: Model) -> Path:
         folder = model.provenance.get("world")
         if folder is None:
             raise BadInput(
                 f"corpus=world is the text of a controlled world, and {model.name} was not trained on one; "
                 "take model=world_encoder, world_encoder_decoder or world_decoder, or another corpus"
             )
-        lines = (Path(folder) / "recovery.txt").read_text(encoding="utf-8").splitlines()
-        return model.tokenizer(lines, add_special_tokens=False)["input_ids"]
+        return Path(folder) / "recovery.txt"
 
 
 def sentence_windows(
