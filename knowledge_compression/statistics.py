@@ -1,8 +1,15 @@
-"""Paired tests and intervals on items, pooled over seeds; scipy and statsmodels do the arithmetic."""
+"""Paired tests and intervals on items, pooled over seeds; scipy and statsmodels do the arithmetic.
+
+What resamples comes for one figure (``drop``) and for many at once (``drops``): many of as many items share their
+resamples, which is what takes time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +22,12 @@ from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
 
 CONFIDENCE = 0.95
-RESAMPLES = 10_000  # of a bootstrap
-FLIPS = 100_000  # of a permutation test: what is corrected for a hundred comparisons must still be able to be small
+# Resamples of a bootstrap. With several seeds the p-value is theirs, and what is corrected for a hundred comparisons
+# must still be able to be small. With one seed only the ends of an interval are, placed by 2,000 to 1.5 % of its width.
+RESAMPLES, RESAMPLES_OF_ONE_SEED = 9_999, 1_999
+FLIPS = 100_000  # of a permutation test, for the same reason
+_BATCH = 250_000  # items drawn at a time: what stays in a processor's cache is counted fastest
+_ANSWERS = 10_000_000  # looked at under the same resamples: 80 MB
 _SEED = 0  # resampling is part of the analysis, not of a run: the same store gives the same intervals
 
 
@@ -51,12 +62,17 @@ def accuracy(correct: NDArray[np.bool_], confidence: float = CONFIDENCE) -> Esti
         correct: ``[items]`` or ``[seeds, items]``.
         confidence: of the two-sided interval.
     """
-    by_seed = np.atleast_2d(correct)
-    seeds, n = by_seed.shape
-    if seeds > 1:
-        low, high = _interval(_resampled((by_seed,), _SEED)[:, 0], confidence)
-        return Estimate(float(by_seed.mean()), low, high, n)
-    return proportion(int(by_seed.sum()), n, confidence)
+    return accuracies([correct], confidence)[0]
+
+
+def accuracies(correct: Sequence[NDArray[np.bool_]], confidence: float = CONFIDENCE) -> list[Estimate]:
+    """:func:`accuracy` of each."""
+    tables = [np.atleast_2d(one) for one in correct]
+    several = [place for place, table in enumerate(tables) if len(table) > 1]
+    found = [proportion(int(table.sum()), table.size, confidence) for table in tables]
+    for place, ends in zip(several, _bootstrap([[tables[p][None]] for p in several], _itself, confidence), strict=True):
+        found[place] = ends.around(float(tables[place].mean()), tables[place].shape[1])
+    return found
 
 
 def proportion(right: int, n: int, confidence: float = CONFIDENCE) -> Estimate:
@@ -85,19 +101,21 @@ def drop(dense: NDArray[np.bool_], compressed: NDArray[np.bool_]) -> Estimate:
         The drop with a paired bootstrap interval over items (and seeds); its p-value is McNemar's exact one, or the
         bootstrap's where there are several seeds. nan where the dense model knows nothing or there is one item.
     """
-    before, after = np.atleast_2d(dense), np.atleast_2d(compressed)
-    seeds, n = before.shape
-    if not before.any() or n < 2:  # nothing to lose, or nothing to resample
-        return Estimate(float("nan"), float("nan"), float("nan"), n)
+    return drops([(dense, compressed)])[0]
 
-    def relative(reference: NDArray[np.float64], kept: NDArray[np.float64]) -> NDArray[np.float64]:
-        share: NDArray[np.float64] = 100 * (reference - kept) / np.where(reference > 0, reference, np.nan)
-        return share
 
-    low, high, p = _bootstrap((before, after), relative)
-    if seeds == 1:
-        p = mcnemar(before[0], after[0])
-    return Estimate(float(relative(before.mean(), after.mean())), low, high, n, p)
+def drops(pairs: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]]) -> list[Estimate]:
+    """:func:`drop` of each pair of dense and compressed."""
+    tables = [np.stack([np.atleast_2d(dense), np.atleast_2d(compressed)]) for dense, compressed in pairs]
+    found = [Estimate(np.nan, np.nan, np.nan, table.shape[-1]) for table in tables]
+    # Else there is nothing to lose, or nothing to resample.
+    able = [place for place, table in enumerate(tables) if table[0].any() and table.shape[-1] > 1]
+    for place, ends in zip(able, _bootstrap([[tables[p]] for p in able], _relative_drop), strict=True):
+        before, after = tables[place]
+        value = float(_relative_drop(before.mean(), after.mean()))
+        p = mcnemar(before[0], after[0]) if len(before) == 1 else ends.p
+        found[place] = replace(ends.around(value, before.shape[1]), p=p)
+    return found
 
 
 def mean_difference(per_item: NDArray[np.float64]) -> Estimate:
@@ -108,26 +126,38 @@ def mean_difference(per_item: NDArray[np.float64]) -> Estimate:
             the sparsities that both were run at; or ``[seeds, items]``, where seeds are resampled too and the p-value
             is the bootstrap's.
     """
-    by_seed = np.atleast_2d(per_item)
-    mean, (seeds, n) = float(by_seed.mean()), by_seed.shape
-    if not by_seed.any() or n < 2:
-        return Estimate(mean, mean, mean, n, 1.0)
-    low, high, p = _bootstrap((by_seed,), lambda mean: mean)
-    return Estimate(mean, low, high, n, _sign_flips(by_seed[0]) if seeds == 1 else p)
+    return mean_differences([per_item])[0]
 
 
-def mean(values: NDArray[np.float64], of_mean: Callable[..., Any] = lambda mean: mean) -> Estimate:
+def mean_differences(per_item: Sequence[NDArray[np.float64]]) -> list[Estimate]:
+    """:func:`mean_difference` of each."""
+    tables = [np.atleast_2d(one) for one in per_item]
+    found = [Estimate(mean := float(table.mean()), mean, mean, table.shape[1], 1.0) for table in tables]
+    able = [place for place, table in enumerate(tables) if table.any() and table.shape[1] > 1]
+    for place, ends in zip(able, _bootstrap([[tables[p][None]] for p in able]), strict=True):
+        p = _sign_flips(tables[place][0]) if len(tables[place]) == 1 else ends.p
+        found[place] = replace(ends.around(found[place].value, found[place].n), p=p)
+    return found
+
+
+def mean(values: NDArray[np.float64], of_mean: Callable[..., Any] | None = None) -> Estimate:
     """A mean over items, such as windows of text, with a bootstrap interval.
 
     Args:
         values: ``[items]``.
         of_mean: what is wanted of the mean, e.g. ``np.exp`` for the perplexity of mean negative log-likelihoods.
     """
-    if len(values) < 2:
-        only = float(of_mean(values.mean()))
-        return Estimate(only, float("nan"), float("nan"), len(values))
-    low, high, _ = _bootstrap((values[None],), of_mean)
-    return Estimate(float(of_mean(values.mean())), low, high, len(values))
+    return means([values], of_mean)[0]
+
+
+def means(values: Sequence[NDArray[np.float64]], of_mean: Callable[..., Any] | None = None) -> list[Estimate]:
+    """:func:`mean` of each."""
+    of_mean = of_mean or _itself
+    found = [Estimate(float(of_mean(one.mean())), np.nan, np.nan, len(one)) for one in values]
+    able = [place for place, one in enumerate(values) if len(one) > 1]
+    for place, ends in zip(able, _bootstrap([[values[p][None, None]] for p in able], of_mean), strict=True):
+        found[place] = ends.around(found[place].value, found[place].n)
+    return found
 
 
 def mean_t(values: NDArray[np.float64]) -> Estimate | None:
@@ -139,16 +169,22 @@ def mean_t(values: NDArray[np.float64]) -> Estimate | None:
 
 
 def macro_accuracy(correct: Sequence[NDArray[np.bool_]]) -> Estimate:
-    """Mean of the accuracies of several tasks, with a bootstrap interval over the items of each.
+    """Mean of the accuracies of several tasks, with a bootstrap interval over the items of each, and over seeds.
 
     Args:
-        correct: for each task ``[items]`` or ``[seeds, items]``, with as many seeds in all.
+        correct: for each task ``[items]`` or ``[seeds, items]``, with the same seeds in all.
     """
-    tasks = [np.atleast_2d(task) for task in correct]
-    value = float(np.mean([task.mean() for task in tasks]))
-    means = np.mean([_resampled((task,), seed)[:, 0] for seed, task in enumerate(tasks)], axis=0)
-    low, high = _interval(means)
-    return Estimate(value, low, high, sum(task.shape[1] for task in tasks))
+    return macro_accuracies([correct])[0]
+
+
+def macro_accuracies(correct: Sequence[Sequence[NDArray[np.bool_]]]) -> list[Estimate]:
+    """:func:`macro_accuracy` of each."""
+    figures = [[np.atleast_2d(task)[None] for task in tasks] for tasks in correct]
+    found = []
+    for tasks, ends in zip(figures, _bootstrap(figures), strict=True):
+        value = float(np.mean([task.mean() for task in tasks]))
+        found.append(ends.around(value, sum(task.shape[-1] for task in tasks)))
+    return found
 
 
 def corrected(p_values: Sequence[float]) -> list[float]:
@@ -156,45 +192,102 @@ def corrected(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []
 
 
-def _bootstrap(
-    samples: tuple[NDArray[Any], ...], statistic: Callable[..., NDArray[np.float64]]
-) -> tuple[float, float, float]:
-    """Resample items and, where there are several, seeds, independently of each other and alike in all samples.
+def _itself(mean: NDArray[np.float64]) -> NDArray[np.float64]:
+    return mean
 
-    Items and seeds are crossed (every seed answers every item), so both are drawn anew in each resample (Owen, 2007,
-    "The pigeonhole bootstrap"), which errs on the wide side. Drawing n of n items with replacement is a multinomial
-    draw of how often each *kind* of item comes, and right and wrong answers come in few kinds: so a resample of 100,000
-    items costs no more than one of a hundred. ``scipy.stats.bootstrap`` draws the items themselves, and one factor at a
-    time: the same 10,000 resamples of a paired drop take it 36 times as long for 1,200 items, and for 100,000 it is 148
-    times and 13 s a figure (``benchmarks/bootstrap.py``). It gives the same intervals (``tests/test_analysis.py``).
+
+def _relative_drop(reference: NDArray[np.float64], kept: NDArray[np.float64]) -> NDArray[np.float64]:
+    share: NDArray[np.float64] = 100 * (reference - kept) / np.where(reference > 0, reference, np.nan)
+    return share
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Of an interval, and a two-sided p-value against zero."""
+
+    low: float
+    high: float
+    p: float
+
+    def around(self, value: float, n: int) -> Estimate:
+        return Estimate(value, self.low, self.high, n)
+
+
+def _bootstrap(
+    figures: Sequence[Sequence[NDArray[Any]]],
+    statistic: Callable[..., NDArray[np.float64]] = _itself,
+    confidence: float = CONFIDENCE,
+) -> list[_Ends]:
+    """Percentile intervals by ``scipy.stats.bootstrap`` over items and, where there are several, seeds.
+
+    Items and seeds are crossed (every seed answers every item), so both are drawn anew in each resample, independently
+    of each other and alike in all that is compared (Owen, 2007, "The pigeonhole bootstrap"), which errs on the wide
+    side: to scipy they are two independent samples, of the numbers of the items and of the seeds. How often each was
+    drawn is counted, and one matrix product takes the means of all figures under it.
 
     Args:
-        samples: ``[seeds, items]`` each.
+        figures: of each, a table ``[samples, seeds, items]`` for each set of items that is drawn by itself; the means
+            over several sets are averaged.
         statistic: of the means of the samples, elementwise.
-
-    Returns:
-        The ends of the percentile interval, and a two-sided p-value against zero.
+        confidence: of the two-sided intervals.
     """
-    values = statistic(*_resampled(samples, _SEED).T)
-    return *_interval(values), _two_sided(values)
+    alike: defaultdict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
+    for place, figure in enumerate(figures):
+        alike[tuple(table.shape for table in figure)].append(place)
+    found: dict[int, _Ends] = {}
+    for places in _portions(alike):
+        tables = [np.stack(of_all) for of_all in zip(*(figures[place] for place in places), strict=True)]
+        values = _resampled(tables, statistic)
+        ends = np.nanquantile(values, [(1 - confidence) / 2, (1 + confidence) / 2], axis=-1)
+        for place, low, high, resampled in zip(places, *ends, values, strict=True):
+            found[place] = _Ends(float(low), float(high), _two_sided(resampled))
+    return [found[place] for place in range(len(figures))]
 
 
-def _resampled(samples: tuple[NDArray[Any], ...], seed: int) -> NDArray[np.float64]:
-    """Means of the samples in each resample: ``[resamples, samples]``."""
-    seeds, items = samples[0].shape
-    kinds, counts = np.unique(np.concatenate(samples), axis=1, return_counts=True)
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for size in _batches(RESAMPLES, len(counts)):
-        means = stats.multinomial.rvs(items, counts / items, size=size, random_state=rng) @ kinds.T / items
-        times = rng.multinomial(seeds, [1 / seeds] * seeds, size=size) / seeds
-        drawn.append((means.reshape(size, len(samples), seeds) * times[:, None]).sum(-1))
-    return np.concatenate(drawn)
+def _portions(alike: Mapping[tuple[tuple[int, ...], ...], list[int]]) -> Iterator[list[int]]:
+    """Figures of one shape, as many at a time as memory is given to."""
+    for shapes, places in alike.items():
+        most = max(1, _ANSWERS // sum(map(math.prod, shapes)))
+        yield from (places[start : start + most] for start in range(0, len(places), most))
 
 
-def _interval(values: NDArray[np.float64], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    low, high = np.quantile(values[np.isfinite(values)], [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+def _resampled(tables: Sequence[NDArray[Any]], statistic: Callable[..., NDArray[np.float64]]) -> NDArray[np.float64]:
+    """A statistic of the tables ``[figures, samples, seeds, items]`` in each resample: ``[figures, resamples]``."""
+    figures, samples, seeds, _ = tables[0].shape
+    columns = [table.reshape(-1, table.shape[-1]).T.astype(np.float64) for table in tables]
+    lengths = [seeds, *map(len, columns)]
+    drawn_of = [place for place, length in enumerate(lengths) if length > 1]  # of one there is nothing to draw
+
+    def of_drawn(*drawn: NDArray[np.int64], axis: int) -> NDArray[np.float64]:
+        shares: list[NDArray[np.float64]] = [np.ones((1, 1))] * len(lengths)
+        for place, numbers in zip(drawn_of, drawn, strict=True):
+            shares[place] = _counts(numbers, lengths[place]) / lengths[place]
+        of_seeds, *of_items = shares
+        sets = (share @ column for share, column in zip(of_items, columns, strict=True))
+        by_seed = (sum(sets, start=np.zeros((1, 1))) / len(columns)).reshape(-1, figures, samples, seeds)
+        return statistic(*(by_seed * of_seeds[:, None, None]).sum(-1).T)
+
+    if not drawn_of:
+        return of_drawn(axis=-1)
+    with warnings.catch_warnings():  # a resample without a known fact has no drop; the others' ends are taken above
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        result = stats.bootstrap(
+            [np.arange(lengths[place]) for place in drawn_of],
+            of_drawn,
+            n_resamples=RESAMPLES if seeds > 1 else RESAMPLES_OF_ONE_SEED,
+            batch=max(1, _BATCH // sum(lengths)),
+            vectorized=True,
+            method="percentile",
+            rng=np.random.default_rng(_SEED),
+        )
+    values: NDArray[np.float64] = result.bootstrap_distribution
+    return values
+
+
+def _counts(drawn: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    """How often each of ``n`` was drawn in each resample: ``[resamples, n]`` of the numbers ``[resamples, draws]``."""
+    apart = drawn + n * np.arange(len(drawn))[:, None]
+    return np.bincount(apart.ravel(), minlength=n * len(drawn)).reshape(len(drawn), n)
 
 
 def _sign_flips(per_item: NDArray[np.float64]) -> float:
@@ -217,18 +310,13 @@ def _sign_flips(per_item: NDArray[np.float64]) -> float:
         total,
         vectorized=True,
         n_resamples=FLIPS,
-        batch=max(_batches(FLIPS, len(counts))),
+        batch=max(1, 6_000_000 // len(counts)),  # about 50 MB
     )
     return float(flips.pvalue)
 
 
 def _two_sided(values: NDArray[np.float64]) -> float:
     """Twice the smaller share of resamples on either side of zero, the data themselves counted as one of them."""
-    tail = min((values <= 0).sum(), (values >= 0).sum())
-    return float(min(1.0, 2 * (1 + tail) / (1 + len(values))))
-
-
-def _batches(resamples: int, kinds: int) -> list[int]:
-    """Sizes of the batches that resamples are drawn in, so that one stays below about 50 MB."""
-    most = max(1, min(resamples, 6_000_000 // max(kinds, 1)))
-    return [min(most, resamples - start) for start in range(0, resamples, most)]
+    told = np.round(values[np.isfinite(values)], 9)  # what adds up to nothing in another order is nothing, too
+    tail = min((told <= 0).sum(), (told >= 0).sum())
+    return float(min(1.0, 2 * (1 + tail) / (1 + len(told))))

@@ -184,7 +184,7 @@ def test_a_claim_is_checked_over_the_seeds_that_its_runs_share():
     assert check(compare(runs[:3]), [claim])[0].findings[0].seeds == 1
 
 
-def test_bootstrap_and_permutation_agree_with_scipys():
+def test_intervals_and_permutations_are_scipys_on_the_items_themselves():
     rng = np.random.default_rng(7)
     before = rng.random(300) < 0.8
     after = before & (rng.random(300) < 0.9) | (rng.random(300) < 0.05)
@@ -215,6 +215,28 @@ def test_bootstrap_and_permutation_agree_with_scipys():
         rng=rng,
     ).confidence_interval
     assert (fall.low, fall.high) == pytest.approx((theirs.low, theirs.high), abs=0.6)
+
+
+def test_items_and_seeds_are_resampled_as_a_plain_loop_does_it():
+    rng = np.random.default_rng(9)
+    dense = np.tile(rng.random(60) < 0.9, (4, 1))
+    after = dense & (rng.random((4, 60)) < np.array([[0.5], [0.6], [0.7], [0.9]]))
+    falls = []
+    for _ in range(4000):
+        seeds, items = rng.integers(0, 4, 4), rng.integers(0, 60, 60)
+        before, kept = (answers[np.ix_(seeds, items)].mean() for answers in (dense, after))
+        falls.append(100 * (before - kept) / before)
+    fall = statistics.drop(dense, after)
+    assert (fall.low, fall.high) == pytest.approx(np.quantile(falls, [0.025, 0.975]), abs=1.5)
+    assert fall.p == pytest.approx(2 / 10_000)  # none of 9,999 resamples was without a drop
+
+
+def test_many_at_once_are_as_one_by_one():
+    rng = np.random.default_rng(10)
+    pairs = [tuple(rng.random((2, n)) < 0.7) for n in (50, 80, 50)] + [(np.zeros(50, bool), np.ones(50, bool))]
+    assert [str(one) for one in statistics.drops(pairs)] == [str(statistics.drop(*pair)) for pair in pairs]
+    tasks = [[rng.random(n) < 0.5 for n in sizes] for sizes in ((30, 1), (20, 40), (30, 1))]  # one of a single item
+    assert list(map(str, statistics.macro_accuracies(tasks))) == [str(statistics.macro_accuracy(one)) for one in tasks]
 
 
 def test_the_mean_over_tasks_weighs_them_alike_and_its_interval_is_that_of_their_sum_of_variances():

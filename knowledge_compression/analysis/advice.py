@@ -42,7 +42,7 @@ def kept(group: Group) -> list[Kept]:
     if not known.any():
         return []
     rows = []
-    for run in [group.dense, *group.runs]:
+    for run in group.settings:
         still = accuracy(group.answers(run)[:, known], confidence=2 * CONFIDENCE - 1)  # one-sided
         rows.append(Kept(run, still.value, still.low, run.report["compression"]["stored_bytes"] / 1e6))
     return sorted(rows, key=lambda row: (not is_dense(row.run), -row.size_mb))

@@ -15,6 +15,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from knowledge_compression.results.store import Run
+from knowledge_compression.statistics import Estimate, accuracies, drops, macro_accuracies
 
 KEY = ["task", "id"]  # an item of a suite
 _PLACES = ("path", "data_dir", "adapter")  # what lies there decides, and is in the fingerprint
@@ -75,10 +76,40 @@ class Group:
         joined = gold.join(often, on="task", how="left", maintain_order="left")
         return (joined["gold"] == joined["often"]).to_numpy()
 
+    @cached_property
+    def data_sets(self) -> list[tuple[str, NDArray[np.bool_]]]:
+        """The data sets of the suite: name and mask over its items (LAMA's relations by the set they belong to)."""
+        tasks = self.items["task"].str.split(".").list.first()
+        return [(name, (tasks == name).to_numpy()) for name in tasks.unique(maintain_order=True)]
+
+    @property
+    def settings(self) -> list[Run]:
+        """The baseline, then one run for each setting."""
+        return [self.dense, *self.runs]
+
+    @cached_property
+    def accuracies(self) -> dict[str, Estimate]:
+        """Share of all items that is right, by id of :attr:`settings`."""
+        return self._each(accuracies([self.answers(run) for run in self.settings]))
+
+    @cached_property
+    def averages(self) -> dict[str, Estimate]:
+        """Accuracy averaged over the data sets, as the second paper averages its nine, by id of :attr:`settings`."""
+        by_data_set = [[self.answers(run)[:, mask] for _, mask in self.data_sets] for run in self.settings]
+        return self._each(macro_accuracies(by_data_set))
+
+    @cached_property
+    def drops(self) -> dict[str, Estimate]:
+        """Relative drop from the baseline over all items, by id of :attr:`settings`."""
+        return self._each(drops([(self.dense_answers(run), self.answers(run)) for run in self.settings]))
+
+    def _each(self, estimates: Sequence[Estimate]) -> dict[str, Estimate]:
+        return {run.id: estimate for run, estimate in zip(self.settings, estimates, strict=True)}
+
     @property
     def members(self) -> list[Run]:
         """Every run of every seed, the dense ones first."""
-        return [member for run in [self.dense, *self.runs] for member in self.seeds.get(run.id, [run])]
+        return [member for run in self.settings for member in self.seeds.get(run.id, [run])]
 
     def correct(self, run: Run) -> NDArray[np.bool_]:
         """Whether each item was right in ``run``: ``[items]``, in the order of :attr:`items`.

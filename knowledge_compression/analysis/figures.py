@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from knowledge_compression.analysis.comparisons import Comparisons, Group
 from knowledge_compression.analysis.marks import line, panels
 from knowledge_compression.analysis.recovery_figures import RECOVERY_FIGURES
-from knowledge_compression.analysis.tables import data_sets
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import Estimate, drop
+from knowledge_compression.statistics import Estimate, drops
 
 EVERYTHING, MODULES = ("overall", "all", "att", "ff"), ("self_att", "cross_att", "encoder_att", "decoder_att")
 
@@ -131,12 +130,14 @@ def _panels(comparisons: Comparisons, wanted: DropFigure) -> Iterator[Panel]:
             continue
         everything = np.ones(group.items.height, bool)
         title = f"{group.asked.model}, {group.asked.name}"
-        for name, mask in data_sets(group) if wanted.by_data_set else [("", everything)]:
+        for name, mask in group.data_sets if wanted.by_data_set else [("", everything)]:
             yield (f"{title}: {name}" if name else title), group, lines, mask
 
 
 def _drops(group: Group, runs: Sequence[Run], mask: NDArray[np.bool_]) -> list[Estimate]:
-    return [drop(group.dense_answers(run)[:, mask], group.answers(run)[:, mask]) for run in runs]
+    if mask.all():
+        return [group.drops[run.id] for run in runs]
+    return drops([(group.dense_answers(run)[:, mask], group.answers(run)[:, mask]) for run in runs])
 
 
 def _is(run: Run, compression: str, target: str) -> bool:

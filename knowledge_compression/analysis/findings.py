@@ -13,11 +13,12 @@ from knowledge_compression.analysis.claims import CLAIMS, Claim
 from knowledge_compression.analysis.comparisons import Comparisons, Group, seedless
 from knowledge_compression.analysis.naming import recovery_size
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import Estimate, corrected, mean_difference
+from knowledge_compression.statistics import Estimate, corrected, mean_differences
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 MAJORITY = "majority"  # stands in a pair for always giving a task's most frequent answer
 ALPHA = 0.05
+_UNKNOWN = Estimate(np.nan, np.nan, np.nan, 0)
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,16 @@ def check(comparisons: Comparisons, claims: Sequence[Claim] = CLAIMS) -> list[Ve
     Returns:
         One verdict a claim, in the claims' order; a claim with no pair of runs to rest on is undecided with no finding.
     """
-    drafts = [finding for claim in claims for group in comparisons for finding in _find(claim, group)]
-    p_values = corrected([finding.effect.p or 0.0 for finding in drafts])
-    findings = [_decided(finding, p) for finding, p in zip(drafts, p_values, strict=True)]
+    drafts = [draft for claim in claims for group in comparisons for draft in _find(claim, group)]
+    effects = mean_differences([per_item for _, per_item in drafts])
+    p_values = corrected([effect.p or 0.0 for effect in effects])
+    found = zip((draft for draft, _ in drafts), effects, p_values, strict=True)
+    findings = [_decided(replace(draft, effect=effect), p) for draft, effect, p in found]
     return [_verdict(claim, [finding for finding in findings if finding.claim is claim]) for claim in claims]
 
 
-def _find(claim: Claim, group: Group) -> Iterable[Finding]:
+def _find(claim: Claim, group: Group) -> Iterable[tuple[Finding, NDArray[np.float64]]]:
+    """A finding whose effect is yet to be estimated, and the effect on each item: ``[seeds, items]``."""
     if claim.suites and group.asked.suite not in claim.suites:
         return
     if group.dense.report["model"].get("family") not in claim.families:
@@ -80,14 +84,14 @@ def _find(claim: Claim, group: Group) -> Iterable[Finding]:
             return
     seeds = _common_seeds(group, {run.id: run for pair in pairs for run in pair if run}.values())
     by_seed = [[_known(claim, group, b, s) - _known(claim, group, w, s) for b, w in pairs] for s in seeds]
-    effect = mean_difference(np.mean(by_seed, axis=1)[:, asked_for])
     ids = tuple((b.id if b else MAJORITY, w.id) for b, w in pairs)
-    yield Finding(claim, group.asked.model, group.asked.name, UNDECIDED, effect, 1.0, ids, len(seeds))
+    draft = Finding(claim, group.asked.model, group.asked.name, UNDECIDED, _UNKNOWN, 1.0, ids, len(seeds))
+    yield draft, np.mean(by_seed, axis=1)[:, asked_for]
 
 
 def _pairs(claim: Claim, group: Group) -> list[tuple[Run | None, Run]]:
     """The runs to compare, the supposedly better one first; None stands for always giving the most frequent answer."""
-    everything = [group.dense, *group.runs]
+    everything = group.settings
     worse = [run for run in everything if _fits(run, claim.worse, claim.sparsity)]
     if claim.better == {"answers": MAJORITY}:
         return [

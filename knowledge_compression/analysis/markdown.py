@@ -10,7 +10,7 @@ from knowledge_compression.analysis.comparisons import Comparisons
 from knowledge_compression.analysis.fates import OVERALL, RESTORED, shares_of_fates, shares_restored
 from knowledge_compression.analysis.findings import Finding, Verdict
 from knowledge_compression.analysis.naming import label
-from knowledge_compression.statistics import Estimate, accuracy, drop
+from knowledge_compression.statistics import Estimate
 
 
 def report(comparisons: Comparisons, verdicts: Sequence[Verdict]) -> str:
@@ -41,9 +41,9 @@ def fates(comparisons: Comparisons) -> list[str]:
         for run in group.runs:
             told = {row["value"]: row["lost"] for row in shares_of_fates(group, run) if row["by"] != "relation"}
             frequencies += [name for name in told if name not in (*frequencies, OVERALL)]
-            fall = drop(group.dense_answers(run), group.answers(run))
+            fall = group.drops[run.id]
             lost = f"{fall.value:.1f} % [{fall.low:.1f}, {fall.high:.1f}]"
-            cells = [label(run), group.asked.name, percent(accuracy(group.answers(run))), lost]
+            cells = [label(run), group.asked.name, percent(group.accuracies[run.id]), lost]
             rows.append((cells, told))
     heads = ["run", "suite", "accuracy", "drop", "lost, of the known", *(f"lost, {name}" for name in frequencies)]
     return table(

@@ -1,61 +1,78 @@
-"""The metrics of one run with the interval of each that is an estimate, from the items that it was computed from."""
+"""The metrics of runs with the interval of each that is an estimate, from the items that it was computed from."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import Estimate, accuracy, macro_accuracy, mean
+from knowledge_compression.statistics import Estimate, accuracies, macro_accuracies, means
 
-# By the name of a metric within its suite: the columns it is made of, and how.
-_MADE_OF: Mapping[str, tuple[list[str], Callable[[pl.DataFrame], Estimate]]] = {
-    "accuracy": (["correct"], lambda items: accuracy(items["correct"].to_numpy())),
-    "accuracy_macro": (["correct", "task"], lambda items: macro_accuracy(_by_task(items, pl.col("correct")))),
-    "average": (["correct", "task"], lambda items: macro_accuracy(_by_task(items, pl.col("correct")))),
-    "mrr": (["rank"], lambda items: mean((1 / items["rank"]).fill_null(0.0).to_numpy())),
-    "perplexity": (["nll"], lambda items: mean(items["nll"].to_numpy(), np.exp)),
+Estimates = Callable[[Sequence[Any]], list[Estimate]]
+_perplexities: Estimates = partial(means, of_mean=np.exp)
+
+# By the name of a metric within its suite: the columns it is made of, what of them, and how.
+_MADE_OF: Mapping[str, tuple[list[str], Callable[[pl.DataFrame], Any], Estimates]] = {
+    "accuracy": (["correct"], lambda items: items["correct"].to_numpy(), accuracies),
+    "accuracy_macro": (["correct", "task"], lambda items: _by_task(items, pl.col("correct")), macro_accuracies),
+    "average": (["correct", "task"], lambda items: _by_task(items, pl.col("correct")), macro_accuracies),
+    "mrr": (["rank"], lambda items: (1 / items["rank"]).fill_null(0.0).to_numpy(), means),
+    "perplexity": (["nll"], lambda items: items["nll"].to_numpy(), _perplexities),
 }
 _TOP = re.compile(r"top(\d+)(_macro)?")
 _PARTS = {"head": "bin", "middle": "bin", "tail": "bin", "seen": "asked_as", "held_out": "asked_as"}
 
 
-def with_intervals(run: Run) -> dict[str, tuple[float, Estimate | None]]:
-    """The metrics of a run (those of single tasks and layers left out) and, where they are estimates, their intervals.
+def with_intervals(runs: Sequence[Run]) -> dict[str, dict[str, tuple[float, Estimate | None]]]:
+    """The metrics of runs (those of single tasks and layers left out) and, where they are estimates, their intervals.
 
     What is no estimate has none: counts, chance and majority, which follow from the questions alone.
+
+    Returns:
+        By run id, then by metric.
     """
-    there = set(run.scan_items().collect_schema())
-    found: dict[str, tuple[float, Estimate | None]] = {}
-    for metric, value in run.metrics.items():
-        suite, _, name = metric.partition(".")
-        if "." not in name:
-            found[metric] = value, _estimate(run, suite, name, there)
+    found: dict[str, dict[str, tuple[float, Estimate | None]]] = {run.id: {} for run in runs}
+    estimated: defaultdict[Estimates, list[tuple[str, str, Any]]] = defaultdict(list)
+    for run in runs:
+        there = set(run.scan_items().collect_schema())
+        for metric, value in run.metrics.items():
+            suite, _, name = metric.partition(".")
+            if "." in name:
+                continue
+            found[run.id][metric] = value, None
+            if made := _made(run, suite, name, there):
+                estimated[made[0]].append((run.id, metric, made[1]))
+    for estimates, asked in estimated.items():
+        for (run_id, metric, _), estimate in zip(asked, estimates([values for *_, values in asked]), strict=True):
+            found[run_id][metric] = found[run_id][metric][0], estimate
     return found
 
 
-def _estimate(run: Run, suite: str, name: str, there: set[str]) -> Estimate | None:
+def _made(run: Run, suite: str, name: str, there: set[str]) -> tuple[Estimates, Any] | None:
+    """How a metric is estimated, and from which values."""
     condition = pl.col("suite") == suite
-    columns, make = _MADE_OF.get(name, ([], None))
+    columns, values_of, estimates = _MADE_OF.get(name, ([], None, accuracies))
     if part := _PARTS.get(name):
-        columns, make = _MADE_OF["accuracy"]
+        columns, values_of, estimates = _MADE_OF["accuracy"]
         condition &= pl.col(part) == name if part in there else pl.lit(value=False)
     elif top := _TOP.fullmatch(name):
-        k, macro = int(top[1]), top[2]
-        within = (pl.col("rank") <= k).fill_null(value=False)
-        columns = ["rank", "task"]
-        make = lambda items: (  # noqa: E731 - one of the ways above, with its k
-            macro_accuracy(_by_task(items, within)) if macro else accuracy(items.select(within)["rank"].to_numpy())
+        within = (pl.col("rank") <= int(top[1])).fill_null(value=False)
+        columns, estimates = ["rank", "task"], macro_accuracies if top[2] else accuracies
+        values_of = lambda items: (  # noqa: E731 - one of the ways above, with its k
+            _by_task(items, within) if top[2] else items.select(within)["rank"].to_numpy()
         )
-    if make is None or not there.issuperset(columns):
+    if values_of is None or not there.issuperset(columns):
         return None
     items = run.scan_items().filter(condition).select(columns).collect()
     if columns[0] != "rank":  # without a rank the answer was not found; without a right answer there is no item
         items = items.drop_nulls(columns[0])
-    return make(items) if items.height else None
+    return (estimates, values_of(items)) if items.height else None
 
 
 def _by_task(items: pl.DataFrame, right: pl.Expr) -> list[np.ndarray]:

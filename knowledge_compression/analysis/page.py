@@ -6,7 +6,7 @@ import base64
 import gzip
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from knowledge_compression.analysis.findings import Verdict, check
 from knowledge_compression.analysis.metrics import with_intervals
 from knowledge_compression.analysis.naming import label, reading_order
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import Estimate, accuracy, drop
+from knowledge_compression.statistics import Estimate
 
 _SHOWN = ("prediction", "correct", "log_prob", "rank")  # of an answer, in the fact explorer
 _OF_ANSWER = "prediction_log_prob"  # the runs of early versions lack it
@@ -41,6 +41,7 @@ def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
     runs = sorted(runs, key=reading_order)
     comparisons = compare(runs)
     verdicts = check(comparisons)
+    metrics = with_intervals(runs)
     template = Environment(
         loader=PackageLoader("knowledge_compression.analysis", "templates"), autoescape=select_autoescape()
     ).get_template("report.html.j2")
@@ -54,7 +55,7 @@ def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
     )
     content = _packed(
         {
-            "runs": [_run(run) for run in runs],
+            "runs": [_run(run, metrics[run.id]) for run in runs],
             "points": [point for group in comparisons for point in _points(group)],
             "fates": [_fates(group) for group in comparisons],
             "names": {"fates": FATES, "restored": RESTORED},
@@ -82,7 +83,7 @@ def _counts(runs: Sequence[Run], comparisons: Comparisons, verdicts: Sequence[Ve
     }
 
 
-def _run(run: Run) -> dict[str, Any]:
+def _run(run: Run, metrics: Mapping[str, tuple[float, Estimate | None]]) -> dict[str, Any]:
     """What the page shows of one run by itself."""
     compression = run.report.get("compression", {})
     return {
@@ -94,7 +95,7 @@ def _run(run: Run) -> dict[str, Any]:
         "bits": compression.get("bits") or None,
         "stored_mb": compression.get("stored_bytes", 0) / 1e6,
         "seed": run.config["seed"],
-        "metrics": {name: [value, *(_told(e)[1:] if e else ())] for name, (value, e) in with_intervals(run).items()},
+        "metrics": {name: [value, *(_told(e)[1:] if e else ())] for name, (value, e) in metrics.items()},
         "note": run.report["model"].get("note", ""),
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
         "environment": run.environment,
@@ -109,11 +110,11 @@ def _points(group: Group) -> list[dict[str, Any]]:
     """Accuracy and drop of each setting of a group, pooled over its seeds, with their intervals."""
     majority = group.dense.metrics.get(f"{group.asked.suite}.majority")
     points = []
-    for run in [group.dense, *group.runs]:
-        fall = drop(group.dense_answers(run), group.answers(run)) if run is not group.dense else None
+    for run in group.settings:
         points.append(
             {"run": run.id, "suite": group.asked.name, "majority": majority, "seeds": len(group.seeds_of(run))}
-            | {"accuracy": _interval(accuracy(group.answers(run))), "drop": _interval(fall)}
+            | {"accuracy": _interval(group.accuracies[run.id])}
+            | {"drop": _interval(group.drops[run.id]) if run is not group.dense else None}
         )
     return points
 

@@ -15,9 +15,8 @@ from knowledge_compression.analysis.comparisons import Comparisons, Group, is_de
 from knowledge_compression.analysis.fates import recoveries
 from knowledge_compression.analysis.marks import bars, level, line, panels
 from knowledge_compression.analysis.naming import label, recovery_size
-from knowledge_compression.analysis.tables import average, data_sets
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import Estimate, drop, mean
+from knowledge_compression.statistics import Estimate, drops, mean, means
 
 # Figure 1: the compressions it shows, and what is turned up in each.
 _TURNED = {"gptq": "bits", "sparsegpt": "sparsity"}
@@ -35,7 +34,7 @@ def accuracy_by_compression(comparisons: Comparisons) -> Figure | None:
         return None
     figure, grid = panels(len(found))
     for axes, (group, compression, lines) in zip(grid, found, strict=True):
-        level(axes, "dense", average(group, group.dense).through(_percent))
+        level(axes, "dense", group.averages[group.dense.id].through(_percent))
         _lines(group, lines, _turned, axes)
         axes.set(title=f"{group.asked.model}, {group.asked.name}: {compression}", xlabel=_TURNED[compression])
     return _finished(figure, "1")
@@ -48,7 +47,7 @@ def accuracy_by_prompt_size(comparisons: Comparisons) -> Figure | None:
         return None
     figure, grid = panels(len(found))
     for axes, (group, bare, runs) in zip(grid, found, strict=True):
-        level(axes, "not recovered", average(group, bare).through(_percent))
+        level(axes, "not recovered", group.averages[bare.id].through(_percent))
         _lines(group, {"idp": list(runs.values())}, lambda run: float(np.mean(recovery_size(run))), axes)
         axes.set(title=f"{label(bare)}, {group.asked.name}", xlabel="mean length of its prompts (tokens)")
     return _finished(figure, "6")
@@ -61,10 +60,10 @@ def improvement_by_data_set(comparisons: Comparisons) -> Figure | None:
         return None
     figure, grid = panels(len(found), width=7)
     for axes, (group, bare, runs) in zip(grid, found, strict=True):
-        names, masks = zip(*data_sets(group), strict=True)
+        names, masks = zip(*group.data_sets, strict=True)
         width = 0.8 / len(runs)
         for i, (name, run) in enumerate(runs.items()):
-            falls = [drop(group.correct(bare)[mask], group.correct(run)[mask]) for mask in masks]
+            falls = drops([(group.correct(bare)[mask], group.correct(run)[mask]) for mask in masks])
             gains = [Estimate(-fall.value, -fall.high, -fall.low, fall.n) for fall in falls]
             bars(axes, name, gains, [place - 0.4 + (i + 0.5) * width for place in range(len(names))], width)
         axes.axhline(0, color="grey", linewidth=0.8)
@@ -102,7 +101,7 @@ def _scatter(
     drawn, grid = panels(len(groups), width=5.2, height=4)
     for axes, (group, marks) in zip(grid, groups, strict=True):
         for run, x in marks:
-            y = average(group, run).through(_percent)
+            y = group.averages[run.id].through(_percent)
             across = [[x.value - x.low], [x.high - x.value]]
             up = [[y.value - y.low], [y.high - y.value]]
             axes.errorbar([x.value], [y.value], up, across, marker="o", capsize=3, label=label(run))
@@ -153,7 +152,7 @@ def _recovered(comparisons: Comparisons, *strategies: str) -> Iterator[tuple[Gro
 def _lines(group: Group, lines: Mapping[str, Sequence[Run]], x_of: Callable[[Run], float], axes: Axes) -> None:
     for name, runs in lines.items():
         ordered = sorted(runs, key=x_of)
-        line(axes, name, [average(group, run).through(_percent) for run in ordered], [x_of(run) for run in ordered])
+        line(axes, name, [group.averages[run.id].through(_percent) for run in ordered], [x_of(run) for run in ordered])
 
 
 def _by_corpus(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -167,7 +166,7 @@ def _cosines(run: Run, kind: str) -> tuple[list[int], list[Estimate]]:
     """Layers in forward order, and the mean similarity of each with its interval over windows of text."""
     windows = run.scan_items().filter((pl.col("suite") == "similarity") & (pl.col("task") == kind))
     by_layer = windows.select("layer", "cosine").collect().sort("layer").partition_by("layer", maintain_order=True)
-    return [part["layer"][0] for part in by_layer], [mean(part["cosine"].to_numpy()) for part in by_layer]
+    return [part["layer"][0] for part in by_layer], means([part["cosine"].to_numpy() for part in by_layer])
 
 
 def _finished(figure: Figure, published: str, ylabel: str = "average accuracy (%)") -> Figure:

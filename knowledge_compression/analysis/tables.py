@@ -67,7 +67,7 @@ def cost_table(comparisons: Comparisons) -> PaperTable:
         found = {name: _find(group, how, targets, share) for name, how, targets, share in COST_COLUMNS}
         if not any(found.values()):
             continue
-        for data_set, mask in data_sets(group):
+        for data_set, mask in group.data_sets:
             row: dict[str, Any] = {"model": group.asked.model, "suite": group.asked.name, "data_set": data_set}
             theirs = published.cost_of(group.asked.model, data_set)
             row["baseline"] = accuracy(group.correct(group.dense)[mask])
@@ -114,12 +114,12 @@ def recovery_table(comparisons: Comparisons) -> PaperTable:
             row |= {"size": "+".join(map(str, recovery_size(run)))}
             row |= {"corpus": choices.get("corpus", ""), "trained": trained, "suite": group.asked.name}
             correct = group.answers(run)
-            by_task = {name: correct[:, mask] for name, mask in data_sets(group)}
+            by_task = {name: correct[:, mask] for name, mask in group.data_sets}
             row |= {name: accuracy(answers) for name, answers in by_task.items()}
             for name, tasks in run.config["eval"][group.asked.suite].get("groups", {}).items():
                 if there := [by_task[task] for task in tasks if task in by_task]:
                     row[name] = macro_accuracy(there)
-            row["average"] = average(group, run)
+            row["average"] = group.averages[run.id]
             if theirs := known.get(published.treated(run), {}) if group.asked.suite == "nine_tasks" else {}:
                 tasks = [name for name in published.NINE_TASKS if name in by_task]
                 whole = len(tasks) == len(published.NINE_TASKS)  # means over fewer tasks are other means
@@ -127,19 +127,6 @@ def recovery_table(comparisons: Comparisons) -> PaperTable:
             rows.append(row)
     caption = "Accuracy of compressed models and of what each recovery makes of them, with 95 % intervals."
     return PaperTable(published.FORGOTTEN, caption, rows)
-
-
-def average(group: Group, run: Run) -> Estimate:
-    """Accuracy averaged over the data sets of a suite, as the second paper averages its nine tasks."""
-    correct = group.answers(run)
-    return macro_accuracy([correct[:, mask] for _, mask in data_sets(group)])
-
-
-def data_sets(group: Group) -> Iterator[tuple[str, Any]]:
-    """The data sets of a group's suite: name and mask over its items (LAMA's relations by the set they belong to)."""
-    tasks = group.items["task"].str.split(".").list.first()
-    for name in tasks.unique(maintain_order=True):
-        yield name, (tasks == name).to_numpy()
 
 
 def write(table: PaperTable, folder: Path) -> list[Path]:

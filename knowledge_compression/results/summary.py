@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import Estimate, accuracy, drop, mean
+from knowledge_compression.statistics import Estimate, accuracies, accuracy, drops, means
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +69,13 @@ def drop_table(runs: Sequence[Run], baselines: Mapping[str, Run]) -> pl.DataFram
         stored_mb, run``.
     """
     distinct = {run.id: run for run in [*baselines.values(), *runs]}
-    rows = [row for run in distinct.values() for row in _rows(run, baselines.get(run.id, run))]
+    asked = [
+        (run, baselines.get(run.id, run), suite, metric)
+        for run in distinct.values()
+        for suite in run.config["eval"]
+        if (metric := next((name for name in HEADLINES if f"{suite}.{name}" in run.metrics), None))
+    ]
+    rows = [_row(*one) | intervals for one, intervals in zip(asked, _intervals(asked), strict=True)]
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
@@ -151,60 +158,66 @@ def task_figure(run: Run, suite: str) -> Figure | None:
     return figure
 
 
-def _rows(run: Run, baseline: Run) -> list[dict[str, Any]]:
+def _row(run: Run, baseline: Run, suite: str, metric: str) -> dict[str, Any]:
     choices = run.config["choices"]
     dense = run.id == baseline.id
     report = run.report.get("compression", {})
-    rows = []
-    for suite in run.config["eval"]:
-        metric = next((name for name in HEADLINES if f"{suite}.{name}" in run.metrics), None)
-        if metric is None:
-            continue
-        sign = 1.0 if HEADLINES[metric] else -1.0
-        value, reference = run.metrics[f"{suite}.{metric}"], baseline.metrics[f"{suite}.{metric}"]
-        majority = run.metrics.get(f"{suite}.majority")
-        rows.append(
-            {
-                "model": choices["model"],
-                "target": "" if dense else choices["target"],
-                "compression": choices["compression"],
-                "recovery": choices["recovery"],
-                "asked_sparsity": None if dense else float(run.config["sparsity"]),
-                "suite": suite,
-                "metric": metric,
-                "value": value,
-                "dense": reference,
-                "drop_percent": _percent_lost(value, reference, sign),
-                **_intervals(run, baseline, suite, metric),
-                "majority_percent": None if majority is None else _percent_lost(majority, reference, sign),
-                "reached_sparsity": float(report.get("sparsity", 0.0)),
-                "bits": float(report.get("bits") or 32.0),
-                "stored_mb": report.get("stored_bytes", 0) / 1e6,
-                "run": run.id,
-            }
-        )
-    return rows
+    sign = 1.0 if HEADLINES[metric] else -1.0
+    value, reference = run.metrics[f"{suite}.{metric}"], baseline.metrics[f"{suite}.{metric}"]
+    majority = run.metrics.get(f"{suite}.majority")
+    return {
+        "model": choices["model"],
+        "target": "" if dense else choices["target"],
+        "compression": choices["compression"],
+        "recovery": choices["recovery"],
+        "asked_sparsity": None if dense else float(run.config["sparsity"]),
+        "suite": suite,
+        "metric": metric,
+        "value": value,
+        "dense": reference,
+        "drop_percent": _percent_lost(value, reference, sign),
+        **dict.fromkeys(("value_low", "value_high", "drop_low", "drop_high")),
+        "majority_percent": None if majority is None else _percent_lost(majority, reference, sign),
+        "reached_sparsity": float(report.get("sparsity", 0.0)),
+        "bits": float(report.get("bits") or 32.0),
+        "stored_mb": report.get("stored_bytes", 0) / 1e6,
+        "run": run.id,
+    }
 
 
-# What each headline is computed from: a column of the items, its estimate, and that of the loss beside the baseline.
-_ESTIMATES: Mapping[str, tuple[str, Callable[..., Estimate], Callable[..., Estimate]]] = {
-    "accuracy": ("correct", accuracy, drop),
-    "perplexity": ("nll", lambda nll: mean(nll, np.exp), lambda before, after: mean(after - before, _percent_risen)),
+# What each headline is computed from: a column of the items, its estimates, and those of the loss beside the baseline.
+_ESTIMATES: Mapping[str, tuple[str, Callable[..., list[Estimate]], Callable[..., list[Estimate]]]] = {
+    "accuracy": ("correct", accuracies, drops),
+    "perplexity": (
+        "nll",
+        lambda losses: means(losses, np.exp),
+        lambda pairs: means([after - before for before, after in pairs], _percent_risen),
+    ),
 }
 
 
-def _intervals(run: Run, baseline: Run, suite: str, metric: str) -> dict[str, float | None]:
-    """The 95 % intervals of the value and of what was lost; None where the items are not there."""
-    column, estimate, lost = _ESTIMATES[metric]
-    found: dict[str, float | None] = dict.fromkeys(("value_low", "value_high", "drop_low", "drop_high"))
-    asked = [_answers(of, suite, column) for of in (baseline, run)]
-    if asked[1].height:
-        value = estimate(asked[1][column].to_numpy())
-        found |= {"value_low": value.low, "value_high": value.high}
-    both = asked[0].join(asked[1], on=["task", "id"], suffix="_after")
-    if both.height and run.id != baseline.id:
-        fall = lost(both[column].to_numpy(), both[f"{column}_after"].to_numpy())
-        found |= {"drop_low": fall.low, "drop_high": fall.high}
+def _intervals(asked: Sequence[tuple[Run, Run, str, str]]) -> list[dict[str, float]]:
+    """The 95 % intervals of each value and of what was lost, beside its baseline; none where the items are not there.
+
+    Args:
+        asked: run, baseline, suite and headline of each.
+    """
+    found: list[dict[str, float]] = [{} for _ in asked]
+    for headline, (column, estimates, losses) in _ESTIMATES.items():
+        values: dict[int, NDArray[Any]] = {}
+        pairs: dict[int, tuple[NDArray[Any], NDArray[Any]]] = {}
+        for place, (run, baseline, suite, metric) in enumerate(asked):
+            if metric != headline:
+                continue
+            before, after = (_answers(of, suite, column) for of in (baseline, run))
+            if after.height:
+                values[place] = after[column].to_numpy()
+            both = before.join(after, on=["task", "id"], suffix="_after")
+            if both.height and run.id != baseline.id:
+                pairs[place] = both[column].to_numpy(), both[f"{column}_after"].to_numpy()
+        for name, made, of in (("value", estimates, values), ("drop", losses, pairs)):
+            for place, estimate in zip(of, made(list(of.values())), strict=True):
+                found[place] |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
     return found
 
 
