@@ -114,8 +114,10 @@ def build(name: str, settings: Mapping[str, Any]) -> Any:
         settings: its fields as plain data, with ``_target_``.
 
     Raises:
-        BadInput: a field is missing, unknown, or its value does not fit.
+        BadInput: nothing was chosen, a field is missing or unknown, or its value does not fit.
     """
+    if "_target_" not in settings:
+        raise BadInput(f"{name} has settings ({', '.join(settings)}) but is not chosen; choose it, or take them back")
     try:
         check_types(name, get_class(settings["_target_"]), settings)
         return instantiate(dict(settings), _convert_="all")

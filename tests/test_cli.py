@@ -36,6 +36,7 @@ def command(monkeypatch, tmp_path, capfd):
         (["compression.bist=3"], "compression.bist"),
         (["eval=[atls]"], "choose one of"),
         (["sparsity=1.5"], "[0, 1)"),
+        (["+eval.lama.limit=3"], "eval.lama has settings (limit) but is not chosen"),
         (["device=quantum"], "device=quantum"),
         (["dtype=float12"], "float32"),
         (["model=bert_tiny", "target=cross_att"], "encoder_att, ff, transform, final"),

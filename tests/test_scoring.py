@@ -288,7 +288,7 @@ questions_of_few_tokens = st.lists(
 def test_trees_hold_every_text_once(
     questions: list[Question], branches: bool, across: bool, pairs_per_token: float
 ) -> None:
-    trees = plant(questions, pairs_per_token=pairs_per_token, longest=60, branches=branches, across=across)
+    trees = plant(questions, pairs_per_token=pairs_per_token, longest=20, branches=branches, across=across)
     expected = [(q.context, c) for q in questions for c in q.continuations]
     found: dict[int, list[tuple[list[int], int]]] = {slot: [] for slot in range(len(expected))}
     for tree in trees:
@@ -298,6 +298,7 @@ def test_trees_hold_every_text_once(
             assert len(path) == tree.depths[node] + 1
             found[slot].append((path.tolist(), int(target)))
         assert branches or tree.is_chain
+        assert len(tree) <= 20 or tree.is_chain  # one text that is longer by itself, with what it begins with
     for slot, (context, answer) in enumerate(expected):
         texts_read = [[*context, *answer[:i]] for i in range(len(answer))]
         assert found[slot] == list(zip(texts_read, answer, strict=True))

@@ -112,7 +112,7 @@ class Scorer:
         trees = plant(
             questions,
             pairs_per_token=self.budget.pairs_per_token,
-            longest=2 * self.budget.tokens,
+            longest=min(2 * self.budget.tokens, self.budget.reads),
             branches=self.branches,
             across=self.model.on_context is None,
         )

@@ -6,9 +6,9 @@ subtree it lies in, so that one number a token, the end of its subtree, tells th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import count, groupby
 
 import numpy as np
 import torch
@@ -72,29 +72,24 @@ def plant(
 ) -> list[Tree]:
     """Trees that hold every continuation of every question once.
 
-    Continuations of a question share its context and whatever they begin with in common. Different questions share a
+    Continuations of a question share its context and whatever they begin with in common, in several trees where there
+    are so many that attention between them would cost more than reading the context again. Different questions share a
     tree where that saves more than the larger attention area costs, as few-shot examples and WinoGrande's halves do.
 
     Args:
         questions: slots are numbered through them in order, continuation by continuation.
         pairs_per_token: how many query-key pairs of attention cost as much as all else that a token costs.
-        longest: tokens a tree of several questions may have.
+        longest: tokens a tree of several texts may have.
         branches: whether a row may have branches; without, only texts that are read alike share a row.
         across: whether different questions may share a tree at all.
     """
     groups: list[_Group] = []
-    slot = 0
+    slots = count()
     for question in questions:
-        group = _Group()
         context = tuple(question.context)
-        for continuation in question.continuations:
-            ids = (*context, *continuation)
-            group.texts.append(_Text(ids[:-1], len(context), ids[-1], slot))
-            slot += 1
-        group.texts.sort(key=lambda text: text.ids)
-        if group.texts:
-            group.size = _distinct(group.texts)
-            groups.append(group)
+        whole = [(*context, *continuation) for continuation in question.continuations]
+        texts = [_Text(ids[:-1], len(context), ids[-1], next(slots)) for ids in whole]
+        groups += _cut(sorted(texts, key=lambda text: text.ids), pairs_per_token, longest)
     if not branches:
         alike = (list(texts) for group in groups for _, texts in groupby(group.texts, key=lambda text: text.ids))
         return [_tree(texts) for texts in alike]
@@ -121,6 +116,25 @@ def attention_masks(ends: Tensor, depths: Tensor, dtype: torch.dtype, window: in
         seen &= depths[:, :, None] - depths[:, None, :] < window
     mask = torch.zeros(seen.shape, dtype=dtype, device=ends.device)
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def _cut(texts: Iterable[_Text], pairs_per_token: float, longest: int) -> Iterator[_Group]:
+    """A question's texts in as few trees as pay: siblings do not see each other, but attention computes their pairs.
+
+    With s tokens a tree, reading a context of c anew for each costs c / s a token and attention s / pairs_per_token, so
+    that s = sqrt(c pairs_per_token) is best.
+    """
+    current = _Group()
+    for text in texts:
+        shared = _common(current.texts[-1].ids, text.ids) if current.texts else 0
+        size = current.size + len(text.ids) - shared
+        if current.texts and (size > longest or current.size**2 > shared * pairs_per_token):
+            yield current
+            current, size = _Group(), len(text.ids)
+        current.texts.append(text)
+        current.size = size
+    if current.texts:
+        yield current
 
 
 def _merged(groups: Iterable[_Group], pairs_per_token: float, longest: int) -> Iterable[_Group]:
