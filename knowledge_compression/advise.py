@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from knowledge_compression.errors import BadInput
@@ -43,9 +44,10 @@ def advise(outputs: Path, keep: float) -> None:
 
     runs, unreadable = RunStore(outputs).scan()
     comparisons = compare(runs)
-    if not comparisons.groups:
+    if not comparisons.groups and not comparisons.measured:
         raise BadInput(f"{outputs} holds no dense run to compare with; run one with compression=none")
     console = Console()
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     for group in comparisons:
         rows = kept(group)
         table = Table(title=f"{group.asked.model}, {group.asked.name}: the front", title_justify="left")
@@ -58,17 +60,14 @@ def advise(outputs: Path, keep: float) -> None:
         console.print(table)
         best = smallest(rows, keep)
         if best is None:
-            console.print(
-                f"{group.asked.model} answers no {group.asked.suite} item right, so there is nothing to keep."
-            )
+            say(f"{group.asked.model} answers no {group.asked.suite} item right, so there is nothing to keep.")
         else:
-            console.print(
-                f"Keeps {keep:.0%} with 95 % confidence, smallest first: {label(best.run)} ({best.size_mb:.1f} MB)\n"
-            )
+            kept_by = f"{label(best.run)} ({best.size_mb:.1f} MB)"
+            say(f"Smallest that keeps {keep:.0%} with 95 % confidence: {kept_by}\n")
     for line in run_next(check(comparisons), comparisons):
-        console.print(f"undecided – {line}", highlight=False, markup=False, soft_wrap=True)
+        say(f"undecided – {line}")
     for run_id, why in [*unreadable, *comparisons.skipped]:
-        console.print(f"left out – {run_id}: {why}", highlight=False, markup=False, soft_wrap=True)
+        say(f"left out – {run_id}: {why}")
 
 
 def _share(text: str) -> float:

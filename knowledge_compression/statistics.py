@@ -99,7 +99,8 @@ def drop(dense: NDArray[np.bool_], compressed: NDArray[np.bool_]) -> Estimate:
 
     Returns:
         The drop with a paired bootstrap interval over items (and seeds); its p-value is McNemar's exact one, or the
-        bootstrap's where there are several seeds. nan where the dense model knows nothing or there is one item.
+        bootstrap's where there are several seeds. Where no item differs, the interval is of the share that could. nan
+        where the dense model knows nothing or there is one item.
     """
     return drops([(dense, compressed)])[0]
 
@@ -112,6 +113,10 @@ def drops(pairs: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]]) -> list[
     able = [place for place, table in enumerate(tables) if table[0].any() and table.shape[-1] > 1]
     for place, ends in zip(able, _bootstrap([[tables[p]] for p in able], _relative_drop), strict=True):
         before, after = tables[place]
+        if (before == after).all():
+            could = 100 * _could_differ(before.shape[1]) / float(before.mean())
+            found[place] = Estimate(0.0, -could, could, before.shape[1], 1.0)
+            continue
         value = float(_relative_drop(before.mean(), after.mean()))
         p = mcnemar(before[0], after[0]) if len(before) == 1 else ends.p
         found[place] = replace(ends.around(value, before.shape[1]), p=p)
@@ -125,6 +130,9 @@ def mean_difference(per_item: NDArray[np.float64]) -> Estimate:
         per_item: ``[items]`` one difference each, e.g. accuracy under one target minus under another, averaged over
             the sparsities that both were run at; or ``[seeds, items]``, where seeds are resampled too and the p-value
             is the bootstrap's.
+
+    Returns:
+        Where no item differs, the interval is of the share that could, by 1 each. nan where there is one item.
     """
     return mean_differences([per_item])[0]
 
@@ -132,12 +140,30 @@ def mean_difference(per_item: NDArray[np.float64]) -> Estimate:
 def mean_differences(per_item: Sequence[NDArray[np.float64]]) -> list[Estimate]:
     """:func:`mean_difference` of each."""
     tables = [np.atleast_2d(one) for one in per_item]
-    found = [Estimate(mean := float(table.mean()), mean, mean, table.shape[1], 1.0) for table in tables]
+    found = [Estimate(float(table.mean()), np.nan, np.nan, table.shape[1], 1.0) for table in tables]
+    for place, table in enumerate(tables):
+        if not table.any():
+            could = _could_differ(table.shape[1])
+            found[place] = Estimate(0.0, -could, could, table.shape[1], 1.0)
     able = [place for place, table in enumerate(tables) if table.any() and table.shape[1] > 1]
     for place, ends in zip(able, _bootstrap([[tables[p][None]] for p in able]), strict=True):
         p = _sign_flips(tables[place][0]) if len(tables[place]) == 1 else ends.p
         found[place] = replace(ends.around(found[place].value, found[place].n), p=p)
     return found
+
+
+def difference_of_means(one: NDArray[np.float64], other: NDArray[np.float64]) -> Estimate:
+    """Mean of one sample minus that of another, independent one, such as timings, by Welch's t-test.
+
+    Returns:
+        With its interval and p-value; nan and 1 where either has fewer than two values.
+    """
+    n, value = min(len(one), len(other)), float(one.mean() - other.mean())
+    if n < 2:
+        return Estimate(value, np.nan, np.nan, n, 1.0)
+    test = stats.ttest_ind(one, other, equal_var=False)
+    low, high = test.confidence_interval(CONFIDENCE)
+    return Estimate(value, float(low), float(high), n, float(test.pvalue))
 
 
 def mean(values: NDArray[np.float64], of_mean: Callable[..., Any] | None = None) -> Estimate:
@@ -190,6 +216,11 @@ def macro_accuracies(correct: Sequence[Sequence[NDArray[np.bool_]]]) -> list[Est
 def corrected(p_values: Sequence[float]) -> list[float]:
     """Holm's correction over several comparisons, in their order."""
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []
+
+
+def _could_differ(n: int) -> float:
+    """The largest share of items that may well differ where none of ``n`` did: resampling them would not show it."""
+    return proportion(0, n).high
 
 
 def _itself(mean: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -296,7 +327,7 @@ def _sign_flips(per_item: NDArray[np.float64]) -> float:
     How many of the items with one size of difference turn out positive is binomial, so scipy's test draws kinds, not
     items.
     """
-    sizes, kind, counts = np.unique(np.abs(per_item), return_inverse=True, return_counts=True)
+    sizes, kind, counts = np.unique(np.abs(per_item).round(9), return_inverse=True, return_counts=True)
     positive = np.bincount(kind, per_item > 0)
     rng = np.random.default_rng(_SEED)
 

@@ -145,7 +145,7 @@ def test_advise_prints_a_front_and_refuses_nonsense(tmp_path, capsys):
     for run in (sized(made_run(bits("1" * 60), compression="none"), 10), sized(made_run(bits("1" * 50 + "0" * 10)), 5)):
         store.write(run)
     main([str(tmp_path), "--keep", "70%"])
-    assert "Keeps 70%" in capsys.readouterr().out
+    assert "Smallest that keeps 70% with 95 % confidence: m att magnitude 20% (5.0 MB)" in capsys.readouterr().out
     for nonsense in ("lots", "0", "120%"):
         with pytest.raises(SystemExit) as end:
             main([str(tmp_path), "--keep", nonsense])
@@ -359,3 +359,46 @@ def test_every_undecided_claim_has_a_command_that_names_what_it_compares():
     )
     assert "model=m eval=[nine_tasks]" in advice["weights_win_language"]
     assert advice["final_unstructured_hurts_less"].endswith("target=final, with an encoder as the model")
+
+
+def test_where_no_item_differs_the_interval_is_of_the_share_that_could():
+    few, many = np.arange(10) < 5, np.arange(4000) < 2000
+    upper = stats.binomtest(0, 10).proportion_ci(method="wilson").high
+    fall, gap = statistics.drop(few, few), statistics.mean_difference(np.zeros(10))
+    assert (fall.value, fall.low, fall.high) == pytest.approx((0, -200 * upper, 200 * upper))
+    assert (gap.low, gap.high, gap.p) == pytest.approx((-upper, upper, 1))
+    claim = claim_named("idp_at_least_equals_lora")
+    for answers, expected in ((few, UNDECIDED), (many, SUPPORTED)):  # ten alike answers show little
+        runs = [made_run(answers, compression="none"), recovered(answers, "lora", 1000)]
+        assert check(compare([*runs, recovered(answers, "idp", 100)]), [claim])[0].status == expected
+
+
+def test_one_item_decides_nothing():
+    (finding,) = check(
+        compare(
+            [made_run(bits("1"), compression="none"), recovered(bits("1"), "idp", 1), recovered(bits("0"), "lora", 9)]
+        ),
+        [claim_named("idp_at_least_equals_lora")],
+    )[0].findings
+    assert (finding.status, finding.effect.value) == (UNDECIDED, 1)
+    assert "one of the items alone has no interval" in finding.claim.measure.words(finding.effect)
+
+
+@pytest.mark.parametrize(
+    ("name", "gained", "away"), [("idp_at_least_equals_lora", 4, 0.01), ("redirection_wins_world_knowledge", 8, 0.01)]
+)
+def test_advice_says_how_many_items_would_decide(name, gained, away):
+    from knowledge_compression.analysis.advice import run_next
+
+    facts = np.arange(400)
+    runs = [made_run(facts < 380, compression="none", tasks=("sciq",))]
+    for recovery, right, trained in (("lora", facts < 300, 1000), ("idp", (facts < 300 + gained) & (facts > 3), 100)):
+        runs.append(recovered(right, recovery, trained))
+        runs[-1]._items = runs[-1].items.with_columns(task=pl.lit("sciq"))  # asked the same
+    comparisons = compare(runs)
+    (verdict,) = check(comparisons, [claim_named(name)])
+    (line,) = run_next([verdict], comparisons)
+    half_width = 1.96 * np.sqrt(4 + gained) / 400  # of four lost and some gained
+    told = int(line.split("about ")[1].split(" items")[0].replace(",", ""))
+    assert told == pytest.approx(400 * (half_width / away) ** 2, rel=0.2)  # ends are multiples of 1/400
+    assert "instead of 400 would decide it" in line

@@ -7,9 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from scipy.stats import norm
+
 from knowledge_compression.analysis.claims import Claim
 from knowledge_compression.analysis.comparisons import Comparisons, Group, is_dense
-from knowledge_compression.analysis.findings import UNDECIDED, Verdict
+from knowledge_compression.analysis.findings import ALPHA, UNDECIDED, Finding, Verdict
+from knowledge_compression.analysis.measures import ANSWERS
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import CONFIDENCE, accuracy
 
@@ -66,6 +69,7 @@ def smallest(rows: Sequence[Kept], keep: float) -> Kept | None:
 def run_next(verdicts: Sequence[Verdict], comparisons: Comparisons) -> list[str]:
     """What would settle the undecided claims: the missing runs, or how many items the present ones would need."""
     advice = []
+    told = sum(len(verdict.findings) for verdict in verdicts)
     for verdict in verdicts:
         if verdict.status != UNDECIDED:
             continue
@@ -74,14 +78,26 @@ def run_next(verdicts: Sequence[Verdict], comparisons: Comparisons) -> list[str]
                 f"{verdict.claim.name}: no runs bear on it; {how}" for how in _commands(verdict.claim, comparisons)
             ]
         for finding in verdict.findings:
-            spread = (finding.effect.high - finding.effect.low) / 2
-            if finding.status == UNDECIDED and finding.effect.value and spread:
-                needed = math.ceil(finding.effect.n * (spread / finding.effect.value) ** 2)
+            if finding.status == UNDECIDED and (needed := _needed(finding, told)):
+                measure = verdict.claim.measure
                 advice.append(
-                    f"{verdict.claim.name}: {finding.model} on {finding.suite} shows {finding.effect}; "
-                    f"about {needed:,} items instead of {finding.effect.n:,} would decide an effect of that size"
+                    f"{verdict.claim.name}: {finding.model} on {finding.suite} shows {measure.words(finding.effect)}; "
+                    f"about {needed:,} {measure.items} instead of {finding.effect.n:,} would decide it at that size"
                 )
     return advice
+
+
+def _needed(finding: Finding, told: int) -> int | None:
+    """How many items would decide an effect of the size that was found, one of so many findings; None if none would."""
+    effect, claim = finding.effect, finding.claim
+    bounds = [-claim.margin, claim.margin] if claim.alike else [-claim.margin]
+    away = min(abs(effect.value - bound) for bound in bounds)
+    spread = (effect.high - effect.low) / 2
+    if not claim.margin:  # what has to be small is a p-value that is corrected
+        spread *= norm.isf(ALPHA / 2 / told) / norm.isf(ALPHA / 2)
+    if not away or math.isnan(spread):
+        return None
+    return max(effect.n + 1, math.ceil(effect.n * (spread / away) ** 2))
 
 
 # For claims about the size of a recovery: two that the second paper has, too.
@@ -91,9 +107,11 @@ _TWO_SIZES = {"prompt": " recovery.tokens=26,100", "idp": " 'recovery.prompts=[1
 def _commands(claim: Claim, comparisons: Comparisons) -> Iterator[str]:
     """What would make the runs that a claim lacks: one command for the models that were asked the same suites."""
     asked: defaultdict[str, set[str]] = defaultdict(set)
-    for group in comparisons:
-        if group.dense.report["model"].get("family") in claim.families:
-            asked[group.asked.model].add("nine_tasks" if claim.tasks else group.asked.suite)
+    for group in [*comparisons.groups, *comparisons.measured]:
+        if group.dense.report["model"].get("family") not in claim.families:
+            continue
+        if suite := claim.measure.suite or (group.measure is ANSWERS and group.asked.suite):
+            asked[group.asked.model].add("nine_tasks" if claim.tasks and not claim.measure.suite else suite)
     together: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
     for model, suites in sorted(asked.items()):
         together[tuple(sorted(suites))].append(model)
@@ -101,7 +119,8 @@ def _commands(claim: Claim, comparisons: Comparisons) -> Iterator[str]:
         yield f"python run.py -m model={','.join(models)} eval=[{','.join(names)}]{_settings(claim)}"
     if not together:
         families = " or ".join(family.replace("_", "-") for family in claim.families)
-        yield f"python run.py -m model=...{_settings(claim)}, with an {families} as the model"
+        article = "an" if families[0] in "aeiou" else "a"
+        yield f"python run.py -m model=...{_settings(claim)}, with {article} {families} as the model"
 
 
 def _settings(claim: Claim) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from knowledge_compression.analysis.measures import ANSWERS, LATENCY, PERPLEXITY, SIMILARITY, Measure
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 
 FIRST = "The Cost of Compression (Namburi et al., 2023)"
@@ -31,9 +32,10 @@ class Claim:
         tasks: tasks it is claimed for; empty takes all.
         margin: how much less (in accuracy) the better one may keep and still be as good; 0 claims a real difference.
         alike: with a margin: neither may keep less than the other by more than it.
-        parameters: pairs are formed where the better one trained at most this share of what the other trained.
+        parameters: pairs are formed where what the better one trained, over what the other trained, lies in this range.
         gain_over: settings of a third run for each of the two, alike in all else; what each keeps beyond its own third
             run is compared, instead of what it keeps.
+        measure: what of the items is compared.
     """
 
     name: str
@@ -47,8 +49,12 @@ class Claim:
     tasks: tuple[str, ...] = ()
     margin: float = 0.0
     alike: bool = False
-    parameters: float | None = None
+    parameters: tuple[float, float] | None = None
     gain_over: Mapping[str, str] | None = None
+    measure: Measure = ANSWERS
+
+
+FEWER, MORE = (0, 0.6), (1 / 0.6, float("inf"))  # parameters: clearly fewer or more were trained
 
 
 def _pruned(target: str) -> dict[str, str]:
@@ -125,7 +131,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("idp_at_least_equals_lora",
           "With at most a quarter of its trained parameters, IDP keeps at least what LoRA keeps (within 1 point)",
           f"{SECOND}, 3.2.2 and 3.3", better={"recovery": "idp"}, worse={"recovery": "lora"}, margin=0.01,
-          parameters=0.25),
+          parameters=(0, 0.25)),
     Claim("lora_recovers", "LoRA recovers accuracy over the compressed model",
           f"{SECOND}, Tables 1-2", better={"recovery": "lora"}, worse={"recovery": "none"}),
     Claim("idp_recovers", "IDP recovers accuracy over the compressed model",
@@ -140,10 +146,13 @@ CLAIMS: tuple[Claim, ...] = (
           f"{SECOND}, 3.2.2", better={"recovery": "lora"}, worse={"recovery": "idp"}, tasks=LANGUAGE),
     Claim("short_prompts_are_as_good", "A shorter prompt keeps as much as a longer one (within 1 point)",
           f"{SECOND}, 3.1 and Figure 2", better={"recovery": "prompt"}, worse={"recovery": "prompt"}, margin=0.01,
-          parameters=0.6),
+          parameters=FEWER),
+    Claim("longer_prompts_help_perplexity", "A longer prompt gives a better perplexity than a shorter one",
+          f"{SECOND}, 3.1 and Figure 2", better={"recovery": "prompt"}, worse={"recovery": "prompt"}, parameters=MORE,
+          measure=PERPLEXITY),
     Claim("idp_is_stable_over_sizes", "IDP keeps the same whatever the size of its prompts (within 1 point)",
           f"{SECOND}, 3.3 and Figure 6", better={"recovery": "idp"}, worse={"recovery": "idp"}, margin=0.01, alike=True,
-          parameters=0.6),
+          parameters=FEWER),
     Claim("choosing_beats_joining", "Choosing a prompt (IDP) is better than joining the prompts",
           f"{SECOND}, 3.1", better={"recovery": "idp"}, worse={"recovery": "concat"}),
     Claim("quantization_keeps_more_than_pruning", "GPTQ keeps more than SparseGPT where both are recovered alike",
@@ -151,4 +160,25 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("quantization_recovers_more_than_pruning", "A recovery adds more to a model after GPTQ than after SparseGPT",
           f"{SECOND}, 3.2.2", better={"compression": "gptq"}, worse={"compression": "sparsegpt"},
           gain_over={"recovery": "none"}),
+    *(
+        claim
+        for recovery, called in (("prompt", "A prompt"), ("idp", "IDP"))
+        for claim in (
+            Claim(f"{recovery}_turns_attention", f"{called} turns attention further from the dense model's than LoRA",
+                  f"{SECOND}, 4.1 and Figure 5", better={"recovery": "lora"}, worse={"recovery": recovery},
+                  tasks=("attention",), measure=SIMILARITY),
+            Claim(f"{recovery}_keeps_activations",
+                  f"{called} keeps activations as near to the dense model's as LoRA (within 2 hundredths of cosine)",
+                  f"{SECOND}, 4.1 and Figure 5", better={"recovery": recovery}, worse={"recovery": "lora"},
+                  tasks=("activation",), measure=SIMILARITY, margin=0.02, alike=True),
+            Claim(f"{recovery}_is_faster_than_lora", f"{called} reads a batch faster than LoRA", f"{SECOND}, 3.3",
+                  better={"recovery": recovery}, worse={"recovery": "lora"}, tasks=("prefill",), measure=LATENCY),
+        )
+    ),
+    Claim("prefix_keeps_attention", "Prefix tuning keeps attention nearer to the dense model's than a prompt",
+          f"{SECOND}, 4.1 and Figure 5", better={"recovery": "prefix"}, worse={"recovery": "prompt"},
+          tasks=("attention",), measure=SIMILARITY),
+    Claim("prefix_turns_activations", "Prefix tuning turns activations further from the dense model's than a prompt",
+          f"{SECOND}, 4.1 and Figure 5", better={"recovery": "prompt"}, worse={"recovery": "prefix"},
+          tasks=("activation",), measure=SIMILARITY),
 )  # fmt: skip

@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from knowledge_compression.analysis.measures import ANSWERS, MEASURES, Measure
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, accuracies, drops, macro_accuracies
 
@@ -51,25 +52,30 @@ class Group:
     Attributes:
         asked: what they share.
         dense: the baseline.
+        measure: what of an item is compared.
         runs: one run for each setting: of several seeds, the one with the least.
         seeds: by the id of a run above, that run and the others that differ from it in nothing but the seed.
     """
 
     asked: Asked
     dense: Run
+    measure: Measure = ANSWERS
     runs: list[Run] = field(default_factory=list)
     seeds: dict[str, list[Run]] = field(default_factory=dict)
-    _known: dict[str, NDArray[np.bool_]] = field(default_factory=dict, repr=False)
+    _read: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def items(self) -> pl.DataFrame:
         """Keys of the suite's items in the dense run's order."""
-        return _column(self.dense, self.asked.suite, "correct").select(KEY)
+        return _measured(self.dense, self.asked.suite, self.measure).select(KEY).collect()
 
     @cached_property
     def majority(self) -> NDArray[np.bool_] | None:
         """Whether always giving a task's most frequent answer is right: ``[items]``; None where no answers are kept."""
-        gold = items_of(self.dense, self.asked.suite).select(*KEY, "gold").collect()
+        items = items_of(self.dense, self.asked.suite)
+        if "gold_index" in items.collect_schema():  # of choices that are new in each question, which place is right
+            items = items.with_columns(pl.coalesce(pl.col("gold_index").cast(pl.String), "gold").alias("gold"))
+        gold = items.select(*KEY, "gold").collect()
         if gold["gold"].null_count():
             return None
         often = gold.group_by("task").agg(pl.col("gold").mode().sort().first().alias("often"))
@@ -117,18 +123,26 @@ class Group:
         Raises:
             ValueError: the run lacks items that its baseline has.
         """
-        if run.id not in self._known:
-            column = _column(run, self.asked.suite, "correct")
-            aligned = self.items.join(column, on=KEY, how="left", maintain_order="left")["correct"]
+        return self._values(run).astype(bool)
+
+    def gains(self, run: Run) -> NDArray[np.float64]:
+        """What :attr:`measure` makes of each item of ``run``, the more the better: ``[items]``."""
+        return self.measure.gain(self._values(run))
+
+    def _values(self, run: Run) -> NDArray[Any]:
+        if run.id not in self._read:
+            column = self.measure.column
+            found = _measured(run, self.asked.suite, self.measure).collect()
+            aligned = self.items.join(found, on=KEY, how="left", maintain_order="left")[column]
             if aligned.null_count():
                 raise ValueError(f"{aligned.null_count()} items that its baseline answers are missing")
-            self._known[run.id] = aligned.to_numpy().astype(bool)
-        return self._known[run.id]
+            self._read[run.id] = aligned.to_numpy()
+        return self._read[run.id]
 
-    def under(self, run: Run, seed: int) -> NDArray[np.bool_]:
-        """:meth:`correct` of the member of a setting with that seed, where it was run with it, else of its first."""
+    def under(self, run: Run, seed: int) -> Run:
+        """The member of a setting with that seed, where it was run with it, else its first."""
         members = {member.config["seed"]: member for member in self.seeds.get(run.id, [run])}
-        return self.correct(members.get(seed, run))
+        return members.get(seed, run)
 
     def seeds_of(self, run: Run) -> list[int]:
         """The seeds that a setting was run with."""
@@ -136,11 +150,11 @@ class Group:
 
     def answers(self, run: Run) -> NDArray[np.bool_]:
         """Whether each item was right under each seed of a setting: ``[seeds, items]``."""
-        return np.stack([self.under(run, seed) for seed in self.seeds_of(run)])
+        return np.stack([self.correct(self.under(run, seed)) for seed in self.seeds_of(run)])
 
     def dense_answers(self, run: Run) -> NDArray[np.bool_]:
         """The baseline's answers beside :meth:`answers`, those of the same seed where it was run with it."""
-        return np.stack([self.under(self.dense, seed) for seed in self.seeds_of(run)])
+        return np.stack([self.correct(self.under(self.dense, seed)) for seed in self.seeds_of(run)])
 
 
 @dataclass
@@ -148,12 +162,14 @@ class Comparisons:
     """Everything that can be compared in a store, and what cannot, with the reason.
 
     Attributes:
-        groups: one for each model, suite and protocol that has a dense run.
+        groups: one for each model, suite and protocol that has a dense run and questions with right answers.
+        measured: the same for suites without right answers, whose items have values.
         skipped: run id and why it is left out.
         runs: everything that was given, for what is told of a run by itself.
     """
 
     groups: list[Group]
+    measured: list[Group]
     skipped: list[tuple[str, str]]
     runs: Sequence[Run]
 
@@ -176,6 +192,7 @@ def compare(runs: Sequence[Run]) -> Comparisons:
             by_question[asked].append(run)
             said.setdefault(asked, dict(_flat(deciding)))
     groups: list[Group] = []
+    measured: list[Group] = []
     skipped: list[tuple[str, str]] = []
     for asked in sorted(by_question, key=lambda asked: (asked.model, asked.suite, asked.protocol)):
         rivals = [said[other] for other in said if (other.model, other.suite) == (asked.model, asked.suite)]
@@ -185,11 +202,11 @@ def compare(runs: Sequence[Run]) -> Comparisons:
         if not dense:
             why = f"no dense run of {named.model} with the same {named.suite} settings{_in_brackets(named.differs)}"
             skipped += [(run.id, why) for run in members]
-        elif _has_answers(dense[0], asked.suite):  # else right and wrong do not exist, e.g. latency
-            group = Group(named, dense[0], seeds={dense[0].id: dense})
+        elif measure := _measure_of(dense[0], asked.suite):  # else nothing of it is compared item by item, e.g. lens
+            group = Group(named, dense[0], measure, seeds={dense[0].id: dense})
             skipped += _fill(group, [run for run in members if not is_dense(run)])
-            groups.append(group)
-    return Comparisons(groups, skipped, runs)
+            (groups if measure is ANSWERS else measured).append(group)
+    return Comparisons(groups, measured, skipped, runs)
 
 
 def is_dense(run: Run) -> bool:
@@ -210,7 +227,7 @@ def _fill(group: Group, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
     for run in runs:
         if not _as_many_items(run, group.dense, group.asked.suite):  # else there is no need to read them here
             try:
-                group.correct(run)
+                group.gains(run)
             except ValueError as error:
                 yield run.id, str(error)
                 continue
@@ -240,7 +257,15 @@ def _deciding(run: Run, suite: str) -> dict[str, Any]:
         "dtype": run.environment.get("dtype"),
         "settings": seedless({k: v for k, v in run.config["eval"][suite].items() if k not in _PLACES}),
         "data": run.report["eval"][suite].get("fingerprint"),
-    }
+    } | _machine(run, suite)
+
+
+def _machine(run: Run, suite: str) -> dict[str, Any]:
+    """Where time was measured, for a suite that says on which device it did."""
+    asked, environment = run.report["eval"][suite], run.environment
+    if "device" not in asked:
+        return {}
+    return {"machine": environment.get("gpu") or environment.get("host"), "threads": asked.get("threads")}
 
 
 def _digest(deciding: Mapping[str, Any]) -> str:
@@ -273,10 +298,19 @@ def _in_brackets(text: str) -> str:
     return f" ({text})" if text else ""
 
 
-def _has_answers(run: Run, suite: str) -> bool:
+def _measure_of(run: Run, suite: str) -> Measure | None:
+    """The first measure that a suite's items have."""
     items = run.scan_items()
-    return "correct" in items.collect_schema() and bool(items_of(run, suite).select(pl.len()).collect().item())
+    there = [measure for measure in MEASURES if measure.column in items.collect_schema()]
+    of_suite = items.filter(pl.col("suite") == suite)
+    counts = of_suite.select(pl.col(measure.column).count() for measure in there).collect() if there else None
+    return next((measure for measure in there if counts[measure.column].item()), None) if counts is not None else None
 
 
-def _column(run: Run, suite: str, *columns: str) -> pl.DataFrame:
-    return items_of(run, suite).select(*KEY, *columns).collect()
+def _measured(run: Run, suite: str, measure: Measure) -> pl.LazyFrame:
+    """Keys and values of a suite's items, not yet read."""
+    column = pl.col(measure.column)
+    there = run.scan_items().filter((pl.col("suite") == suite) & column.is_not_null())
+    if measure.item is None:
+        return there.select(*KEY, column)
+    return there.group_by("task", measure.item.alias("id"), maintain_order=True).agg(column.mean())

@@ -13,7 +13,7 @@ from knowledge_compression.analysis.claims import CLAIMS, Claim
 from knowledge_compression.analysis.comparisons import Comparisons, Group, seedless
 from knowledge_compression.analysis.naming import recovery_size
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import Estimate, corrected, mean_differences
+from knowledge_compression.statistics import Estimate, corrected, difference_of_means, mean_differences
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 MAJORITY = "majority"  # stands in a pair for always giving a task's most frequent answer
@@ -29,7 +29,8 @@ class Finding:
         claim: what was claimed.
         model, suite: where it was checked.
         status: ``supported``, ``contradicted`` or ``undecided``.
-        effect: accuracy kept by the supposedly better setting minus the other's, averaged over the pairs, by item.
+        effect: gain (:class:`~.measures.Measure`, for answers accuracy) under the supposedly better setting minus the
+            other's, averaged over the pairs, by item.
         p: of the effect, after Holm's correction over all findings of the store.
         pairs: the run ids compared, better first (:data:`MAJORITY` is none); of several seeds, those with the least.
         seeds: how many seeds the effect is averaged over, those that all its runs share.
@@ -60,17 +61,31 @@ def check(comparisons: Comparisons, claims: Sequence[Claim] = CLAIMS) -> list[Ve
     Returns:
         One verdict a claim, in the claims' order; a claim with no pair of runs to rest on is undecided with no finding.
     """
-    drafts = [draft for claim in claims for group in comparisons for draft in _find(claim, group)]
-    effects = mean_differences([per_item for _, per_item in drafts])
+    groups = [*comparisons.groups, *comparisons.measured]
+    drafts = [draft for claim in claims for group in groups for draft in _find(claim, group)]
+    effects = _effects(drafts)
     p_values = corrected([effect.p or 0.0 for effect in effects])
-    found = zip((draft for draft, _ in drafts), effects, p_values, strict=True)
+    found = zip((draft for draft, *_ in drafts), effects, p_values, strict=True)
     findings = [_decided(replace(draft, effect=effect), p) for draft, effect, p in found]
     return [_verdict(claim, [finding for finding in findings if finding.claim is claim]) for claim in claims]
 
 
-def _find(claim: Claim, group: Group) -> Iterable[tuple[Finding, NDArray[np.float64]]]:
-    """A finding whose effect is yet to be estimated, and the effect on each item: ``[seeds, items]``."""
-    if claim.suites and group.asked.suite not in claim.suites:
+Draft = tuple[Finding, NDArray[np.float64], NDArray[np.float64]]
+
+
+def _effects(drafts: Sequence[Draft]) -> list[Estimate]:
+    """The estimates: of paired differences where the items are the same ones, else of two samples' means."""
+    paired = [better - worse for finding, better, worse in drafts if finding.claim.measure.paired]
+    differences = iter(mean_differences(paired))
+    return [
+        next(differences) if finding.claim.measure.paired else difference_of_means(better.ravel(), worse.ravel())
+        for finding, better, worse in drafts
+    ]
+
+
+def _find(claim: Claim, group: Group) -> Iterable[Draft]:
+    """A finding whose effect is yet to be estimated, and both sides' gains averaged over pairs: ``[seeds, items]``."""
+    if claim.measure is not group.measure or (claim.suites and group.asked.suite not in claim.suites):
         return
     if group.dense.report["model"].get("family") not in claim.families:
         return
@@ -83,10 +98,11 @@ def _find(claim: Claim, group: Group) -> Iterable[tuple[Finding, NDArray[np.floa
         if not asked_for.any():
             return
     seeds = _common_seeds(group, {run.id: run for pair in pairs for run in pair if run}.values())
-    by_seed = [[_known(claim, group, b, s) - _known(claim, group, w, s) for b, w in pairs] for s in seeds]
+    sides = [[[_gains(claim, group, run, seed) for run in side] for seed in seeds] for side in zip(*pairs, strict=True)]
+    better, worse = (np.mean(side, axis=1)[:, asked_for] for side in sides)
     ids = tuple((b.id if b else MAJORITY, w.id) for b, w in pairs)
     draft = Finding(claim, group.asked.model, group.asked.name, UNDECIDED, _UNKNOWN, 1.0, ids, len(seeds))
-    yield draft, np.mean(by_seed, axis=1)[:, asked_for]
+    yield draft, better, worse
 
 
 def _pairs(claim: Claim, group: Group) -> list[tuple[Run | None, Run]]:
@@ -104,15 +120,15 @@ def _pairs(claim: Claim, group: Group) -> list[tuple[Run | None, Run]]:
     return list(pairs)
 
 
-def _known(claim: Claim, group: Group, run: Run | None, seed: int) -> NDArray[np.float64]:
-    """What a side of a pair answers right, or gains over its third run: ``[items]``."""
+def _gains(claim: Claim, group: Group, run: Run | None, seed: int) -> NDArray[np.float64]:
+    """What a side of a pair is worth, by itself or over its third run: ``[items]``."""
     if run is None:
         assert group.majority is not None
         return group.majority.astype(float)
-    known = group.under(run, seed).astype(float)
+    gains = group.gains(group.under(run, seed))
     if claim.gain_over and (before := _before(run, claim.gain_over, group)):
-        known -= group.under(before, seed)
-    return known
+        gains = gains - group.gains(group.under(before, seed))
+    return gains
 
 
 def _before(run: Run, wanted: Mapping[str, str], group: Group) -> Run | None:
@@ -159,8 +175,10 @@ def _alike(better: Run, worse: Run, claim: Claim) -> bool:
         differs.add("settings")
     if "recovery" in differs or claim.parameters is not None:
         differs.add("size")
-    if claim.parameters is not None and not 0 < _trained(better) <= claim.parameters * _trained(worse):
-        return False
+    if claim.parameters is not None:
+        least, most = (share * _trained(worse) for share in claim.parameters)
+        if not (_trained(better) and _trained(worse) and least <= _trained(better) <= most):
+            return False
     if "compression" in differs:
         differs.add("settings")
         if not (_prunes(better) and _prunes(worse)):

@@ -25,9 +25,9 @@ def report(comparisons: Comparisons, verdicts: Sequence[Verdict]) -> str:
 
 
 def findings(verdicts: Sequence[Verdict]) -> list[str]:
-    """A row a claim and model: what is kept more, with its interval, and what follows."""
+    """A row a claim and model: how much better the setting does that is said to, and what follows."""
     rows = [_finding(verdict.claim, finding) for verdict in verdicts for finding in verdict.findings]
-    heads = ["", "claim", "model", "suite", "kept more (points, 95 %)", "p (Holm)", "items", "seeds", "pairs of runs"]
+    heads = ["", "claim", "model", "suite", "effect, 95 %", "p (Holm)", "items", "seeds", "pairs of runs"]
     silent = sum(not verdict.findings for verdict in verdicts)
     note = ["", f"{silent} of {len(verdicts)} claims have no runs to rest on here."] if silent else []
     return [*table(heads, rows), *note] if rows else []
@@ -65,7 +65,7 @@ def restored(comparisons: Comparisons) -> list[str]:
 def _finding(claim: Claim, finding: Finding) -> list[str]:
     p = "" if claim.margin else f"{finding.p:.2g}"  # "as good as" is decided by the interval alone
     counts = [f"{finding.effect.n:,}", str(finding.seeds), str(len(finding.pairs))]
-    return [finding.status, claim.text, finding.model, finding.suite, points(finding.effect), p, *counts]
+    return [finding.status, claim.text, finding.model, finding.suite, claim.measure.words(finding.effect), p, *counts]
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

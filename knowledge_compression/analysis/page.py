@@ -204,7 +204,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
                 "model": f.model,
                 "suite": f.suite,
                 "status": f.status,
-                "effect": str(f.effect),
+                "effect": verdict.claim.measure.words(f.effect),
                 "p": "" if verdict.claim.margin else f"{f.p:.3g}",
             }
             | {"items": f.effect.n, "seeds": f.seeds, "pairs": f.pairs}

@@ -1,0 +1,83 @@
+"""What of an item is compared: whether it was right or, where nothing is right or wrong, a value it has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from knowledge_compression.statistics import Estimate
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of the item table, and how differences in it are estimated and told.
+
+    Attributes:
+        column: of the items.
+        gain: what of its values is better where it is more, and may be subtracted and averaged.
+        told: what a reader is told of a mean difference in gain; rising.
+        unit: of that.
+        items: what an item is.
+        item: its name within its task; of several rows of one name the mean is taken.
+        suite: the suite that measures it; empty where many do.
+        paired: whether the items of two runs are the same ones; else two samples are compared.
+    """
+
+    column: str
+    gain: Callable[[NDArray[Any]], NDArray[np.float64]]
+    told: Callable[[float], float]
+    unit: str
+    items: str = "items"
+    item: pl.Expr | None = None
+    suite: str = ""
+    paired: bool = True
+
+    def words(self, effect: Estimate) -> str:
+        """An effect and its interval in the unit of the measure."""
+        shown = effect.through(self.told)
+        if math.isnan(shown.low):
+            return f"{shown.value:+.1f} {self.unit} (one of the {self.items} alone has no interval)"
+        return f"{shown.value:+.1f} [{shown.low:+.1f}, {shown.high:+.1f}] {self.unit}"
+
+
+def _hundredfold(share: float) -> float:
+    return 100 * share
+
+
+def _percent_more(log_ratio: float) -> float:
+    return 100 * float(np.expm1(log_ratio))
+
+
+def _percent_less(log_ratio: float) -> float:
+    return -100 * float(np.expm1(-log_ratio))
+
+
+ANSWERS = Measure("correct", lambda right: right.astype(np.float64), _hundredfold, "points")
+PERPLEXITY = Measure(
+    "nll", np.negative, _percent_less, "% lower perplexity", items="windows of text", suite="perplexity"
+)
+SIMILARITY = Measure(
+    "cosine",
+    lambda cosine: cosine,
+    _hundredfold,
+    "hundredths of cosine",
+    items="windows of text",
+    item=pl.col("id").str.split(":").list.last(),  # layers of one window are no independent evidence
+    suite="similarity",
+)
+LATENCY = Measure(
+    "seconds",
+    lambda seconds: -np.log(seconds),  # so that a difference is a ratio of times
+    _percent_more,
+    "% faster",
+    items="repeats",
+    suite="latency",
+    paired=False,
+)
+MEASURES = (ANSWERS, PERPLEXITY, SIMILARITY, LATENCY)
