@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast, get_type_hints
 
 from hydra.errors import HydraException, InstantiationException
@@ -23,17 +23,28 @@ GROUPS = ("model", "target", "compression", "recovery", "corpus", "eval")
 VALUES = ("sparsity", "reading", "seed", "device", "dtype")
 
 
-def settings_of(config: DictConfig, group: str) -> dict[str, Any]:
-    """What the configuration says of one group, as plain data.
+def settings_of(config: DictConfig, name: str) -> Any:
+    """What a configuration says under one of its top-level names, as plain data; of a group without choice, nothing.
 
     Raises:
         BadInput: a value that must be given is missing, or a reference leads nowhere.
     """
-    return plain(config[group]) if config.get(group) else {}
+    try:
+        part = config.get(name)
+    except OmegaConfBaseException as error:
+        raise BadInput(first_line(error)) from None
+    if OmegaConf.is_config(part):
+        return plain(part)
+    return {} if part is None and name in GROUPS else part
 
 
-def made_of(group: str, settings: Mapping[str, Any]) -> Any:
+def made_of(group: str, settings: Mapping[str, Any], build: Callable[[str, Mapping[str, Any]], Any]) -> Any:
     """What the settings of one group describe; of ``eval`` all suites by name.
+
+    Args:
+        group: one of ``GROUPS``.
+        settings: as :func:`settings_of` gives them.
+        build: :func:`build`, or what remembers its answers.
 
     Raises:
         BadInput: a value is missing, of the wrong kind or out of range.
@@ -43,28 +54,32 @@ def made_of(group: str, settings: Mapping[str, Any]) -> Any:
     return build(group, settings)
 
 
-def experiment_from(
-    config: DictConfig,
-    choices: Mapping[str, str],
-    settings_of: Callable[[DictConfig, str], dict[str, Any]] = settings_of,
-    made_of: Callable[[str, Mapping[str, Any]], Any] = made_of,
+def experiment_from(config: DictConfig, choices: Mapping[str, str]) -> Experiment:
+    """Build the experiment that a composed configuration describes, see :func:`put_together`."""
+    settings = cache(partial(settings_of, config))
+    return put_together(settings, lambda group: made_of(group, settings(group), build), choices)
+
+
+def put_together(
+    settings_of: Callable[[str], Any], made_of: Callable[[str], Any], choices: Mapping[str, str]
 ) -> Experiment:
-    """Build the experiment that a configuration describes.
+    """The experiment of its parts.
 
     Args:
-        config: the composed configuration, without its ``hydra`` node.
+        settings_of: the plain data under a top-level name of the configuration.
+        made_of: what the settings of a group describe.
         choices: which file was chosen in each group, e.g. ``{"target": "att"}``; kept with the settings.
-        settings_of, made_of: those of this module, or what remembers their answers.
 
     Raises:
         BadInput: a value is missing, of the wrong kind or out of range.
     """
-    if not config.get("eval") and not config.model.get("stream"):
+    settings: dict[str, Any] = {name: settings_of(name) for name in GROUPS}
+    if not settings["eval"] and not settings["model"].get("stream"):
         raise BadInput("eval=[] asks nothing; choose at least one suite, e.g. eval=[atlas]")
-    settings: dict[str, Any] = {name: settings_of(config, name) for name in GROUPS}
-    made = {name: made_of(name, settings[name]) for name in GROUPS}
-    settings |= {name: config[name] for name in VALUES}
-    settings["choices"] = {group: choices[group] for group in GROUPS if group in choices and group != "eval"}
+    made = {name: made_of(name) for name in GROUPS}
+    values = {name: settings_of(name) for name in VALUES}
+    chosen = {group: choices[group] for group in GROUPS if group in choices and group != "eval"}
+    output = settings_of("output")
     return Experiment(
         source=made["model"],
         target=made["target"],
@@ -72,12 +87,12 @@ def experiment_from(
         recovery=made["recovery"],
         corpus=made["corpus"],
         suites=made["eval"],
-        settings=settings,
-        seed=config.seed,
-        device=config.device,
-        dtype=config.dtype,
-        save_model=config.output.save_model,
-        kept_models=KeptModels(config.output.compressed_gb),
+        settings=settings | values | {"choices": chosen},
+        seed=values["seed"],
+        device=values["device"],
+        dtype=values["dtype"],
+        save_model=output["save_model"],
+        kept_models=KeptModels(output["compressed_gb"]),
     )
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ class Experiment:
         if self.streams and self.loads:
             check_memory(skeleton, self.device, self.dtype)
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Hash of what decides the result; paths, tracker and launcher do not."""
         asked = {name: _deciding(self.settings["eval"][name], suite) for name, suite in self.suites.items()}

@@ -85,12 +85,12 @@ class PlannedSweeper(Sweeper):
         from knowledge_compression.results.store import RunStore
 
         try:
-            experiment, config = experiment_of(overrides)
+            experiment, settings_of = experiment_of(overrides)
             experiment = replace(experiment, source=HeldSource(experiment.source))
             experiment.check()
-            store, dense = RunStore(config.output.dir), experiment.dense()
+            store, dense = RunStore(settings_of("output")["dir"]), experiment.dense()
             done = experiment.is_done(store) and (dense.is_done(store) or not experiment.suites)
-            run = PlannedRun(list(overrides), experiment.id, dense.id, done and not config.run.force)
+            run = PlannedRun(list(overrides), experiment.id, dense.id, done and not settings_of("run")["force"])
         except (BadInput, HydraException) as error:
             return Outcome(label, BAD_INPUT, message=one_line(error))
         return run, experiment

@@ -76,7 +76,7 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
 
 def write_plan(folder: Path, runs: Sequence[PlannedRun], at_once: int) -> None:
     """Keep what a sweep will do in its folder; job ``i`` has the folder ``<i>`` beside it."""
-    _write(folder / PLAN, {"at_once": at_once, "runs": [asdict(run) for run in runs]})
+    _write(folder / PLAN, {"at_once": at_once, "runs": [vars(run) for run in runs]})
 
 
 def read_plan(folder: Path) -> tuple[list[PlannedRun], int]:
