@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -59,7 +61,7 @@ def sparsegpt_reference(method: SparseGpt, weight: torch.Tensor, hessian: torch.
     ],
 )
 def test_sparsegpt_is_optimal_brain_surgery(settings_) -> None:
-    method = SparseGpt(**({"sparsity": 0.5} | settings_))
+    method = SparseGpt(**({"sparsity": 0.5, "refit": 0} | settings_))
     weight, hessian = random_layer()
     pruned = method.prune(weight, hessian)
     expected = sparsegpt_reference(method, weight, hessian)
@@ -102,6 +104,41 @@ def test_sparsegpt_errs_less_than_the_same_mask_without_making_up() -> None:
     pruned = SparseGpt(sparsity=0.5).prune(weight, hessian)
     masked = weight.masked_fill(pruned.mask, 0)
     assert relative_error(weight, pruned.weight, hessian) < 0.9 * relative_error(weight, masked, hessian)
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_refitting_solves_the_least_squares_over_what_is_kept(pattern: str | None) -> None:
+    weight, hessian = random_layer()
+    pruned = SparseGpt(sparsity=0.5, pattern=pattern, refit=200, damping=0.1).prune(weight, hessian)
+    damped = hessian.double() + 0.1 * hessian.diagonal().mean() * torch.eye(64)
+    expected = torch.zeros(24, 64, dtype=torch.double)
+    for row, (old, mask) in enumerate(zip(weight.double(), pruned.mask, strict=True)):
+        left = ~mask
+        expected[row, left] = torch.linalg.solve(damped[left][:, left], damped[left] @ old)
+    torch.testing.assert_close(pruned.weight.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_no_step_of_refitting_makes_it_worse_and_some_make_it_better() -> None:
+    weight, hessian = random_layer()
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(64)
+    swept, *fitted = (SparseGpt(sparsity=0.5, refit=steps).prune(weight, hessian) for steps in range(13))
+    errors = [relative_error(weight, pruned.weight, damped) for pruned in (swept, *fitted)]
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors))
+    assert errors[-1] < 0.95 * errors[0]
+    assert all(torch.equal(pruned.mask, swept.mask) for pruned in fitted)
+
+
+def test_refitting_leaves_grids_and_rows_that_cannot_be_better_alone() -> None:
+    weight, hessian = random_layer()
+    assert torch.equal(*(SparseGpt(0.5, bits=4, refit=steps).prune(weight, hessian).weight for steps in (0, 12)))
+    weight[3] = 0
+    hessian[5] = hessian[:, 5] = 0
+    for sparsity in (0.0, 0.5):
+        pruned = SparseGpt(sparsity, refit=50).prune(weight, hessian)
+        assert pruned.weight.isfinite().all()
+        assert not pruned.weight[3].any()
+        if sparsity == 0:
+            assert torch.equal(pruned.weight, weight)
 
 
 def test_a_hopeless_hessian_means_a_mask_alone() -> None:
@@ -148,6 +185,7 @@ def test_sparsegpt_is_deterministic(tiny_model) -> None:
         ({"pattern": "3:7"}, "3:7 does not"),
         ({"bits": 1}, "bits=1"),
         ({"damping": 0.0}, "damping"),
+        ({"refit": -1}, "refit=-1"),
     ],
 )
 def test_bad_settings_are_refused(tiny_model, settings_, message) -> None:

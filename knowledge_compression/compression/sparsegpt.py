@@ -15,9 +15,11 @@ from knowledge_compression.compression.blocks import compress_calibrated
 from knowledge_compression.compression.compensation import compensate
 from knowledge_compression.compression.hessian import Hessian, check_damping, inverse_factor, relative_errors
 from knowledge_compression.compression.quantizer import Grid, GroupedColumns, QuantizedWeight
+from knowledge_compression.compression.refit import refit
 from knowledge_compression.compression.report import CompressionReport, LayerReport
 from knowledge_compression.compression.threshold import smallest
 from knowledge_compression.compression.unstructured import Pattern
+from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, TargetLayer, Targets
 
 
@@ -43,6 +45,9 @@ class Pruned:
 class SparseGpt:
     """Prune with the curvature of each layer's output error on calibration text, and quantize in the same sweep.
 
+    ``docs/calibrated-compression.md`` gives the reason for each default with its figures; the published script's are
+    ``refit=0 true_sequential=false``.
+
     Attributes:
         sparsity: share of each layer's weights to remove, in [0, 1).
         pattern: ``n:m``, e.g. ``2:4``: keep n of every m neighbouring inputs; the sparsity is then that of the pattern.
@@ -50,6 +55,8 @@ class SparseGpt:
         group_size, symmetric, clip: the grid, where ``bits`` is given.
         damping: what is added to the Hessian's diagonal, relative to its mean.
         block_size: columns among which the weights that go are chosen together (without a pattern).
+        refit: steps of conjugate gradients by which the kept weights are fitted together when it is settled which they
+            are; 0 leaves them as the sweep put them, and so do ``bits``, whose grid they would leave.
         by_influence: weigh each token by how far an error there moves the block's output; looks at whole blocks, so
             ``true_sequential`` must be false then.
         true_sequential, forward_dtype, device: see :func:`~knowledge_compression.compression.blocks.compress_blocks`.
@@ -63,6 +70,7 @@ class SparseGpt:
     clip: str = "mse"
     damping: float = 0.01
     block_size: int = 128
+    refit: int = 12
     true_sequential: bool = True
     by_influence: bool = False
     forward_dtype: str = "auto"
@@ -83,6 +91,8 @@ class SparseGpt:
         """Prune the targets in place."""
         check_sparsity(self.sparsity)
         check_damping(self.damping)
+        if self.refit < 0:
+            raise BadInput(f"compression.refit={self.refit} is not a number of steps; choose 12, or 0 for none")
         if self.shape:
             self.shape.check(targets)
         if self.grid:
@@ -175,6 +185,8 @@ class SparseGpt:
 
         unit = self.shape.of if self.shape else self.block_size
         compensate(turned, upper, project, prepare=choose, unit=unit, block_size=self.block_size)
+        if factor and not groups:
+            refit(turned, weight.T, ~mask, hessian, factor.damping, self.refit)
         return Pruned(
             turned.T,
             mask.T,
