@@ -39,15 +39,12 @@ def compensate(
     pivots = upper.diagonal().tolist()
     for start in range(0, width, block_size):
         end = min(start + block_size, width)
-        block = columns[start:end]
-        errors = torch.empty_like(block)
-        for i in range(start, end):
+        errors = torch.empty_like(columns[start:end])
+        for i, column, error in zip(range(start, end), columns[start:end], errors, strict=True):
             if i % unit == 0:
                 prepare(i, min(i + unit, width))
-            column = columns[i]
             projected = project(i, column)
-            error = errors[i - start]
             torch.sub(column, projected, out=error).div_(pivots[i])
             columns[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
-            columns[i] = projected
+            column.copy_(projected)
         columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)

@@ -64,7 +64,7 @@ class Gptq:
 
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
         """Quantize the targets in place."""
-        self.grid.check(targets)
+        self.grid.check(targets, whole=False)
         check_damping(self.damping)
         walk = {"true_sequential": self.true_sequential, "by_influence": self.by_influence}
         return compress_calibrated("gptq", self, model, targets, calibration, **walk)
@@ -79,17 +79,17 @@ class Gptq:
         hessian = statistics.matrix
         weight = torch.cat([layer.weight for layer in layers]).to(hessian)
         quantized, damping, fallbacks = self.quantize(weight, hessian)
-        plain = plainly_rounded(weight, Grid(self.bits, self.group_size, self.symmetric))
+        plain = plainly_rounded(weight, Grid(self.bits, self.group_size, self.symmetric)).dequantize().to(weight)
         seconds = (time.perf_counter() - start) / len(layers)
         reports, row = [], 0
-        for layer, old in zip(layers, weight.split([len(layer.weight) for layer in layers]), strict=True):
-            part, rounded = (whole.rows(row, row + len(old)) for whole in (quantized, plain))
-            row += len(old)
+        heights = [len(layer.weight) for layer in layers]
+        for layer, old, rounded in zip(layers, weight.split(heights), plain.split(heights), strict=True):
+            part = quantized.rows(row, row := row + len(old))
             part.put_into(layer)
             report = quantized_report(layer, part, seconds)
-            values = [rounded.dequantize(), part.dequantize()]
-            report.error_before, report.error_after = relative_errors(old, values, hessian)
-            report.damping, report.fallbacks = damping, list(fallbacks)
+            report.error_before, report.error_after = relative_errors(old, [rounded, layer.weight], hessian)
+            report.damping = damping
+            report.fallbacks += fallbacks
             reports.append(report)
         return reports
 
@@ -107,7 +107,7 @@ class Gptq:
         importance = hessian.diagonal()
         columns = torch.arange(len(hessian), device=hessian.device)
         order = torch.argsort(importance, descending=True, stable=True) if self.desc_act else columns
-        factor = inverse_factor(hessian[order][:, order], self.damping)
+        factor = inverse_factor(hessian, self.damping, order)
         if factor is None:
             return plainly_rounded(weight, self.grid), None, ["not_positive_definite"]
 
@@ -128,4 +128,4 @@ class Gptq:
             unit=1 if beforehand else width,
             block_size=self.block_size,
         )
-        return groups.quantized(order), factor.damping, factor.fallbacks
+        return groups.quantized(turned, order), factor.damping, factor.fallbacks

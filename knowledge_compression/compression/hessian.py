@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from knowledge_compression.compression.blocks import LayerInputs
 from knowledge_compression.errors import BadInput
 
-STRIPS = 4  # horizontal parts in which the upper triangle is summed: 5/8 of the work of the whole matrix
+STRIPS = 4  # horizontal parts in which an upper triangle is multiplied: 5/8 of the work of the whole matrix
 LADDER = 4  # times the damping is raised tenfold before a layer falls back
 
 
@@ -32,16 +32,25 @@ class Hessian:
         values, weighted = inputs.values.float(), inputs.values.float()
         if inputs.influence is not None:
             weighted = values * inputs.influence[:, None]
-        strip = math.ceil(len(self._sum) / STRIPS)
-        for start in range(0, len(self._sum), strip):
-            self._sum[start : start + strip, start:].addmm_(weighted[:, start : start + strip].T, values[:, start:])
+        for start, end in _strips(len(self._sum)):
+            self._sum[start:end, start:].addmm_(weighted[:, start:end].T, values[:, start:])
         self._weight += len(values) if inputs.influence is None else float(inputs.influence.sum())
 
     @property
     def matrix(self) -> Tensor:
         """``H``, float32 ``[in_features, in_features]``."""
-        upper = self._sum.triu()
-        return (upper + upper.triu(1).T) / (self._weight or 1.0)
+        matrix = self._sum / (self._weight or 1.0)
+        for start, end in _strips(len(matrix)):  # the upper triangle, turned over; in strips, so that little is copied
+            matrix[end:, start:end] = matrix[start:end, end:].T
+            square = matrix[start:end, start:end]
+            square.copy_(square.triu() + square.triu(1).T)
+        return matrix
+
+
+def _strips(size: int) -> Iterator[tuple[int, int]]:
+    width = math.ceil(size / STRIPS)
+    for start in range(0, size, width):
+        yield start, min(start + width, size)
 
 
 @dataclass
@@ -66,7 +75,7 @@ def check_damping(damping: float) -> None:
         raise BadInput(f"compression.damping={damping} must be above 0, e.g. 0.01")
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor | None:
+def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None) -> InverseFactor | None:
     """Factor the inverse of a Hessian, raising the damping tenfold until it is positive definite.
 
     One Cholesky factorisation of the matrix turned about both axes and one triangular inverse give ``U`` without
@@ -75,26 +84,27 @@ def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor | None:
     Args:
         hessian: symmetric ``[n, n]``; left as it is.
         damping: first damping, relative to the mean of the diagonal.
+        order: the order in which the factor takes the inputs, int64 ``[n]``; as they stand if None.
 
     Returns:
         The factor; None where no damping of the ladder helped.
     """
     fallbacks = []
     diagonal = hessian.diagonal()
+    backwards = (torch.arange(len(hessian), device=hessian.device) if order is None else order).flip(0)
     dead = diagonal <= 0
     mean = diagonal[~dead].mean() if not bool(dead.all()) else torch.ones((), device=hessian.device)
-    damped = hessian.clone()
     if bool(dead.any()):
         fallbacks.append("dead_input")
-        damped.diagonal()[dead] = mean
     for step in range(LADDER):
         relative = damping * 10**step
-        turned = damped.flip(0, 1)
-        turned.diagonal().add_(relative * mean)
-        lower, failed = torch.linalg.cholesky_ex(turned)
+        turned = hessian[backwards[:, None], backwards]
+        turned.diagonal().copy_(torch.where(dead, mean, diagonal).add_(relative * mean)[backwards])
+        turned, failed = torch.linalg.cholesky_ex(turned)
         if not int(failed):
-            identity = torch.eye(len(lower), device=lower.device, dtype=lower.dtype)
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            turned = turned.flip(0, 1)
+            identity = torch.eye(len(turned), device=turned.device, dtype=turned.dtype)
+            upper = torch.linalg.solve_triangular(turned, identity, upper=True)
             if bool(upper.isfinite().all()):
                 return InverseFactor(upper, relative, fallbacks + ["damping_raised"] * (step > 0))
     return None
@@ -102,10 +112,18 @@ def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor | None:
 
 def relative_errors(weight: Tensor, approximations: Sequence[Tensor], hessian: Tensor) -> list[float]:
     """Mean square of a layer's output error over that of its output, ``tr(D H Dᵀ) / tr(W H Wᵀ)``, of each."""
-    power, *errors = (
-        float(((part @ hessian) * part).sum()) for part in (weight, *(weight - a.to(weight) for a in approximations))
-    )
+    power, *errors = (_power(part, hessian) for part in (weight, *(weight - a.to(weight) for a in approximations)))
     return [error / max(power, 1e-30) for error in errors]
+
+
+def _power(weight: Tensor, hessian: Tensor) -> float:
+    """``tr(W H Wᵀ)`` of a symmetric ``H``, of which the strips above the diagonal count twice."""
+    total = weight.new_zeros(())
+    for start, end in _strips(len(hessian)):
+        outputs = weight[:, start:end] @ hessian[start:end, start:]
+        outputs[:, end - start :].mul_(2)
+        total += outputs.mul_(weight[:, start:]).sum()
+    return float(total)
 
 
 def relative_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:

@@ -40,7 +40,7 @@ def save_packed(model: Model, folder: Path) -> None:
         folder: where to; replaced if it is there.
 
     Raises:
-        BadInput: no layer has integers, they are of several kinds, or a layer's size does not fill whole words.
+        BadInput: no layer has integers, they are of several kinds or in groups of two sizes, or a layer's size does not fill whole words.
     """
     layers = linear_layers(model)
     packed = {layer: found for layer in layers if (found := quantized_weight(layer)) is not None}
@@ -48,6 +48,11 @@ def save_packed(model: Model, folder: Path) -> None:
         raise BadInput(
             f"{model.name} has no layer with integers behind its weights to pack; output.save_model=packed takes "
             "compression=gptq or rtn as the last step"
+        )
+    if uneven := [layer.path for layer, weight in packed.items() if not weight.groups_alike]:
+        raise BadInput(
+            f"a packed checkpoint has groups of one size, but the last of {uneven[0]} is shorter; "
+            "choose a compression.group_size that divides its inputs"
         )
     config = _quantization_config(packed, [layer for layer in layers if layer not in packed])
     as_before = config["checkpoint_format"] == "gptq"

@@ -56,7 +56,7 @@ class QuantizedWeight:
 
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, float32 ``[out_features, in_features]``."""
-        return dequantized(self.codes, self.scales[:, self.group_of], self.zeros[:, self.group_of])
+        return dequantized(self.codes, spread(self.scales, self.group_of, 1), spread(self.zeros, self.group_of, 1))
 
     def rows(self, start: int, end: int) -> QuantizedWeight:
         """The part of some output rows, of one layer where several were quantized as one weight."""
@@ -66,6 +66,11 @@ class QuantizedWeight:
         """Write the weight these codes stand for into the layer and keep the codes with its module."""
         layer.weight.copy_(self.dequantize())
         layer.module.__dict__["quantized_weight"] = self  # neither a parameter nor in the state dict
+
+    @property
+    def groups_alike(self) -> bool:
+        """Whether all groups have as many columns; else the last, or the ordering's last, has fewer."""
+        return len(self.group_of.bincount().unique()) == 1
 
     @property
     def overhead_bits(self) -> int:
@@ -79,6 +84,11 @@ def quantized_weight(layer: TargetLayer) -> QuantizedWeight | None:
     if kept is None or not torch.equal(kept.dequantize().to(layer.weight), layer.weight):
         return None
     return kept
+
+
+def spread(values: Tensor, group_of: Tensor, dim: int) -> Tensor:
+    """What each column is read with, given what each group is; of one group for all, that one to broadcast."""
+    return values if values.shape[dim] == 1 else values.index_select(dim, group_of)
 
 
 def dequantized(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -119,11 +129,16 @@ class Grid:
         """The highest code."""
         return 2**self.bits - 1
 
-    def check(self, layers: Sequence[TargetLayer]) -> None:
-        """Refuse a group size that does not divide the input width of every layer."""
+    def check(self, layers: Sequence[TargetLayer], *, whole: bool = True) -> None:
+        """Refuse a group size that is more than the input width of a layer, or does not divide it.
+
+        Args:
+            layers: what is to be quantized.
+            whole: whether every group must be of full size; else the last one may be shorter.
+        """
         for layer in layers:
             width = layer.weight.shape[1]
-            if self.group_size is not None and width % self.group_size:
+            if self.group_size is not None and (self.group_size > width or (whole and width % self.group_size)):
                 raise BadInput(
                     f"compression.group_size={self.group_size} does not divide the {width} inputs of {layer.path}; "
                     "choose a divisor, or null for one scale per row"
@@ -161,8 +176,9 @@ class Grid:
         return scales, zeros
 
     def _error(self, weight: Tensor, scales: Tensor, zeros: Tensor, importance: Tensor | None) -> Tensor:
-        error = self.encode(weight, scales, zeros).sub_(zeros).mul_(scales).sub_(weight).square_()
-        return (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True)
+        wanted = (weight / scales).add_(zeros)  # in steps of the grid, which saves looking at each value twice more
+        error = wanted.round().clamp_(0, self.top).sub_(wanted).square_()
+        return (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True).mul_(scales.square())
 
     def encode(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         """Codes of the nearest grid points, in the weight's own type; shapes broadcast."""
@@ -187,7 +203,7 @@ def storable(scales: Tensor) -> Tensor:
 
 
 class GroupedColumns:
-    """The grids of a weight's groups, and the codes found so far, while its columns are rounded in some order.
+    """The grids of a weight's groups, while its columns are rounded in some order.
 
     Args:
         grid: the kind of grid.
@@ -202,7 +218,6 @@ class GroupedColumns:
         self._groups = group_of.tolist()
         self._scales = torch.ones(groups, rows, device=group_of.device)
         self._zeros = torch.zeros_like(self._scales)
-        self._codes = torch.empty(len(group_of), rows, dtype=torch.uint8, device=group_of.device)
 
     def fit(self, group: int, columns: Tensor, importance: Tensor) -> None:
         """Choose a group's grid for ``columns`` ``[columns, rows]``."""
@@ -210,26 +225,34 @@ class GroupedColumns:
         self._scales[group], self._zeros[group] = scales[:, 0], zeros[:, 0]
 
     def round(self, i: int, column: Tensor) -> Tensor:
-        """Round the ``i``-th column in the order, remember its codes and give the values they stand for."""
-        scales, zeros = self._scales[self._groups[i]], self._zeros[self._groups[i]]
-        codes = self.grid.encode(column, scales, zeros)
-        self._codes[i] = codes
-        return codes.sub_(zeros).mul_(scales)
+        """Round the ``i``-th column in the order."""
+        group = self._groups[i]
+        return self.grid.round(column, self._scales[group], self._zeros[group])
 
-    def quantized(self, order: Tensor) -> QuantizedWeight:
-        """All of it, its columns put back from ``order``."""
+    def quantized(self, columns: Tensor, order: Tensor) -> QuantizedWeight:
+        """The codes of columns that were all rounded, put back from ``order``.
+
+        The quotient of a grid point and its scale lies next to its whole number, so that this finds the very codes.
+        """
+        scales, zeros = (spread(values, self._group_of, 0) for values in (self._scales, self._zeros))
         back = torch.argsort(order)
-        return QuantizedWeight.made(self._codes[back].T, self._scales.T, self._zeros.T, self._group_of[back], self.grid)
+        codes = self.grid.encode(columns, scales, zeros)[back].T
+        return QuantizedWeight.made(codes, self._scales.T, self._zeros.T, self._group_of[back], self.grid)
 
 
 def plainly_rounded(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> QuantizedWeight:
     """Round ``[out_features, in_features]`` to nearest; ``importance`` ``[in_features]`` is as in :meth:`Grid.fit`."""
-    width = grid.width(weight.shape[1])
-    grouped = weight.float().unflatten(1, (-1, width))
-    scales, zeros = grid.fit(grouped, None if importance is None else importance.unflatten(0, (-1, width)))
-    codes = grid.encode(grouped, scales, zeros).flatten(1)
-    group_of = torch.arange(weight.shape[1]) // width
-    return QuantizedWeight.made(codes, scales[..., 0], zeros[..., 0], group_of, grid)
+    inputs = weight.shape[1]
+    width = grid.width(inputs)
+    parts = []
+    for part in (slice(0, inputs - inputs % width), slice(inputs - inputs % width, inputs)):  # the last may be short
+        if columns := len(range(inputs)[part]):
+            shape = (-1, min(width, columns))
+            grouped = weight[:, part].float().unflatten(1, shape)
+            scales, zeros = grid.fit(grouped, None if importance is None else importance[part].unflatten(0, shape))
+            parts.append((grid.encode(grouped, scales, zeros).flatten(1), scales[..., 0], zeros[..., 0]))
+    codes, scales, zeros = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+    return QuantizedWeight.made(codes, scales, zeros, torch.arange(inputs) // width, grid)
 
 
 def quantized_report(layer: TargetLayer, weight: QuantizedWeight, seconds: float) -> LayerReport:
@@ -240,5 +263,6 @@ def quantized_report(layer: TargetLayer, weight: QuantizedWeight, seconds: float
         layer.parameters,
         bits=float(weight.bits),
         overhead_bits=weight.overhead_bits,
+        fallbacks=["short_group"] * (not weight.groups_alike),
         seconds=seconds,
     )

@@ -32,7 +32,7 @@ class Rtn:
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
         """Quantize the targets in place."""
         grid = Grid(self.bits, self.group_size, self.symmetric, self.clip)
-        grid.check(targets)
+        grid.check(targets, whole=False)
         with reporting("rtn", model, targets) as report:
             for layer in targets:
                 start = time.perf_counter()

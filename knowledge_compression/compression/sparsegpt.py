@@ -70,7 +70,7 @@ class SparseGpt:
     clip: str = "mse"
     damping: float = 0.01
     block_size: int = 128
-    refit: int = 12
+    refit: int = 6
     true_sequential: bool = True
     by_influence: bool = False
     forward_dtype: str = "auto"
@@ -92,11 +92,11 @@ class SparseGpt:
         check_sparsity(self.sparsity)
         check_damping(self.damping)
         if self.refit < 0:
-            raise BadInput(f"compression.refit={self.refit} is not a number of steps; choose 12, or 0 for none")
+            raise BadInput(f"compression.refit={self.refit} is not a number of steps; choose 6, or 0 for none")
         if self.shape:
             self.shape.check(targets)
         if self.grid:
-            self.grid.check(targets)
+            self.grid.check(targets, whole=False)
         walk = {"true_sequential": self.true_sequential, "by_influence": self.by_influence}
         return compress_calibrated("sparsegpt", self, model, targets, calibration, **walk)
 
@@ -138,6 +138,7 @@ class SparseGpt:
                 part = pruned.quantized.rows(row, row := row + len(layer.weight))
                 part.put_into(layer)
                 report.bits, report.overhead_bits = float(part.bits), part.overhead_bits
+                report.fallbacks += ["short_group"] * (not part.groups_alike)
         return reports
 
     def prune(self, weight: Tensor, hessian: Tensor, heights: Sequence[int] | None = None) -> Pruned:
@@ -186,11 +187,11 @@ class SparseGpt:
         unit = self.shape.of if self.shape else self.block_size
         compensate(turned, upper, project, prepare=choose, unit=unit, block_size=self.block_size)
         if factor and not groups:
-            refit(turned, weight.T, ~mask, hessian, factor.damping, self.refit)
+            refit(turned, weight.T, ~mask, hessian, damping=factor.damping, steps=self.refit)
         return Pruned(
             turned.T,
             mask.T,
-            groups.quantized(columns) if groups else None,
+            groups.quantized(turned, columns) if groups else None,
             factor.damping if factor else None,
             factor.fallbacks if factor else ["not_positive_definite"],
         )
