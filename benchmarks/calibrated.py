@@ -1,31 +1,29 @@
 """GPTQ and SparseGPT here against the published algorithm run linear by linear, in one run on one machine.
 
-    python benchmarks/calibrated.py                    six blocks of smollm2, both methods
+    python benchmarks/calibrated.py                    six blocks of smollm2, each contestant three times in turn
     python benchmarks/calibrated.py --blocks 30        the whole of it
+    OMP_NUM_THREADS=1 python benchmarks/calibrated.py --processor-time    on a machine that others are using
 
 The reference is written here from the papers' description: float32 forward passes one window at a time, a Hessian for
 every linear, each linear by itself with columns as the papers have them, a second forward pass for the outputs. Text is
-random token ids, on which the time does not depend. Prints seconds, their ratio and the peak of memory above the loaded
-model; writes them as JSON.
+random token ids, on which the time does not depend. Prints seconds, ratios round by round and the peak of memory above
+the loaded model; writes them as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import statistics
 import time
-from copy import deepcopy
-from pathlib import Path
+from functools import partial
 
 import torch
+from side_by_side import in_turn, ratio, spread, write
 from torch import Tensor, nn
 
 from knowledge_compression.compression.gptq import Gptq
 from knowledge_compression.compression.quantizer import Grid
 from knowledge_compression.compression.sparsegpt import SparseGpt
-from knowledge_compression.memory import peak_memory
 from knowledge_compression.models import Model, Target, Targets
 from knowledge_compression.models.loading import PackagedGguf
 
@@ -121,59 +119,65 @@ def in_blocks(model: Model, blocks: int) -> Targets:
     return Targets([layer for layer in chosen if layer.path.startswith(tuple(paths))], model, "module")
 
 
+AS_PUBLISHED = {"true_sequential": False, "forward_dtype": "float32"}
+OURS = {
+    "gptq": Gptq(bits=4),
+    "gptq, published settings": Gptq(bits=4, clip="minmax", desc_act=False, **AS_PUBLISHED),
+    "sparsegpt": SparseGpt(sparsity=0.5),
+    "sparsegpt, refit=0": SparseGpt(sparsity=0.5, refit=0),
+    "sparsegpt, published settings": SparseGpt(sparsity=0.5, refit=0, **AS_PUBLISHED),
+}
+REFERENCES = {"gptq": reference_gptq, "sparsegpt": reference_sparsegpt}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=6, help="blocks that are compressed (default 6 of 30)")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/calibrated.json"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--processor-time", action="store_true", help="count the processor's seconds, not the wall's")
     options = parser.parse_args()
 
-    original = SMOLLM2.load()
-    generator = torch.Generator().manual_seed(0)
-    windows = torch.randint(
-        100, original.network.config.vocab_size, (options.samples, options.length), generator=generator
-    )
-    pairs = {
-        "gptq, 4 bit": (Gptq(bits=4), reference_gptq),
-        "gptq, 4 bit, as published (float32, minmax)": (
-            Gptq(bits=4, clip="minmax", desc_act=False, true_sequential=False, forward_dtype="float32"),
-            reference_gptq,
-        ),
-        "sparsegpt, 50 %": (SparseGpt(sparsity=0.5), reference_sparsegpt),
-    }
-    reference: dict[str, list[float]] = {}
-    results = {"settings": vars(options) | {"output": str(options.output), "threads": torch.get_num_threads()}}
-    for name, (method, algorithm) in pairs.items():
-        ours, peaks = [], []
-        for _ in range(options.repeats):
-            model = Model(deepcopy(original.network), original.tokenizer, original.name)
-            report = method.compress(model, in_blocks(model, options.blocks), windows)
-            ours.append(report.seconds)
-            peaks.append(report.peak_memory)
-            if len(reference.get(algorithm.__name__, [])) < options.repeats:
-                model = Model(deepcopy(original.network), original.tokenizer, original.name)
-                with peak_memory(model.device):
-                    start = time.perf_counter()
-                    reference_walk(model, windows, options.blocks, algorithm)
-                reference.setdefault(algorithm.__name__, []).append(time.perf_counter() - start)
-        theirs = reference[algorithm.__name__]
-        block = sum(p.numel() * p.element_size() for p in original.network.model.layers[0].parameters())
-        results[name] = {
-            "seconds": ours,
-            "reference_seconds": theirs,
-            "ratio": statistics.median(ours) / statistics.median(theirs),
-            "peak_mib": max(peaks) / 2**20,
-            "block_mib": block / 2**20,
-        }
-        print(
-            f"{name}: {statistics.median(ours):.1f} s against {statistics.median(theirs):.1f} s "
-            f"(ratio {results[name]['ratio']:.2f}, {options.repeats} runs each), "
-            f"peak {max(peaks) / 2**20:.0f} MiB above the model (a block is {block / 2**20:.0f} MiB)"
+    model = SMOLLM2.load("cpu")
+    targets = in_blocks(model, options.blocks)
+    weights = [layer.weight.clone() for layer in targets]
+    shape = (options.samples, options.length)
+    windows = torch.randint(100, model.network.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    peaks: dict[str, int] = {}
+
+    def anew() -> None:
+        for layer, weight in zip(targets, weights, strict=True):
+            layer.weight.copy_(weight)
+
+    def ours(name: str) -> None:
+        anew()
+        report = OURS[name].compress(model, targets, windows)
+        peaks[name] = max(peaks.get(name, 0), report.peak_memory or 0)
+
+    def reference(name: str) -> None:
+        anew()
+        reference_walk(model, windows, options.blocks, REFERENCES[name])
+
+    Gptq(bits=4).compress(model, in_blocks(model, 1), windows[:2])  # so that no peak has the libraries' own code in it
+    contestants = {name: partial(ours, name) for name in OURS}
+    contestants |= {f"reference {name}": partial(reference, name) for name in REFERENCES}
+    clock = time.process_time if options.processor_time else time.perf_counter
+    seconds = in_turn(contestants, options.repeats, clock)
+    shares = {name: ratio(seconds[name], seconds[f"reference {name.partition(',')[0]}"]) for name in OURS}
+    for name, times in seconds.items():
+        share, peak = shares.get(name), peaks.get(name, 0) / 2**20
+        beside = (
+            f", {share['median']:.2f} ({share['least']:.2f}-{share['most']:.2f}) of the reference's" if share else ""
         )
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=1))
+        print(
+            f"{name}: {spread(times)['median']:.1f} s{beside}" + f", peak {peak:.0f} MiB above the model" * bool(share)
+        )
+    block = sum(
+        parameter.numel() * parameter.element_size() for parameter in model.network.model.layers[0].parameters()
+    )
+    result = {"settings": vars(options), "block_bytes": block, "peak_bytes": peaks}
+    write("calibrated", result | {"seconds": seconds, "share_of_reference": shares})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from knowledge_compression.compression.gptq import Gptq
 from knowledge_compression.compression.hessian import Hessian, inverse_factor, relative_errors
 from knowledge_compression.compression.quantizer import Grid, plainly_rounded, quantized_weight
 from knowledge_compression.compression.rtn import Rtn
+from knowledge_compression.compression.sparsegpt import SparseGpt
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 
@@ -74,6 +75,8 @@ def gptq_reference(method: Gptq, weight: torch.Tensor, hessian: torch.Tensor) ->
         {"group_size": 16, "static_groups": False},
         {"group_size": 16, "static_groups": False, "desc_act": False},
         {"block_size": 7, "group_size": 32},
+        {"group_size": 24},  # the last of 16
+        {"group_size": 24, "static_groups": False},
     ],
 )
 def test_gptq_is_optimal_brain_quantization(settings_, symmetric, clip) -> None:
@@ -158,6 +161,24 @@ def test_grids_hold_zero_and_round_to_the_nearest_point(bits, symmetric, clip, s
     distance = (weight.unflatten(1, (-1, 16))[..., None] - points[:, :, None]).abs().amin(-1).flatten(1)
     ours = (quantized.dequantize() - weight).abs()
     torch.testing.assert_close(ours, distance, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_a_short_last_group_is_rounded_as_one_of_its_own(tiny_model) -> None:
+    weight, _ = random_layer()
+    quantized = plainly_rounded(weight, Grid(3, 24, clip="mse"), importance := torch.arange(1.0, 65.0))
+    assert quantized.scales.shape == (24, 3)
+    for start in (0, 24, 48):
+        part = slice(start, start + 24)
+        alone = plainly_rounded(weight[:, part], Grid(3, clip="mse"), importance[part])
+        assert torch.equal(quantized.codes[:, part], alone.codes)
+    model = tiny_model("llama")  # 16 inputs, and 32 of one layer
+    targets = EVERYTHING.select(model)
+    for method in (Rtn(4, 10), Gptq(4, 10), SparseGpt(0.5, bits=4, group_size=10)):
+        report = method.compress(model, targets, windows())
+        assert report.fallbacks == {"short_group": len(targets)}
+        kept = quantized_weight(targets[0])
+        assert kept is not None
+        assert kept.group_of.bincount().tolist() == [10, 6]
 
 
 def test_mse_clipping_rounds_better() -> None:

@@ -123,4 +123,7 @@ def test_what_cannot_be_packed_is_one_line(tiny_model: Callable[[str], Model], t
     Rtn(bits=4).compress(model, type(targets)(half, model), None)
     with pytest.raises(BadInput, match="one width and group size"):
         save_packed(model, tmp_path / "packed")
+    Rtn(bits=4, group_size=10).compress(model, targets, None)
+    with pytest.raises(BadInput, match=r"groups of one size, but the last of model\.layers\.0"):
+        save_packed(model, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()

@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 import knowledge_compression as kc
+from knowledge_compression.compression.awq import Awq
+from knowledge_compression.compression.gptq import Gptq
+from knowledge_compression.compression.int8_static import Int8Static
 from knowledge_compression.compression.magnitude import Magnitude
+from knowledge_compression.compression.smoothquant import SmoothQuant
+from knowledge_compression.compression.sparsegpt import SparseGpt
+from knowledge_compression.compression.wanda import Wanda
 from knowledge_compression.corpora.world import WorldText, packed
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.harness import Harness
@@ -346,6 +352,45 @@ def test_more_sparsity_does_more_damage(trained, family):
         left.append(WorldProbes(native=False).evaluate(model).metrics["accuracy"])
     assert spearmanr(grid, left).statistic < -0.9
     assert left[-1] < 0.5 < left[0]
+
+
+@pytest.fixture(scope="module")
+def dense_recall(trained):
+    """What each of the three recalls before anything is done to it."""
+    return {family: WorldProbes(native=False).evaluate(model).metrics["accuracy"] for family, model in trained.items()}
+
+
+# Every calibrated method; of what its report says, the error that must be left of that without calibration.
+CALIBRATED = [
+    (Gptq(bits=3), 0.5),
+    (Gptq(bits=3, true_sequential=False, by_influence=True), 0.5),
+    (SparseGpt(sparsity=0.5), 0.5),
+    (SparseGpt(sparsity=0.5, bits=4), 0.7),
+    (Wanda(sparsity=0.5), None),
+    (Awq(bits=3, group_size=None), 1.0),
+    (SmoothQuant(), None),
+    (Int8Static(), None),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("method", "left_over"), CALIBRATED, ids=lambda value: type(value).__name__)
+def test_calibrated_methods_leave_every_family_what_it_knows(dense_recall, family, method, left_over):
+    model = small_model(family).load()
+    targets = kc.choose("target=all").select(model)
+    report = method.compress(model, targets, WorldText(samples=64, length=21).windows(model))
+    assert {layer.path for layer in report.layers} == {layer.path for layer in targets}
+    assert WorldProbes(native=False).evaluate(model).metrics["accuracy"] > dense_recall[family] - 0.15
+    if left_over is not None:
+        before, after = (
+            sum(getattr(layer, name) for layer in report.layers) for name in ("error_before", "error_after")
+        )
+        assert after < left_over * before
+    if hasattr(method, "sparsity"):
+        for layer in kc.choose("target=all").select(model):
+            assert int((layer.weight == 0).sum()) >= layer.parameters // 2
+        assert report.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
 @pytest.mark.slow

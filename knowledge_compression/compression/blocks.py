@@ -34,6 +34,7 @@ from knowledge_compression.models.loading import resolve_device
 from knowledge_compression.models.targets import TargetLayer
 
 TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH_CPU = 1024  # as fast there, and what a forward pass leaves in between is less
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def compress_blocks(
     device: str | None = None,
     forward_dtype: str = "auto",
     hold: Hold | None = None,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
+    tokens_per_batch: int | None = None,
 ) -> list[LayerReport]:
     """Compress the target layers block by block, each on the inputs that the compressed blocks before it give.
 
@@ -115,7 +116,7 @@ def compress_blocks(
             device has matrix units for it), ``bfloat16`` or ``float32`` (the network's own).
         hold: brings a block to ``device`` and back; by default the model's own way (streaming loads and
             writes there), else its parameters are moved.
-        tokens_per_batch: tokens in one forward pass.
+        tokens_per_batch: tokens in one forward pass; 1,024 on a CPU and 4,096 elsewhere if None.
 
     Returns:
         One report for each target layer, in forward order.
@@ -137,7 +138,8 @@ def compress_blocks(
     )
     with torch.no_grad(), _precision(forward_dtype, model.dtype, compute):
         # The first batch is one window, which shows at little cost what reads what.
-        rest = windows[1:].split(max(1, tokens_per_batch // windows.shape[1]))
+        tokens = tokens_per_batch or (TOKENS_PER_BATCH_CPU if compute.type == "cpu" else TOKENS_PER_BATCH)
+        rest = windows[1:].split(max(1, tokens // windows.shape[1]))
         return walk.run([windows[:1], *(batch for batch in rest if len(batch))])
 
 

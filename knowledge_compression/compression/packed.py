@@ -40,7 +40,8 @@ def save_packed(model: Model, folder: Path) -> None:
         folder: where to; replaced if it is there.
 
     Raises:
-        BadInput: no layer has integers, they are of several kinds or in groups of two sizes, or a layer's size does not fill whole words.
+        BadInput: no layer has integers, they are of several kinds or in groups of two
+            sizes, or a layer's size does not fill whole words.
     """
     layers = linear_layers(model)
     packed = {layer: found for layer in layers if (found := quantized_weight(layer)) is not None}

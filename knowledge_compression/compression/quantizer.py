@@ -226,8 +226,8 @@ class GroupedColumns:
 
     def round(self, i: int, column: Tensor) -> Tensor:
         """Round the ``i``-th column in the order."""
-        group = self._groups[i]
-        return self.grid.round(column, self._scales[group], self._zeros[group])
+        scales, zeros = self._scales[self._groups[i]], self._zeros[self._groups[i]]
+        return self.grid.encode(column, scales, zeros).sub_(zeros).mul_(scales)  # in place: there are many columns
 
     def quantized(self, columns: Tensor, order: Tensor) -> QuantizedWeight:
         """The codes of columns that were all rounded, put back from ``order``.

@@ -30,14 +30,12 @@ def refit(columns: Tensor, original: Tensor, kept: Tensor, hessian: Tensor, *, d
         return
     damped = hessian.clone()
     damped.diagonal().add_(damping * hessian.diagonal().mean())
-    scale = damped.diagonal().clamp(min=1e-30).reciprocal()[:, None]
     for part, wanted, mask in zip(*(whole.split(_OUTPUTS, 1) for whole in (columns, original, kept)), strict=True):
-        _conjugate_gradients(part, wanted, mask.to(part), damped, scale, steps)
+        _conjugate_gradients(part, wanted, mask.to(part), damped, steps)
 
 
-def _conjugate_gradients(
-    columns: Tensor, original: Tensor, kept: Tensor, damped: Tensor, scale: Tensor, steps: int
-) -> None:
+def _conjugate_gradients(columns: Tensor, original: Tensor, kept: Tensor, damped: Tensor, steps: int) -> None:
+    scale = damped.diagonal().clamp(min=1e-30).reciprocal()[:, None]
     residual = (damped @ (original - columns)).mul_(kept)
     direction = residual * scale
     slope = (residual * direction).sum(0)
