@@ -202,3 +202,30 @@ def test_the_command_writes_them(tmp_path):
         "cost_of_compression.csv",
         "forgotten_or_displaced.tex",
     } <= names
+
+
+@pytest.mark.parametrize("per_parameter", [False, True])
+@pytest.mark.parametrize("column", ["gold", "gold_index"])
+@pytest.mark.parametrize("name", ["pruning_decoders", "pruning_decoders_by_data_set"])
+def test_the_majority_is_drawn_in_every_panel(name, column, per_parameter):
+    """Of answers that are choices of their question (``gold_index``), what is frequent is a place, not a text."""
+    answers = {"r0": ["x"] * 20, "r1": ["x"] * 15 + ["y"] * 5, "r2": ["x", "y"] * 10}
+    often = {"r0": 20, "r1": 15, "r2": 10}
+    in_order = [answers[f"r{i % 3}"][i // 3] for i in range(60)]
+    runs = list(small_study("decoder"))
+    for run in runs:
+        filled = [*in_order, *[None] * (run.items.height - 60)]
+        if column == "gold_index":
+            filled = [None if answer is None else "xy".index(answer) for answer in filled]
+            run._items = run.items.with_columns(gold=pl.int_range(pl.len()).cast(pl.String))
+        run._items = run.items.with_columns(pl.Series(column, filled))
+    (group,) = (comparisons := compare(runs)).groups
+    wanted = next(figure for figure in figures.DROP_FIGURES if figure.name == name)
+    figure = figures.drop_figure(comparisons, wanted, per_parameter=per_parameter)
+    known = group.correct(group.dense)
+    panels = [(often[task], known[i::3]) for i, task in enumerate(often)] if wanted.by_data_set else [(45, known)]
+    for axes, (right, knows) in zip(figure.axes, panels, strict=True):
+        expected = 100 * (knows.sum() - right) / knows.sum()
+        dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
+        assert len(dashed) == (3 if per_parameter else 1)  # one for each of all, att and ff
+        assert all(line.get_ydata()[0] == pytest.approx((4 if per_parameter else 1) * expected) for line in dashed)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from knowledge_compression.analysis.comparisons import Comparisons, Group
-from knowledge_compression.analysis.marks import line, panels
+from knowledge_compression.analysis.marks import level, line, panels
 from knowledge_compression.analysis.recovery_figures import RECOVERY_FIGURES
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import Estimate, drops
+from knowledge_compression.statistics import Estimate, drop, drops
 
 EVERYTHING, MODULES = ("overall", "all", "att", "ff"), ("self_att", "cross_att", "encoder_att", "decoder_att")
 
@@ -90,21 +92,22 @@ def draw(comparisons: Comparisons, folder: Path, *, per_parameter: bool = False)
 def drop_figure(comparisons: Comparisons, wanted: DropFigure, *, per_parameter: bool = False) -> Figure | None:
     """One panel a model and suite (and data set), drop against sparsity, one line a compression and target.
 
-    The band is the 95 % interval of the paired bootstrap; dashed, the drop of always giving the most frequent answer.
-    None where the store has no runs for it.
+    The band is the 95 % interval of the paired bootstrap; dashed, the drop of always giving the most frequent answer
+    (divided for each line as the line is, in its colour). None where the store has no runs for it.
     """
     found = list(_panels(comparisons, wanted))
     if not found:
         return None
     figure, grid = panels(len(found))
     for axes, (title, group, lines, mask) in zip(grid, found, strict=True):
+        majority = _majority(group, mask)
         for label, runs in lines.items():
             shares = [_share_touched(run) if per_parameter else 1.0 for run in runs]
-            line(axes, label, _drops(group, runs, mask), [100 * _sparsity(run) for run in runs], shares)
-        majority = group.dense.metrics.get(f"{group.asked.suite}.majority")
-        if majority is not None and mask.all() and not per_parameter:
-            known = group.dense.metrics[f"{group.asked.suite}.accuracy"]
-            axes.axhline(100 * (known - majority) / known if known else 0, color="grey", linestyle="--", linewidth=0.8)
+            drawn = line(axes, label, _drops(group, runs, mask), [100 * _sparsity(run) for run in runs], shares)
+            if majority and per_parameter:
+                level(axes, f"{label}, majority", majority.through(partial(mul, 1 / shares[0])), drawn)
+        if majority and not per_parameter:
+            level(axes, "majority", majority)
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set(title=title, xlabel="sparsity of the target (%)", ylabel="drop (% of dense)")
         axes.invert_yaxis()
@@ -138,6 +141,13 @@ def _drops(group: Group, runs: Sequence[Run], mask: NDArray[np.bool_]) -> list[E
     if mask.all():
         return [group.drops[run.id] for run in runs]
     return drops([(group.dense_answers(run)[:, mask], group.answers(run)[:, mask]) for run in runs])
+
+
+def _majority(group: Group, mask: NDArray[np.bool_]) -> Estimate | None:
+    """The drop of always giving the most frequent answer; None where no answers are kept, or none is known."""
+    if group.majority is None or not (known := group.correct(group.dense)[mask]).any():
+        return None
+    return drop(known, group.majority[mask])
 
 
 def _is(run: Run, compression: str, target: str) -> bool:

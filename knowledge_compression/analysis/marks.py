@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -27,14 +28,15 @@ def panels(count: int, width: float = 4.2, height: float = 3.4) -> tuple[Figure,
 
 def line(
     axes: Axes, label: str, values: Sequence[Estimate], x: Sequence[float], scale: Sequence[float] | None = None
-) -> None:
-    """A line with its interval as a band, or a point with a bar; each figure divided by its ``scale``."""
+) -> Any:
+    """A line with its interval as a band, or a point with a bar; each figure divided by its ``scale``; its colour."""
     value, low, high = _parts(values, scale)
     (drawn,) = axes.plot(x, value, marker="o", markersize=4, label=label)
     if len(x) > 1:
         axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
     else:
         axes.errorbar(x, value, [value - low, high - value], color=drawn.get_color(), capsize=3)
+    return drawn.get_color()
 
 
 def bars(axes: Axes, label: str, values: Sequence[Estimate], x: Sequence[float], width: float) -> None:
@@ -43,11 +45,11 @@ def bars(axes: Axes, label: str, values: Sequence[Estimate], x: Sequence[float],
     axes.bar(x, value, width, yerr=[value - low, high - value], label=label, error_kw={"elinewidth": 0.8})
 
 
-def level(axes: Axes, label: str, value: Estimate) -> None:
+def level(axes: Axes, label: str, value: Estimate, color: Any = "grey") -> None:
     """What the other marks are to be held against: a dashed line over the whole width, its interval as a band."""
-    axes.axhline(value.value, color="grey", linestyle="--", linewidth=0.8, label=label)
+    axes.axhline(value.value, color=color, linestyle="--", linewidth=0.8, label=label)
     across = axes.get_yaxis_transform()  # x runs from 0 to 1 over the panel, whatever the other marks need
-    axes.fill_between([0, 1], value.low, value.high, color="grey", alpha=0.1, linewidth=0, transform=across)
+    axes.fill_between([0, 1], value.low, value.high, color=color, alpha=0.1, linewidth=0, transform=across)
 
 
 def _parts(values: Sequence[Estimate], scale: Sequence[float] | None = None) -> list[NDArray[np.float64]]:
