@@ -68,8 +68,9 @@ def accuracy(correct: NDArray[np.bool_], confidence: float = CONFIDENCE) -> Esti
 def accuracies(correct: Sequence[NDArray[np.bool_]], confidence: float = CONFIDENCE) -> list[Estimate]:
     """:func:`accuracy` of each."""
     tables = [np.atleast_2d(one) for one in correct]
-    several = [place for place, table in enumerate(tables) if len(table) > 1]
-    found = [proportion(int(table.sum()), table.size, confidence) for table in tables]
+    # Of answers that are all right, or all wrong, there is nothing to resample, however many seeds there are.
+    several = [place for place, table in enumerate(tables) if len(table) > 1 and np.unique(table).size > 1]
+    found = [proportion(int(table[0].sum()), table.shape[1], confidence) for table in tables]
     for place, ends in zip(several, _bootstrap([[tables[p][None]] for p in several], _itself, confidence), strict=True):
         found[place] = ends.around(float(tables[place].mean()), tables[place].shape[1])
     return found
@@ -199,6 +200,9 @@ def macro_accuracy(correct: Sequence[NDArray[np.bool_]]) -> Estimate:
 
     Args:
         correct: for each task ``[items]`` or ``[seeds, items]``, with the same seeds in all.
+
+    Returns:
+        Without an interval (nan) where a task has but one item, which tells nothing of how items vary.
     """
     return macro_accuracies([correct])[0]
 
@@ -208,8 +212,9 @@ def macro_accuracies(correct: Sequence[Sequence[NDArray[np.bool_]]]) -> list[Est
     figures = [[np.atleast_2d(task)[None] for task in tasks] for tasks in correct]
     found = []
     for tasks, ends in zip(figures, _bootstrap(figures), strict=True):
-        value = float(np.mean([task.mean() for task in tasks]))
-        found.append(ends.around(value, sum(task.shape[-1] for task in tasks)))
+        sizes = [task.shape[-1] for task in tasks]
+        estimate = ends.around(float(np.mean([task.mean() for task in tasks])), sum(sizes))
+        found.append(estimate if min(sizes) > 1 else replace(estimate, low=np.nan, high=np.nan))
     return found
 
 

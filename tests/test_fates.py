@@ -8,7 +8,7 @@ from scipy import stats
 from stores import bits, made_run
 
 from knowledge_compression.analysis.comparisons import compare
-from knowledge_compression.analysis.fates import shares_by_depth, shares_of_fates, shares_restored
+from knowledge_compression.analysis.fates import shares_by_depth, shares_by_setting, shares_of_fates, shares_restored
 
 
 def with_bins(run):
@@ -81,3 +81,26 @@ def test_depths_of_lost_facts():
         {"late": 2 / 3, "never there": 1 / 3}
     )
     assert shares_by_depth(group, made_run(bits("1000"))) is None
+
+
+def test_fates_of_all_settings_beside_each_other():
+    dense, small = made_run(bits("111110"), compression="none"), made_run(bits("100011"), target="ff")
+    again = made_run(bits("110001"), target="ff")
+    again.config["seed"] = 1
+    lora = made_run(bits("111011"), target="ff", recovery="lora")
+    group = group_of(dense, small, again, lora, made_run(bits("000000"), target="att"))
+    rows = {(row["run"], row["value"]): row for row in shares_by_setting(group, shares_restored(group))}
+    pooled = rows[small.id, "all facts"]
+    assert (pooled["seeds"], pooled["counts"]) == (2, [2, 3, 1, 0])  # kept, lost, gained, never known
+    assert pooled["lost"].value == pytest.approx(3 / 5) and pooled["lost"].low < 0.6 < pooled["lost"].high
+    assert (pooled["gained"].value, pooled["gained"].n) == (1, 1) and pooled["gained"].low < 0.5  # one fact, twice
+    assert [share.value for share in pooled["restored"]] == pytest.approx([0, 2 / 3, 0, 1 / 3])  # of small's three
+    assert rows[small.id, "head"]["counts"] == [1.5, 1.5, 0, 0] and rows[small.id, "head"]["gained"] is None
+    assert rows[lora.id, "all facts"]["restored"] is None
+    assert {value for run, value in rows if run == lora.id} == {"all facts", "head", "tail", "r0", "r1", "r2"}
+
+
+def test_two_dense_runs_of_one_seed_are_one_baseline():
+    twice = [made_run(bits("1100"), compression="none") for _ in range(2)]
+    (group,) = compare([*twice, made_run(bits("1000"))]).groups
+    assert group.seeds_of(group.dense) == [0]

@@ -229,3 +229,17 @@ def test_the_majority_is_drawn_in_every_panel(name, column, per_parameter):
         dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
         assert len(dashed) == (3 if per_parameter else 1)  # one for each of all, att and ff
         assert all(line.get_ydata()[0] == pytest.approx((4 if per_parameter else 1) * expected) for line in dashed)
+
+
+def test_the_table_of_fates_has_a_row_a_setting_and_counts_that_are_no_shares(tmp_path):
+    runs = list(small_study("decoder"))
+    table = tables.fates_table(compare(runs))
+    assert len(table.rows) == len(runs) - 1
+    rows = table.frame().filter((pl.col("target") == "att") & (pl.col("compression") == "gptq"))
+    bare = rows.filter((pl.col("recovery") == "none") & pl.col("restored by weights").is_not_null())
+    assert bare["lost"].to_list() and all(int(n) > 0 for n in bare["lost"])
+    assert bare["restored by both_low"][0] < bare["restored by both"][0] <= bare["restored by both_high"][0]
+    tables.write(table, tmp_path)
+    assert pl.read_csv(tmp_path / "fates.csv")["kept"].dtype.is_integer()
+    kept, lost = rows["kept"][0], rows["lost"][0]
+    assert any(f" & {kept} & {lost} & " in line for line in table.latex().splitlines())  # not in percent

@@ -184,6 +184,13 @@ def test_in_a_browser_fates_are_told_by_frequency_by_recovery_and_by_depth(tmp_p
     assert page.locator("#depth-chart .scatterlayer .trace").count() == 2
     assert "within the last third" in page.locator("#depth-words").inner_text()
     assert "lora, prompt" in page.locator("#restored-table").inner_text()
+    settings = page.locator("#settings-table")
+    assert settings.locator("tbody tr").count() == 3
+    assert "restored by weights" in settings.locator("tr").first.inner_text().lower()
+    whole = settings.inner_text()
+    page.select_option("#fate-facts", "tail")
+    page.wait_for_function("text => document.querySelector('#settings-table').innerText !== text", arg=whole)
+    assert page.locator("#settings-chart .scatterlayer .trace").count() == 1  # one target
 
 
 @pytest.mark.slow

@@ -198,7 +198,7 @@ def compare(runs: Sequence[Run]) -> Comparisons:
         rivals = [said[other] for other in said if (other.model, other.suite) == (asked.model, asked.suite)]
         named = Asked(asked.model, asked.suite, asked.protocol, _particular(said[asked], rivals))
         members = sorted(by_question[asked], key=lambda run: run.config["seed"])
-        dense = [run for run in members if is_dense(run)]
+        dense = list({run.config["seed"]: run for run in members[::-1] if is_dense(run)}.values())[::-1]  # one a seed
         if not dense:
             why = f"no dense run of {named.model} with the same {named.suite} settings{_in_brackets(named.differs)}"
             skipped += [(run.id, why) for run in members]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from knowledge_compression.analysis.comparisons import Group, seedless
+from knowledge_compression.analysis.comparisons import Group, items_of, seedless
 from knowledge_compression.analysis.ledger import (
     BY_BOTH,
     BY_NEITHER,
@@ -30,7 +31,7 @@ from knowledge_compression.analysis.ledger import (
 )
 from knowledge_compression.analysis.naming import recovery_name
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import Estimate, accuracy, mean_t, proportion
+from knowledge_compression.statistics import Estimate, accuracies, accuracy, mean_t, proportion
 
 FATES = (KEPT, LOST, GAINED, NEVER_KNOWN)
 WENT = (TO_THE_END, LATE, EARLY, NEVER_THERE)
@@ -63,6 +64,38 @@ def shares_of_fates(group: Group, run: Run) -> list[Row]:
             | {"rank": mean_t(lost["rank_after"].drop_nulls().to_numpy())}
             | {"fell": mean_t(fell.filter(fell.is_finite()).to_numpy())}
         )
+    return rows
+
+
+def shares_by_setting(group: Group, restored: Sequence[Row]) -> list[Row]:
+    """What became of the facts under every setting beside the others, pooled over its seeds.
+
+    Args:
+        group: the runs.
+        restored: of :func:`shares_restored`.
+
+    Returns:
+        Rows with ``run`` (id of a setting), ``seeds``, ``by``, ``value``, ``counts``, ``lost`` and ``gained`` as in
+        :func:`shares_of_fates` (counts are means over the seeds), and ``restored``: shares as in
+        :func:`shares_restored`, None where no recovery of it is in the store.
+    """
+    back = {(row["compressed"], row["value"]): row["shares"] for row in restored}
+    known = group.correct(group.dense)
+    answers = [group.answers(run) for run in group.runs]
+    rows = []
+    for by, value, facts in _subsets(group):
+        of_known, of_unknown = facts & known, facts & ~known
+        lost, gained = (
+            _rates([~right[:, of_known] for right in answers]),
+            _rates([right[:, of_unknown] for right in answers]),
+        )
+        for run, right, *rates in zip(group.runs, answers, lost, gained, strict=True):
+            kept, new = (float(right[:, part].sum(1).mean()) for part in (of_known, of_unknown))
+            counts = [kept, of_known.sum() - kept, new, of_unknown.sum() - new]
+            rows.append(
+                {"run": run.id, "seeds": len(right), "by": by, "value": value, "counts": [float(n) for n in counts]}
+                | {"lost": rates[0], "gained": rates[1], "restored": back.get((run.id, value))}
+            )
     return rows
 
 
@@ -134,6 +167,20 @@ def _parts(ledger: pl.DataFrame, categories: list[str]) -> Iterator[tuple[str, s
     for category in categories:
         for part in ledger.drop_nulls(category).sort(category).partition_by(category, maintain_order=True):
             yield CATEGORIES[category], part[category][0], part
+
+
+def _subsets(group: Group) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
+    """All facts, and those of each value of each category, as masks over the group's items."""
+    yield OVERALL, OVERALL, np.ones(group.items.height, bool)
+    columns = items_of(group.dense, group.asked.suite).select(_categories(group)).collect()
+    for category in columns.columns:
+        for value in columns[category].drop_nulls().unique().sort():
+            yield CATEGORIES[category], value, (columns[category] == value).fill_null(value=False).to_numpy()
+
+
+def _rates(right: Sequence[NDArray[np.bool_]]) -> Sequence[Estimate | None]:
+    """The share that is right of each; None of no facts."""
+    return accuracies(right) if right and right[0].size else [None] * len(right)
 
 
 def _share(such: int, others: int) -> Estimate | None:

@@ -17,7 +17,14 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from knowledge_compression import __version__
 from knowledge_compression.analysis.comparisons import KEY, Comparisons, Group, compare, is_dense, items_of
-from knowledge_compression.analysis.fates import FATES, RESTORED, shares_by_depth, shares_of_fates, shares_restored
+from knowledge_compression.analysis.fates import (
+    FATES,
+    RESTORED,
+    shares_by_depth,
+    shares_by_setting,
+    shares_of_fates,
+    shares_restored,
+)
 from knowledge_compression.analysis.findings import Verdict, check
 from knowledge_compression.analysis.metrics import with_intervals
 from knowledge_compression.analysis.naming import label, reading_order
@@ -49,6 +56,8 @@ def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
         template.render,
         plotly=get_plotlyjs(),
         verdicts=[_verdict(verdict) for verdict in verdicts],
+        labels={run.id: label(run) for run in runs},
+        silent=[verdict.claim for verdict in verdicts if not verdict.findings],
         skipped=[*skipped, *comparisons.skipped],
         counts=_counts(runs, comparisons, verdicts) | ({"folders left out": len(skipped)} if skipped else {}),
         version=__version__,
@@ -130,12 +139,14 @@ def _fates(group: Group) -> dict[str, Any]:
         return {key: _told(value) for key, value in row.items()}
 
     runs = [run for run in group.members if not is_dense(run)]
+    restored = shares_restored(group)
     by_depth = {run.id: shares_by_depth(group, run) for run in runs}
     return {
         "model": group.asked.model,
         "suite": group.asked.name,
         "runs": {run.id: [told(row) for row in shares_of_fates(group, run)] for run in runs},
-        "restored": [told(row) for row in shares_restored(group)],
+        "settings": [told(row) for row in shares_by_setting(group, restored)],
+        "restored": [told(row) for row in restored],
         "depths": {run: told(found) for run, found in by_depth.items() if found},
     }
 

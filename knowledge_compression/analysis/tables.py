@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ import polars as pl
 
 from knowledge_compression.analysis import published
 from knowledge_compression.analysis.comparisons import Comparisons, Group
-from knowledge_compression.analysis.naming import recovery_size
+from knowledge_compression.analysis.fates import CATEGORIES, FATES, RESTORED, shares_by_setting, shares_restored
+from knowledge_compression.analysis.naming import recovery_name, recovery_size
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, accuracy, macro_accuracy
 
@@ -129,6 +131,31 @@ def recovery_table(comparisons: Comparisons) -> PaperTable:
     return PaperTable(published.FORGOTTEN, caption, rows)
 
 
+def fates_table(comparisons: Comparisons) -> PaperTable:
+    """What became of the facts by target and method, of all facts and by how often training said them."""
+    rows = []
+    for group in comparisons:
+        settings = {run.id: run for run in group.runs}
+        for told in shares_by_setting(group, shares_restored(group)):
+            if told["by"] == CATEGORIES["task"]:
+                continue
+            run = settings[told["run"]]
+            row = {"model": group.asked.model, "suite": group.asked.name, "facts": told["value"]}
+            row |= {key: run.config["choices"][key] for key in ("target", "compression")}
+            report = run.report["compression"]
+            row |= {
+                "sparsity": report.get("sparsity"),
+                "bits": _number(report.get("bits")),
+                "recovery": recovery_name(run),
+            }
+            row |= {"seeds": told["seeds"], **dict(zip(FATES, map(_number, told["counts"]), strict=True))}
+            row |= {"lost_of_known": told["lost"], "gained_of_unknown": told["gained"]}
+            back = told["restored"] or [None] * len(RESTORED)
+            rows.append(row | {f"restored {how}": share for how, share in zip(RESTORED, back, strict=True)})
+    caption = "Facts by what became of them against the dense model, with 95 % intervals of the shares."
+    return PaperTable("fates", caption, rows)
+
+
 def write(table: PaperTable, folder: Path) -> list[Path]:
     """Write a table as CSV and LaTeX; nothing where it has no rows."""
     if not table.rows:
@@ -165,11 +192,17 @@ def _flat(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
+def _number(value: float | None) -> str | None:
+    """What is no share, to one decimal where it is not whole."""
+    return None if value is None else f"{value:.1f}".removesuffix(".0")
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "--"
     if isinstance(value, Estimate):
-        return f"{100 * value.value:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+        ends = "" if math.isnan(value.low) else f" [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+        return f"{100 * value.value:.1f}{ends}"
     return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
 
 

@@ -9,9 +9,9 @@ const at = id => document.getElementById(id);
 const percent = (x, digits = 1) => x === null || x === undefined ? "" : (100 * x).toFixed(digits) + " %";
 // Estimates are [value, low, high]; null where there is nothing to estimate from.
 const interval = (e, scale = 100, unit = " %") =>
-  !e || e[0] === null ? "–" : `${(scale * e[0]).toFixed(1)}${unit} [${(scale * e[1]).toFixed(1)}, ${(scale * e[2]).toFixed(1)}]`;
+  !e || e[0] === null ? "–" : e[1] === null ? (scale * e[0]).toFixed(1) + unit : `${(scale * e[0]).toFixed(1)}${unit} [${(scale * e[1]).toFixed(1)}, ${(scale * e[2]).toFixed(1)}]`;
 const bars = (estimates, scale = 100) => ({type: "data", symmetric: false, thickness: 1, color: ink(),
-  array: estimates.map(e => e ? scale * (e[2] - e[0]) : 0), arrayminus: estimates.map(e => e ? scale * (e[0] - e[1]) : 0)});
+  array: estimates.map(e => e && e[2] !== null ? scale * (e[2] - e[0]) : 0), arrayminus: estimates.map(e => e && e[1] !== null ? scale * (e[0] - e[1]) : 0)});
 const unpack = async id => {
   const bytes = Uint8Array.from(atob(at(id).textContent), c => c.charCodeAt(0));
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
@@ -44,13 +44,15 @@ const whole = (chart, count) => { chart.xaxis.dtick = Math.ceil(count / 20); ret
 const CONFIG = {displaylogo: false, responsive: true};
 const FACETS = ["model", "suite", "target", "compression", "recovery"];
 const WENT = {"to the end": "after the last block too", late: "within the last third of the blocks", early: "in the first two thirds", "never there": "nowhere"};
+const LINES = 16;  // in a chart before it is touched: with more, it starts with one model
 const SHOWN = 50;  // facts listed at once; the search narrows the rest
 const redraws = [];  // draw charts, anew when the colours change; each gives a promise
 
 const main = ({runs, points, fates, names}, facts) => {
   const byId = Object.fromEntries(runs.map(run => [run.id, run]));
   const rows = points.map(point => ({...byId[point.run], ...point}));
-  const button = id => make("button", byId[id].label, {class: "run", "data-run": id});
+  const called = id => byId[id].label + (byId[id].seed ? `, seed ${byId[id].seed}` : "");
+  const button = (id, words = byId[id].label) => make("button", words, {class: "run", "data-run": id});
 
   // Overview
   at("overview-table").append(table(["run", "suite", "seeds", "sparsity", "bits", "MB stored", "accuracy", "drop"], rows.map(row => [
@@ -59,10 +61,11 @@ const main = ({runs, points, fates, names}, facts) => {
   at("notes").textContent = [...new Set(runs.filter(r => r.note).map(r => `${r.model}: ${r.note}`))].join(" · ");
 
   // Charts
-  const chosen = {};
+  const chosen = {}, line = row => FACETS.map(facet => row[facet]).join();
+  const crowded = new Set(rows.filter(row => !row.dense && row.suite === rows[0].suite).map(line)).size > LINES;
   for (const facet of FACETS) {
     const values = [...new Set(rows.filter(r => !r.dense || facet === "model" || facet === "suite").map(r => r[facet]))].sort();
-    chosen[facet] = new Set(facet === "suite" ? values.slice(0, 1) : values);
+    chosen[facet] = new Set(facet === "suite" || (facet === "model" && crowded) ? values.slice(0, 1) : values);
     const box = make("fieldset"); box.append(make("legend", facet));
     for (const value of values) {
       const label = make("label"), input = make("input", null, {type: "checkbox", "data-facet": facet, value});
@@ -72,7 +75,8 @@ const main = ({runs, points, fates, names}, facts) => {
     }
     at("filters").append(box);
   }
-  const named = (row, facets) => facets.map(facet => row[facet]).filter(part => part && part !== "none").join(" ");
+  const plain = (facet, value) => facet === "recovery" && value === "none" ? "not recovered" : value;
+  const named = (row, facets) => facets.map(facet => plain(facet, row[facet])).filter(part => part && part !== "none").join(" ");
   const draw = () => {
     const visible = rows.filter(r => FACETS.every(f => chosen[f].has(r[f]) || (r.dense && f !== "model" && f !== "suite")));
     const lines = new Map(), telling = FACETS.filter(f => new Set(visible.filter(r => !r.dense).map(r => r[f])).size > 1);
@@ -89,27 +93,54 @@ const main = ({runs, points, fates, names}, facts) => {
               error_y: {...bars(list.map(r => r[e]), scale), color: undefined}};
     });
     const majorities = [...new Set(visible.map(r => r.majority).filter(m => m !== null && m !== undefined))];
-    const dashes = majorities.map(m => ({type: "line", xref: "paper", x0: 0, x1: 1, y0: 100 * m, y1: 100 * m, line: {dash: "dash", width: 1, color: "gray"}}));
-    const fall = layout("sparsity of the target (%)", "drop (% of dense accuracy)");
+    const falls = visible.filter(r => r.dense && r.majority != null && r.accuracy[0]).map(r => 100 * (1 - r.majority / r.accuracy[0]));
+    const dashed = ys => ys.map(y => ({type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: {dash: "dash", width: 1, color: "gray"}}));
+    const fall = layout("sparsity of the target (%)", "drop (% of dense accuracy)", {shapes: dashed(falls)});
     fall.yaxis.autorange = "reversed";
     const first = Plotly.react("drop-chart", traces(r => 100 * r.sparsity, "drop", 1), fall, CONFIG);
     const dense = visible.filter(r => r.dense).map(r => ({name: r.label, mode: "markers", marker: {symbol: "star", size: 11}, x: [r.stored_mb],
       y: [100 * r.accuracy[0]], error_y: bars([r.accuracy]), hovertemplate: r.label + "<br>%{y:.1f} %<extra></extra>"}));
-    const second = Plotly.react("size-chart", [...traces(r => r.stored_mb, "accuracy", 100), ...dense], layout("stored size (MB)", "accuracy (%)", {shapes: dashes}), CONFIG);
+    const second = Plotly.react("size-chart", [...traces(r => r.stored_mb, "accuracy", 100), ...dense], layout("stored size (MB)", "accuracy (%)", {shapes: dashed(majorities.map(m => 100 * m))}), CONFIG);
     return Promise.all([first, second]);
   };
   redraws.push(draw);
 
   // Fates
-  const fateGroup = at("fate-group"), fateRun = at("fate-run"), fateBy = at("fate-by");
+  const fateGroup = at("fate-group"), fateRun = at("fate-run"), fateFacts = at("fate-facts"), fateBy = at("fate-by");
   fates.forEach((group, i) => fateGroup.append(make("option", `${group.model}, ${group.suite}`, {value: i})));
   const fateRuns = () => {
     const group = fates[fateGroup.value];
-    fateRun.replaceChildren(...Object.keys(group ? group.runs : {}).map(id => make("option", byId[id].label, {value: id})));
+    fateRun.replaceChildren(...Object.keys(group ? group.runs : {}).map(id => make("option", called(id), {value: id})));
     const lost = id => group.runs[id][0].counts[1];
     fateRun.value = Object.keys(group?.runs ?? {}).reduce((most, id) => most === "" || lost(id) > lost(most) ? id : most, "");
+    const values = [...new Set((group?.settings ?? []).map(row => row.value))], before = fateFacts.value;
+    fateFacts.replaceChildren(...values.map(value => make("option", value, {value})));
+    fateFacts.value = values.includes(before) ? before : values[0];
+    drawSettings();
     restored();
     fateKinds();
+  };
+  const method = run => run.label.slice(`${run.model} ${run.target} `.length);
+  const drawSettings = () => {
+    const list = (fates[fateGroup.value]?.settings ?? []).filter(row => row.value === fateFacts.value).map(row => ({...byId[row.run], ...row}));
+    at("settings").hidden = !list.length;
+    if (!list.length) return;
+    const amount = run => Math.round(100 * run.sparsity) || -(run.bits ?? 0);
+    list.sort((a, b) => a.compression.localeCompare(b.compression) || (a.recovery !== "none") - (b.recovery !== "none") || a.recovery.localeCompare(b.recovery) || amount(a) - amount(b) || a.target.localeCompare(b.target));
+    const some = x => x === null ? "" : Number.isInteger(x) ? x : x.toFixed(1);
+    const back = list.some(row => row.restored) ? names.restored : [];
+    at("settings-table").replaceChildren(table(["target", "method", "seeds", ...names.fates, "lost, of the known", "gained, of the unknown", ...back.map(how => "restored " + how)],
+      list.map(row => [row.target, button(row.run, method(row)), [row.seeds, "number"], ...row.counts.map(n => [some(n), "number"]),
+        [interval(row.lost), "number"], [interval(row.gained), "number"], ...back.map((_, i) => [row.restored ? interval(row.restored[i]) : "", "number"])])));
+    const targets = [...new Set(list.map(row => row.target))].sort();
+    const traces = targets.map(target => {
+      const theirs = list.filter(row => row.target === target && row.lost);
+      return {name: target, mode: "markers", x: theirs.map(method), y: theirs.map(row => 100 * row.lost[0]), error_y: {...bars(theirs.map(row => row.lost)), color: undefined}};
+    });
+    const chart = layout("", "lost, of what the dense model knew (%)", {showlegend: true});
+    chart.xaxis.categoryarray = [...new Set(list.map(method))];
+    chart.yaxis.rangemode = "tozero";
+    return Plotly.react("settings-chart", traces, chart, CONFIG);
   };
   const fateKinds = () => {
     const told = fates[fateGroup.value]?.runs[fateRun.value] ?? [], before = fateBy.value;
@@ -146,8 +177,8 @@ const main = ({runs, points, fates, names}, facts) => {
     at("restored-table").replaceChildren(table(["compressed", "tried", "facts", "lost", ...names.restored], list.map(row => [
       button(row.compressed), row.tried.join(", "), row.value, [row.lost, "number"], ...row.shares.map(share => [interval(share), "number"])])));
   };
-  fateGroup.addEventListener("change", fateRuns); fateRun.addEventListener("change", fateKinds); fateBy.addEventListener("change", drawFates);
-  redraws.push(drawFates);
+  fateGroup.addEventListener("change", fateRuns); fateFacts.addEventListener("change", drawSettings); fateRun.addEventListener("change", fateKinds); fateBy.addEventListener("change", drawFates);
+  redraws.push(drawSettings, drawFates);
   fateRuns();
 
   // Facts
@@ -157,10 +188,10 @@ const main = ({runs, points, fates, names}, facts) => {
   const haystacks = facts.map(() => null);
   const haystack = g => haystacks[g] ??= facts[g].question.map((q, i) => `${facts[g].task[i]} ${q} ${facts[g].answer[i]}`.toLowerCase());
   const answersTo = (group, i) => {
-    const all = Object.entries(group.runs), looked = all.some(([, run]) => run.depths);
-    const heads = ["run", "answer", "its log-probability", "log-probability of the right one", "rank of the right one", ...(looked ? ["rank of its first token by depth"] : [])];
-    return table(heads, all.map(([id, run]) => [button(id), [group.strings[run.said[i]], run.right[i] ? "right" : "wrong"],
-      [run.sure?.[i]?.toFixed(2) ?? "", "number"], [run.gold[i]?.toFixed(2) ?? "", "number"], [run.rank[i] ?? "", "number"], ...(looked ? [(run.depths?.[i] ?? []).join(" ")] : [])]));
+    const all = Object.entries(group.runs), looked = all.some(([, run]) => run.depths), sure = all.some(([, run]) => run.sure);
+    const heads = ["run", "answer", ...(sure ? ["its log-probability"] : []), "log-probability of the right one", "rank of the right one", ...(looked ? ["rank of its first token by depth"] : [])];
+    return table(heads, all.map(([id, run]) => [button(id, called(id)), [group.strings[run.said[i]], run.right[i] ? "right" : "wrong"],
+      ...(sure ? [[run.sure?.[i]?.toFixed(2) ?? "", "number"]] : []), [run.gold[i]?.toFixed(2) ?? "", "number"], [run.rank[i] ?? "", "number"], ...(looked ? [(run.depths?.[i] ?? []).join(" ")] : [])]));
   };
   const list = () => {
     const g = Number(groupChoice.value || 0), group = facts[g], place = at("fact-list");
@@ -186,7 +217,7 @@ const main = ({runs, points, fates, names}, facts) => {
 
   // One run
   const choice = at("run-choice");
-  runs.forEach(run => choice.append(make("option", `${run.label} (${run.id.slice(0, 8)})`, {value: run.id})));
+  runs.forEach(run => choice.append(make("option", `${called(run.id)} (${run.id.slice(0, 8)})`, {value: run.id})));
   const page = () => {
     const run = byId[choice.value], place = at("run-page");
     place.replaceChildren();
