@@ -13,6 +13,7 @@ from knowledge_compression.analysis.advice import run_next
 from knowledge_compression.analysis.claims import CLAIMS
 from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.analysis.findings import CONTRADICTED, SUPPORTED, UNDECIDED, check
+from knowledge_compression.analysis.metrics import with_intervals
 from knowledge_compression.evaluation.suite import item_table
 
 
@@ -127,3 +128,12 @@ def test_what_is_missing_is_asked_of_the_suite_that_measures_it():
     advice = dict(line.split(": ", 1) for line in run_next(check(compare([dense])), compare([dense])))
     assert "model=m eval=[latency] recovery=idp,lora" in advice["idp_is_faster_than_lora"]
     assert "eval=[perplexity] recovery=prompt recovery.tokens=26,100" in advice["longer_prompts_help_perplexity"]
+
+
+def test_the_page_of_a_run_has_an_interval_of_its_similarity():
+    run = valued("similarity", cosines(0.9, "attention"))
+    run.metrics = {"similarity.attention": 0.85, "similarity.attention.0": 0.9}
+    told = with_intervals([run])[run.id]
+    value, estimate = told["similarity.attention"]
+    assert value == 0.85 and estimate.n == 20 and 0.84 < estimate.low < estimate.high < 0.86
+    assert "similarity.attention.0" not in told

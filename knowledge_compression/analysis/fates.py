@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -49,7 +50,8 @@ def shares_of_fates(group: Group, run: Run) -> list[Row]:
     Returns:
         Rows with ``by`` (``all facts``, ``relation``, ``frequency``), ``value``, ``counts`` (of each of :data:`FATES`),
         ``lost`` (of the facts that the dense model knew) and ``gained`` (of those that it did not); and of the lost
-        facts how far the right answer sank: its mean ``rank`` now, and by how many nats its log-probability ``fell``.
+        facts how far the right answer sank: its ``rank`` now (geometric mean: of a few lost facts one may rank in the
+        thousands), and by how many nats its log-probability ``fell``.
         An :class:`Estimate` each, None where there are no such facts.
     """
     extra = [column for column in _categories(group) if column != "task"]
@@ -61,7 +63,11 @@ def shares_of_fates(group: Group, run: Run) -> list[Row]:
         rows.append(
             {"by": by, "value": value, "counts": [counts[fate] for fate in FATES]}
             | {"lost": _share(counts[LOST], counts[KEPT]), "gained": _share(counts[GAINED], counts[NEVER_KNOWN])}
-            | {"rank": mean_t(lost["rank_after"].drop_nulls().to_numpy())}
+            | {
+                "rank": ranks.through(math.exp)
+                if (ranks := mean_t(lost["rank_after"].drop_nulls().log().to_numpy()))
+                else None
+            }
             | {"fell": mean_t(fell.filter(fell.is_finite()).to_numpy())}
         )
     return rows

@@ -109,7 +109,8 @@ def drop_figure(comparisons: Comparisons, wanted: DropFigure, *, per_parameter: 
         if majority and not per_parameter:
             level(axes, "majority", majority)
         axes.axhline(0, color="grey", linewidth=0.8)
-        axes.set(title=title, xlabel="sparsity of the target (%)", ylabel="drop (% of dense)")
+        axes.set(title=title, xlabel="sparsity of the target (%)")
+        axes.set_ylabel("drop (% of dense)" if wanted.by_data_set else "drop over all items (% of dense)")
         axes.invert_yaxis()
         axes.legend(frameon=False, fontsize="small")
     figure.suptitle(f"cf. The Cost of Compression, Figure {wanted.published}", fontsize="small")

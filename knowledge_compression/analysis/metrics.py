@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from knowledge_compression.analysis.measures import SIMILARITY
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, accuracies, macro_accuracies, means
 
@@ -24,6 +25,8 @@ _MADE_OF: Mapping[str, tuple[list[str], Callable[[pl.DataFrame], Any], Estimates
     "average": (["correct", "task"], lambda items: _by_task(items, pl.col("correct")), macro_accuracies),
     "mrr": (["rank"], lambda items: (1 / items["rank"]).fill_null(0.0).to_numpy(), means),
     "perplexity": (["nll"], lambda items: items["nll"].to_numpy(), _perplexities),
+    "attention": (["cosine", "task", "id"], lambda items: _by_window(items, "attention"), means),
+    "activation": (["cosine", "task", "id"], lambda items: _by_window(items, "activation"), means),
 }
 _TOP = re.compile(r"top(\d+)(_macro)?")
 _PARTS = {"head": "bin", "middle": "bin", "tail": "bin", "seen": "asked_as", "held_out": "asked_as"}
@@ -73,6 +76,12 @@ def _made(run: Run, suite: str, name: str, there: set[str]) -> tuple[Estimates, 
     if columns[0] != "rank":  # without a rank the answer was not found; without a right answer there is no item
         items = items.drop_nulls(columns[0])
     return (estimates, values_of(items)) if items.height else None
+
+
+def _by_window(items: pl.DataFrame, kind: str) -> np.ndarray:
+    """Similarity of each window of text, over the layers."""
+    windows = items.filter(pl.col("task") == kind).group_by(SIMILARITY.item, maintain_order=True)
+    return windows.agg(pl.col("cosine").mean())["cosine"].to_numpy()
 
 
 def _by_task(items: pl.DataFrame, right: pl.Expr) -> list[np.ndarray]:

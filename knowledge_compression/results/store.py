@@ -249,7 +249,7 @@ class RunStore:
 
     def _read(self, folder: Path) -> Run:
         if missing := [name for name in _FILES if not (folder / name).is_file()]:
-            raise Unreadable(f"half-copied: {', '.join(missing)} is not there")
+            raise Unreadable(f"half-copied: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there")
         content: dict[str, Any] = {}
         for name, read in _FILES.items():
             try:

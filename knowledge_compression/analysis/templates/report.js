@@ -23,7 +23,7 @@ const table = (heads, rows) => {  // cells: text, [text, class], or nodes
   for (const row of rows) {
     const line = make("tr");
     for (const cell of row) {
-      if (cell instanceof Node) { const place = make("td"); place.append(cell); line.append(place); }
+      if (cell instanceof Node) { const place = make("td", null, {class: "named"}); place.append(cell); line.append(place); }
       else if (Array.isArray(cell)) line.append(make("td", cell[0], {class: cell[1]}));
       else line.append(make("td", cell));
     }
@@ -158,7 +158,7 @@ const main = ({runs, points, fates, names}, facts) => {
     const first = Plotly.react("fate-chart", shown.map(([key, name]) => ({type: "bar", name, x: list.map(r => r.value),
       y: list.map(r => r[key] ? 100 * r[key][0] : null), error_y: bars(list.map(r => r[key]))})),
       layout("", "share of the facts (%)", {barmode: "group"}), CONFIG);
-    at("fate-table").replaceChildren(table(["facts", ...names.fates, "lost, of the known", "gained, of the unknown", "lost: mean rank now", "lost: fell by (nats)"],
+    at("fate-table").replaceChildren(table(["facts", ...names.fates, "lost, of the known", "gained, of the unknown", "lost: rank now (geometric mean)", "lost: fell by (nats)"],
       list.map(row => [row.value, ...row.counts.map(n => [n, "number"]), [interval(row.lost), "number"], [interval(row.gained), "number"],
         [interval(row.rank, 1, ""), "number"], [interval(row.fell, 1, ""), "number"]])));
     const depth = group.depths[fateRun.value];
