@@ -106,21 +106,38 @@ def drop(dense: NDArray[np.bool_], compressed: NDArray[np.bool_]) -> Estimate:
     return drops([(dense, compressed)])[0]
 
 
-def drops(pairs: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]]) -> list[Estimate]:
+Pair = tuple[NDArray[np.bool_], NDArray[np.bool_]]
+
+
+def drops(pairs: Sequence[Pair]) -> list[Estimate]:
     """:func:`drop` of each pair of dense and compressed."""
-    tables = [np.stack([np.atleast_2d(dense), np.atleast_2d(compressed)]) for dense, compressed in pairs]
-    found = [Estimate(np.nan, np.nan, np.nan, table.shape[-1]) for table in tables]
-    # Else there is nothing to lose, or nothing to resample.
-    able = [place for place, table in enumerate(tables) if table[0].any() and table.shape[-1] > 1]
-    for place, ends in zip(able, _bootstrap([[tables[p]] for p in able], _relative_drop), strict=True):
-        before, after = tables[place]
-        if (before == after).all():
-            could = 100 * _could_differ(before.shape[1]) / float(before.mean())
-            found[place] = Estimate(0.0, -could, could, before.shape[1], 1.0)
-            continue
-        value = float(_relative_drop(before.mean(), after.mean()))
-        p = mcnemar(before[0], after[0]) if len(before) == 1 else ends.p
-        found[place] = replace(ends.around(value, before.shape[1]), p=p)
+    return mean_drops([[pair] for pair in pairs])
+
+
+def mean_drops(by_set: Sequence[Sequence[Pair]]) -> list[Estimate]:
+    """Mean over data sets of :func:`drop`, as the first paper averages it, of each.
+
+    Args:
+        by_set: for each figure the pair of every data set, with the same seeds in all. Sets of which the dense model
+            knows nothing have no drop and are left out.
+    """
+    found = []
+    able: dict[int, list[NDArray[np.bool_]]] = {}
+    for place, pairs in enumerate(by_set):
+        sets = [np.stack([np.atleast_2d(dense), np.atleast_2d(compressed)]) for dense, compressed in pairs]
+        n = sum(both.shape[-1] for both in sets)
+        known = [both for both in sets if both[0].any()]
+        value = np.mean([_relative_drop(*both.mean((1, 2))) for both in known]) if known else np.nan
+        found.append(Estimate(float(value), np.nan, np.nan, n))
+        if known and all((before == after).all() for before, after in known):
+            could = float(np.mean([100 * _could_differ(before.shape[1]) / before.mean() for before, _ in known]))
+            found[place] = Estimate(0.0, -could, could, n, 1.0)
+        elif known and min(both.shape[-1] for both in known) > 1:
+            able[place] = known
+    for (place, known), ends in zip(able.items(), _bootstrap(list(able.values()), _relative_drop), strict=True):
+        before, after = known[0]
+        p = mcnemar(before[0], after[0]) if len(known) == len(before) == 1 else ends.p
+        found[place] = replace(ends.around(found[place].value, found[place].n), p=p)
     return found
 
 
@@ -262,9 +279,8 @@ def _bootstrap(
     drawn is counted, and one matrix product takes the means of all figures under it.
 
     Args:
-        figures: of each, a table ``[samples, seeds, items]`` for each set of items that is drawn by itself; the means
-            over several sets are averaged.
-        statistic: of the means of the samples, elementwise.
+        figures: of each, a table ``[samples, seeds, items]`` for each set of items that is drawn by itself.
+        statistic: of the means of a set's samples, elementwise; what several sets give is averaged.
         confidence: of the two-sided intervals.
     """
     alike: defaultdict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
@@ -299,9 +315,11 @@ def _resampled(tables: Sequence[NDArray[Any]], statistic: Callable[..., NDArray[
         for place, numbers in zip(drawn_of, drawn, strict=True):
             shares[place] = _counts(numbers, lengths[place]) / lengths[place]
         of_seeds, *of_items = shares
-        sets = (share @ column for share, column in zip(of_items, columns, strict=True))
-        by_seed = (sum(sets, start=np.zeros((1, 1))) / len(columns)).reshape(-1, figures, samples, seeds)
-        return statistic(*(by_seed * of_seeds[:, None, None]).sum(-1).T)
+        values = np.zeros((figures, 1))
+        for share, column in zip(of_items, columns, strict=True):
+            by_seed = (share @ column).reshape(-1, figures, samples, seeds)
+            values = values + statistic(*(by_seed * of_seeds[:, None, None]).sum(-1).T) / len(columns)
+        return values
 
     if not drawn_of:
         return of_drawn(axis=-1)

@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 from stores import bits, made_run
 
+from knowledge_compression import statistics
 from knowledge_compression.analysis import figures, tables
 from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.report import main
@@ -243,3 +244,32 @@ def test_the_table_of_fates_has_a_row_a_setting_and_counts_that_are_no_shares(tm
     assert pl.read_csv(tmp_path / "fates.csv")["kept"].dtype.is_integer()
     kept, lost = rows["kept"][0], rows["lost"][0]
     assert any(f" & {kept} & {lost} & " in line for line in table.latex().splitlines())  # not in percent
+
+
+def test_the_averaged_figure_weighs_data_sets_alike():
+    """Of a set of ten half is lost, of one of a hundred nothing, of a third nothing was known."""
+    sizes = {"boolq": 10, "piqa": 100, "winogrande": 20}
+    tasks = [task for task, size in sizes.items() for _ in range(size)]
+    known = np.array([task != "winogrande" for task in tasks])
+    kept = known & ~(np.arange(130) < 5)
+    runs = [made_run(known, compression="none"), made_run(kept, sparsity=0.4)]
+    for run in runs:
+        run._items = run.items.with_columns(task=pl.Series(tasks))
+    wanted = next(figure for figure in figures.DROP_FIGURES if figure.name == "pruning_decoders")
+    for told, expected in (({"tasks": sizes}, 25), ({}, 100 * 5 / 110)):
+        for run in runs:
+            run.report["eval"] = {"atlas": told}
+        (axes,) = figures.drop_figure(compare(runs), wanted).axes
+        assert axes.lines[0].get_ydata()[0] == pytest.approx(expected)
+        assert ("mean of 3 data sets" in axes.get_ylabel()) == bool(told)
+
+
+def test_the_interval_of_an_averaged_drop_is_that_of_independent_data_sets():
+    rng = np.random.default_rng(11)
+    dense = [rng.random(n) < 0.8 for n in (300, 900)]
+    pairs = [(known, known & (rng.random(known.size) < kept)) for known, kept in zip(dense, (0.5, 0.9), strict=True)]
+    (mean,) = statistics.mean_drops([pairs])
+    alone = [statistics.drop(*pair) for pair in pairs]
+    assert mean.value == pytest.approx(np.mean([drop.value for drop in alone]))
+    expected = np.hypot(*(drop.high - drop.low for drop in alone)) / 2
+    assert mean.high - mean.low == pytest.approx(expected, rel=0.1)

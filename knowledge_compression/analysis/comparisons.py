@@ -89,6 +89,12 @@ class Group:
         return [(name, (tasks == name).to_numpy()) for name in tasks.unique(maintain_order=True)]
 
     @property
+    def averaged_over(self) -> list[NDArray[np.bool_]]:
+        """The items of each data set where the suite says that it is made of several, else all items."""
+        several = {"data_sets", "tasks"} & self.dense.report["eval"][self.asked.suite].keys()
+        return [mask for _, mask in self.data_sets] if several else [np.ones(self.items.height, bool)]
+
+    @property
     def settings(self) -> list[Run]:
         """The baseline, then one run for each setting."""
         return [self.dense, *self.runs]

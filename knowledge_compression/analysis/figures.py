@@ -18,7 +18,7 @@ from knowledge_compression.analysis.marks import level, line, panels
 from knowledge_compression.analysis.recovery_figures import RECOVERY_FIGURES
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import Estimate, drop, drops
+from knowledge_compression.statistics import Estimate, mean_drops
 
 EVERYTHING, MODULES = ("overall", "all", "att", "ff"), ("self_att", "cross_att", "encoder_att", "decoder_att")
 
@@ -92,32 +92,34 @@ def draw(comparisons: Comparisons, folder: Path, *, per_parameter: bool = False)
 def drop_figure(comparisons: Comparisons, wanted: DropFigure, *, per_parameter: bool = False) -> Figure | None:
     """One panel a model and suite (and data set), drop against sparsity, one line a compression and target.
 
-    The band is the 95 % interval of the paired bootstrap; dashed, the drop of always giving the most frequent answer
-    (divided for each line as the line is, in its colour). None where the store has no runs for it.
+    A suite of several data sets is averaged over them, each as much as the other. The band is the 95 % interval of the
+    paired bootstrap; dashed, the drop of always giving the most frequent answer (divided for each line as the line is,
+    in its colour). None where the store has no runs for it.
     """
     found = list(_panels(comparisons, wanted))
     if not found:
         return None
     figure, grid = panels(len(found))
-    for axes, (title, group, lines, mask) in zip(grid, found, strict=True):
-        majority = _majority(group, mask)
+    for axes, (title, group, lines, sets) in zip(grid, found, strict=True):
+        majority = _majority(group, sets)
         for label, runs in lines.items():
             shares = [_share_touched(run) if per_parameter else 1.0 for run in runs]
-            drawn = line(axes, label, _drops(group, runs, mask), [100 * _sparsity(run) for run in runs], shares)
+            drawn = line(axes, label, _drops(group, runs, sets), [100 * _sparsity(run) for run in runs], shares)
             if majority and per_parameter:
                 level(axes, f"{label}, majority", majority.through(partial(mul, 1 / shares[0])), drawn)
         if majority and not per_parameter:
             level(axes, "majority", majority)
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set(title=title, xlabel="sparsity of the target (%)")
-        axes.set_ylabel("drop (% of dense)" if wanted.by_data_set else "drop over all items (% of dense)")
+        mean = f", mean of {len(sets)} data sets" if len(sets) > 1 else ""
+        axes.set_ylabel(f"drop (% of dense){mean}{' / share of parameters' if per_parameter else ''}")
         axes.invert_yaxis()
         axes.legend(frameon=False, fontsize="small")
     figure.suptitle(f"cf. The Cost of Compression, Figure {wanted.published}", fontsize="small")
     return figure
 
 
-Panel = tuple[str, Group, Mapping[str, Sequence[Run]], NDArray[np.bool_]]
+Panel = tuple[str, Group, Mapping[str, Sequence[Run]], Sequence[NDArray[np.bool_]]]
 
 
 def _panels(comparisons: Comparisons, wanted: DropFigure) -> Iterator[Panel]:
@@ -132,23 +134,25 @@ def _panels(comparisons: Comparisons, wanted: DropFigure) -> Iterator[Panel]:
         }
         if not lines:
             continue
-        everything = np.ones(group.items.height, bool)
         title = f"{group.asked.model}, {group.asked.name}"
-        for name, mask in group.data_sets if wanted.by_data_set else [("", everything)]:
-            yield (f"{title}: {name}" if name else title), group, lines, mask
+        if not wanted.by_data_set:
+            yield title, group, lines, group.averaged_over
+            continue
+        for name, mask in group.data_sets:
+            yield f"{title}: {name}", group, lines, [mask]
 
 
-def _drops(group: Group, runs: Sequence[Run], mask: NDArray[np.bool_]) -> list[Estimate]:
-    if mask.all():
-        return [group.drops[run.id] for run in runs]
-    return drops([(group.dense_answers(run)[:, mask], group.answers(run)[:, mask]) for run in runs])
+def _drops(group: Group, runs: Sequence[Run], sets: Sequence[NDArray[np.bool_]]) -> list[Estimate]:
+    pairs = [(group.dense_answers(run), group.answers(run)) for run in runs]
+    return mean_drops([[(dense[:, mask], right[:, mask]) for mask in sets] for dense, right in pairs])
 
 
-def _majority(group: Group, mask: NDArray[np.bool_]) -> Estimate | None:
+def _majority(group: Group, sets: Sequence[NDArray[np.bool_]]) -> Estimate | None:
     """The drop of always giving the most frequent answer; None where no answers are kept, or none is known."""
-    if group.majority is None or not (known := group.correct(group.dense)[mask]).any():
+    known = group.correct(group.dense)
+    if group.majority is None or not any(known[mask].any() for mask in sets):
         return None
-    return drop(known, group.majority[mask])
+    return mean_drops([[(known[mask], group.majority[mask]) for mask in sets]])[0]
 
 
 def _is(run: Run, compression: str, target: str) -> bool:
