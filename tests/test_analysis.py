@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -359,6 +361,9 @@ def test_every_undecided_claim_has_a_command_that_names_what_it_compares():
     )
     assert "model=m eval=[nine_tasks]" in advice["weights_win_language"]
     assert advice["final_unstructured_hurts_less"].endswith("target=final, with an encoder as the model")
+    of_decoders = replace(claim_named("fewer_bits_hurt"), families=("decoder",))
+    none_there = compare([made_run(bits("10"), compression="none", family="encoder")])
+    assert run_next(check(none_there, [of_decoders]), none_there)[0].endswith("with a decoder as the model")
 
 
 def test_where_no_item_differs_the_interval_is_of_the_share_that_could():

@@ -12,7 +12,7 @@ FIRST = "The Cost of Compression (Namburi et al., 2023)"
 SECOND = "Do Compressed LLMs Forget Knowledge? (Hoang et al., 2024)"
 ALL_FAMILIES = (ENCODER, ENCODER_DECODER, DECODER)
 PRUNING = "magnitude"
-LOW, MEDIUM, HIGH = (0.1, 0.3), (0.3, 0.5), (0.5, 0.9)  # the first paper's levels, section 3
+LOW, MEDIUM = (0.1, 0.3), (0.3, 0.5)  # the first paper's levels, section 3
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,9 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("decline_steepens_past_half", "Past 50 % sparsity knowledge declines rapidly: 60-90 % keep less than 10-50 %",
           f"{FIRST}, abstract and 3.1", better={"compression": PRUNING, "level": "up to 0.5"},
           worse={"compression": PRUNING, "level": "past 0.5"}),
+    Claim("pruning_nearly_all_leaves_nothing",
+          "Pruning 90 % of everything leaves nothing over the majority baseline (within 2 points)", f"{FIRST}, 8.1",
+          better={"answers": "majority"}, worse=_pruned("all"), sparsity=(0.9, 0.9), margin=0.02),
     Claim("quantizing_att_hurts_less", "Quantizing attention to int8 hurts less than quantizing feed-forward",
           f"{FIRST}, 3.2 and 8.2", better=_quantized("att"), worse=_quantized("ff")),
     Claim("quantizing_all_hurts_more_than_ff", "Quantizing everything hurts more than feed-forward alone",
@@ -144,6 +147,9 @@ CLAIMS: tuple[Claim, ...] = (
           f"{SECOND}, 3.2.2", better={"recovery": "idp"}, worse={"recovery": "lora"}, tasks=WORLD),
     Claim("weights_win_language", "On language understanding, LoRA brings back more than IDP",
           f"{SECOND}, 3.2.2", better={"recovery": "lora"}, worse={"recovery": "idp"}, tasks=LANGUAGE),
+    Claim("idp_lacks_little_on_language",
+          "Where LoRA brings back more, on language understanding, IDP lacks less than 0.2 points", f"{SECOND}, 3.2.2",
+          better={"recovery": "idp"}, worse={"recovery": "lora"}, tasks=LANGUAGE, margin=0.002),
     Claim("short_prompts_are_as_good", "A shorter prompt keeps as much as a longer one (within 1 point)",
           f"{SECOND}, 3.1 and Figure 2", better={"recovery": "prompt"}, worse={"recovery": "prompt"}, margin=0.01,
           parameters=FEWER),
