@@ -407,3 +407,15 @@ def test_advice_says_how_many_items_would_decide(name, gained, away):
     told = int(line.split("about ")[1].split(" items")[0].replace(",", ""))
     assert told == pytest.approx(400 * (half_width / away) ** 2, rel=0.2)  # ends are multiples of 1/400
     assert "instead of 400 would decide it" in line
+
+
+def test_what_a_recovery_trained_has_to_be_stored_too():
+    from knowledge_compression.analysis.advice import kept, smallest
+
+    known = np.ones(1000, bool)
+    bare, prompted, lora = (
+        sized(recovered(known, name, n), 5) for name, n in (("none", 0), ("prompt", 250), ("lora", 9000))
+    )
+    rows = kept(compare([sized(made_run(known, compression="none"), 10), lora, prompted, bare]).groups[0])
+    assert [row.size_mb for row in rows] == pytest.approx([10, 5.036, 5.001, 5])
+    assert smallest(rows, 0.9).run is bare

@@ -26,7 +26,7 @@ class Kept:
         share: of the facts that the dense model answers right, those that this run answers right.
         at_least: lower bound of that share with 95 % confidence (one-sided; Wilson, or over seeds too where there are
             several).
-        size_mb: stored size in 10^6 bytes.
+        size_mb: stored size in 10^6 bytes, with what a recovery trained.
     """
 
     run: Run
@@ -47,7 +47,7 @@ def kept(group: Group) -> list[Kept]:
     rows = []
     for run in group.settings:
         still = accuracy(group.answers(run)[:, known], confidence=2 * CONFIDENCE - 1)  # one-sided
-        rows.append(Kept(run, still.value, still.low, run.report["compression"]["stored_bytes"] / 1e6))
+        rows.append(Kept(run, still.value, still.low, run.stored_mb))
     return sorted(rows, key=lambda row: (not is_dense(row.run), -row.size_mb))
 
 
@@ -63,7 +63,7 @@ def front(rows: Sequence[Kept]) -> list[Kept]:
 def smallest(rows: Sequence[Kept], keep: float) -> Kept | None:
     """The smallest setting that keeps at least the share ``keep`` with 95 % confidence, if one does."""
     enough = [row for row in rows if row.at_least >= keep or (is_dense(row.run) and keep <= 1)]
-    return min(enough, key=lambda row: row.size_mb, default=None)
+    return min(enough, key=lambda row: (row.size_mb, -row.at_least), default=None)
 
 
 def run_next(verdicts: Sequence[Verdict], comparisons: Comparisons) -> list[str]:

@@ -102,7 +102,7 @@ def _run(run: Run, metrics: Mapping[str, tuple[float, Estimate | None]]) -> dict
         **{key: run.config["choices"].get(key, "") for key in ("model", "target", "compression", "recovery")},
         "sparsity": compression.get("sparsity", 0.0),
         "bits": compression.get("bits") or None,
-        "stored_mb": compression.get("stored_bytes", 0) / 1e6,
+        "stored_mb": run.stored_mb,
         "seed": run.config["seed"],
         "metrics": {name: [value, *(_told(e)[1:] if e else ())] for name, (value, e) in metrics.items()},
         "note": run.report["model"].get("note", ""),

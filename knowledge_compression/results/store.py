@@ -68,6 +68,15 @@ class Run:
         return replace(self, _items=self.scan_items().filter(condition))
 
     @property
+    def stored_mb(self) -> float:
+        """What has to be kept of its model, in 10^6 bytes: the weights as compressed, and what a recovery trained.
+
+        Adapters are kept in float32.
+        """
+        trained = self.report.get("recovery", {}).get("trainable_parameters") or 0
+        return float(self.report.get("compression", {}).get("stored_bytes", 0) + 4 * trained) / 1e6
+
+    @property
     def layers(self) -> list[dict[str, Any]]:
         """What the compression did layer by layer, read each time it is asked for; empty where it touched none."""
         if self.folder is None or "layers" in self.report.get("compression", {}):

@@ -180,7 +180,7 @@ def _row(run: Run, baseline: Run, suite: str, metric: str) -> dict[str, Any]:
         "majority_percent": None if majority is None else _percent_lost(majority, reference, sign),
         "reached_sparsity": float(report.get("sparsity", 0.0)),
         "bits": float(report.get("bits") or 32.0),
-        "stored_mb": report.get("stored_bytes", 0) / 1e6,
+        "stored_mb": run.stored_mb,
         "run": run.id,
     }
 
