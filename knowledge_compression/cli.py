@@ -54,9 +54,12 @@ def main() -> None:
 def with_their_files(arguments: Sequence[str]) -> list[str]:
     """Settings of a swept group, as in ``recovery=idp,concat recovery.prompts=[1,2]``, as sweeps of one value.
 
-    Hydra looks for other settings in the files of the defaults, before any file of the sweep is chosen.
+    Hydra looks for other settings in the files of the defaults, before any file of the sweep is chosen. A group may be
+    swept on the command line or by a preset.
     """
-    swept = {key for key, equals, value in (a.partition("=") for a in arguments) if equals and _sweeps(key, value)}
+    typed = [argument.partition("=")[::2] for argument in arguments if "=" in argument]
+    swept = {key for key, value in typed if _sweeps(key, value)}
+    swept.update(*(_swept_by(value) for key, value in typed if key.lstrip("+") == "experiment"))
 
     def together(argument: str) -> str:
         key, _, value = argument.partition("=")
@@ -65,6 +68,17 @@ def with_their_files(arguments: Sequence[str]) -> list[str]:
         return f"{key}=choice({value})" if waits else argument
 
     return [together(argument) for argument in arguments]
+
+
+def _swept_by(presets: str) -> set[str]:
+    """What the presets of ``[a,b]`` or ``a,b`` sweep; Hydra names those that do not exist."""
+    files = [CONF / "experiment" / f"{name}.yaml" for name in re.findall(r"[^\s,\[\]]+", presets)]
+    return {
+        str(key)
+        for file in files
+        if file.is_file()
+        for key in OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params") or ()
+    }
 
 
 def _sweeps(key: str, value: str) -> bool:

@@ -57,3 +57,8 @@ def test_settings_of_a_swept_group_wait_for_its_files():
     assert with_their_files(typed) == [*typed[:2], "recovery.prompts=choice([1,2])", *typed[3:]]
     values = ["compression=rtn,gptq", "compression.bits=3,4", "compression.clip=mse", "+experiment=[a,b]", "a={"]
     assert with_their_files(values) == [*values[:2], "compression.clip=choice(mse)", *values[3:]]
+    preset = [
+        "+experiment=[forgotten_or_displaced/table1_lora,forgotten_or_displaced/small_world]",
+        "compression.bits=2",
+    ]
+    assert with_their_files(preset) == [preset[0], "compression.bits=choice(2)"]
