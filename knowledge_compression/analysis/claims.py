@@ -161,11 +161,14 @@ CLAIMS: tuple[Claim, ...] = (
           parameters=FEWER),
     Claim("choosing_beats_joining", "Choosing a prompt (IDP) is better than joining the prompts",
           f"{SECOND}, 3.1", better={"recovery": "idp"}, worse={"recovery": "concat"}),
-    Claim("quantization_keeps_more_than_pruning", "GPTQ keeps more than SparseGPT where both are recovered alike",
-          f"{SECOND}, Tables 1-2", better={"compression": "gptq"}, worse={"compression": "sparsegpt"}),
-    Claim("quantization_recovers_more_than_pruning", "A recovery adds more to a model after GPTQ than after SparseGPT",
-          f"{SECOND}, 3.2.2", better={"compression": "gptq"}, worse={"compression": "sparsegpt"},
-          gain_over={"recovery": "none"}),
+    Claim("quantization_keeps_more_than_pruning",
+          "GPTQ to 3 bits keeps more than SparseGPT up to 50 % where both are recovered alike",
+          f"{SECOND}, Tables 1-2", better={"compression": "gptq", "bits": "3"},
+          worse={"compression": "sparsegpt", "level": "up to 0.5"}),
+    Claim("quantization_recovers_more_than_pruning",
+          "A recovery adds more to a model after GPTQ to 3 bits than after SparseGPT up to 50 %",
+          f"{SECOND}, 3.2.2", better={"compression": "gptq", "bits": "3"},
+          worse={"compression": "sparsegpt", "level": "up to 0.5"}, gain_over={"recovery": "none"}),
     *(
         claim
         for recovery, called in (("prompt", "A prompt"), ("idp", "IDP"))
