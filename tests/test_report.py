@@ -194,6 +194,19 @@ def test_in_a_browser_fates_are_told_by_frequency_by_recovery_and_by_depth(tmp_p
 
 
 @pytest.mark.slow
+def test_in_a_browser_runs_without_right_answers_are_told_all_the_same(tmp_path, page_in_browser):
+    runs = [made_run(np.ones(3, bool), compression="none"), made_run(np.ones(3, bool), compression="gptq")]
+    for run, loss in zip(runs, (3.0, 3.5), strict=True):
+        run.config["eval"] = run.report["eval"] = {"perplexity": {}}
+        run.metrics = {"perplexity.perplexity": float(np.exp(loss))}
+        run._items = run.items.with_columns(correct=pl.lit(None, pl.Boolean), nll=loss, suite=pl.lit("perplexity"))
+    (tmp_path / "report.html").write_text(render(runs))
+    page = page_in_browser(tmp_path / "report.html")
+    assert "perplexity 33.12" in page.locator("#overview-table").inner_text()
+    assert not page.locator("#charts").is_visible() and not page.locator("#facts").is_visible()
+
+
+@pytest.mark.slow
 def test_in_a_browser_a_hundred_thousand_items_can_be_searched(tmp_path, page_in_browser):
     luck = np.random.default_rng(3).random(100_000)
     runs = [made_run(luck < 0.8, compression="none"), made_run(luck < 0.6, sparsity=0.4), made_run(luck < 0.7)]

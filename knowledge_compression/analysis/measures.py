@@ -26,6 +26,7 @@ class Measure:
         items: what an item is.
         item: its name within its task; of several rows of one name the mean is taken.
         suite: the suite that measures it; empty where many do.
+        metric: the suite's metric of it that a reader is shown first.
         paired: whether the items of two runs are the same ones; else two samples are compared.
     """
 
@@ -36,6 +37,7 @@ class Measure:
     items: str = "items"
     item: pl.Expr | None = None
     suite: str = ""
+    metric: str = "accuracy"
     paired: bool = True
 
     def words(self, effect: Estimate) -> str:
@@ -60,7 +62,13 @@ def _percent_less(log_ratio: float) -> float:
 
 ANSWERS = Measure("correct", lambda right: right.astype(np.float64), _hundredfold, "points")
 PERPLEXITY = Measure(
-    "nll", np.negative, _percent_less, "% lower perplexity", items="windows of text", suite="perplexity"
+    "nll",
+    np.negative,
+    _percent_less,
+    "% lower perplexity",
+    items="windows of text",
+    suite="perplexity",
+    metric="perplexity",
 )
 SIMILARITY = Measure(
     "cosine",
@@ -70,6 +78,7 @@ SIMILARITY = Measure(
     items="windows of text",
     item=pl.col("id").str.split(":").list.last(),  # layers of one window are no independent evidence
     suite="similarity",
+    metric="attention",
 )
 LATENCY = Measure(
     "seconds",
@@ -78,6 +87,7 @@ LATENCY = Measure(
     "% faster",
     items="repeats",
     suite="latency",
+    metric="prefill_seconds",
     paired=False,
 )
 MEASURES = (ANSWERS, PERPLEXITY, SIMILARITY, LATENCY)

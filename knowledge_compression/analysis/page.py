@@ -66,6 +66,7 @@ def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
         {
             "runs": [_run(run, metrics[run.id]) for run in runs],
             "points": [point for group in comparisons for point in _points(group)],
+            "measured": [point for group in comparisons.measured for point in _measured(group)],
             "fates": [_fates(group) for group in comparisons],
             "names": {"fates": FATES, "restored": RESTORED},
         }
@@ -126,6 +127,15 @@ def _points(group: Group) -> list[dict[str, Any]]:
             | {"drop": _interval(group.drops[run.id]) if run is not group.dense else None}
         )
     return points
+
+
+def _measured(group: Group) -> list[dict[str, Any]]:
+    """The settings of a group without right answers, each with the name of the metric that is shown first."""
+    metric = f"{group.asked.suite}.{group.measure.metric}"
+    return [
+        {"run": run.id, "suite": group.asked.name, "seeds": len(group.seeds_of(run)), "metric": metric}
+        for run in group.settings
+    ]
 
 
 def _interval(estimate: Estimate | None) -> list[float] | None:

@@ -48,16 +48,22 @@ const LINES = 16;  // in a chart before it is touched: with more, it starts with
 const SHOWN = 50;  // facts listed at once; the search narrows the rest
 const redraws = [];  // draw charts, anew when the colours change; each gives a promise
 
-const main = ({runs, points, fates, names}, facts) => {
+const main = ({runs, points, measured, fates, names}, facts) => {
   const byId = Object.fromEntries(runs.map(run => [run.id, run]));
   const rows = points.map(point => ({...byId[point.run], ...point}));
   const called = id => byId[id].label + (byId[id].seed ? `, seed ${byId[id].seed}` : "");
   const button = (id, words = byId[id].label) => make("button", words, {class: "run", "data-run": id});
 
   // Overview
-  at("overview-table").append(table(["run", "suite", "seeds", "sparsity", "bits", "MB stored", "accuracy", "drop"], rows.map(row => [
+  const within = ([, low, high]) => low === undefined || low === null ? "" : `[${low.toPrecision(4)}, ${high.toPrecision(4)}]`;
+  const measure = row => `${row.metric.split(".").pop()} ${row.metrics[row.metric]?.[0].toPrecision(4) ?? "–"} ${within(row.metrics[row.metric] ?? [])}`;
+  const found = row => [[row.metric ? measure(row) : interval(row.accuracy), "number"],
+    [row.metric || row.dense ? "" : interval(row.drop, 1), "number"]];
+  const all = [...rows, ...measured.map(point => ({...byId[point.run], ...point}))];
+  at("overview-table").append(table(["run", "suite", "seeds", "sparsity", "bits", "MB stored", measured.length ? "accuracy, or as named" : "accuracy", "drop"], all.map(row => [
     button(row.id), row.suite, [row.seeds, "number"], [percent(row.sparsity), "number"], [row.dense ? "" : (row.bits ?? ""), "number"],
-    [row.stored_mb.toFixed(1), "number"], [interval(row.accuracy), "number"], [row.dense ? "" : interval(row.drop, 1), "number"]])));
+    [row.stored_mb.toFixed(1), "number"], ...found(row)])));
+  for (const id of ["charts", "fate-section", "facts"]) at(id).hidden = !rows.length;  // nothing has right answers
   at("notes").textContent = [...new Set(runs.filter(r => r.note).map(r => `${r.model}: ${r.note}`))].join(" · ");
 
   // Charts
@@ -94,13 +100,14 @@ const main = ({runs, points, fates, names}, facts) => {
     });
     const majorities = [...new Set(visible.map(r => r.majority).filter(m => m !== null && m !== undefined))];
     const falls = visible.filter(r => r.dense && r.majority != null && r.accuracy[0]).map(r => 100 * (1 - r.majority / r.accuracy[0]));
-    const dashed = ys => ys.map(y => ({type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: {dash: "dash", width: 1, color: "gray"}}));
-    const fall = layout("sparsity of the target (%)", "drop (% of dense accuracy)", {shapes: dashed(falls)});
+    const near = (ys, values) => ys.filter(y => Math.min(...values.map(v => Math.abs(v - y))) <= Math.max(...values) - Math.min(...values));
+    const dashed = (ys, values) => near(ys, values).map(y => ({type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: {dash: "dash", width: 1, color: "gray"}}));
+    const fall = layout("sparsity of the target (%)", "drop (% of dense accuracy)", {shapes: dashed(falls, visible.filter(r => r.drop).map(r => r.drop[0]))});
     fall.yaxis.autorange = "reversed";
     const first = Plotly.react("drop-chart", traces(r => 100 * r.sparsity, "drop", 1), fall, CONFIG);
     const dense = visible.filter(r => r.dense).map(r => ({name: r.label, mode: "markers", marker: {symbol: "star", size: 11}, x: [r.stored_mb],
       y: [100 * r.accuracy[0]], error_y: bars([r.accuracy]), hovertemplate: r.label + "<br>%{y:.1f} %<extra></extra>"}));
-    const second = Plotly.react("size-chart", [...traces(r => r.stored_mb, "accuracy", 100), ...dense], layout("stored size (MB)", "accuracy (%)", {shapes: dashed(majorities.map(m => 100 * m))}), CONFIG);
+    const second = Plotly.react("size-chart", [...traces(r => r.stored_mb, "accuracy", 100), ...dense], layout("stored size (MB)", "accuracy (%)", {shapes: dashed(majorities.map(m => 100 * m), visible.map(r => 100 * r.accuracy[0]))}), CONFIG);
     return Promise.all([first, second]);
   };
   redraws.push(draw);
@@ -222,8 +229,7 @@ const main = ({runs, points, fates, names}, facts) => {
     const run = byId[choice.value], place = at("run-page");
     place.replaceChildren();
     if (!run) return;
-    place.append(table(["metric", "value", "95 % interval"], Object.entries(run.metrics).map(([name, [value, low, high]]) => [name, [Number(value).toPrecision(4), "number"],
-      [low === undefined || low === null ? "" : `[${low.toPrecision(4)}, ${high.toPrecision(4)}]`, "number"]])));
+    place.append(table(["metric", "value", "95 % interval"], Object.entries(run.metrics).map(([name, told]) => [name, [Number(told[0]).toPrecision(4), "number"], [within(told), "number"]])));
     if (run.layers.length) {
       const map = make("div", null, {class: "chart", id: "layer-map"}); place.append(make("h3", "Layer map: sparsity"), map);
       const parts = run.layers.map(layer => { const found = layer.path.match(/^(.*?)\.(\d+)\.(.*)$/); return found ? [Number(found[2]), found[3]] : [0, layer.path]; });
