@@ -6,6 +6,7 @@
 Both score the same requests of the same tasks, in turn; the seconds are those of ``loglikelihood`` alone, tokenization
 included. The limit is what the multiply-adds that must be done (every token of a token tree once, the head only where
 a log-probability is read) take in matrix products of the model's own shapes, timed here without anything around them.
+The peak of memory is that of one more pass over the requests, above what was resident before it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 from side_by_side import in_turn, ratio, spread, write
 
 from knowledge_compression.evaluation.lm import ScorerLM, stock_lm
-from knowledge_compression.evaluation.scoring.trees import plant
 from knowledge_compression.evaluation.tasks import load_tasks
+from knowledge_compression.memory import peak_memory
 from knowledge_compression.models import Model
 from knowledge_compression.models.loading import PackagedGguf
 
@@ -61,11 +62,14 @@ def measure(fast: ScorerLM, theirs: Model, requests: Any, options: argparse.Name
         answers[name] = lm.loglikelihood(requests, disable_tqdm=True)
 
     fast.loglikelihood(requests[:8], disable_tqdm=True)  # warm
+    with peak_memory(theirs.device) as peak:
+        fast.loglikelihood(requests, disable_tqdm=True)
     contestants = {"stock": lambda: run("stock", stock), "fast": lambda: run("fast", fast), "limit": limit.multiply}
     result = compared(in_turn(contestants, options.repeats, clock))
     pairs = list(zip(answers["stock"], answers["fast"], strict=True))
     return result | {
         "requests": len(requests),
+        "peak_bytes": peak.bytes,
         "stock_batch": size,
         "tokens": limit.tokens,
         "reads": limit.reads,
@@ -100,7 +104,7 @@ class Limit:
     def __init__(self, lm: ScorerLM, requests: Any) -> None:
         model, budget = lm.scorer.model, lm.scorer.budget
         questions, _ = lm.questions_of(tokenized(lm, requests))
-        trees = plant(questions, pairs_per_token=budget.pairs_per_token, longest=2 * budget.tokens)
+        trees = lm.scorer.trees_of(questions)
         self.tokens = sum(map(len, trees))
         self.reads = sum(len(set(tree.nodes.tolist())) for tree in trees)
         self.chunk = budget.tokens
@@ -159,6 +163,7 @@ def line(task: str, result: dict[str, Any]) -> str:
     )
     if "largest_relative_difference" in result:
         text += f"  largest difference {result['largest_relative_difference']:.1e}"
+        text += f"  peak {(result['peak_bytes'] or 0) / 2**20:.0f} MiB above the model"
     return text
 
 

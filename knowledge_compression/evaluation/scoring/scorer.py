@@ -108,14 +108,18 @@ class Scorer:
         """Greedy continuations, see :func:`~knowledge_compression.evaluation.scoring.generation.generate`."""
         return generate(self.model, prompts, most, done, rows=max(1, self.budget.tokens // _TOKENS_A_STEP))
 
-    def _decoder_reads(self, questions: Sequence[Question]) -> Iterator[_Reads]:
-        trees = plant(
+    def trees_of(self, questions: Sequence[Question]) -> list[Tree]:
+        """The rows that a decoder reads to answer the questions, see :func:`~.trees.plant`."""
+        return plant(
             questions,
             pairs_per_token=self.budget.pairs_per_token,
             longest=min(2 * self.budget.tokens, self.budget.reads),
             branches=self.branches,
             across=self.model.on_context is None,
         )
+
+    def _decoder_reads(self, questions: Sequence[Question]) -> Iterator[_Reads]:
+        trees = self.trees_of(questions)
         self.budget.settle(sum(map(len, trees)))
         batches = self._batches([len(tree) for tree in trees], reads=[len(tree.nodes) for tree in trees])
         for batch in _progress(list(batches)):
