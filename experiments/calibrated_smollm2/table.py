@@ -125,7 +125,8 @@ def table(scale: Scale) -> str:
             if row.reference and scale is WHOLE
             else ["", ""]
         )
-        cells = [told(ours, 2), against[1], told(rise.through(math.exp), 3), told(rise, 3)]
+        beside = [told(rise.through(math.exp), 3), told(rise, 3)] if name != "dense" else ["", ""]
+        cells = [told(ours, 2), against[1], *beside]
         rows.append([row.label, against[0], *cells])
     return "\n".join(markdown.table(heads, rows))
 
