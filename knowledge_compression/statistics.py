@@ -204,6 +204,24 @@ def means(values: Sequence[NDArray[np.float64]], of_mean: Callable[..., Any] | N
     return found
 
 
+def medians(values: Sequence[NDArray[np.float64]]) -> list[Estimate]:
+    """The median of each, such as of a timing's repeats ``[repeats]``, with a bootstrap interval."""
+    found = []
+    for one in values:
+        low = high = np.nan
+        if len(one) > 1:
+            low, high = stats.bootstrap(
+                [one],
+                np.median,
+                n_resamples=RESAMPLES_OF_ONE_SEED,
+                confidence_level=CONFIDENCE,
+                method="percentile",
+                rng=np.random.default_rng(_SEED),
+            ).confidence_interval
+        found.append(Estimate(float(np.median(one)), float(low), float(high), len(one)))
+    return found
+
+
 def mean_t(values: NDArray[np.float64]) -> Estimate | None:
     """A mean of many different values, such as log-probabilities, with Student's interval; None of fewer than two."""
     if len(values) < 2:

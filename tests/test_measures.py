@@ -137,3 +137,14 @@ def test_the_page_of_a_run_has_an_interval_of_its_similarity():
     value, estimate = told["similarity.attention"]
     assert value == 0.85 and estimate.n == 20 and 0.84 < estimate.low < estimate.high < 0.86
     assert "similarity.attention.0" not in told
+
+
+def test_the_page_of_a_run_has_an_interval_of_its_timings():
+    run = valued("latency", timings(0.3))
+    seconds = run.items.filter(pl.col("task") == "prefill")["seconds"]
+    run.metrics = {"latency.prefill_seconds": seconds.median(), "latency.prefill_seconds_min": seconds.min()}
+    told = with_intervals([run])[run.id]
+    value, estimate = told["latency.prefill_seconds"]
+    assert value == estimate.value and estimate.n == len(seconds)
+    assert seconds.min() <= estimate.low < value < estimate.high <= seconds.max()
+    assert told["latency.prefill_seconds_min"][1] is None

@@ -13,7 +13,7 @@ import polars as pl
 
 from knowledge_compression.analysis.measures import SIMILARITY
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import Estimate, accuracies, macro_accuracies, means
+from knowledge_compression.statistics import Estimate, accuracies, macro_accuracies, means, medians
 
 Estimates = Callable[[Sequence[Any]], list[Estimate]]
 _perplexities: Estimates = partial(means, of_mean=np.exp)
@@ -29,6 +29,7 @@ _MADE_OF: Mapping[str, tuple[list[str], Callable[[pl.DataFrame], Any], Estimates
     "activation": (["cosine", "task", "id"], lambda items: _by_window(items, "activation"), means),
 }
 _TOP = re.compile(r"top(\d+)(_macro)?")
+_TIMED = re.compile(r"(\w+)_seconds")
 _PARTS = {"head": "bin", "middle": "bin", "tail": "bin", "seen": "asked_as", "held_out": "asked_as"}
 
 
@@ -70,6 +71,9 @@ def _made(run: Run, suite: str, name: str, there: set[str]) -> tuple[Estimates, 
         values_of = lambda items: (  # noqa: E731 - one of the ways above, with its k
             _by_task(items, within) if top[2] else items.select(within)["rank"].to_numpy()
         )
+    elif timed := _TIMED.fullmatch(name):
+        columns, values_of, estimates = ["seconds"], lambda items: items["seconds"].to_numpy(), medians
+        condition &= pl.col("task") == timed[1]
     if values_of is None or not there.issuperset(columns):
         return None
     items = run.scan_items().filter(condition).select(columns).collect()
