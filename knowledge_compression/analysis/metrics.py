@@ -24,6 +24,11 @@ _MADE_OF: Mapping[str, tuple[list[str], Callable[[pl.DataFrame], Any], Estimates
     "accuracy_macro": (["correct", "task"], lambda items: _by_task(items, pl.col("correct")), macro_accuracies),
     "average": (["correct", "task"], lambda items: _by_task(items, pl.col("correct")), macro_accuracies),
     "mrr": (["rank"], lambda items: (1 / items["rank"]).fill_null(0.0).to_numpy(), means),
+    "mrr_macro": (
+        ["rank", "task"],
+        lambda items: _by_task(items, (1 / pl.col("rank")).fill_null(0.0)),
+        macro_accuracies,
+    ),
     "perplexity": (["nll"], lambda items: items["nll"].to_numpy(), _perplexities),
     "attention": (["cosine", "task", "id"], lambda items: _by_window(items, "attention"), means),
     "activation": (["cosine", "task", "id"], lambda items: _by_window(items, "activation"), means),
