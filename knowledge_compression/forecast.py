@@ -12,7 +12,6 @@ counted are attention's own products and whatever a suite does beside asking its
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +30,7 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.experiment import Experiment
 from knowledge_compression.memory import reuse_freed_memory
 from knowledge_compression.models import Model
+from knowledge_compression.models.families import ENCODER_DECODER
 from knowledge_compression.models.loading import auto_class, resolve_device, resolve_dtype
 from knowledge_compression.models.targets import is_linear, linear_layers
 from knowledge_compression.results.store import Run, RunStore
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _NARROW, _HEAD = 8, 4  # numbers in a hidden state of a miniature for each of its heads, and in a head
 _WIDTHS = ("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim")
+_DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 _PROBED = (8, 128)  # rows and tokens of the pass that measures the rate: what a CPU's budget holds
 _PASSES, _PROBING = 3, 2.0  # of them at least, and seconds: what else a machine does comes and goes
 _READING = 1e9  # bytes a second that a model is read with
@@ -308,26 +309,35 @@ def multiply_adds(skeleton: Model, tokens: Mapping[str, int]) -> float:
 
 
 def measured_rate(experiment: Experiment, skeleton: Model) -> float:
-    """Multiply-adds a second of one block of true width, on the device and in the precision of the run."""
+    """Multiply-adds a second of one block of true width, all that lies between its products included.
+
+    Measured on the device and in the precision of the run, with random weights.
+    """
     device = resolve_device(experiment.device)
     if device.type == "cpu":
         reuse_freed_memory()  # as the run will
-    chosen = _dtype(experiment, skeleton)
-    layers = [layer for layer in linear_layers(skeleton) if layer.role != "final"]
-    shapes = {re.sub(r"\d+", "", layer.path): layer.weight.shape for layer in layers}  # of one block
-    weights = [torch.randn(shape, dtype=chosen, device=device) * 0.02 for shape in shapes.values()]
-    tokens = _PROBED[0] * _PROBED[1]
-    inputs = [torch.randn(tokens, weight.shape[1], dtype=chosen, device=device) for weight in weights]
+    config = deepcopy(skeleton.network.config)
+    for name in _DEPTHS:
+        if getattr(config, name, None):
+            setattr(config, name, 1)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    with torch.random.fork_rng([]):
+        network = auto_class(config).from_config(config, dtype=_dtype(experiment, skeleton)).to(device).eval()
+    ids = torch.randint(config.vocab_size, _PROBED, device=device)
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if skeleton.family == ENCODER_DECODER else {})
+    block = Model(network, skeleton.tokenizer, skeleton.name)
+    weights = sum(layer.parameters for layer in linear_layers(block) if layer.role != "final")
     wait = getattr(getattr(torch, device.type), "synchronize", lambda: None)
     passes: list[float] = []
     while sum(passes) < _PROBING or len(passes) < _PASSES:
         wait()
         start = time.perf_counter()
-        for weight, rows in zip(weights, inputs, strict=True):
-            nn.functional.silu(rows @ weight.T)
+        with torch.inference_mode():
+            network.base_model(**inputs)
         wait()
         passes.append(time.perf_counter() - start)
-    return tokens * sum(weight.numel() for weight in weights) / median(passes)
+    return ids.numel() * weights / median(passes)
 
 
 def _dtype(experiment: Experiment, skeleton: Model) -> torch.dtype:
