@@ -309,17 +309,12 @@ def multiply_adds(skeleton: Model, tokens: Mapping[str, int]) -> float:
 
 
 def measured_rate(experiment: Experiment, skeleton: Model) -> float:
-    """Multiply-adds a second of one block of true width, all that lies between its products included.
-
-    Measured on the device and in the precision of the run, with random weights.
-    """
+    """Multiply-adds a second of one block of true width as it stands, on the device and in the precision of the run."""
     device = resolve_device(experiment.device)
     if device.type == "cpu":
         reuse_freed_memory()  # as the run will
     config = deepcopy(skeleton.network.config)
-    for name in _DEPTHS:
-        if getattr(config, name, None):
-            setattr(config, name, 1)
+    config.update({name: 1 for name in _DEPTHS if getattr(config, name, None)} | {"vocab_size": 256, "pad_token_id": 0})
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
     with torch.random.fork_rng([]):

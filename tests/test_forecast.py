@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
+from knowledge_compression import forecast
 from knowledge_compression.compression.gptq import Gptq
 from knowledge_compression.compression.kept import KeptModels
 from knowledge_compression.compression.magnitude import Magnitude
@@ -166,3 +169,12 @@ def test_the_rate_is_measured_where_nothing_tells_it(tiny_folder: Path, tmp_path
     experiment = made(tiny_folder, {"a": SUITE})
     rate = Forecaster(RunStore(tmp_path)).rate_of(experiment, experiment.source.skeleton())
     assert 1e5 < rate < 1e15
+
+
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "t5", "bart", "gpt2", "opt"])
+def test_one_block_of_any_kind_is_timed(
+    architecture: str, tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "_PROBING", 0.0)
+    run = cast(Experiment, SimpleNamespace(device="cpu", dtype="float32"))
+    assert forecast.measured_rate(run, tiny_model(architecture)) > 0
