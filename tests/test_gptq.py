@@ -145,15 +145,18 @@ def test_a_hopeless_hessian_means_plain_rounding() -> None:
     bits=st.sampled_from([2, 3, 4, 8]),
     symmetric=st.booleans(),
     clip=st.sampled_from(["minmax", "mse"]),
+    scale_bits=st.sampled_from([16, 32]),
     scale=st.floats(1e-3, 1e3),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=30, deadline=None)
-def test_grids_hold_zero_and_round_to_the_nearest_point(bits, symmetric, clip, scale, seed) -> None:
+def test_grids_hold_zero_and_round_to_the_nearest_point(bits, symmetric, clip, scale_bits, scale, seed) -> None:
     weight = scale * torch.randn(5, 48, generator=torch.Generator().manual_seed(seed))
     weight[0] = 0
-    quantized = plainly_rounded(weight, Grid(bits, 16, symmetric, clip))
-    assert torch.equal(quantized.scales.half().float(), quantized.scales)  # as a packed checkpoint stores them
+    quantized = plainly_rounded(weight, Grid(bits, 16, symmetric, clip, scale_bits))
+    if scale_bits == 16:  # as a packed checkpoint stores them
+        assert torch.equal(quantized.scales.half().float(), quantized.scales)
+    assert quantized.overhead_bits == 5 * 3 * (scale_bits + (0 if symmetric else bits))
     assert int(quantized.codes.max()) < 2**bits
     assert torch.equal(quantized.dequantize()[0], torch.zeros(48))
     every = torch.arange(2**bits)
@@ -161,6 +164,20 @@ def test_grids_hold_zero_and_round_to_the_nearest_point(bits, symmetric, clip, s
     distance = (weight.unflatten(1, (-1, 16))[..., None] - points[:, :, None]).abs().amin(-1).flatten(1)
     ours = (quantized.dequantize() - weight).abs()
     torch.testing.assert_close(ours, distance, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_rtn_is_the_published_rounding(tiny_model) -> None:
+    model = tiny_model("llama")
+    targets = EVERYTHING.select(model)
+    dense = [layer.weight.clone() for layer in targets]
+    Rtn(3).compress(model, targets, None)
+    for layer, weight in zip(targets, dense, strict=True):
+        low, high = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
+        scale = (high - low) / 7
+        zero = torch.round(-low / scale)
+        assert torch.equal(layer.weight, scale * (torch.clamp(torch.round(weight / scale) + zero, 0, 7) - zero))
+    with pytest.raises(BadInput, match=r"compression\.scale_bits=8 is no width of a scale; choose 16 or 32"):
+        Rtn(3, scale_bits=8).compress(model, targets, None)
 
 
 def test_a_short_last_group_is_rounded_as_one_of_its_own(tiny_model) -> None:
@@ -215,13 +232,14 @@ def test_gptq_is_deterministic(tiny_model) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_rounding_reports_its_bits(tiny_model) -> None:
+@pytest.mark.parametrize("scale_bits", [16, 32])
+def test_rounding_reports_its_bits(scale_bits, tiny_model) -> None:
     model = tiny_model("gpt2")
     targets = EVERYTHING.select(model)
     before = {layer.path: layer.weight.clone() for layer in targets}
-    report = Rtn(bits=4, group_size=8).compress(model, targets, None)
+    report = Rtn(bits=4, group_size=8, scale_bits=scale_bits).compress(model, targets, None)
     assert report.bits == 4
-    assert all(layer.overhead_bits == layer.parameters // 8 * (16 + 4) for layer in report.layers)
+    assert all(layer.overhead_bits == layer.parameters // 8 * (scale_bits + 4) for layer in report.layers)
     for layer in targets:
         assert (layer.weight - before[layer.path]).abs().max() < 0.2
         assert len(layer.weight[0].unique()) <= 16 * (layer.weight.shape[1] // 8)

@@ -92,6 +92,7 @@ def test_what_is_found_is_what_was_made(name: str, architecture: str, tiny_model
     for one, other in zip(*integers, strict=True):
         assert (one is None) == (other is None)
         assert one is None or (torch.equal(one.codes, other.codes) and torch.equal(one.group_of, other.group_of))
+        assert one is None or one.scale_bits == other.scale_bits == METHODS[name].scale_bits
 
 
 def test_only_what_changed_is_kept(tiny_model: Callable[[str], Model], cache: Path) -> None:

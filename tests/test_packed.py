@@ -54,7 +54,7 @@ def test_three_bits_lie_as_in_published_checkpoints() -> None:
         Gptq(bits=4, group_size=16, symmetric=True),
         Gptq(bits=3),
         Gptq(bits=2, group_size=32, static_groups=False),
-        Rtn(bits=8, symmetric=True),
+        Rtn(bits=8, symmetric=True, scale_bits=16),
     ],
     ids=["gptq4-g16-sym", "gptq3", "gptq2-g32-act-order", "rtn8-sym"],
 )
@@ -104,7 +104,7 @@ def test_a_packed_checkpoint_holds_the_weights(
 def test_layers_left_alone_are_named(tiny_tokenizer: object, tmp_path: Path) -> None:
     network = build_network("llama", hidden_size=64, intermediate_size=96, head_dim=32)
     model = Model(network, tiny_tokenizer, "llama")  # type: ignore[arg-type]
-    Rtn(symmetric=True).compress(model, Target("att", ["decoder_self_att"]).select(model), None)
+    Rtn(symmetric=True, scale_bits=16).compress(model, Target("att", ["decoder_self_att"]).select(model), None)
     save_packed(model, tmp_path / "packed")
     config = json.loads((tmp_path / "packed" / "quantize_config.json").read_text())
     assert r"-:^model\.layers\.1\.mlp\.up_proj$" in config["dynamic"]
@@ -116,14 +116,17 @@ def test_what_cannot_be_packed_is_one_line(tiny_model: Callable[[str], Model], t
     with pytest.raises(BadInput, match="no layer with integers"):
         save_packed(model, tmp_path / "packed")
     targets = ALL.select(model)
-    Rtn(bits=3).compress(model, targets, None)
+    Rtn(bits=4).compress(model, targets, None)
+    with pytest.raises(BadInput, match=r"scales of 16 bits; choose compression\.scale_bits=16"):
+        save_packed(model, tmp_path / "packed")
+    Rtn(bits=3, scale_bits=16).compress(model, targets, None)
     with pytest.raises(BadInput, match=r"16 (in|out)puts of .* do not fill whole words with 3 bits"):
         save_packed(model, tmp_path / "packed")
     half = [layer for layer in linear_layers(model) if layer.role == "ff"]
-    Rtn(bits=4).compress(model, type(targets)(half, model), None)
+    Rtn(bits=4, scale_bits=16).compress(model, type(targets)(half, model), None)
     with pytest.raises(BadInput, match="one width and group size"):
         save_packed(model, tmp_path / "packed")
-    Rtn(bits=4, group_size=10).compress(model, targets, None)
+    Rtn(bits=4, group_size=10, scale_bits=16).compress(model, targets, None)
     with pytest.raises(BadInput, match=r"groups of one size, but the last of model\.layers\.0"):
         save_packed(model, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from knowledge_compression.compression.blocks import compress_calibrated
 from knowledge_compression.compression.compensation import compensate
 from knowledge_compression.compression.hessian import Hessian, check_damping, inverse_factor, relative_errors
 from knowledge_compression.compression.quantizer import (
+    SCALE_BITS,
     Grid,
     GroupedColumns,
     QuantizedWeight,
@@ -32,7 +33,8 @@ class Gptq:
     ``clip=minmax desc_act=false``.
 
     Attributes:
-        bits, group_size, symmetric, clip: the grid (:class:`~knowledge_compression.compression.quantizer.Grid`).
+        bits, group_size, symmetric, clip, scale_bits: the grid
+            (:class:`~knowledge_compression.compression.quantizer.Grid`).
         desc_act: round the columns in the order of falling second moment, not as they stand.
         static_groups: choose every group's grid beforehand, from the columns as they stand, so that a group is a run of
             neighbours whatever the order; else a group is a run of the order, its grid chosen when its turn comes.
@@ -47,6 +49,7 @@ class Gptq:
     group_size: int | None = None
     symmetric: bool = False
     clip: str = "mse"
+    scale_bits: int = SCALE_BITS
     desc_act: bool = True
     static_groups: bool = True
     damping: float = 0.01
@@ -60,7 +63,7 @@ class Gptq:
     @property
     def grid(self) -> Grid:
         """The grid that was asked for."""
-        return Grid(self.bits, self.group_size, self.symmetric, self.clip)
+        return Grid(self.bits, self.group_size, self.symmetric, self.clip, self.scale_bits)
 
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
         """Quantize the targets in place."""
@@ -79,7 +82,7 @@ class Gptq:
         hessian = statistics.matrix
         weight = torch.cat([layer.weight for layer in layers]).to(hessian)
         quantized, damping, fallbacks = self.quantize(weight, hessian)
-        plain = plainly_rounded(weight, Grid(self.bits, self.group_size, self.symmetric)).dequantize().to(weight)
+        plain = plainly_rounded(weight, replace(self.grid, clip="minmax")).dequantize().to(weight)
         seconds = (time.perf_counter() - start) / len(layers)
         reports, row = [], 0
         heights = [len(layer.weight) for layer in layers]

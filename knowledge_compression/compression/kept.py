@@ -37,9 +37,10 @@ from knowledge_compression.models.targets import TargetLayer, linear_layers
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raised when an old file would be read as another model
+FORMAT = 2  # raised when an old file would be read as another model
 _FILE = "changes.safetensors"
 _CODES = ("codes", "scales", "zeros", "group_of")
+_SETTINGS = ("bits", "symmetric", "scale_bits")
 _MODULES = {kind.__name__: kind for kind in (Int8Linear, StaticInt8Linear, SmoothedInt8Linear)}
 
 
@@ -212,7 +213,7 @@ def _write(folder: Path, model: Model, before: _State, report: CompressionReport
     about = {
         "format": FORMAT,
         "untied": before.tied and not model.head_is_tied,
-        "codes": {path: {"bits": weight.bits, "symmetric": weight.symmetric} for path, weight in codes.items()},
+        "codes": {path: {name: getattr(weight, name) for name in _SETTINGS} for path, weight in codes.items()},
         "modules": {path: [type(module).__name__, module.settings] for path, module in modules.items()},
         "report": report.to_json(),
     }

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knowledge_compression.compression.quantizer import QuantizedWeight, quantized_weight
+from knowledge_compression.compression.quantizer import SCALE_BITS, QuantizedWeight, quantized_weight
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, TargetLayer
 from knowledge_compression.models.families import FINAL, TRANSFORM
@@ -40,8 +40,8 @@ def save_packed(model: Model, folder: Path) -> None:
         folder: where to; replaced if it is there.
 
     Raises:
-        BadInput: no layer has integers, they are of several kinds or in groups of two
-            sizes, or a layer's size does not fill whole words.
+        BadInput: no layer has integers, their scales are wider than the format's, they are of several kinds or in
+            groups of two sizes, or a layer's size does not fill whole words.
     """
     layers = linear_layers(model)
     packed = {layer: found for layer in layers if (found := quantized_weight(layer)) is not None}
@@ -50,6 +50,8 @@ def save_packed(model: Model, folder: Path) -> None:
             f"{model.name} has no layer with integers behind its weights to pack; output.save_model=packed takes "
             "compression=gptq or rtn as the last step"
         )
+    if any(weight.scale_bits != SCALE_BITS for weight in packed.values()):
+        raise BadInput("a packed checkpoint holds scales of 16 bits; choose compression.scale_bits=16")
     if uneven := [layer.path for layer, weight in packed.items() if not weight.groups_alike]:
         raise BadInput(
             f"a packed checkpoint has groups of one size, but the last of {uneven[0]} is shorter; "

@@ -18,8 +18,9 @@ from knowledge_compression.models.targets import TargetLayer
 
 CLIPS = ("minmax", "mse")
 _SHRUNK = [1 - step / 20 for step in range(1, 15)]  # shares of the span that `mse` tries beside the whole of it
+_SCALES = {16: torch.float16, 32: torch.float32}  # by their bits
 _IN_CACHE = 1 << 17  # values
-SCALE_BITS = 16  # scales are stored as float16, as packed checkpoints hold them
+SCALE_BITS = 16  # of a float16, as packed checkpoints hold scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +29,12 @@ class QuantizedWeight:
 
     Attributes:
         codes: uint8 ``[out_features, in_features]``, columns in the layer's own order.
-        scales: float32 ``[out_features, groups]``, every value exact in float16.
+        scales: float32 ``[out_features, groups]``, every value exact in a float of ``scale_bits``.
         zeros: uint8 ``[out_features, groups]``.
         group_of: int32 ``[in_features]``, the group of each input column (``g_idx`` of packed checkpoints).
         bits: width of a code.
         symmetric: whether every zero point is ``2^(bits - 1)``.
+        scale_bits: width of a scale.
     """
 
     codes: Tensor
@@ -41,6 +43,7 @@ class QuantizedWeight:
     group_of: Tensor
     bits: int
     symmetric: bool
+    scale_bits: int
 
     @classmethod
     def made(cls, codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, grid: Grid) -> QuantizedWeight:
@@ -52,6 +55,7 @@ class QuantizedWeight:
             group_of.to("cpu", torch.int32),
             grid.bits,
             grid.symmetric,
+            grid.scale_bits,
         )
 
     def dequantize(self) -> Tensor:
@@ -75,7 +79,7 @@ class QuantizedWeight:
     @property
     def overhead_bits(self) -> int:
         """Bits for scales and, where they vary, zero points."""
-        return self.scales.numel() * (SCALE_BITS + (0 if self.symmetric else self.bits))
+        return self.scales.numel() * (self.scale_bits + (0 if self.symmetric else self.bits))
 
 
 def quantized_weight(layer: TargetLayer) -> QuantizedWeight | None:
@@ -106,12 +110,14 @@ class Grid:
         symmetric: whether the zero point is fixed at the middle of the range.
         clip: ``minmax`` (the grid spans all values) or ``mse`` (it may cut off extremes where that makes the squared
             rounding error smaller, as a finer grid then serves the rest).
+        scale_bits: 16 or 32, the width of the floating numbers that scales are; packed checkpoints hold 16.
     """
 
     bits: int
     group_size: int | None = None
     symmetric: bool = False
     clip: str = "minmax"
+    scale_bits: int = SCALE_BITS
 
     def __post_init__(self) -> None:
         """Refuse widths that no packed format holds."""
@@ -123,6 +129,8 @@ class Grid:
             )
         if self.clip not in CLIPS:
             raise BadInput(f"compression.clip={self.clip} does not exist; choose one of {', '.join(CLIPS)}")
+        if self.scale_bits not in _SCALES:
+            raise BadInput(f"compression.scale_bits={self.scale_bits} is no width of a scale; choose 16 or 32")
 
     @property
     def top(self) -> int:
@@ -192,14 +200,16 @@ class Grid:
         if self.symmetric:
             high = torch.maximum(-low, high)
             low = -high
-        scales = storable((high - low) / self.top)
+        scales = storable((high - low) / self.top, _SCALES[self.scale_bits])
         zeros = torch.full_like(scales, 2 ** (self.bits - 1)) if self.symmetric else torch.round(-low / scales)
         return scales, zeros.clamp(0, self.top)
 
 
-def storable(scales: Tensor) -> Tensor:
-    """The nearest scales that float16 holds; a row of zeros gets 1."""
-    return torch.where(scales > 0, scales.half().to(scales).clamp(min=2.0**-24, max=65504.0), torch.ones_like(scales))
+def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest scales above zero that a floating type holds; a row of zeros gets 1."""
+    limits = torch.finfo(dtype)
+    nearest = scales.to(dtype).to(scales).clamp(min=limits.smallest_normal * limits.eps, max=limits.max)
+    return torch.where(scales > 0, nearest, torch.ones_like(scales))
 
 
 class GroupedColumns:

@@ -19,19 +19,21 @@ class Rtn:
     """Round every weight to the nearest point of its row's (or group's) grid; needs no text.
 
     Attributes:
-        bits, group_size, symmetric, clip: the grid (:class:`~knowledge_compression.compression.quantizer.Grid`).
+        bits, group_size, symmetric, clip, scale_bits: the grid
+            (:class:`~knowledge_compression.compression.quantizer.Grid`).
     """
 
     bits: int = 4
     group_size: int | None = None
     symmetric: bool = False
     clip: str = "minmax"
+    scale_bits: int = 32
     calibrated: ClassVar[bool] = False
     layerwise: ClassVar[bool] = True
 
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
         """Quantize the targets in place."""
-        grid = Grid(self.bits, self.group_size, self.symmetric, self.clip)
+        grid = Grid(self.bits, self.group_size, self.symmetric, self.clip, self.scale_bits)
         grid.check(targets, whole=False)
         with reporting("rtn", model, targets) as report:
             for layer in targets:

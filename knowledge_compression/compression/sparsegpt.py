@@ -14,7 +14,7 @@ from knowledge_compression.compression.base import check_sparsity
 from knowledge_compression.compression.blocks import compress_calibrated
 from knowledge_compression.compression.compensation import compensate
 from knowledge_compression.compression.hessian import Hessian, check_damping, inverse_factor, relative_errors
-from knowledge_compression.compression.quantizer import Grid, GroupedColumns, QuantizedWeight
+from knowledge_compression.compression.quantizer import SCALE_BITS, Grid, GroupedColumns, QuantizedWeight
 from knowledge_compression.compression.refit import refit
 from knowledge_compression.compression.report import CompressionReport, LayerReport
 from knowledge_compression.compression.threshold import smallest
@@ -52,7 +52,7 @@ class SparseGpt:
         sparsity: share of each layer's weights to remove, in [0, 1).
         pattern: ``n:m``, e.g. ``2:4``: keep n of every m neighbouring inputs; the sparsity is then that of the pattern.
         bits: width of the codes that the kept weights are rounded to as well; None leaves them as they are.
-        group_size, symmetric, clip: the grid, where ``bits`` is given.
+        group_size, symmetric, clip, scale_bits: the grid, where ``bits`` is given.
         damping: what is added to the Hessian's diagonal, relative to its mean.
         block_size: columns among which the weights that go are chosen together (without a pattern).
         refit: steps of conjugate gradients by which the kept weights are fitted together when it is settled which they
@@ -68,6 +68,7 @@ class SparseGpt:
     group_size: int | None = None
     symmetric: bool = False
     clip: str = "mse"
+    scale_bits: int = SCALE_BITS
     damping: float = 0.01
     block_size: int = 128
     refit: int = 6
@@ -80,7 +81,9 @@ class SparseGpt:
     @property
     def grid(self) -> Grid | None:
         """The grid that was asked for, if any."""
-        return Grid(self.bits, self.group_size, self.symmetric, self.clip) if self.bits is not None else None
+        if self.bits is None:
+            return None
+        return Grid(self.bits, self.group_size, self.symmetric, self.clip, self.scale_bits)
 
     @property
     def shape(self) -> Pattern | None:
