@@ -8,8 +8,7 @@ import os
 import shutil
 import socket
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -96,14 +95,10 @@ def _rate(place: str, dtype: object) -> float:
     """Floating-point operations a second of a square matrix product, median of a few."""
     import torch
 
+    from knowledge_compression.timing import timed
+
     a = torch.ones(_SIDE, _SIDE, device=place, dtype=dtype)  # type: ignore[call-overload]
-    wait: Callable[[], None] = torch.cuda.synchronize if place != "cpu" else lambda: None
-    seconds = []
-    for _ in range(_REPEATS + 1):  # the first one warms up
-        start = time.perf_counter()
-        a @ a
-        wait()
-        seconds.append(time.perf_counter() - start)
+    seconds = [timed(a.device, lambda: a @ a)[0] for _ in range(_REPEATS + 1)]  # the first one warms up
     return 2 * _SIDE**3 / statistics.median(seconds[1:])
 
 

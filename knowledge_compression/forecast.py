@@ -34,6 +34,7 @@ from knowledge_compression.models.families import ENCODER_DECODER
 from knowledge_compression.models.loading import auto_class, resolve_device, resolve_dtype
 from knowledge_compression.models.targets import is_linear, linear_layers
 from knowledge_compression.results.store import Run, RunStore
+from knowledge_compression.timing import timed
 
 log = logging.getLogger(__name__)
 
@@ -323,15 +324,10 @@ def measured_rate(experiment: Experiment, skeleton: Model) -> float:
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if skeleton.family == ENCODER_DECODER else {})
     block = Model(network, skeleton.tokenizer, skeleton.name)
     weights = sum(layer.parameters for layer in linear_layers(block) if layer.role != "final")
-    wait = getattr(getattr(torch, device.type), "synchronize", lambda: None)
     passes: list[float] = []
-    while sum(passes) < _PROBING or len(passes) < _PASSES:
-        wait()
-        start = time.perf_counter()
-        with torch.inference_mode():
-            network.base_model(**inputs)
-        wait()
-        passes.append(time.perf_counter() - start)
+    with torch.inference_mode():
+        while sum(passes) < _PROBING or len(passes) < _PASSES:
+            passes.append(timed(device, lambda: network.base_model(**inputs))[0])
     return ids.numel() * weights / median(passes)
 
 

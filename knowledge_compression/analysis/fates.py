@@ -60,15 +60,11 @@ def shares_of_fates(group: Group, run: Run) -> list[Row]:
     for by, value, facts in _parts(ledger, ["task", *extra]):
         counts, lost = Counter(facts["fate"].to_list()), facts.filter(pl.col("fate") == LOST)
         fell = lost.select(pl.col("log_prob_before") - pl.col("log_prob_after"))["log_prob_before"]
+        ranks = mean_t(lost["rank_after"].drop_nulls().log().to_numpy())
         rows.append(
             {"by": by, "value": value, "counts": [counts[fate] for fate in FATES]}
             | {"lost": _share(counts[LOST], counts[KEPT]), "gained": _share(counts[GAINED], counts[NEVER_KNOWN])}
-            | {
-                "rank": ranks.through(math.exp)
-                if (ranks := mean_t(lost["rank_after"].drop_nulls().log().to_numpy()))
-                else None
-            }
-            | {"fell": mean_t(fell.filter(fell.is_finite()).to_numpy())}
+            | {"rank": ranks and ranks.through(math.exp), "fell": mean_t(fell.filter(fell.is_finite()).to_numpy())}
         )
     return rows
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import gc
 import inspect
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from knowledge_compression.evaluation.suite import Evaluation, item_table
 from knowledge_compression.memory import Peak, peak_memory
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER
+from knowledge_compression.timing import timed
 
 PREFILL, DECODE = "prefill", "decode"
 
@@ -85,17 +85,17 @@ class Latency:
     def _once(self, model: Model, ids: Tensor) -> dict[str, float]:
         network = model.network
         if model.family == ENCODER:
-            return {PREFILL: _timed(model.device, lambda: network(input_ids=ids))[0]}
+            return {PREFILL: timed(model.device, lambda: network(input_ids=ids))[0]}
         fields: dict[str, Any] = {"use_cache": True}
         if model.family == DECODER:
             said = "input_ids"
             if "logits_to_keep" in inspect.signature(network.forward).parameters:
                 fields["logits_to_keep"] = 1  # what generation asks for
-            prefill, output = _timed(model.device, lambda: network(input_ids=ids, **fields))
+            prefill, output = timed(model.device, lambda: network(input_ids=ids, **fields))
         else:
             said = "decoder_input_ids"
             start = torch.full_like(ids[:, :1], network.config.decoder_start_token_id)
-            prefill, output = _timed(model.device, lambda: network(input_ids=ids, decoder_input_ids=start, **fields))
+            prefill, output = timed(model.device, lambda: network(input_ids=ids, decoder_input_ids=start, **fields))
             fields["encoder_outputs"] = (output.encoder_last_hidden_state,)
 
         def decode(output: Any) -> Any:
@@ -104,7 +104,7 @@ class Latency:
                 output = network(**{said: token}, past_key_values=output.past_key_values, **fields)
             return output
 
-        decoding, _ = _timed(model.device, lambda: decode(output))
+        decoding, _ = timed(model.device, lambda: decode(output))
         return {PREFILL: prefill, DECODE: decoding / self.decode_tokens}
 
     def _description(self, model: Model, memory: Peak) -> dict[str, Any]:
@@ -118,19 +118,6 @@ class Latency:
             "threads": torch.get_num_threads(),
             "memory": memory.source,
         }
-
-
-def _timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
-    _wait_for(device)
-    start = time.perf_counter()
-    result = work()
-    _wait_for(device)
-    return time.perf_counter() - start, result
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _metrics(seconds: Mapping[str, list[float]], memory: Peak) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from knowledge_compression.cache import cached_folder
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER_DECODER
+from knowledge_compression.timing import timed
 
 log = logging.getLogger(__name__)
 
@@ -120,12 +120,4 @@ def _seconds(model: Model, tokens: int) -> float:
     network: Any = model.network
     body = network.get_encoder() if model.family == ENCODER_DECODER else network.base_model
     ids = torch.randint(model.network.config.vocab_size, (tokens // _ROW, _ROW), device=model.device)
-    wait = getattr(getattr(torch, model.device.type), "synchronize", lambda: None)
-    times = []
-    for _ in range(3):
-        wait()
-        start = time.perf_counter()
-        body(input_ids=ids)
-        wait()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(timed(model.device, lambda: body(input_ids=ids))[0] for _ in range(3))
