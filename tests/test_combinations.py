@@ -72,6 +72,7 @@ def test_every_shipped_choice_is_assembled_as_hydra_composes_it(
         assert sweep.check() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "composed"),
     [

@@ -54,6 +54,7 @@ def test_every_tracker_can_be_made(choice, monkeypatch):
     tracker_from(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", shipped("experiment"))
 def test_every_preset_makes_an_experiment(preset, data_dir):
     config, choices = composed(f"+{preset}", f"data_dir={data_dir}")

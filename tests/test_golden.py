@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from golden import controlled_world
 
 from knowledge_compression.analysis import markdown, tables
@@ -9,11 +10,13 @@ from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.analysis.findings import CONTRADICTED, SUPPORTED, check
 
 
+@pytest.mark.slow
 def test_the_report_on_the_controlled_world_is_the_one_that_was_read_and_kept():
     """Made anew with ``python tests/golden/controlled_world.py STORE``; a change of it is a change of what we say."""
     assert controlled_world.written() == controlled_world.REPORT.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_world_supports_what_it_should():
     comparisons = compare(controlled_world.kept())
     assert [group.asked.model for group in comparisons] == ["world_decoder", "world_encoder", "world_encoder_decoder"]

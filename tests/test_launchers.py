@@ -57,6 +57,7 @@ def test_a_killed_job_is_marked_and_the_others_go_on(tmp_path: Path, capsys: pyt
     assert len(said) == 2 and all(outcomes[i].line in said for i in (1, 2))
 
 
+@pytest.mark.slow
 def test_no_more_than_so_many_at_once(tmp_path: Path) -> None:
     launched(tmp_path, ["work"] * 5, at_once=2)
     spans = [tuple(map(float, (tmp_path / str(i) / "span").read_text().split())) for i in range(5)]

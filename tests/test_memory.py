@@ -33,6 +33,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(_glibc() is None, reason="only glibc is told what to keep")
 def test_freed_memory_is_not_asked_for_again():
     asked = {

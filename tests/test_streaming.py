@@ -88,6 +88,7 @@ def assert_same(one: Path, other: Path) -> None:
         assert torch.equal(left[name], right[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [ALL, WITH_HEAD], ids=["all", "with_head"])
 @pytest.mark.parametrize("architecture", SHARDED)
 def test_magnitude_is_the_same_streamed(

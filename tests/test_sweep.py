@@ -116,6 +116,7 @@ def test_a_sweep_over_evaluations_compresses_once(command: Any, tmp_path: Path) 
     assert len({run.metrics.get("probe.log_prob", run.metrics.get("second.log_prob")) for run in runs}) == 1
 
 
+@pytest.mark.slow
 def test_a_large_sweep_with_nothing_to_do_draws_no_table(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
