@@ -13,7 +13,8 @@ from knowledge_compression.evaluation.scoring import Question, Scorer
 from knowledge_compression.evaluation.suite import item_table
 from knowledge_compression.recovery.attention import attend, attend_plainly
 from knowledge_compression.recovery.bank import bank_of
-from knowledge_compression.recovery.prompted import ONCE, PER_LAYER, SELECTIONS, Prompted
+from knowledge_compression.recovery.prompted import Prompted
+from knowledge_compression.recovery.reading import ONCE, PER_LAYER, SELECTIONS
 from tests.conftest import VOCABULARY, build_network
 
 DECODERS = ("llama", "opt", "gpt2", "gpt_neox", "qwen2")

@@ -11,8 +11,9 @@ from torch import Tensor
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 from knowledge_compression.recovery.bank import bank_of
-from knowledge_compression.recovery.prompted import PER_LAYER, SELECTIONS, Prompted
+from knowledge_compression.recovery.prompted import Prompted
 from knowledge_compression.recovery.prompts import SeveralPrompts
+from knowledge_compression.recovery.reading import PER_LAYER, SELECTIONS
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -20,70 +19,8 @@ from torch import Tensor, nn
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
-from knowledge_compression.recovery.attention import PROMPTED, attend
 from knowledge_compression.recovery.bank import PromptBank, check_decoder, has_rotary_positions
-
-PER_LAYER, ONCE = "per_layer", "once"
-SELECTIONS = (PER_LAYER, ONCE)
-
-
-@dataclass
-class Reading:
-    """One pass of a network over some rows: which prompt each row uses in each layer.
-
-    Attributes:
-        bank: the prompts.
-        selection: ``per_layer`` or ``once``.
-        context: float ``[rows, tokens]``, 1 for the input tokens whose attention chooses; None once all is chosen.
-        choices: prompt of each row by layer, ``[rows]`` each; filled as the layers are passed.
-        ids: token ids ``[rows, tokens]``, where it was given ids.
-    """
-
-    bank: PromptBank
-    selection: str
-    context: Tensor | None
-    choices: dict[int, Tensor] = field(default_factory=dict)
-    ids: Tensor | None = None
-
-    def attend_to_prompt(self, layer: int, query: Tensor, own_sum: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Attend to the prompt that each row uses in this layer, choosing it first where it is not chosen yet.
-
-        Args:
-            layer: index of the layer.
-            query: ``[rows, heads, tokens, width]``.
-            own_sum: log-sum-exp of the scores of the input with itself, ``[rows, heads, tokens]``.
-            scale: factor on the dot products.
-
-        Returns:
-            Attended prompt values ``[rows, heads, tokens, width]`` and their log-sum-exp ``[rows, heads, tokens]``.
-        """
-        known = self.choices.get(0 if self.selection == ONCE else layer)
-        keys, values = self.bank.keys[layer], self.bank.values[layer]
-        if known is not None:
-            return attend(query, keys[known], values[known], scale=scale, bias=self.bank.bias[known])
-        rows = query.shape[0]
-        parts = [
-            attend(
-                query,
-                keys[i, :, -n:].expand(rows, -1, -1, -1),
-                values[i, :, -n:].expand(rows, -1, -1, -1),
-                scale=scale,
-            )
-            for i, n in enumerate(self.bank.lengths)
-        ]
-        sums = torch.stack([part_sum for _, part_sum in parts])
-        choice = self._choose(sums, own_sum)
-        self.choices[layer] = choice
-        pick = choice, torch.arange(rows, device=query.device)
-        return torch.stack([attended for attended, _ in parts])[pick], sums[pick]
-
-    def _choose(self, sums: Tensor, own_sum: Tensor) -> Tensor:
-        """The prompt with the largest mean attention over heads, input tokens and its own tokens (paper, 3.1.1)."""
-        assert self.context is not None
-        total = torch.logsumexp(torch.cat([sums, own_sum[None]]), dim=0)
-        paid = (sums - total).exp().mean(2)  # [prompts, rows, tokens]: attention to all tokens of a prompt
-        by_row = (paid * self.context).sum(-1) / self.context.sum(-1)
-        return (by_row / torch.tensor(self.bank.lengths, device=sums.device)[:, None]).argmax(0)
+from knowledge_compression.recovery.reading import ONCE, PER_LAYER, PROMPTED, SELECTIONS, Reading
 
 
 class _FirstLayerChose(Exception):
