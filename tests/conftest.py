@@ -120,7 +120,10 @@ def tiny_model(_tiny_networks: dict[str, Any], tiny_tokenizer: PreTrainedTokeniz
     return make
 
 
-@pytest.fixture(params=sorted(TINY))
+_QUICK = ("bert", "t5", "llama", "gpt2")  # one of each family, and transposed weights
+
+
+@pytest.fixture(params=[pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in sorted(TINY)])
 def any_tiny_model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Model]) -> Model:
     """A tiny model of every architecture in turn."""
     return tiny_model(request.param)

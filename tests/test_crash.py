@@ -13,6 +13,8 @@ sys.path.insert(0, str(PARTS))  # of this process and of those it starts
 
 from sweep_parts import do_run  # noqa: E402
 
+pytestmark = pytest.mark.slow  # every test starts processes
+
 # What an undisturbed run comes by, in order.
 WAY = [
     "load",
@@ -81,7 +83,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, pro
     return result(folder / "outputs")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("place", WAY)
 def test_a_run_killed_anywhere_goes_on_to_the_same_result(
     place: str, attempt: Any, undisturbed: dict[str, Any], tmp_path: Path
@@ -106,7 +107,6 @@ def test_processes_given_the_same_run_at_once_do_it_once(
     assert result(tmp_path / "outputs") == undisturbed
 
 
-@pytest.mark.slow
 def test_one_that_waits_takes_over_from_one_that_is_killed(
     attempt: Any, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -130,7 +130,6 @@ def test_a_run_that_raises_keeps_what_it_had(attempt: Any, undisturbed: dict[str
     assert result(tmp_path / "outputs") == undisturbed
 
 
-@pytest.mark.slow
 def test_a_training_that_is_killed_goes_on_from_the_step_it_reached(
     attempt: Any, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, tiny_folder: Path, processes: Any
 ) -> None:
@@ -154,7 +153,6 @@ def test_a_training_that_is_killed_goes_on_from_the_step_it_reached(
     assert here.report["recovery"]["loss_after"] == there.report["recovery"]["loss_after"]
 
 
-@pytest.mark.slow
 def test_runs_that_differ_in_what_follows_compress_once(attempt: Any, tmp_path: Path) -> None:
     """Also in processes that start together; and what was found gives what compressing gives."""
     from knowledge_compression.results.store import RunStore

@@ -164,6 +164,7 @@ def test_passes_over_the_text_are_those_that_the_walk_makes(
     assert seen == forward * 4 * 16 + (16 if gptq.true_sequential else 0)  # one window shows what reads what
 
 
+@pytest.mark.slow
 def test_the_rate_is_measured_where_nothing_tells_it(tiny_folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     experiment = made(tiny_folder, {"a": SUITE})

@@ -69,6 +69,7 @@ def everything(model: Model) -> dict[str, torch.Tensor]:
     return dict(chain(model.network.named_parameters(), model.network.named_buffers()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5", "bert"])
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_found_is_what_was_made(name: str, architecture: str, tiny_model: Callable[[str], Model]) -> None:

@@ -53,6 +53,7 @@ print(memory.bytes)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_worst_moment():
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", HUNGRY], cwd=root, capture_output=True, text=True, timeout=120)

@@ -46,6 +46,7 @@ def launched(tmp_path: Path, whats: list[str], retries: int = 0, **options: Any)
     return [returned.return_value for returned in returns]
 
 
+@pytest.mark.slow
 def test_a_killed_job_is_marked_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcomes = launched(tmp_path, ["work", "kill", "exit", "work", "work"], at_once=3)
     assert [outcome.status for outcome in outcomes] == ["done", "failed", "failed", "done", "done"]
@@ -65,12 +66,14 @@ def test_no_more_than_so_many_at_once(tmp_path: Path) -> None:
         assert sum(begin <= start < end for begin, end in spans) <= 2
 
 
+@pytest.mark.slow
 def test_a_job_that_takes_too_much_memory_is_ended(tmp_path: Path) -> None:
     outcomes = launched(tmp_path, ["hoard", "work"], at_once=2, memory_gb=0.5)
     assert outcomes[0].message == "out of memory: it took more than 0.5 GB"
     assert outcomes[1].status == "done"
 
 
+@pytest.mark.slow
 def test_a_killed_job_is_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcomes = launched(tmp_path, ["kill_once", "kill"], retries=1, at_once=2)
     assert [outcome.status for outcome in outcomes] == ["done", "failed"]

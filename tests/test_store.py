@@ -143,6 +143,7 @@ def _hold(folder: str, ready: Any, seconds: float) -> None:
         time.sleep(seconds)
 
 
+@pytest.mark.slow
 def test_the_claim_of_a_dead_process_is_taken_over_and_a_living_one_waited_for(tmp_path: Path, processes: Any) -> None:
     ready = processes.Event()
     holder = processes.Process(target=_hold, args=(str(tmp_path), ready, 1.0))
@@ -162,6 +163,7 @@ def test_the_claim_of_a_dead_process_is_taken_over_and_a_living_one_waited_for(t
         pass
 
 
+@pytest.mark.slow
 def test_a_dead_owner_on_another_host_is_taken_over_when_its_lease_ends(tmp_path: Path) -> None:
     store = RunStore(tmp_path, lease=2.0)
     lock = tmp_path / "unfinished" / "a1.lock"

@@ -139,6 +139,7 @@ def test_ties_go_to_the_same_weights(saved: Callable[..., LocalModel], tmp_path:
     assert_same(tmp_path / "streamed", tmp_path / "memory")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "bert", "t5", "gpt2", "opt"])
 @pytest.mark.parametrize("name", ["gptq", "sparsegpt", "wanda", "awq", "rtn"])
 def test_calibrated_methods_are_the_same_streamed(
