@@ -104,6 +104,7 @@ def test_candidates_of_one_and_more_tokens_score_as_a_plain_reading(architecture
         torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", FAMILIES)
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
@@ -119,6 +120,7 @@ def test_the_answer_does_not_depend_on_the_company(architecture, tiny_model, sub
         torch.testing.assert_close(scores, scores_of(model, [one], answers)[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["bert", "t5", "llama"])
 @pytest.mark.parametrize("calibrate", [False, True])
 def test_ranking_in_the_vocabulary_against_a_plain_sort(architecture, calibrate, tiny_model):

@@ -31,6 +31,7 @@ def composed(*overrides: str):
     return config, config.hydra.runtime.choices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", shipped("model", "target", "compression", "recovery", "corpus"))
 def test_every_choice_makes_an_experiment(choice):
     config, choices = composed(choice, *NEEDED.get(choice, []))

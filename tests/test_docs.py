@@ -70,6 +70,7 @@ def test_every_module_has_the_options_it_is_called_with(page, command, capsys):
     assert all(word.split("=")[0] in offered for word in words[1:] if word.startswith("-"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "command"), [*commands("python run.py"), *commands("run.py")])
 def test_every_run_command_makes_an_experiment(page, command, data_dir):
     alone = re.split(r"[;|]|&&", command.partition("run.py ")[2])[0]

@@ -87,6 +87,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
 def test_every_task_answers_as_stock_does(
     tiny_model: Callable[[str], Model], tasks_dir: Path, architecture: str

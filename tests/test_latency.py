@@ -15,6 +15,7 @@ from knowledge_compression.evaluation.latency import Latency
 SMALL = Latency(batch=2, length=12, decode_tokens=3, repeats=4, warmup=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "t5", "bart", "bert"])
 def test_every_family_is_measured(tiny_model, architecture):
     found = SMALL.evaluate(tiny_model(architecture))

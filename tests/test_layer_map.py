@@ -14,6 +14,7 @@ from knowledge_compression.compression.rtn import Rtn
 from knowledge_compression.results.layer_map import layer_map
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "t5", "albert"])
 def test_a_map_is_a_png_that_differs_with_what_was_done(tiny_model, architecture: str) -> None:
     maps = []

@@ -69,6 +69,7 @@ def loss(model, text):
     return float(total) / count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "strategy"), FITTING)
 def test_every_recovery_lowers_the_loss_and_leaves_the_base_as_it_was(tiny_model, text, architecture, strategy):
     model = tiny_model(architecture)

@@ -81,6 +81,7 @@ def test_a_store_of_broken_folders_alone_is_one_line_that_names_one(tmp_path, ca
     assert end.value.code == 2 and "dense000: half-copied: items.parquet is not there" in said and said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_one_line_and_nothing_is_left(store, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     for arguments in (
@@ -99,6 +100,7 @@ def facts_of(html: str) -> list[dict]:
     return json.loads(gzip.decompress(base64.b64decode(packed)))
 
 
+@pytest.mark.slow
 def test_above_the_limit_the_explorer_holds_fewer_facts_and_says_of_how_many(monkeypatch):
     luck = np.random.default_rng(1)
     runs = [made_run(luck.random(3000) < 0.7, compression="none"), made_run(luck.random(3000) < 0.5)]

@@ -75,6 +75,7 @@ def test_equals_plain_on_every_architecture(tiny_model: Callable[[str], Model], 
     assert_equals_plain(tiny_model(architecture), random_questions(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", CONTINUING)
 def test_greedy_continuations_are_found(tiny_model: Callable[[str], Model], architecture: str) -> None:
     model = tiny_model(architecture)

@@ -156,6 +156,7 @@ class Killed(Exception):
     """Stands for the process's end."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["magnitude", "rtn", "gptq"])
 @pytest.mark.parametrize("after", range(4))
 def test_it_goes_on_behind_the_last_finished_unit(
@@ -309,6 +310,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., in
     return run
 
 
+@pytest.mark.slow
 def test_the_command_line_streams(
     command: Callable[..., int], saved: Callable[..., LocalModel], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,8 @@ from knowledge_compression.results.sweeps import Outcome
 PARTS = Path(__file__).parent / "parts"
 sys.path.insert(0, str(PARTS))
 
+pytestmark = pytest.mark.slow  # every test is a command line of its own
+
 
 @pytest.fixture
 def command(
@@ -80,7 +82,6 @@ def test_outputs_that_cannot_be_written_are_one_line(command: Any, tmp_path: Pat
     assert sum("cannot be written" in line for line in said.splitlines()) == 1
 
 
-@pytest.mark.slow
 def test_a_run_that_raises_is_named_and_the_sweep_goes_on(command: Any, tmp_path: Path) -> None:
     (tmp_path / "mishaps" / "compression-0.3").write_text("bad luck")
     status, said = command("-m", "target=all", "sparsity=0.2,0.3,0.4")
@@ -116,7 +117,6 @@ def test_a_sweep_over_evaluations_compresses_once(command: Any, tmp_path: Path) 
     assert len({run.metrics.get("probe.log_prob", run.metrics.get("second.log_prob")) for run in runs}) == 1
 
 
-@pytest.mark.slow
 def test_a_large_sweep_with_nothing_to_do_draws_no_table(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,7 @@ def nobody_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     wandb.teardown()
 
 
+@pytest.mark.slow
 def test_the_compressed_model_is_an_artifact_on_request(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()

@@ -58,6 +58,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_lowers_the_loss_of_every_family(family):
     make, objective = FAMILIES[family]
