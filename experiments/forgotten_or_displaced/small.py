@@ -6,7 +6,7 @@ python experiments/forgotten_or_displaced/small.py outputs/forgotten_or_displace
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from knowledge_compression.analysis import markdown
@@ -15,18 +15,20 @@ from knowledge_compression.analysis.comparisons import Group, compare
 from knowledge_compression.analysis.fates import recoveries
 from knowledge_compression.analysis.findings import check
 from knowledge_compression.analysis.markdown import percent, points
+from knowledge_compression.analysis.measures import ANSWERS
+from knowledge_compression.analysis.metrics import with_intervals
 from knowledge_compression.analysis.naming import label
-from knowledge_compression.results.store import RunStore
-from knowledge_compression.statistics import accuracy, mean_difference
+from knowledge_compression.results.store import Run, RunStore
+from knowledge_compression.statistics import accuracy, difference_of_means, mean_difference
 
 MARKER = "<!-- what follows is written by small.py -->"
-HEADS = ["recovery", "trained parameters", "right (95 %)", "change (points)", "lost facts restored"]
 
 
 def main(store: Path, folder: Path) -> None:
     """Read the runs under ``store`` and write the tables and findings into ``folder``'s README."""
     comparisons = compare(list(RunStore(store)))
-    text = [line for group in comparisons for line in tables(group)]
+    groups = [*comparisons.groups, *comparisons.measured]
+    text = [line for group in groups for line in tables(group)]
     if not text:
         sys.exit(f"error: {store} holds no compressed run with recoveries of it and a dense one; run the presets first")
     claims = [claim for claim in CLAIMS if "Forget" in claim.source]
@@ -36,26 +38,57 @@ def main(store: Path, folder: Path) -> None:
 
 def tables(group: Group) -> Iterator[str]:
     """For every compressed model that was recovered, what each recovery gives."""
-    if group.asked.suite not in ("world", "nine_tasks"):
-        return
-    dense = group.correct(group.dense)
+    rows_of = of_answers if group.measure is ANSWERS else of_values
     for compressed, tried in recoveries(group):
-        before = group.correct(compressed)
-        lost = dense & ~before
         yield f"### {label(compressed)}, {group.asked.name}"
         yield ""
-        known = f"Dense: {percent(accuracy(dense))} of {len(dense)} items right"
-        yield f"{known}; compressed: {percent(accuracy(before))}, which lost {lost.sum()} that the dense model knows."
+        yield from rows_of(group, compressed, tried)
         yield ""
-        rows = []
-        for name, run in sorted(tried.items()):
-            after = group.correct(run)
-            change = points(mean_difference(after.astype(float) - before))
-            restored = percent(accuracy(after[lost])) if lost.any() else "none lost"
-            trained = run.report["recovery"].get("trainable_parameters", 0)
-            rows.append([name, f"{trained:,}", percent(accuracy(after)), change, restored])
-        yield from markdown.table(HEADS, rows)
-        yield ""
+
+
+def of_answers(group: Group, compressed: Run, tried: Mapping[str, Run]) -> Iterator[str]:
+    """Answers that were lost, and which of them came back."""
+    dense, before = group.correct(group.dense), group.correct(compressed)
+    lost = dense & ~before
+    known = f"Dense: {percent(accuracy(dense))} of {len(dense)} items right"
+    yield f"{known}; compressed: {percent(accuracy(before))}, which lost {lost.sum()} that the dense model knows."
+    yield ""
+    rows = []
+    for name, run in sorted(tried.items()):
+        after = group.correct(run)
+        change = points(mean_difference(after.astype(float) - before))
+        restored = percent(accuracy(after[lost])) if lost.any() else "none lost"
+        rows.append([name, trained(run), percent(accuracy(after)), change, restored])
+    yield from markdown.table(
+        ["recovery", "trained parameters", "right (95 %)", "change (points)", "lost facts restored"], rows
+    )
+
+
+def of_values(group: Group, compressed: Run, tried: Mapping[str, Run]) -> Iterator[str]:
+    """Perplexity, similarity or time, where nothing is right or wrong."""
+    measure, suite = group.measure, group.asked.suite
+    difference = (lambda one, other: mean_difference(one - other)) if measure.paired else difference_of_means
+    metrics = with_intervals([group.dense, compressed, *tried.values()])
+
+    def shown(run: Run) -> str:
+        value, interval = metrics[run.id][f"{suite}.{measure.metric}"]
+        return f"{value:.3g} [{interval.low:.3g}, {interval.high:.3g}]" if interval else f"{value:.3g}"
+
+    name = measure.metric.replace("_", " ")
+    yield f"Dense: {name} {shown(group.dense)}; compressed: {shown(compressed)}, which the changes are from."
+    yield ""
+    before = group.gains(compressed)
+    rows = []
+    for recovery, run in sorted(tried.items()):
+        after = group.gains(run)
+        changes = [difference(after[part], before[part]) for _, part in group.data_sets]
+        rows.append([recovery, trained(run), shown(run), *map(measure.words, changes)])
+    parts = [f"change, {part}" for part, _ in group.data_sets]
+    yield from markdown.table(["recovery", "trained parameters", f"{name} (95 %)", *parts], rows)
+
+
+def trained(run: Run) -> str:
+    return f"{run.report['recovery'].get('trainable_parameters', 0):,}"
 
 
 if __name__ == "__main__":
