@@ -76,7 +76,7 @@ class DividedSuite(Suite, Protocol):
 def item_table(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, pl.DataType] | None = None) -> pl.DataFrame:
     """Rows as a table in the item schema; columns that a row lacks are null."""
     schema = dict(ITEM_SCHEMA) | dict(extra or {})
-    return pl.DataFrame([{name: row.get(name) for name in schema} for row in rows], schema=schema)
+    return pl.DataFrame({name: [row.get(name) for row in rows] for name in schema}, schema=schema)
 
 
 def accuracy_metrics(items: pl.DataFrame) -> dict[str, float]:

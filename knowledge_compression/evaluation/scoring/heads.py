@@ -41,7 +41,8 @@ def head_at(network: nn.Module, rows: Tensor, positions: Tensor, width: int) -> 
     inner = without_adapters(network)
     architecture = architecture_of(inner.config)
     if architecture.pointwise_from is not None:
-        part = inner.get_submodule(f"{architecture.block_paths(inner)[-1]}.{architecture.pointwise_from}")
+        *_, last_block = inner.get_submodule(architecture.stacks[-1].blocks).children()
+        part = last_block.get_submodule(architecture.pointwise_from)
         handle = part.register_forward_pre_hook(narrow_inputs)
     else:
         body: nn.Module = inner.base_model if architecture.family == ENCODER else inner.get_decoder()

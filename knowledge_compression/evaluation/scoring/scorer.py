@@ -250,6 +250,9 @@ class Scorer:
         read_from, places = ids, mask.sum(-1) - 1
         if self.model.family == ENCODER:
             places = torch.tensor([blank.position for blank in blanks], device=ids.device)
+            if self.branches:  # one row of the mask serves all of an encoder's queries
+                hidden = torch.zeros(mask.shape, dtype=self.model.dtype, device=ids.device)
+                inputs["attention_mask"] = hidden.masked_fill_(mask == 0, torch.finfo(hidden.dtype).min)[:, None, None]
         else:
             inputs["use_cache"] = False
         if self.model.family not in (ENCODER, DECODER):
