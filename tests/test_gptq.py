@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_blocks import EVERYTHING, windows
 
 from knowledge_compression.compression.blocks import LayerInputs
+from knowledge_compression.compression.compensation import compensate
 from knowledge_compression.compression.gptq import Gptq
 from knowledge_compression.compression.hessian import Hessian, inverse_factor, relative_errors
 from knowledge_compression.compression.quantizer import Grid, plainly_rounded, quantized_weight
@@ -272,12 +273,38 @@ def test_bad_settings_are_refused_before_anything_is_touched(tiny_model, setting
     assert torch.equal(before, model.network.state_dict()["model.layers.0.self_attn.q_proj.weight"])
 
 
+@pytest.mark.parametrize(("unit", "block_size"), [(1, 128), (4, 128), (16, 16), (24, 50), (64, 128)])
+def test_columns_hear_of_all_errors_before_them_and_are_prepared_then(unit: int, block_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(90, 5, generator=generator)
+    upper = torch.randn(90, 90, generator=generator).mul(0.1).triu() + 2 * torch.eye(90)
+    expected, prepared = columns.double(), {}
+    for i in range(90):
+        if i % unit == 0:
+            prepared[i, min(i + unit, 90)] = expected[i : i + unit].clone()
+        error = (expected[i] - expected[i].round()) / upper[i, i]
+        expected[i] = expected[i].round()
+        expected[i + 1 :] -= upper[i, i + 1 :, None] * error
+    seen = {}
+
+    def prepare(start: int, end: int) -> None:
+        seen[start, end] = columns[start:end].clone()
+
+    compensate(columns, upper, lambda _, column: column.round(), prepare=prepare, unit=unit, block_size=block_size)
+    torch.testing.assert_close(columns.double(), expected)
+    assert list(seen) == list(prepared)
+    for span, values in prepared.items():
+        torch.testing.assert_close(seen[span].double(), values, rtol=1e-4, atol=1e-4)
+
+
 def test_hessians_are_means_of_outer_products() -> None:
     inputs = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     hessian = Hessian(6, torch.device("cpu"))
     for batch in inputs.split(13):
         hessian.update(LayerInputs(batch))
     torch.testing.assert_close(hessian.matrix, inputs.T @ inputs / 50)
+    with pytest.raises(RuntimeError, match="their mean already"):
+        hessian.update(LayerInputs(inputs))
 
 
 def test_hessians_may_be_weighted_by_influence() -> None:

@@ -327,6 +327,7 @@ class _Walk(Generic[S]):
         inputs, _ = self._read(unit, forwards[0])
         together = {path: group for group in sharing(inputs) for path in group}
         order = {path: place for place, path in enumerate(dict.fromkeys([*inputs, *layers]))}
+        del inputs  # what they read is looked at no more
         done_with_another = {path for path, group in together.items() if path != group[0]}
         with marked(self.network, [path for path in layers if path != unit and path not in done_with_another]):
             moving = [] if unit in layers else list(forwards)

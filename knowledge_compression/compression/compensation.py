@@ -6,10 +6,13 @@ differ only in where a column may be put.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+_LEAF = 16  # columns that tell each other their errors one by one; runs of more do so in products of matrices
 
 
 def compensate(
@@ -18,7 +21,7 @@ def compensate(
     project: Callable[[int, Tensor], Tensor],
     *,
     prepare: Callable[[int, int], None] = lambda start, end: None,
-    unit: int = 1,
+    unit: int = _LEAF,
     block_size: int = 128,
 ) -> None:
     """Replace every column by its projection, and move its error onto the later ones as the Hessian says.
@@ -30,21 +33,45 @@ def compensate(
         project: gives, for a column's index and its up-to-date values ``[out_features]``, the values it gets.
         prepare: called with each ``[start, end)`` of ``unit`` columns when all that comes before them is made up for.
         unit: columns that are prepared together.
-        block_size: columns whose errors are gathered before they move on to the columns after the block; it changes
-            the speed and not the result.
+        block_size: columns whose errors are gathered before they move on to the columns after the block, rounded to
+            whole units; it changes the speed and not the result.
     """
-    width = len(columns)
-    if block_size % unit and unit % block_size:
-        block_size = unit * max(1, block_size // unit)
+    block_size = unit * max(1, block_size // unit)
     pivots = upper.diagonal().tolist()
-    for start in range(0, width, block_size):
-        end = min(start + block_size, width)
-        errors = torch.empty_like(columns[start:end])
-        for i, column, error in zip(range(start, end), columns[start:end], errors, strict=True):
-            if i % unit == 0:
-                prepare(i, min(i + unit, width))
+    errors = columns.new_empty(block_size, columns.shape[1])
+
+    def errors_of(start: int, end: int) -> Tensor:
+        return errors[start % block_size :][: end - start]
+
+    def move(start: int, middle: int, end: int) -> None:
+        columns[middle:end].addmm_(upper[start:middle, middle:end].T, errors_of(start, middle), alpha=-1)
+
+    def one_by_one(start: int, end: int) -> None:
+        part, rows = columns[start:end], upper[start:end, start:end].triu(1)
+        for i, column, error, row in zip(range(start, end), part, errors_of(start, end), rows, strict=True):
             projected = project(i, column)
             torch.sub(column, projected, out=error).div_(pivots[i])
-            columns[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
+            part.addr_(row, error, alpha=-1)  # a whole row, whose zeros leave what is done as it is, needs no slicing
             column.copy_(projected)
-        columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+
+    def prepared(start: int, end: int) -> None:
+        prepare(start, end)
+        _halve(start, end, _LEAF, one_by_one, move)
+
+    for start in range(0, len(columns), block_size):
+        end = min(start + block_size, len(columns))
+        _halve(start, end, unit, prepared, move)
+        move(start, end, len(columns))
+
+
+def _halve(
+    start: int, end: int, whole: int, sweep: Callable[[int, int], None], move: Callable[[int, int, int], None]
+) -> None:
+    """Sweep the first half, move its errors onto the second, sweep that; down to runs of ``whole`` columns."""
+    if end - start <= whole:
+        sweep(start, end)
+        return
+    middle = start + whole * math.ceil((end - start) / whole / 2)
+    _halve(start, middle, whole, sweep, move)
+    move(start, middle, end)
+    _halve(middle, end, whole, sweep, move)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import LongTensor, Tensor
@@ -121,14 +121,10 @@ class Gptq:
             for group, start in enumerate(range(0, len(hessian), width)):
                 groups.fit(group, weight[:, start : start + width].T, importance[start : start + width])
         turned = weight.T[order].contiguous()
-        compensate(
-            turned,
-            factor.upper,
-            groups.round,
-            prepare=lambda start, end: (
-                None if beforehand else groups.fit(start // width, turned[start:end], importance[order[start:end]])
-            ),
-            unit=1 if beforehand else width,
-            block_size=self.block_size,
-        )
+
+        def fit(start: int, end: int) -> None:
+            groups.fit(start // width, turned[start:end], importance[order[start:end]])
+
+        in_turn: dict[str, Any] = {} if beforehand else {"prepare": fit, "unit": width}
+        compensate(turned, factor.upper, groups.round, block_size=self.block_size, **in_turn)
         return groups.quantized(turned, order), factor.damping, factor.fallbacks

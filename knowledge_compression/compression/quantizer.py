@@ -17,7 +17,8 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.models.targets import TargetLayer
 
 CLIPS = ("minmax", "mse")
-_SHRUNK = [1 - step / 20 for step in range(1, 15)]  # shares of the span that `mse` tries beside the whole of it
+_SHARES = [1 - step / 10 for step in range(8)]  # of the span, that `mse` tries
+_BETWEEN = 0.05  # and then as much above and below the best of them
 _SCALES = {16: torch.float16, 32: torch.float32}  # by their bits
 _IN_CACHE = 1 << 17  # values
 SCALE_BITS = 16  # of a float16, as packed checkpoints hold scales
@@ -167,25 +168,37 @@ class Grid:
             Scales and zero points, float32 ``[..., 1]``.
         """
         low, high = weight.amin(-1, keepdim=True).clamp(max=0), weight.amax(-1, keepdim=True).clamp(min=0)
-        scales, zeros = self._spanning(low, high)
-        if self.clip == "minmax":
-            return scales, zeros
-        rows = max(1, _IN_CACHE // weight[0].numel())  # a few rows at a time stay in cache through all the tries
-        for start in range(0, len(weight), rows):
-            part = slice(start, start + rows)
-            least = self._error(weight[part], scales[part], zeros[part], importance)
-            for share in _SHRUNK:
-                tried, middle = self._spanning(low[part] * share, high[part] * share)
-                error = self._error(weight[part], tried, middle, importance)
-                better = error < least
-                least = torch.where(better, error, least)
-                scales[part] = torch.where(better, tried, scales[part])
-                zeros[part] = torch.where(better, middle, zeros[part])
-        return scales, zeros
+        if self.clip == "mse":
+            rows = max(1, _IN_CACHE // weight[0].numel())  # a few rows at a time stay in cache through all the tries
+            shares = torch.cat(
+                [
+                    self._best_shares(*parts, importance)
+                    for parts in zip(weight.split(rows), low.split(rows), high.split(rows), strict=True)
+                ]
+            )
+            low, high = low * shares, high * shares
+        return self._spanning(low, high)
+
+    def _best_shares(self, weight: Tensor, low: Tensor, high: Tensor, importance: Tensor | None) -> Tensor:
+        """The shares of the spans that round with the least squared error, of those that are tried."""
+        best, least = torch.ones_like(low), torch.full_like(low, torch.inf)
+
+        def attempt(shares: Tensor | float) -> None:
+            nonlocal best, least
+            error = self._error(weight, *self._spanning(low * shares, high * shares), importance)
+            best = torch.where(error < least, shares, best)
+            least = torch.minimum(error, least)
+
+        for share in _SHARES:
+            attempt(share)
+        coarse = best
+        for step in (_BETWEEN, -_BETWEEN):
+            attempt((coarse + step).clamp(max=1))
+        return best
 
     def _error(self, weight: Tensor, scales: Tensor, zeros: Tensor, importance: Tensor | None) -> Tensor:
-        wanted = (weight / scales).add_(zeros)  # in steps of the grid, which saves looking at each value twice more
-        error = wanted.round().clamp_(0, self.top).sub_(wanted).square_()
+        wanted = weight * scales.reciprocal()  # in steps of the grid, which saves looking at each value twice more
+        error = wanted.round().clamp_(-zeros, self.top - zeros).sub_(wanted).square_()
         return (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True).mul_(scales.square())
 
     def encode(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -228,16 +241,19 @@ class GroupedColumns:
         self._groups = group_of.tolist()
         self._scales = torch.ones(groups, rows, device=group_of.device)
         self._zeros = torch.zeros_like(self._scales)
+        self._steps: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def fit(self, group: int, columns: Tensor, importance: Tensor) -> None:
         """Choose a group's grid for ``columns`` ``[columns, rows]``."""
         scales, zeros = self.grid.fit(columns.T, importance)
         self._scales[group], self._zeros[group] = scales[:, 0], zeros[:, 0]
+        lowest = -self._zeros[group]
+        self._steps[group] = self._scales[group], lowest, lowest + self.grid.top
 
     def round(self, i: int, column: Tensor) -> Tensor:
         """Round the ``i``-th column in the order."""
-        scales, zeros = self._scales[self._groups[i]], self._zeros[self._groups[i]]
-        return self.grid.encode(column, scales, zeros).sub_(zeros).mul_(scales)  # in place: there are many columns
+        scales, lowest, highest = self._steps[self._groups[i]]
+        return (column / scales).round_().clamp_(lowest, highest).mul_(scales)  # in place: there are many columns
 
     def quantized(self, columns: Tensor, order: Tensor) -> QuantizedWeight:
         """The codes of columns that were all rounded, put back from ``order``.
