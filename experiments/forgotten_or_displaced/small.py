@@ -1,6 +1,6 @@
-"""What each recovery makes of a compressed model, from the finished runs of the small presets.
+"""What each recovery makes of a compressed model, from finished runs: tables, figures and findings as one page.
 
-python experiments/forgotten_or_displaced/small.py outputs/forgotten_or_displaced experiments/forgotten_or_displaced
+python experiments/forgotten_or_displaced/small.py outputs experiments/forgotten_or_displaced/world_results.md
 """
 
 from __future__ import annotations
@@ -11,36 +11,51 @@ from pathlib import Path
 
 from knowledge_compression.analysis import markdown
 from knowledge_compression.analysis.claims import CLAIMS
-from knowledge_compression.analysis.comparisons import Group, compare
+from knowledge_compression.analysis.comparisons import Comparisons, Group, compare
 from knowledge_compression.analysis.fates import recoveries
 from knowledge_compression.analysis.findings import check
 from knowledge_compression.analysis.markdown import percent, points
 from knowledge_compression.analysis.measures import ANSWERS
 from knowledge_compression.analysis.metrics import with_intervals
 from knowledge_compression.analysis.naming import label
+from knowledge_compression.analysis.recovery_figures import RECOVERY_FIGURES
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.statistics import accuracy, difference_of_means, mean_difference
 
-MARKER = "<!-- what follows is written by small.py -->"
 
-
-def main(store: Path, folder: Path) -> None:
-    """Read the runs under ``store`` and write the tables and findings into ``folder``'s README."""
+def main(store: Path, page: Path) -> None:
+    """Read the runs under ``store`` and write ``page``, with its figures in the folder ``figures`` beside it."""
     comparisons = compare(list(RunStore(store)))
     groups = [*comparisons.groups, *comparisons.measured]
     text = [line for group in groups for line in tables(group)]
     if not text:
         sys.exit(f"error: {store} holds no compressed run with recoveries of it and a dense one; run the presets first")
+    text += ["## Figures", "", *pictures(comparisons, page), ""]
     claims = [claim for claim in CLAIMS if "Forget" in claim.source]
-    text += ["## The paper's claims", "", *markdown.findings(check(comparisons, claims))]
-    markdown.write_below(MARKER, text, folder / "README.md")
+    text += ["## The paper's claims", "", *markdown.findings(check(comparisons, claims)), ""]
+    heading = f"# {page.stem.replace('_', ' ').capitalize()}"
+    page.write_text("\n".join([heading, "", "Written by `small.py`; the README says from what.", "", *text]), "utf-8")
+
+
+def pictures(comparisons: Comparisons, page: Path) -> Iterator[str]:
+    """Draw the paper's figures as far as there are runs for them."""
+    folder = page.parent / "figures"
+    folder.mkdir(exist_ok=True)
+    tasks = any(group.asked.suite == "nine_tasks" for group in comparisons)
+    for name, make in RECOVERY_FIGURES.items():
+        if name.endswith("_by_data_set") and not tasks:  # relations are too many for a page
+            continue
+        if figure := make(comparisons):
+            path = folder / f"{page.stem}_{name}.svg"
+            figure.savefig(path)
+            yield f"![{name.replace('_', ' ')}](figures/{path.name})"
 
 
 def tables(group: Group) -> Iterator[str]:
     """For every compressed model that was recovered, what each recovery gives."""
     rows_of = of_answers if group.measure is ANSWERS else of_values
     for compressed, tried in recoveries(group):
-        yield f"### {label(compressed)}, {group.asked.name}"
+        yield f"## {label(compressed)}, {group.asked.name}"
         yield ""
         yield from rows_of(group, compressed, tried)
         yield ""

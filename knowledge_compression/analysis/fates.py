@@ -30,7 +30,7 @@ from knowledge_compression.analysis.ledger import (
     fates,
     restorations,
 )
-from knowledge_compression.analysis.naming import recovery_name
+from knowledge_compression.analysis.naming import reading_order, recovery_name
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, accuracies, accuracy, mean_t, proportion
 
@@ -125,7 +125,7 @@ def shares_restored(group: Group) -> list[Row]:
 
 def recoveries(group: Group) -> Iterator[tuple[Run, dict[str, Run]]]:
     """Every compressed run that was recovered, with its recoveries by name."""
-    for compressed in group.members:
+    for compressed in sorted(group.members, key=reading_order):
         if compressed.config["choices"]["recovery"] != "none" or compressed in group.seeds.get(group.dense.id, []):
             continue
         recovered = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 
 import numpy as np
 import polars as pl
@@ -14,12 +15,14 @@ from matplotlib.figure import Figure
 from knowledge_compression.analysis.comparisons import Comparisons, Group, is_dense
 from knowledge_compression.analysis.fates import recoveries
 from knowledge_compression.analysis.marks import bars, level, line, panels
-from knowledge_compression.analysis.naming import label, recovery_size
+from knowledge_compression.analysis.naming import label, recovery_name, recovery_size
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, drops, mean, means
 
 # Figure 1: the compressions it shows, and what is turned up in each.
 _TURNED = {"gptq": "bits", "sparsegpt": "sparsity"}
+_NOT_RECOVERED = "not recovered"
+_COLOURS = {"lora": "C0", "prompt": "C1", "prefix": "C2", "idp": "C3", "concat": "C4", "none": "grey"}
 
 
 def accuracy_by_compression(comparisons: Comparisons) -> Figure | None:
@@ -47,7 +50,7 @@ def accuracy_by_prompt_size(comparisons: Comparisons) -> Figure | None:
         return None
     figure, grid = panels(len(found))
     for axes, (group, bare, runs) in zip(grid, found, strict=True):
-        level(axes, "not recovered", group.averages[bare.id].through(_percent))
+        level(axes, _NOT_RECOVERED, group.averages[bare.id].through(_percent))
         _lines(group, {"idp": list(runs.values())}, lambda run: float(np.mean(recovery_size(run))), axes)
         axes.set(title=f"{label(bare)}, {group.asked.name}", xlabel="mean length of its prompts (tokens)")
     return _finished(figure, "6")
@@ -73,41 +76,52 @@ def improvement_by_data_set(comparisons: Comparisons) -> Figure | None:
 
 
 def similarity_by_layer(comparisons: Comparisons) -> Figure | None:
-    """Cosine similarity to the dense model by layer, attention and activations (Figure 5)."""
-    runs = [run for run in comparisons.runs if "similarity.attention" in run.metrics and not is_dense(run)]
-    if not runs:
+    """Cosine similarity to the dense model by layer, attention and activations of each compressed model (Figure 5)."""
+    found: defaultdict[str, list[Run]] = defaultdict(list)
+    for run in comparisons.runs:
+        if "similarity.attention" in run.metrics and not is_dense(run):
+            found[label(run).removesuffix(recovery_name(run)).strip()].append(run)
+    if not found:
         return None
-    figure, grid = panels(2, width=5)
-    for axes, kind in zip(grid, ("attention", "activation"), strict=True):
-        for run in runs:
+    kinds = ("attention", "activation")
+    figure, grid = panels(len(kinds) * len(found), width=5)
+    for axes, (name, kind) in zip(grid, product(found, kinds), strict=True):
+        for run in found[name]:
             layers, cosines = _cosines(run, kind)
-            line(axes, label(run), cosines, layers)
-        axes.set(title=kind, xlabel="layer")
+            line(axes, _NOT_RECOVERED if _strategy(run) == "none" else recovery_name(run), cosines, layers)
+        axes.set(title=f"{name}: {kind}", xlabel="layer")
     return _finished(figure, "5", ylabel="cosine similarity to dense")
 
 
 def _scatter(
     comparisons: Comparisons, figure: str, x_label: str, x_of: Callable[[Run], Estimate | None], *, log: bool = False
 ) -> Figure | None:
-    """Average accuracy against something else of the same run, one mark a recovery (Figures 2 and 4)."""
-    groups = [
-        (group, marks)
-        for group in comparisons
-        if any(not _chose(run, recovery="none") for run in group.runs)
-        and (marks := [(run, x) for run in group.runs if (x := x_of(run)) is not None])
+    """Average accuracy against something else of the same run (Figures 2 and 4).
+
+    One panel a compressed model, one colour a recovery, its size beside each mark.
+    """
+    found = [
+        (group, bare, marks)
+        for group, bare, runs in _recovered(comparisons, *_COLOURS)
+        if (marks := [(run, x) for run in [bare, *runs.values()] if (x := x_of(run)) is not None])
     ]
-    if not groups:
+    if not found:
         return None
-    drawn, grid = panels(len(groups), width=5.2, height=4)
-    for axes, (group, marks) in zip(grid, groups, strict=True):
+    drawn, grid = panels(len(found), width=5.2, height=4)
+    for axes, (group, bare, marks) in zip(grid, found, strict=True):
+        level(axes, _NOT_RECOVERED, group.averages[bare.id].through(_percent))
         for run, x in marks:
             y = group.averages[run.id].through(_percent)
             across = [[x.value - x.low], [x.high - x.value]]
             up = [[y.value - y.low], [y.high - y.value]]
-            axes.errorbar([x.value], [y.value], up, across, marker="o", capsize=3, label=label(run))
+            name = _NOT_RECOVERED if run is bare else _strategy(run)
+            colour = _COLOURS[_strategy(run)]
+            axes.errorbar([x.value], [y.value], up, across, marker="o", capsize=3, color=colour, label=name)
+            size = "+".join(map(str, recovery_size(run)))
+            axes.annotate(size, (x.value, y.value), (4, 4), textcoords="offset points", fontsize="x-small")
         if log:
             axes.set_xscale("log")
-        axes.set(title=f"{group.asked.model}, {group.asked.name}", xlabel=x_label)
+        axes.set(title=f"{label(bare)}, {group.asked.name}", xlabel=x_label)
     return _finished(drawn, figure)
 
 
@@ -172,7 +186,9 @@ def _cosines(run: Run, kind: str) -> tuple[list[int], list[Estimate]]:
 def _finished(figure: Figure, published: str, ylabel: str = "average accuracy (%)") -> Figure:
     for axes in figure.axes:
         if axes.get_visible():
-            axes.legend(frameon=False, fontsize="small")
+            handles, names = axes.get_legend_handles_labels()
+            once = dict(zip(names, handles, strict=True))  # several marks of one name
+            axes.legend(once.values(), once.keys(), frameon=False, fontsize="small")
             axes.set_ylabel(axes.get_ylabel() or ylabel)
     figure.suptitle(f"cf. Do Compressed LLMs Forget Knowledge?, Figure {published}", fontsize="small")
     return figure
