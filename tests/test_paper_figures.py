@@ -72,6 +72,19 @@ def test_the_recovery_figures_render():
     assert all(make(comparisons) is not None for make in figures.RECOVERY_FIGURES.values())
 
 
+@pytest.mark.parametrize("name", ["accuracy_by_perplexity", "accuracy_by_trained_parameters"])
+def test_a_recovery_of_several_sizes_is_one_name_and_each_mark_tells_its_size(name):
+    figure = figures.RECOVERY_FIGURES[name](compare(list(small_study("decoder"))))
+    (axes,) = [axes for axes in figure.axes if axes.get_visible()]  # one compressed model was recovered
+    assert sorted(text.get_text() for text in axes.get_legend().get_texts()) == [
+        "idp",
+        "lora",
+        "not recovered",
+        "prompt",
+    ]
+    assert sorted(text.get_text() for text in axes.texts) == ["10+30", "26", "26+100", "4"]
+
+
 def test_similarity_needs_no_questions_that_have_answers():
     run = made_run(bits("11"), compression="gptq", recovery="lora")
     run.metrics, run._items = {"similarity.attention": 0.9}, windows()
