@@ -126,6 +126,7 @@ def test_labels_tell_jobs_apart() -> None:
     assert labels(jobs) == ["target=att", "target=ff"]
     assert labels(jobs[:1]) == ["model=bert_tiny target=att sparsity=0.2"]
     assert labels([["a=1"], ["a=1"]]) == ["a=1", "a=1"]
+    assert labels([["run.plan=true", "recovery=lora", "output.dir=x"]]) == ["recovery=lora"]
 
 
 def test_the_status_of_a_sweep(

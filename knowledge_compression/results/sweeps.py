@@ -10,6 +10,7 @@ from pathlib import Path
 DONE, FAILED, BAD_INPUT = "done", "failed", "bad input"
 
 PLAN, OUTCOME = "plan.json", "outcome.json"
+_WHERE = ("run.", "output.", "hydra.", "tracker")  # overrides that say where or how a run is done
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,13 @@ class PlannedRun:
 
 
 def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """What tells each job of a sweep from the others: the overrides that not all of them have."""
-    common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+    """What tells each job of a sweep from the others: the overrides that not all of them have.
+
+    A job by itself is known by all of its own that say what it does, not where or how.
+    """
+    if len(jobs) == 1:
+        return [" ".join(override for override in jobs[0] if not override.startswith(_WHERE)) or " ".join(jobs[0])]
+    common = set.intersection(*map(set, jobs)) if jobs else set()
     return [" ".join(override for override in job if override not in common) or " ".join(job) for job in jobs]
 
 
