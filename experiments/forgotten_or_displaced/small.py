@@ -1,12 +1,12 @@
 """What each recovery makes of a compressed model, from finished runs: tables, figures and findings as one page.
 
-python experiments/forgotten_or_displaced/small.py outputs experiments/forgotten_or_displaced/world_results.md
+python experiments/forgotten_or_displaced/small.py STORE PAGE [SUITE ...]
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from knowledge_compression.analysis import markdown
@@ -23,9 +23,12 @@ from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.statistics import accuracy, difference_of_means, mean_difference
 
 
-def main(store: Path, page: Path) -> None:
-    """Read the runs under ``store`` and write ``page``, with its figures in the folder ``figures`` beside it."""
+def main(store: Path, page: Path, suites: Collection[str]) -> None:
+    """Read the runs under ``store`` and write ``page`` about some suites or all; its figures go into ``figures``."""
     comparisons = compare(list(RunStore(store)))
+    if suites:
+        comparisons.groups = [group for group in comparisons.groups if group.asked.suite in suites]
+        comparisons.measured = [group for group in comparisons.measured if group.asked.suite in suites]
     groups = [*comparisons.groups, *comparisons.measured]
     text = [line for group in groups for line in tables(group)]
     if not text:
@@ -107,4 +110,4 @@ def trained(run: Run) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
