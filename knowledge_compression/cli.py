@@ -65,7 +65,7 @@ def with_their_files(arguments: Sequence[str]) -> list[str]:
         key, _, value = argument.partition("=")
         group, dot, _ = key.partition(".")
         waits = value and dot and group in swept and not _sweeps(key, value)
-        return f"{key}=choice({value})" if waits else argument
+        return f"{key}={value},{value}" if waits else argument  # once is no sweep, and choice() takes no null
 
     return [together(argument) for argument in arguments]
 

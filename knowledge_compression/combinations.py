@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def combinations(overrides: Sequence[Override]) -> list[list[str]]:
-    """The product of all swept overrides, in the order they were typed, last one fastest.
+    """The product of all swept overrides, in the order they were typed, last one fastest; a value named twice is one.
 
     Raises:
         BadInput: a sweep over a continuous range, which has no list of values.
@@ -40,7 +40,7 @@ def combinations(overrides: Sequence[Override]) -> list[list[str]]:
         if not override.is_sweep_override():
             axes[key] = [f"{key}={override.get_value_element_as_str()}"]
         elif override.is_discrete_sweep():
-            axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            axes[key] = list(dict.fromkeys(f"{key}={value}" for value in override.sweep_string_iterator()))
         else:
             raise BadInput(f"{override.input_line} sweeps over a continuous range; give a list, e.g. {key}=0.2,0.4")
     return [list(job) for job in itertools.product(*axes.values())]
