@@ -141,7 +141,7 @@ def _perplexity(run: Run) -> Estimate | None:
 
 RECOVERY_FIGURES: Mapping[str, Callable[[Comparisons], Figure | None]] = {
     "accuracy_by_compression": accuracy_by_compression,
-    "accuracy_by_perplexity": partial(_scatter, figure="2", x_label="perplexity", x_of=_perplexity),
+    "accuracy_by_perplexity": partial(_scatter, figure="2", x_label="perplexity", x_of=_perplexity, log=True),
     "accuracy_by_trained_parameters": partial(
         _scatter, figure="4", x_label="trained parameters", x_of=_trained, log=True
     ),
