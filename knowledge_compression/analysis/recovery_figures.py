@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from knowledge_compression.analysis.comparisons import Comparisons, Group, is_dense
 from knowledge_compression.analysis.fates import recoveries
 from knowledge_compression.analysis.marks import bars, level, line, panels
-from knowledge_compression.analysis.naming import label, recovery_name, recovery_size
+from knowledge_compression.analysis.naming import label, reading_order, recovery_name, recovery_size
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, drops, mean, means
 
@@ -86,7 +86,7 @@ def similarity_by_layer(comparisons: Comparisons) -> Figure | None:
     kinds = ("attention", "activation")
     figure, grid = panels(len(kinds) * len(found), width=5)
     for axes, (name, kind) in zip(grid, product(found, kinds), strict=True):
-        for run in found[name]:
+        for run in sorted(found[name], key=reading_order):
             layers, cosines = _cosines(run, kind)
             line(axes, _NOT_RECOVERED if _strategy(run) == "none" else recovery_name(run), cosines, layers)
         axes.set(title=f"{name}: {kind}", xlabel="layer")
