@@ -197,8 +197,10 @@ class Grid:
         return best
 
     def _error(self, weight: Tensor, scales: Tensor, zeros: Tensor, importance: Tensor | None) -> Tensor:
-        wanted = weight * scales.reciprocal()  # in steps of the grid, which saves looking at each value twice more
-        error = wanted.round().clamp_(-zeros, self.top - zeros).sub_(wanted).square_()
+        # In steps of the grid, which saves looking at each value twice more, and from its lowest point, as bounds that
+        # are tensors would take as long as all the rest.
+        wanted = (weight * scales.reciprocal()).add_(zeros)
+        error = wanted.round().clamp_(0, self.top).sub_(wanted).square_()
         return (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True).mul_(scales.square())
 
     def encode(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class SparseGpt:
     scale_bits: int = SCALE_BITS
     damping: float = 0.01
     block_size: int = 128
-    refit: int = 6
+    refit: int = 3
     true_sequential: bool = True
     by_influence: bool = False
     forward_dtype: str = "auto"
@@ -95,7 +95,7 @@ class SparseGpt:
         check_sparsity(self.sparsity)
         check_damping(self.damping)
         if self.refit < 0:
-            raise BadInput(f"compression.refit={self.refit} is not a number of steps; choose 6, or 0 for none")
+            raise BadInput(f"compression.refit={self.refit} is not a number of steps; choose 3, or 0 for none")
         if self.shape:
             self.shape.check(targets)
         if self.grid:
