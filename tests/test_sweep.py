@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from knowledge_compression import sweep
 from knowledge_compression.cli import main
 from knowledge_compression.results.store import RunStore
-from knowledge_compression.results.sweeps import Outcome
+from knowledge_compression.results.sweeps import Outcome, read_plan
 
 PARTS = Path(__file__).parent / "parts"
 sys.path.insert(0, str(PARTS))
@@ -70,6 +72,24 @@ def test_a_sweep_of_nothing_but_bad_input_leaves_nothing(command: Any, tmp_path:
         status, said = command("-m", "target=all,ff", wrong)
         assert status == 2 and why in said
         assert not (tmp_path / "outputs").exists()
+
+
+def test_sweeps_that_start_in_one_second_do_not_share_a_folder(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(datetime):
+        ticks = count()
+
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2026, 1, 2, 3, 4, 5, next(cls.ticks), tz)
+
+    monkeypatch.setattr("hydra.core.utils.datetime", Clock)
+    for sparsity in ("0.2,0.3", "0.4,0.5"):
+        assert command("-m", f"sparsity={sparsity}")[0] == 0
+    folders = sorted((tmp_path / "outputs" / "sweeps").iterdir())
+    assert [len(read_plan(folder)[0]) for folder in folders] == [2, 2]
+    assert all(folder.name.startswith("2026-01-02_03-04-05.") for folder in folders)
 
 
 def test_outputs_that_cannot_be_written_are_one_line(command: Any, tmp_path: Path) -> None:

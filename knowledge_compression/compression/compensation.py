@@ -47,12 +47,12 @@ def compensate(
         columns[middle:end].addmm_(upper[start:middle, middle:end].T, errors_of(start, middle), alpha=-1)
 
     def one_by_one(start: int, end: int) -> None:
-        part, rows = columns[start:end], upper[start:end, start:end].triu(1)
+        part, rows = columns[start:end], upper[start:end, start:end]
         for i, column, error, row in zip(range(start, end), part, errors_of(start, end), rows, strict=True):
             projected = project(i, column)
             torch.sub(column, projected, out=error).div_(pivots[i])
             part.addr_(row, error, alpha=-1)  # a whole row, whose zeros leave what is done as it is, needs no slicing
-            column.copy_(projected)
+            column.copy_(projected)  # which the row's own pivot made it but for rounding
 
     def prepared(start: int, end: int) -> None:
         prepare(start, end)

@@ -20,7 +20,7 @@ CLIPS = ("minmax", "mse")
 _SHARES = [1 - step / 10 for step in range(8)]  # of the span, that `mse` tries
 _BETWEEN = 0.05  # and then as much above and below the best of them
 _SCALES = {16: torch.float16, 32: torch.float32}  # by their bits
-_IN_CACHE = 1 << 17  # values
+_IN_CACHE = 1 << 18  # values
 SCALE_BITS = 16  # of a float16, as packed checkpoints hold scales
 
 

@@ -37,14 +37,15 @@ def refit(columns: Tensor, original: Tensor, kept: Tensor, hessian: Tensor, *, d
 def _conjugate_gradients(columns: Tensor, original: Tensor, kept: Tensor, damped: Tensor, steps: int) -> None:
     scale = damped.diagonal().clamp(min=1e-30).reciprocal()[:, None]
     residual = (damped @ (original - columns)).mul_(kept)
-    direction = residual * scale
-    slope = (residual * direction).sum(0)
+    direction = torch.zeros_like(residual)
+    before: Tensor | float = torch.inf
     for _ in range(steps):
+        steepest = residual * scale
+        slope = (residual * steepest).sum(0)
+        direction.mul_(slope / before).add_(steepest)
         moved = (damped @ direction).mul_(kept)
         # A row that has arrived has no slope left: it stays where it is.
         length = slope / (direction * moved).sum(0).clamp(min=1e-30)
         columns.addcmul_(direction, length)
         residual.addcmul_(moved, length, value=-1)
-        steepest = torch.mul(residual, scale, out=moved)
-        before, slope = slope, (residual * steepest).sum(0)
-        direction.mul_(slope / before.clamp(min=1e-30)).add_(steepest)
+        before = slope.clamp(min=1e-30)

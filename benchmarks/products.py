@@ -1,0 +1,78 @@
+"""The matrix products that reading some text needs, and nothing around them: what a scoring core is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from knowledge_compression.models import Model
+from knowledge_compression.models.families import DECODER, ENCODER
+
+
+class Products:
+    """One forward pass of a decoder or an encoder over rows of text, as bare products of the model's own shapes.
+
+    Every token goes once through every linear layer of the body and attends to those it may see (a decoder's on average
+    to half of its row). The head sees only the positions that are read; so does, in an encoder, what its last block
+    does after its attention. No norms, softmax, masks, padding or Python between.
+
+    Args:
+        model: the model; products are of its dtype and on its device.
+        lengths: tokens of each row.
+        reads: positions whose log-probabilities are read.
+        chunk: tokens that go through a layer at a time.
+    """
+
+    def __init__(self, model: Model, lengths: Sequence[int], reads: int, chunk: int) -> None:
+        self.lengths, self.reads, self.chunk = sorted(lengths, reverse=True), reads, chunk
+        self.causal = model.family == DECODER
+        config, network = model.network.config, model.network
+        self.heads, self.layers = config.num_attention_heads, config.num_hidden_layers
+        self.head_size = config.hidden_size // self.heads
+        body = network.base_model if model.family == ENCODER else network.get_decoder()
+        inside = {id(module) for module in body.modules()}
+        linears = {path: module for path, module in network.named_modules() if isinstance(module, nn.Linear)}
+        *_, last = model.architecture.block_paths(network)
+        read_only = {path for path in linears if path.startswith(f"{last}.")} if model.family == ENCODER else set()
+        read_only -= {path for path in read_only if path.endswith((".query", ".key", ".value"))}
+        of_all = [path for path, module in linears.items() if id(module) in inside and path not in read_only]
+        self.of_all = [linears[path].weight for path in of_all]
+        self.of_reads = [module.weight for path, module in linears.items() if path not in of_all]
+        self._like = {"dtype": model.dtype, "device": model.device}
+        widths = {weight.shape[1] for weight in [*self.of_all, *self.of_reads]}
+        self._inputs = {width: torch.randn(chunk, width, **self._like) for width in widths}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(self.lengths)
+
+    @torch.inference_mode()
+    def multiply(self) -> None:
+        """Do them all."""
+        for rows in self._chunks():
+            self._through(self.of_all, sum(rows))
+            length = max(1, sum(rows) // len(rows))
+            seen = max(1, length // 2) if self.causal else length
+            shape = (len(rows) * self.heads, length, self.head_size)
+            queries, keys = torch.empty(shape, **self._like), torch.empty(shape, **self._like)[:, :seen]
+            for _ in range(self.layers):
+                torch.bmm(torch.bmm(queries, keys.mT), keys)
+        for start in range(0, self.reads, self.chunk):
+            self._through(self.of_reads, min(self.chunk, self.reads - start))
+
+    def _through(self, weights: Sequence[Tensor], tokens: int) -> None:
+        for weight in weights:
+            nn.functional.linear(self._inputs[weight.shape[1]][:tokens], weight)
+
+    def _chunks(self) -> Iterator[list[int]]:
+        """Lengths of rows that together have about as many tokens as go through a layer at a time."""
+        rows: list[int] = []
+        for length in self.lengths:
+            if rows and sum(rows) + length > self.chunk:
+                yield rows
+                rows = []
+            rows.append(min(length, self.chunk))
+        yield rows
