@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -40,9 +41,10 @@ class Products:
         of_all = [path for path, module in linears.items() if id(module) in inside and path not in read_only]
         self.of_all = [linears[path].weight for path in of_all]
         self.of_reads = [module.weight for path, module in linears.items() if path not in of_all]
-        self._like = {"dtype": model.dtype, "device": model.device}
+        like = {"dtype": model.dtype, "device": model.device}
         widths = {weight.shape[1] for weight in [*self.of_all, *self.of_reads]}
-        self._inputs = {width: torch.randn(chunk, width, **self._like) for width in widths}
+        self._inputs = {width: torch.randn(chunk, width, **like) for width in widths}
+        self._states = torch.randn(chunk * config.hidden_size, **like)
 
     @property
     def tokens(self) -> int:
@@ -57,7 +59,8 @@ class Products:
             length = max(1, sum(rows) // len(rows))
             seen = max(1, length // 2) if self.causal else length
             shape = (len(rows) * self.heads, length, self.head_size)
-            queries, keys = torch.empty(shape, **self._like), torch.empty(shape, **self._like)[:, :seen]
+            queries = self._states[: math.prod(shape)].view(shape)
+            keys = queries[:, :seen]
             for _ in range(self.layers):
                 torch.bmm(torch.bmm(queries, keys.mT), keys)
         for start in range(0, self.reads, self.chunk):

@@ -4,8 +4,8 @@
     python benchmarks/scoring.py --data-dir ../shared/data --limit 200 --dtype bfloat16 --against float32
 
 Both score the same requests of the same tasks, in turn; the seconds are those of ``loglikelihood`` alone, tokenization
-included. The limit is what the multiply-adds that must be done (every token of a token tree once, the head only where
-a log-probability is read) take in matrix products of the model's own shapes, timed here without anything around them.
+included. The limit is what the multiply-adds that must be done take in matrix products of the model's own shapes, with
+nothing around them (``products.py``): every token of a token tree once, the head only where a log-probability is read.
 The peak of memory is that of one more pass over the requests, above what was resident before it.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from products import Products
 from side_by_side import in_turn, ratio, spread, write
 
 from knowledge_compression.evaluation.lm import ScorerLM, stock_lm
@@ -55,7 +56,7 @@ def measure(fast: ScorerLM, theirs: Model, requests: Any, options: argparse.Name
     """One task: stock at its best batch size, the core, and the limit, in turn."""
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     stock, size = best_stock(theirs, requests[: max(1, len(requests) // 4)], options.stock_batches)
-    limit = Limit(fast, requests)
+    limit = products_of(fast, requests)
     answers: dict[str, Any] = {}
 
     def run(name: str, lm: Any) -> None:
@@ -98,32 +99,12 @@ def best_stock(model: Model, requests: Any, sizes: list[int]) -> tuple[Any, int]
     return stocks[sizes[0]], sizes[0]
 
 
-class Limit:
-    """The matrix products that some requests need, and nothing else: no norms, softmax, masks or Python between."""
-
-    def __init__(self, lm: ScorerLM, requests: Any) -> None:
-        model, budget = lm.scorer.model, lm.scorer.budget
-        questions, _ = lm.questions_of(tokenized(lm, requests))
-        trees = lm.scorer.trees_of(questions)
-        self.tokens = sum(map(len, trees))
-        self.reads = sum(len(set(tree.nodes.tolist())) for tree in trees)
-        self.chunk = budget.tokens
-        body = model.network.get_decoder()
-        self.weights = [m.weight for m in body.modules() if isinstance(m, torch.nn.Linear)]
-        self.head = model.network.get_output_embeddings().weight
-        self.inputs = {
-            w.shape[1]: torch.randn(self.chunk, w.shape[1], dtype=w.dtype) for w in [*self.weights, self.head]
-        }
-
-    @torch.inference_mode()
-    def multiply(self) -> None:
-        for start in range(0, self.tokens, self.chunk):
-            for weight in self.weights:
-                torch.nn.functional.linear(self.inputs[weight.shape[1]][: min(self.chunk, self.tokens - start)], weight)
-        for start in range(0, self.reads, self.chunk):
-            torch.nn.functional.linear(
-                self.inputs[self.head.shape[1]][: min(self.chunk, self.reads - start)], self.head
-            )
+def products_of(lm: ScorerLM, requests: Any) -> Products:
+    """The matrix products that some requests need."""
+    questions, _ = lm.questions_of(tokenized(lm, requests))
+    trees = lm.scorer.trees_of(questions)
+    reads = sum(len(set(tree.nodes.tolist())) for tree in trees)
+    return Products(lm.scorer.model, list(map(len, trees)), reads, lm.scorer.budget.tokens)
 
 
 def tokenized(lm: ScorerLM, requests: Any) -> list[Any]:

@@ -47,7 +47,7 @@ class Shrinking:
         for layer in layers:
             assert statistics.inputs.shape[1] == layer.weight.shape[1]
             layer.weight.mul_(self.factor)
-        return [LayerReport(layer.path, layer.role, layer.parameters) for layer in layers]
+        return [LayerReport.of(layer) for layer in layers]
 
 
 def windows(samples: int = 4, length: int = 12) -> torch.Tensor:

@@ -33,7 +33,8 @@ def main(store: Path, page: Path, suites: Collection[str]) -> None:
     text = [line for group in groups for line in tables(group)]
     if not text:
         sys.exit(f"error: {store} holds no compressed run with recoveries of it and a dense one; run the presets first")
-    text += ["## Figures", "", *pictures(comparisons, page), ""]
+    if drawn := list(pictures(comparisons, page)):
+        text += ["## Figures", "", *drawn, ""]
     claims = [claim for claim in CLAIMS if "Forget" in claim.source]
     text += ["## The paper's claims", "", *markdown.findings(check(comparisons, claims)), ""]
     heading = f"# {page.stem.replace('_', ' ').capitalize()}"

@@ -92,7 +92,7 @@ class Awq:
             layer.weight.copy_(rounded[rows])
             groups = layer.parameters // self.grid.width(weight.shape[1])
             scale_bits = groups * (SCALE_BITS + (0 if self.symmetric else self.bits)) + SCALE_BITS * weight.shape[1]
-            report = LayerReport(layer.path, layer.role, layer.parameters, bits=float(self.bits))
+            report = LayerReport.of(layer, bits=float(self.bits))
             report.overhead_bits = scale_bits
             report.error_before = relative_error(weight[rows], plain[rows], hessian)
             report.error_after = relative_error(weight[rows], rounded[rows], hessian)

@@ -57,10 +57,8 @@ class Hqq:
                 groups = weight.float().unflatten(1, (-1, grid.width(weight.shape[1])))
                 weight.copy_(self.rounded(groups, grid).flatten(1))
                 report.layers.append(
-                    LayerReport(
-                        layer.path,
-                        layer.role,
-                        layer.parameters,
+                    LayerReport.of(
+                        layer,
                         bits=float(self.bits),
                         overhead_bits=2 * SCALE_BITS * groups[..., 0].numel(),
                         seconds=time.perf_counter() - start,

@@ -96,7 +96,7 @@ class Int8Static:
             static = StaticInt8Linear(
                 layer.weight, layer.module.bias, self.granularity, statistics.least, statistics.greatest
             )
-            report = LayerReport(layer.path, layer.role, layer.parameters, bits=8.0)
+            report = LayerReport.of(layer, bits=8.0)
             report.overhead_bits = 32 * (static.weight_scale.numel() + 2)
             layer.replace(static)
             report.seconds = time.perf_counter() - start

@@ -51,10 +51,8 @@ class Nf4:
                 weight.copy_(self.rounded(weight))
                 blocks = -(-weight.numel() // self.block_size)
                 report.layers.append(
-                    LayerReport(
-                        layer.path,
-                        layer.role,
-                        layer.parameters,
+                    LayerReport.of(
+                        layer,
                         bits=4.0,
                         overhead_bits=self._scale_bits(blocks),
                         seconds=time.perf_counter() - start,

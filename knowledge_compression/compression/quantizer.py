@@ -285,10 +285,8 @@ def plainly_rounded(weight: Tensor, grid: Grid, importance: Tensor | None = None
 
 def quantized_report(layer: TargetLayer, weight: QuantizedWeight, seconds: float) -> LayerReport:
     """The part of a layer's report that follows from its codes."""
-    return LayerReport(
-        layer.path,
-        layer.role,
-        layer.parameters,
+    return LayerReport.of(
+        layer,
         bits=float(weight.bits),
         overhead_bits=weight.overhead_bits,
         fallbacks=["short_group"] * (not weight.groups_alike),

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from knowledge_compression.models.targets import TargetLayer
+
 
 @dataclass
 class LayerReport:
@@ -36,6 +38,12 @@ class LayerReport:
     damping: float | None = None
     fallbacks: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, layer: TargetLayer, **what: Any) -> LayerReport:
+        """Of a layer; its weights are told as they are stored, unless ``what`` says otherwise."""
+        own = {"parameters": layer.parameters, "bits": 8.0 * layer.weight.element_size()}
+        return cls(layer.path, layer.role, **(own | what))
 
     @property
     def sparsity(self) -> float:

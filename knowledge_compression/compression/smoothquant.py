@@ -95,10 +95,8 @@ class SmoothQuant:
         for layer in layers:
             smoothed = SmoothedInt8Linear(layer.weight, layer.module.bias, divisor.to(layer.weight.device))
             reports.append(
-                LayerReport(
-                    layer.path,
-                    layer.role,
-                    layer.parameters,
+                LayerReport.of(
+                    layer,
                     bits=8.0,
                     overhead_bits=32 * (len(smoothed.weight_scale) + len(divisor)),
                     fallbacks=["dead_input"] * dead,

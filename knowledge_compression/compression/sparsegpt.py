@@ -122,12 +122,9 @@ class SparseGpt:
             layer.weight.copy_(new)
             before, after = relative_errors(old, [old.masked_fill(mask, 0), new], hessian)
             reports.append(
-                LayerReport(
-                    layer.path,
-                    layer.role,
-                    layer.parameters,
+                LayerReport.of(
+                    layer,
                     removed=int(mask.sum()),
-                    bits=8.0 * layer.weight.element_size(),
                     error_before=before,
                     error_after=after,
                     damping=pruned.damping,

@@ -52,12 +52,9 @@ class Structured:
                 gone = norms.argsort(stable=True)[: round(self.sparsity * len(norms))]
                 weight.index_fill_(self.dim, gone, 0)
                 report.layers.append(
-                    LayerReport(
-                        layer.path,
-                        layer.role,
-                        layer.parameters,
+                    LayerReport.of(
+                        layer,
                         removed=len(gone) * weight.shape[1 - self.dim],
-                        bits=8.0 * weight.element_size(),
                         seconds=time.perf_counter() - start,
                     )
                 )

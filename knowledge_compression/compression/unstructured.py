@@ -112,12 +112,9 @@ def prune(
                 values.masked_fill_(mask, 0)
                 removed += int(mask.sum())
             report.layers.append(
-                LayerReport(
-                    layer.path,
-                    layer.role,
-                    layer.parameters,
-                    removed,
-                    bits=8.0 * weight.element_size(),
+                LayerReport.of(
+                    layer,
+                    removed=removed,
                     seconds=time.perf_counter() - start,
                 )
             )

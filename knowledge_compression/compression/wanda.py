@@ -77,12 +77,9 @@ class Wanda:
             mask = self.removes(layer.weight, power)
             layer.weight.masked_fill_(mask, 0)
             reports.append(
-                LayerReport(
-                    layer.path,
-                    layer.role,
-                    layer.parameters,
+                LayerReport.of(
+                    layer,
                     removed=int(mask.sum()),
-                    bits=8.0 * layer.weight.element_size(),
                     fallbacks=list(fallbacks),
                     seconds=time.perf_counter() - start,
                 )
