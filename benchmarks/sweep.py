@@ -81,6 +81,8 @@ def main() -> None:
     if options.inside:
         inside(Path(options.inside), rest)
         return
+    if rest:
+        parser.error(f"unknown: {' '.join(rest)}")
     rounds = [whole_and_parts(options) for _ in range(options.repeats)]
     for one in rounds:
         print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in one.items()))
