@@ -30,19 +30,16 @@ SWEEP = ["-m", MODEL, "target=att,ff", "sparsity=0.2,0.4,0.6,0.8", "eval=[atlas,
 
 
 class Share:
-    """Seconds that pass inside some functions; those that one of them calls are not counted twice."""
+    """Seconds that pass inside some functions, none of which calls another of them."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._depth = 0
 
     def __enter__(self) -> None:
-        self._depth += 1
-        self._start = self._start if self._depth > 1 else time.perf_counter()
+        self._start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        self.seconds += 0 if self._depth else time.perf_counter() - self._start
+        self.seconds += time.perf_counter() - self._start
 
     def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, its seconds counted."""

@@ -114,15 +114,8 @@ def _living_jobs() -> set[str] | None:
 def show(found: Sequence[SweepStatus], console: Console) -> None:
     """The table, and a line for each run that did not end well."""
     table = Table(title="Sweeps", title_justify="left")
-    for column in (
-        "sweep",
-        "runs",
-        DONE,
-        RUNNING,
-        FAILED,
-        MISSING,
-        "time left",
-    ):  # 80 characters, if the last one wraps
+    # Names are whole in 80 characters, as only the last heading wraps.
+    for column in ("sweep", "runs", DONE, RUNNING, FAILED, MISSING, "time left"):
         table.add_column(column, justify="left" if column == "sweep" else "right", no_wrap=column != "time left")
     for sweep in found:
         failed = sweep.count(FAILED) + sweep.count(BAD_INPUT)

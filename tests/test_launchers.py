@@ -133,7 +133,7 @@ def test_the_status_of_a_sweep(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")  # no SLURM to ask
-    folder = tmp_path / "sweeps" / "2026-11-22_09-00-00"
+    folder = tmp_path / "sweeps" / "2026-11-22_09-00-00.123456"
     folder.mkdir(parents=True)
     runs = [PlannedRun([f"sparsity=0.{i}"], f"run{i}", "dense") for i in range(6)]
     write_plan(folder, runs, at_once=2)
@@ -157,6 +157,10 @@ def test_the_status_of_a_sweep(
     status.show([found], console)
     text = console.export_text()
     assert "19 s" in text and "failed: sparsity=0.2: RuntimeError: bad luck (log: 2/run.log)" in text
+    narrow = Console(width=80, record=True, file=io.StringIO())
+    status.show([found], narrow)
+    table = narrow.export_text()
+    assert all(whole in table for whole in (folder.name, "running", "missing"))
     assert status.main([str(tmp_path)]) == 1
     assert status.main([str(tmp_path / "nowhere")]) == 2
     assert "is not there" in capsys.readouterr().err

@@ -42,16 +42,9 @@ class Int8Dynamic:
             for layer in targets:
                 start = time.perf_counter()
                 quantized = Int8Linear.of(layer.module, self.granularity)
-                layer.replace(quantized)
                 scales = quantized.weight_scale
-                report.layers.append(
-                    LayerReport(
-                        layer.path,
-                        layer.role,
-                        quantized.weight_int8.numel(),
-                        bits=8.0,
-                        overhead_bits=scales.numel() * scales.element_size() * 8,
-                        seconds=time.perf_counter() - start,
-                    )
-                )
+                overhead = scales.numel() * scales.element_size() * 8
+                seconds = time.perf_counter() - start
+                report.layers.append(LayerReport.of(layer, bits=8.0, overhead_bits=overhead, seconds=seconds))
+                layer.replace(quantized)
         return report

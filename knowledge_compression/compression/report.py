@@ -42,8 +42,8 @@ class LayerReport:
     @classmethod
     def of(cls, layer: TargetLayer, **what: Any) -> LayerReport:
         """Of a layer; its weights are told as they are stored, unless ``what`` says otherwise."""
-        own = {"parameters": layer.parameters, "bits": 8.0 * layer.weight.element_size()}
-        return cls(layer.path, layer.role, **(own | what))
+        as_stored = {"bits": 8.0 * layer.weight.element_size()}
+        return cls(layer.path, layer.role, layer.parameters, **(as_stored | what))
 
     @property
     def sparsity(self) -> float:

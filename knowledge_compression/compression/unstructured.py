@@ -111,13 +111,7 @@ def prune(
                 mask = removes(part)
                 values.masked_fill_(mask, 0)
                 removed += int(mask.sum())
-            report.layers.append(
-                LayerReport.of(
-                    layer,
-                    removed=removed,
-                    seconds=time.perf_counter() - start,
-                )
-            )
+            report.layers.append(LayerReport.of(layer, removed=removed, seconds=time.perf_counter() - start))
     return report
 
 
