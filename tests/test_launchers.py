@@ -160,7 +160,7 @@ def test_the_status_of_a_sweep(
     narrow = Console(width=80, record=True, file=io.StringIO())
     status.show([found], narrow)
     table = narrow.export_text()
-    assert all(whole in table for whole in (folder.name, "running", "missing"))
+    assert all(whole in table for whole in (f"│ {folder.name} │", " running ", " missing "))
     assert status.main([str(tmp_path)]) == 1
     assert status.main([str(tmp_path / "nowhere")]) == 2
     assert "is not there" in capsys.readouterr().err
