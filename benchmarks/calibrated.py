@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ import torch
 from side_by_side import in_turn, ratio, spread, write
 from torch import Tensor, nn
 
+from knowledge_compression.compression.blocks import compress_blocks
 from knowledge_compression.compression.gptq import Gptq
 from knowledge_compression.compression.quantizer import Grid
 from knowledge_compression.compression.sparsegpt import SparseGpt
@@ -135,9 +137,34 @@ OURS = {
 REFERENCES = {"gptq": reference_gptq, "sparsegpt": reference_sparsegpt}
 
 
-def peak_in_a_process_of_its_own(name: str) -> int:
+def tensors_alive() -> dict[int, int]:
+    """Bytes of each storage that a tensor is seen to use."""
+    seen = [item.untyped_storage() for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in seen}
+
+
+def held_by_passes(method: Gptq | SparseGpt, model: Model, targets: Targets, windows: Tensor) -> int:
+    """Most bytes of tensors that are there beside the model and a Hessian when linears are about to be compressed."""
+    before, held = tensors_alive(), [0]
+
+    class Watched:
+        observe = staticmethod(method.observe)
+
+        def shrink(self, layers, statistics):
+            now = tensors_alive() | before | {statistics.matrix.data_ptr(): 0}
+            held.append(sum(now.values()) - sum(before.values()))
+            return method.shrink(layers, statistics)
+
+    walk = {"true_sequential": method.true_sequential, "forward_dtype": method.forward_dtype}
+    compress_blocks(model, targets, windows, Watched(), **walk)
+    return max(held)
+
+
+def peak_in_a_process_of_its_own(name: str) -> tuple[int, int]:
+    """Peak of a compression above the model, and what its suspended passes hold of it, in bytes."""
     command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", name]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    return int(told[0]), int(told[1])
 
 
 def main() -> None:
@@ -161,8 +188,10 @@ def main() -> None:
     if options.peak_of:
         if options.hand_back:
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 17)  # as it is where nobody asks for more
-        Gptq(bits=4).compress(model, in_blocks(model, 1), windows[:2])  # so that the libraries' own code is loaded
-        print(OURS[options.peak_of].compress(model, targets, windows).peak_memory)
+        method = OURS[options.peak_of]
+        method.compress(model, in_blocks(model, 1), windows[:3])  # so that the libraries' code and scratch are there
+        print(method.compress(model, targets, windows).peak_memory)
+        print(held_by_passes(method, model, targets, windows))
         return
 
     def anew() -> None:
@@ -183,18 +212,17 @@ def main() -> None:
     seconds = in_turn(contestants, options.repeats, clock)
     peaks = {name: peak_in_a_process_of_its_own(name) for name in OURS}
     shares = {name: ratio(seconds[name], seconds[f"reference {name.partition(',')[0]}"]) for name in OURS}
+    two_blocks = 2 * sum(weight.nbytes for weight in weights) // options.blocks
     for name, times in seconds.items():
-        share, peak = shares.get(name), peaks.get(name, 0) / 2**20
-        beside = (
-            (
-                f", {share['median']:.2f} ({share['least']:.2f}-{share['most']:.2f}) of the reference's, "
-                f"peak {peak:.0f} MiB above the model"
+        print(f"{name}: {spread(times)['median']:.1f} s", end="\n" if name not in shares else "")
+        if name in shares:
+            share, (peak, held) = shares[name], peaks[name]
+            print(
+                f", {share['median']:.2f} ({share['least']:.2f}-{share['most']:.2f}) of the reference's; peak "
+                f"{peak / 2**20:.1f} MiB above the model (held by passes {held / 2**20:.1f}, "
+                f"with two blocks {(held + two_blocks) / 2**20:.1f})"
             )
-            if share
-            else ""
-        )
-        print(f"{name}: {spread(times)['median']:.1f} s{beside}")
-    result = {"settings": vars(options), "peak_bytes": peaks}
+    result = {"settings": vars(options), "peak_and_held_bytes": peaks, "two_blocks_bytes": two_blocks}
     write("calibrated", result | {"seconds": seconds, "share_of_reference": shares})
 
 

@@ -92,8 +92,10 @@ def test_what_is_found_is_what_was_made(name: str, architecture: str, tiny_model
     assert any(integers[0]) == (name in ("rtn", "gptq"))
     for one, other in zip(*integers, strict=True):
         assert (one is None) == (other is None)
-        assert one is None or (torch.equal(one.codes, other.codes) and torch.equal(one.group_of, other.group_of))
-        assert one is None or one.scale_bits == other.scale_bits == METHODS[name].scale_bits
+        if one is not None:
+            assert torch.equal(one.codes, other.codes)
+            assert torch.equal(one.grid.group_of, other.grid.group_of)
+            assert one.grid.scale_bits == other.grid.scale_bits == METHODS[name].scale_bits
 
 
 def test_only_what_changed_is_kept(tiny_model: Callable[[str], Model], cache: Path) -> None:

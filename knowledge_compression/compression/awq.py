@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import LongTensor, Tensor
 
+from knowledge_compression.compression.base import stacked
 from knowledge_compression.compression.blocks import LayerInputs, compress_calibrated
-from knowledge_compression.compression.hessian import Hessian, relative_error
+from knowledge_compression.compression.hessian import Hessian, relative_errors
 from knowledge_compression.compression.quantizer import SCALE_BITS, Grid, plainly_rounded
 from knowledge_compression.compression.report import CompressionReport, LayerReport
 from knowledge_compression.errors import BadInput
@@ -83,19 +84,19 @@ class Awq:
         """Quantize linears that read the same inputs as one tall weight."""
         start = time.perf_counter()
         hessian = statistics.matrix
-        weight = torch.cat([layer.weight for layer in layers]).to(hessian)
+        weight = stacked(layers).to(hessian)
         rounded = self.rounded(weight, hessian, statistics.magnitudes)
         plain = plainly_rounded(weight, self.grid).dequantize().to(hessian)
         reports, row = [], 0
         for layer in layers:
             rows = slice(row, row := row + len(layer.weight))
-            layer.weight.copy_(rounded[rows])
             groups = layer.parameters // self.grid.width(weight.shape[1])
             scale_bits = groups * (SCALE_BITS + (0 if self.symmetric else self.bits)) + SCALE_BITS * weight.shape[1]
             report = LayerReport.of(layer, bits=float(self.bits))
             report.overhead_bits = scale_bits
-            report.error_before = relative_error(weight[rows], plain[rows], hessian)
-            report.error_after = relative_error(weight[rows], rounded[rows], hessian)
+            errors = relative_errors(weight[rows], [plain[rows], rounded[rows]], hessian)
+            report.error_before, report.error_after = errors
+            layer.weight.copy_(rounded[rows])  # only now, as the old weight may be the layer's own
             report.fallbacks = ["dead_input"] * bool((statistics.magnitudes <= 0).any())
             report.seconds = (time.perf_counter() - start) / len(layers)
             reports.append(report)

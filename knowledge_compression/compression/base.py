@@ -6,16 +6,17 @@ A method is one short file beside this one and one YAML under ``conf/compression
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Protocol
 
-from torch import LongTensor, nn
+import torch
+from torch import LongTensor, Tensor, nn
 
 from knowledge_compression.compression.report import CompressionReport
 from knowledge_compression.errors import BadInput
 from knowledge_compression.memory import peak_memory
-from knowledge_compression.models import Model, Targets
+from knowledge_compression.models import Model, TargetLayer, Targets
 
 
 class Compression(Protocol):
@@ -43,6 +44,15 @@ class Compression(Protocol):
             BadInput: the settings do not fit these layers or this model.
         """
         ...
+
+
+def stacked(layers: Sequence[TargetLayer]) -> Tensor:
+    """The weights of layers that read the same inputs as one, ``[sum of out_features, in_features]``.
+
+    That of a single layer is the layer's own and no copy: read it before the layer is written.
+    """
+    weights = [layer.weight for layer in layers]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
 def check_sparsity(sparsity: float) -> None:

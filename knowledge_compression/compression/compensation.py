@@ -29,15 +29,15 @@ def compensate(
     Args:
         columns: the weight transposed, float32 ``[in_features, out_features]`` and contiguous, so that a column of the
             weight lies in one piece; changed in place.
-        upper: ``U`` with ``H⁻¹ = Uᵀ U``, ``[in_features, in_features]``, in the order of ``columns``.
-        project: gives, for a column's index and its up-to-date values ``[out_features]``, the values it gets.
+        upper: ``U`` of an :class:`~knowledge_compression.compression.hessian.InverseFactor`, ``[in_features,
+            in_features]``, in the order of ``columns``.
+        project: gives, for a column's index and its up-to-date values ``[out_features]``, a tensor of those it gets.
         prepare: called with each ``[start, end)`` of ``unit`` columns when all that comes before them is made up for.
         unit: columns that are prepared together.
         block_size: columns whose errors are gathered before they move on to the columns after the block, rounded to
             whole units; it changes the speed and not the result.
     """
     block_size = unit * max(1, block_size // unit)
-    pivots = upper.diagonal().tolist()
     errors = columns.new_empty(block_size, columns.shape[1])
 
     def errors_of(start: int, end: int) -> Tensor:
@@ -48,11 +48,12 @@ def compensate(
 
     def one_by_one(start: int, end: int) -> None:
         part, rows = columns[start:end], upper[start:end, start:end]
+        projected = []
         for i, column, error, row in zip(range(start, end), part, errors_of(start, end), rows, strict=True):
-            projected = project(i, column)
-            torch.sub(column, projected, out=error).div_(pivots[i])
+            projected.append(project(i, column))
+            torch.sub(column, projected[-1], out=error)
             part.addr_(row, error, alpha=-1)  # a whole row, whose zeros leave what is done as it is, needs no slicing
-            column.copy_(projected)  # which the row's own pivot made it but for rounding
+        torch.stack(projected, out=part)  # which the ones in the rows made it but for rounding
 
     def prepared(start: int, end: int) -> None:
         prepare(start, end)

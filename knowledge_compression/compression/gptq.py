@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import LongTensor, Tensor
 
+from knowledge_compression.compression.base import stacked
 from knowledge_compression.compression.blocks import compress_calibrated
 from knowledge_compression.compression.compensation import compensate
 from knowledge_compression.compression.hessian import Hessian, check_damping, inverse_factor, relative_errors
@@ -80,7 +81,7 @@ class Gptq:
         """Quantize linears that read the same inputs as one tall weight."""
         start = time.perf_counter()
         hessian = statistics.matrix
-        weight = torch.cat([layer.weight for layer in layers]).to(hessian)
+        weight = stacked(layers).to(hessian)
         quantized, damping, fallbacks = self.quantize(weight, hessian)
         plain = plainly_rounded(weight, replace(self.grid, clip="minmax")).dequantize().to(weight)
         seconds = (time.perf_counter() - start) / len(layers)
@@ -88,9 +89,10 @@ class Gptq:
         heights = [len(layer.weight) for layer in layers]
         for layer, old, rounded in zip(layers, weight.split(heights), plain.split(heights), strict=True):
             part = quantized.rows(row, row := row + len(old))
-            part.put_into(layer)
             report = quantized_report(layer, part, seconds)
-            report.error_before, report.error_after = relative_errors(old, [rounded, layer.weight], hessian)
+            new = part.dequantize().to(layer.weight)
+            report.error_before, report.error_after = relative_errors(old, [rounded, new], hessian)
+            part.put_into(layer)  # only now, as the old weight may be the layer's own
             report.damping = damping
             report.fallbacks += fallbacks
             reports.append(report)
@@ -127,4 +129,6 @@ class Gptq:
 
         in_turn: dict[str, Any] = {} if beforehand else {"prepare": fit, "unit": width}
         compensate(turned, factor.upper, groups.round, block_size=self.block_size, **in_turn)
-        return groups.quantized(turned, order), factor.damping, factor.fallbacks
+        damping, fallbacks = factor.damping, factor.fallbacks
+        del factor  # which is as large as the Hessian
+        return groups.quantized(turned, order), damping, fallbacks

@@ -29,7 +29,7 @@ from xxhash import xxh3_128_digest
 from knowledge_compression.cache import cache_folder, cached_folder
 from knowledge_compression.compression.int8_static import StaticInt8Linear
 from knowledge_compression.compression.quantized_linear import Int8Linear
-from knowledge_compression.compression.quantizer import QuantizedWeight, quantized_weight
+from knowledge_compression.compression.quantizer import FittedGrid, QuantizedWeight, quantized_weight
 from knowledge_compression.compression.report import CompressionReport
 from knowledge_compression.compression.smoothquant import SmoothedInt8Linear
 from knowledge_compression.models import Model, Targets
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2  # raised when an old file would be read as another model
 _FILE = "changes.safetensors"
-_CODES = ("codes", "scales", "zeros", "group_of")
+_GRID = ("scales", "zeros", "group_of")
 _SETTINGS = ("bits", "symmetric", "scale_bits")
 _MODULES = {kind.__name__: kind for kind in (Int8Linear, StaticInt8Linear, SmoothedInt8Linear)}
 
@@ -208,12 +208,13 @@ def _write(folder: Path, model: Model, before: _State, report: CompressionReport
         if before.digests.get(name) != _digest(tensor) and name.removesuffix(".weight") not in codes
     }
     for path, weight in codes.items():
-        tensors |= {f"codes/{path}/{name}": getattr(weight, name) for name in _CODES}
-        tensors[f"codes/{path}/group_of"] = weight.group_of.clone()  # neighbours have one between them
+        tensors[f"codes/{path}/codes"] = weight.codes
+        tensors |= {f"codes/{path}/{name}": getattr(weight.grid, name) for name in _GRID}
+        tensors[f"codes/{path}/group_of"] = weight.grid.group_of.clone()  # neighbours have one between them
     about = {
         "format": FORMAT,
         "untied": before.tied and not model.head_is_tied,
-        "codes": {path: {name: getattr(weight, name) for name in _SETTINGS} for path, weight in codes.items()},
+        "codes": {path: {name: getattr(weight.grid, name) for name in _SETTINGS} for path, weight in codes.items()},
         "modules": {path: [type(module).__name__, module.settings] for path, module in modules.items()},
         "report": report.to_json(),
     }
@@ -240,9 +241,9 @@ def _restore(folder: Path, model: Model) -> CompressionReport:
         buffers = {name.removeprefix(prefix): tensors.pop(name).to(model.device) for name in names}
         layers[path].replace(_MODULES[kind].from_buffers(buffers, layers[path].module.bias, **settings))
     for path, settings in about["codes"].items():
-        kept = {name: tensors.pop(f"codes/{path}/{name}") for name in _CODES}
+        grid = FittedGrid(**{name: tensors.pop(f"codes/{path}/{name}") for name in _GRID}, **settings)
         with torch.no_grad():
-            QuantizedWeight(**kept, **settings).put_into(layers[path])
+            QuantizedWeight(tensors.pop(f"codes/{path}/codes"), grid).put_into(layers[path])
     now = _tensors(model)
     for name, tensor in tensors.items():
         now[name.removeprefix("tensor/")].data.copy_(tensor)

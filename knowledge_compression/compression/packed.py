@@ -50,9 +50,9 @@ def save_packed(model: Model, folder: Path) -> None:
             f"{model.name} has no layer with integers behind its weights to pack; output.save_model=packed takes "
             "compression=gptq or rtn as the last step"
         )
-    if any(weight.scale_bits != SCALE_BITS for weight in packed.values()):
+    if any(weight.grid.scale_bits != SCALE_BITS for weight in packed.values()):
         raise BadInput("a packed checkpoint holds scales of 16 bits; choose compression.scale_bits=16")
-    if uneven := [layer.path for layer, weight in packed.items() if not weight.groups_alike]:
+    if uneven := [layer.path for layer, weight in packed.items() if not weight.grid.groups_alike]:
         raise BadInput(
             f"a packed checkpoint has groups of one size, but the last of {uneven[0]} is shorter; "
             "choose a compression.group_size that divides its inputs"
@@ -80,13 +80,13 @@ def packed_fields(path: str, weight: QuantizedWeight, *, zero_offset: int) -> di
         BadInput: inputs or outputs do not fill whole 32-bit words.
     """
     for name, count in zip(("outputs", "inputs"), weight.codes.shape, strict=True):
-        if count * weight.bits % 32:
-            raise BadInput(f"the {count} {name} of {path} do not fill whole words with {weight.bits} bits each")
+        if count * weight.grid.bits % 32:
+            raise BadInput(f"the {count} {name} of {path} do not fill whole words with {weight.grid.bits} bits each")
     return {
-        "qweight": pack(weight.codes.T, weight.bits),
-        "qzeros": pack(weight.zeros - zero_offset, weight.bits).T.contiguous(),
-        "scales": weight.scales.T.half().contiguous(),
-        "g_idx": weight.group_of.clone(),
+        "qweight": pack(weight.codes.T, weight.grid.bits),
+        "qzeros": pack(weight.grid.zeros - zero_offset, weight.grid.bits).T.contiguous(),
+        "scales": weight.grid.scales.T.half().contiguous(),
+        "g_idx": weight.grid.group_of.clone(),
     }
 
 
@@ -105,14 +105,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _quantization_config(packed: dict[TargetLayer, QuantizedWeight], left: list[TargetLayer]) -> dict[str, Any]:
+    grids = [weight.grid for weight in packed.values()]
     kinds = {
-        (w.bits, w.symmetric, w.codes.shape[1] // w.scales.shape[1] if w.scales.shape[1] > 1 else -1)
-        for w in packed.values()
+        (g.bits, g.symmetric, len(g.group_of) // g.scales.shape[1] if g.scales.shape[1] > 1 else -1) for g in grids
     }
     if len(kinds) > 1:
         raise BadInput(f"a packed checkpoint has one width and group size, but the layers have {sorted(kinds)}")
     ((bits, symmetric, size),) = kinds
-    in_order = all(torch.equal(w.group_of, w.group_of.sort().values) for w in packed.values())
+    in_order = all(torch.equal(g.group_of, g.group_of.sort().values) for g in grids)
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": bits,

@@ -25,11 +25,10 @@ SCALE_BITS = 16  # of a float16, as packed checkpoints hold scales
 
 
 @dataclass(frozen=True, eq=False)
-class QuantizedWeight:
-    """A weight as integers, whence a packed checkpoint is written; everything on the CPU.
+class FittedGrid:
+    """The grid that a weight was rounded to; everything on the CPU.
 
     Attributes:
-        codes: uint8 ``[out_features, in_features]``, columns in the layer's own order.
         scales: float32 ``[out_features, groups]``, every value exact in a float of ``scale_bits``.
         zeros: uint8 ``[out_features, groups]``.
         group_of: int32 ``[in_features]``, the group of each input column (``g_idx`` of packed checkpoints).
@@ -38,7 +37,6 @@ class QuantizedWeight:
         scale_bits: width of a scale.
     """
 
-    codes: Tensor
     scales: Tensor
     zeros: Tensor
     group_of: Tensor
@@ -46,31 +44,25 @@ class QuantizedWeight:
     symmetric: bool
     scale_bits: int
 
-    @classmethod
-    def made(cls, codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, grid: Grid) -> QuantizedWeight:
-        """From tensors of any type and device."""
-        return cls(
-            codes.to("cpu", torch.uint8).contiguous(),
-            scales.to("cpu", torch.float32).contiguous(),
-            zeros.to("cpu", torch.uint8).contiguous(),
-            group_of.to("cpu", torch.int32),
-            grid.bits,
-            grid.symmetric,
-            grid.scale_bits,
-        )
+    def codes(self, weight: Tensor) -> Tensor:
+        """The integers nearest to a weight ``[out_features, in_features]`` of any floating type, uint8 on the CPU.
 
-    def dequantize(self) -> Tensor:
-        """The weight that the codes stand for, float32 ``[out_features, in_features]``."""
-        return dequantized(self.codes, spread(self.scales, self.group_of, 1), spread(self.zeros, self.group_of, 1))
+        Of a float32 weight on the grid they are the very ones it was made of, as its quotient by the scale lies next to
+        a whole number.
+        """
+        nearest = encoded(weight.to("cpu", torch.float32), *self._columns(), 2**self.bits - 1)
+        return nearest.to(torch.uint8, memory_format=torch.contiguous_format)
 
-    def rows(self, start: int, end: int) -> QuantizedWeight:
-        """The part of some output rows, of one layer where several were quantized as one weight."""
-        return replace(self, codes=self.codes[start:end], scales=self.scales[start:end], zeros=self.zeros[start:end])
+    def read(self, codes: Tensor) -> Tensor:
+        """The weight that codes ``[out_features, in_features]`` stand for, float32."""
+        return dequantized(codes, *self._columns())
 
-    def put_into(self, layer: TargetLayer) -> None:
-        """Write the weight these codes stand for into the layer and keep the codes with its module."""
-        layer.weight.copy_(self.dequantize())
-        layer.module.__dict__["quantized_weight"] = self  # neither a parameter nor in the state dict
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        return spread(self.scales, self.group_of, 1), spread(self.zeros, self.group_of, 1)
+
+    def rows(self, start: int, end: int) -> FittedGrid:
+        """The part of some output rows."""
+        return replace(self, scales=self.scales[start:end], zeros=self.zeros[start:end])
 
     @property
     def groups_alike(self) -> bool:
@@ -83,9 +75,55 @@ class QuantizedWeight:
         return self.scales.numel() * (self.scale_bits + (0 if self.symmetric else self.bits))
 
 
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight as integers, whence a packed checkpoint is written.
+
+    Attributes:
+        codes: uint8 ``[out_features, in_features]`` on the CPU, columns in the layer's own order.
+        grid: what they mean.
+    """
+
+    codes: Tensor
+    grid: FittedGrid
+
+    @classmethod
+    def made(cls, codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, grid: Grid) -> QuantizedWeight:
+        """From tensors of any type and device."""
+        fitted = FittedGrid(
+            scales.to("cpu", torch.float32).contiguous(),
+            zeros.to("cpu", torch.uint8).contiguous(),
+            group_of.to("cpu", torch.int32),
+            grid.bits,
+            grid.symmetric,
+            grid.scale_bits,
+        )
+        return cls(codes.to("cpu", torch.uint8).contiguous(), fitted)
+
+    def dequantize(self) -> Tensor:
+        """The weight that the codes stand for, float32 ``[out_features, in_features]``."""
+        return self.grid.read(self.codes)
+
+    def rows(self, start: int, end: int) -> QuantizedWeight:
+        """The part of some output rows, of one layer where several were quantized as one weight."""
+        return QuantizedWeight(self.codes[start:end], self.grid.rows(start, end))
+
+    def put_into(self, layer: TargetLayer) -> None:
+        """Write the weight these codes stand for into the layer, and leave with its module what finds them again.
+
+        That is the grid alone, but where the layer's type is too coarse to tell all its points apart.
+        """
+        layer.weight.copy_(self.dequantize())
+        exact = layer.weight.dtype == torch.float32 or torch.equal(self.grid.codes(layer.weight), self.codes)
+        # Neither a parameter nor in the state dict.
+        layer.module.__dict__["quantized_weight"] = self.grid if exact else self
+
+
 def quantized_weight(layer: TargetLayer) -> QuantizedWeight | None:
     """The integers behind a layer's weight; None where it has none, or its weight was changed since."""
-    kept = getattr(layer.module, "quantized_weight", None)
+    kept: FittedGrid | QuantizedWeight | None = getattr(layer.module, "quantized_weight", None)
+    if isinstance(kept, FittedGrid):
+        kept = QuantizedWeight(kept.codes(layer.weight), kept)
     if kept is None or not torch.equal(kept.dequantize().to(layer.weight), layer.weight):
         return None
     return kept
@@ -94,6 +132,11 @@ def quantized_weight(layer: TargetLayer) -> QuantizedWeight | None:
 def spread(values: Tensor, group_of: Tensor, dim: int) -> Tensor:
     """What each column is read with, given what each group is; of one group for all, that one to broadcast."""
     return values if values.shape[dim] == 1 else values.index_select(dim, group_of)
+
+
+def encoded(weight: Tensor, scales: Tensor, zeros: Tensor, top: int) -> Tensor:
+    """Codes, from 0 to ``top``, of the nearest grid points, in the weight's own type; shapes broadcast."""
+    return (weight / scales).round_().add_(zeros).clamp_(0, top)
 
 
 def dequantized(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -205,7 +248,7 @@ class Grid:
 
     def encode(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         """Codes of the nearest grid points, in the weight's own type; shapes broadcast."""
-        return (weight / scales).round_().add_(zeros).clamp_(0, self.top)
+        return encoded(weight, scales, zeros, self.top)
 
     def round(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         """The nearest grid points themselves; shapes broadcast."""
@@ -258,10 +301,7 @@ class GroupedColumns:
         return (column / scales).round_().clamp_(lowest, highest).mul_(scales)  # in place: there are many columns
 
     def quantized(self, columns: Tensor, order: Tensor) -> QuantizedWeight:
-        """The codes of columns that were all rounded, put back from ``order``.
-
-        The quotient of a grid point and its scale lies next to its whole number, so that this finds the very codes.
-        """
+        """The codes of columns that were all rounded, put back from ``order``."""
         scales, zeros = (spread(values, self._group_of, 0) for values in (self._scales, self._zeros))
         back = torch.argsort(order)
         codes = self.grid.encode(columns, scales, zeros)[back].T
@@ -287,8 +327,8 @@ def quantized_report(layer: TargetLayer, weight: QuantizedWeight, seconds: float
     """The part of a layer's report that follows from its codes."""
     return LayerReport.of(
         layer,
-        bits=float(weight.bits),
-        overhead_bits=weight.overhead_bits,
-        fallbacks=["short_group"] * (not weight.groups_alike),
+        bits=float(weight.grid.bits),
+        overhead_bits=weight.grid.overhead_bits,
+        fallbacks=["short_group"] * (not weight.grid.groups_alike),
         seconds=seconds,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_OUTPUTS = 128  # fitted at a time: what they need stays in cache, and little memory is taken
+_OUTPUTS = 192  # fitted at a time: what they need stays in cache, and little memory is taken
 
 
 def refit(columns: Tensor, original: Tensor, kept: Tensor, hessian: Tensor, *, damping: float, steps: int) -> None:
@@ -15,7 +15,7 @@ def refit(columns: Tensor, original: Tensor, kept: Tensor, hessian: Tensor, *, d
     only for those before it, and weights that it freezes early never hear of what goes later. With the mask fixed, the
     best values of a row ``w`` are a least-squares problem, ``min (w - w0) H (w - w0)ᵀ`` over the kept entries, whose
     matrix differs from row to row. It is solved for many rows at once by conjugate gradients, preconditioned by the
-    diagonal, in which each row's mask is applied after the one product with the shared ``H`` (Meng et al. 2024, ALPS,
+    diagonal, in which each row's mask is applied beside the one product with the shared ``H`` (Meng et al. 2024, ALPS,
     section 3.3); no step makes the damped error larger.
 
     Args:
@@ -28,24 +28,24 @@ def refit(columns: Tensor, original: Tensor, kept: Tensor, hessian: Tensor, *, d
     """
     if not steps:
         return
-    damped = hessian.clone()
-    damped.diagonal().add_(damping * hessian.diagonal().mean())
-    for part, wanted, mask in zip(*(whole.split(_OUTPUTS, 1) for whole in (columns, original, kept)), strict=True):
-        _conjugate_gradients(part, wanted, mask.to(part), damped, steps)
+    added = float(damping * hessian.diagonal().mean())
 
+    def damped(vectors: Tensor) -> Tensor:  # the damped Hessian's products, without a copy of it
+        return torch.addmm(vectors, hessian, vectors, beta=added)
 
-def _conjugate_gradients(columns: Tensor, original: Tensor, kept: Tensor, damped: Tensor, steps: int) -> None:
-    scale = damped.diagonal().clamp(min=1e-30).reciprocal()[:, None]
-    residual = (damped @ (original - columns)).mul_(kept)
-    direction = torch.zeros_like(residual)
-    before: Tensor | float = torch.inf
-    for _ in range(steps):
-        steepest = residual * scale
-        slope = (residual * steepest).sum(0)
-        direction.mul_(slope / before).add_(steepest)
-        moved = (damped @ direction).mul_(kept)
-        # A row that has arrived has no slope left: it stays where it is.
-        length = slope / (direction * moved).sum(0).clamp(min=1e-30)
-        columns.addcmul_(direction, length)
-        residual.addcmul_(moved, length, value=-1)
-        before = slope.clamp(min=1e-30)
+    inverse_diagonal = (hessian.diagonal() + added).clamp(min=1e-30).reciprocal()[:, None]
+    for part, wanted, free in zip(*(whole.split(_OUTPUTS, 1) for whole in (columns, original, kept)), strict=True):
+        preconditioner = free * inverse_diagonal  # which is also what keeps every step to the kept weights
+        residual = damped(wanted - part)
+        direction, before = torch.zeros_like(residual), torch.ones_like(residual[0])
+        for step in range(1, steps + 1):
+            steepest = preconditioner * residual
+            slope = torch.linalg.vecdot(residual, steepest, dim=0)
+            direction = torch.addcmul(steepest, direction, slope / before)
+            moved = damped(direction)
+            # A row that has arrived has no slope left: it stays where it is.
+            length = slope / torch.linalg.vecdot(direction, moved, dim=0).clamp(min=1e-30)
+            part.addcmul_(direction, length)
+            if step < steps:
+                residual.addcmul_(moved, length, value=-1)
+                before = slope.clamp(min=1e-30)

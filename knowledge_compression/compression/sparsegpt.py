@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import LongTensor, Tensor
 
-from knowledge_compression.compression.base import check_sparsity
+from knowledge_compression.compression.base import check_sparsity, stacked
 from knowledge_compression.compression.blocks import compress_calibrated
 from knowledge_compression.compression.compensation import compensate
 from knowledge_compression.compression.hessian import Hessian, check_damping, inverse_factor, relative_errors
@@ -111,7 +111,7 @@ class SparseGpt:
         """Prune linears that read the same inputs as one tall weight, each to its own exact sparsity."""
         start = time.perf_counter()
         hessian = statistics.matrix
-        weight = torch.cat([layer.weight for layer in layers]).to(hessian)
+        weight = stacked(layers).to(hessian)
         heights = [len(layer.weight) for layer in layers]
         pruned = self.prune(weight, hessian, heights)
         seconds = (time.perf_counter() - start) / len(layers)
@@ -119,8 +119,9 @@ class SparseGpt:
         for layer, old, new, mask in zip(
             layers, weight.split(heights), pruned.weight.split(heights), pruned.mask.split(heights), strict=True
         ):
-            layer.weight.copy_(new)
-            before, after = relative_errors(old, [old.masked_fill(mask, 0), new], hessian)
+            stored = new.to(layer.weight)
+            before, after = relative_errors(old, [old.masked_fill(mask, 0), stored], hessian)
+            layer.weight.copy_(stored)  # only now, as the old weight may be the layer's own
             reports.append(
                 LayerReport.of(
                     layer,
@@ -137,8 +138,8 @@ class SparseGpt:
             for layer, report in zip(layers, reports, strict=True):
                 part = pruned.quantized.rows(row, row := row + len(layer.weight))
                 part.put_into(layer)
-                report.bits, report.overhead_bits = float(part.bits), part.overhead_bits
-                report.fallbacks += ["short_group"] * (not part.groups_alike)
+                report.bits, report.overhead_bits = float(part.grid.bits), part.grid.overhead_bits
+                report.fallbacks += ["short_group"] * (not part.grid.groups_alike)
         return reports
 
     def prune(self, weight: Tensor, hessian: Tensor, heights: Sequence[int] | None = None) -> Pruned:
@@ -156,9 +157,10 @@ class SparseGpt:
         rows = list(heights or [len(weight)])
         columns = torch.arange(len(hessian), device=hessian.device)
         factor = inverse_factor(hessian, self.damping)
-        upper = factor.upper if factor else torch.diag(hessian.diagonal().clamp(min=1e-12).rsqrt())
-        worth = upper.diagonal().reciprocal()[:, None]  # Optimal Brain Surgeon: w² / [H⁻¹]ᵢᵢ of what is left
-        turned = weight.T.contiguous()
+        upper = factor.upper if factor else torch.eye(len(hessian)).to(hessian)
+        pivots = factor.pivots if factor else hessian.diagonal().clamp(min=1e-12).reciprocal()
+        worth = pivots.rsqrt()[:, None]  # Optimal Brain Surgeon: w² / [H⁻¹]ᵢᵢ of what is left
+        turned = weight.T.clone(memory_format=torch.contiguous_format)
         mask = torch.zeros_like(turned, dtype=torch.bool)
         removed = [0] * len(rows)
 
@@ -186,15 +188,12 @@ class SparseGpt:
 
         unit = self.shape.of if self.shape else self.block_size
         compensate(turned, upper, project, prepare=choose, unit=unit, block_size=self.block_size)
-        if factor and not groups:
-            refit(turned, weight.T, ~mask, hessian, damping=factor.damping, steps=self.refit)
-        return Pruned(
-            turned.T,
-            mask.T,
-            groups.quantized(turned, columns) if groups else None,
-            factor.damping if factor else None,
-            factor.fallbacks if factor else ["not_positive_definite"],
-        )
+        damping, fallbacks = (factor.damping, factor.fallbacks) if factor else (None, ["not_positive_definite"])
+        del factor, upper  # which are as large as the Hessian
+        if damping is not None and not groups:
+            refit(turned, weight.T, ~mask, hessian, damping=damping, steps=self.refit)
+        quantized = groups.quantized(turned, columns) if groups else None
+        return Pruned(turned.T, mask.T, quantized, damping, fallbacks)
 
 
 def _smallest(scores: Tensor, count: int) -> Tensor:
