@@ -50,6 +50,8 @@ class Hessian:
             matrix /= self._weight or 1.0
             for start, end in _strips(len(matrix)):  # what was summed above the diagonal, turned over
                 matrix[end:, start:end] = matrix[start:end, end:].T
+                square = matrix[start:end, start:end]
+                square.copy_((square + square.T).mul_(0.5))  # influence may round its two halves differently
         return matrix
 
 
