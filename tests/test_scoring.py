@@ -21,6 +21,8 @@ from knowledge_compression.models.families import ARCHITECTURES, DECODER, ENCODE
 
 CONTINUING = [name for name in TINY if ARCHITECTURES[name].family != ENCODER]
 DECODERS = [name for name in TINY if ARCHITECTURES[name].family == DECODER]
+ONE_STACK = [name for name in TINY if ARCHITECTURES[name].family in (DECODER, ENCODER)]
+ATTENTION = ["sdpa", "eager"]  # texts end to end in one row, and each in a padded row of its own
 
 
 @torch.no_grad()
@@ -70,9 +72,16 @@ def assert_equals_plain(model: Model, questions: Sequence[Question], **scorer: i
             assert answer.greedy == greedy
 
 
+@pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("architecture", CONTINUING)
-def test_equals_plain_on_every_architecture(tiny_model: Callable[[str], Model], architecture: str) -> None:
-    assert_equals_plain(tiny_model(architecture), random_questions(1))
+def test_equals_plain_on_every_architecture(
+    tiny_model: Callable[[str], Model], architecture: str, attention: str
+) -> None:
+    model = tiny_model(architecture)
+    model.network.set_attn_implementation(attention)
+    assert_equals_plain(model, random_questions(1))
+    assert_equals_plain(model, random_questions(1), tokens_per_batch=70)
+    assert model.network.config._attn_implementation == attention
 
 
 @pytest.mark.slow
@@ -106,9 +115,15 @@ def test_result_does_not_depend_on_the_budget(
 
 
 def test_padding_stays_small(tiny_model: Callable[[str], Model]) -> None:
-    scorer = Scorer(tiny_model("llama"), tokens_per_batch=200)
-    scorer.log_likelihoods(random_questions(4, count=300))
-    assert 0 < scorer.tokens_padded < 0.08 * scorer.tokens_read
+    questions, tokens_padded = random_questions(4, count=300), {}
+    for attention in ATTENTION:
+        model = tiny_model("llama")
+        model.network.set_attn_implementation(attention)
+        scorer = Scorer(model, tokens_per_batch=200)
+        scorer.log_likelihoods(questions)
+        tokens_padded[attention] = scorer.tokens_padded
+        assert scorer.tokens_padded < 0.08 * scorer.tokens_read
+    assert tokens_padded["sdpa"] == 0 < tokens_padded["eager"]
 
 
 def test_shared_tokens_are_read_once(tiny_model: Callable[[str], Model]) -> None:
@@ -147,21 +162,26 @@ def test_rows_without_branches_say_the_same(tiny_model: Callable[[str], Model], 
         assert [x.log_prob for x in a] == pytest.approx([x.log_prob for x in b], rel=1e-4)
 
 
-def test_steps_back_when_memory_runs_out(tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_steps_back_when_memory_runs_out(
+    tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
     model, questions = tiny_model("llama"), random_questions(8, count=20)
+    model.network.set_attn_implementation(attention)
     reference = Scorer(model).log_likelihoods(questions)
+    longest = max(map(len, Scorer(model, tokens_per_batch=1000).trees_of(questions)))
     forward, sizes = model.network.forward, []
 
     def small_memory(*args: object, **inputs: torch.Tensor) -> object:
         sizes.append(inputs["input_ids"].numel())
-        if sizes[-1] > 100 and len(inputs["input_ids"]) > 1:
+        if sizes[-1] > longest + 20:
             raise torch.OutOfMemoryError("no room")
         return forward(*args, **inputs)
 
     monkeypatch.setattr(model.network, "forward", small_memory)
     scorer = Scorer(model, tokens_per_batch=1000)
     found = scorer.log_likelihoods(questions)
-    assert max(sizes) > 100
+    assert max(sizes) > longest + 20
     assert scorer.budget.tokens < 1000
     assert model.fallbacks[-1] == f"out of memory: from here on {scorer.budget.tokens} tokens go into one pass"
     for a, b in zip(reference, found, strict=True):
@@ -231,15 +251,20 @@ def test_other_errors_are_not_swallowed(tiny_model: Callable[[str], Model], monk
         Scorer(model).log_likelihoods(random_questions(9))
 
 
-@pytest.mark.parametrize("architecture", DECODERS)
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("architecture", ONE_STACK)
 @torch.no_grad()
-def test_decoder_blanks(tiny_model: Callable[[str], Model], architecture: str) -> None:
+def test_blanks(tiny_model: Callable[[str], Model], architecture: str, attention: str) -> None:
     model = tiny_model(architecture)
-    blanks = [Blank(question.context) for question in random_questions(10)]
+    model.network.set_attn_implementation(attention)
+    texts = [question.context for question in random_questions(10)]
+    encoder = model.family == ENCODER
+    blanks = [Blank(text, position=len(text) // 2 if encoder else None) for text in texts]
     seen: list[int] = []
     for indices, log_probs in Scorer(model, tokens_per_batch=64).distributions(blanks):
         for i, row in zip(indices, log_probs, strict=True):
-            expected = model.network(input_ids=torch.tensor([blanks[i].ids])).logits[0, -1].log_softmax(-1)
+            logits = model.network(input_ids=torch.tensor([blanks[i].ids])).logits[0]
+            expected = logits[-1 if blanks[i].position is None else blanks[i].position].log_softmax(-1)
             torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
         seen += indices
     assert sorted(seen) == list(range(len(blanks)))

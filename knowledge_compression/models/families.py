@@ -54,6 +54,7 @@ class Architecture:
         shared_depth: name of the configuration value that says how often one block is used (ALBERT), if any.
         pointwise_from: path inside a block of the module from which on, its inputs being all there is, the block treats
             each position by itself; None where a residual goes past every such module (networks that norm first).
+        positions_after_padding: whether positions are numbered from the one after the padding token's id (RoBERTa).
     """
 
     family: str
@@ -63,6 +64,7 @@ class Architecture:
     paper_ff: tuple[str, ...] = ()
     shared_depth: str | None = None
     pointwise_from: str | None = None
+    positions_after_padding: bool = False
 
     def role_of(self, path: str, *, reading: str = "module") -> str | None:
         """Role of the linear at ``path``, or None where the map does not know it."""
@@ -122,6 +124,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         transforms=("lm_head.dense",),
         paper_ff=("attention.output.dense",),
         pointwise_from="attention.output",
+        positions_after_padding=True,
     ),
     "distilbert": Architecture(
         ENCODER,

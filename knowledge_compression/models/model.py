@@ -83,9 +83,12 @@ class Model:
         limit = getattr(self.network.config, "max_position_embeddings", None)
         if limit is None:
             limit = getattr(self.network.config, "n_positions", None) if self.family != "encoder_decoder" else None
-        if limit is not None and self.network.config.model_type == "roberta":
-            limit -= self.network.config.pad_token_id + 1  # RoBERTa numbers positions from padding_idx + 1
-        return None if limit is None else limit - self.reserved_positions
+        return None if limit is None else limit - self.first_position - self.reserved_positions
+
+    @property
+    def first_position(self) -> int:
+        """Number of the position of a text's first token."""
+        return self.network.config.pad_token_id + 1 if self.architecture.positions_after_padding else 0
 
     def parameter_count(self) -> int:
         """Number of distinct parameters; tied ones count once."""

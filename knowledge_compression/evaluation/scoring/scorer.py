@@ -18,11 +18,12 @@ from knowledge_compression.evaluation.scoring.budget import Budget
 from knowledge_compression.evaluation.scoring.depths import depths, head_at_every_depth
 from knowledge_compression.evaluation.scoring.generation import Done, generate
 from knowledge_compression.evaluation.scoring.heads import head_at, likeliest
+from knowledge_compression.evaluation.scoring.layout import EndToEnd, Layout, Rows, can_lie_end_to_end
 from knowledge_compression.evaluation.scoring.questions import Blank, Likelihood, Question
-from knowledge_compression.evaluation.scoring.trees import Tree, attention_masks, plant
+from knowledge_compression.evaluation.scoring.trees import Tree, plant
 from knowledge_compression.memory import is_out_of_memory
 from knowledge_compression.models import Model
-from knowledge_compression.models.families import DECODER, ENCODER
+from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 
 _TOKENS_A_STEP = 32  # of the budget for each prompt that is continued: keys and values count, not only tokens
 _MOST_PADDING = 0.08  # of a batch's tokens
@@ -57,6 +58,13 @@ class Scorer:
         and so takes no mask of ours. Then every distinct text is a row of its own.
         """
         return self.model.network.config._attn_implementation in _BRANCHING_ATTENTION and not self.soft_prompted
+
+    @property
+    def end_to_end(self) -> bool:
+        """Whether texts can lie end to end in one row, without padding, see :class:`EndToEnd`."""
+        return (
+            self.model.family != ENCODER_DECODER and not self.soft_prompted and can_lie_end_to_end(self.model.network)
+        )
 
     @property
     def soft_prompted(self) -> bool:
@@ -128,44 +136,48 @@ class Scorer:
 
     @torch.inference_mode()
     def _read_trees(self, trees: Sequence[Tree]) -> _Reads:
-        device, width = self.model.device, max(map(len, trees))
-        ids = np.full((len(trees), width), self._pad_id)
-        for row, tree in zip(ids, trees, strict=True):
-            row[: len(tree)] = tree.ids
-        self._count(ids.size, sum(map(len, trees)))
-        inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids).to(device), "use_cache": False}
-        if not all(tree.is_chain for tree in trees):
-            inputs |= self._branch_inputs(trees, width)
-        nodes = np.concatenate([row * width + tree.nodes for row, tree in enumerate(trees)])
+        layout = self._layout([len(tree) for tree in trees], [not tree.is_chain for tree in trees])
+        ids = self._laid(layout, np.concatenate([tree.ids for tree in trees]))
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        if layout.has_own_places or not all(tree.is_chain for tree in trees):
+            depths, ends = (np.concatenate([getattr(tree, name) for tree in trees]) for name in ("depths", "ends"))
+            inputs |= self._places(layout, depths, ends)
+        nodes = np.concatenate([start + tree.nodes for start, tree in zip(layout.starts, trees, strict=True)])
         wanted, of_read = np.unique(nodes, return_inverse=True)
-        flat = torch.from_numpy(wanted).to(device)
+        flat = torch.from_numpy(wanted).to(ids.device)
         self.model.announce_context([tree.context for tree in trees])
-        with head_at(self.model.network, flat // width, flat % width, width):
-            logits = self.model.network(**inputs).logits[0]
+        with head_at(self.model.network, flat // layout.width, flat % layout.width, layout.width):
+            logits = layout.read(self.model.network, inputs).logits[0]
         targets, slots = (np.concatenate([getattr(tree, name) for tree in trees]) for name in ("targets", "slots"))
         return slots, *_read(logits, of_read, targets, self.budget.rows)
 
-    def _branch_inputs(self, trees: Sequence[Tree], width: int) -> dict[str, Any]:
-        """Mask and positions for rows with branches; padding goes on counting and sees itself alone."""
-        ends = np.tile(np.arange(1, width + 1), (len(trees), 1))
-        depths = np.tile(np.arange(width), (len(trees), 1))
-        for row, tree in enumerate(trees):
-            ends[row, : len(tree)] = tree.ends
-            depths[row, : len(tree)] = tree.depths
-            depths[row, len(tree) :] = 0
+    def _layout(self, lengths: Sequence[int], branching: Sequence[bool]) -> Layout:
+        """End to end where attention can be told where a text ends, else a row for each text."""
+        if not self.end_to_end:
+            return Rows(lengths)
+        window = getattr(self.model.network.config, "sliding_window", None) or max(lengths)
+        return EndToEnd(lengths, [b or length > window for b, length in zip(branching, lengths, strict=True)])
+
+    def _laid(self, layout: Layout, ids: NDArray[np.int64]) -> Tensor:
+        laid = layout.lay(ids, self._pad_id)
+        self._count(laid.size, len(ids))
+        return torch.from_numpy(laid).to(self.model.device)
+
+    def _places(self, layout: Layout, depths: NDArray[np.int64], ends: NDArray[np.int64]) -> dict[str, Any]:
+        """Positions, and masks for tokens that do not see all that is before them; padding sees itself alone."""
         config, device = self.model.network.config, self.model.device
-        there, places = torch.from_numpy(ends).to(device), torch.from_numpy(depths).to(device)
+        places, until = (torch.from_numpy(layout.lay(values)).to(device) for values in (depths, ends))
         window = getattr(config, "sliding_window", None)
         kinds = set(getattr(config, "layer_types", None) or ())
 
         def mask(span: int | None) -> Tensor:
-            return attention_masks(there, places, self.model.dtype, span)
+            return layout.masks(until, places, self.model.dtype, span)
 
         if "sliding_attention" in kinds:
             masks: Any = {"full_attention": mask(None), "sliding_attention": mask(window)}
         else:
             masks = mask(None if kinds else window)
-        return {"attention_mask": masks, "position_ids": places}
+        return {"attention_mask": masks, "position_ids": self.model.first_position + places}
 
     def _encoder_decoder_reads(self, questions: Sequence[Question]) -> Iterator[_Reads]:
         starts = np.cumsum([0, *(len(question.continuations) for question in questions)])
@@ -212,13 +224,14 @@ class Scorer:
     def _batches(self, lengths: Sequence[int], reads: Sequence[int]) -> Iterator[list[int]]:
         """Indices in batches, longest first so that what does not fit in memory shows at once.
 
-        A batch keeps to the budgets of padded tokens and of logits; once it is worth a pass of its own, it ends rather
-        than be padded by more than a few per cent.
+        A batch keeps to the budgets of tokens, padding with them, and of logits; once it is worth a pass of its own, it
+        ends rather than be padded by more than a few per cent.
         """
         batch: list[int] = []
         real = read = 0
+        end_to_end = self.end_to_end
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            padded = (len(batch) + 1) * lengths[batch[0]] if batch else 0
+            padded = real + lengths[i] if end_to_end else (len(batch) + 1) * lengths[batch[0]] if batch else 0
             wasteful = padded - real - lengths[i] > _MOST_PADDING * padded and 4 * padded > self.budget.tokens
             if batch and (padded > self.budget.tokens or read + reads[i] > self.budget.reads or wasteful):
                 yield batch
@@ -245,22 +258,34 @@ class Scorer:
     def _blank_logits(
         self, blanks: Sequence[Blank], at: Callable[..., AbstractContextManager[None]] = head_at
     ) -> Tensor:
+        if self.end_to_end:
+            return self._blank_logits_end_to_end(blanks, at)
         ids, mask = self._pad([blank.ids for blank in blanks])
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         read_from, places = ids, mask.sum(-1) - 1
         if self.model.family == ENCODER:
             places = torch.tensor([blank.position for blank in blanks], device=ids.device)
-            if self.branches:  # one row of the mask serves all of an encoder's queries
-                hidden = torch.zeros(mask.shape, dtype=self.model.dtype, device=ids.device)
-                inputs["attention_mask"] = hidden.masked_fill_(mask == 0, torch.finfo(hidden.dtype).min)[:, None, None]
         else:
             inputs["use_cache"] = False
-        if self.model.family not in (ENCODER, DECODER):
+        if self.model.family == ENCODER_DECODER:
             read_from, said_mask = self._pad([blank.decoder_ids for blank in blanks])
             inputs["decoder_input_ids"], places = read_from, said_mask.sum(-1) - 1
         rows = torch.arange(len(blanks), device=ids.device)
         with at(self.model.network, rows, places, read_from.shape[1]):
             return self.model.network(**inputs).logits.flatten(0, 1)
+
+    def _blank_logits_end_to_end(
+        self, blanks: Sequence[Blank], at: Callable[..., AbstractContextManager[None]]
+    ) -> Tensor:
+        lengths = np.array([len(blank.ids) for blank in blanks])
+        layout = self._layout(lengths.tolist(), [False] * len(blanks))
+        ids = np.fromiter(chain.from_iterable(blank.ids for blank in blanks), np.int64, count=lengths.sum())
+        depths = np.arange(len(ids)) - np.repeat(layout.starts, lengths)
+        inputs = {"input_ids": self._laid(layout, ids)} | self._places(layout, depths, np.repeat(lengths, lengths))
+        asked = [n - 1 if blank.position is None else blank.position for n, blank in zip(lengths, blanks, strict=True)]
+        flat = torch.from_numpy(layout.starts + asked).to(self.model.device)
+        with at(self.model.network, flat // layout.width, flat % layout.width, layout.width):
+            return layout.read(self.model.network, inputs).logits.flatten(0, 1)
 
     @property
     def _pad_id(self) -> int:

@@ -102,7 +102,7 @@ def attention_masks(ends: Tensor, depths: Tensor, dtype: torch.dtype, window: in
     """What each token of each row sees, as numbers to add to attention scores.
 
     Args:
-        ends: ``[rows, tokens]``, see :class:`Tree`; padding has its own index plus one, and sees itself alone.
+        ends: ``[rows, tokens]``, see :class:`Tree`; 0 where padding is, which sees itself alone.
         depths: ``[rows, tokens]``.
         dtype: the model's.
         window: tokens that a sliding window spans, or None.
@@ -111,6 +111,7 @@ def attention_masks(ends: Tensor, depths: Tensor, dtype: torch.dtype, window: in
         ``[rows, 1, tokens, tokens]``: 0 where the query (third axis) sees the key (fourth), else the least number.
     """
     index = torch.arange(ends.shape[1], device=ends.device)
+    ends = torch.maximum(ends, index + 1)
     seen = (index[:, None] >= index) & (index[:, None] < ends[:, None, :])
     if window is not None:
         seen &= depths[:, :, None] - depths[:, None, :] < window
