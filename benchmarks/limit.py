@@ -49,7 +49,7 @@ def lama(model: Model, data_dir: Path) -> Contestants:
 
 def perplexity(model: Model, data_dir: Path, window: int, limit: int) -> Contestants:
     suite, scorer = Perplexity(window=window, limit=limit, data_dir=str(data_dir)), Scorer(model)
-    windows = suite._windows(model)[0].tolist()
+    windows = suite.windows(model)[0].tolist()
     questions = [Question(row[:1], [row[1:]]) for row in windows]
     products = Products(model, [window] * limit, (window - 1) * limit, scorer.budget.tokens)
     return {

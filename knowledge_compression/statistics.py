@@ -50,9 +50,10 @@ class Estimate:
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
-    def through(self, rising: Callable[[float], float]) -> Estimate:
-        """What a rising function makes of the figure and of both ends of its interval."""
-        return replace(self, value=rising(self.value), low=rising(self.low), high=rising(self.high))
+    def through(self, function: Callable[[float], float]) -> Estimate:
+        """What a rising or a falling function makes of the figure and of its interval."""
+        low, high = sorted((function(self.low), function(self.high)))
+        return replace(self, value=function(self.value), low=low, high=high)
 
 
 def accuracy(correct: NDArray[np.bool_], confidence: float = CONFIDENCE) -> Estimate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -119,6 +120,24 @@ def test_no_more_is_kept_than_there_is_room_for(tiny_model: Callable[[str], Mode
     assert sorted(path.name for path in cache.glob("[!.]*")) == ["a", "c"]
     once.on(tiny_model("llama"), KeptModels(0.0), "d")
     assert not (cache / "d").exists() and once.count == 4
+
+
+def test_a_full_disk_is_left_room(
+    tiny_model: Callable[[str], Model], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once, kept = Once(Magnitude(sparsity=0.5)), KeptModels(1.0)
+    for place in ("a", "b"):
+        once.on(tiny_model("llama"), kept, place)
+    size = sum(f.stat().st_size for f in (cache / "a").iterdir())
+    for place, time in (("a", 2000), ("b", 1000)):
+        os.utime(cache / place, (time, time))
+    total = 1000 * size
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(total, 0, 99.5 * size))  # type: ignore[attr-defined]
+    once.on(tiny_model("llama"), kept, "c")
+    assert sorted(path.name for path in cache.glob("[!.]*")) == ["a", "c"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(total, 0, 0))  # type: ignore[attr-defined]
+    once.on(tiny_model("llama"), kept, "d")
+    assert sorted(path.name for path in cache.glob("[!.]*")) == ["d"]
 
 
 def test_a_broken_file_and_a_forced_run_compress_again(tiny_model: Callable[[str], Model], cache: Path) -> None:

@@ -66,7 +66,9 @@ def test_a_longer_prompt_is_held_against_a_shorter_one_window_by_window(longer, 
     assert (verdict.status, finding.pairs) == (expected, ((long.id, short.id),))
     assert (finding.effect.value, finding.effect.n) == (pytest.approx(3.0 - longer), 40)
     told = finding.claim.measure.words(finding.effect)
-    assert told.startswith(f"{100 * (1 - np.exp(longer - 3.0)):+.1f} [") and told.endswith("% lower perplexity")
+    value, low, high = (100 * np.expm1(-x) for x in (finding.effect.value, finding.effect.high, finding.effect.low))
+    assert value == pytest.approx(100 * np.expm1(longer - 3.0)) and low <= value <= high
+    assert told == f"{value:+.1f} [{low:+.1f}, {high:+.1f}] % perplexity"  # more of it where the longer prompt is worse
 
 
 def test_layers_of_one_window_are_one_piece_of_evidence():
@@ -99,7 +101,7 @@ def test_timings_are_two_samples():
     assert (finding.effect.low, finding.effect.high) == pytest.approx(expected.confidence_interval(0.95))
     assert "+67.6 [" in finding.claim.measure.words(finding.effect)  # the published 0.37 s against 0.62 s
     (row,) = (line for line in markdown.findings([verdict]) if "IDP reads a batch faster" in line)
-    assert "% faster" in row
+    assert "+67.6 [" in row and "% speed" in row
     slow = valued("latency", timings(0.62), recovery="idp", trained=100)
     undecided = verdict_on("idp_is_faster_than_lora", dense, lora, slow)
     assert undecided.status == UNDECIDED

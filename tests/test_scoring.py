@@ -12,8 +12,10 @@ import torch
 from conftest import SPECIAL, TINY, VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer, budget, likeliest
+from knowledge_compression.evaluation.scoring.attention import causal_attention_in_pieces
 from knowledge_compression.evaluation.scoring.budget import probe
 from knowledge_compression.evaluation.scoring.trees import attention_masks, plant
 from knowledge_compression.models import Model
@@ -147,6 +149,28 @@ def test_few_shot_examples_are_read_once(tiny_model: Callable[[str], Model]) -> 
     scorer.log_likelihoods(questions)
     assert scorer.tokens_read < 60 + 6 * 10
     assert_equals_plain(model, questions)
+
+
+@given(
+    length=st.integers(1, 300), groups=st.integers(1, 3), scale=st.sampled_from([None, 0.3]), seed=st.integers(0, 99)
+)
+@settings(max_examples=40, deadline=None)
+def test_attention_in_pieces_is_causal_attention(length: int, groups: int, scale: float | None, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    query = torch.randn(2, 2 * groups, length, 8, generator=draw)
+    key, value = torch.randn(2, 2, 2, length, 8, generator=draw)
+    expected = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=groups > 1
+    )
+    torch.testing.assert_close(causal_attention_in_pieces(query, key, value, scale), expected)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_neox"])
+def test_long_texts_equal_plain(tiny_model: Callable[[str], Model], architecture: str) -> None:
+    draw = random.Random(11)
+    assert_equals_plain(
+        tiny_model(architecture), [Question(tokens(draw, n), [tokens(draw, 2)]) for n in (180, 180, 300)]
+    )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -21,7 +21,7 @@ class Measure:
     Attributes:
         column: of the items.
         gain: what of its values is better where it is more, and may be subtracted and averaged.
-        told: what a reader is told of a mean difference in gain; rising.
+        told: what a reader is told of a mean difference in gain; a rising or a falling function.
         unit: of that.
         items: what an item is.
         item: its name within its task; of several rows of one name the mean is taken.
@@ -52,20 +52,20 @@ def _hundredfold(share: float) -> float:
     return 100 * share
 
 
-def _percent_more(log_ratio: float) -> float:
+def _percent(log_ratio: float) -> float:
     return 100 * float(np.expm1(log_ratio))
 
 
-def _percent_less(log_ratio: float) -> float:
-    return -100 * float(np.expm1(-log_ratio))
+def _percent_of_inverse(log_ratio: float) -> float:
+    return _percent(-log_ratio)
 
 
 ANSWERS = Measure("correct", lambda right: right.astype(np.float64), _hundredfold, "points")
 PERPLEXITY = Measure(
     "nll",
     np.negative,
-    _percent_less,
-    "% lower perplexity",
+    _percent_of_inverse,
+    "% perplexity",
     items="windows of text",
     suite="perplexity",
     metric="perplexity",
@@ -83,8 +83,8 @@ SIMILARITY = Measure(
 LATENCY = Measure(
     "seconds",
     lambda seconds: -np.log(seconds),  # so that a difference is a ratio of times
-    _percent_more,
-    "% faster",
+    _percent,
+    "% speed",
     items="repeats",
     suite="latency",
     metric="prefill_seconds",

@@ -37,6 +37,7 @@ from knowledge_compression.models.targets import TargetLayer, linear_layers
 
 log = logging.getLogger(__name__)
 
+_LEFT_FREE = 0.1  # of the disk, for what is not a cache
 FORMAT = 2  # raised when an old file would be read as another model
 _FILE = "changes.safetensors"
 _GRID = ("scales", "zeros", "group_of")
@@ -53,7 +54,8 @@ class KeptModels:
     """The compressed models in the cache folder.
 
     Attributes:
-        gigabytes: most that all of them may take together; those that were not used for longest go first.
+        gigabytes: most that all of them may take together; those that were not used for longest go first. They also
+            go while less than a tenth of the disk is free.
     """
 
     gigabytes: float
@@ -114,10 +116,13 @@ class KeptModels:
             return report, True
 
     def _make_room(self, newest: Path) -> None:
+        """Discard what was not used for longest until the rest keeps to the bound and leaves room on the disk."""
         kept = [path for path in newest.parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        room = self.gigabytes * 1e9
-        for folder in sorted(kept, key=_last_used, reverse=True):
-            room -= sum(path.stat().st_size for path in folder.iterdir()) if folder.exists() else 0
+        sizes = {folder: _size(folder) for folder in sorted(kept, key=_last_used, reverse=True)}
+        disk = shutil.disk_usage(newest)
+        room = min(self.gigabytes * 1e9, sum(sizes.values()) + disk.free - _LEFT_FREE * disk.total)
+        for folder, size in sizes.items():
+            room -= size
             if room < 0 and folder != newest:
                 _discard(folder)
 
@@ -137,6 +142,13 @@ def _our_code() -> bytes:
     package = Path(__file__).parents[1]
     files = sorted(path for folder in ("compression", "models") for path in (package / folder).glob("*.py"))
     return b"".join(path.read_bytes() for path in files)
+
+
+def _size(folder: Path) -> int:
+    try:
+        return sum(path.stat().st_size for path in folder.iterdir())
+    except FileNotFoundError:  # another process has just discarded it
+        return 0
 
 
 def _last_used(folder: Path) -> float:

@@ -88,7 +88,7 @@ class Perplexity:
             BadInput: the text is shorter than one window.
             DataUnavailable: the text is not to be had.
         """
-        windows, total = self._windows(model)
+        windows, total = self.windows(model)
         scored = _SCORED[model.family](Scorer(model), windows, self.masked_per_window)
         rows = [
             {
@@ -104,16 +104,12 @@ class Perplexity:
         items = item_table(rows, EXTRA_COLUMNS)
         return Evaluation(_metrics(items["nll"]), items, self._description(model, windows, total))
 
-    def _source(self) -> TextCorpus:
-        return _TEXTS[self.corpus][0](data_dir=self.data_dir)
+    def windows(self, model: Model) -> tuple[LongTensor, int]:
+        """The windows to score, int64 ``[N, window]``, and how many the text has.
 
-    def text(self) -> str:
-        """The whole text that is scored, its documents joined as ``join`` says."""
-        documents = self._source().documents(_TEXTS[self.corpus][1])
-        return _JOINS[self.corpus, self.join](documents.texts)
-
-    def _windows(self, model: Model) -> tuple[LongTensor, int]:
-        """The windows to score ``[N, window]`` and how many the text has."""
+        Raises:
+            BadInput: the text is shorter than one window.
+        """
         special = model.tokenizer.num_special_tokens_to_add() if model.family == ENCODER else 0
         length = min(self.window, (model.max_positions or self.window) - special)
         stream = Documents(self.corpus, [self.text()]).stream(model)
@@ -125,6 +121,14 @@ class Perplexity:
             )
         whole = stream[: total * length].view(total, length)
         return whole[self._places(total)], total  # type: ignore[return-value]
+
+    def _source(self) -> TextCorpus:
+        return _TEXTS[self.corpus][0](data_dir=self.data_dir)
+
+    def text(self) -> str:
+        """The whole text that is scored, its documents joined as ``join`` says."""
+        documents = self._source().documents(_TEXTS[self.corpus][1])
+        return _JOINS[self.corpus, self.join](documents.texts)
 
     def _places(self, total: int) -> list[int]:
         count = min(self.limit or total, total)

@@ -7,7 +7,6 @@ each token by itself, read what is there and nothing else; only attention has to
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -16,43 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from knowledge_compression.evaluation.scoring.heads import without_adapters
+from knowledge_compression.evaluation.scoring.attention import Run, told_of
 from knowledge_compression.evaluation.scoring.trees import attention_masks
-
-_WITHIN = "sdpa"  # what attends within a text
-_END_TO_END = "end_to_end"
-
-
-@dataclass(frozen=True)
-class Run:
-    """Texts that lie beside each other and have as many cells each.
-
-    Attributes:
-        texts: how many.
-        length: cells of each.
-        masked: whether a mask tells what its tokens see; if not, they see what the layer lets them see in any text.
-    """
-
-    texts: int
-    length: int
-    masked: bool
-
-    @property
-    def cells(self) -> int:
-        """How many they have together."""
-        return self.texts * self.length
-
-    @property
-    def masked_cells(self) -> int:
-        """How many of them a mask has something to say of."""
-        return self.cells if self.masked else 0
-
-    def apart(self, states: Tensor) -> Tensor:
-        """Its texts one by one: from ``[any, cells, any]`` to ``[texts, any, length, any]``."""
-        return states.unflatten(1, (self.texts, self.length)).transpose(0, 1)
 
 
 class Layout:
@@ -147,54 +112,11 @@ class EndToEnd(Layout):
 
     def read(self, network: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """See :meth:`Layout.read`; attention is told where each text ends."""
-        config = without_adapters(network).config
-        config._attn_implementation = _END_TO_END
-        try:
-            return network(**inputs, runs=self.runs)
-        finally:
-            config._attn_implementation = _WITHIN
-
-
-def can_lie_end_to_end(network: nn.Module) -> bool:
-    """Whether attention in this network can be told where a text ends.
-
-    It can where transformers lets its attention function be exchanged, and where that is PyTorch's own.
-    """
-    inner = without_adapters(network)
-    replaceable = getattr(inner, "_supports_attention_backend", False)
-    return bool(replaceable) and inner.config._attn_implementation == _WITHIN
+        with told_of(network, self.runs) as runs:
+            return network(**inputs, **runs)
 
 
 def _runs(lengths: Sequence[int], masked: Sequence[bool]) -> Iterator[Run]:
     for length, texts in groupby(zip(lengths, masked, strict=True), key=lambda text: text[0]):
         alike = [mask for _, mask in texts]
         yield Run(len(alike), length, any(alike))
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, masks: Tensor, *, runs: Sequence[Run], **options: Any
-) -> tuple[Tensor, None]:
-    """Attention of each text of a row to itself, by the function that attends within texts.
-
-    Args:
-        module: the attention layer.
-        query, key, value: ``[1, heads, cells, size]`` (keys and values may have fewer heads).
-        masks: ``[1, 1, masked cells, longest]``, see :meth:`Layout.masks`.
-        runs: the texts.
-        options: for the function within texts.
-
-    Returns:
-        ``[1, cells, heads, size]``, and no weights.
-    """
-    attend = ALL_ATTENTION_FUNCTIONS[_WITHIN]
-    cells = [run.cells for run in runs]
-    states = zip(*(every[0].split(cells, 1) for every in (query, key, value)), strict=True)
-    seen = masks[0].split([run.masked_cells for run in runs], 1)
-    parts = []
-    for run, of_run, mask in zip(runs, states, seen, strict=True):
-        own = run.apart(mask)[..., : run.length] if run.masked else None
-        parts.append(attend(module, *map(run.apart, of_run), own, **options)[0].flatten(0, 1))
-    return torch.cat(parts)[None], None
-
-
-AttentionInterface.register(_END_TO_END, _attention)
