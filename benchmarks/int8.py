@@ -22,6 +22,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from knowledge_compression.compression.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.quantized_linear import Int8Linear
+from knowledge_compression.memory import reuse_freed_memory
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.loading import PackagedGguf
 
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--work", nargs="+", default=["linears", "bert_base", "smollm2"])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    reuse_freed_memory()  # as loading a model does
     torch.manual_seed(0)
     makers = {"linears": linears, "bert_base": bert_base, "smollm2": smollm2}
     result: dict[str, Any] = {}

@@ -159,7 +159,7 @@ def quantize_tensor(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     scale = (most - least) / 127
     scale = torch.where(scale == 0, 0.1, scale)
     zero_point = (-least / scale).round().clamp(0, 127)
-    integers = torch.addcmul(zero_point, rows, scale.reciprocal()).round_().clamp_(0, 127)
+    integers = (rows * scale.reciprocal()).add_(zero_point).round_().clamp_(0, 127)
     return integers.to(torch.int8), scale, zero_point.to(torch.int32)
 
 

@@ -20,6 +20,7 @@ from knowledge_compression.evaluation.scoring.depths import depths, head_at_ever
 from knowledge_compression.evaluation.scoring.generation import Done, generate
 from knowledge_compression.evaluation.scoring.heads import head_at, likeliest
 from knowledge_compression.evaluation.scoring.layout import EndToEnd, Layout, Rows
+from knowledge_compression.evaluation.scoring.products import linears_for_onednn, multiplied_by_onednn
 from knowledge_compression.evaluation.scoring.questions import Blank, Likelihood, Question
 from knowledge_compression.evaluation.scoring.trees import Tree, plant
 from knowledge_compression.memory import is_out_of_memory
@@ -48,6 +49,7 @@ class Scorer:
     def __init__(self, model: Model, tokens_per_batch: int | None = None) -> None:
         self.model = model
         self.budget = Budget(model, tokens_per_batch)
+        self._linears = linears_for_onednn(model.network)
         self.tokens_read = 0
         self.tokens_padded = 0
 
@@ -115,7 +117,8 @@ class Scorer:
 
     def generate(self, prompts: Sequence[Sequence[int]], most: int, done: Done) -> list[list[int]]:
         """Greedy continuations, see :func:`~knowledge_compression.evaluation.scoring.generation.generate`."""
-        return generate(self.model, prompts, most, done, rows=max(1, self.budget.tokens // _TOKENS_A_STEP))
+        with multiplied_by_onednn(self._linears):
+            return generate(self.model, prompts, most, done, rows=max(1, self.budget.tokens // _TOKENS_A_STEP))
 
     def trees_of(self, questions: Sequence[Question]) -> list[Tree]:
         """The rows that a decoder reads to answer the questions, see :func:`~.trees.plant`."""
@@ -246,7 +249,9 @@ class Scorer:
     def _fitting(self, batch: list[int], score: Callable[[list[int]], Any]) -> Iterator[tuple[list[int], Any]]:
         """Score a batch; where memory does not suffice, score its halves and keep to half the budget from then on."""
         try:
-            yield batch, score(batch)
+            with multiplied_by_onednn(self._linears):
+                scored = score(batch)
+            yield batch, scored
             return
         except RuntimeError as error:
             if len(batch) == 1 or not is_out_of_memory(error):
@@ -319,9 +324,19 @@ def _read(
         at_a_time: rows of logits to go over at a time.
     """
     rows, wanted = (torch.from_numpy(array).to(logits.device) for array in (of_read, targets))
-    parts = [(torch.logsumexp(part.float(), -1), likeliest(part)) for part in logits.split(at_a_time)]
-    sums, best = (torch.cat(column) for column in zip(*parts, strict=True))
+    sums, best = (torch.cat(column) for column in zip(*map(_looked_at, logits.split(at_a_time)), strict=True))
     return logits[rows, wanted].float() - sums[rows], best[rows] == wanted
+
+
+def _looked_at(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithm of the sum of exponentials of each row, float32 ``[rows]``, and the likeliest token, int64 ``[rows]``.
+
+    The sum is read off ``log_softmax``, which on a CPU goes over a row while it is in cache; ``logsumexp`` does not.
+    """
+    best = likeliest(logits)
+    at = best[:, None]
+    log_probs = torch.log_softmax(logits.float(), -1)
+    return (logits.gather(1, at).float() - log_probs.gather(1, at))[:, 0], best
 
 
 def _progress(batches: Sequence[list[int]]) -> Iterable[list[int]]:

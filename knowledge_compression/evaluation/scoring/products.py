@@ -1,0 +1,63 @@
+"""Float32 products of a scoring pass by oneDNN, on processors on which that is the faster of PyTorch's two libraries.
+
+PyTorch multiplies float32 matrices on a CPU by MKL, whose best kernels are for Intel's processors. On AMD's with AVX512
+oneDNN, which PyTorch carries too, is faster (docs/performance.md); the answers differ by float32 rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+_CPU_INFO = Path("/proc/cpuinfo")
+_NARROWEST = 256  # inputs; below it a call costs more than the product
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether this processor is one for which that was measured, and PyTorch has what it takes."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and _CPU_INFO.is_file()
+        and "AuthenticAMD" in _CPU_INFO.read_text()
+    )
+
+
+def linears_for_onednn(network: nn.Module) -> list[nn.Linear]:
+    """The plain linear layers of a network whose products oneDNN does faster; none on other devices and processors."""
+    if not onednn_is_faster():
+        return []
+    return [module for module in network.modules() if type(module) is nn.Linear and _suits(module)]
+
+
+def _suits(linear: nn.Linear) -> bool:
+    weight = linear.weight
+    is_plain = "forward" not in vars(linear) and weight.layout == torch.strided and weight.is_contiguous()
+    return is_plain and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.shape[1] >= _NARROWEST
+
+
+@contextmanager
+def multiplied_by_onednn(linears: Sequence[nn.Linear]) -> Iterator[None]:
+    """Let these layers multiply by oneDNN, without gradients, until the end of the context."""
+    for linear in linears:
+        linear.forward = partial(onednn_product, linear)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del linear.forward
+
+
+def onednn_product(linear: nn.Linear, states: Tensor) -> Tensor:
+    """What the layer gives for ``[..., in_features]`` on a CPU; other types than float32 go the layer's own way."""
+    if states.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return nn.Linear.forward(linear, states)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(states, linear.weight, linear.bias, "none", [], "")
+    return product
