@@ -20,7 +20,7 @@ from knowledge_compression.results.tracker import Tracker
 
 # What one experiment is made of: the configuration groups, and the plain values that every part may refer to.
 GROUPS = ("model", "target", "compression", "recovery", "corpus", "eval")
-VALUES = ("sparsity", "reading", "seed", "device", "dtype")
+VALUES = ("sparsity", "reading", "seed", "device", "dtype", "scoring_dtype")
 
 
 def settings_of(config: DictConfig, name: str) -> Any:
@@ -91,6 +91,7 @@ def put_together(
         seed=values["seed"],
         device=values["device"],
         dtype=values["dtype"],
+        scoring_dtype=values["scoring_dtype"],
         save_model=output["save_model"],
         kept_models=KeptModels(output["compressed_gb"]),
     )

@@ -29,6 +29,7 @@ from knowledge_compression.evaluation.suite import DividedSuite, Evaluation, Sui
 from knowledge_compression.memory import peak_of_process
 from knowledge_compression.models import Model, Target, Targets
 from knowledge_compression.models.loading import LocalModel, ModelSource, check_memory, resolve_device, resolve_dtype
+from knowledge_compression.models.precision import resolve_scoring_dtype
 from knowledge_compression.models.saving import save_checkpoint
 from knowledge_compression.models.streamed import StreamedModel
 from knowledge_compression.recovery.base import Recovery
@@ -59,6 +60,7 @@ class Experiment:
         suites: what the model is asked, by name.
         settings: the same as plain data, for the record and for the run's hash.
         seed, device, dtype: as the user chose them.
+        scoring_dtype: type of the products that score the model, see ``models.precision``.
         save_model: whether the compressed model is kept in the run's folder, as it is before recovery; ``packed`` keeps
             it as a packed GPTQ checkpoint.
         kept_models: where compressed models are kept for other runs; None compresses in every run.
@@ -74,6 +76,7 @@ class Experiment:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    scoring_dtype: str = "model"
     save_model: bool | str = False
     kept_models: KeptModels | None = None
 
@@ -110,6 +113,7 @@ class Experiment:
             BadInput: the model is not to be had, or has no layers of the target.
         """
         resolve_dtype(self.dtype, resolve_device(self.device))
+        resolve_scoring_dtype(self.scoring_dtype, resolve_device(self.device))
         if self.save_model not in (False, *SAVERS) or (self.streams and self.save_model == "packed"):
             raise BadInput(
                 f"output.save_model={self.save_model} is not offered here; choose false, true, or packed (not streamed)"
@@ -125,11 +129,18 @@ class Experiment:
         """Hash of what decides the result; paths, tracker and launcher do not."""
         asked = {name: _deciding(self.settings["eval"][name], suite) for name, suite in self.suites.items()}
         deciding = self._deciding_the_model() | {"eval": asked}
+        if self.scored_in is not None:
+            deciding["scored_in"] = str(self.scored_in)
         if not isinstance(self.recovery, NoRecovery):
             deciding["recovery"] = _deciding(self.settings["recovery"], self.recovery)
         if self.needs_text:
             deciding["corpus"] = _deciding(self.settings["corpus"], self.corpus)
         return _hash(deciding)
+
+    @cached_property
+    def scored_in(self) -> torch.dtype | None:
+        """Type of the products that score the model; None for the model's own."""
+        return resolve_scoring_dtype(self.scoring_dtype, resolve_device(self.device))
 
     @property
     def compressed_id(self) -> str:
@@ -203,6 +214,7 @@ class Experiment:
             with cost.of("recover"):
                 recovered = self.recovery.recover(model, corpus, tracked.log)
             report["recovery"] = recovered.to_json()
+            model.scored_in = self.scored_in
             evaluations = {}
             for name, suite in self.suites.items():
                 with cost.of(f"eval.{name}"):
@@ -274,7 +286,12 @@ class Experiment:
             config=dict(self.settings),
             metrics={f"{name}.{key}": value for name, e in evaluations.items() for key, value in e.metrics.items()},
             report=report,
-            environment=environment() | {"device": str(model.device), "dtype": str(model.dtype)},
+            environment=environment()
+            | {
+                "device": str(model.device),
+                "dtype": str(model.dtype),
+                "scored_in": self.scored_in and str(self.scored_in),
+            },
             _items=pl.concat([item_table([]), *(e.items for e in evaluations.values())], how="diagonal"),
         )
 

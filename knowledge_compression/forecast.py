@@ -27,6 +27,7 @@ from torch import nn
 
 from knowledge_compression.cache import cache_folder
 from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.experiment import Experiment
 from knowledge_compression.memory import reuse_freed_memory
 from knowledge_compression.models import Model
@@ -220,7 +221,7 @@ class Forecaster:
 
     def rate_of(self, experiment: Experiment, skeleton: Model) -> float:
         """Multiply-adds a second: as given, as finished runs of this model had it, or as one block has it."""
-        key = (experiment.source.fingerprint(), experiment.device, experiment.dtype)
+        key = (experiment.source.fingerprint(), experiment.device, experiment.dtype, experiment.scored_in)
         if self.rate is None and key not in self._rates:
             self._rates[key] = self._past_rate(experiment, skeleton) or measured_rate(experiment, skeleton)
         return self.rate or self._rates[key]
@@ -229,9 +230,10 @@ class Forecaster:
         """From runs of the same model on the same kind of device that were asked the same."""
         macs = seconds = 0.0
         device = str(resolve_device(experiment.device))
+        scored_in = experiment.scored_in and str(experiment.scored_in)
         for run in self._past:
             same = run.config["choices"].get("model") == experiment.settings["choices"].get("model")
-            if not same or run.environment.get("device") != device:
+            if not same or run.environment.get("device") != device or run.environment.get("scored_in") != scored_in:
                 continue
             for name in experiment.suites:
                 if run.config["eval"].get(name) != experiment.settings["eval"][name]:
@@ -325,7 +327,8 @@ def measured_rate(experiment: Experiment, skeleton: Model) -> float:
     block = Model(network, skeleton.tokenizer, skeleton.name)
     weights = sum(layer.parameters for layer in linear_layers(block) if layer.role != "final")
     passes: list[float] = []
-    with torch.inference_mode():
+    block.scored_in = experiment.scored_in
+    with torch.inference_mode(), Scorer(block).products():
         while sum(passes) < _PROBING or len(passes) < _PASSES:
             passes.append(timed(device, lambda: network.base_model(**inputs))[0])
     return ids.numel() * weights / median(passes)

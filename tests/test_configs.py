@@ -96,4 +96,5 @@ def test_the_settings_that_decide_change_the_hash_and_places_do_not():
     assert len({run_id(), run_id("sparsity=0.3"), run_id("target=ff"), run_id("seed=1"), run_id("reading=paper")}) == 5
     dense = [run_id("compression=none", *rest) for rest in ([], ["sparsity=0.7"], ["target=ff"])]
     assert len(set(dense)) == 1
+    assert len({run_id(), run_id("scoring_dtype=bfloat16"), run_id("compression=none", "scoring_dtype=bfloat16")}) == 3
     assert Path(CONF).is_dir()

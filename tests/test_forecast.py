@@ -177,5 +177,5 @@ def test_one_block_of_any_kind_is_timed(
     architecture: str, tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forecast, "_PROBING", 0.0)
-    run = cast(Experiment, SimpleNamespace(device="cpu", dtype="float32"))
+    run = cast(Experiment, SimpleNamespace(device="cpu", dtype="float32", scored_in=None))
     assert forecast.measured_rate(run, tiny_model(architecture)) > 0

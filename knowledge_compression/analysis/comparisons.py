@@ -258,12 +258,22 @@ def _setting(run: Run) -> str:
 
 
 def _deciding(run: Run, suite: str) -> dict[str, Any]:
-    return {
-        "model": {key: value for key, value in run.report.get("model", {}).items() if key not in _PLACES},
-        "dtype": run.environment.get("dtype"),
-        "settings": seedless({k: v for k, v in run.config["eval"][suite].items() if k not in _PLACES}),
-        "data": run.report["eval"][suite].get("fingerprint"),
-    } | _machine(run, suite)
+    return (
+        {
+            "model": {key: value for key, value in run.report.get("model", {}).items() if key not in _PLACES},
+            "dtype": run.environment.get("dtype"),
+            "settings": seedless({k: v for k, v in run.config["eval"][suite].items() if k not in _PLACES}),
+            "data": run.report["eval"][suite].get("fingerprint"),
+        }
+        | _scored_in(run)
+        | _machine(run, suite)
+    )
+
+
+def _scored_in(run: Run) -> dict[str, Any]:
+    """The type of the products that scored the model, where it was not the model's own."""
+    scored_in = run.environment.get("scored_in")
+    return {"scored_in": scored_in} if scored_in else {}
 
 
 def _machine(run: Run, suite: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Model:
             item table and gives it back with columns of its own.
         fallbacks: what could not be done as it was meant, for the record, e.g. smaller batches for want of memory.
         original: loads the model as it was before anything was done to it, for suites that compare with it.
+        scored_in: type that scoring does its products in; None for the model's own (see ``precision.py``).
         objective: what it was trained to do, and a recovery trains it to do again; None takes what suits its family
             (see ``objectives.objective_for``).
     """
@@ -50,6 +51,7 @@ class Model:
     fallbacks: list[str] = field(default_factory=list, repr=False)
     original: Callable[[], Model] | None = field(default=None, repr=False)
     hold: Callable[..., AbstractContextManager[None]] | None = field(default=None, repr=False)
+    scored_in: torch.dtype | None = None
     objective: Any = field(default=None, repr=False)
 
     def announce_context(self, lengths: Sequence[int]) -> None:

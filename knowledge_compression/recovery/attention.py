@@ -27,6 +27,9 @@ def attend(
         ``[rows, heads, queries]`` in float32.
     """
     kernel = _KERNELS.get(query.device.type, attend_plainly)
+    # Under autocast they come in different types, and these kernels are not brought together by it.
+    key, value = key.to(query.dtype), value.to(query.dtype)
+    bias = None if bias is None else bias.to(query.dtype)
     return kernel(query, key, value, scale=scale, bias=bias, causal=causal)
 
 

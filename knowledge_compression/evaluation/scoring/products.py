@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-_CPU_INFO = Path("/proc/cpuinfo")
+from knowledge_compression.models.precision import processor
+
 _NARROWEST = 256  # inputs; below it a call costs more than the product
 
 
@@ -25,8 +25,7 @@ def onednn_is_faster() -> bool:
         torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and _CPU_INFO.is_file()
-        and "AuthenticAMD" in _CPU_INFO.read_text()
+        and processor().get("vendor_id") == "AuthenticAMD"
     )
 
 

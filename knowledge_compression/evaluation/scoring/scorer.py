@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, islice, pairwise
 from typing import Any
 
@@ -26,6 +26,7 @@ from knowledge_compression.evaluation.scoring.trees import Tree, plant
 from knowledge_compression.memory import is_out_of_memory
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
+from knowledge_compression.models.precision import multiplied_in
 
 _TOKENS_A_STEP = 32  # of the budget for each prompt that is continued: keys and values count, not only tokens
 _MOST_PADDING = 0.08  # of a batch's tokens
@@ -49,7 +50,7 @@ class Scorer:
     def __init__(self, model: Model, tokens_per_batch: int | None = None) -> None:
         self.model = model
         self.budget = Budget(model, tokens_per_batch)
-        self._linears = linears_for_onednn(model.network)
+        self._linears = linears_for_onednn(model.network) if model.scored_in is None else []
         self.tokens_read = 0
         self.tokens_padded = 0
 
@@ -117,7 +118,7 @@ class Scorer:
 
     def generate(self, prompts: Sequence[Sequence[int]], most: int, done: Done) -> list[list[int]]:
         """Greedy continuations, see :func:`~knowledge_compression.evaluation.scoring.generation.generate`."""
-        with multiplied_by_onednn(self._linears):
+        with self.products():
             return generate(self.model, prompts, most, done, rows=max(1, self.budget.tokens // _TOKENS_A_STEP))
 
     def trees_of(self, questions: Sequence[Question]) -> list[Tree]:
@@ -249,7 +250,7 @@ class Scorer:
     def _fitting(self, batch: list[int], score: Callable[[list[int]], Any]) -> Iterator[tuple[list[int], Any]]:
         """Score a batch; where memory does not suffice, score its halves and keep to half the budget from then on."""
         try:
-            with multiplied_by_onednn(self._linears):
+            with self.products():
                 scored = score(batch)
             yield batch, scored
             return
@@ -259,6 +260,12 @@ class Scorer:
         self.budget.halve()
         for part in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
             yield from self._fitting(part, score)
+
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """Let the network multiply as it does for scoring: in the type chosen for it, float32 by the faster library."""
+        with multiplied_by_onednn(self._linears), multiplied_in(self.model.scored_in, self.model.device):
+            yield
 
     @torch.inference_mode()
     def _blank_logits(
