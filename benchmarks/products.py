@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from knowledge_compression.evaluation.scoring.products import linears_for_onednn, onednn_linear
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER
 
@@ -20,13 +21,14 @@ class Products:
     does after its attention. No norms, softmax, masks, padding or Python between.
 
     Args:
-        model: the model; products are of its dtype and on its device.
+        model: the model; products are of the type it is scored in and on its device.
         lengths: tokens of each row.
         reads: positions whose log-probabilities are read.
         chunk: tokens that go through a layer at a time.
+        fastest: by the library that is the faster one here; else by what torch takes by itself.
     """
 
-    def __init__(self, model: Model, lengths: Sequence[int], reads: int, chunk: int) -> None:
+    def __init__(self, model: Model, lengths: Sequence[int], reads: int, chunk: int, *, fastest: bool = True) -> None:
         self.lengths, self.reads, self.chunk = sorted(lengths, reverse=True), reads, chunk
         self.causal = model.family == DECODER
         config, network = model.network.config, model.network
@@ -39,9 +41,11 @@ class Products:
         read_only = {path for path in linears if path.startswith(f"{last}.")} if model.family == ENCODER else set()
         read_only -= {path for path in read_only if path.endswith((".query", ".key", ".value"))}
         of_all = [path for path, module in linears.items() if id(module) in inside and path not in read_only]
-        self.of_all = [linears[path].weight for path in of_all]
-        self.of_reads = [module.weight for path, module in linears.items() if path not in of_all]
-        like = {"dtype": model.dtype, "device": model.device}
+        like = {"dtype": model.scored_in or model.dtype, "device": model.device}
+        self.of_all = [linears[path].weight.to(**like) for path in of_all]
+        self.of_reads = [module.weight.to(**like) for path, module in linears.items() if path not in of_all]
+        by_onednn = set(linears_for_onednn(network)) if fastest and model.scored_in is None else set()
+        self._widths_for_onednn = {module.in_features for module in by_onednn}
         widths = {weight.shape[1] for weight in [*self.of_all, *self.of_reads]}
         self._inputs = {width: torch.randn(chunk, width, **like) for width in widths}
         self._states = torch.randn(chunk * config.hidden_size, **like)
@@ -68,7 +72,9 @@ class Products:
 
     def _through(self, weights: Sequence[Tensor], tokens: int) -> None:
         for weight in weights:
-            nn.functional.linear(self._inputs[weight.shape[1]][:tokens], weight)
+            width = weight.shape[1]
+            multiply = onednn_linear if width in self._widths_for_onednn else nn.functional.linear
+            multiply(self._inputs[width][:tokens], weight)
 
     def _chunks(self) -> Iterator[list[int]]:
         """Lengths of rows that together have about as many tokens as go through a layer at a time."""

@@ -58,5 +58,10 @@ def onednn_product(linear: nn.Linear, states: Tensor) -> Tensor:
     """What the layer gives for ``[..., in_features]`` on a CPU; other types than float32 go the layer's own way."""
     if states.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return nn.Linear.forward(linear, states)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(states, linear.weight, linear.bias, "none", [], "")
+    return onednn_linear(states, linear.weight, linear.bias)
+
+
+def onednn_linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear`` of float32 on a CPU, without gradients."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
     return product
