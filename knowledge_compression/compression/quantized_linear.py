@@ -1,20 +1,22 @@
 """A linear layer whose weights are stored as 8-bit integers and whose inputs are quantized as they come.
 
 The products are products of integers, summed exactly, so that every device gives the same answer up to float rounding
-of the scales: where the device multiplies int8 (a CPU with VNNI, CUDA), it does; elsewhere by float products of the
-same integers, split so that no sum leaves the range in which float32 is exact.
+of the scales: where the device multiplies int8 (a CPU with VNNI, CUDA), it does, and where a GPU skips the zeros of 2:4
+weights faster, so (``two_of_four.py``); elsewhere by float products of the same integers, split so that no sum leaves
+the range in which float32 is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any, Self
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from knowledge_compression.compression.two_of_four import WORTH_TRYING, can_skip_zeros, faster_product
 from knowledge_compression.errors import BadInput
 
 GRANULARITIES = ("per_tensor", "per_channel")
@@ -45,6 +47,8 @@ class Int8Linear(nn.Module):
     weight_scale: torch.Tensor
     weight_sum: torch.Tensor
     bias: nn.Parameter | None
+    _tried: torch.Tensor | None = None  # the weight that _product is of
+    _product: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None, granularity: str = "per_channel") -> None:
         super().__init__()
@@ -94,6 +98,18 @@ class Int8Linear(nn.Module):
         """
         return _StraightThrough.apply(inputs, self)
 
+    def multiply(self, integers: torch.Tensor) -> torch.Tensor:
+        """Exact products of int8 ``[rows, in_features]`` with the weight's integers, int32 ``[rows, out_features]``."""
+        weight = self.weight_int8
+        dense = partial(integer_product, right=weight)
+        if self._tried is not weight:  # which moving a layer to another device changes too
+            if len(integers) < WORTH_TRYING:
+                return dense(integers)
+            self._product = faster_product(weight, integers, dense) if can_skip_zeros(weight) else dense
+            self._tried = weight
+        assert self._product is not None
+        return self._product(integers)
+
     def round_inputs(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Integers of float32 inputs ``[rows, in_features]`` with a scale each, or one scale and zero point for all."""
         return quantize_tensor(rows) if self.granularity == "per_tensor" else (*quantize_tokens(rows), None)
@@ -111,7 +127,7 @@ class _StraightThrough(torch.autograd.Function):
         ctx.layer = layer
         rows = inputs.reshape(-1, layer.in_features).float()
         integers, scale, zero_point = layer.round_inputs(rows)
-        sums = integer_product(integers, layer.weight_int8)
+        sums = layer.multiply(integers)
         if layer.weight_sum is not None and zero_point is not None:  # one scale for all rows
             outputs = sums.sub_(zero_point * layer.weight_sum).float()
             columns = layer.weight_scale * scale
