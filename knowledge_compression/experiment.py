@@ -214,7 +214,7 @@ class Experiment:
             with cost.of("recover"):
                 recovered = self.recovery.recover(model, corpus, tracked.log)
             report["recovery"] = recovered.to_json()
-            model.scored_in = self.scored_in
+            model.scored_in = self.scored_in if model.dtype == torch.float32 else None  # narrower types stay
             evaluations = {}
             for name, suite in self.suites.items():
                 with cost.of(f"eval.{name}"):
@@ -290,7 +290,7 @@ class Experiment:
             | {
                 "device": str(model.device),
                 "dtype": str(model.dtype),
-                "scored_in": self.scored_in and str(self.scored_in),
+                "scored_in": model.scored_in and str(model.scored_in),
             },
             _items=pl.concat([item_table([]), *(e.items for e in evaluations.values())], how="diagonal"),
         )

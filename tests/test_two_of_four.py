@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import ref
 
 import pytest
 import torch
@@ -60,6 +61,14 @@ def test_a_cpu_has_no_units_for_it() -> None:
     assert is_two_of_four(layer.weight_int8) and not can_skip_zeros(layer.weight_int8)
 
 
+def test_a_weight_that_was_taken_away_is_not_held() -> None:
+    layer = Int8Linear(two_of_four_weight(), None)
+    layer(torch.randn(80, 96))
+    before = ref(layer.weight_int8)
+    layer.weight_int8 = torch.ones_like(layer.weight_int8)
+    assert before() is None
+
+
 @pytest.mark.parametrize(
     ("kernel", "sparse", "taken"),
     [
@@ -77,7 +86,7 @@ def test_the_sparse_way_is_kept_where_it_is_right_and_faster(
     times(monkeypatch, sparse, 2.0)
     layer, states = Int8Linear(two_of_four_weight(), nn.Parameter(torch.randn(64))), torch.randn(80, 96)
     plain = Int8Linear(two_of_four_weight(), layer.bias)
-    plain._tried, plain._product = plain.weight_int8, lambda rows: integer_product(rows, plain.weight_int8)
+    plain.multiply = lambda integers: integer_product(integers, plain.weight_int8)  # type: ignore[method-assign]
     for _ in range(2):
         assert torch.equal(layer(states), plain(states))
     before = kernel.calls
@@ -110,4 +119,5 @@ def test_the_kernel_gives_the_same_integers() -> None:
     for rows in (64, 71, 1024):
         states = torch.randint(-127, 128, (rows, 512), dtype=torch.int8, device="cuda")
         assert torch.equal(SparseProduct(weight)(states), integer_product(states, weight))
-    assert callable(faster_product(weight, states, lambda rows: integer_product(rows, weight)))
+    found = faster_product(weight, states, lambda rows: integer_product(rows, weight))
+    assert found is None or torch.equal(found(states), integer_product(states, weight))

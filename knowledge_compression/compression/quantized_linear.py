@@ -8,15 +8,16 @@ the range in which float32 is exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any, Self
+from weakref import ReferenceType, ref
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from knowledge_compression.compression.two_of_four import WORTH_TRYING, can_skip_zeros, faster_product
+from knowledge_compression.compression.two_of_four import WORTH_TRYING, SparseProduct, can_skip_zeros, faster_product
 from knowledge_compression.errors import BadInput
 
 GRANULARITIES = ("per_tensor", "per_channel")
@@ -47,8 +48,8 @@ class Int8Linear(nn.Module):
     weight_scale: torch.Tensor
     weight_sum: torch.Tensor
     bias: nn.Parameter | None
-    _tried: torch.Tensor | None = None  # the weight that _product is of
-    _product: Callable[[torch.Tensor], torch.Tensor] | None = None
+    _tried: ReferenceType[torch.Tensor] | None = None  # the weight for which _sparse was found, or none
+    _sparse: SparseProduct | None = None
 
     def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None, granularity: str = "per_channel") -> None:
         super().__init__()
@@ -101,14 +102,12 @@ class Int8Linear(nn.Module):
     def multiply(self, integers: torch.Tensor) -> torch.Tensor:
         """Exact products of int8 ``[rows, in_features]`` with the weight's integers, int32 ``[rows, out_features]``."""
         weight = self.weight_int8
-        dense = partial(integer_product, right=weight)
-        if self._tried is not weight:  # which moving a layer to another device changes too
-            if len(integers) < WORTH_TRYING:
-                return dense(integers)
-            self._product = faster_product(weight, integers, dense) if can_skip_zeros(weight) else dense
-            self._tried = weight
-        assert self._product is not None
-        return self._product(integers)
+        known = self._tried is not None and self._tried() is weight  # a layer that was moved has another
+        if not known and len(integers) >= WORTH_TRYING:
+            dense = partial(integer_product, right=weight)
+            self._sparse = faster_product(weight, integers, dense) if can_skip_zeros(weight) else None
+            self._tried, known = ref(weight), True
+        return self._sparse(integers) if known and self._sparse is not None else integer_product(integers, weight)
 
     def round_inputs(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Integers of float32 inputs ``[rows, in_features]`` with a scale each, or one scale and zero point for all."""

@@ -43,7 +43,7 @@ class SparseProduct:
     def __call__(self, rows: Tensor) -> Tensor:
         """``[rows, in_features]`` to ``[rows, out_features]``."""
         padded = pad(rows, (0, 0, 0, -len(rows) % _ROWS))
-        return torch._cslt_sparse_mm(self.packed, padded.T, out_dtype=torch.int32).T[: len(rows)]
+        return torch._cslt_sparse_mm(self.packed, padded.T, out_dtype=torch.int32).T[: len(rows)].contiguous()
 
 
 def can_skip_zeros(weight: Tensor) -> bool:
@@ -57,21 +57,21 @@ def can_skip_zeros(weight: Tensor) -> bool:
     )
 
 
-def faster_product(weight: Tensor, rows: Tensor, dense: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The sparse product with a weight where it gives what ``dense`` gives for these rows in less time, else that."""
+def faster_product(weight: Tensor, rows: Tensor, dense: Callable[[Tensor], Tensor]) -> SparseProduct | None:
+    """The sparse product with a weight where it gives what ``dense`` gives for these rows in less time, else None."""
     try:
         sparse = SparseProduct(weight)
         same = torch.equal(sparse(rows), dense(rows))  # and both are warm
     except RuntimeError as error:
         log.warning("2:4 sparse products do not work on this GPU (%s); dense ones are used", first_line(error))
-        return dense
+        return None
     if not same:
         log.warning("2:4 sparse products are wrong on this GPU; dense ones are used")
-        return dense
+        return None
     seconds: dict[Callable[[Tensor], Tensor], list[float]] = {sparse: [], dense: []}
     for _ in range(_ROUNDS):
         for product, taken in seconds.items():
             taken.append(timed(rows.device, partial(product, rows))[0])
     times = statistics.median(seconds[dense]) / statistics.median(seconds[sparse])
     log.info("2:4 sparse products of a weight %s take 1/%.2f of the time of dense ones", tuple(weight.shape), times)
-    return sparse if times > 1 else dense
+    return sparse if times > 1 else None
