@@ -7,13 +7,13 @@ import math
 from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
 
 import knowledge_compression as kc
 from knowledge_compression.compression.awq import Awq
@@ -350,7 +350,8 @@ def test_more_sparsity_does_more_damage(trained, family):
         targets = kc.choose("target=all").select(model)
         Magnitude(sparsity).compress(model, targets, None)
         left.append(WorldProbes(native=False).evaluate(model).metrics["accuracy"])
-    assert spearmanr(grid, left).statistic < -0.9
+    # A model may stand much before it loses anything, so that ranks would mostly be ties.
+    assert all(more <= less + 0.05 for less, more in pairwise(left)), left
     assert left[-1] < 0.5 < left[0]
 
 

@@ -201,7 +201,7 @@ def _precision(choice: str, stored: torch.dtype, device: torch.device) -> Abstra
 def _has_bfloat16_units(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # vector units alone were slower than float32
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # by vector units alone it is slower on some
 
 
 def _checked(model: Model, calibration: LongTensor | None) -> Tensor:
