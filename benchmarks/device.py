@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 from side_by_side import in_turn, ratio, write
+from torch import nn
 
 import knowledge_compression as kc
+from knowledge_compression.evaluation.scoring.products import linears_for_onednn, multiplied_by_onednn
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER, architecture_of
 
@@ -38,6 +40,8 @@ def main() -> None:
         f"{cores} threads against one": (lambda: on_threads(1, forward), lambda: on_threads(cores, forward)),
         "float32 against bfloat16": (passes(model, torch.bfloat16), passes(model, torch.float32)),
     }
+    if linears := linears_for_onednn(model.network):
+        choices["float32 by oneDNN against MKL"] = forward, by_onednn(linears, forward)
     compiled, seconds = compiled_passes(model)
     choices["uncompiled against compiled blocks"] = compiled, forward
     if model.device.type == "cuda":
@@ -66,6 +70,16 @@ def passes(model: Model, dtype: torch.dtype | None = None) -> Callable[[], None]
             torch.accelerator.synchronize(model.device)
 
     return forward
+
+
+def by_onednn(linears: list[nn.Linear], forward: Callable[[], None]) -> Callable[[], None]:
+    """The same with float32 products by the library that scoring takes on this processor."""
+
+    def run() -> None:
+        with multiplied_by_onednn(linears):
+            forward()
+
+    return run
 
 
 def compiled_passes(model: Model) -> tuple[Callable[[], None], float]:

@@ -34,7 +34,6 @@ def lama(model: Model, data_dir: Path) -> Contestants:
     clozes = evenly_spaced(Lama(str(data_dir), ["TREx"], "sentence").clozes(), SIZES[model.name][0])
     probe, scorer = Probe("full", lower_case=True, keep_long=True), Scorer(model)
     blanks = [blank for blank in reader_of(model).blanks(clozes) if blank is not None]
-    reading = model, [len(blank.ids) for blank in blanks], len(blanks), scorer.budget.tokens
 
     def score() -> None:
         for _ in scorer.distributions(blanks):
@@ -43,7 +42,7 @@ def lama(model: Model, data_dir: Path) -> Contestants:
     return {
         "suite": lambda: probe.ask("lama", model, clozes, {}),
         "scoring": torch.inference_mode()(score),
-        **products(*reading),
+        **products(model, [len(blank.ids) for blank in blanks], len(blanks), scorer.budget.tokens),
     }
 
 
@@ -51,11 +50,10 @@ def perplexity(model: Model, data_dir: Path, window: int, limit: int) -> Contest
     suite, scorer = Perplexity(window=window, limit=limit, data_dir=str(data_dir)), Scorer(model)
     windows = suite.windows(model)[0].tolist()
     questions = [Question(row[:1], [row[1:]]) for row in windows]
-    reading = model, [window] * limit, (window - 1) * limit, scorer.budget.tokens
     return {
         "suite": lambda: suite.evaluate(model),
         "scoring": lambda: scorer.log_likelihoods(questions),
-        **products(*reading),
+        **products(model, [window] * limit, (window - 1) * limit, scorer.budget.tokens),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from knowledge_compression.evaluation.scoring.products import linears_for_onednn, onednn_linear
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER
+
+Product = tuple[Callable[[Tensor, Tensor], Tensor], Tensor]  # how, and the weight
 
 
 class Products:
@@ -42,11 +44,14 @@ class Products:
         read_only -= {path for path in read_only if path.endswith((".query", ".key", ".value"))}
         of_all = [path for path, module in linears.items() if id(module) in inside and path not in read_only]
         like = {"dtype": model.scored_in or model.dtype, "device": model.device}
-        self.of_all = [linears[path].weight.to(**like) for path in of_all]
-        self.of_reads = [module.weight.to(**like) for path, module in linears.items() if path not in of_all]
         by_onednn = set(linears_for_onednn(network)) if fastest and model.scored_in is None else set()
-        self._widths_for_onednn = {module.in_features for module in by_onednn}
-        widths = {weight.shape[1] for weight in [*self.of_all, *self.of_reads]}
+
+        def product(linear: nn.Linear) -> Product:
+            return onednn_linear if linear in by_onednn else nn.functional.linear, linear.weight.to(**like)
+
+        self.of_all = [product(linears[path]) for path in of_all]
+        self.of_reads = [product(linear) for path, linear in linears.items() if path not in of_all]
+        widths = {weight.shape[1] for _, weight in [*self.of_all, *self.of_reads]}
         self._inputs = {width: torch.randn(chunk, width, **like) for width in widths}
         self._states = torch.randn(chunk * config.hidden_size, **like)
 
@@ -70,11 +75,9 @@ class Products:
         for start in range(0, self.reads, self.chunk):
             self._through(self.of_reads, min(self.chunk, self.reads - start))
 
-    def _through(self, weights: Sequence[Tensor], tokens: int) -> None:
-        for weight in weights:
-            width = weight.shape[1]
-            multiply = onednn_linear if width in self._widths_for_onednn else nn.functional.linear
-            multiply(self._inputs[width][:tokens], weight)
+    def _through(self, products: Sequence[Product], tokens: int) -> None:
+        for multiply, weight in products:
+            multiply(self._inputs[weight.shape[1]][:tokens], weight)
 
     def _chunks(self) -> Iterator[list[int]]:
         """Lengths of rows that together have about as many tokens as go through a layer at a time."""

@@ -40,7 +40,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     ours = smollm2(options.dtype)
-    theirs = smollm2(options.against)
+    theirs = smollm2(options.against)  # scored in its own type
     ours.scored_in = resolve_scoring_dtype(options.scoring_dtype, ours.device)
     fast = ScorerLM(ours)
     results = {}

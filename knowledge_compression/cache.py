@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from platformdirs import user_cache_path
@@ -44,6 +47,16 @@ def locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         yield
+
+
+def kept_finding(name: str, of: Any, find: Callable[[], Any]) -> Any:
+    """What ``find`` finds out about ``of``, as plain data; found once, then kept in the cache."""
+    key = hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def make(folder: Path) -> None:
+        (folder / "finding.json").write_text(json.dumps({"found": find(), "of": of}, default=str))
+
+    return json.loads((cached_folder(f"findings/{name}-{key}", make) / "finding.json").read_text())["found"]
 
 
 def cached_folder(name: str, make: Callable[[Path], None]) -> Path:

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import shutil
 import socket
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +16,6 @@ from urllib.parse import urlparse
 FINE, MISSING, BROKEN = "fine", "missing", "broken"
 _PACKAGES = ("torch", "transformers", "hydra-core", "omegaconf", "lm-eval", "peft", "wandb", "datasets", "polars")
 _PATIENCE = 3.0  # seconds for a server to answer
-_SIDE, _REPEATS = 1024, 7  # of the matrix product that measures a device's rate
 
 
 @dataclass(frozen=True)
@@ -80,26 +78,18 @@ def _package(name: str) -> Check:
 def _devices() -> Iterator[Check]:
     import torch
 
+    from knowledge_compression.models.precision import products_a_second
+
     places = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     for place in places:
         name = f"{torch.get_num_threads()} threads" if place == "cpu" else torch.cuda.get_device_name(place)
         rates = [
-            f"{_rate(place, dtype) / 1e9:.0f} GFLOP/s {str(dtype)[6:]}" for dtype in (torch.float32, torch.bfloat16)
+            f"{products_a_second(torch.device(place), dtype) / 1e9:.0f} GFLOP/s {str(dtype)[6:]}"
+            for dtype in (torch.float32, torch.bfloat16)
         ]
         yield Check(f"device {place}", FINE, f"{name}: {', '.join(rates)}")
     if len(places) == 1:
         yield Check("GPU", MISSING, "none that torch sees", "everything runs on the CPU; 7B models want a GPU")
-
-
-def _rate(place: str, dtype: object) -> float:
-    """Floating-point operations a second of a square matrix product, median of a few."""
-    import torch
-
-    from knowledge_compression.timing import timed
-
-    a = torch.ones(_SIDE, _SIDE, device=place, dtype=dtype)  # type: ignore[call-overload]
-    seconds = [timed(a.device, lambda: a @ a)[0] for _ in range(_REPEATS + 1)]  # the first one warms up
-    return 2 * _SIDE**3 / statistics.median(seconds[1:])
 
 
 def _embedded(model: str, package: str, requirement: str) -> Check:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY
+from stores import bits, made_run
+from test_forecast import SUITE, made
+from test_harness import tasks_dir  # noqa: F401  (a fixture)
 from test_recovery import STRATEGIES, text  # noqa: F401  (a fixture)
 from test_scoring import CONTINUING, random_questions
 
+from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.compression.int8_dynamic import Int8Dynamic
 from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.harness import Harness
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
 from knowledge_compression.models import Model, Target, precision
 from knowledge_compression.models.families import ARCHITECTURES, ENCODER
 from knowledge_compression.models.precision import bfloat16_gain, processor, resolve_scoring_dtype
+from knowledge_compression.results.store import RunStore
+from knowledge_compression.results.tracker import NoTracker
 
 CPU = torch.device("cpu")
 ENCODERS = [name for name in TINY if ARCHITECTURES[name].family == ENCODER]
@@ -64,13 +72,47 @@ def test_int8_layers_in_bfloat16(tiny_model: Callable[[str], Model], granularity
     close_but_not_equal(model, random_questions(32))
 
 
-def test_generation_in_bfloat16_is_that_of_autocast(tiny_model: Callable[[str], Model]) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_generation_multiplies_in_it(tiny_model: Callable[[str], Model], dtype: torch.dtype | None) -> None:
+    model, types = tiny_model("llama"), set()
+    model.network.lm_head.register_forward_hook(lambda _, __, logits: types.add(logits.dtype))
+    model.scored_in = dtype
+    assert all(len(said) == 5 for said in Scorer(model).generate([[7, 8, 9], [10, 11]], 5, lambda *_: False))
+    assert types == {dtype or torch.float32}
+
+
+def test_stock_scoring_multiplies_in_it_too(tiny_model: Callable[[str], Model], tasks_dir: Path) -> None:  # noqa: F811
     model = tiny_model("llama")
-    prompts = [[7, 8, 9], [10, 11, 12, 13, 14]]
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = Scorer(model).generate(prompts, 5, lambda _: False)
+
+    def log_probs(scoring: str) -> list[float]:
+        return (
+            Harness(tasks=["boolq"], data_dir=str(tasks_dir), scoring=scoring)
+            .evaluate(model)
+            .items["log_prob"]
+            .to_list()
+        )
+
+    exact = log_probs("stock")
     model.scored_in = torch.bfloat16
-    assert Scorer(model).generate(prompts, 5, lambda _: False) == expected
+    stock = log_probs("stock")
+    assert stock != exact
+    assert stock == pytest.approx(exact, rel=0.03, abs=0.05) == log_probs("fast")
+
+
+@pytest.mark.parametrize(("dtype", "scored_in"), [("float32", "torch.bfloat16"), ("float16", None)])
+def test_a_run_tells_what_it_was_scored_in(
+    tiny_folder: Path, tmp_path: Path, dtype: str, scored_in: str | None
+) -> None:
+    experiment = replace(made(tiny_folder, {"a": SUITE}), scoring_dtype="bfloat16", dtype=dtype)
+    run = experiment.run(RunStore(tmp_path), NoTracker())
+    assert run.environment["scored_in"] == scored_in  # narrower types than float32 stay
+
+
+def test_runs_scored_in_another_type_are_never_compared() -> None:
+    dense, small = made_run(bits("1100"), compression="none"), made_run(bits("1000"))
+    assert [len(group.runs) for group in compare([dense, small])] == [1]
+    small.environment["scored_in"] = "torch.bfloat16"
+    assert [len(group.runs) for group in compare([dense, small])] == [0]
 
 
 def test_auto_takes_bfloat16_where_it_is_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +131,7 @@ def test_a_device_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     gain = bfloat16_gain(CPU)
     assert gain > 0
     bfloat16_gain.cache_clear()
-    monkeypatch.setattr(precision, "_measured_gain", lambda _: pytest.fail("measured again"))
+    monkeypatch.setattr(precision, "products_a_second", lambda *_: pytest.fail("measured again"))
     assert bfloat16_gain(CPU) == gain
     bfloat16_gain.cache_clear()
 

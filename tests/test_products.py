@@ -13,7 +13,7 @@ from test_scoring import CONTINUING, assert_equals_plain, random_questions
 from torch import nn
 
 from knowledge_compression.evaluation.scoring import Blank, Scorer, products
-from knowledge_compression.evaluation.scoring.products import linears_for_onednn, multiplied_by_onednn
+from knowledge_compression.evaluation.scoring.products import linears_for_onednn, multiplied_by_onednn, onednn_linear
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ARCHITECTURES, ENCODER
 
@@ -24,10 +24,18 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def every_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor on which oneDNN is faster, and tiny layers with the others."""
+def by_onednn(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """As on a processor on which oneDNN is faster, tiny layers with the others; the weights that it multiplied."""
+    multiplied = []
+
+    def product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        multiplied.append(weight.shape)
+        return onednn_linear(states, weight, bias)
+
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(products, "_NARROWEST", 1)
+    monkeypatch.setattr(products, "onednn_linear", product)
+    return multiplied
 
 
 @given(
@@ -48,17 +56,18 @@ def test_the_product_is_that_of_the_layer(rows: list[int], sizes: tuple[int, int
 
 
 @pytest.mark.parametrize("architecture", CONTINUING)
-def test_continuations_equal_plain(tiny_model: Callable[[str], Model], every_linear: None, architecture: str) -> None:
+def test_continuations_equal_plain(
+    tiny_model: Callable[[str], Model], by_onednn: list[torch.Size], architecture: str
+) -> None:
     model = tiny_model(architecture)
-    if architecture != "gpt2":  # whose layers are Conv1D
-        assert linears_for_onednn(model.network)
     assert_equals_plain(model, random_questions(21))
+    assert set(by_onednn) == {linear.weight.shape for linear in linears_for_onednn(model.network)} != set()
     assert not any("forward" in vars(module) for module in model.network.modules())
 
 
 @pytest.mark.parametrize("architecture", [name for name in TINY if ARCHITECTURES[name].family == ENCODER])
 def test_blanks_equal_those_without(
-    tiny_model: Callable[[str], Model], every_linear: None, monkeypatch: pytest.MonkeyPatch, architecture: str
+    tiny_model: Callable[[str], Model], by_onednn: list[torch.Size], monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:
     model = tiny_model(architecture)
     blanks = [Blank([2, *range(7, 7 + n), 4, 3], n + 1) for n in range(1, 12)]
@@ -69,11 +78,14 @@ def test_blanks_equal_those_without(
         return torch.cat([rows for _, rows in parts])[order.argsort()]
 
     found = scored()
+    assert by_onednn
+    by_onednn.clear()
     monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
     torch.testing.assert_close(found, scored(), rtol=1e-4, atol=1e-5)
+    assert not by_onednn
 
 
-def test_layers_that_are_not_plain_float32_linears_are_left_alone(every_linear: None) -> None:
+def test_layers_that_are_not_plain_float32_linears_are_left_alone(by_onednn: list[torch.Size]) -> None:
     hooked = nn.Linear(4, 4)
     hooked.forward = lambda states: states  # type: ignore[method-assign]  # as accelerate does
     strided = nn.Linear(4, 4)
@@ -91,7 +103,7 @@ def test_what_fails_leaves_the_layers_as_they_were() -> None:
     assert "forward" not in vars(linear)
 
 
-def test_autocast_keeps_its_own_products(every_linear: None) -> None:
+def test_autocast_keeps_its_own_products() -> None:
     linear = nn.Linear(4, 4)
     with torch.inference_mode(), multiplied_by_onednn([linear]), torch.autocast("cpu", torch.bfloat16):
         assert linear(torch.randn(2, 4)).dtype == torch.bfloat16

@@ -31,6 +31,7 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Targets
 from knowledge_compression.models.families import DECODER, ENCODER
 from knowledge_compression.models.loading import resolve_device
+from knowledge_compression.models.precision import multiplied_in
 from knowledge_compression.models.targets import TargetLayer
 
 TOKENS_PER_BATCH = 4096
@@ -194,8 +195,7 @@ def _precision(choice: str, stored: torch.dtype, device: torch.device) -> Abstra
         raise BadInput(f"compression.forward_dtype={choice} does not exist; choose auto, bfloat16 or float32")
     if stored != torch.float32 or choice == "float32" or (choice == "auto" and not _has_bfloat16_units(device)):
         return nullcontext()
-    # Without autocast's cache of cast weights: it would go on using a weight as it was before it was compressed.
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    return multiplied_in(torch.bfloat16, device)
 
 
 def _has_bfloat16_units(device: torch.device) -> bool:

@@ -16,7 +16,6 @@ from knowledge_compression.evaluation.suite import Evaluation, Suite, accuracy_m
 from knowledge_compression.evaluation.tasks import LOCAL, fingerprint, load_tasks, local_files
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER
-from knowledge_compression.models.precision import multiplied_in
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -168,15 +167,14 @@ class _OneTask:
         if own is None or (own != 0 and asked is not None):  # a task's own 0 is never overruled
             self.task.set_config("num_fewshot", asked or 0)
         self.task.set_fewshot_seed(FEWSHOT_SEED)
-        with multiplied_in(model.scored_in, model.device):  # stock scoring too
-            found = evaluate(
-                lm=ScorerLM(model) if self.suite.scoring == "fast" else stock_lm(model),
-                task_dict={"tasks": {self.name: self.task}},
-                limit=self.suite.limit,
-                bootstrap_iters=0,
-                cache_requests=False,  # lm-eval's request cache does not know the model
-                log_samples=True,
-            )
+        found = evaluate(
+            lm=ScorerLM(model) if self.suite.scoring == "fast" else stock_lm(model),
+            task_dict={"tasks": {self.name: self.task}},
+            limit=self.suite.limit,
+            bootstrap_iters=0,
+            cache_requests=False,  # lm-eval's request cache does not know the model
+            log_samples=True,
+        )
         assert found is not None  # it is, on every rank but the first of a distributed run
         return found
 

@@ -23,7 +23,7 @@ STOCK_BATCH = 16  # the best of 1, 4, 8, 16, 32, 64 for stock HFLM on two cores;
 def stock_lm(model: Model, batch_size: int | str = STOCK_BATCH) -> HFLM:
     """lm-eval's own ``HFLM`` around a loaded model, for anyone in doubt."""
     with _weights_left_alone(model):
-        return HFLM(**_arguments(model), batch_size=batch_size)
+        return HFLM(**_arguments(model), batch_size=batch_size, mixed_precision_dtype=model.scored_in)
 
 
 class ScorerLM(HFLM):

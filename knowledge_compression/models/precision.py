@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import platform
 import statistics
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from knowledge_compression.cache import cached_folder
+from knowledge_compression.cache import kept_finding
 from knowledge_compression.errors import BadInput
 from knowledge_compression.timing import timed
 
@@ -24,8 +21,7 @@ log = logging.getLogger(__name__)
 SCORING_DTYPES = ("model", "auto", "bfloat16")
 _CPU_INFO = Path("/proc/cpuinfo")
 _KIND = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")  # lines that tell processors apart
-_SHAPE = (1024, 768, 768)  # tokens, inputs and outputs of a product that is timed
-_ROUNDS = 9
+_SIDE, _REPEATS = 1024, 7  # of the matrix product that measures a device's rate
 _CLEARLY = 1.25  # times as fast, so that what goes around the products does not eat the gain
 
 
@@ -48,7 +44,8 @@ def resolve_scoring_dtype(choice: str, device: torch.device) -> torch.dtype | No
 def multiplied_in(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
     """Products of float32 networks in another type until the end of the context; all else stays as it is.
 
-    Weights are turned as they are needed, so that they take no memory beside those that are there.
+    Weights are turned anew for each product: they take no memory beside those that are there, and one that was
+    compressed in between is not used as it was before.
     """
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype, cache_enabled=False)
 
@@ -66,24 +63,17 @@ def processor() -> dict[str, str]:
 def bfloat16_gain(device: torch.device) -> float:
     """How many times faster than float32 the device multiplies bfloat16; measured once, kept in the user's cache."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else [device.type, processor()]
-    told = json.dumps([kind, torch.get_num_threads(), torch.__version__, _SHAPE])
-    key = hashlib.sha256(told.encode()).hexdigest()[:16]
 
-    def make(folder: Path) -> None:
-        gain = _measured_gain(device)
+    def find() -> float:
+        gain = products_a_second(device, torch.bfloat16) / products_a_second(device, torch.float32)
         log.info("products of bfloat16 are %.1f times as fast as those of float32 on this %s", gain, device.type)
-        (folder / "bfloat16.json").write_text(json.dumps({"gain": gain, "device": kind}))
+        return gain
 
-    return float(json.loads((cached_folder(f"precision/{key}", make) / "bfloat16.json").read_text())["gain"])
+    return float(kept_finding("bfloat16", [kind, torch.get_num_threads(), torch.__version__, _SIDE], find))
 
 
-def _measured_gain(device: torch.device) -> float:
-    tokens, inputs, outputs = _SHAPE
-    states, weight = torch.ones(tokens, inputs, device=device), torch.ones(outputs, inputs, device=device)
-    operands = {dtype: (states.to(dtype), weight.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
-    seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in operands}
-    with torch.inference_mode():
-        for _ in range(_ROUNDS):  # in turn, so that a busy moment hurts both
-            for dtype, (left, right) in operands.items():
-                seconds[dtype].append(timed(device, partial(nn.functional.linear, left, right))[0])
-    return statistics.median(seconds[torch.float32]) / statistics.median(seconds[torch.bfloat16])
+def products_a_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a square matrix product, median of a few."""
+    a = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
+    seconds = [timed(device, lambda: a @ a)[0] for _ in range(_REPEATS + 1)]  # the first one warms up
+    return 2 * _SIDE**3 / statistics.median(seconds[1:])

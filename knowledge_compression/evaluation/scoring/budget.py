@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from knowledge_compression.cache import cached_folder
+from knowledge_compression.cache import kept_finding
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER_DECODER
 from knowledge_compression.timing import timed
@@ -104,14 +101,13 @@ def _kept_probe(model: Model) -> int:
     """What :func:`probe` found for this kind of model on this kind of device, kept in the user's cache."""
     place = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
     told = [model.network.config.to_dict(), str(model.dtype), place, torch.__version__, type(model.network).__name__]
-    key = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    def make(folder: Path) -> None:
+    def find() -> int:
         tokens = probe(lambda tokens: _seconds(model, tokens))
         log.info("%d tokens go into one pass of %s on %s", tokens, model.name, place)
-        (folder / "budget.json").write_text(json.dumps({"tokens": tokens, "device": place}))
+        return tokens
 
-    return int(json.loads((cached_folder(f"budgets/{key}", make) / "budget.json").read_text())["tokens"])
+    return int(kept_finding("budget", told, find))
 
 
 @torch.inference_mode()
