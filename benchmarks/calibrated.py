@@ -26,10 +26,10 @@ import torch
 from side_by_side import in_turn, ratio, spread, write
 from torch import Tensor, nn
 
-from knowledge_compression.compression.blocks import compress_blocks
-from knowledge_compression.compression.gptq import Gptq
-from knowledge_compression.compression.quantizer import Grid
-from knowledge_compression.compression.sparsegpt import SparseGpt
+from knowledge_compression.compression.methods.gptq import Gptq
+from knowledge_compression.compression.methods.sparsegpt import SparseGpt
+from knowledge_compression.compression.solve.grid import Grid
+from knowledge_compression.compression.walk.blocks import compress_blocks
 from knowledge_compression.models import Model, Target, Targets
 from knowledge_compression.models.loading import PackagedGguf
 

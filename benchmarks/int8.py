@@ -20,8 +20,8 @@ from side_by_side import in_turn, ratio, spread, write
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
-from knowledge_compression.compression.int8_dynamic import Int8Dynamic
-from knowledge_compression.compression.quantized_linear import Int8Linear
+from knowledge_compression.compression.formats.int8_linear import Int8Linear
+from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.memory import reuse_freed_memory
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.loading import PackagedGguf

@@ -23,8 +23,8 @@ from knowledge_compression.models import Model
 from knowledge_compression.models.loading import PackagedGguf
 from knowledge_compression.recovery.bank import bank_of, embedding_width
 from knowledge_compression.recovery.lora import Lora, add_lora
-from knowledge_compression.recovery.prompted import Prompted
-from knowledge_compression.recovery.reading import ONCE, PER_LAYER
+from knowledge_compression.recovery.prompted_network import Prompted
+from knowledge_compression.recovery.selection import ONCE, PER_LAYER
 from knowledge_compression.training import TrainingSettings
 
 LENGTHS = (50, 100)  # tokens of the two prompts, as in the paper's Table 1

@@ -32,8 +32,8 @@ import json, resource, sys, time
 sys.path.insert(0, sys.argv[3])
 import torch
 from pathlib import Path
-from knowledge_compression.compression.magnitude import Magnitude
-from knowledge_compression.compression.streaming import compress_streamed
+from knowledge_compression.compression.methods.magnitude import Magnitude
+from knowledge_compression.compression.walk.streaming import compress_streamed
 from knowledge_compression.models import Target
 from knowledge_compression.models.loading import LocalModel
 loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

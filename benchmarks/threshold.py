@@ -70,7 +70,7 @@ def main() -> None:
 def prune(options: argparse.Namespace) -> dict[str, Any]:
     from torch.nn.utils import prune as torch_prune
 
-    from knowledge_compression.compression.magnitude import Magnitude
+    from knowledge_compression.compression.methods.magnitude import Magnitude
     from knowledge_compression.models import Target
     from knowledge_compression.models.loading import PackagedGguf
 

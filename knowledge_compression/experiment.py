@@ -18,11 +18,11 @@ import torch
 from torch import LongTensor
 
 from knowledge_compression.compression.base import Compression
+from knowledge_compression.compression.formats.packed import save_packed
 from knowledge_compression.compression.kept import KeptModels, code_of
-from knowledge_compression.compression.none import NoCompression
-from knowledge_compression.compression.packed import save_packed
-from knowledge_compression.compression.report import CompressionReport
-from knowledge_compression.compression.streaming import compress_streamed
+from knowledge_compression.compression.layer_reports import CompressionReport
+from knowledge_compression.compression.methods.none import NoCompression
+from knowledge_compression.compression.walk.streaming import compress_streamed
 from knowledge_compression.corpora.corpus import Corpus, digest
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.suite import DividedSuite, Evaluation, Suite, item_table

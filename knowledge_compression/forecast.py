@@ -245,7 +245,7 @@ class Forecaster:
 
 
 def _passes_over_text(compression: Any) -> int:
-    """How often the walk through the blocks (``compression/blocks.py``) takes the text through each of them."""
+    """How often the walk through the blocks (``compression/walk/blocks.py``) takes the text through each of them."""
     if getattr(compression, "true_sequential", False):
         return 1  # every linear is compressed on the way
     return 3 if getattr(compression, "by_influence", False) else 2  # to observe, backward too, and with what came of it

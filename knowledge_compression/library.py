@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from knowledge_compression.analysis.comparisons import KEY
 from knowledge_compression.cli import CONF, one_line
 from knowledge_compression.compression.base import Compression
-from knowledge_compression.compression.report import CompressionReport
+from knowledge_compression.compression.layer_reports import CompressionReport
 from knowledge_compression.configuration import GROUPS, build, plain
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.errors import BadInput

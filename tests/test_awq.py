@@ -11,9 +11,9 @@ from conftest import logits_of
 from test_quantizers import ALL, inputs_with_outliers, weight_with_outliers, windows
 from torch import Tensor
 
-from knowledge_compression.compression.awq import Awq
-from knowledge_compression.compression.blocks import LayerInputs
-from knowledge_compression.compression.quantizer import plainly_rounded
+from knowledge_compression.compression.methods.awq import Awq
+from knowledge_compression.compression.solve.grid import plainly_rounded
+from knowledge_compression.compression.walk.blocks import LayerInputs
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 

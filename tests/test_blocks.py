@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from knowledge_compression.compression.blocks import LayerInputs, compress_blocks
-from knowledge_compression.compression.report import LayerReport
+from knowledge_compression.compression.layer_reports import LayerReport
+from knowledge_compression.compression.walk.blocks import LayerInputs, compress_blocks
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.families import ROLES

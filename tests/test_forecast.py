@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from knowledge_compression import forecast
-from knowledge_compression.compression.gptq import Gptq
 from knowledge_compression.compression.kept import KeptModels
-from knowledge_compression.compression.magnitude import Magnitude
-from knowledge_compression.compression.wanda import Wanda
+from knowledge_compression.compression.methods.gptq import Gptq
+from knowledge_compression.compression.methods.magnitude import Magnitude
+from knowledge_compression.compression.methods.wanda import Wanda
 from knowledge_compression.corpora.text import TextFile
 from knowledge_compression.evaluation.atlas import Atlas
 from knowledge_compression.experiment import Experiment

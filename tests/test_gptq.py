@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_blocks import EVERYTHING, windows
 
-from knowledge_compression.compression.blocks import LayerInputs
-from knowledge_compression.compression.compensation import compensate
-from knowledge_compression.compression.gptq import Gptq
-from knowledge_compression.compression.hessian import Hessian, inverse_factor, relative_errors
-from knowledge_compression.compression.quantizer import FittedGrid, Grid, plainly_rounded, quantized_weight
-from knowledge_compression.compression.rtn import Rtn
-from knowledge_compression.compression.sparsegpt import SparseGpt
+from knowledge_compression.compression.methods.gptq import Gptq
+from knowledge_compression.compression.methods.rtn import Rtn
+from knowledge_compression.compression.methods.sparsegpt import SparseGpt
+from knowledge_compression.compression.solve.compensation import compensate
+from knowledge_compression.compression.solve.grid import FittedGrid, Grid, plainly_rounded, quantized_weight
+from knowledge_compression.compression.solve.hessian import Hessian, inverse_factor, relative_errors
+from knowledge_compression.compression.walk.blocks import LayerInputs
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, TargetLayer
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from knowledge_compression.compression.magnitude import Magnitude
+from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.models import Model, Target, held
 from knowledge_compression.models.held import HeldSource
 from tests.conftest import logits_of

@@ -9,10 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from knowledge_compression.compression import quantized_linear
-from knowledge_compression.compression.int8_dynamic import Int8Dynamic
-from knowledge_compression.compression.magnitude import Magnitude
-from knowledge_compression.compression.quantized_linear import (
+from knowledge_compression.compression.formats import int8_linear as quantized_linear
+from knowledge_compression.compression.formats.int8_linear import (
     GRANULARITIES,
     Int8Linear,
     float_product,
@@ -21,7 +19,9 @@ from knowledge_compression.compression.quantized_linear import (
     quantize_tokens,
     quantize_weight,
 )
-from knowledge_compression.compression.sequence import Sequence
+from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
+from knowledge_compression.compression.methods.magnitude import Magnitude
+from knowledge_compression.compression.methods.pipeline import Pipeline
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target, Targets
 from knowledge_compression.models.targets import is_linear
@@ -259,7 +259,7 @@ def test_prune_then_quantize_keeps_zeros_and_counts_masks(
     model, pruned = tiny_model(architecture), tiny_model(architecture)
     Magnitude(0.4).compress(pruned, select(pruned), None)
     targets = select(model)
-    report = Sequence([Magnitude(0.4), Int8Dynamic("per_channel")]).compress(model, targets, None)
+    report = Pipeline([Magnitude(0.4), Int8Dynamic("per_channel")]).compress(model, targets, None)
     for ours, theirs in zip(select(model), select(pruned), strict=True):
         assert (ours.module.weight_int8[theirs.weight == 0] == 0).all()
     parameters = sum(layer.parameters for layer in report.layers)
@@ -271,8 +271,8 @@ def test_prune_then_quantize_keeps_zeros_and_counts_masks(
 
 def test_steps_run_in_order_and_an_empty_list_is_refused() -> None:
     with pytest.raises(BadInput, match="steps is empty"):
-        Sequence([])
-    assert not Sequence([Magnitude(0.1), Int8Dynamic()]).calibrated
+        Pipeline([])
+    assert not Pipeline([Magnitude(0.1), Int8Dynamic()]).calibrated
 
 
 def test_what_cannot_be_done_gets_one_line(tiny_model: Callable[[str], Model]) -> None:

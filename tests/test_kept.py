@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from knowledge_compression.compression.awq import Awq
-from knowledge_compression.compression.gptq import Gptq
-from knowledge_compression.compression.int8_dynamic import Int8Dynamic
-from knowledge_compression.compression.int8_static import Int8Static
 from knowledge_compression.compression.kept import KeptModels, code_of
-from knowledge_compression.compression.magnitude import Magnitude
-from knowledge_compression.compression.quantizer import quantized_weight
-from knowledge_compression.compression.rtn import Rtn
-from knowledge_compression.compression.sequence import Sequence
-from knowledge_compression.compression.smoothquant import SmoothQuant
-from knowledge_compression.compression.sparsegpt import SparseGpt
+from knowledge_compression.compression.methods.awq import Awq
+from knowledge_compression.compression.methods.gptq import Gptq
+from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
+from knowledge_compression.compression.methods.int8_static import Int8Static
+from knowledge_compression.compression.methods.magnitude import Magnitude
+from knowledge_compression.compression.methods.pipeline import Pipeline
+from knowledge_compression.compression.methods.rtn import Rtn
+from knowledge_compression.compression.methods.smoothquant import SmoothQuant
+from knowledge_compression.compression.methods.sparsegpt import SparseGpt
+from knowledge_compression.compression.solve.grid import quantized_weight
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.targets import linear_layers
@@ -39,7 +39,7 @@ METHODS: dict[str, Any] = {
     "int8_dynamic": Int8Dynamic("per_channel"),
     "int8_static": Int8Static(),
     "smoothquant": SmoothQuant(),
-    "prune_int8": Sequence([Magnitude(sparsity=0.5), Int8Dynamic("per_tensor")]),
+    "prune_int8": Pipeline([Magnitude(sparsity=0.5), Int8Dynamic("per_tensor")]),
 }
 
 
@@ -166,10 +166,10 @@ def test_a_method_that_was_edited_finds_nothing(tmp_path: Path, monkeypatch: pyt
     import method_of_mine  # type: ignore[import-not-found]
 
     mine = method_of_mine.Mine()
-    before = code_of(mine), code_of(Sequence([Magnitude(sparsity=0.5), mine])), code_of(Magnitude(sparsity=0.5))
+    before = code_of(mine), code_of(Pipeline([Magnitude(sparsity=0.5), mine])), code_of(Magnitude(sparsity=0.5))
     assert len(set(before)) == 3 and code_of(Magnitude(sparsity=0.2)) == before[2]
     file.write_text("class Mine:\n    share = 0.2\n")
-    assert code_of(mine) != before[0] and code_of(Sequence([Magnitude(sparsity=0.5), mine])) != before[1]
+    assert code_of(mine) != before[0] and code_of(Pipeline([Magnitude(sparsity=0.5), mine])) != before[1]
     assert code_of(Magnitude(sparsity=0.5)) == before[2]
 
 

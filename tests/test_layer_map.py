@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from test_blocks import EVERYTHING, windows
 
-from knowledge_compression.compression.gptq import Gptq
-from knowledge_compression.compression.report import CompressionReport
-from knowledge_compression.compression.rtn import Rtn
+from knowledge_compression.compression.layer_reports import CompressionReport
+from knowledge_compression.compression.methods.gptq import Gptq
+from knowledge_compression.compression.methods.rtn import Rtn
 from knowledge_compression.results.layer_map import layer_map
 
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils import prune as torch_prune
 
-from knowledge_compression.compression.magnitude import Magnitude
-from knowledge_compression.compression.random import Random
-from knowledge_compression.compression.threshold import pieces, smallest
+from knowledge_compression.compression.methods.magnitude import Magnitude
+from knowledge_compression.compression.methods.random_pruning import RandomPruning
+from knowledge_compression.compression.solve.threshold import pieces, smallest
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target, Targets
 from tests.conftest import logits_of
@@ -97,7 +97,7 @@ def test_asking_for_more_than_there_is_is_an_error() -> None:
         smallest(lambda: [torch.ones(4)], 5)
 
 
-@pytest.mark.parametrize("method", [Magnitude, Random])
+@pytest.mark.parametrize("method", [Magnitude, RandomPruning])
 @settings(max_examples=30)
 @given(sparsity=st.floats(0, 1, exclude_max=True), scope=st.sampled_from(["global", "layer"]))
 def test_any_sparsity_is_reached_exactly(
@@ -124,7 +124,7 @@ def tiny_llama_weights() -> tuple[Model, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(("pattern", "keep", "of"), [("2:4", 2, 4), ("4:8", 4, 8), ("1:4", 1, 4)])
-@pytest.mark.parametrize("method", [Magnitude, Random])
+@pytest.mark.parametrize("method", [Magnitude, RandomPruning])
 def test_a_pattern_holds_in_every_group(any_tiny_model: Model, method: type, pattern: str, keep: int, of: int) -> None:
     targets = select(any_tiny_model, *ALL)
     before = [layer.weight.clone() for layer in targets]
@@ -142,7 +142,7 @@ def test_a_pattern_holds_in_every_group(any_tiny_model: Model, method: type, pat
 def test_random_is_repeatable_and_depends_on_its_seed(tiny_model: Callable[[str], Model]) -> None:
     def pruned(seed: int) -> torch.Tensor:
         model = tiny_model("llama")
-        Random(0.5, seed=seed).compress(model, select(model, "ff"), None)
+        RandomPruning(0.5, seed=seed).compress(model, select(model, "ff"), None)
         return torch.cat([layer.weight.flatten() for layer in select(model, "ff")])
 
     assert torch.equal(pruned(0), pruned(0))
@@ -181,7 +181,7 @@ def test_bfloat16_is_pruned_exactly_and_counted_as_16_bits(tiny_model: Callable[
         ({"sparsity": 0.2, "pattern": "3:5"}, "pattern=3:5 does not divide the 16 inputs of model.layers.0"),
     ],
 )
-@pytest.mark.parametrize("method", [Magnitude, Random])
+@pytest.mark.parametrize("method", [Magnitude, RandomPruning])
 def test_bad_settings_get_one_line_and_touch_nothing(
     tiny_model: Callable[[str], Model], method: type, settings: dict, line: str
 ) -> None:

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from knowledge_compression.compression.gptq import Gptq
-from knowledge_compression.compression.packed import pack, save_packed
-from knowledge_compression.compression.rtn import Rtn
+from knowledge_compression.compression.formats.packed import pack, save_packed
+from knowledge_compression.compression.methods.gptq import Gptq
+from knowledge_compression.compression.methods.rtn import Rtn
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.targets import linear_layers

@@ -16,7 +16,7 @@ from test_recovery import STRATEGIES, text  # noqa: F401  (a fixture)
 from test_scoring import CONTINUING, random_questions
 
 from knowledge_compression.analysis.comparisons import compare
-from knowledge_compression.compression.int8_dynamic import Int8Dynamic
+from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.harness import Harness
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer

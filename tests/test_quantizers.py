@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from knowledge_compression.compression.base import Compression
-from knowledge_compression.compression.blocks import LayerInputs
-from knowledge_compression.compression.hqq import Hqq
-from knowledge_compression.compression.int8_static import InputRange, Int8Static, StaticInt8Linear
-from knowledge_compression.compression.nf4 import Nf4, levels
-from knowledge_compression.compression.quantizer import Grid
-from knowledge_compression.compression.smoothquant import SmoothedInt8Linear, SmoothQuant
+from knowledge_compression.compression.methods.hqq import Hqq
+from knowledge_compression.compression.methods.int8_static import InputRange, Int8Static, StaticInt8Linear
+from knowledge_compression.compression.methods.nf4 import Nf4, levels
+from knowledge_compression.compression.methods.smoothquant import SmoothedInt8Linear, SmoothQuant
+from knowledge_compression.compression.solve.grid import Grid
+from knowledge_compression.compression.walk.blocks import LayerInputs
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
 

@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from peft import PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 
-from knowledge_compression.compression.int8_dynamic import Int8Dynamic
-from knowledge_compression.compression.magnitude import Magnitude
+from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
+from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.corpora.own_samples import DrawnSamples
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Question, Scorer

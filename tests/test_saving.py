@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from knowledge_compression.compression.int8_dynamic import Int8Dynamic
-from knowledge_compression.compression.magnitude import Magnitude
+from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
+from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.corpora.own_samples import OwnSamples
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.suite import Evaluation, item_table

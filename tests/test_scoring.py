@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer, budget, likeliest
-from knowledge_compression.evaluation.scoring.attention import causal_attention_in_pieces
 from knowledge_compression.evaluation.scoring.budget import probe
+from knowledge_compression.evaluation.scoring.packed_attention import causal_attention_in_pieces
 from knowledge_compression.evaluation.scoring.trees import attention_masks, plant
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ARCHITECTURES, DECODER, ENCODER
@@ -419,7 +419,7 @@ def test_prompts_chosen_by_the_input_are_the_same_for_all_choices(
     tiny_model: Callable[[str], Model], architecture: str, selection: str
 ) -> None:
     from knowledge_compression.recovery.bank import bank_of
-    from knowledge_compression.recovery.prompted import Prompted
+    from knowledge_compression.recovery.prompted_network import Prompted
 
     model = tiny_model(architecture)
     width = model.network.get_input_embeddings().weight.shape[1]

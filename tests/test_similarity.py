@@ -10,7 +10,7 @@ import torch
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.similarity import Similarity, observe
 from knowledge_compression.recovery.bank import bank_of
-from knowledge_compression.recovery.prompted import Prompted
+from knowledge_compression.recovery.prompted_network import Prompted
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_blocks import EVERYTHING, windows
 from test_gptq import random_layer, relative_error
 
-from knowledge_compression.compression.quantizer import quantized_weight
-from knowledge_compression.compression.sparsegpt import SparseGpt
+from knowledge_compression.compression.methods.sparsegpt import SparseGpt
+from knowledge_compression.compression.solve.grid import quantized_weight
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
 

@@ -20,19 +20,19 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
 from knowledge_compression.cli import main
-from knowledge_compression.compression.awq import Awq
 from knowledge_compression.compression.base import Compression
-from knowledge_compression.compression.gptq import Gptq
-from knowledge_compression.compression.hqq import Hqq
-from knowledge_compression.compression.int8_dynamic import Int8Dynamic
-from knowledge_compression.compression.magnitude import Magnitude
-from knowledge_compression.compression.nf4 import Nf4
-from knowledge_compression.compression.random import Random
-from knowledge_compression.compression.rtn import Rtn
-from knowledge_compression.compression.smoothquant import SmoothQuant
-from knowledge_compression.compression.sparsegpt import SparseGpt
-from knowledge_compression.compression.streaming import compress_streamed
-from knowledge_compression.compression.wanda import Wanda
+from knowledge_compression.compression.methods.awq import Awq
+from knowledge_compression.compression.methods.gptq import Gptq
+from knowledge_compression.compression.methods.hqq import Hqq
+from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
+from knowledge_compression.compression.methods.magnitude import Magnitude
+from knowledge_compression.compression.methods.nf4 import Nf4
+from knowledge_compression.compression.methods.random_pruning import RandomPruning
+from knowledge_compression.compression.methods.rtn import Rtn
+from knowledge_compression.compression.methods.smoothquant import SmoothQuant
+from knowledge_compression.compression.methods.sparsegpt import SparseGpt
+from knowledge_compression.compression.methods.wanda import Wanda
+from knowledge_compression.compression.walk.streaming import compress_streamed
 from knowledge_compression.corpora.own_samples import OwnSamples
 from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.models import Model, Target
@@ -241,7 +241,7 @@ def test_kill_minus_nine_at_any_moment(method: str, saved: Callable[..., LocalMo
 
 def test_what_cannot_be_streamed_is_refused(saved: Callable[..., LocalModel], tmp_path: Path) -> None:
     source = saved("llama")
-    for method in (Int8Dynamic(), Random(sparsity=0.2)):
+    for method in (Int8Dynamic(), RandomPruning(sparsity=0.2)):
         with pytest.raises(BadInput, match="cannot be streamed"):
             streamed(source, method, ALL, tmp_path / "out")
     with pytest.raises(BadInput, match="puts other modules in the place of linear layers"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.utils import prune as torch_prune
 
-from knowledge_compression.compression.structured import Structured
+from knowledge_compression.compression.methods.structured import Structured
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target, Targets
 from tests.conftest import logits_of

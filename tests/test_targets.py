@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-from knowledge_compression.compression.magnitude import Magnitude
+from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.families import ARCHITECTURES, DECODER, ENCODER, ENCODER_DECODER

@@ -9,9 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from knowledge_compression.compression import quantized_linear, two_of_four
-from knowledge_compression.compression.quantized_linear import Int8Linear, integer_product
-from knowledge_compression.compression.two_of_four import SparseProduct, can_skip_zeros, faster_product, is_two_of_four
+from knowledge_compression.compression.formats import int8_linear as quantized_linear
+from knowledge_compression.compression.formats import two_of_four
+from knowledge_compression.compression.formats.int8_linear import Int8Linear, integer_product
+from knowledge_compression.compression.formats.two_of_four import (
+    SparseProduct,
+    can_skip_zeros,
+    faster_product,
+    is_two_of_four,
+)
 
 ON_GPU = pytest.mark.skipif(
     not (torch.cuda.is_available() and torch.backends.cusparselt.is_available()), reason="needs a GPU with cuSPARSELt"

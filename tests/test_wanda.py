@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_blocks import EVERYTHING, windows
 
-from knowledge_compression.compression.blocks import LayerInputs
-from knowledge_compression.compression.wanda import InputPower, Wanda
+from knowledge_compression.compression.methods.wanda import InputPower, Wanda
+from knowledge_compression.compression.walk.blocks import LayerInputs
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 

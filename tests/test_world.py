@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 import knowledge_compression as kc
-from knowledge_compression.compression.awq import Awq
-from knowledge_compression.compression.gptq import Gptq
-from knowledge_compression.compression.int8_static import Int8Static
-from knowledge_compression.compression.magnitude import Magnitude
-from knowledge_compression.compression.smoothquant import SmoothQuant
-from knowledge_compression.compression.sparsegpt import SparseGpt
-from knowledge_compression.compression.wanda import Wanda
-from knowledge_compression.corpora.world import WorldText, packed
+from knowledge_compression.compression.methods.awq import Awq
+from knowledge_compression.compression.methods.gptq import Gptq
+from knowledge_compression.compression.methods.int8_static import Int8Static
+from knowledge_compression.compression.methods.magnitude import Magnitude
+from knowledge_compression.compression.methods.smoothquant import SmoothQuant
+from knowledge_compression.compression.methods.sparsegpt import SparseGpt
+from knowledge_compression.compression.methods.wanda import Wanda
+from knowledge_compression.corpora.world_text import WorldText, packed
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.harness import Harness
-from knowledge_compression.evaluation.world import WorldProbes
+from knowledge_compression.evaluation.world_facts import WorldProbes
 from knowledge_compression.objectives import NextToken, objective_for
 from knowledge_compression.training import TrainingSettings
 from knowledge_compression.world import files, models

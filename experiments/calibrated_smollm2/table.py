@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 
 from knowledge_compression.analysis import markdown
-from knowledge_compression.compression.gptq import Gptq
-from knowledge_compression.compression.magnitude import Magnitude
-from knowledge_compression.compression.none import NoCompression
-from knowledge_compression.compression.rtn import Rtn
-from knowledge_compression.compression.sparsegpt import SparseGpt
-from knowledge_compression.compression.wanda import Wanda
+from knowledge_compression.compression.methods.gptq import Gptq
+from knowledge_compression.compression.methods.magnitude import Magnitude
+from knowledge_compression.compression.methods.none import NoCompression
+from knowledge_compression.compression.methods.rtn import Rtn
+from knowledge_compression.compression.methods.sparsegpt import SparseGpt
+from knowledge_compression.compression.methods.wanda import Wanda
 from knowledge_compression.corpora.c4 import C4
 from knowledge_compression.evaluation.perplexity import Perplexity
 from knowledge_compression.models import Model, Target, Targets

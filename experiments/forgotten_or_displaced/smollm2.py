@@ -13,7 +13,7 @@ import sys
 import time
 from copy import deepcopy
 
-from knowledge_compression.compression.gptq import Gptq
+from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.corpora.c4 import C4
 from knowledge_compression.evaluation.perplexity import Perplexity
 from knowledge_compression.models import Model, Target

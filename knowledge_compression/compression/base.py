@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import LongTensor, Tensor, nn
 
-from knowledge_compression.compression.report import CompressionReport
+from knowledge_compression.compression.layer_reports import CompressionReport
 from knowledge_compression.errors import BadInput
 from knowledge_compression.memory import peak_memory
 from knowledge_compression.models import Model, TargetLayer, Targets

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from xxhash import xxh3_128_digest
 
 from knowledge_compression.cache import cache_folder, cached_folder
-from knowledge_compression.compression.int8_static import StaticInt8Linear
-from knowledge_compression.compression.quantized_linear import Int8Linear
-from knowledge_compression.compression.quantizer import FittedGrid, QuantizedWeight, quantized_weight
-from knowledge_compression.compression.report import CompressionReport
-from knowledge_compression.compression.smoothquant import SmoothedInt8Linear
+from knowledge_compression.compression.formats.int8_linear import Int8Linear
+from knowledge_compression.compression.layer_reports import CompressionReport
+from knowledge_compression.compression.methods.int8_static import StaticInt8Linear
+from knowledge_compression.compression.methods.smoothquant import SmoothedInt8Linear
+from knowledge_compression.compression.solve.grid import FittedGrid, QuantizedWeight, quantized_weight
 from knowledge_compression.models import Model, Targets
 from knowledge_compression.models.targets import TargetLayer, linear_layers
 
@@ -140,7 +140,7 @@ def code_of(compression: object) -> str:
 @cache
 def _our_code() -> bytes:
     package = Path(__file__).parents[1]
-    files = sorted(path for folder in ("compression", "models") for path in (package / folder).glob("*.py"))
+    files = sorted(path for folder in ("compression", "models") for path in (package / folder).rglob("*.py"))
     return b"".join(path.read_bytes() for path in files)
 
 

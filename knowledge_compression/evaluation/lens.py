@@ -24,7 +24,7 @@ from knowledge_compression.evaluation.cloze import Candidates, Cloze, Reader, re
 from knowledge_compression.evaluation.lama import Lama
 from knowledge_compression.evaluation.scoring import Blank, Scorer
 from knowledge_compression.evaluation.suite import Evaluation, item_table
-from knowledge_compression.evaluation.world import WorldProbes
+from knowledge_compression.evaluation.world_facts import WorldProbes
 from knowledge_compression.models import Model
 
 Answers = Mapping[str, Sequence[str]]

@@ -30,7 +30,7 @@ class Model:
         reserved_positions: positions that a recovery's prompt takes away from every input.
         on_context: set by a recovery that chooses among prompts by the input. Whoever scores continuations calls
             :meth:`announce_context` before each forward pass, so that the choice never sees an answer.
-        hold: brings a block's weights into memory (see ``compression.blocks.Hold``); None where they are there.
+        hold: brings a block's weights into memory (see ``compression.walk.blocks.Hold``); None where they are there.
         on_items: set by a recovery that has something to say of each item, e.g. which prompt it chose; takes a suite's
             item table and gives it back with columns of its own.
         fallbacks: what could not be done as it was meant, for the record, e.g. smaller batches for want of memory.

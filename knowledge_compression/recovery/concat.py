@@ -10,8 +10,8 @@ from torch import Tensor
 
 from knowledge_compression.models import Model
 from knowledge_compression.recovery.bank import bank_of
-from knowledge_compression.recovery.prompted import Prompted
-from knowledge_compression.recovery.prompts import SeveralPrompts
+from knowledge_compression.recovery.prompted_network import Prompted
+from knowledge_compression.recovery.several_prompts import SeveralPrompts
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from knowledge_compression.recovery.adapters import Adapter, FrozenBase, Tuning,
 from knowledge_compression.recovery.bank import PromptBank, check_decoder, check_positions, key_shape
 from knowledge_compression.recovery.base import RecoveryReport
 from knowledge_compression.recovery.prompt import check_prompt
-from knowledge_compression.recovery.prompted import Prompted
+from knowledge_compression.recovery.prompted_network import Prompted
 from knowledge_compression.training import LogCallback, TrainingSettings
 
 

@@ -19,7 +19,7 @@ from knowledge_compression.recovery.adapters import Adapter, FrozenBase, Tuning,
 from knowledge_compression.recovery.bank import bank_of, check_positions, embedding_width
 from knowledge_compression.recovery.base import RecoveryReport
 from knowledge_compression.recovery.joined import join_prompt
-from knowledge_compression.recovery.prompted import Prompted
+from knowledge_compression.recovery.prompted_network import Prompted
 from knowledge_compression.training import LogCallback, TrainingSettings
 
 INITS = {"vocabulary": PromptTuningInit.SAMPLE_VOCAB, "random": PromptTuningInit.RANDOM}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from knowledge_compression.compression.report import CompressionReport, LayerReport
+from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
 
 # What a map can show, by the name the user reads on it; the first that a report has is drawn.
 QUANTITIES: Mapping[str, Callable[[LayerReport], float | None]] = {

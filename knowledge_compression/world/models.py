@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from knowledge_compression.cache import cache_folder, cached_folder
-from knowledge_compression.corpora.world import sentence_windows
+from knowledge_compression.corpora.world_text import sentence_windows
 from knowledge_compression.errors import BadInput
-from knowledge_compression.evaluation.world import WorldProbes
+from knowledge_compression.evaluation.world_facts import WorldProbes
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.models.loading import LocalModel, resolve_device

@@ -18,7 +18,7 @@ import polars as pl
 import torch
 
 from knowledge_compression.compression.kept import KeptModels
-from knowledge_compression.compression.magnitude import Magnitude
+from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.corpora.text import TextFile
 from knowledge_compression.evaluation.suite import Evaluation, Suite, accuracy_metrics, item_table
 from knowledge_compression.experiment import Experiment

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from knowledge_compression.evaluation.scoring.attention import Run, told_of
+from knowledge_compression.evaluation.scoring.packed_attention import Run, told_of
 from knowledge_compression.evaluation.scoring.trees import attention_masks
 
 

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from knowledge_compression.evaluation.scoring.attention import can_lie_end_to_end
 from knowledge_compression.evaluation.scoring.budget import Budget
 from knowledge_compression.evaluation.scoring.depths import depths, head_at_every_depth
 from knowledge_compression.evaluation.scoring.generation import Done, generate
 from knowledge_compression.evaluation.scoring.heads import head_at, likeliest
 from knowledge_compression.evaluation.scoring.layout import EndToEnd, Layout, Rows
+from knowledge_compression.evaluation.scoring.packed_attention import can_lie_end_to_end
 from knowledge_compression.evaluation.scoring.products import linears_for_onednn, multiplied_by_onednn
 from knowledge_compression.evaluation.scoring.questions import Blank, Likelihood, Question
 from knowledge_compression.evaluation.scoring.trees import Tree, plant

@@ -11,10 +11,10 @@ import torch
 from torch import LongTensor, Tensor
 
 from knowledge_compression.compression.base import stacked
-from knowledge_compression.compression.blocks import LayerInputs, compress_calibrated
-from knowledge_compression.compression.hessian import Hessian, relative_errors
-from knowledge_compression.compression.quantizer import SCALE_BITS, Grid, plainly_rounded
-from knowledge_compression.compression.report import CompressionReport, LayerReport
+from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
+from knowledge_compression.compression.solve.grid import SCALE_BITS, Grid, plainly_rounded
+from knowledge_compression.compression.solve.hessian import Hessian, relative_errors
+from knowledge_compression.compression.walk.blocks import LayerInputs, compress_calibrated
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, TargetLayer, Targets
 
@@ -48,9 +48,9 @@ class Awq:
     here the weights are divided by them, which is the same product.
 
     Attributes:
-        bits, group_size, symmetric: the grid (:class:`~knowledge_compression.compression.quantizer.Grid`).
+        bits, group_size, symmetric: the grid (:class:`~knowledge_compression.compression.solve.grid.Grid`).
         steps: powers tried.
-        forward_dtype, device: see :func:`~knowledge_compression.compression.blocks.compress_blocks`.
+        forward_dtype, device: see ``walk.blocks.compress_blocks``.
     """
 
     bits: int = 4

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import LongTensor
 
-from knowledge_compression.compression.report import CompressionReport
-from knowledge_compression.compression.unstructured import check_settings, prune
+from knowledge_compression.compression.layer_reports import CompressionReport
+from knowledge_compression.compression.solve.unstructured import check_settings, prune
 from knowledge_compression.models import Model, TargetLayer, Targets
 
 
 @dataclass(frozen=True)
-class Random:
+class RandomPruning:
     """Set weights drawn by lot to zero.
 
     Attributes:

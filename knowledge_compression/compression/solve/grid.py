@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from knowledge_compression.compression.report import LayerReport
+from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.targets import TargetLayer
 

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import LongTensor, Tensor
 
-from knowledge_compression.compression.blocks import LayerInputs, compress_calibrated
-from knowledge_compression.compression.quantized_linear import GRANULARITIES, Int8Linear
-from knowledge_compression.compression.report import CompressionReport, LayerReport
+from knowledge_compression.compression.formats.int8_linear import GRANULARITIES, Int8Linear
+from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
+from knowledge_compression.compression.walk.blocks import LayerInputs, compress_calibrated
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, TargetLayer, Targets
 
@@ -67,7 +67,7 @@ class Int8Static:
 
     Attributes:
         granularity: ``per_channel`` (one scale a weight row) or ``per_tensor`` (one a weight).
-        forward_dtype, device: see :func:`~knowledge_compression.compression.blocks.compress_blocks`.
+        forward_dtype, device: see ``walk.blocks.compress_blocks``.
     """
 
     granularity: str = "per_channel"

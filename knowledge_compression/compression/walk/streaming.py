@@ -22,9 +22,9 @@ from torch import LongTensor, Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.compression.base import Compression
-from knowledge_compression.compression.magnitude import Magnitude
-from knowledge_compression.compression.report import CompressionReport, LayerReport
-from knowledge_compression.compression.threshold import Cut, smallest
+from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
+from knowledge_compression.compression.methods.magnitude import Magnitude
+from knowledge_compression.compression.solve.threshold import Cut, smallest
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import TargetLayer, Targets
 from knowledge_compression.models.families import FINAL

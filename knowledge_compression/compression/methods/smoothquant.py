@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import LongTensor, Tensor
 
-from knowledge_compression.compression.blocks import LayerInputs, compress_calibrated
-from knowledge_compression.compression.quantized_linear import Int8Linear, quantize_tokens
-from knowledge_compression.compression.report import CompressionReport, LayerReport
+from knowledge_compression.compression.formats.int8_linear import Int8Linear, quantize_tokens
+from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
+from knowledge_compression.compression.walk.blocks import LayerInputs, compress_calibrated
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, TargetLayer, Targets
 
@@ -66,7 +66,7 @@ class SmoothQuant:
 
     Attributes:
         alpha: how much of the outliers moves into the weights, in [0, 1].
-        forward_dtype, device: see :func:`~knowledge_compression.compression.blocks.compress_blocks`.
+        forward_dtype, device: see ``walk.blocks.compress_blocks``.
     """
 
     alpha: float = 0.5

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Steps
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 from torch import LongTensor
 
 from knowledge_compression.compression.base import Compression
-from knowledge_compression.compression.report import CompressionReport, followed_by
+from knowledge_compression.compression.layer_reports import CompressionReport, followed_by
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Targets
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Pipeline:
     """Several compressions in the order given.
 
     Attributes:
         steps: the compressions; pruning goes before quantization, whose zeros stay zeros.
     """
 
-    steps: Steps[Compression]
+    steps: Sequence[Compression]
 
     def __post_init__(self) -> None:
         """Refuse an empty list."""

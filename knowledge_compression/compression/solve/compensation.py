@@ -29,7 +29,7 @@ def compensate(
     Args:
         columns: the weight transposed, float32 ``[in_features, out_features]`` and contiguous, so that a column of the
             weight lies in one piece; changed in place.
-        upper: ``U`` of an :class:`~knowledge_compression.compression.hessian.InverseFactor`, ``[in_features,
+        upper: ``U`` of an :class:`~knowledge_compression.compression.solve.hessian.InverseFactor`, ``[in_features,
             in_features]``, in the order of ``columns``.
         project: gives, for a column's index and its up-to-date values ``[out_features]``, a tensor of those it gets.
         prepare: called with each ``[start, end)`` of ``unit`` columns when all that comes before them is made up for.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from knowledge_compression.compression.base import check_sparsity, reporting
-from knowledge_compression.compression.report import CompressionReport, LayerReport
-from knowledge_compression.compression.threshold import Cut, pieces, smallest
+from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
+from knowledge_compression.compression.solve.threshold import Cut, pieces, smallest
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, TargetLayer, Targets
 

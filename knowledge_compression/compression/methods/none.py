@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import LongTensor
 
 from knowledge_compression.compression.base import reporting
-from knowledge_compression.compression.report import CompressionReport
+from knowledge_compression.compression.layer_reports import CompressionReport
 from knowledge_compression.models import Model, Targets
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import LongTensor
 
 from knowledge_compression.compression.base import check_sparsity, reporting
-from knowledge_compression.compression.report import CompressionReport, LayerReport
+from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Targets
 

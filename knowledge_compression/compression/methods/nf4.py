@@ -15,7 +15,7 @@ import torch
 from torch import LongTensor, Tensor
 
 from knowledge_compression.compression.base import reporting
-from knowledge_compression.compression.report import CompressionReport, LayerReport
+from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Targets
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knowledge_compression.compression.quantizer import SCALE_BITS, QuantizedWeight, quantized_weight
+from knowledge_compression.compression.solve.grid import SCALE_BITS, QuantizedWeight, quantized_weight
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, TargetLayer
 from knowledge_compression.models.families import FINAL, TRANSFORM
@@ -36,7 +36,7 @@ def save_packed(model: Model, folder: Path) -> None:
 
     Args:
         model: quantized by ``gptq``, ``rtn`` or another method that leaves a
-            :class:`~knowledge_compression.compression.quantizer.QuantizedWeight` with its layers.
+            :class:`~knowledge_compression.compression.solve.grid.QuantizedWeight` with its layers.
         folder: where to; replaced if it is there.
 
     Raises:

@@ -11,7 +11,7 @@ _OUTPUTS = 192  # fitted at a time: what they need stays in cache, and little me
 def refit(columns: Tensor, original: Tensor, kept: Tensor, hessian: Tensor, *, damping: float, steps: int) -> None:
     """Fit the kept weights of every output, together, to what the original weights gave.
 
-    A sweep over the columns (:func:`~knowledge_compression.compression.compensation.compensate`) lets a column make up
+    A sweep over the columns (:func:`~.compensation.compensate`) lets a column make up
     only for those before it, and weights that it freezes early never hear of what goes later. With the mask fixed, the
     best values of a row ``w`` are a least-squares problem, ``min (w - w0) H (w - w0)ᵀ`` over the kept entries, whose
     matrix differs from row to row. It is solved for many rows at once by conjugate gradients, preconditioned by the

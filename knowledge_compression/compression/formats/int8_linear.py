@@ -17,7 +17,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from knowledge_compression.compression.two_of_four import WORTH_TRYING, SparseProduct, can_skip_zeros, faster_product
+from knowledge_compression.compression.formats.two_of_four import (
+    WORTH_TRYING,
+    SparseProduct,
+    can_skip_zeros,
+    faster_product,
+)
 from knowledge_compression.errors import BadInput
 
 GRANULARITIES = ("per_tensor", "per_channel")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from knowledge_compression.compression.blocks import LayerInputs
+from knowledge_compression.compression.walk.blocks import LayerInputs
 from knowledge_compression.errors import BadInput
 
 STRIPS = 12  # parts in which a triangle is multiplied: 13/24 of the work of the whole matrix

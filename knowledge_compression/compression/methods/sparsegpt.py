@@ -11,14 +11,14 @@ import torch
 from torch import LongTensor, Tensor
 
 from knowledge_compression.compression.base import check_sparsity, stacked
-from knowledge_compression.compression.blocks import compress_calibrated
-from knowledge_compression.compression.compensation import compensate
-from knowledge_compression.compression.hessian import Hessian, check_damping, inverse_factor, relative_errors
-from knowledge_compression.compression.quantizer import SCALE_BITS, Grid, GroupedColumns, QuantizedWeight
-from knowledge_compression.compression.refit import refit
-from knowledge_compression.compression.report import CompressionReport, LayerReport
-from knowledge_compression.compression.threshold import smallest
-from knowledge_compression.compression.unstructured import Pattern
+from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
+from knowledge_compression.compression.solve.compensation import compensate
+from knowledge_compression.compression.solve.grid import SCALE_BITS, Grid, GroupedColumns, QuantizedWeight
+from knowledge_compression.compression.solve.hessian import Hessian, check_damping, inverse_factor, relative_errors
+from knowledge_compression.compression.solve.refit import refit
+from knowledge_compression.compression.solve.threshold import smallest
+from knowledge_compression.compression.solve.unstructured import Pattern
+from knowledge_compression.compression.walk.blocks import compress_calibrated
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, TargetLayer, Targets
 
@@ -31,7 +31,7 @@ class Pruned:
         weight: the new values, float32 ``[out_features, in_features]``.
         mask: what was removed, bool of the same shape.
         quantized: the same values as integers, where they were quantized too.
-        damping, fallbacks: of the Hessian, as in :class:`~knowledge_compression.compression.hessian.InverseFactor`.
+        damping, fallbacks: of the Hessian, as in ``solve.hessian.InverseFactor``.
     """
 
     weight: Tensor
@@ -59,7 +59,7 @@ class SparseGpt:
             are; 0 leaves them as the sweep put them, and so do ``bits``, whose grid they would leave.
         by_influence: weigh each token by how far an error there moves the block's output; looks at whole blocks, so
             ``true_sequential`` must be false then.
-        true_sequential, forward_dtype, device: see :func:`~knowledge_compression.compression.blocks.compress_blocks`.
+        true_sequential, forward_dtype, device: see ``walk.blocks.compress_blocks``.
     """
 
     sparsity: float

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import LongTensor
 
-from knowledge_compression.compression.report import CompressionReport
-from knowledge_compression.compression.threshold import Cut
-from knowledge_compression.compression.unstructured import check_settings, prune
+from knowledge_compression.compression.layer_reports import CompressionReport
+from knowledge_compression.compression.solve.threshold import Cut
+from knowledge_compression.compression.solve.unstructured import check_settings, prune
 from knowledge_compression.models import Model, Targets
 
 

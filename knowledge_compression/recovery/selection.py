@@ -16,8 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from knowledge_compression.recovery.attention import attend
 from knowledge_compression.recovery.bank import PromptBank
+from knowledge_compression.recovery.bank_attention import attend
 
 PROMPTED = "prompted"  # the name under which transformers finds the attention function below
 PER_LAYER, ONCE = "per_layer", "once"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 from knowledge_compression.recovery.bank import PromptBank, check_decoder, has_rotary_positions
-from knowledge_compression.recovery.reading import ONCE, PER_LAYER, PROMPTED, SELECTIONS, Reading
+from knowledge_compression.recovery.selection import ONCE, PER_LAYER, PROMPTED, SELECTIONS, Reading
 
 
 class _FirstLayerChose(Exception):

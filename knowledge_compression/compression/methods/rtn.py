@@ -9,8 +9,8 @@ from typing import ClassVar
 from torch import LongTensor
 
 from knowledge_compression.compression.base import reporting
-from knowledge_compression.compression.quantizer import Grid, plainly_rounded, quantized_report
-from knowledge_compression.compression.report import CompressionReport
+from knowledge_compression.compression.layer_reports import CompressionReport
+from knowledge_compression.compression.solve.grid import Grid, plainly_rounded, quantized_report
 from knowledge_compression.models import Model, Targets
 
 
@@ -20,7 +20,7 @@ class Rtn:
 
     Attributes:
         bits, group_size, symmetric, clip, scale_bits: the grid
-            (:class:`~knowledge_compression.compression.quantizer.Grid`).
+            (:class:`~knowledge_compression.compression.solve.grid.Grid`).
     """
 
     bits: int = 4

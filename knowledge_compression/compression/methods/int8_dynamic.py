@@ -9,8 +9,8 @@ from typing import ClassVar
 from torch import LongTensor
 
 from knowledge_compression.compression.base import reporting
-from knowledge_compression.compression.quantized_linear import GRANULARITIES, Int8Linear
-from knowledge_compression.compression.report import CompressionReport, LayerReport
+from knowledge_compression.compression.formats.int8_linear import GRANULARITIES, Int8Linear
+from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Targets
 

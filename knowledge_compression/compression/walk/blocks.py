@@ -24,9 +24,9 @@ from torch import LongTensor, Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from knowledge_compression.compression.base import reporting
-from knowledge_compression.compression.reading import finite, first_tensor, reading, sharing
-from knowledge_compression.compression.report import CompressionReport, LayerReport
-from knowledge_compression.compression.suspended import SuspendedForward, marked
+from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
+from knowledge_compression.compression.walk.layer_inputs import finite, first_tensor, reading, sharing
+from knowledge_compression.compression.walk.suspended import SuspendedForward, marked
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Targets
 from knowledge_compression.models.families import DECODER, ENCODER

@@ -11,10 +11,9 @@ import torch
 from torch import LongTensor, Tensor
 
 from knowledge_compression.compression.base import stacked
-from knowledge_compression.compression.blocks import compress_calibrated
-from knowledge_compression.compression.compensation import compensate
-from knowledge_compression.compression.hessian import Hessian, check_damping, inverse_factor, relative_errors
-from knowledge_compression.compression.quantizer import (
+from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
+from knowledge_compression.compression.solve.compensation import compensate
+from knowledge_compression.compression.solve.grid import (
     SCALE_BITS,
     Grid,
     GroupedColumns,
@@ -22,7 +21,8 @@ from knowledge_compression.compression.quantizer import (
     plainly_rounded,
     quantized_report,
 )
-from knowledge_compression.compression.report import CompressionReport, LayerReport
+from knowledge_compression.compression.solve.hessian import Hessian, check_damping, inverse_factor, relative_errors
+from knowledge_compression.compression.walk.blocks import compress_calibrated
 from knowledge_compression.models import Model, TargetLayer, Targets
 
 
@@ -35,7 +35,7 @@ class Gptq:
 
     Attributes:
         bits, group_size, symmetric, clip, scale_bits: the grid
-            (:class:`~knowledge_compression.compression.quantizer.Grid`).
+            (:class:`~knowledge_compression.compression.solve.grid.Grid`).
         desc_act: round the columns in the order of falling second moment, not as they stand.
         static_groups: choose every group's grid beforehand, from the columns as they stand, so that a group is a run of
             neighbours whatever the order; else a group is a run of the order, its grid chosen when its turn comes.
@@ -43,7 +43,7 @@ class Gptq:
         block_size: columns whose errors are gathered before they move on; changes the speed only.
         by_influence: weigh each token by how far an error there moves the block's output; looks at whole blocks, so
             ``true_sequential`` must be false then.
-        true_sequential, forward_dtype, device: see :func:`~knowledge_compression.compression.blocks.compress_blocks`.
+        true_sequential, forward_dtype, device: see ``walk.blocks.compress_blocks``.
     """
 
     bits: int = 4

@@ -11,9 +11,9 @@ import torch
 from torch import LongTensor, Tensor
 
 from knowledge_compression.compression.base import check_sparsity
-from knowledge_compression.compression.blocks import LayerInputs, compress_calibrated
-from knowledge_compression.compression.report import CompressionReport, LayerReport
-from knowledge_compression.compression.unstructured import Pattern
+from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
+from knowledge_compression.compression.solve.unstructured import Pattern
+from knowledge_compression.compression.walk.blocks import LayerInputs, compress_calibrated
 from knowledge_compression.models import Model, TargetLayer, Targets
 
 
@@ -42,7 +42,7 @@ class Wanda:
     Attributes:
         sparsity: share of each row's weights to remove, in [0, 1).
         pattern: ``n:m``, e.g. ``2:4``: keep n of every m neighbouring inputs; the sparsity is then that of the pattern.
-        forward_dtype, device: see :func:`~knowledge_compression.compression.blocks.compress_blocks`.
+        forward_dtype, device: see ``walk.blocks.compress_blocks``.
     """
 
     sparsity: float

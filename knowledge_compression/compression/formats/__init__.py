@@ -1,0 +1,1 @@
+"""How compressed weights are held and stored: integer layers, packed checkpoints."""

@@ -1,0 +1,1 @@
+"""The compressions: one short file each, mirrored by ``conf/compression/``."""

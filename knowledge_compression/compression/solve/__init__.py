@@ -1,0 +1,1 @@
+"""The algorithms under the methods, which know tensors and nothing of models."""
