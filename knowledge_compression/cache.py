@@ -1,21 +1,42 @@
-"""The user's cache of things that are made once: converted models, trained worlds, tokenized tasks."""
+"""The user's cache of things that are made once: converted models, trained worlds, tokenized tasks, digests of files.
+
+Nothing in it is believed unseen. A folder is taken only where it was made under its very name and every byte of its
+files is the one that was written; what is broken is made again.
+
+A file is read once for its digest. That is kept, and believed for as long as the file has the same path, size, inode
+and times; the time of its last change of status is among them, which cannot be set back, so an edit that restores the
+time of modification is seen too. What is not seen: a write through a memory map that the system has not noted yet, and
+a change within a moment of the reading on a file server whose clock is behind this machine's. The hash (XXH3 of 128
+bits) is made against accidents, not against someone who builds two files of one digest.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from platformdirs import user_cache_path
+from xxhash import xxh3_64_hexdigest, xxh3_128
 
 from knowledge_compression.errors import BadInput
+
+log = logging.getLogger(__name__)
+
+MADE = ".made.json"  # in a folder of the cache: under which name it was made, and the digest of each of its files
+_PART = 2 << 20  # bytes read at a time: what the processor's own cache holds
+_SETTLED = 2.0  # seconds, within which a second write may leave a file's times as they are
+_LONG = 10 << 30  # bytes whose reading is announced
 
 
 def cache_folder() -> Path:
@@ -62,20 +83,109 @@ def kept_finding(name: str, of: Any, find: Callable[[], Any]) -> Any:
 def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     """The cache's folder ``name``; where it is not there, ``make`` fills a temporary one that is then renamed.
 
-    Safe against other processes doing the same, and against dying half-way.
+    A folder that is there and is not what was made is made again. Safe against other processes doing the same, and
+    against dying half-way.
     """
     folder = cache_folder() / name
-    if folder.is_dir():
+    if _is_as_made(folder, name):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        if not folder.is_dir():
+        if not _is_as_made(folder, name):
+            if folder.is_dir():
+                log.warning("%s in the cache is not what was made under that name; it is made again", name)
+                discard(folder)
             for left in folder.parent.glob(f".{folder.name}-*"):  # of one who died half-way
                 shutil.rmtree(left, ignore_errors=True)
             scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             try:
                 make(scratch)
+                (scratch / MADE).write_text(json.dumps({"name": name, "files": _digests(scratch)}))
                 scratch.rename(folder)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _is_as_made(folder: Path, name: str) -> bool:
+    """Whether a folder of the cache was made under that name and holds what was written."""
+    try:
+        return bool(json.loads((folder / MADE).read_bytes()) == {"name": name, "files": _digests(folder)})
+    except (OSError, ValueError):
+        return False
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MADE)
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def discard(folder: Path) -> None:
+    """Take a folder away at one stroke, so that nobody finds half of it."""
+    rubbish = folder.with_name(f".{folder.name}-gone-{os.getpid()}")
+    try:
+        folder.rename(rubbish)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(rubbish, ignore_errors=True)
+
+
+def file_digest(path: Path) -> str:
+    """Hash of every byte of a file, in 32 hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    path = path.absolute()
+    record = cache_folder() / "digests" / f"{xxh3_64_hexdigest(os.fsencode(path))}.json"
+    now, known = _identity(path), _known(record)
+    if known.get("file") == now:
+        return str(known["digest"])
+    while True:
+        digest = _read(path)
+        before, now = now, _identity(path)
+        if before == now:
+            break
+        log.warning("%s changed while it was read; reading it again", path)
+    if time.time() - now["changed"] / 1e9 > _SETTLED:
+        _keep(record, {"file": now, "digest": digest})
+    return digest
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """What tells a file from itself before a change; the same on every host that shares it."""
+    found = path.stat()
+    times = {"modified": found.st_mtime_ns, "changed": found.st_ctime_ns}
+    return {"path": str(path), "size": found.st_size, "inode": found.st_ino} | times
+
+
+def _read(path: Path) -> str:
+    digest, part = xxh3_128(), memoryview(bytearray(_PART))
+    with path.open("rb", buffering=0) as file:
+        if (size := os.fstat(file.fileno()).st_size) > _LONG:
+            log.info("reading all %.0f GB of %s, once, to know it again", size / 1e9, path)
+        while count := file.readinto(part):
+            digest.update(part[:count])
+    return digest.hexdigest()
+
+
+def _known(record: Path) -> dict[str, Any]:
+    """What is kept of a file; nothing where it was never read, or what was kept is broken."""
+    try:
+        known = json.loads(record.read_bytes())
+        return known if len(known["digest"]) == 32 else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _keep(record: Path, known: Mapping[str, Any]) -> None:
+    """Keep what is known of a file, whole or not at all."""
+    scratch = record.with_name(f".{record.name}-{os.getpid()}-{threading.get_ident()}")
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps(known))
+        scratch.rename(record)
+    except OSError as error:  # it is read again the next time
+        with suppress(OSError):
+            scratch.unlink()
+        log.info("the digest of %s is not kept (%s)", known["file"]["path"], error.strerror)

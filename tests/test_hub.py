@@ -26,6 +26,7 @@ for name in sys.argv[1:]:
         model = HubModel("tiny", name).load("cpu")
         total = float(sum(p.double().sum() for p in model.network.parameters()))
         result = {"sum": total, "vocabulary": len(model.tokenizer), "provenance": model.provenance}
+        result["fingerprint"] = HubModel("tiny", name).fingerprint()
     except BadInput as error:
         result = {"line": str(error)}
     print(json.dumps(result | {"seconds": time.perf_counter() - start}))
@@ -73,6 +74,7 @@ def test_a_good_download_refusals_a_transfer_cut_off_and_then_no_server(
         good, *failed = load_in_process(endpoint, tmp_path, "me/tiny", "locked/tiny", "me/nothing", "me/cut")
     assert good["sum"] == pytest.approx(total) and good["vocabulary"] > 50
     assert good["provenance"] == {"hub_id": "me/tiny", "revision": "main", "commit": COMMIT}
+    assert good["fingerprint"] == f"me/tiny@{COMMIT}"  # and not that of a branch, which moves
     for refused, name in zip(failed, ("locked/tiny", "me/nothing", "me/cut"), strict=True):
         assert refused["line"].startswith(f"model=tiny: '{name}' is not cached and the hub did not give it (")
         assert "model=local model.path=DIR" in refused["line"] and "\n" not in refused["line"]
@@ -81,9 +83,21 @@ def test_a_good_download_refusals_a_transfer_cut_off_and_then_no_server(
     # The server is gone: what was downloaded still loads, what was not fails within moments.
     cached, absent, cut = load_in_process(endpoint, tmp_path, "me/tiny", "me/other", "me/cut")
     assert cached["sum"] == good["sum"] and cached["provenance"] == good["provenance"]
+    assert cached["fingerprint"] == good["fingerprint"]
     for missing, name in ((absent, "me/other"), (cut, "me/cut")):
         assert f"'{name}' is not cached and the hub does not answer; give a local copy" in missing["line"]
         assert missing["seconds"] < 10  # the hub's own client goes on trying for 25 before it says so
+
+
+def test_a_branch_that_moves_while_it_is_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run would bear the id of one commit and the answers of another."""
+    from knowledge_compression.errors import ModelUnavailable
+    from knowledge_compression.models import loading
+
+    monkeypatch.setattr(loading, "commit_of", lambda *_: "a" * 40)
+    monkeypatch.setattr(loading, "cached_commit", lambda *_: "b" * 40)
+    with pytest.raises(ModelUnavailable, match=r"changed on the hub while it was read \(from a{40} to b{40}\)"):
+        loading.HubModel("tiny", "me/tiny")._provenance()
 
 
 def test_the_probe_takes_any_answer_and_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:

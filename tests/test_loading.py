@@ -1,7 +1,6 @@
 """Loading: folders, packages, device and dtype, and one line for everything that cannot be had."""
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from knowledge_compression.models.loading import (
     LocalModel,
     PackagedGguf,
     PackagedModel,
-    folder_fingerprint,
     resolve_device,
     resolve_dtype,
 )
@@ -129,16 +127,6 @@ def test_an_architecture_that_the_map_lacks_is_named(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
     with pytest.raises(BadInput, match="'mamba' is not in the family map; known: albert"):
         LocalModel("mine", str(folder)).load("cpu")
-
-
-def test_a_fingerprint_goes_with_the_weights_and_not_with_the_place(folder: Path, tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(folder, elsewhere)
-    assert folder_fingerprint(folder) == folder_fingerprint(elsewhere)
-    content = bytearray((elsewhere / "model.safetensors").read_bytes())
-    content[-1] ^= 1
-    (elsewhere / "model.safetensors").write_bytes(content)
-    assert folder_fingerprint(folder) != folder_fingerprint(elsewhere)
 
 
 def test_a_package_that_is_not_there_says_how_to_get_it() -> None:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from xxhash import xxh3_128_digest
 
-from knowledge_compression.cache import cache_folder, cached_folder
+from knowledge_compression.cache import cache_folder, cached_folder, discard
 from knowledge_compression.compression.formats.int8_linear import Int8Linear
 from knowledge_compression.compression.layer_reports import CompressionReport
 from knowledge_compression.compression.methods.int8_static import StaticInt8Linear
@@ -85,7 +85,7 @@ class KeptModels:
             return compress(), False
         name = f"compressions/{key}"
         if afresh:
-            _discard(cache_folder() / name)
+            discard(cache_folder() / name)
         made: list[CompressionReport] = []
 
         def make(folder: Path) -> None:
@@ -109,7 +109,7 @@ class KeptModels:
                 report = _restore(folder, model)
             except (OSError, SafetensorError) as error:  # it has just been removed, or is broken
                 log.warning("%s cannot be read (%s); compressing again", folder, error)
-                _discard(folder)
+                discard(folder)
                 continue
             os.utime(folder)
             log.info("this model was compressed before (%s)", folder)
@@ -124,7 +124,7 @@ class KeptModels:
         for folder, size in sizes.items():
             room -= size
             if room < 0 and folder != newest:
-                _discard(folder)
+                discard(folder)
 
 
 def code_of(compression: object) -> str:
@@ -156,16 +156,6 @@ def _last_used(folder: Path) -> float:
         return folder.stat().st_mtime
     except FileNotFoundError:
         return 0.0
-
-
-def _discard(folder: Path) -> None:
-    """Take a folder away at one stroke, so that nobody finds half of it."""
-    rubbish = folder.with_name(f".{folder.name}-gone-{os.getpid()}")
-    try:
-        folder.rename(rubbish)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(rubbish, ignore_errors=True)
 
 
 def _tensors(model: Model) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import LongTensor
 
+from knowledge_compression.cache import file_digest
 from knowledge_compression.errors import BadInput, DataUnavailable, first_line
 from knowledge_compression.models import Model
 
@@ -239,14 +240,13 @@ def hub_texts(repository: str, split: str, *, config: str | None = None, files: 
 
 
 def digest_file(path: Path) -> str:
-    """Short hash of a file's bytes.
+    """Hash of every byte of a file.
 
     Raises:
         DataUnavailable: there is no such file.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return file_digest(path)
     except OSError as error:
         raise DataUnavailable(f"{path} cannot be read ({error.strerror}); give a text file or a .jsonl") from None
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -45,3 +46,27 @@ def cache_alone_where_no_hub_answers() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = offline
+
+
+@cache
+def commit_of(repository: str, revision: str) -> str | None:
+    """The commit that a model's revision stands for: on the hub, or where that does not say, in the local cache.
+
+    Asked once a process, so that all runs of one process mean the same weights.
+    """
+    from huggingface_hub import HfApi
+
+    if hub_answers():
+        try:
+            return HfApi().model_info(repository, revision=revision).sha
+        except Exception as error:  # refused, or whatever the HTTP library of the day raises
+            log.info("the hub does not say what %s@%s is (%s)", repository, revision, error)
+    return cached_commit(repository, revision)
+
+
+def cached_commit(repository: str, revision: str) -> str | None:
+    """The commit that a model's revision stands for in the local cache; None where it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(repository, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None

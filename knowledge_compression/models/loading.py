@@ -6,7 +6,6 @@ enters the run's hash. Weights are read from safetensors or GGUF; a pickle only 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 from abc import ABC, abstractmethod
@@ -20,17 +19,16 @@ import torch
 from knowledge_compression.cache import cached_folder
 from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
 from knowledge_compression.memory import reuse_freed_memory
+from knowledge_compression.models.content import files_fingerprint, folder_fingerprint
 from knowledge_compression.models.failures import one_line_failures, quiet
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, architecture_of
-from knowledge_compression.models.hub import cache_alone_where_no_hub_answers
+from knowledge_compression.models.hub import cache_alone_where_no_hub_answers, cached_commit, commit_of
 from knowledge_compression.models.model import Model
 from knowledge_compression.models.streamed import Checkpoint, StreamedModel
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SAMPLE = 1 << 20  # bytes read at each place of a weight file for its fingerprint
-_STRIDE = 64 << 20
 
 
 class ModelSource(Protocol):
@@ -91,8 +89,8 @@ class HubModel:
     stream: bool = False
 
     def fingerprint(self) -> str:
-        """Hub id and revision; the commit it stood for is in the run's record."""
-        return f"{self.hub_id}@{self.revision}"
+        """Hub id and commit, which names the content of every file; of what is neither here nor there, the revision."""
+        return f"{self.hub_id}@{commit_of(self.hub_id, self.revision) or self.revision}"
 
     def skeleton(self) -> Model:
         """The network's shape from the hub's configuration."""
@@ -103,7 +101,7 @@ class HubModel:
         """Download (or find in the cache) and load."""
         with cache_alone_where_no_hub_answers():
             model = _from_pretrained(self.hub_id, self.name, device, dtype, allow_pickle=self.allow_pickle, **self._hub)
-        model.provenance = {"hub_id": self.hub_id, "revision": self.revision, "commit": self._commit()}
+        model.provenance = self._provenance()
         model.note = self.note
         return model
 
@@ -115,7 +113,7 @@ class HubModel:
             kinds = ["*.safetensors", "*.json", "*.txt", "*.model"]
             folder = snapshot_download(self.hub_id, revision=self.revision, allow_patterns=kinds)
         model = _streamed(Path(folder), self.name, device, dtype, trust_remote_code=self.trust_remote_code)
-        model.provenance = {"hub_id": self.hub_id, "revision": self.revision, "commit": Path(folder).name}
+        model.provenance = self._provenance()
         model.note = self.note
         return model
 
@@ -123,12 +121,19 @@ class HubModel:
     def _hub(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
-    def _commit(self) -> str | None:
-        """The commit that the revision stands for in the cache, where the weights were read from."""
-        from huggingface_hub import try_to_load_from_cache
+    def _provenance(self) -> dict[str, Any]:
+        """Where the weights were read from.
 
-        file = try_to_load_from_cache(self.hub_id, "config.json", revision=self.revision)
-        return Path(file).parent.name if isinstance(file, str) else None
+        Raises:
+            ModelUnavailable: what was read is another commit than the one that the fingerprint named.
+        """
+        read, named = cached_commit(self.hub_id, self.revision), commit_of(self.hub_id, self.revision)
+        if named is not None and read != named:
+            raise ModelUnavailable(
+                f"model={self.name}: {self.hub_id}@{self.revision} changed on the hub while it was read (from {named} "
+                f"to {read}); start again, or name a commit with model.revision="
+            )
+        return {"hub_id": self.hub_id, "revision": self.revision, "commit": read}
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ class LocalModel:
     stream: bool = False
 
     def fingerprint(self) -> str:
-        """Digest of the configuration, the tokenizer and samples of the weights, wherever the folder lies."""
+        """Digest of every byte that decides what the model says, wherever the folder lies."""
         return folder_fingerprint(self._folder())
 
     def skeleton(self) -> Model:
@@ -195,13 +200,17 @@ class Packaged(ABC):
     def place(self) -> Path:
         """The folder to load from."""
 
+    @abstractmethod
+    def digest(self) -> str:
+        """Of every byte that the model is made of."""
+
     def provenance(self) -> dict[str, Any]:
         """Where the weights came from."""
         return {"package": self.requirement}
 
     def fingerprint(self) -> str:
-        """The pinned package."""
-        return self.requirement
+        """The pinned package, and the digest of what is there of it."""
+        return f"{self.requirement}:{self.digest()}"
 
     def skeleton(self) -> Model:
         """The network's shape from its configuration."""
@@ -225,6 +234,10 @@ class PackagedModel(Packaged):
         """The package's folder."""
         return _package_folder(self.package, self.requirement) / self.folder
 
+    def digest(self) -> str:
+        """Of the folder."""
+        return folder_fingerprint(self.place())
+
 
 @dataclass(frozen=True)
 class PackagedGguf(Packaged):
@@ -238,7 +251,11 @@ class PackagedGguf(Packaged):
 
     def place(self) -> Path:
         """The converted copy, made first where it is not there."""
-        return cached_folder(f"models/{self.requirement}", self._convert)
+        return cached_folder(f"models/{self.requirement}-{self.digest()}", self._convert)
+
+    def digest(self) -> str:
+        """Of the GGUF file, which holds weights and tokenizer alike."""
+        return files_fingerprint([_package_folder(self.package, self.requirement) / self.file])
 
     def _convert(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -297,21 +314,6 @@ def check_memory(skeleton: Model, device: str, dtype: str) -> None:
             f"{free / 1e9:.1f} GB free, so it can be streamed but not asked anything; choose eval=[] "
             "recovery=none to write the compressed checkpoint only, or a narrower dtype"
         )
-
-
-def folder_fingerprint(folder: Path) -> str:
-    """Digest of a model folder: small files whole, large ones by size and evenly spaced samples."""
-    sha = hashlib.sha256()
-    for path in sorted(
-        p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".gguf", ".bin", ".txt", ".model"}
-    ):
-        size = path.stat().st_size
-        sha.update(f"{path.name}:{size}:".encode())
-        with path.open("rb") as file:
-            for offset in range(0, size, _STRIDE):
-                file.seek(offset)
-                sha.update(file.read(_SAMPLE))
-    return sha.hexdigest()[:16]
 
 
 def _package_folder(package: str, requirement: str) -> Path:

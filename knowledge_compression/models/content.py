@@ -1,0 +1,64 @@
+"""What a model folder holds: the files that decide what the model says, and the digest of all their bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from xxhash import xxh3_128
+
+from knowledge_compression.cache import file_digest
+from knowledge_compression.errors import ModelUnavailable
+
+INDEX_ENDING = ".index.json"  # of a file that says which weights lie in which other file
+
+# What lies in model folders and is never read by ``from_pretrained``: notes and pictures, weights of other programs,
+# and the state of a training.
+_NOT_READ = {
+    *(".md", ".rst", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp"),
+    *(".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".pt", ".pth", ".log", ".lock"),
+}
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Digest of a model folder, wherever it lies: names and bytes of all files that may decide what the model says.
+
+    Those are the files directly in the folder and those that an index of weights names, without hidden ones and without
+    what no loader reads; a file of an unknown kind counts.
+
+    Raises:
+        ModelUnavailable: one cannot be read.
+    """
+    try:
+        here = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    except OSError as error:
+        raise ModelUnavailable(f"{folder} cannot be read ({error.strerror})") from None
+    read = {path for path in here if path.suffix.lower() not in _NOT_READ}
+    shards = {folder / name for path in read if path.name.endswith(INDEX_ENDING) for name in _shards(path)}
+    return files_fingerprint(read | {path for path in shards if path.is_file()}, folder)
+
+
+def files_fingerprint(files: Iterable[Path], folder: Path | None = None) -> str:
+    """Digest of files' bytes and of their names: as seen from ``folder``, or the last part alone.
+
+    Raises:
+        ModelUnavailable: one cannot be read.
+    """
+    whole = xxh3_128()
+    for path in sorted(files):
+        name = path.name if folder is None else os.path.relpath(path, folder)
+        try:
+            whole.update(json.dumps([name, file_digest(path)]).encode())
+        except OSError as error:
+            raise ModelUnavailable(f"{path} cannot be read ({error.strerror})") from None
+    return whole.hexdigest()
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; whoever loads the weights says what is wrong with one that cannot be read."""
+    try:
+        return [str(name) for name in json.loads(index.read_bytes())["weight_map"].values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
