@@ -112,6 +112,11 @@ class Experiment:
         Raises:
             BadInput: the model is not to be had, or has no layers of the target.
         """
+        if not isinstance(self.recovery, Recovery):
+            raise BadInput(
+                f"{type(self.recovery).__module__}.{type(self.recovery).__qualname__} is no recovery; derive it from "
+                "knowledge_compression.recovery.base.Recovery and declare restores_by"
+            )
         resolve_dtype(self.dtype, resolve_device(self.device))
         resolve_scoring_dtype(self.scoring_dtype, resolve_device(self.device))
         if self.save_model not in (False, *SAVERS) or (self.streams and self.save_model == "packed"):
@@ -213,7 +218,7 @@ class Experiment:
             model.original = partial(self.source.load, self.device, self.dtype)
             with cost.of("recover"):
                 recovered = self.recovery.recover(model, corpus, tracked.log)
-            report["recovery"] = recovered.to_json()
+            report["recovery"] = recovered.to_json() | {"restores_by": self.recovery.restores_by}
             model.scored_in = self.scored_in if model.dtype == torch.float32 else None  # narrower types stay
             evaluations = {}
             for name, suite in self.suites.items():

@@ -196,7 +196,7 @@ class Forecaster:
         return list(self.store)
 
     def _train(self, forecast: Forecast, experiment: Experiment, skeleton: Model) -> None:
-        training = getattr(experiment.recovery, "training", None)
+        training = experiment.recovery.budget
         if training is None:
             return
         length = experiment.corpus.length

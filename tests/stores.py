@@ -30,6 +30,7 @@ def made_run(
         | {"reading": "module", "compression": pruned},
         metrics={"atlas.accuracy": float(np.mean(correct))},
         report={"model": {"name": "m", "family": family}, "compression": pruned}
+        | {"recovery": rest.get("recovered", {"strategy": recovery})}
         | {"eval": {"atlas": {"fingerprint": rest.get("fingerprint", "f")}}},
         environment={"dtype": "float32"},
         _items=item_table(rows),

@@ -286,7 +286,7 @@ def claim_named(name):
 
 def recovered(correct, recovery, trained, compression="gptq", **size):
     run = made_run(correct, compression=compression, recovery=recovery)
-    run.report["recovery"] = {"trainable_parameters": trained}
+    run.report["recovery"]["trainable_parameters"] = trained
     run.config["recovery"] = size
     return run
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from knowledge_compression.analysis.ledger import restores_by
 from knowledge_compression.cli import main
 from knowledge_compression.models.families import ARCHITECTURES
 from knowledge_compression.results.store import RunStore
@@ -26,6 +27,8 @@ def users_folder(tmp_path, monkeypatch):
         path.write_text(content)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("my_package")]:  # of an earlier user
+        monkeypatch.delitem(sys.modules, name)
     return tmp_path
 
 
@@ -50,8 +53,27 @@ def test_a_method_a_recovery_and_a_suite_of_ones_own(users_folder, monkeypatch):
     assert compressed.report["compression"]["method"] == "keep_signs"
     assert compressed.report["compression"]["bits"] == 1.0
     assert compressed.report["recovery"]["strategy"] == "rescale"
+    assert restores_by(compressed) == compressed.report["recovery"]["restores_by"] == "weights"
     assert dense.items["task"].to_list() == ["days"] * 7
     assert dense.metrics["days.accuracy"] >= compressed.metrics["days.accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("RestoresBy.WEIGHTS", "None"), "Rescale does not say how it restores .*RestoresBy.REDIRECTION"),
+        (("RestoresBy.WEIGHTS", "'weights'"), "Rescale does not say how it restores"),
+        (("class Rescale(Recovery)", "class Rescale"), "Rescale is no recovery; derive it from .*base.Recovery"),
+    ],
+)
+def test_a_recovery_has_to_say_how_it_restores(users_folder, monkeypatch, capsys, change, says):
+    path = users_folder / "my_package" / "rescale.py"
+    path.write_text(path.read_text().replace(*change))
+    with pytest.raises(SystemExit) as refusal:
+        run(users_folder, monkeypatch, "recovery=rescale", "compression=none", "model=bert_tiny")
+    assert refusal.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search(says, said) and "\n" not in said
 
 
 @pytest.mark.slow

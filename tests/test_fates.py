@@ -67,6 +67,23 @@ def test_two_recoveries_of_one_strategy_keep_their_names_apart():
     assert shares_restored(group_of(*runs))[0]["counts"] == [2, 0, 0, 0]
 
 
+def test_a_recovery_is_filed_by_what_its_report_says_and_not_by_its_name():
+    dense, small = made_run(bits("111"), compression="none"), made_run(bits("000"))
+    mine = {"strategy": "rescale", "restores_by": "weights"}
+    theirs = {"strategy": "rephrase", "restores_by": "redirection"}
+    runs = [
+        made_run(bits("100"), recovery="prompt_like", recovered=mine),  # a name that says something else
+        made_run(bits("010"), recovery="lora_like", recovered=theirs),
+        made_run(bits("001"), recovery="lora_r8", recovered={"strategy": "lora"}),  # of an older store: by its strategy
+        made_run(bits("111"), recovery="lora", recovered={"strategy": "rescale"}),  # of an older store: nobody knows
+    ]
+    overall = shares_restored(group_of(dense, small, *runs))[0]
+    assert overall["counts"] == [1, 2, 0, 0]  # by redirection, by weights, by both, by neither
+    assert [name for name in overall["tried"] if "unknown" in name] == [
+        "lora (unknown whether by weights or by redirection; left out)"
+    ]
+
+
 def test_depths_of_lost_facts():
     def looked_into(run, ranks):
         rows = [{"suite": "lens", "task": f"r{i % 3}", "id": str(i), "depth_rank": ranks[i]} for i in range(len(ranks))]

@@ -23,7 +23,7 @@ def small_study(family: str):
     def run(share, **settings):
         made = made_run(luck < share, family=family, **settings)
         made.report["compression"] |= {"parameters_touched": 10, "model_parameters": 40}
-        made.report["recovery"] = {"trainable_parameters": 100 if settings.get("recovery") else 0}
+        made.report["recovery"]["trainable_parameters"] = 100 if settings.get("recovery") else 0
         return made
 
     yield run(0.9, compression="none")

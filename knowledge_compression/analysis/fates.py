@@ -26,9 +26,11 @@ from knowledge_compression.analysis.ledger import (
     NEVER_KNOWN,
     NEVER_THERE,
     TO_THE_END,
+    UNKNOWN,
     depths,
     fates,
     restorations,
+    restores_by,
 )
 from knowledge_compression.analysis.naming import reading_order, recovery_name
 from knowledge_compression.results.store import Run
@@ -38,6 +40,7 @@ FATES = (KEPT, LOST, GAINED, NEVER_KNOWN)
 WENT = (TO_THE_END, LATE, EARLY, NEVER_THERE)
 RESTORED = (BY_REDIRECTION, BY_WEIGHTS, BY_BOTH, BY_NEITHER)
 OVERALL = "all facts"
+_UNFILED = "unknown whether by weights or by redirection; left out"
 # Columns of items by which facts are told apart, and what they are called.
 CATEGORIES = {"task": "relation", "bin": "frequency"}
 
@@ -105,19 +108,22 @@ def shares_restored(group: Group) -> list[Row]:
     """What brought back the facts that each compression lost, where a recovery of it is in the store.
 
     Returns:
-        Rows with ``compressed`` (run id), ``tried`` (names of the recoveries), ``by``, ``value``, ``lost`` (how many
+        Rows with ``compressed`` (run id), ``tried`` (names of the recoveries; one that does not say how it restores is
+        named as unknown and counts nowhere, see :func:`~.ledger.restores_by`), ``by``, ``value``, ``lost`` (how many
         facts), and for each of :data:`RESTORED` ``counts`` and ``shares`` (an :class:`Estimate` each).
     """
     extra = [column for column in _categories(group) if column != "task"]
     rows = []
     for compressed, recovered in recoveries(group):
-        ledger = restorations(group.dense, compressed, recovered, group.asked.suite, by=extra)
+        filed = {name: run for name, run in recovered.items() if restores_by(run) != UNKNOWN}
+        tried = [name if name in filed else f"{name} ({_UNFILED})" for name in recovered]
+        ledger = restorations(group.dense, compressed, filed, group.asked.suite, by=extra)
         for by, value, facts in _parts(ledger, extra):
             counts = Counter(facts["restored"].to_list())
             lost = sum(counts.values())
             shares = [_share(counts[name], lost - counts[name]) for name in RESTORED]
             rows.append(
-                {"compressed": compressed.id, "tried": list(recovered), "by": by, "value": value, "lost": lost}
+                {"compressed": compressed.id, "tried": tried, "by": by, "value": value, "lost": lost}
                 | {"counts": [counts[name] for name in RESTORED], "shares": shares}
             )
     return rows

@@ -9,13 +9,23 @@ import polars as pl
 from knowledge_compression.analysis.comparisons import KEY, items_of
 from knowledge_compression.results.store import Run
 
-# Strategies that redirect the input, and those that change weights (Hoang et al., 2024, section 2.2).
-REDIRECTION = ("prompt", "prefix", "idp", "concat")
-WEIGHTS = ("lora",)
+REDIRECTION, WEIGHTS, UNKNOWN = "redirection", "weights", "unknown"
+# How the strategies of this project restore, for runs that were recorded before a run's report said it.
+_BY_STRATEGY = dict.fromkeys(("prompt", "prefix", "idp", "concat"), REDIRECTION) | {"lora": WEIGHTS, "none": "nothing"}
 
 KEPT, LOST, GAINED, NEVER_KNOWN = "kept", "lost", "gained", "never known"
 NEVER_THERE, EARLY, LATE, TO_THE_END = "never there", "early", "late", "to the end"
 BY_REDIRECTION, BY_WEIGHTS, BY_BOTH, BY_NEITHER = "by redirection", "by weights", "by both", "by neither"
+
+
+def restores_by(run: Run) -> str:
+    """How a run's recovery restores, as its class declares it: by ``weights``, ``redirection`` or ``nothing``.
+
+    Of runs older than that entry of ``report.json`` the recorded strategy decides; ``unknown`` where it is none of this
+    project's. Names of configuration files decide nothing.
+    """
+    recovery = run.report.get("recovery", {})
+    return str(recovery.get("restores_by") or _BY_STRATEGY.get(recovery.get("strategy"), UNKNOWN))
 
 
 def fates(dense: Run, compressed: Run, suite: str, *, by: Sequence[str] = ()) -> pl.DataFrame:
@@ -109,7 +119,7 @@ def restorations(
     Args:
         dense, compressed: the two runs between which facts were lost.
         recovered: name (of the strategy, or longer where it was tried in several ways) to the run that recovered the
-            compressed model.
+            compressed model; each has to say how it restores, see :func:`restores_by`.
         suite: which suite's items.
         by: as in :func:`fates`.
 
@@ -117,14 +127,19 @@ def restorations(
         One row a lost item: ``task, id, question, gold``, one boolean column a recovery, and ``restored`` (by
         redirection, by weights, by both, by neither). Strategies that were not run restore nothing: compare
         only like sets of them.
+
+    Raises:
+        ValueError: a run does not say how its recovery restores.
     """
+    ways = {name: restores_by(run) for name, run in recovered.items()}
+    if unknown := [name for name, way in ways.items() if way == UNKNOWN]:
+        raise ValueError(f"{', '.join(unknown)}: not recorded whether by weights or by redirection")
     known = fates(dense, compressed, suite, by=by)
     lost = known.filter(pl.col("fate") == LOST).select(*KEY, "question", "gold", *by).lazy()
     for name, run in recovered.items():
         lost = lost.join(items_of(run, suite).select(*KEY, pl.col("correct").alias(name)), on=KEY, how="left")
-    strategies = {name: run.config["choices"]["recovery"] for name, run in recovered.items()}
-    redirected = pl.any_horizontal([pl.lit(False), *(pl.col(n) for n, s in strategies.items() if s in REDIRECTION)])
-    relearned = pl.any_horizontal([pl.lit(False), *(pl.col(n) for n, s in strategies.items() if s in WEIGHTS)])
+    redirected = pl.any_horizontal([pl.lit(False), *(pl.col(n) for n, way in ways.items() if way == REDIRECTION)])
+    relearned = pl.any_horizontal([pl.lit(False), *(pl.col(n) for n, way in ways.items() if way == WEIGHTS)])
     return lost.with_columns(
         pl.when(redirected & relearned)
         .then(pl.lit(BY_BOTH))

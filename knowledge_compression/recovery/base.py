@@ -1,18 +1,33 @@
-"""What every recovery strategy is, and what it reports."""
+"""What every recovery is: it says how it restores, what it trains with, and what it reports."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Self
 
 from knowledge_compression.corpora.corpus import Corpus
+from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
-from knowledge_compression.training import LogCallback
+from knowledge_compression.training import LogCallback, TrainingSettings
 
 if TYPE_CHECKING:
     from knowledge_compression.recovery.adapters import Adapter
+
+
+class RestoresBy(StrEnum):
+    """How a recovery brings a fact back (Hoang et al., 2024, section 2.2).
+
+    A fact that only comes back by ``WEIGHTS`` was forgotten and is learned again; one that comes back by
+    ``REDIRECTION``, with the weights as they are and something else before the input, was displaced.
+    """
+
+    NOTHING = "nothing"
+    WEIGHTS = "weights"
+    REDIRECTION = "redirection"
 
 
 @dataclass
@@ -59,15 +74,44 @@ class RecoveryReport:
         return asdict(self)
 
 
-class Recovery(Protocol):
+class Recovery(ABC):
     """A way to bring lost facts back; one short file beside this one and one YAML under ``conf/recovery/``.
 
+    A subclass declares ``restores_by``, which a run writes into its report; the fact ledger files what came back by it.
+    One that trains derives from :class:`~knowledge_compression.recovery.tuned.Tuned`.
+
     Attributes:
-        trains: whether it needs text to train on.
+        restores_by: by new weights, by redirecting the input, or by nothing.
     """
 
-    trains: ClassVar[bool]
+    restores_by: RestoresBy
 
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Refuse a recovery that does not say how it restores.
+
+        Raises:
+            BadInput: ``restores_by`` is not declared, or is none of :class:`RestoresBy`.
+        """
+        declared = getattr(cls, "restores_by", None)
+        if not isinstance(declared, RestoresBy):
+            raise BadInput(
+                f"{cls.__module__}.{cls.__qualname__} does not say how it restores (restores_by={declared!r}); declare "
+                "restores_by = RestoresBy.WEIGHTS (it changes or adds weights) or RestoresBy.REDIRECTION (it changes "
+                "what the model reads)"
+            )
+        return super().__new__(cls)
+
+    @property
+    def budget(self) -> TrainingSettings | None:
+        """What it trains with; None where it trains nothing and so needs no text."""
+        return None
+
+    @property
+    def trains(self) -> bool:
+        """Whether it needs text to train on."""
+        return self.budget is not None
+
+    @abstractmethod
     def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> RecoveryReport:
         """Recover ``model`` in place; the base weights stay as they are, bit for bit.
 
@@ -79,4 +123,3 @@ class Recovery(Protocol):
             corpus: text to train on, the same that the compression was calibrated with; None where nothing is trained.
             report_to: is told the training loss as it goes.
         """
-        ...

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from knowledge_compression.corpora.corpus import Corpus, digest_file
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import CROSS_ATT, DECODER_SELF_ATT, ENCODER_ATT, FF
 from knowledge_compression.models.targets import linear_layers
-from knowledge_compression.recovery.adapters import FrozenBase, Tuning, read_adapter
-from knowledge_compression.recovery.base import RecoveryReport
-from knowledge_compression.training import LogCallback, TrainingSettings
+from knowledge_compression.recovery.adapters import Adapter
+from knowledge_compression.recovery.base import RestoresBy
+from knowledge_compression.recovery.tuned import OneAdapter
 
 ROLES = (ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT, FF)
 
 
 @dataclass(frozen=True)
-class Lora:
+class Lora(OneAdapter):
     """Train low-rank additions to every attention and feed-forward projection; they stay beside the base weights.
 
     Attributes:
@@ -33,53 +31,38 @@ class Lora:
         alpha: they are scaled by ``alpha / rank``.
         dropout: on their input, in training.
         roles: which linear layers get one.
-        training, epochs: see :class:`~knowledge_compression.recovery.adapters.Tuning`.
-        adapter: file of an adapter that an earlier run wrote, taken instead of training one.
     """
 
-    training: TrainingSettings
     rank: int = 4
     alpha: float = 16.0
     dropout: float = 0.0
     roles: tuple[str, ...] = ROLES
-    epochs: int = 16
-    adapter: str | None = None
-    trains: ClassVar[bool] = True
+    name = "lora"
+    restores_by = RestoresBy.WEIGHTS
 
     def __post_init__(self) -> None:
         """Refuse ranks below one."""
         if self.rank < 1:
             raise BadInput(f"recovery.rank={self.rank} adds nothing; LoRA needs a rank of at least 1, e.g. 2, 3 or 4")
 
-    def fingerprint(self) -> str | None:
-        """Digest of the adapter that is taken, which enters the run's hash in the place of its path."""
-        return digest_file(Path(self.adapter)) if self.adapter is not None else None
+    @property
+    def kind(self) -> Mapping[str, Any]:
+        """Its settings."""
+        return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "roles": list(self.roles)}
 
-    def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> RecoveryReport:
-        """Train the additions and leave them in the network."""
-        assert corpus is not None
-        base = FrozenBase(model.network)
-        kind: Mapping[str, Any] = {
-            "adapter": "lora",
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "dropout": self.dropout,
-            "roles": list(self.roles),
-        }
-        if self.adapter is None:
-            tuning = Tuning(training=self.training, epochs=self.epochs, report_to=report_to)
-            adapter = tuning.adapter(model, base, corpus, kind, trainable=lambda: add_lora(model, self))
-        else:
-            adapter = read_adapter(Path(self.adapter), base, kind)
-        if not any(p.requires_grad for p in model.network.parameters()):  # it was found, not trained just now
+    def trainable(self, model: Model) -> nn.Module:
+        """The network with untrained additions."""
+        return add_lora(model, self)
+
+    def put(self, model: Model, adapter: Adapter) -> None:
+        """Leave the additions in the network, frozen."""
+        if adapter.found:
             add_lora(model, self)
         parameters = dict(model.network.named_parameters())
         for name, tensor in adapter.tensors.items():
             parameters[name].data.copy_(tensor)
             parameters[name].requires_grad_(False)
         model.network.eval()
-        base.check(model.network)
-        return RecoveryReport.of("lora", [adapter], {"rank": self.rank, "alpha": self.alpha})
 
 
 def add_lora(model: Model, settings: Lora) -> nn.Module:

@@ -4,70 +4,70 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 from torch import Tensor, nn
 
-from knowledge_compression.corpora.corpus import Corpus, digest_file
+from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER
-from knowledge_compression.recovery.adapters import Adapter, FrozenBase, Tuning, read_adapter
+from knowledge_compression.recovery.adapters import Adapter, FrozenBase, Tuning
 from knowledge_compression.recovery.bank import bank_of, check_positions, embedding_width
-from knowledge_compression.recovery.base import RecoveryReport
+from knowledge_compression.recovery.base import RestoresBy
 from knowledge_compression.recovery.joined import join_prompt
 from knowledge_compression.recovery.prompted_network import Prompted
-from knowledge_compression.training import LogCallback, TrainingSettings
+from knowledge_compression.recovery.tuned import OneAdapter
 
 INITS = {"vocabulary": PromptTuningInit.SAMPLE_VOCAB, "random": PromptTuningInit.RANDOM}
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Prompt(OneAdapter):
     """Train one soft prompt; at inference its keys and values are computed once.
 
     Attributes:
         tokens: its length; the paper's are 26, 50 and 100.
         init: ``vocabulary`` (embeddings of random tokens) or ``random`` (standard normal, peft's default).
-        training, epochs: see :class:`~knowledge_compression.recovery.adapters.Tuning`.
-        adapter: file of an adapter that an earlier run wrote, taken instead of training one.
     """
 
-    training: TrainingSettings
     tokens: int = 50
     init: str = "vocabulary"
-    epochs: int = 16
-    adapter: str | None = None
-    trains: ClassVar[bool] = True
+    name = "prompt"
+    restores_by = RestoresBy.REDIRECTION
 
     def __post_init__(self) -> None:
         """Refuse empty prompts and unknown ways to begin."""
         check_prompt(self.tokens, self.init)
 
-    def fingerprint(self) -> str | None:
-        """Digest of the adapter that is taken, which enters the run's hash in the place of its path."""
-        return digest_file(Path(self.adapter)) if self.adapter is not None else None
+    @property
+    def kind(self) -> Mapping[str, Any]:
+        """Its length and how it began."""
+        return {"tokens": self.tokens, "init": self.init}
 
-    def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> RecoveryReport:
-        """Train the prompt and put it before what the model reads."""
-        assert corpus is not None
-        base = FrozenBase(model.network)
-        if self.adapter is None:
-            tuning = Tuning(training=self.training, epochs=self.epochs, report_to=report_to)
-            adapter = prompt_adapter(model, base, corpus, tuning, tokens=self.tokens, init=self.init)
-        else:
-            adapter = read_adapter(Path(self.adapter), base, prompt_kind(self.tokens, self.init))
+    @property
+    def positions(self) -> int:
+        """Its length."""
+        return self.tokens
+
+    def check(self, model: Model) -> None:
+        """Refuse a prompt that leaves the input no position."""
+        check_positions(model, self.tokens)
+
+    def trainable(self, model: Model) -> nn.Module:
+        """The network with an untrained prompt."""
+        return _trainable(model, self.tokens, self.init)
+
+    def put(self, model: Model, adapter: Adapter) -> None:
+        """Put the prompt before what the model reads."""
         embeddings = prompt_embeddings(adapter)
         if model.family == DECODER:
             Prompted(model, bank_of(model, [embeddings]))
         elif adapter.found:  # else it is in its place since it was trained
             join_prompt(model, embeddings)
         model.network.requires_grad_(False)
-        base.check(model.network)
-        return RecoveryReport.of("prompt", [adapter], {"tokens": self.tokens, "init": self.init})
 
 
 def check_prompt(tokens: int, init: str = "vocabulary") -> None:
@@ -78,17 +78,12 @@ def check_prompt(tokens: int, init: str = "vocabulary") -> None:
         raise BadInput(f"recovery.init={init} does not exist; choose one of {', '.join(INITS)}")
 
 
-def prompt_kind(tokens: int, init: str) -> Mapping[str, Any]:
-    """What an adapter file says of a soft prompt."""
-    return {"adapter": "prompt", "tokens": tokens, "init": init}
-
-
 def prompt_adapter(
     model: Model, base: FrozenBase, corpus: Corpus, tuning: Tuning, *, tokens: int, init: str
 ) -> Adapter:
     """Train one soft prompt for ``model``, or take the one that an earlier run trained; a decoder stays as it was."""
     check_positions(model, tokens)
-    kind = prompt_kind(tokens, init)
+    kind = {"adapter": Prompt.name, "tokens": tokens, "init": init}
     return tuning.adapter(model, base, corpus, kind, trainable=lambda: _trainable(model, tokens, init), reserved=tokens)
 
 

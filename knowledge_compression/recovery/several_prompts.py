@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
-from knowledge_compression.recovery.adapters import FrozenBase, Tuning
+from knowledge_compression.recovery.adapters import FrozenBase
 from knowledge_compression.recovery.bank import check_decoder, check_positions
-from knowledge_compression.recovery.base import RecoveryReport
+from knowledge_compression.recovery.base import RecoveryReport, RestoresBy
 from knowledge_compression.recovery.prompt import check_prompt, prompt_adapter, prompt_embeddings
-from knowledge_compression.training import LogCallback, TrainingSettings
+from knowledge_compression.recovery.tuned import Tuned
+from knowledge_compression.training import LogCallback
 
 
 @dataclass(frozen=True)
-class SeveralPrompts(ABC):
+class SeveralPrompts(Tuned):
     """Prompts of several lengths before what a decoder reads; subclasses say how they stand there.
 
     Attributes:
         prompts: the length of each, in their order.
         init: how each prompt begins, see :class:`~knowledge_compression.recovery.prompt.Prompt`.
-        training, epochs: see :class:`~knowledge_compression.recovery.adapters.Tuning`.
     """
 
-    training: TrainingSettings
     prompts: Sequence[int] = (50, 100)
     init: str = "vocabulary"
-    epochs: int = 16
-    name: ClassVar[str]
-    trains: ClassVar[bool] = True
+    restores_by = RestoresBy.REDIRECTION
 
     def __post_init__(self) -> None:
         """Refuse no prompts, empty ones, and the same one twice."""
@@ -53,7 +50,7 @@ class SeveralPrompts(ABC):
         check_decoder(model)
         check_positions(model, self.positions)
         base = FrozenBase(model.network)
-        tuning = Tuning(training=self.training, epochs=self.epochs, report_to=report_to)
+        tuning = self.tuning(report_to)
         adapters = [
             prompt_adapter(model, base, corpus, tuning, tokens=tokens, init=self.init) for tokens in self.prompts
         ]

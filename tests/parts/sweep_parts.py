@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import polars as pl
 import torch
@@ -25,7 +25,7 @@ from knowledge_compression.experiment import Experiment
 from knowledge_compression.models import Model
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.targets import Target
-from knowledge_compression.recovery.base import RecoveryReport
+from knowledge_compression.recovery.base import Recovery, RecoveryReport, RestoresBy
 from knowledge_compression.recovery.lora import Lora
 from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results import store
@@ -124,11 +124,11 @@ class Stumbling(Magnitude):
 
 
 @dataclass(frozen=True)
-class Nudge:
+class Nudge(Recovery):
     """A recovery that trains nothing and adds a constant to all that is no matrix."""
 
     by: float
-    trains: ClassVar[bool] = False
+    restores_by = RestoresBy.WEIGHTS
 
     def recover(self, model: Model, corpus: Any, report_to: Any = None) -> RecoveryReport:
         come_by(f"recovery-{self.by:g}")

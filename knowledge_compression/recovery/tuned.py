@@ -1,0 +1,96 @@
+"""Recoveries that train: the budget that they share, and the way of those that train one adapter."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from knowledge_compression.corpora.corpus import Corpus, digest_file
+from knowledge_compression.models import Model
+from knowledge_compression.recovery.adapters import Adapter, FrozenBase, Tuning, read_adapter
+from knowledge_compression.recovery.base import Recovery, RecoveryReport
+from knowledge_compression.training import LogCallback, TrainingSettings
+
+
+@dataclass(frozen=True)
+class Tuned(Recovery):
+    """A recovery that trains.
+
+    Attributes:
+        training, epochs: see :class:`~knowledge_compression.recovery.adapters.Tuning`.
+        name: of the strategy, e.g. ``lora``.
+    """
+
+    training: TrainingSettings
+    epochs: int = field(default=16, kw_only=True)
+    name: ClassVar[str]
+
+    @property
+    def budget(self) -> TrainingSettings:
+        """What it trains with."""
+        return self.training
+
+    def tuning(self, report_to: LogCallback | None) -> Tuning:
+        """How its adapters are trained."""
+        return Tuning(training=self.training, epochs=self.epochs, report_to=report_to)
+
+
+@dataclass(frozen=True)
+class OneAdapter(Tuned):
+    """A recovery that trains one adapter and puts it into the model, or takes one that an earlier run trained.
+
+    Attributes:
+        adapter: file of an adapter that an earlier run wrote, taken instead of training one.
+    """
+
+    adapter: str | None = field(default=None, kw_only=True)
+
+    def fingerprint(self) -> str | None:
+        """Digest of the adapter that is taken, which enters the run's hash in the place of its path."""
+        return digest_file(Path(self.adapter)) if self.adapter is not None else None
+
+    def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> RecoveryReport:
+        """Train the adapter, or read it, and put it into the model."""
+        assert corpus is not None
+        self.check(model)
+        base = FrozenBase(model.network)
+        kind = {"adapter": self.name} | dict(self.kind)
+        if self.adapter is None:
+            adapter = self.tuning(report_to).adapter(
+                model, base, corpus, kind, trainable=lambda: self.trainable(model), reserved=self.positions
+            )
+        else:
+            adapter = read_adapter(Path(self.adapter), base, kind)
+        self.put(model, adapter)
+        base.check(model.network)
+        return RecoveryReport.of(self.name, [adapter], self.kind)
+
+    @property
+    @abstractmethod
+    def kind(self) -> Mapping[str, Any]:
+        """What decides the adapter beside the base model, the text and the training, JSON-ready, e.g. its rank."""
+
+    @property
+    def positions(self) -> int:
+        """Positions that it takes from every input."""
+        return 0
+
+    def check(self, model: Model) -> None:
+        """Refuse what it does not fit.
+
+        Raises:
+            BadInput: the model is of a family, or too short, for it.
+        """
+
+    @abstractmethod
+    def trainable(self, model: Model) -> nn.Module:
+        """The network to train, in which just the new parameters require gradients."""
+
+    @abstractmethod
+    def put(self, model: Model, adapter: Adapter) -> None:
+        """Put the trained parameters into the model; where ``adapter.found`` is false, :meth:`trainable` was called."""
