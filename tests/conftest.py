@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -11,74 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
     PreTrainedTokenizerFast,
     logging,
 )
 
+from helpers.networks import SPECIAL, TINY, WORDS, build_network
+from helpers.tasks import documents
+from knowledge_compression.corpora.own_samples import DrawnSamples
+from knowledge_compression.evaluation.tasks import LOCAL
 from knowledge_compression.models import Model
-from knowledge_compression.models.families import ARCHITECTURES, DECODER, ENCODER, ENCODER_DECODER
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: more threads would only get into each other's way
     torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-
-_WORDS = """
-    the capital of is a an in and to was by france paris germany berlin italy rome spain madrid japan tokyo
-    china beijing language french german italian animal dog cat bird fish wolf author book wrote born city country
-    currency euro yen metal gold iron water moon sun red blue green one two three four five yes no not true false
-"""
-WORDS = _WORDS.split()
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<extra_id_0>", "<extra_id_1>"]
-VOCABULARY = len(SPECIAL) + len(WORDS) + 1 + 25  # words, the full stop, and a few ids no text uses
-
-_AUTO = {ENCODER: AutoModelForMaskedLM, ENCODER_DECODER: AutoModelForSeq2SeqLM, DECODER: AutoModelForCausalLM}
-_BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-_LLAMA = _BERT | {"num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True}
-_IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-
-# The configuration of a tiny network of each architecture of the family map (two blocks, width 16).
-TINY: dict[str, dict[str, Any]] = {
-    "bert": _BERT,
-    "roberta": _BERT | {"max_position_embeddings": 130},
-    "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
-    "albert": _BERT | {"embedding_size": 8},
-    "electra": _BERT | {"embedding_size": 8},
-    "t5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
-    | {"feed_forward_proj": "gated-gelu"},
-    "bart": {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2}
-    | {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 128}
-    | {"decoder_start_token_id": 3, "forced_eos_token_id": None},
-    "llama": _LLAMA,
-    "mistral": _LLAMA | {"sliding_window": 16},
-    "qwen2": _LLAMA,
-    "gemma3_text": _LLAMA | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
-    "opt": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 32}
-    | {"word_embed_proj_dim": 8, "max_position_embeddings": 128},
-    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128},
-    "gpt_neox": _BERT | {"tie_word_embeddings": False},
-}
-
-
-def tiny_config(architecture: str, **changes: Any) -> Any:
-    """The tiny configuration of an architecture, with changes."""
-    return AutoConfig.for_model(architecture, **({"vocab_size": VOCABULARY} | _IDS | TINY[architecture] | changes))
-
-
-def build_network(architecture: str, **changes: Any) -> Any:
-    """A tiny network with fixed random weights, its biases and norms random too so that no term is hidden by a zero."""
-    torch.manual_seed(sum(map(ord, architecture)))
-    network = _AUTO[ARCHITECTURES[architecture].family].from_config(tiny_config(architecture, **changes)).eval()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return network
 
 
 @pytest.fixture(scope="session")
@@ -129,29 +78,6 @@ def any_tiny_model(request: pytest.FixtureRequest, tiny_model: Callable[[str], M
     return tiny_model(request.param)
 
 
-def lower_cased(model: Model) -> Model:
-    """The model with a tokenizer that reads capital letters as small ones."""
-    model.tokenizer = deepcopy(model.tokenizer)
-    model.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    return model
-
-
-def model_inputs(model: Model, batch: int = 2, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random token ids that ``model.network(**inputs)`` takes, decoder ids included for encoder-decoders."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(len(SPECIAL), VOCABULARY, (batch, length), generator=generator)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.family == ENCODER_DECODER:
-        inputs["decoder_input_ids"] = torch.randint(len(SPECIAL), VOCABULARY, (batch, 5), generator=generator)
-    return inputs
-
-
-@torch.no_grad()
-def logits_of(model: Model, **changes: Any) -> torch.Tensor:
-    """Logits of the model for fixed random input."""
-    return model.network(**model_inputs(model, **changes)).logits
-
-
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data: ``$KC_DATA_DIR``, or ``shared/data`` beside the checkout; skips where it is missing."""
@@ -179,3 +105,23 @@ def processes() -> Any:
         ["knowledge_compression.configuration", "transformers.models.bert.modeling_bert", "sweep_parts"]
     )
     return context
+
+
+@pytest.fixture(scope="session")
+def tasks_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven small documents of every task, in the layout of a user's data folder."""
+    folder = tmp_path_factory.mktemp("data")
+    for task, entry in LOCAL.items():
+        for path in entry["files"].values():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text("".join(json.dumps(documents(task, i)) + "\n" for i in range(7)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text():
+    """Sentences in which one word decides the next, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(0, 40, (24, 1), generator=generator)
+    ids = 7 + (starts + 3 * torch.arange(16)) % 40
+    return DrawnSamples("fixed", len(ids), 16, 0, ids=ids)

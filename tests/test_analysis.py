@@ -8,8 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 from scipy import stats
-from stores import bits, made_run
 
+from helpers.stores import bits, made_run
 from knowledge_compression import statistics
 from knowledge_compression.analysis import ledger
 from knowledge_compression.analysis.claims import CLAIMS

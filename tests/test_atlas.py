@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from conftest import lower_cased
 
+from helpers.networks import lower_cased
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.atlas import Atlas, atlas_facts, atlas_relations
 from knowledge_compression.evaluation.cloze import MASK

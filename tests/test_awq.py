@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import logits_of
-from test_quantizers import ALL, inputs_with_outliers, weight_with_outliers, windows
 from torch import Tensor
 
+from helpers.layers import ALL, inputs_with_outliers, weight_with_outliers, windows
+from helpers.networks import logits_of
 from knowledge_compression.compression.methods.awq import Awq
 from knowledge_compression.compression.solve.grid import plainly_rounded
 from knowledge_compression.compression.walk.blocks import LayerInputs
@@ -56,7 +56,7 @@ def test_every_family(architecture: str, tiny_model: Callable[[str], Model]) -> 
     model = tiny_model(architecture)
     before = logits_of(model)
     targets = ALL.select(model)
-    report = Awq(group_size=16).compress(model, targets, windows())
+    report = Awq(group_size=16).compress(model, targets, windows(6, 16))
     assert {layer.path for layer in report.layers} == {layer.path for layer in targets}
     after = logits_of(model)
     assert 0 < (after - before).norm() < 0.5 * before.norm()
@@ -73,6 +73,6 @@ def test_bad_settings_are_one_line(tiny_model: Callable[[str], Model]) -> None:
         ({"group_size": 10}, "group_size=10 does not divide the 16 inputs"),
     ):
         with pytest.raises(BadInput, match=message):
-            Awq(**wrong).compress(model, ALL.select(model), windows())
+            Awq(**wrong).compress(model, ALL.select(model), windows(6, 16))
     with pytest.raises(BadInput, match="no calibration text"):
         Awq(group_size=None).compress(model, ALL.select(model), None)

@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from helpers.layers import EVERYTHING, windows
+from helpers.networks import logits_of
 from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.compression.walk.blocks import LayerInputs, compress_blocks
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
-from knowledge_compression.models.families import ROLES
-from tests.conftest import SPECIAL, VOCABULARY, logits_of
-
-EVERYTHING = Target("everything", ROLES)
 
 
 @dataclass
@@ -48,10 +46,6 @@ class Shrinking:
             assert statistics.inputs.shape[1] == layer.weight.shape[1]
             layer.weight.mul_(self.factor)
         return [LayerReport.of(layer) for layer in layers]
-
-
-def windows(samples: int = 4, length: int = 12) -> torch.Tensor:
-    return torch.randint(len(SPECIAL), VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(1))
 
 
 def select(model: Model, target: Target = EVERYTHING):

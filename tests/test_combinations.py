@@ -12,8 +12,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from test_configs import NEEDED, shipped
 
+from helpers.shipped import NEEDED, shipped
 from knowledge_compression.cli import CONF
 from knowledge_compression.combinations import Assembler, combinations
 from knowledge_compression.configuration import GROUPS, experiment_from

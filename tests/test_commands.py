@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 
 import pytest
-from stores import bits, made_run
 
+from helpers.stores import bits, made_run
 from knowledge_compression import doctor
 from knowledge_compression.results.store import RunStore
 

@@ -7,22 +7,10 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from helpers.shipped import NEEDED, shipped
 from knowledge_compression.cli import CONF
 from knowledge_compression.configuration import experiment_from, tracker_from
 from knowledge_compression.errors import BadInput
-
-# What a user must give beside the choice itself.
-NEEDED = {"model=local": ["model.path=somewhere"], "corpus=text": ["corpus.path=somewhere.txt"]}
-
-
-def shipped(*groups: str) -> list[str]:
-    """``group=name`` for every shipped file that a user can choose."""
-    return sorted(
-        f"{group}={path.relative_to(CONF / group).with_suffix('')}"
-        for group in groups
-        for path in (CONF / group).rglob("*.yaml")
-        if not path.stem.startswith("_")
-    )
 
 
 def composed(*overrides: str):

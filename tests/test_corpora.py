@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.networks import WORDS
 from knowledge_compression.corpora.c4 import C4
 from knowledge_compression.corpora.corpus import TEST, VALIDATION, digest
 from knowledge_compression.corpora.own_samples import OwnSamples, own_samples
@@ -19,7 +20,6 @@ from knowledge_compression.corpora.text import TextFile
 from knowledge_compression.corpora.wikitext import WikiText
 from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.models import Model
-from tests.conftest import WORDS
 
 TEXTS = [" ".join(random.Random(i).choices(WORDS, k=40)) for i in range(20)]
 
@@ -60,7 +60,7 @@ def test_windows_are_pieces_of_the_stream(seed: int, samples: int, length: int, 
 
 @pytest.fixture(scope="module")
 def word_model(tiny_tokenizer: object, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    from tests.conftest import build_network
+    from helpers.networks import build_network
 
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text("\n".join(TEXTS))

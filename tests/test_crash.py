@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 PARTS = Path(__file__).parent / "parts"
-sys.path.insert(0, str(PARTS))  # of this process and of those it starts
 
 from sweep_parts import do_run  # noqa: E402
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers.stores import made_run
 from knowledge_compression import dashboard
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.sweeps import PlannedRun, write_plan
-from tests.stores import made_run
 
 
 @pytest.fixture

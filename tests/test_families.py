@@ -2,10 +2,10 @@
 
 import pytest
 
+from helpers.networks import TINY, logits_of
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ARCHITECTURES, ROLES
 from knowledge_compression.models.targets import linear_layers
-from tests.conftest import TINY, logits_of
 
 
 def test_there_is_a_tiny_model_of_every_architecture() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import polars as pl
 import pytest
 from scipy import stats
-from stores import bits, made_run
 
+from helpers.stores import bits, made_run
 from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.analysis.fates import shares_by_depth, shares_by_setting, shares_of_fates, shares_restored
 

@@ -12,23 +12,17 @@ from typing import Any, cast
 import pytest
 import torch
 
+from helpers.experiments import SUITE, made
 from knowledge_compression import forecast
-from knowledge_compression.compression.kept import KeptModels
 from knowledge_compression.compression.methods.gptq import Gptq
-from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.compression.methods.wanda import Wanda
 from knowledge_compression.corpora.text import TextFile
-from knowledge_compression.evaluation.atlas import Atlas
 from knowledge_compression.experiment import Experiment
 from knowledge_compression.forecast import Forecaster, miniature, multiply_adds, rehearse, totals
-from knowledge_compression.models import Model, Target
-from knowledge_compression.models.loading import LocalModel
+from knowledge_compression.models import Model
 from knowledge_compression.models.targets import is_linear, linear_layers
-from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.tracker import NoTracker
-
-SUITE = Atlas(limit=150)
 
 
 def counted(model: Model) -> float:
@@ -50,23 +44,6 @@ def test_a_miniature_counts_what_the_network_does(any_tiny_model: Model) -> None
     assert work.items > 0 and work.widest > 0
     small = miniature(any_tiny_model).network
     assert sum(p.numel() for n, p in small.named_parameters() if "embed" not in n) < 40_000
-
-
-def made(folder: Path, suites: dict[str, Any], sparsity: float = 0.5) -> Experiment:
-    choices = {"model": "local", "target": "all", "compression": "magnitude", "recovery": "none"}
-    parts = {name: {} for name in ("target", "recovery", "corpus")}
-    return Experiment(
-        source=LocalModel("tiny", str(folder)),
-        target=Target("all", ["encoder_att", "ff"]),
-        compression=Magnitude(sparsity),
-        recovery=NoRecovery(),
-        corpus=TextFile(name="text", path="unused.txt"),
-        suites=suites,
-        settings=parts
-        | {"compression": {"sparsity": sparsity}, "eval": {n: {"of": n} for n in suites}, "choices": choices},
-        device="cpu",
-        kept_models=KeptModels(1.0),
-    )
 
 
 class Unaskable:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from golden import controlled_world
 
+from golden import controlled_world
 from knowledge_compression.analysis import markdown, tables
 from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.analysis.findings import CONTRADICTED, SUPPORTED, check

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_blocks import EVERYTHING, windows
 
+from helpers.layers import EVERYTHING, random_layer, relative_error, windows
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.rtn import Rtn
 from knowledge_compression.compression.methods.sparsegpt import SparseGpt
@@ -17,21 +17,6 @@ from knowledge_compression.compression.solve.hessian import Hessian, inverse_fac
 from knowledge_compression.compression.walk.blocks import LayerInputs
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, TargetLayer
-
-
-def random_layer(rows: int = 24, columns: int = 64, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight and the second moments of correlated inputs with a few loud features."""
-    generator = torch.Generator().manual_seed(seed)
-    loud = torch.exp(torch.randn(columns, generator=generator))
-    inputs = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
-    inputs = inputs * loud
-    return torch.randn(rows, columns, generator=generator), inputs.T @ inputs / len(inputs)
-
-
-def relative_error(weight: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor) -> float:
-    """The definition, float64."""
-    error, hessian = weight.double() - approximation.double(), hessian.double()
-    return float(torch.trace(error @ hessian @ error.T) / torch.trace(weight.double() @ hessian @ weight.double().T))
 
 
 def gptq_reference(method: Gptq, weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from helpers.networks import logits_of
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.models import Model, Target, held
 from knowledge_compression.models.held import HeldSource
-from tests.conftest import logits_of
 
 
 @dataclass

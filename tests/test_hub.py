@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.hub import COMMIT, serving
+from helpers.hub import COMMIT, serving
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,7 +55,7 @@ def run_client(program: str, endpoint: str, home: Path, *arguments: str) -> list
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> tuple[Path, float]:
-    from tests.conftest import build_network
+    from helpers.networks import build_network
 
     folder = tmp_path_factory.mktemp("repository")
     network = build_network("llama")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PromptTuningConfig, TaskType, get_peft_model
 
+from helpers.networks import VOCABULARY, build_network
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Question, Scorer
 from knowledge_compression.evaluation.suite import item_table
@@ -15,7 +16,6 @@ from knowledge_compression.recovery.bank import bank_of
 from knowledge_compression.recovery.bank_attention import attend, attend_plainly
 from knowledge_compression.recovery.prompted_network import Prompted
 from knowledge_compression.recovery.selection import ONCE, PER_LAYER, SELECTIONS
-from tests.conftest import VOCABULARY, build_network
 
 DECODERS = ("llama", "opt", "gpt2", "gpt_neox", "qwen2")
 LENGTHS = (3, 7)

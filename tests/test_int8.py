@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from helpers.networks import TINY, logits_of
 from knowledge_compression.compression.formats import int8_linear as quantized_linear
 from knowledge_compression.compression.formats.int8_linear import (
     GRANULARITIES,
@@ -25,7 +26,6 @@ from knowledge_compression.compression.methods.pipeline import Pipeline
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target, Targets
 from knowledge_compression.models.targets import is_linear
-from tests.conftest import TINY, logits_of
 
 ALL = ["encoder_att", "decoder_self_att", "cross_att", "ff"]
 
@@ -247,7 +247,7 @@ def report_rows(model: Model) -> int:
 
 
 def _fresh(model: Model) -> nn.Module:
-    from tests.conftest import build_network
+    from helpers.networks import build_network
 
     return build_network(model.network.config.model_type)
 

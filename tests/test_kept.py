@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.networks import VOCABULARY, logits_of
 from knowledge_compression.compression.kept import KeptModels, code_of
 from knowledge_compression.compression.methods.awq import Awq
 from knowledge_compression.compression.methods.gptq import Gptq
@@ -27,7 +28,6 @@ from knowledge_compression.compression.solve.grid import quantized_weight
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.targets import linear_layers
-from tests.conftest import VOCABULARY, logits_of
 
 ALL = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff", "final"])
 METHODS: dict[str, Any] = {

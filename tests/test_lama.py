@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import lower_cased
 
+from helpers.networks import lower_cased
 from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.evaluation.lama import Lama
 from knowledge_compression.models.loading import PackagedModel

@@ -19,15 +19,13 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 PARTS = Path(__file__).parent / "parts"
-sys.path.insert(0, str(PARTS))
-
-from sweep_chores import chore  # noqa: E402
 
 from knowledge_compression import status  # noqa: E402
 from knowledge_compression.cli import CONF  # noqa: E402
 from knowledge_compression.errors import BadInput  # noqa: E402
 from knowledge_compression.launching import LocalLauncher, SlurmLauncher  # noqa: E402
 from knowledge_compression.results.sweeps import Outcome, PlannedRun, labels, write_plan  # noqa: E402
+from sweep_chores import chore  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,8 +6,8 @@ import io
 
 import pytest
 from PIL import Image
-from test_blocks import EVERYTHING, windows
 
+from helpers.layers import EVERYTHING, windows
 from knowledge_compression.compression.layer_reports import CompressionReport
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.rtn import Rtn

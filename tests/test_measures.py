@@ -6,8 +6,8 @@ import numpy as np
 import polars as pl
 import pytest
 from scipy import stats
-from stores import bits, made_run
 
+from helpers.stores import bits, made_run
 from knowledge_compression.analysis import markdown
 from knowledge_compression.analysis.advice import run_next
 from knowledge_compression.analysis.claims import CLAIMS

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, build_network
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from helpers.networks import VOCABULARY, build_network
 from knowledge_compression.compression.formats.packed import pack, save_packed
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.rtn import Rtn

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
-from stores import bits, made_run
 
+from helpers.stores import bits, made_run
 from knowledge_compression import statistics
 from knowledge_compression.analysis import figures, tables
 from knowledge_compression.analysis.comparisons import compare

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
-from stores import bits, made_run
-from test_forecast import SUITE, made
-from test_harness import tasks_dir  # noqa: F401  (a fixture)
-from test_recovery import STRATEGIES, text  # noqa: F401  (a fixture)
-from test_scoring import CONTINUING, random_questions
 
+from helpers.experiments import SUITE, made
+from helpers.networks import TINY
+from helpers.questions import CONTINUING, random_questions
+from helpers.recoveries import STRATEGIES
+from helpers.stores import bits, made_run
 from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.errors import BadInput
@@ -59,7 +58,7 @@ def test_blanks_in_bfloat16(tiny_model: Callable[[str], Model], architecture: st
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_recovered_models_in_bfloat16(tiny_model, text, strategy) -> None:  # noqa: F811
+def test_recovered_models_in_bfloat16(tiny_model, text, strategy) -> None:
     model = tiny_model("llama")
     STRATEGIES[strategy].recover(model, text)
     close_but_not_equal(model, [Question([7, 8, 9, 10], [[11, 12], [13], [14, 15, 16]])])
@@ -81,7 +80,7 @@ def test_generation_multiplies_in_it(tiny_model: Callable[[str], Model], dtype: 
     assert types == {dtype or torch.float32}
 
 
-def test_stock_scoring_multiplies_in_it_too(tiny_model: Callable[[str], Model], tasks_dir: Path) -> None:  # noqa: F811
+def test_stock_scoring_multiplies_in_it_too(tiny_model: Callable[[str], Model], tasks_dir: Path) -> None:
     model = tiny_model("llama")
 
     def log_probs(scoring: str) -> list[float]:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_scoring import CONTINUING, assert_equals_plain, random_questions
 from torch import nn
 
+from helpers.networks import TINY
+from helpers.questions import CONTINUING, assert_equals_plain, random_questions
 from knowledge_compression.evaluation.scoring import Blank, Scorer, products
 from knowledge_compression.evaluation.scoring.products import linears_for_onednn, multiplied_by_onednn, onednn_linear
 from knowledge_compression.models import Model

@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import VOCABULARY, logits_of
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
+from helpers.layers import ALL, inputs_with_outliers, weight_with_outliers, windows
+from helpers.networks import logits_of
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.methods.hqq import Hqq
 from knowledge_compression.compression.methods.int8_static import InputRange, Int8Static, StaticInt8Linear
@@ -20,33 +21,14 @@ from knowledge_compression.compression.methods.smoothquant import SmoothedInt8Li
 from knowledge_compression.compression.solve.grid import Grid
 from knowledge_compression.compression.walk.blocks import LayerInputs
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models import Model, Target
+from knowledge_compression.models import Model
 
-ALL = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff"])
 METHODS: dict[str, Compression] = {
     "smoothquant": SmoothQuant(),
     "int8_static": Int8Static(),
     "nf4": Nf4(),
     "hqq": Hqq(group_size=16),
 }
-
-
-def weight_with_outliers(rows: int = 24, columns: int = 64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator) * 0.05
-    weight[torch.rand(rows, columns, generator=generator) > 0.99] *= 8
-    return weight
-
-
-def inputs_with_outliers(tokens: int = 200, columns: int = 64, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(tokens, columns, generator=generator)
-    inputs[:, ::13] *= 20
-    return inputs
-
-
-def windows(length: int = 16) -> Tensor:
-    return torch.randint(7, VOCABULARY, (6, length), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -57,7 +39,7 @@ def test_every_family(method: str, architecture: str, tiny_model: Callable[[str]
     embeddings = model.network.get_input_embeddings().weight.clone()
     targets = ALL.select(model)
     compression = METHODS[method]
-    report = compression.compress(model, targets, windows() if compression.calibrated else None)
+    report = compression.compress(model, targets, windows(6, 16) if compression.calibrated else None)
     assert {layer.path for layer in report.layers} == {layer.path for layer in targets}
     after = logits_of(model)
     assert bool(after.isfinite().all())

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_network
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from peft import PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 
+from helpers.networks import build_network
+from helpers.recoveries import SHORT, STRATEGIES
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.methods.magnitude import Magnitude
-from knowledge_compression.corpora.own_samples import DrawnSamples
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Question, Scorer
 from knowledge_compression.models import Target
@@ -25,17 +25,8 @@ from knowledge_compression.recovery.idp import Idp
 from knowledge_compression.recovery.lora import Lora
 from knowledge_compression.recovery.prefix import Prefix
 from knowledge_compression.recovery.prompt import Prompt
-from knowledge_compression.training import TrainingSettings
 
 CONF = Path(__file__).parent.parent / "conf"
-SHORT = TrainingSettings(steps=30, batch_size=4, learning_rate=0.02, checkpoint_every=5, schedule="constant")
-STRATEGIES = {
-    "lora": Lora(SHORT, rank=2),
-    "prompt": Prompt(SHORT, tokens=5),
-    "prefix": Prefix(SHORT, tokens=5),
-    "idp": Idp(SHORT, prompts=(3, 5)),
-    "concat": Concat(SHORT, prompts=(3, 5)),
-}
 # peft has prompts and prefixes for decoders only; ours join the input of the other families' stacks.
 FITTING = [("llama", strategy) for strategy in STRATEGIES] + [
     ("opt", "prompt"), ("opt", "idp"), ("gpt2", "lora"), ("gpt2", "prefix"), ("gpt2", "idp"), ("albert", "lora"),
@@ -46,15 +37,6 @@ FITTING = [("llama", strategy) for strategy in STRATEGIES] + [
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="session")
-def text():
-    """Sentences in which one word decides the next, so that there is something to learn."""
-    generator = torch.Generator().manual_seed(0)
-    starts = torch.randint(0, 40, (24, 1), generator=generator)
-    ids = 7 + (starts + 3 * torch.arange(16)) % 40
-    return DrawnSamples("fixed", len(ids), 16, 0, ids=ids)
 
 
 def state(model):

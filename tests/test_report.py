@@ -11,8 +11,8 @@ import shutil
 import numpy as np
 import polars as pl
 import pytest
-from stores import made_run
 
+from helpers.stores import made_run
 from knowledge_compression.analysis.page import render
 from knowledge_compression.report import main
 from knowledge_compression.results.store import RunStore

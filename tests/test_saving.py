@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.networks import build_network, logits_of
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.corpora.own_samples import OwnSamples
@@ -22,7 +23,6 @@ from knowledge_compression.models.saving import save_checkpoint
 from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.tracker import NoTracker
-from tests.conftest import build_network, logits_of
 
 
 def prune_by_half(model: Model) -> None:

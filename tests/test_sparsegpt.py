@@ -8,9 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_blocks import EVERYTHING, windows
-from test_gptq import random_layer, relative_error
 
+from helpers.layers import EVERYTHING, random_layer, relative_error, windows
 from knowledge_compression.compression.methods.sparsegpt import SparseGpt
 from knowledge_compression.compression.solve.grid import quantized_weight
 from knowledge_compression.errors import BadInput

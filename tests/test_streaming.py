@@ -15,37 +15,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, VOCABULARY, build_network, logits_of
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
+from helpers.layers import ALL, windows
+from helpers.networks import TINY, build_network, logits_of
+from helpers.streaming import METHODS, streamed
 from knowledge_compression.cli import main
 from knowledge_compression.compression.base import Compression
-from knowledge_compression.compression.methods.awq import Awq
-from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.hqq import Hqq
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.compression.methods.nf4 import Nf4
 from knowledge_compression.compression.methods.random_pruning import RandomPruning
-from knowledge_compression.compression.methods.rtn import Rtn
 from knowledge_compression.compression.methods.smoothquant import SmoothQuant
-from knowledge_compression.compression.methods.sparsegpt import SparseGpt
-from knowledge_compression.compression.methods.wanda import Wanda
-from knowledge_compression.compression.walk.streaming import compress_streamed
 from knowledge_compression.corpora.own_samples import OwnSamples
 from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.saving import save_checkpoint
 
-ALL = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff"])
 WITH_HEAD = Target("head", ["ff", "final"])
 SHARDED = sorted(set(TINY) - {"albert"})
-
-
-def windows() -> torch.Tensor:
-    return torch.randint(7, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture
@@ -70,15 +61,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def in_memory(source: LocalModel, compression: Compression, target: Target, folder: Path, dtype: str) -> Model:
     model = source.load("cpu", dtype)
     with torch.no_grad():
-        compression.compress(model, target.select(model), windows() if compression.calibrated else None)  # type: ignore[arg-type]
+        compression.compress(model, target.select(model), windows(6, 16) if compression.calibrated else None)  # type: ignore[arg-type]
     save_checkpoint(model, folder)
     return model
-
-
-def streamed(source: LocalModel, compression: Compression, target: Target, folder: Path, dtype: str = "auto"):
-    model = source.streamed("cpu", dtype)
-    text = windows() if compression.calibrated else None
-    return compress_streamed(compression, model, target.select(model), text, folder)  # type: ignore[arg-type]
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -194,7 +179,8 @@ CHILD = """
 import sys, torch
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {root!r}]
-from test_streaming import ALL, METHODS, streamed
+from helpers.layers import ALL
+from helpers.streaming import METHODS, streamed
 from knowledge_compression.models.loading import LocalModel
 torch.set_num_threads(1)
 print("ready", flush=True)
@@ -202,16 +188,6 @@ source = LocalModel("child", sys.argv[1], stream=True)
 streamed(source, METHODS[sys.argv[2]], ALL, Path(sys.argv[3]))
 print("done", flush=True)
 """
-
-
-METHODS: dict[str, Compression] = {
-    "magnitude": Magnitude(sparsity=0.4),
-    "gptq": Gptq(bits=3, forward_dtype="float32"),
-    "sparsegpt": SparseGpt(sparsity=0.5),
-    "wanda": Wanda(sparsity=0.5),
-    "awq": Awq(group_size=16),
-    "rtn": Rtn(group_size=16),
-}
 
 
 @pytest.mark.slow

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn.utils import prune as torch_prune
 
+from helpers.networks import logits_of
 from knowledge_compression.compression.methods.structured import Structured
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target, Targets
-from tests.conftest import logits_of
 
 ALL = ["encoder_att", "decoder_self_att", "cross_att", "ff", "transform", "final"]
 

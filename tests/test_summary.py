@@ -8,8 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 from rich.console import Console
-from stores import bits, made_run
 
+from helpers.stores import bits, made_run
 from knowledge_compression import statistics
 from knowledge_compression.results import summary
 

@@ -17,7 +17,6 @@ from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.sweeps import Outcome, read_plan
 
 PARTS = Path(__file__).parent / "parts"
-sys.path.insert(0, str(PARTS))
 
 pytestmark = pytest.mark.slow  # every test is a command line of its own
 

@@ -10,12 +10,12 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
+from helpers.networks import TINY, build_network, logits_of
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.families import ARCHITECTURES, DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.models.targets import linear_layers
-from tests.conftest import TINY, build_network, logits_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = yaml.safe_load((Path(__file__).parent / "published_shapes.yaml").read_text())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_blocks import EVERYTHING, windows
 
+from helpers.layers import EVERYTHING, windows
 from knowledge_compression.compression.methods.wanda import InputPower, Wanda
 from knowledge_compression.compression.walk.blocks import LayerInputs
 from knowledge_compression.errors import BadInput
