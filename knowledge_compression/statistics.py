@@ -80,7 +80,8 @@ def accuracies(correct: Sequence[NDArray[np.bool_]], confidence: float = CONFIDE
 def proportion(right: int, n: int, confidence: float = CONFIDENCE) -> Estimate:
     """``right`` of ``n`` with Wilson's interval."""
     low, high = proportion_confint(right, n, alpha=1 - confidence, method="wilson")
-    return Estimate(right / n, float(low), float(high), n)
+    # By Wilson's formula none right ends at 0 and all right at 1, which its sums miss by rounding.
+    return Estimate(right / n, float(low) if right else 0.0, float(high) if right < n else 1.0, n)
 
 
 def mcnemar(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> float:
@@ -282,7 +283,9 @@ class _Ends:
     p: float
 
     def around(self, value: float, n: int) -> Estimate:
-        return Estimate(value, self.low, self.high, n)
+        """The figure with these ends; where all resamples are alike they miss it by rounding, and are the figure."""
+        low, high = (value if math.isclose(end, value, rel_tol=1e-12) else end for end in (self.low, self.high))
+        return Estimate(value, low, high, n)
 
 
 def _bootstrap(

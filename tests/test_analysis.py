@@ -64,6 +64,22 @@ def test_drop_is_relative_to_dense_and_its_interval_covers():
     assert np.isnan(statistics.drop(np.zeros(5, bool), np.zeros(5, bool)).value)
 
 
+def test_wilsons_interval_holds_its_share_and_ends_where_the_formula_says():
+    for n in range(1, 400):
+        none, every = statistics.proportion(0, n), statistics.proportion(n, n)
+        assert none.low == none.value == 0 and every.high == every.value == 1
+        assert none.high == pytest.approx(1 - every.low)
+        for right in {1, n // 2, n - 1}:
+            some = statistics.proportion(right, n)
+            assert 0 <= some.low <= some.value <= some.high <= 1
+
+
+def test_an_interval_of_resamples_that_are_all_alike_is_the_figure_itself():
+    for n in range(2, 60):
+        same = statistics.mean(np.full(n, 0.1))
+        assert same.low == same.value == same.high
+
+
 def test_accuracy_interval_is_wilsons():
     correct = np.arange(50) < 20
     interval = stats.binomtest(20, 50).proportion_ci(method="wilson")

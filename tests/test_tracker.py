@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
@@ -72,6 +73,29 @@ def offline_record(folder: Path) -> tuple[list[Record], Path]:
     return list(records(file)), place
 
 
+def summary_of(found: list[Record]) -> dict[str, Any]:
+    return {
+        item.key or ":".join(item.nested_key): json.loads(item.value_json)
+        for record in found
+        if record.WhichOneof("record_type") == "summary"
+        for item in record.summary.update
+    }
+
+
+def history_of(found: list[Record]) -> dict[str, Any]:
+    return {
+        item.key or ":".join(item.nested_key): json.loads(item.value_json)
+        for record in found
+        if record.WhichOneof("record_type") == "history"
+        for item in record.history.item
+    }
+
+
+def table_of(found: list[Record], place: Path) -> list[dict[str, Any]]:
+    table = json.loads((place / "files" / history_of(found)["items:path"]).read_text())
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
 @pytest.fixture(autouse=True)
 def nobody_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
@@ -122,20 +146,10 @@ def test_the_offline_record_holds_what_was_logged(tmp_path: Path) -> None:
     assert config["compression_sparsity"] == 0.4 and config["eval_atlas_limit"] == 68
     assert config["target"] == "att" and config["model"] == "bert_tiny"
     assert not any(key.endswith("_target_") for key in config)
-    summary = {
-        item.key or ":".join(item.nested_key): json.loads(item.value_json)
-        for record in found
-        if record.WhichOneof("record_type") == "summary"
-        for item in record.summary.update
-    }
+    summary = summary_of(found)
     assert summary["atlas/accuracy"] == pytest.approx(1 / 3) and summary["compression/sparsity"] == 0.4
     assert summary["items_in_table"] == 4 and summary["items_in_all"] == 12
-    history = {
-        item.key or ":".join(item.nested_key): json.loads(item.value_json)
-        for record in found
-        if record.WhichOneof("record_type") == "history"
-        for item in record.history.item
-    }
+    history = history_of(found)
     assert history["loss"] == 2.5
     table = json.loads((place / "files" / history["items:path"]).read_text())
     assert table["columns"][:4] == ["suite", "task", "id", "prompt"]
@@ -143,6 +157,57 @@ def test_the_offline_record_holds_what_was_logged(tmp_path: Path) -> None:
     assert (place / "files" / history["figures/atlas:path"]).read_bytes().startswith(b"\x89PNG")
     (end,) = (record.exit for record in found if record.WhichOneof("record_type") == "exit")
     assert end.exit_code == 0
+
+
+def shown(run: Run, folder: Path) -> tuple[list[Record], Path]:
+    tracker = WandbTracker(mode="offline", dir=str(folder), seconds=300)
+    with tracker.track(run.id, SETTINGS) as tracked:
+        tracked.finish_with(run)
+    return offline_record(folder)
+
+
+def test_tasks_at_nought_and_a_hundred_percent_are_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of 7, the floats of Wilson's formula begin above 0 and end below 1, and no figure takes a negative bar."""
+    run = result()
+    answers = [("none", i, False) for i in range(7)] + [("all", i, True) for i in range(7)]
+    rows = [{"suite": "atlas", "task": t, "id": f"{t}/{i}", "correct": right} for t, i, right in answers]
+    run._items = item_table(rows)
+    found, place = shown(run, tmp_path)
+    assert "W&B lacks" not in caplog.text and "did not work" not in caplog.text
+    assert summary_of(found)["atlas/accuracy"] == pytest.approx(1 / 3)
+    assert len(table_of(found, place)) == 14
+    assert (place / "files" / history_of(found)["figures/atlas:path"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_lists_are_whole_in_the_table_and_a_figure_that_is_no_number_does_not_vanish(tmp_path: Path) -> None:
+    run = result()
+    run.metrics |= {"atlas.spread": float("nan"), "atlas.perplexity": float("inf")}
+    chosen = [[i, *range(40)] for i in range(12)]
+    run._items = run.items.with_columns(
+        chosen_prompts=pl.Series(chosen), told=pl.Series([{"é": i, "of": [0.5]} for i in range(12)])
+    )
+    found, place = shown(run, tmp_path)
+    summary, rows = summary_of(found), table_of(found, place)
+    assert (summary["atlas/spread"], summary["atlas/perplexity"]) == ("NaN", "Infinity")
+    assert [json.loads(row["chosen_prompts"]) for row in rows] == chosen
+    assert [json.loads(row["told"]) for row in rows] == [{"é": i, "of": [0.5]} for i in range(12)]
+
+
+def test_a_part_that_cannot_be_shown_is_named_and_the_others_are_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odd(*_: Any) -> None:
+        raise ValueError("no ink left")
+
+    monkeypatch.setattr("knowledge_compression.results.wandb_tracker.task_figure", odd)
+    found, place = shown(result(), tmp_path)
+    assert summary_of(found)["atlas/accuracy"] == pytest.approx(1 / 3) and len(table_of(found, place)) == 12
+    assert "W&B lacks of run 0123456789abcdef: figure of atlas;" in caplog.text and "no ink left" in caplog.text
+    monkeypatch.setattr("knowledge_compression.results.wandb_tracker._plain", odd)
+    caplog.clear()
+    found, _ = shown(result(), tmp_path / "worse")
+    assert summary_of(found)["atlas/accuracy"] == pytest.approx(1 / 3)  # figures and items come after the metrics
+    assert "W&B lacks of run 0123456789abcdef: items, figure of atlas;" in caplog.text
 
 
 def test_a_run_that_raises_is_closed_as_failed(tmp_path: Path) -> None:
@@ -195,6 +260,7 @@ def test_what_goes_wrong_while_showing_stays_there(tmp_path: Path, caplog: pytes
         tracked.finish_with(result())
         assert time.perf_counter() - start < 24
     assert caplog.text.count("did not work") == 1
+    assert "lacks of run 0123456789abcdef: metrics of a step, metrics, items, figure of atlas;" in caplog.text
 
 
 def test_secrets_are_not_in_the_config(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import re
 import threading
@@ -10,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -32,7 +35,7 @@ log = logging.getLogger(__name__)
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 _SECRET = re.compile(r"(token|secret|password|credentials?|apikey|_key)$", re.IGNORECASE)
-
+_SPELT = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 Mode = Literal["online", "offline"]
 
@@ -139,23 +142,38 @@ class _Tracked:
     def __init__(self, run: WandbRun, items: int, seconds: float, *, artifact: bool) -> None:
         self._run, self._items, self._artifact = run, items, artifact
         self._left = self._reserve = seconds
+        self._lost: list[str] = []  # not tried again: the steps of a training would each warn anew
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self._safely("showing metrics", lambda: self._run.log(dict(metrics), step=step))
+        self._safely("metrics of a step", lambda: self._run.log(dict(metrics), step=step))
 
     def finish_with(self, run: Run, model: Path | None = None) -> None:
-        self._safely("showing the result", lambda: self._show(run))
+        """Show the result part by part, figures last; what one part loses, the others keep."""
+        parts: dict[str, Callable[[], Any]] = {
+            "metrics": lambda: self._run.summary.update(_summary(run)),
+            "items": lambda: self._show_items(run.items),
+        }
+        for suite in run.config["eval"]:
+            parts[f"figure of {suite}"] = partial(self._show_figure, run, suite)
         if self._artifact and model is not None:
-            self._safely("showing the compressed model", lambda: self._send(run, model))
+            parts["compressed model"] = lambda: self._send(run, model)
+        for what, show in parts.items():
+            self._safely(what, show)
+        if self._lost:
+            log.warning("W&B lacks of run %s: %s; its folder has all of it", run.id, ", ".join(self._lost))
 
     def close(self, exit_code: int) -> None:
         _within(self._reserve, "closing", lambda: self._run.finish(exit_code=exit_code) or True)
 
     def _safely(self, what: str, call: Callable[[], Any]) -> None:
-        if self._left > 0:
-            start = time.perf_counter()
-            worked = _within(self._left, what, lambda: (call(), True)[1])
-            self._left = self._left - (time.perf_counter() - start) if worked else 0.0
+        """Do it in the time that is left, or note it as lost; where no time is left, nothing is tried."""
+        if what in self._lost:
+            return
+        start = time.perf_counter()
+        worked = self._left > 0 and _within(self._left, f"showing the {what}", lambda: (call(), True)[1])
+        self._left -= time.perf_counter() - start
+        if not worked:
+            self._lost.append(what)
 
     def _send(self, run: Run, model: Path) -> None:
         import wandb
@@ -164,22 +182,29 @@ class _Tracked:
         artifact.add_dir(str(model))
         self._run.log_artifact(artifact)
 
-    def _show(self, run: Run) -> None:
+    def _show_items(self, items: pl.DataFrame) -> None:
         import wandb
 
-        items = asked = run.items
-        if items.height > self._items:
-            items = items.gather_every(-(-items.height // self._items))
-        self._run.log(
-            {"items": wandb.Table(columns=[*items.columns], data=_plain(items))}
-            | {f"figures/{name}": wandb.Image(_drawn(figure)) for name, figure in _figures(run).items()}
-        )
-        reached = run.report.get("compression", {})
-        self._run.summary.update(
-            {name.replace(".", "/"): value for name, value in run.metrics.items()}
-            | {f"compression/{name}": v for name, v in reached.items() if isinstance(v, (int, float))}
-            | {"items_in_table": items.height, "items_in_all": asked.height}
-        )
+        shown = items if items.height <= self._items else items.gather_every(-(-items.height // self._items))
+        self._run.log({"items": wandb.Table(columns=[*shown.columns], data=_plain(shown))})
+        self._run.summary.update({"items_in_table": shown.height, "items_in_all": items.height})
+
+    def _show_figure(self, run: Run, suite: str) -> None:
+        import wandb
+
+        if (figure := task_figure(run, suite)) is not None:
+            self._run.log({f"figures/{suite}": wandb.Image(_drawn(figure))})
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    """The metrics and what the compression reached, by the names that W&B shows.
+
+    A figure that is not finite is spelt out: W&B keeps null for a NaN, and shows nothing.
+    """
+    reached = run.report.get("compression", {})
+    told = {name.replace(".", "/"): value for name, value in run.metrics.items()}
+    told |= {f"compression/{name}": v for name, v in reached.items() if isinstance(v, (int, float))}
+    return {name: value if math.isfinite(value) else _SPELT[str(value)] for name, value in told.items()}
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,10 +237,6 @@ def readable_name(settings: Mapping[str, Any]) -> str:
     return " ".join(map(str, [*parts, *((f"seed {settings['seed']}",) if settings.get("seed") else ())]))
 
 
-def _figures(run: Run) -> dict[str, Figure]:
-    return {suite: figure for suite in run.config["eval"] if (figure := task_figure(run, suite)) is not None}
-
-
 def _drawn(figure: Figure) -> Image:
     """The figure as a picture, without pyplot and its global state."""
     from PIL import Image as pillow
@@ -226,10 +247,11 @@ def _drawn(figure: Figure) -> Image:
 
 
 def _plain(items: pl.DataFrame) -> list[list[Any]]:
-    """Rows of strings, numbers and truth values; what is nested becomes text."""
-    nested = [name for name, dtype in items.schema.items() if dtype.is_nested()]
-    plain = items.with_columns(pl.col(name).map_elements(str, return_dtype=pl.String) for name in nested)
-    return [list(row) for row in plain.iter_rows()]
+    """Rows of strings, numbers and truth values; what is nested becomes JSON, whole."""
+    return [
+        [json.dumps(cell, ensure_ascii=False) if isinstance(cell, list | dict) else cell for cell in row]
+        for row in items.iter_rows()
+    ]
 
 
 def _within(seconds: float, what: str, call: Callable[[], Any]) -> Any:
