@@ -1,6 +1,6 @@
 """Compress a language model and see what it still knows: ``python run.py --help``."""
 
-from knowledge_compression.cli import main
+from knowledge_compression.sweeping.cli import main
 
 if __name__ == "__main__":
     main()

@@ -112,8 +112,8 @@ def finished(folder: Path, runs: int) -> list[str]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.types import RunMode
 
-    from knowledge_compression.combinations import Assembler, combinations
     from knowledge_compression.results.store import RunStore
+    from knowledge_compression.sweeping.combinations import Assembler, combinations
 
     sparsities = ",".join(f"{(i + 1) / 100}" for i in range(50))
     arguments = ["model=smollm2", "target=att,ff", "compression=magnitude,random", f"sparsity={sparsities}"]

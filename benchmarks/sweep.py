@@ -103,9 +103,9 @@ def whole_and_parts(options: argparse.Namespace) -> dict[str, float]:
 
 def inside(file: Path, arguments: list[str]) -> None:
     """The command itself, with a clock on its parts."""
-    from knowledge_compression.cli import main as command
     from knowledge_compression.compression.methods.magnitude import Magnitude
     from knowledge_compression.evaluation.scoring.scorer import Scorer
+    from knowledge_compression.sweeping.cli import main as command
 
     compression, scoring = Share(), Share()
     Magnitude.compress = compression.of(Magnitude.compress)  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
 """Hydra takes sweepers and launchers only from this namespace; ours live in the package."""
 
-from knowledge_compression.launching import LocalLauncher, SlurmLauncher
-from knowledge_compression.sweep import PlannedSweeper
+from knowledge_compression.sweeping.launching import LocalLauncher, SlurmLauncher
+from knowledge_compression.sweeping.sweeper import PlannedSweeper
 
 
 class Planned(PlannedSweeper):

@@ -20,8 +20,8 @@ from wandb_workspaces import workspaces
 from knowledge_compression.errors import BadInput
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.results.summary import HEADLINES
-from knowledge_compression.results.sweeps import PLAN, read_plan
 from knowledge_compression.results.wandb_tracker import WandbTracker, flat
+from knowledge_compression.sweeping.plan import PLAN, read_plan
 
 _REACHED = ("compression/sparsity", "compression/bits", "compression/stored_bytes")
 _CHOSEN = ("model", "target", "compression", "recovery")
@@ -63,7 +63,7 @@ def compared(outputs: Path, sweep: str | None = None) -> Compared:
     ids = dict.fromkeys(run_id for run in planned for run_id in (run.run_id, run.baseline_id))
     runs = [run for run_id in ids if (run := store.find(run_id)) is not None]
     if not runs:
-        raise BadInput(f"no run of the sweep {name} is finished yet; python -m knowledge_compression.status shows more")
+        raise BadInput(f"no run of the sweep {name} is finished yet; kc status shows more")
     return Compared(name, _headlines(runs), _varied(runs), _parts(runs))
 
 

@@ -21,7 +21,6 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 
 from knowledge_compression.analysis.comparisons import KEY
-from knowledge_compression.cli import CONF, one_line
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.layer_reports import CompressionReport
 from knowledge_compression.configuration import GROUPS, build, plain
@@ -33,6 +32,7 @@ from knowledge_compression.models.loading import ModelSource
 from knowledge_compression.recovery.base import Recovery, RecoveryReport
 from knowledge_compression.statistics import Estimate
 from knowledge_compression.statistics import drop as paired_drop
+from knowledge_compression.sweeping.cli import CONF, one_line
 
 
 def load(name: str, *, device: str = "auto", dtype: str = "auto", **settings: Any) -> Model:

@@ -8,8 +8,8 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from knowledge_compression.cli import main, with_their_files
-from knowledge_compression.combinations import combinations
+from knowledge_compression.sweeping.cli import main, with_their_files
+from knowledge_compression.sweeping.combinations import combinations
 
 
 @pytest.fixture

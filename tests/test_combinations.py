@@ -14,11 +14,11 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 
 from helpers.shipped import NEEDED, shipped
-from knowledge_compression.cli import CONF
-from knowledge_compression.combinations import Assembler, combinations
 from knowledge_compression.configuration import GROUPS, experiment_from
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.atlas import Atlas
+from knowledge_compression.sweeping.cli import CONF
+from knowledge_compression.sweeping.combinations import Assembler, combinations
 
 
 class Sweep:

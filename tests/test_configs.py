@@ -8,9 +8,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from helpers.shipped import NEEDED, shipped
-from knowledge_compression.cli import CONF
 from knowledge_compression.configuration import experiment_from, tracker_from
 from knowledge_compression.errors import BadInput
+from knowledge_compression.sweeping.cli import CONF
 
 
 def composed(*overrides: str):

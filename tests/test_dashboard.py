@@ -10,7 +10,7 @@ import pytest
 from helpers.stores import made_run
 from knowledge_compression import dashboard
 from knowledge_compression.results.store import RunStore
-from knowledge_compression.results.sweeps import PlannedRun, write_plan
+from knowledge_compression.sweeping.plan import PlannedRun, write_plan
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from knowledge_compression.cli import CONF
 from knowledge_compression.configuration import experiment_from
+from knowledge_compression.sweeping.cli import CONF
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/*.md")])

@@ -10,9 +10,9 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from knowledge_compression.analysis.ledger import restores_by
-from knowledge_compression.cli import main
 from knowledge_compression.models.families import ARCHITECTURES
 from knowledge_compression.results.store import RunStore
+from knowledge_compression.sweeping.cli import main
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
 FILES = re.findall(r"^`([\w/]+\.(?:py|yaml))`:\n\n```\w+\n(.*?)^```", GUIDE, flags=re.S | re.M)

@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from helpers.experiments import SUITE, made
-from knowledge_compression import forecast
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.wanda import Wanda
 from knowledge_compression.corpora.text import TextFile
 from knowledge_compression.experiment import Experiment
-from knowledge_compression.forecast import Forecaster, miniature, multiply_adds, rehearse, totals
 from knowledge_compression.models import Model
 from knowledge_compression.models.targets import is_linear, linear_layers
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.tracker import NoTracker
+from knowledge_compression.sweeping import forecast
+from knowledge_compression.sweeping.forecast import Forecaster, miniature, multiply_adds, rehearse, totals
 
 
 def counted(model: Model) -> float:

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from helpers.layers import ALL, windows
 from helpers.networks import TINY, build_network, logits_of
 from helpers.streaming import METHODS, streamed
-from knowledge_compression.cli import main
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.methods.hqq import Hqq
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
@@ -34,6 +33,7 @@ from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.saving import save_checkpoint
+from knowledge_compression.sweeping.cli import main
 
 WITH_HEAD = Target("head", ["ff", "final"])
 SHARDED = sorted(set(TINY) - {"albert"})

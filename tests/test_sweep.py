@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from knowledge_compression import sweep
-from knowledge_compression.cli import main
 from knowledge_compression.results.store import RunStore
-from knowledge_compression.results.sweeps import Outcome, read_plan
+from knowledge_compression.sweeping import sweeper as sweep
+from knowledge_compression.sweeping.cli import main
+from knowledge_compression.sweeping.plan import Outcome, read_plan
 
 PARTS = Path(__file__).parent / "parts"
 

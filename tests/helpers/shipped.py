@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from knowledge_compression.cli import CONF
+from knowledge_compression.sweeping.cli import CONF
 
 # What a user must give beside the choice itself.
 NEEDED = {"model=local": ["model.path=somewhere"], "corpus=text": ["corpus.path=somewhere.txt"]}

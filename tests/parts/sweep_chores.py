@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from knowledge_compression.results.sweeps import Outcome
+from knowledge_compression.sweeping.plan import Outcome
 
 
 def chore(config: Any) -> Outcome:

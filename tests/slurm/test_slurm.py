@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from knowledge_compression.results.store import RunStore
-from knowledge_compression.status import sweeps
+from knowledge_compression.sweeping.status import sweeps
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -17,14 +17,14 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from knowledge_compression.cache import check_cache
-from knowledge_compression.cli import EXIT_STATUS, one_line
 from knowledge_compression.errors import BadInput
-from knowledge_compression.launching import ProcessLauncher
-from knowledge_compression.results.sweeps import BAD_INPUT, DONE, FAILED, Outcome, PlannedRun, labels, write_plan
+from knowledge_compression.sweeping.cli import EXIT_STATUS, one_line
+from knowledge_compression.sweeping.launching import ProcessLauncher
+from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, Outcome, PlannedRun, labels, write_plan
 
 if TYPE_CHECKING:
-    from knowledge_compression.combinations import Assembler
     from knowledge_compression.experiment import Experiment
+    from knowledge_compression.sweeping.combinations import Assembler
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class PlannedSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Check, launch, show; ends the process with the status that tells how it went."""
-        from knowledge_compression.combinations import Assembler, combinations
+        from knowledge_compression.sweeping.combinations import Assembler, combinations
 
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
         check_cache()
@@ -97,8 +97,8 @@ class PlannedSweeper(Sweeper):
 
     def _forecast(self, accepted: Sequence[tuple[PlannedRun, Experiment]]) -> None:
         """Print what the sweep would do and take."""
-        from knowledge_compression import forecast
         from knowledge_compression.results.store import RunStore
+        from knowledge_compression.sweeping import forecast
 
         assert self.config is not None
         launcher, run = self.config.hydra.launcher, self.config.run
@@ -138,9 +138,7 @@ class PlannedSweeper(Sweeper):
             return []
         returns = self.launcher.launch([run.overrides for run in missing], initial_job_idx=0) if missing else []
         if self.config.run.detach:
-            log.info(
-                "the runs go on without this process; python -m knowledge_compression.status shows how far they are"
-            )
+            log.info("the runs go on without this process; kc status shows how far they are")
             return []
         outcomes = [
             replace(returned.return_value, label=label)

@@ -1,4 +1,4 @@
-"""How far sweeps are, run by run: ``python -m knowledge_compression.status outputs/``."""
+"""How far sweeps are, run by run: ``kc status outputs/``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from knowledge_compression.errors import BadInput
-from knowledge_compression.results.sweeps import BAD_INPUT, DONE, FAILED, PLAN, Outcome, labels, read_plan
+from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, PLAN, Outcome, labels, read_plan
 
 RUNNING, MISSING = "running", "missing"
 LEASE = 60.0  # seconds; a claim that was not renewed for so long is that of a dead process
@@ -91,7 +91,7 @@ def _lost(job: Path, label: str, alive: set[str] | None) -> Outcome | None:
     note = job / "slurm_job"
     if alive is None or not note.is_file():
         return None
-    from knowledge_compression.launching import how_it_ended
+    from knowledge_compression.sweeping.launching import how_it_ended
 
     job_id, log = note.read_text().split("\n")[:2]
     if job_id in alive:
@@ -103,7 +103,7 @@ def _living_jobs() -> set[str] | None:
     """What SLURM knows of, where there is SLURM and it answers."""
     if shutil.which("squeue") is None:
         return None
-    from knowledge_compression.launching import living_jobs
+    from knowledge_compression.sweeping.launching import living_jobs
 
     try:
         return living_jobs()
@@ -137,7 +137,7 @@ def _duration(seconds: float | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show it; the status tells whether a run failed."""
-    parser = argparse.ArgumentParser(prog="python -m knowledge_compression.status", description=__doc__)
+    parser = argparse.ArgumentParser(prog="kc status", description=__doc__)
     parser.add_argument("outputs", type=Path, nargs="?", default=Path("outputs"), help="the folder of the runs")
     try:
         found = sweeps(parser.parse_args(arguments).outputs)

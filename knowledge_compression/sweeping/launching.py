@@ -29,7 +29,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from knowledge_compression.errors import BadInput
-from knowledge_compression.results.sweeps import DONE, FAILED, OUTCOME, Outcome, labels
+from knowledge_compression.sweeping.plan import DONE, FAILED, OUTCOME, Outcome, labels
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ class LocalLauncher(ProcessLauncher):
             job.folder.mkdir(parents=True, exist_ok=True)
             with log_file.open("ab") as file:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "knowledge_compression.launching"],
+                    [sys.executable, "-m", "knowledge_compression.sweeping.launching"],
                     stdin=subprocess.PIPE,
                     stdout=file,
                     stderr=subprocess.STDOUT,

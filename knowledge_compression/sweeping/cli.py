@@ -24,14 +24,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from knowledge_compression.cache import check_cache
 from knowledge_compression.errors import BadInput
-from knowledge_compression.results.sweeps import BAD_INPUT, DONE, FAILED, Outcome
+from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, Outcome
 
 if TYPE_CHECKING:
     from knowledge_compression.results.store import Run
 
 log = logging.getLogger(__name__)
 
-CONF = Path(__file__).parent.parent / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 
 EXIT_STATUS = {DONE: 0, FAILED: 1, BAD_INPUT: 2}
 _NO_ROOM = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES}  # a disk that takes nothing, whoever writes
@@ -108,9 +108,9 @@ def job(config: DictConfig) -> Outcome | None:
 
 def plan(config: DictConfig) -> None:
     """Print what one run would do and take."""
-    from knowledge_compression import forecast
     from knowledge_compression.configuration import experiment_from
     from knowledge_compression.results.store import RunStore
+    from knowledge_compression.sweeping import forecast
 
     check_cache()
     experiment = experiment_from(config, HydraConfig.get().runtime.choices)

@@ -1,0 +1,38 @@
+"""The command ``kc``: its subcommands, each loaded only when it is the one that was asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+SUBCOMMANDS = {
+    "run": ("knowledge_compression.sweeping.cli", "one run, or with -m a sweep"),
+    "report": ("knowledge_compression.report", "tables, figures and one page over finished runs"),
+    "status": ("knowledge_compression.sweeping.status", "how far sweeps are"),
+    "advise": ("knowledge_compression.advise", "the smallest setting that keeps a share of the known facts"),
+    "doctor": ("knowledge_compression.doctor", "what works on this machine, and a remedy for what does not"),
+    "dashboard": ("knowledge_compression.dashboard", "a workspace and a report on Weights & Biases over a sweep"),
+}
+
+
+def main() -> int | None:
+    """Entry point of ``kc`` and of ``python -m knowledge_compression``."""
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        sys.stdout.write(_help())
+        return 0
+    if name not in SUBCOMMANDS:
+        sys.stderr.write(f"error: kc {name} does not exist; choose one of {', '.join(SUBCOMMANDS)}\n")
+        return 2
+    sys.argv = [f"kc {name}", *rest]
+    command: Callable[[], int | None] = import_module(SUBCOMMANDS[name][0]).main
+    return command()
+
+
+def _help() -> str:
+    lines = "".join(f"  {name:<10} {what}\n" for name, (_, what) in SUBCOMMANDS.items())
+    return (
+        f"usage: kc SUBCOMMAND ...\n\nWhat does compression do to the knowledge inside a language model?\n\n{lines}\n"
+        + ("kc SUBCOMMAND --help says more of each.\n")
+    )
