@@ -28,8 +28,8 @@ from knowledge_compression.evaluation.lm import ScorerLM, stock_lm
 from knowledge_compression.evaluation.tasks import load_tasks
 from knowledge_compression.memory import peak_memory
 from knowledge_compression.models import Model
+from knowledge_compression.models.device import PRODUCT_DTYPES, Device
 from knowledge_compression.models.loading import PackagedGguf
-from knowledge_compression.models.precision import SCORING_DTYPES, resolve_scoring_dtype
 
 TASKS = ["boolq", "piqa", "winogrande", "arc_easy", "arc_challenge", "hellaswag"]
 
@@ -41,7 +41,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     ours = smollm2(options.dtype)
     theirs = smollm2(options.against)  # scored in its own type
-    ours.scored_in = resolve_scoring_dtype(options.scoring_dtype, ours.device)
+    ours.scored_in = Device.of(ours.device).product_dtype(options.scoring_dtype, torch.float32, "--scoring-dtype")
     fast = ScorerLM(ours)
     results = {}
     for task, requests in requests_of(options).items():
@@ -181,7 +181,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=40, help="items a task")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="float32", help="of the scoring core")
-    parser.add_argument("--scoring-dtype", choices=SCORING_DTYPES, default="model", help="of its products")
+    parser.add_argument("--scoring-dtype", choices=("model", *PRODUCT_DTYPES), default="model", help="of its products")
     parser.add_argument("--against", default="float32", help="dtype of stock")
     parser.add_argument("--threads", type=int, default=0, help="0 takes torch's own number")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor seconds")

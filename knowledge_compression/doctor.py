@@ -78,7 +78,7 @@ def _package(name: str) -> Check:
 def _devices() -> Iterator[Check]:
     import torch
 
-    from knowledge_compression.models.precision import products_a_second
+    from knowledge_compression.models.device import products_a_second
 
     places = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     for place in places:

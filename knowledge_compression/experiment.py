@@ -28,8 +28,8 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.suite import DividedSuite, Evaluation, Suite, item_table
 from knowledge_compression.memory import peak_of_process
 from knowledge_compression.models import Model, Target, Targets
-from knowledge_compression.models.loading import LocalModel, ModelSource, check_memory, resolve_device, resolve_dtype
-from knowledge_compression.models.precision import resolve_scoring_dtype
+from knowledge_compression.models.device import Device, resolve_device, resolve_dtype
+from knowledge_compression.models.loading import LocalModel, ModelSource, check_memory
 from knowledge_compression.models.saving import save_checkpoint
 from knowledge_compression.models.streamed import StreamedModel
 from knowledge_compression.recovery.base import Recovery
@@ -60,7 +60,7 @@ class Experiment:
         suites: what the model is asked, by name.
         settings: the same as plain data, for the record and for the run's hash.
         seed, device, dtype: as the user chose them.
-        scoring_dtype: type of the products that score the model, see ``models.precision``.
+        scoring_dtype: type of the products that score the model, see ``models.device``.
         save_model: whether the compressed model is kept in the run's folder, as it is before recovery; ``packed`` keeps
             it as a packed GPTQ checkpoint.
         kept_models: where compressed models are kept for other runs; None compresses in every run.
@@ -118,7 +118,7 @@ class Experiment:
                 "knowledge_compression.recovery.base.Recovery and declare restores_by"
             )
         resolve_dtype(self.dtype, resolve_device(self.device))
-        resolve_scoring_dtype(self.scoring_dtype, resolve_device(self.device))
+        _ = self.scored_in
         if self.save_model not in (False, *SAVERS) or (self.streams and self.save_model == "packed"):
             raise BadInput(
                 f"output.save_model={self.save_model} is not offered here; choose false, true, or packed (not streamed)"
@@ -145,7 +145,7 @@ class Experiment:
     @cached_property
     def scored_in(self) -> torch.dtype | None:
         """Type of the products that score the model; None for the model's own."""
-        return resolve_scoring_dtype(self.scoring_dtype, resolve_device(self.device))
+        return Device.named(self.device).product_dtype(self.scoring_dtype, torch.float32, "scoring_dtype")
 
     @property
     def compressed_id(self) -> str:
@@ -262,7 +262,10 @@ class Experiment:
         if self.kept_models is None or not targets:
             report, found = compress(), False
         else:
-            report, found = self.kept_models.compress(self.compressed_id, model, targets, compress, afresh=afresh)
+            modules = [kind for part in self.compression.parts for kind in part.modules]
+            report, found = self.kept_models.compress(
+                self.compressed_id, model, targets, modules, compress, afresh=afresh
+            )
         if self.save_model:
             SAVERS[self.save_model](model, folder)
         return model, report, found

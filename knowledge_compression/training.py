@@ -13,7 +13,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import LongTensor, Tensor, nn
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.memory import is_out_of_memory
+from knowledge_compression.models.device import PRODUCT_DTYPES, Device, multiplied_in
 from knowledge_compression.objectives import Objective
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class TrainingSettings:
         warmup: share of the steps over which the learning rate rises linearly.
         schedule: ``linear`` (falls to zero after the warm-up) or ``constant``.
         clip: largest norm of the gradient; 0 leaves it as it is.
-        precision: ``auto`` (bfloat16 autocast on a GPU that has it, float32 elsewhere), ``float32`` or ``bfloat16``.
+        precision: of the products of a float32 network: ``auto`` (see ``models.device``), ``float32`` or ``bfloat16``.
         checkpoint_every: steps between checkpoints.
         seed: decides order, masks and dropout.
     """
@@ -66,7 +66,7 @@ class TrainingSettings:
     warmup: float = 0.05
     schedule: str = "linear"
     clip: float = 1.0
-    precision: str = "auto"
+    precision: str = "float32"
     checkpoint_every: int = 200
     seed: int = 0
 
@@ -79,7 +79,7 @@ class TrainingSettings:
                 raise BadInput(f"training: {name}={value} must be at least 1")
         if self.learning_rate <= 0 or self.weight_decay < 0 or self.clip < 0 or not 0 <= self.warmup <= 1:
             raise BadInput("training: learning_rate > 0, weight_decay >= 0, clip >= 0 and 0 <= warmup <= 1 are needed")
-        for name, choices in {"schedule": ("linear", "constant"), "precision": ("auto", "float32", "bfloat16")}.items():
+        for name, choices in {"schedule": ("linear", "constant"), "precision": PRODUCT_DTYPES}.items():
             if (value := getattr(self, name)) not in choices:
                 raise BadInput(f"training: {name}={value} does not exist; choose one of {', '.join(choices)}")
 
@@ -231,9 +231,11 @@ def _step(
     """One optimizer step; gives the mean loss of its predicted tokens, and takes no step where that is no number."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
+    stored = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    narrower = Device.of(device).product_dtype(settings.precision, stored, "training: precision")
     total, tokens, size = torch.zeros((), device=device), 0, sum(part.numel() for part in parts)
     for part in parts:
-        with _autocast(device, settings.precision):
+        with multiplied_in(narrower, device):
             loss, count = objective(network, cast("LongTensor", part.to(device)))
         (loss / size).backward()  # about a mean; made exact below, when all parts have been counted
         total += loss.detach()
@@ -279,12 +281,6 @@ def _optimizer(
         weight_decay=settings.weight_decay,
         fused=device.type in ("cpu", "cuda") or None,
     )
-
-
-def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 def _progress() -> Progress:

@@ -41,7 +41,7 @@ def run(folder: Path, monkeypatch, *overrides: str):
 
 
 def test_every_example_is_short():
-    assert len(FILES) == 8
+    assert len(FILES) == 10
     assert all(content.count("\n") < 40 for _, content in FILES)
 
 
@@ -77,9 +77,11 @@ def test_a_recovery_has_to_say_how_it_restores(users_folder, monkeypatch, capsys
 
 
 @pytest.mark.slow
-def test_a_corpus_of_ones_own_calibrates(users_folder, monkeypatch):
-    runs = run(users_folder, monkeypatch, "compression=wanda", "corpus=counting", "eval=[days]", "target=att")
-    assert any(run.report["compression"].get("calibration") for run in runs)
+def test_a_corpus_of_ones_own_calibrates_a_method_of_ones_own(users_folder, monkeypatch):
+    runs = run(users_folder, monkeypatch, "compression=quiet_inputs", "corpus=counting", "eval=[days]", "target=att")
+    (compressed,) = (run for run in runs if run.report["compression"].get("calibration"))
+    assert compressed.report["compression"]["method"] == "quiet_inputs"
+    assert compressed.report["compression"]["sparsity"] == pytest.approx(0.1, abs=0.01)
 
 
 def test_a_family_of_ones_own(monkeypatch):

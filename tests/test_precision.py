@@ -21,7 +21,6 @@ from knowledge_compression.evaluation.harness import Harness
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
 from knowledge_compression.models import Model, Target, precision
 from knowledge_compression.models.families import ARCHITECTURES, ENCODER
-from knowledge_compression.models.precision import bfloat16_gain, processor, resolve_scoring_dtype
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.tracker import NoTracker
 

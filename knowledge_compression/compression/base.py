@@ -1,88 +1,243 @@
-"""What every compression method is: a dataclass with one method.
+"""What every compression method is: a frozen dataclass that says what it is and does one thing to a layer.
 
-A method is one short file beside this one and one YAML under ``conf/compression/``; nothing is registered anywhere.
+A method is one short file in ``methods/`` and one YAML under ``conf/compression/``; nothing is registered anywhere.
+Choose the base class by what the method needs to know of a layer:
+
+- :class:`Layerwise`: the layer alone (``shrink``);
+- :class:`Ranked`: what each weight is worth beside the weights of all layers (``score``);
+- :class:`~knowledge_compression.compression.calibrated.Calibrated`: what the layer reads (``observe`` and ``solve``).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import ClassVar, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
 
-import torch
 from torch import LongTensor, Tensor, nn
 
-from knowledge_compression.compression.layer_reports import CompressionReport
+from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
+from knowledge_compression.compression.solve.patterns import Pattern
+from knowledge_compression.compression.solve.threshold import Cut, pieces, smallest
 from knowledge_compression.errors import BadInput
 from knowledge_compression.memory import peak_memory
 from knowledge_compression.models import Model, TargetLayer, Targets
+from knowledge_compression.models.families import FINAL
+from knowledge_compression.models.targets import ReplacedLinear
+
+SCOPES = ("global", "layer")
+
+Walk = Callable[[], Iterable[TargetLayer]]
+"""Gives layers one after the other; only of the one just given are the weights in memory for certain."""
 
 
-class Compression(Protocol):
+class Compression(ABC):
     """A way to make a model smaller.
 
     Attributes:
-        calibrated: whether ``compress`` needs calibration text.
-        layerwise: whether, without text, each layer is compressed by itself, so that a model can be streamed through.
+        name: what reports call it, e.g. ``gptq``.
+        calibrated: whether it needs calibration text.
+        modules: the modules that it puts in the place of linear layers; none where it changes weights alone.
+        takes_final: whether, where everything is compressed, it takes in the final layer too, as published.
     """
 
+    name: ClassVar[str]
     calibrated: ClassVar[bool] = False
+    modules: ClassVar[tuple[type[ReplacedLinear], ...]] = ()
+    takes_final: ClassVar[bool] = False
 
-    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
+    @property
+    def parts(self) -> Sequence[Compression]:
+        """The methods that this one is made of, in their order: itself, unless it is a pipeline."""
+        return (self,)
+
+    @property
+    def streams(self) -> bool:
+        """Whether it can compress a model from disk to disk: linear layers must stay linear layers."""
+        return not self.modules
+
+    @abstractmethod
+    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None = None) -> CompressionReport:
         """Compress the target layers in place.
 
         Args:
             model: the model whose network is changed.
             targets: the layers to touch; nothing else changes, but a tied head is untied first if it is among them.
-            calibration: token ids ``[samples, length]`` on the CPU where ``calibrated``, else None.
+            calibration: token ids ``[samples, length]``, int64 on the CPU, where :attr:`calibrated`.
 
         Returns:
             What was touched and reached.
 
         Raises:
-            BadInput: the settings do not fit these layers or this model.
+            BadInput: the settings do not fit these layers or this model, a target is quantized already, or its weights
+                are not finite.
         """
-        ...
 
 
-def stacked(layers: Sequence[TargetLayer]) -> Tensor:
-    """The weights of layers that read the same inputs as one, ``[sum of out_features, in_features]``.
+class Method(Compression):
+    """A compression of one step: it checks and changes layers, and the house measures what that took."""
 
-    That of a single layer is the layer's own and no copy: read it before the layer is written.
+    def check(self, targets: Targets) -> None:
+        """Refuse settings that do not fit these layers.
+
+        Raises:
+            BadInput: e.g. a group size that does not divide a layer's inputs.
+        """
+
+    @abstractmethod
+    def apply(self, model: Model, targets: Targets, calibration: LongTensor | None) -> list[LayerReport]:
+        """Compress the layers in place, and say what happened to each."""
+
+    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None = None) -> CompressionReport:
+        """Untie the head where it is among the targets, apply the method, and measure what that took."""
+        if self.takes_final and targets.takes_final_when_quantized:
+            targets = targets.with_final()
+        for layer in targets:
+            if isinstance(layer.module, ReplacedLinear):
+                raise BadInput(f"{layer.path} is quantized already; quantization comes last, after pruning")
+        self.check(targets)
+        report = CompressionReport(method=self.name, model_parameters=model.parameter_count())
+        if any(layer.role == FINAL for layer in targets):
+            model.untie_head()
+        report.model_bytes_before = memory_bytes(model.network)
+        start = time.perf_counter()
+        with peak_memory(model.device) as peak:
+            report.layers = self.apply(model, targets, calibration)
+        report.seconds = time.perf_counter() - start
+        report.peak_memory = peak.bytes
+        report.model_bytes_after = memory_bytes(model.network)
+        return report
+
+
+class LayerByLayer(Method):
+    """A method that takes one layer after the other, with no text."""
+
+    @abstractmethod
+    def shrinker(self, targets: Targets, walk: Walk, state: Any = None) -> Shrinker:
+        """What compresses a layer, when all that it must know of the others is known.
+
+        Args:
+            targets: all layers.
+            walk: gives them one after the other, in their order, each time it is called.
+            state: of a shrinker that was interrupted; the new one goes on behind the layers that it did.
+        """
+
+    def apply(self, model: Model, targets: Targets, calibration: LongTensor | None) -> list[LayerReport]:
+        """Compress the layers in their order."""
+        shrinker = self.shrinker(targets, lambda: targets)
+        return [shrinker(layer) for layer in targets]
+
+
+@dataclass(frozen=True)
+class Shrinker:
+    """Compresses a layer in place and times it.
+
+    Attributes:
+        shrink: does it, and says what happened.
+        cut: where a ranking of all layers' weights cuts, None where each layer stands for itself.
     """
-    weights = [layer.weight for layer in layers]
-    return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    shrink: Callable[[TargetLayer], LayerReport]
+    cut: Cut | None = None
+
+    def __call__(self, layer: TargetLayer) -> LayerReport:
+        """Compress the layer.
+
+        Raises:
+            BadInput: its weights are not finite.
+        """
+        start = time.perf_counter()
+        layer.check_finite()
+        report = self.shrink(layer)
+        report.seconds = time.perf_counter() - start
+        return report
+
+    @property
+    def state(self) -> Any:
+        """What a shrinker that goes on from here starts with, JSON-ready."""
+        return self.cut and self.cut.state
+
+
+class Layerwise(LayerByLayer):
+    """A method that needs to know nothing but the layer: write :meth:`shrink`."""
+
+    @abstractmethod
+    def shrink(self, layer: TargetLayer) -> LayerReport:
+        """Compress the layer: write into ``layer.weight`` (``[out_features, in_features]``), or put a module there.
+
+        Returns:
+            ``LayerReport.of(layer, ...)`` with what the method knows of bits and removed weights.
+        """
+
+    def shrinker(self, targets: Targets, walk: Walk, state: Any = None) -> Shrinker:
+        """Each layer stands for itself."""
+        return Shrinker(self.shrink)
+
+
+@dataclass(frozen=True)
+class Ranked(LayerByLayer):
+    """Set the weights of least worth to zero: write :meth:`score`.
+
+    Attributes:
+        sparsity: share of the targets' weights to remove, in [0, 1); ``round(sparsity * weights)`` go, as in
+            ``torch.nn.utils.prune``.
+        scope: ``global`` ranks the weights of all targets together, ``layer`` each layer's for itself.
+        pattern: ``n:m``, e.g. ``2:4``: keep n of every m neighbouring inputs; the sparsity is then that of the pattern.
+    """
+
+    sparsity: float
+    scope: str = "global"
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings that do not exist before anything is loaded."""
+        check_sparsity(self.sparsity)
+        if self.scope not in SCOPES:
+            raise BadInput(f"scope={self.scope} does not exist; choose one of {', '.join(SCOPES)}")
+        if self.pattern is not None:
+            Pattern.parse(self.pattern)
+
+    @abstractmethod
+    def score(self, layer: TargetLayer) -> Tensor:
+        """What each weight is worth, ``[out_features, in_features]``; the sign is ignored, the least goes first.
+
+        Called more than once for a layer, it gives the same each time. Of equal scores the first in forward order go.
+        """
+
+    def check(self, targets: Targets) -> None:
+        """Refuse a pattern that does not divide a layer's inputs."""
+        if self.pattern is not None:
+            Pattern.parse(self.pattern).check(targets)
+
+    def shrinker(self, targets: Targets, walk: Walk, state: Any = None) -> Shrinker:
+        """Rank all weights where the scope is global."""
+        if self.pattern is not None:
+            pattern = Pattern.parse(self.pattern)
+            return Shrinker(lambda layer: self._prune(layer, pattern.removes))
+        if self.scope == "layer":
+            return Shrinker(lambda layer: self._prune(layer, self._cut(layer.parameters, lambda: [layer]).removes))
+        cut = Cut(*state) if state else self._cut(targets.parameters, walk)
+        return Shrinker(partial(self._prune, removes=cut.removes), cut)
+
+    def _cut(self, weights: int, walk: Walk) -> Cut:
+        return smallest(lambda: map(self.score, walk()), round(self.sparsity * weights))
+
+    def _prune(self, layer: TargetLayer, removes: Callable[[Tensor], Tensor]) -> LayerReport:
+        removed = 0
+        for scores, weights in zip(pieces(self.score(layer)), pieces(layer.weight), strict=True):
+            mask = removes(scores)
+            weights.masked_fill_(mask, 0)
+            removed += int(mask.sum())
+        return LayerReport.of(layer, removed=removed)
 
 
 def check_sparsity(sparsity: float) -> None:
     """Refuse a share of weights to remove that lies outside [0, 1)."""
     if not 0.0 <= sparsity < 1.0:
         raise BadInput(f"sparsity={sparsity} is not a share to remove; it must lie in [0, 1), e.g. sparsity=0.2")
-
-
-@contextmanager
-def reporting(method: str, model: Model, targets: Targets) -> Iterator[CompressionReport]:
-    """Time a compression and take the model's size before and after; the body appends the layers.
-
-    Unties the head if it is among the targets, so that no method can forget to.
-
-    Raises:
-        BadInput: a target has given way to a module of integers already, whose weight cannot be written.
-    """
-    report = CompressionReport(method=method, model_parameters=model.parameter_count())
-    for layer in targets:
-        if getattr(layer.module, "replaces_linear", False):
-            raise BadInput(f"{layer.path} is quantized already; quantization comes last, after pruning")
-    if any(layer.role == "final" for layer in targets):
-        model.untie_head()
-    report.model_bytes_before = memory_bytes(model.network)
-    start = time.perf_counter()
-    with peak_memory(model.device) as peak:
-        yield report
-    report.seconds = time.perf_counter() - start
-    report.peak_memory = peak.bytes
-    report.model_bytes_after = memory_bytes(model.network)
 
 
 def memory_bytes(network: nn.Module) -> int:

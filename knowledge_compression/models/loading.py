@@ -17,9 +17,10 @@ import psutil
 import torch
 
 from knowledge_compression.cache import cached_folder
-from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
+from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.memory import reuse_freed_memory
 from knowledge_compression.models.content import files_fingerprint, folder_fingerprint
+from knowledge_compression.models.device import DTYPES, resolve_device, resolve_dtype
 from knowledge_compression.models.failures import one_line_failures, quiet
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, architecture_of
 from knowledge_compression.models.hub import cache_alone_where_no_hub_answers, cached_commit, commit_of
@@ -27,8 +28,6 @@ from knowledge_compression.models.model import Model
 from knowledge_compression.models.streamed import Checkpoint, StreamedModel
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ModelSource(Protocol):
@@ -271,29 +270,6 @@ class PackagedGguf(Packaged):
         fresh.load_state_dict(loaded.state_dict())
         fresh.save_pretrained(folder)
         AutoTokenizer.from_pretrained(source, gguf_file=self.file).save_pretrained(folder)
-
-
-def resolve_device(device: str) -> torch.device:
-    """A torch device from what the user typed; ``auto`` is the GPU when there is one."""
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"device={device} is not to be had here ({first_line(error)}); try device=auto") from None
-    return resolved
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    """A torch dtype from what the user typed; ``auto`` is float32 on a CPU and the checkpoint's own on a GPU."""
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    if dtype not in DTYPES:
-        raise BadInput(f"dtype={dtype} does not exist; choose one of auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
 
 
 def check_memory(skeleton: Model, device: str, dtype: str) -> None:

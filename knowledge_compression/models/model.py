@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,6 @@ class Model:
         reserved_positions: positions that a recovery's prompt takes away from every input.
         on_context: set by a recovery that chooses among prompts by the input. Whoever scores continuations calls
             :meth:`announce_context` before each forward pass, so that the choice never sees an answer.
-        hold: brings a block's weights into memory (see ``compression.walk.blocks.Hold``); None where they are there.
         on_items: set by a recovery that has something to say of each item, e.g. which prompt it chose; takes a suite's
             item table and gives it back with columns of its own.
         fallbacks: what could not be done as it was meant, for the record, e.g. smaller batches for want of memory.
@@ -50,7 +48,6 @@ class Model:
     on_items: Callable[[pl.DataFrame], pl.DataFrame] | None = field(default=None, repr=False)
     fallbacks: list[str] = field(default_factory=list, repr=False)
     original: Callable[[], Model] | None = field(default=None, repr=False)
-    hold: Callable[..., AbstractContextManager[None]] | None = field(default=None, repr=False)
     scored_in: torch.dtype | None = None
     objective: Any = field(default=None, repr=False)
 

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.model import Model
+from knowledge_compression.models.targets import ReplacedLinear
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def full_state(network: PreTrainedModel) -> dict[str, Tensor]:
 def _with_float_weights(network: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict, with the weights that they stand for in the place of what int8 modules hold."""
     state: dict[str, Tensor] = dict(network.state_dict())
-    ours = {path: module for path, module in network.named_modules() if getattr(module, "replaces_linear", False)}
+    ours = {path: module for path, module in network.named_modules() if isinstance(module, ReplacedLinear)}
     if not ours:
         return state
     log.warning("saving float weights for %d int8 layers; a plain model does not round its activations", len(ours))

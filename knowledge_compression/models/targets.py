@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -15,6 +16,41 @@ from knowledge_compression.models.families import FINAL, ROLES, TRANSFORM, archi
 from knowledge_compression.models.model import Model
 
 READINGS = ("module", "paper")
+
+
+class ReplacedLinear(nn.Module):
+    """What a compression puts in the place of a linear layer, and what is taken for one everywhere.
+
+    Attributes:
+        in_features, out_features: as ``nn.Linear`` has them.
+        bias: ``[out_features]`` or None.
+        bits: of one stored weight.
+    """
+
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+    bits: float
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight that the stored numbers stand for, ``[out_features, in_features]``; a copy, not to be written."""
+        raise NotImplementedError
+
+    @property
+    def overhead_bits(self) -> int:
+        """Bits for scales and the like, over the whole layer."""
+        raise NotImplementedError
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes this layer beside its buffers and its bias, JSON-ready."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_buffers(cls, buffers: Mapping[str, torch.Tensor], bias: Any, **settings: Any) -> Self:
+        """The layer that had these buffers, this bias and these :attr:`settings`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +90,22 @@ class TargetLayer:
         """Number of weights (biases are not compressed and not counted)."""
         return self.weight.numel()
 
-    def replace(self, module: nn.Module) -> None:
+    def check_finite(self) -> None:
+        """Refuse weights that are not finite, which every method would spread or hide.
+
+        Raises:
+            BadInput: some are not.
+        """
+        weight = self.weight
+        # A sum is finite only where all its terms are, and is had several times as fast as a look at each of them.
+        if not (bool(weight.sum(dtype=torch.float32).isfinite()) or bool(weight.isfinite().all())):
+            bad = int((~weight.isfinite()).sum())
+            raise BadInput(
+                f"{bad:,} of the {weight.numel():,} weights of {self.path} are not finite, so the model is damaged; "
+                "check the checkpoint, or load it in a wider type, e.g. dtype=float32"
+            )
+
+    def replace(self, module: ReplacedLinear) -> None:
         """Put another module in this layer's place."""
         self.network.set_submodule(self.path, module)
 
@@ -62,10 +113,18 @@ class TargetLayer:
 class Targets(Sequence[TargetLayer]):
     """An ordered selection of linear layers, in the order of the network's own modules."""
 
-    def __init__(self, layers: Sequence[TargetLayer], model: Model, reading: str = "module") -> None:
+    def __init__(
+        self,
+        layers: Sequence[TargetLayer],
+        model: Model,
+        reading: str = "module",
+        *,
+        takes_final_when_quantized: bool = False,
+    ) -> None:
         self._layers = list(layers)
         self._model = model
         self._reading = reading
+        self.takes_final_when_quantized = takes_final_when_quantized
 
     def __getitem__(self, index: int) -> TargetLayer:  # type: ignore[override]
         return self._layers[index]
@@ -138,7 +197,7 @@ class Target:
                 f"target={self.name} takes {', '.join(roles)}, which {model.name} ({model.network.config.model_type}) "
                 f"does not have; it has {', '.join(there)}"
             )
-        return Targets(chosen, model, self.reading)
+        return Targets(chosen, model, self.reading, takes_final_when_quantized=self.final_when_quantized)
 
 
 def linear_layers(model: Model, reading: str = "module") -> list[TargetLayer]:
@@ -166,4 +225,4 @@ def linear_layers(model: Model, reading: str = "module") -> list[TargetLayer]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies its input by a stored weight matrix: nn.Linear, Conv1D, or ours that replace them."""
-    return isinstance(module, (nn.Linear, Conv1D)) or getattr(module, "replaces_linear", False)
+    return isinstance(module, (nn.Linear, Conv1D, ReplacedLinear))

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import CROSS_ATT, DECODER_SELF_ATT, ENCODER_ATT, FF
-from knowledge_compression.models.targets import linear_layers
+from knowledge_compression.models.targets import ReplacedLinear, linear_layers
 from knowledge_compression.recovery.adapters import Adapter
 from knowledge_compression.recovery.base import RestoresBy
 from knowledge_compression.recovery.tuned import OneAdapter
@@ -82,6 +82,6 @@ def add_lora(model: Model, settings: Lora) -> nn.Module:
         fan_in_fan_out=isinstance(layers[0].module, Conv1D),
         bias="none",
     )
-    ours = {type(layer.module) for layer in layers if getattr(layer.module, "replaces_linear", False)}
+    ours = {type(layer.module) for layer in layers if isinstance(layer.module, ReplacedLinear)}
     config._register_custom_module(dict.fromkeys(ours, LoraLinear))
     return inject_adapter_in_model(config, model.network)

@@ -26,13 +26,15 @@ import torch
 from torch import nn
 
 from knowledge_compression.cache import cache_folder
+from knowledge_compression.compression.calibrated import Calibrated
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.experiment import Experiment
 from knowledge_compression.memory import reuse_freed_memory
 from knowledge_compression.models import Model
+from knowledge_compression.models.device import resolve_device, resolve_dtype
 from knowledge_compression.models.families import ENCODER_DECODER
-from knowledge_compression.models.loading import auto_class, resolve_device, resolve_dtype
+from knowledge_compression.models.loading import auto_class
 from knowledge_compression.models.targets import is_linear, linear_layers
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.timing import timed
@@ -49,7 +51,6 @@ _ITEM_BYTES = 100.0  # of a row of items.parquet
 # What a calibrated method's solving (columns one by one, the search for a grid) and a model's writing of its own
 # samples take, in products of matrices: fitted to one run of GPTQ on smollm2, held against others in docs/scaling.md.
 _SOLVING, _WRITING = 8, 4
-_SECOND_MOMENTS = ("gptq", "sparsegpt")  # methods that keep an input's second moments and solve with them
 
 
 @dataclass(frozen=True)
@@ -175,11 +176,16 @@ class Forecaster:
             self._written.add(written)
             forecast.macs += _WRITING * multiply_adds(skeleton, one_pass)
         one_pass = {layer.path: one_pass[layer.path] for layer in layers if layer.role != "final"}
-        forecast.macs += _passes_over_text(experiment.compression) * multiply_adds(skeleton, one_pass)
-        if experiment.settings["choices"].get("compression") in _SECOND_MOMENTS:
-            shapes = [layer.weight.shape for layer in targets]
-            forecast.macs += sum(tokens * width**2 + _SOLVING * (width**3 + rows * width**2) for rows, width in shapes)
-            forecast.memory += 12.0 * max(width**2 for _, width in shapes)
+        shapes = [layer.weight.shape for layer in targets]
+        for part in experiment.compression.parts:
+            if not isinstance(part, Calibrated):
+                continue
+            forecast.macs += part.walk.text_passes * multiply_adds(skeleton, one_pass)
+            if part.second_order:
+                forecast.macs += sum(
+                    tokens * width**2 + _SOLVING * (width**3 + rows * width**2) for rows, width in shapes
+                )
+                forecast.memory += 12.0 * max(width**2 for _, width in shapes)
 
     def _past_seconds(self, experiment: Experiment) -> float | None:
         """What this compression took in a finished run that did it for other settings behind it."""
@@ -242,13 +248,6 @@ class Forecaster:
                 if took and (work := self.work(experiment, skeleton, name)) is not None:
                     macs, seconds = macs + multiply_adds(skeleton, work.tokens), seconds + took
         return macs / seconds if seconds else None
-
-
-def _passes_over_text(compression: Any) -> int:
-    """How often the walk through the blocks (``compression/walk/blocks.py``) takes the text through each of them."""
-    if getattr(compression, "true_sequential", False):
-        return 1  # every linear is compressed on the way
-    return 3 if getattr(compression, "by_influence", False) else 2  # to observe, backward too, and with what came of it
 
 
 def rehearse(skeleton: Model, suite: Any) -> Work:

@@ -18,8 +18,9 @@ from knowledge_compression.corpora.world_text import sentence_windows
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.world_facts import WorldProbes
 from knowledge_compression.models import Model
+from knowledge_compression.models.device import resolve_device
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
-from knowledge_compression.models.loading import LocalModel, resolve_device
+from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.objectives import LastWords, MaskedTokens, NextToken, Objective, SpanCorruption
 from knowledge_compression.training import TrainingReport, TrainingSettings, train
 from knowledge_compression.world import files

@@ -9,7 +9,7 @@ the range in which float32 is exact.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any, Self
 from weakref import ReferenceType, ref
 
@@ -24,12 +24,14 @@ from knowledge_compression.compression.formats.two_of_four import (
     faster_product,
 )
 from knowledge_compression.errors import BadInput
+from knowledge_compression.models.device import DTYPES, Device
+from knowledge_compression.models.targets import ReplacedLinear
 
 GRANULARITIES = ("per_tensor", "per_channel")
 _SMALL = torch.finfo(torch.float32).eps  # least scale, as torch's observers have it
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(ReplacedLinear):
     """``y = x W^T + b`` in 8-bit integers, in the shape of ``nn.Linear``.
 
     ``per_tensor``: one scale for the weight, and one scale and zero point for the whole input in 7 bits, as
@@ -47,7 +49,7 @@ class Int8Linear(nn.Module):
         weight_sum: buffer ``[out_features]``, int32, what a zero point of one in the inputs adds to each output.
     """
 
-    replaces_linear = True  # models.targets takes it for a linear layer
+    bits = 8.0
 
     weight_int8: torch.Tensor
     weight_scale: torch.Tensor
@@ -58,8 +60,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None, granularity: str = "per_channel") -> None:
         super().__init__()
-        if granularity not in GRANULARITIES:
-            raise BadInput(f"granularity={granularity} does not exist; choose one of {', '.join(GRANULARITIES)}")
+        check_granularity(granularity)
         self.granularity = granularity
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
@@ -77,16 +78,21 @@ class Int8Linear(nn.Module):
         return cls(weight.T if isinstance(linear, Conv1D) else weight, bias, granularity)
 
     @property
+    def overhead_bits(self) -> int:
+        """Bits of the scales."""
+        return 32 * self.weight_scale.numel()
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What makes this layer beside its buffers and its bias, JSON-ready."""
         return {"granularity": self.granularity, "dtype": str(self.dtype).removeprefix("torch.")}
 
     @classmethod
-    def from_buffers(cls, buffers: Mapping[str, torch.Tensor], bias: Any, *, granularity: str, dtype: str) -> Self:
+    def from_buffers(cls, buffers: Mapping[str, torch.Tensor], bias: Any, **settings: Any) -> Self:
         """The layer that had these buffers, this bias and these :attr:`settings`."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.granularity, layer.dtype, layer.bias = granularity, getattr(torch, dtype), bias
+        layer.granularity, layer.dtype, layer.bias = settings["granularity"], DTYPES[settings["dtype"]], bias
         layer.out_features, layer.in_features = buffers["weight_int8"].shape
         for name, buffer in buffers.items():
             layer.register_buffer(name, buffer)
@@ -123,6 +129,12 @@ class Int8Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.granularity}"
 
 
+def check_granularity(granularity: str) -> None:
+    """Refuse a granularity that does not exist."""
+    if granularity not in GRANULARITIES:
+        raise BadInput(f"granularity={granularity} does not exist; choose one of {', '.join(GRANULARITIES)}")
+
+
 class _StraightThrough(torch.autograd.Function):
     """Integer products forward, the gradient of the product with the rounded weights backward."""
 
@@ -153,12 +165,13 @@ class _StraightThrough(torch.autograd.Function):
 def quantize_weight(weight: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric int8 of a weight ``[out, in]``, and its scale, ``[1]`` or ``[out]``; zeros stay zero.
 
-    The scale is the largest magnitude over 127.5, as in torch's symmetric observers.
+    The scale is the largest magnitude over 127.5, as in torch's symmetric observers; and as torch does, weights are
+    multiplied by its reciprocal, which settles ties otherwise than a division.
     """
     values = weight.float()
     largest = values.abs().amax(1) if granularity == "per_channel" else values.abs().amax()[None]
     scale = (largest / 127.5).clamp_min(_SMALL)
-    return (values / scale[:, None]).round_().clamp_(-128, 127).to(torch.int8), scale
+    return (values * scale.reciprocal()[:, None]).round_().clamp_(-128, 127).to(torch.int8), scale
 
 
 def quantize_tokens(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,11 +200,9 @@ def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Exact ``left @ right.T`` of int8 matrices ``[rows, inner]`` and ``[columns, inner]``, as int32."""
     if left.shape[1] == 1:  # torch 2.13's product on the CPU misreads matrices of one inner column
         return left.int() * right.T.int()
-    if left.is_cuda:
-        return _cuda_product(left, right)
-    if multiplies_int8(left.device.type):
-        return torch._int_mm(left, right.T)
-    return float_product(left, right)
+    if not Device.of(left.device).int8_products:
+        return float_product(left, right)
+    return _cuda_product(left, right) if left.is_cuda else torch._int_mm(left, right.T)
 
 
 def float_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -201,16 +212,6 @@ def float_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     for a, b in zip(left.split(step, 1), right.split(step, 1), strict=True):
         total += (a.float() @ b.float().T).to(torch.int32)
     return total
-
-
-@cache
-def multiplies_int8(device: str) -> bool:
-    """Whether torch has a product of int8 matrices on that kind of device."""
-    ones = torch.ones(32, 32, dtype=torch.int8, device=device)
-    try:
-        return bool((torch._int_mm(ones, ones) == 32).all())
-    except (RuntimeError, NotImplementedError):
-        return False
 
 
 def _cuda_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

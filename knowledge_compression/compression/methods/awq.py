@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
-from knowledge_compression.compression.base import stacked
-from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
+from knowledge_compression.compression.calibrated import Calibrated, Solved
 from knowledge_compression.compression.solve.grid import SCALE_BITS, Grid, plainly_rounded
-from knowledge_compression.compression.solve.hessian import Hessian, relative_errors
-from knowledge_compression.compression.walk.blocks import LayerInputs, compress_calibrated
+from knowledge_compression.compression.solve.hessian import Hessian
+from knowledge_compression.compression.walk.blocks import LayerInputs
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models import Model, TargetLayer, Targets
+from knowledge_compression.models import Targets
 
 
 class InputSizes(Hessian):
@@ -40,7 +37,7 @@ class InputSizes(Hessian):
 
 
 @dataclass(frozen=True)
-class Awq:
+class Awq(Calibrated[InputSizes]):
     """Multiply each input channel's weights by a power of its mean activation, round, and divide again.
 
     Linears that read the same inputs share the power, the one of ``steps`` between 0 (plain rounding) and 1 that makes
@@ -50,16 +47,13 @@ class Awq:
     Attributes:
         bits, group_size, symmetric: the grid (:class:`~knowledge_compression.compression.solve.grid.Grid`).
         steps: powers tried.
-        forward_dtype, device: see ``walk.blocks.compress_blocks``.
     """
 
     bits: int = 4
     group_size: int | None = 128
     symmetric: bool = False
     steps: int = 20
-    forward_dtype: str = "auto"
-    device: str | None = None
-    calibrated: ClassVar[bool] = True
+    name = "awq"
 
     def __post_init__(self) -> None:
         """Refuse an empty search."""
@@ -71,36 +65,25 @@ class Awq:
         """The grid that was asked for."""
         return Grid(self.bits, self.group_size, self.symmetric)
 
-    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
-        """Quantize the targets in place."""
+    def check(self, targets: Targets) -> None:
+        """Refuse groups that do not divide a layer."""
         self.grid.check(targets)
-        return compress_calibrated("awq", self, model, targets, calibration)
 
     def observe(self, in_features: int, device: torch.device) -> InputSizes:
         """The statistics that all linears with one input share."""
         return InputSizes(in_features, device)
 
-    def shrink(self, layers: Sequence[TargetLayer], statistics: InputSizes) -> list[LayerReport]:
-        """Quantize linears that read the same inputs as one tall weight."""
-        start = time.perf_counter()
-        hessian = statistics.matrix
-        weight = stacked(layers).to(hessian)
-        rounded = self.rounded(weight, hessian, statistics.magnitudes)
-        plain = plainly_rounded(weight, self.grid).dequantize().to(hessian)
-        reports, row = [], 0
-        for layer in layers:
-            rows = slice(row, row := row + len(layer.weight))
-            groups = layer.parameters // self.grid.width(weight.shape[1])
-            scale_bits = groups * (SCALE_BITS + (0 if self.symmetric else self.bits)) + SCALE_BITS * weight.shape[1]
-            report = LayerReport.of(layer, bits=float(self.bits))
-            report.overhead_bits = scale_bits
-            errors = relative_errors(weight[rows], [plain[rows], rounded[rows]], hessian)
-            report.error_before, report.error_after = errors
-            layer.weight.copy_(rounded[rows])  # only now, as the old weight may be the layer's own
-            report.fallbacks = ["dead_input"] * bool((statistics.magnitudes <= 0).any())
-            report.seconds = (time.perf_counter() - start) / len(layers)
-            reports.append(report)
-        return reports
+    def solve(self, weight: Tensor, statistics: InputSizes, heights: Sequence[int]) -> Solved:
+        """Round the weight with the power that makes its outputs' error least."""
+        inputs = weight.shape[1]
+        a_scale = SCALE_BITS + (0 if self.symmetric else self.bits)
+        return Solved(
+            weight=self.rounded(weight, statistics.matrix, statistics.magnitudes),
+            plain=plainly_rounded(weight, self.grid).dequantize().to(weight),
+            bits=float(self.bits),
+            overhead_bits=(inputs // self.grid.width(inputs) * a_scale, SCALE_BITS * inputs),
+            fallbacks=["dead_input"] * bool((statistics.magnitudes <= 0).any()),
+        )
 
     def rounded(self, weight: Tensor, hessian: Tensor, magnitudes: Tensor) -> Tensor:
         """The algorithm itself, which knows nothing of models.

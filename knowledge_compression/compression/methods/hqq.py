@@ -5,22 +5,20 @@ A file of our own: the published library swaps in layers without a floating ``.w
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
-from knowledge_compression.compression.base import reporting
-from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
+from knowledge_compression.compression.base import Layerwise
+from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.compression.solve.grid import SCALE_BITS, Grid
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models import Model, Targets
+from knowledge_compression.models import TargetLayer, Targets
 
 
 @dataclass(frozen=True)
-class Hqq:
+class Hqq(Layerwise):
     """Round to a grid whose zero points, any real numbers, make the few large errors count less; needs no text.
 
     Minimises ``sum |W - s (q - z)|^p`` with p < 1 over z: the errors are shrunk by the p-norm's proximal operator
@@ -38,33 +36,29 @@ class Hqq:
     beta: float = 10.0
     kappa: float = 1.01
     iterations: int = 20
-    calibrated: ClassVar[bool] = False
-    layerwise: ClassVar[bool] = True
+    name = "hqq"
 
     def __post_init__(self) -> None:
         """Refuse norms that have no such proximal operator."""
         if not 0.0 < self.p <= 1.0:
             raise BadInput(f"compression.p={self.p} is not a norm that HQQ solves for; it must lie in (0, 1], e.g. 0.7")
 
-    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
-        """Quantize the targets in place."""
-        grid = Grid(self.bits, self.group_size)
-        grid.check(targets)
-        with reporting("hqq", model, targets) as report:
-            for layer in targets:
-                start = time.perf_counter()
-                weight = layer.weight
-                groups = weight.float().unflatten(1, (-1, grid.width(weight.shape[1])))
-                weight.copy_(self.rounded(groups, grid).flatten(1))
-                report.layers.append(
-                    LayerReport.of(
-                        layer,
-                        bits=float(self.bits),
-                        overhead_bits=2 * SCALE_BITS * groups[..., 0].numel(),
-                        seconds=time.perf_counter() - start,
-                    )
-                )
-        return report
+    @property
+    def grid(self) -> Grid:
+        """The grid that was asked for, whose zero points are whole numbers no longer."""
+        return Grid(self.bits, self.group_size)
+
+    def check(self, targets: Targets) -> None:
+        """Refuse groups that do not divide a layer."""
+        self.grid.check(targets)
+
+    def shrink(self, layer: TargetLayer) -> LayerReport:
+        """Quantize the layer in place."""
+        weight = layer.weight
+        groups = weight.float().unflatten(1, (-1, self.grid.width(weight.shape[1])))
+        weight.copy_(self.rounded(groups, self.grid).flatten(1))
+        scales_and_zeros = 2 * groups[..., 0].numel()
+        return LayerReport.of(layer, bits=float(self.bits), overhead_bits=SCALE_BITS * scales_and_zeros)
 
     def rounded(self, weight: Tensor, grid: Grid) -> Tensor:
         """The weight on its fitted grid; scale and zero point are one for each run of the last dimension.

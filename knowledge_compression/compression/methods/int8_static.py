@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
-from knowledge_compression.compression.formats.int8_linear import GRANULARITIES, Int8Linear
-from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
-from knowledge_compression.compression.walk.blocks import LayerInputs, compress_calibrated
-from knowledge_compression.errors import BadInput
-from knowledge_compression.models import Model, TargetLayer, Targets
+from knowledge_compression.compression.calibrated import Calibrated, Solved
+from knowledge_compression.compression.formats.int8_linear import Int8Linear, check_granularity
+from knowledge_compression.compression.walk.blocks import LayerInputs, Statistics
+from knowledge_compression.models import TargetLayer
 
 
-class InputRange:
+class InputRange(Statistics):
     """The least and the greatest input, of all channels together."""
 
     def __init__(self, device: torch.device) -> None:
@@ -52,6 +50,11 @@ class StaticInt8Linear(Int8Linear):
         self.register_buffer("input_scale", scale)
         self.register_buffer("input_zero", (-least.to(scale) / scale).round().clamp(0, 127).to(torch.int32))
 
+    @property
+    def overhead_bits(self) -> int:
+        """Bits of the scales, and of the inputs' scale and zero point."""
+        return super().overhead_bits + 2 * 32
+
     def round_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Integers 0 to 127 of float32 inputs, and the scale and zero point, which are always the same."""
         integers = (rows / self.input_scale).round_().add_(self.input_zero).clamp_(0, 127).to(torch.int8)
@@ -59,7 +62,7 @@ class StaticInt8Linear(Int8Linear):
 
 
 @dataclass(frozen=True)
-class Int8Static:
+class Int8Static(Calibrated[InputRange]):
     """Put int8 layers in the place of the targets that round their inputs to a range fixed beforehand.
 
     The range of a layer's inputs is all that the calibration text shows of them, zero included; what lies outside later
@@ -67,38 +70,25 @@ class Int8Static:
 
     Attributes:
         granularity: ``per_channel`` (one scale a weight row) or ``per_tensor`` (one a weight).
-        forward_dtype, device: see ``walk.blocks.compress_blocks``.
     """
 
     granularity: str = "per_channel"
-    forward_dtype: str = "auto"
-    device: str | None = None
-    calibrated: ClassVar[bool] = True
+    name = "int8_static"
+    modules = (StaticInt8Linear,)
 
     def __post_init__(self) -> None:
         """Refuse a granularity that does not exist."""
-        if self.granularity not in GRANULARITIES:
-            raise BadInput(f"granularity={self.granularity} does not exist; choose one of {', '.join(GRANULARITIES)}")
-
-    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
-        """Replace the targets in the network."""
-        return compress_calibrated("int8_static", self, model, targets, calibration)
+        check_granularity(self.granularity)
 
     def observe(self, in_features: int, device: torch.device) -> InputRange:
         """The range that all linears with one input share."""
         return InputRange(device)
 
-    def shrink(self, layers: Sequence[TargetLayer], statistics: InputRange) -> list[LayerReport]:
-        """Replace linears that read the same inputs."""
-        reports = []
-        for layer in layers:
-            start = time.perf_counter()
-            static = StaticInt8Linear(
-                layer.weight, layer.module.bias, self.granularity, statistics.least, statistics.greatest
-            )
-            report = LayerReport.of(layer, bits=8.0)
-            report.overhead_bits = 32 * (static.weight_scale.numel() + 2)
-            layer.replace(static)
-            report.seconds = time.perf_counter() - start
-            reports.append(report)
-        return reports
+    def solve(self, weight: Tensor, statistics: InputRange, heights: Sequence[int]) -> Solved:
+        """Replace the linears by int8 layers with this range."""
+        seen = statistics.least, statistics.greatest
+
+        def module(layer: TargetLayer) -> StaticInt8Linear:
+            return StaticInt8Linear(layer.weight, layer.module.bias, self.granularity, *seen)
+
+        return Solved(module=module)

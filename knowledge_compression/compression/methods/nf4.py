@@ -6,24 +6,22 @@ for whoever reads that attribute (T5 does), nor can they be saved as plain float
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
-from knowledge_compression.compression.base import reporting
-from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
+from knowledge_compression.compression.base import Layerwise
+from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models import Model, Targets
+from knowledge_compression.models import TargetLayer
 
 _SCALE_BITS, _DOUBLE_BLOCK = 32, 256
 
 
 @dataclass(frozen=True)
-class Nf4:
+class Nf4(Layerwise):
     """Round weights, block by block, to sixteen levels times the block's largest magnitude; needs no text.
 
     Attributes:
@@ -34,31 +32,19 @@ class Nf4:
 
     block_size: int = 64
     double_quant: bool = False
-    calibrated: ClassVar[bool] = False
-    layerwise: ClassVar[bool] = True
+    name = "nf4"
 
     def __post_init__(self) -> None:
         """Refuse empty blocks."""
         if self.block_size < 1:
             raise BadInput(f"compression.block_size={self.block_size} is not a number of weights; choose e.g. 64")
 
-    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
-        """Round the targets in place."""
-        with reporting("nf4", model, targets) as report:
-            for layer in targets:
-                start = time.perf_counter()
-                weight = layer.weight
-                weight.copy_(self.rounded(weight))
-                blocks = -(-weight.numel() // self.block_size)
-                report.layers.append(
-                    LayerReport.of(
-                        layer,
-                        bits=4.0,
-                        overhead_bits=self._scale_bits(blocks),
-                        seconds=time.perf_counter() - start,
-                    )
-                )
-        return report
+    def shrink(self, layer: TargetLayer) -> LayerReport:
+        """Round the layer's weights in place."""
+        weight = layer.weight
+        weight.copy_(self.rounded(weight))
+        blocks = -(-weight.numel() // self.block_size)
+        return LayerReport.of(layer, bits=4.0, overhead_bits=self._scale_bits(blocks))
 
     def rounded(self, weight: Tensor) -> Tensor:
         """The nearest values that NF4 can store, in the weight's shape, computed in float32."""

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import LongTensor
 
-from knowledge_compression.compression.base import reporting
-from knowledge_compression.compression.layer_reports import CompressionReport
+from knowledge_compression.compression.base import Method
+from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.models import Model, Targets
 
 
 @dataclass(frozen=True)
-class NoCompression:
+class NoCompression(Method):
     """Leave the model as it is."""
 
-    calibrated: ClassVar[bool] = False
+    name = "none"
+    streams = False  # there is nothing to write
 
-    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
-        """Touch nothing and report the model's size."""
-        with reporting("none", model, targets) as report:
-            pass
-        return report
+    def apply(self, model: Model, targets: Targets, calibration: LongTensor | None) -> list[LayerReport]:
+        """Touch nothing."""
+        return []

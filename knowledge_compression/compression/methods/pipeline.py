@@ -15,7 +15,7 @@ from knowledge_compression.models import Model, Targets
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class Pipeline(Compression):
     """Several compressions in the order given.
 
     Attributes:
@@ -23,6 +23,7 @@ class Pipeline:
     """
 
     steps: Sequence[Compression]
+    streams = False  # each step would be a pass over the checkpoint
 
     def __post_init__(self) -> None:
         """Refuse an empty list."""
@@ -30,10 +31,20 @@ class Pipeline:
             raise BadInput("compression.steps is empty; name at least one compression")
 
     @property
-    def calibrated(self) -> bool:
+    def name(self) -> str:  # type: ignore[override]
+        """The names of the steps, e.g. ``magnitude+int8_dynamic``."""
+        return "+".join(step.name for step in self.steps)
+
+    @property
+    def calibrated(self) -> bool:  # type: ignore[override]
         """Whether any step needs calibration text."""
         return any(step.calibrated for step in self.steps)
 
-    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
+    @property
+    def parts(self) -> Sequence[Compression]:
+        """The steps."""
+        return [part for step in self.steps for part in step.parts]
+
+    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None = None) -> CompressionReport:
         """Do every step in place and add up what they report."""
         return reduce(followed_by, [step.compress(model, targets, calibration) for step in self.steps])

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-from typing import ClassVar
 
-from torch import LongTensor
-
-from knowledge_compression.compression.base import reporting
-from knowledge_compression.compression.layer_reports import CompressionReport
-from knowledge_compression.compression.solve.grid import Grid, plainly_rounded, quantized_report
-from knowledge_compression.models import Model, Targets
+from knowledge_compression.compression.base import Layerwise
+from knowledge_compression.compression.layer_reports import LayerReport
+from knowledge_compression.compression.solve.grid import Grid, plainly_rounded
+from knowledge_compression.models import TargetLayer, Targets
 
 
 @dataclass(frozen=True)
-class Rtn:
+class Rtn(Layerwise):
     """Round every weight to the nearest point of its row's (or group's) grid; needs no text.
 
     Attributes:
@@ -28,17 +24,19 @@ class Rtn:
     symmetric: bool = False
     clip: str = "minmax"
     scale_bits: int = 32
-    calibrated: ClassVar[bool] = False
-    layerwise: ClassVar[bool] = True
+    name = "rtn"
 
-    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
-        """Quantize the targets in place."""
-        grid = Grid(self.bits, self.group_size, self.symmetric, self.clip, self.scale_bits)
-        grid.check(targets, whole=False)
-        with reporting("rtn", model, targets) as report:
-            for layer in targets:
-                start = time.perf_counter()
-                rounded = plainly_rounded(layer.weight, grid)
-                rounded.put_into(layer)
-                report.layers.append(quantized_report(layer, rounded, time.perf_counter() - start))
-        return report
+    @property
+    def grid(self) -> Grid:
+        """The grid that was asked for."""
+        return Grid(self.bits, self.group_size, self.symmetric, self.clip, self.scale_bits)
+
+    def check(self, targets: Targets) -> None:
+        """Refuse groups wider than a layer."""
+        self.grid.check(targets, whole=False)
+
+    def shrink(self, layer: TargetLayer) -> LayerReport:
+        """Quantize the layer in place."""
+        rounded = plainly_rounded(layer.weight, self.grid)
+        rounded.put_into(layer)
+        return rounded.report(layer)

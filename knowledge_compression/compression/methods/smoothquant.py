@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
+from knowledge_compression.compression.calibrated import Calibrated, Solved
 from knowledge_compression.compression.formats.int8_linear import Int8Linear, quantize_tokens
-from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
-from knowledge_compression.compression.walk.blocks import LayerInputs, compress_calibrated
+from knowledge_compression.compression.walk.blocks import LayerInputs, Statistics
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models import Model, TargetLayer, Targets
+from knowledge_compression.models import TargetLayer
 
 
-class LargestInputs:
+class LargestInputs(Statistics):
     """The largest magnitude of each input channel."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -47,6 +46,11 @@ class SmoothedInt8Linear(Int8Linear):
         self.register_buffer("input_factor", divisor.reciprocal())
 
     @property
+    def overhead_bits(self) -> int:
+        """Bits of the scales and the divisor."""
+        return super().overhead_bits + 32 * self.in_features
+
+    @property
     def weight(self) -> Tensor:
         """The weights that the integers stand for, for inputs as they come, ``[out_features, in_features]``."""
         return (self.weight_int8 * self.weight_scale[:, None] * self.input_factor).to(self.dtype)
@@ -57,7 +61,7 @@ class SmoothedInt8Linear(Int8Linear):
 
 
 @dataclass(frozen=True)
-class SmoothQuant:
+class SmoothQuant(Calibrated[LargestInputs]):
     """Put int8 layers in the place of the targets that divide their inputs, channel by channel, before they round them.
 
     Linears that read the same inputs share one divisor, ``max|X_j|^alpha / max|W_j|^(1 - alpha)`` (eq. 4), so that it
@@ -66,58 +70,41 @@ class SmoothQuant:
 
     Attributes:
         alpha: how much of the outliers moves into the weights, in [0, 1].
-        forward_dtype, device: see ``walk.blocks.compress_blocks``.
     """
 
     alpha: float = 0.5
-    forward_dtype: str = "auto"
-    device: str | None = None
-    calibrated: ClassVar[bool] = True
+    name = "smoothquant"
+    modules = (SmoothedInt8Linear,)
 
     def __post_init__(self) -> None:
         """Refuse shares outside [0, 1]."""
         if not 0.0 <= self.alpha <= 1.0:
             raise BadInput(f"compression.alpha={self.alpha} is not a share; it must lie in [0, 1], e.g. 0.5")
 
-    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
-        """Replace the targets in the network."""
-        return compress_calibrated("smoothquant", self, model, targets, calibration)
-
     def observe(self, in_features: int, device: torch.device) -> LargestInputs:
         """The channel maxima that all linears with one input share."""
         return LargestInputs(in_features, device)
 
-    def shrink(self, layers: Sequence[TargetLayer], statistics: LargestInputs) -> list[LayerReport]:
-        """Replace linears that read the same inputs."""
-        start = time.perf_counter()
-        divisor, dead = self.divisor([layer.weight for layer in layers], statistics.largest)
-        reports = []
-        for layer in layers:
-            smoothed = SmoothedInt8Linear(layer.weight, layer.module.bias, divisor.to(layer.weight.device))
-            reports.append(
-                LayerReport.of(
-                    layer,
-                    bits=8.0,
-                    overhead_bits=32 * (len(smoothed.weight_scale) + len(divisor)),
-                    fallbacks=["dead_input"] * dead,
-                )
-            )
-            layer.replace(smoothed)
-        for report in reports:
-            report.seconds = (time.perf_counter() - start) / len(reports)
-        return reports
+    def solve(self, weight: Tensor, statistics: LargestInputs, heights: Sequence[int]) -> Solved:
+        """Replace the linears by int8 layers that divide by what suits all of them."""
+        divisor, dead = self.divisor(weight, statistics.largest)
 
-    def divisor(self, weights: Sequence[Tensor], largest: Tensor) -> tuple[Tensor, bool]:
+        def module(layer: TargetLayer) -> SmoothedInt8Linear:
+            return SmoothedInt8Linear(layer.weight, layer.module.bias, divisor.to(layer.weight.device))
+
+        return Solved(module=module, fallbacks=["dead_input"] * dead)
+
+    def divisor(self, weight: Tensor, largest: Tensor) -> tuple[Tensor, bool]:
         """What the inputs are divided by.
 
         Args:
-            weights: of the linears that read these inputs, each ``[out_features, in_features]``.
+            weight: of all linears that read these inputs, ``[out_features, in_features]``.
             largest: the largest magnitude of each input channel, ``[in_features]``.
 
         Returns:
             The divisors, float32 ``[in_features]``, and whether a channel, being dead, was left as it is.
         """
-        heaviest = torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0)
+        heaviest = weight.float().abs().amax(0)
         alive = (largest > 0) & (heaviest > 0)
         divisor = largest.pow(self.alpha) / heaviest.pow(1 - self.alpha)
         return torch.where(alive, divisor.clamp(min=1e-5), 1.0), not bool(alive.all())

@@ -2,47 +2,26 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
-from knowledge_compression.compression.base import check_sparsity, stacked
-from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
+from knowledge_compression.compression.base import check_sparsity
+from knowledge_compression.compression.calibrated import SecondOrder, Solved
 from knowledge_compression.compression.solve.compensation import compensate
-from knowledge_compression.compression.solve.grid import SCALE_BITS, Grid, GroupedColumns, QuantizedWeight
-from knowledge_compression.compression.solve.hessian import Hessian, check_damping, inverse_factor, relative_errors
+from knowledge_compression.compression.solve.grid import SCALE_BITS, Grid, GroupedColumns
+from knowledge_compression.compression.solve.hessian import Hessian, inverse_factor
+from knowledge_compression.compression.solve.patterns import Pattern
 from knowledge_compression.compression.solve.refit import refit
 from knowledge_compression.compression.solve.threshold import smallest
-from knowledge_compression.compression.solve.unstructured import Pattern
-from knowledge_compression.compression.walk.blocks import compress_calibrated
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models import Model, TargetLayer, Targets
+from knowledge_compression.models import Targets
 
 
 @dataclass(frozen=True)
-class Pruned:
-    """What became of a weight.
-
-    Attributes:
-        weight: the new values, float32 ``[out_features, in_features]``.
-        mask: what was removed, bool of the same shape.
-        quantized: the same values as integers, where they were quantized too.
-        damping, fallbacks: of the Hessian, as in ``solve.hessian.InverseFactor``.
-    """
-
-    weight: Tensor
-    mask: Tensor
-    quantized: QuantizedWeight | None
-    damping: float | None
-    fallbacks: list[str]
-
-
-@dataclass(frozen=True)
-class SparseGpt:
+class SparseGpt(SecondOrder):
     """Prune with the curvature of each layer's output error on calibration text, and quantize in the same sweep.
 
     ``docs/calibrated-compression.md`` gives the reason for each default with its figures; the published script's are
@@ -53,13 +32,9 @@ class SparseGpt:
         pattern: ``n:m``, e.g. ``2:4``: keep n of every m neighbouring inputs; the sparsity is then that of the pattern.
         bits: width of the codes that the kept weights are rounded to as well; None leaves them as they are.
         group_size, symmetric, clip, scale_bits: the grid, where ``bits`` is given.
-        damping: what is added to the Hessian's diagonal, relative to its mean.
         block_size: columns among which the weights that go are chosen together (without a pattern).
         refit: steps of conjugate gradients by which the kept weights are fitted together when it is settled which they
             are; 0 leaves them as the sweep put them, and so do ``bits``, whose grid they would leave.
-        by_influence: weigh each token by how far an error there moves the block's output; looks at whole blocks, so
-            ``true_sequential`` must be false then.
-        true_sequential, forward_dtype, device: see ``walk.blocks.compress_blocks``.
     """
 
     sparsity: float
@@ -69,14 +44,9 @@ class SparseGpt:
     symmetric: bool = False
     clip: str = "mse"
     scale_bits: int = SCALE_BITS
-    damping: float = 0.01
     block_size: int = 128
     refit: int = 3
-    true_sequential: bool = True
-    by_influence: bool = False
-    forward_dtype: str = "auto"
-    device: str | None = None
-    calibrated: ClassVar[bool] = True
+    name = "sparsegpt"
 
     @property
     def grid(self) -> Grid | None:
@@ -90,59 +60,22 @@ class SparseGpt:
         """The pattern that was asked for, if any."""
         return Pattern.parse(self.pattern) if self.pattern is not None else None
 
-    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
-        """Prune the targets in place."""
+    def check(self, targets: Targets) -> None:
+        """Refuse a sparsity, damping, pattern or grid that does not fit."""
         check_sparsity(self.sparsity)
-        check_damping(self.damping)
+        super().check(targets)
         if self.refit < 0:
             raise BadInput(f"compression.refit={self.refit} is not a number of steps; choose 3, or 0 for none")
         if self.shape:
             self.shape.check(targets)
         if self.grid:
             self.grid.check(targets, whole=False)
-        walk = {"true_sequential": self.true_sequential, "by_influence": self.by_influence}
-        return compress_calibrated("sparsegpt", self, model, targets, calibration, **walk)
 
-    def observe(self, in_features: int, device: torch.device) -> Hessian:
-        """The Hessian that all linears with one input share."""
-        return Hessian(in_features, device)
+    def solve(self, weight: Tensor, statistics: Hessian, heights: Sequence[int]) -> Solved:
+        """Prune the weight, each layer in it to its own exact sparsity."""
+        return self.prune(weight, statistics.matrix, heights)
 
-    def shrink(self, layers: Sequence[TargetLayer], statistics: Hessian) -> list[LayerReport]:
-        """Prune linears that read the same inputs as one tall weight, each to its own exact sparsity."""
-        start = time.perf_counter()
-        hessian = statistics.matrix
-        weight = stacked(layers).to(hessian)
-        heights = [len(layer.weight) for layer in layers]
-        pruned = self.prune(weight, hessian, heights)
-        seconds = (time.perf_counter() - start) / len(layers)
-        reports = []
-        for layer, old, new, mask in zip(
-            layers, weight.split(heights), pruned.weight.split(heights), pruned.mask.split(heights), strict=True
-        ):
-            stored = new.to(layer.weight)
-            before, after = relative_errors(old, [old.masked_fill(mask, 0), stored], hessian)
-            layer.weight.copy_(stored)  # only now, as the old weight may be the layer's own
-            reports.append(
-                LayerReport.of(
-                    layer,
-                    removed=int(mask.sum()),
-                    error_before=before,
-                    error_after=after,
-                    damping=pruned.damping,
-                    fallbacks=list(pruned.fallbacks),
-                    seconds=seconds,
-                )
-            )
-        if pruned.quantized:
-            row = 0
-            for layer, report in zip(layers, reports, strict=True):
-                part = pruned.quantized.rows(row, row := row + len(layer.weight))
-                part.put_into(layer)
-                report.bits, report.overhead_bits = float(part.grid.bits), part.grid.overhead_bits
-                report.fallbacks += ["short_group"] * (not part.grid.groups_alike)
-        return reports
-
-    def prune(self, weight: Tensor, hessian: Tensor, heights: Sequence[int] | None = None) -> Pruned:
+    def prune(self, weight: Tensor, hessian: Tensor, heights: Sequence[int] | None = None) -> Solved:
         """The algorithm itself, which knows nothing of models.
 
         Args:
@@ -193,7 +126,7 @@ class SparseGpt:
         if damping is not None and not groups:
             refit(turned, weight.T, ~mask, hessian, damping=damping, steps=self.refit)
         quantized = groups.quantized(turned, columns) if groups else None
-        return Pruned(turned.T, mask.T, quantized, damping, fallbacks)
+        return Solved(weight=turned.T, quantized=quantized, removed=mask.T, damping=damping, fallbacks=fallbacks)
 
 
 def _smallest(scores: Tensor, count: int) -> Tensor:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from torch import LongTensor
 
-from knowledge_compression.compression.base import check_sparsity, reporting
-from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
+from knowledge_compression.compression.base import Layerwise, check_sparsity
+from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models import Model, Targets
+from knowledge_compression.models import TargetLayer
 
 NORMS = {"1": 1.0, "1.0": 1.0, "2": 2.0, "2.0": 2.0, "inf": math.inf}
 
 
 @dataclass(frozen=True)
-class Structured:
-    """Set the rows or columns of smallest norm to zero, in each layer the same share.
+class Structured(Layerwise):
+    """Set the rows or columns of smallest norm to zero, in each layer the same share; needs no text.
 
     The semantics are those of ``torch.nn.utils.prune.ln_structured``; a bias stays. Among equal norms the first go.
 
@@ -33,7 +30,7 @@ class Structured:
     sparsity: float
     dim: int = 0
     norm: float | str = 1
-    calibrated: ClassVar[bool] = False
+    name = "structured"
 
     def __post_init__(self) -> None:
         """Refuse settings that do not exist before anything is loaded."""
@@ -43,19 +40,10 @@ class Structured:
         if str(self.norm) not in NORMS:
             raise BadInput(f"norm={self.norm} does not exist; choose one of 1, 2, inf")
 
-    def compress(self, model: Model, targets: Targets, calibration: LongTensor | None) -> CompressionReport:
-        """Prune the targets in place."""
-        with reporting("structured", model, targets) as report:
-            for layer in targets:
-                start, weight = time.perf_counter(), layer.weight
-                norms = torch.linalg.vector_norm(weight, NORMS[str(self.norm)], dim=1 - self.dim, dtype=torch.float32)
-                gone = norms.argsort(stable=True)[: round(self.sparsity * len(norms))]
-                weight.index_fill_(self.dim, gone, 0)
-                report.layers.append(
-                    LayerReport.of(
-                        layer,
-                        removed=len(gone) * weight.shape[1 - self.dim],
-                        seconds=time.perf_counter() - start,
-                    )
-                )
-        return report
+    def shrink(self, layer: TargetLayer) -> LayerReport:
+        """Prune the layer in place."""
+        weight = layer.weight
+        norms = torch.linalg.vector_norm(weight, NORMS[str(self.norm)], dim=1 - self.dim, dtype=torch.float32)
+        gone = norms.argsort(stable=True)[: round(self.sparsity * len(norms))]
+        weight.index_fill_(self.dim, gone, 0)
+        return LayerReport.of(layer, removed=len(gone) * weight.shape[1 - self.dim])

@@ -118,6 +118,15 @@ class QuantizedWeight:
         # Neither a parameter nor in the state dict.
         layer.module.__dict__["quantized_weight"] = self.grid if exact else self
 
+    def report(self, layer: TargetLayer) -> LayerReport:
+        """What became of a layer that got these codes."""
+        return LayerReport.of(
+            layer,
+            bits=float(self.grid.bits),
+            overhead_bits=self.grid.overhead_bits,
+            fallbacks=[] if self.grid.groups_alike else ["short_group"],
+        )
+
 
 def quantized_weight(layer: TargetLayer) -> QuantizedWeight | None:
     """The integers behind a layer's weight; None where it has none, or its weight was changed since."""
@@ -321,14 +330,3 @@ def plainly_rounded(weight: Tensor, grid: Grid, importance: Tensor | None = None
             parts.append((grid.encode(grouped, scales, zeros).flatten(1), scales[..., 0], zeros[..., 0]))
     codes, scales, zeros = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
     return QuantizedWeight.made(codes, scales, zeros, torch.arange(inputs) // width, grid)
-
-
-def quantized_report(layer: TargetLayer, weight: QuantizedWeight, seconds: float) -> LayerReport:
-    """The part of a layer's report that follows from its codes."""
-    return LayerReport.of(
-        layer,
-        bits=float(weight.grid.bits),
-        overhead_bits=weight.grid.overhead_bits,
-        fallbacks=["short_group"] * (not weight.grid.groups_alike),
-        seconds=seconds,
-    )

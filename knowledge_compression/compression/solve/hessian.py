@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from knowledge_compression.compression.walk.blocks import LayerInputs
-from knowledge_compression.errors import BadInput
+from knowledge_compression.compression.walk.blocks import LayerInputs, Statistics
 
 STRIPS = 12  # parts in which a triangle is multiplied: 13/24 of the work of the whole matrix
 _LEAF = 128  # rows of a triangle that is inverted at once
@@ -18,7 +17,7 @@ _PIECE = 1 << 18  # numbers that are turned at once
 LADDER = 4  # times the damping is raised tenfold before a layer falls back
 
 
-class Hessian:
+class Hessian(Statistics):
     """``H = mean of x xᵀ`` over the tokens of the calibration text (GPTQ, Frantar et al. 2023, eq. 1 without the 2).
 
     Where the walk tells the influence of each token, the mean is weighted by it: the error that counts is then that of
@@ -54,6 +53,11 @@ class Hessian:
                 square.copy_((square + square.T).mul_(0.5))  # influence may round its two halves differently
         return matrix
 
+    @property
+    def second_moments(self) -> Tensor:
+        """:attr:`matrix`."""
+        return self.matrix
+
 
 def _strips(size: int) -> Iterator[tuple[int, int]]:
     width = math.ceil(size / STRIPS)
@@ -77,12 +81,6 @@ class InverseFactor:
     pivots: Tensor
     damping: float
     fallbacks: list[str] = field(default_factory=list)
-
-
-def check_damping(damping: float) -> None:
-    """Refuse a damping that cannot make a matrix more definite."""
-    if damping <= 0:
-        raise BadInput(f"compression.damping={damping} must be above 0, e.g. 0.01")
 
 
 def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None) -> InverseFactor | None:

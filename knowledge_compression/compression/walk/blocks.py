@@ -10,9 +10,10 @@ network itself, and nothing here knows an architecture.
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -23,15 +24,13 @@ from rich.progress import Progress
 from torch import LongTensor, Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from knowledge_compression.compression.base import reporting
-from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
+from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.compression.walk.layer_inputs import finite, first_tensor, reading, sharing
 from knowledge_compression.compression.walk.suspended import SuspendedForward, marked
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Targets
+from knowledge_compression.models.device import Device, multiplied_in
 from knowledge_compression.models.families import DECODER, ENCODER
-from knowledge_compression.models.loading import resolve_device
-from knowledge_compression.models.precision import multiplied_in
 from knowledge_compression.models.targets import TargetLayer
 
 TOKENS_PER_BATCH = 4096
@@ -52,12 +51,17 @@ class LayerInputs:
     influence: Tensor | None = None
 
 
-class Statistics(Protocol):
+class Statistics(ABC):
     """What a method keeps of a layer's inputs; one is made for all linears that read the same tensor."""
 
+    @abstractmethod
     def update(self, inputs: LayerInputs) -> None:
         """Take in one batch."""
-        ...
+
+    @property
+    def second_moments(self) -> Tensor | None:
+        """``mean of x xᵀ``, float32 ``[in_features, in_features]``, where it is kept: it tells output errors."""
+        return None
 
 
 S = TypeVar("S", bound=Statistics)
@@ -79,6 +83,34 @@ class BlockMethod(Protocol[S]):
         ...
 
 
+@dataclass(frozen=True)
+class WalkSettings:
+    """How a walk goes through the blocks.
+
+    Attributes:
+        true_sequential: observe and compress the linears of a block in the order in which they run, each on what those
+            before it now give; then every linear is run only once. Else all are observed on the block as it was. A
+            block that is used many times is always observed whole.
+        by_influence: tell the method, too, how far an error at each token moves the block's output (one backward pass
+            through each block, which must be whole).
+        device: where blocks are computed, one at a time, e.g. ``cuda:0``; None where they lie.
+        forward_dtype: type of the products in the forward passes of a float32 network: ``auto`` (see
+            ``models.device``), ``bfloat16`` or ``float32``.
+    """
+
+    true_sequential: bool = False
+    by_influence: bool = False
+    device: str | None = None
+    forward_dtype: str = "auto"
+
+    @property
+    def text_passes(self) -> int:
+        """How often the calibration text runs through each block, which is what a forecast counts."""
+        if self.true_sequential:
+            return 1  # every linear is compressed on the way
+        return 3 if self.by_influence else 2  # to observe, perhaps backwards too, and with what came of it
+
+
 # Brings a block (its module path and module) to where it is computed for as long as the context is open; the reports,
 # by layer path, are those of all layers compressed so far, and grow while it is open.
 Hold = Callable[[str, nn.Module, Mapping[str, LayerReport]], AbstractContextManager[None]]
@@ -89,11 +121,8 @@ def compress_blocks(
     targets: Targets,
     calibration: LongTensor | None,
     method: BlockMethod[S],
+    settings: WalkSettings,
     *,
-    true_sequential: bool = False,
-    by_influence: bool = False,
-    device: str | None = None,
-    forward_dtype: str = "auto",
     hold: Hold | None = None,
     tokens_per_batch: int | None = None,
 ) -> list[LayerReport]:
@@ -106,17 +135,10 @@ def compress_blocks(
         targets: the layers to compress; a block with none of them is only run.
         calibration: token ids ``[samples, length]``. An encoder-decoder reads the first half of each window and its
             decoder says the second.
-        method: what to observe and what to do with it.
-        true_sequential: observe and compress the linears of a block in the order in which they run, each on what those
-            before it now give; then every linear is run only once. Else all are observed on the block as it was. A
-            block that is used many times is always observed whole.
-        by_influence: tell the method, too, how far an error at each token moves the block's output (one backward pass
-            through each block, which must be whole).
-        device: where blocks are computed, one at a time; None where they lie.
-        forward_dtype: precision of the forward passes: ``auto`` (bfloat16 autocast of a float32 network where the
-            device has matrix units for it), ``bfloat16`` or ``float32`` (the network's own).
-        hold: brings a block to ``device`` and back; by default the model's own way (streaming loads and
-            writes there), else its parameters are moved.
+        method: what to observe and what to do with it. Whatever type the forward passes multiply in, it is called
+            outside that context, so its own products are what they look like.
+        settings: how to walk.
+        hold: brings a block to the compute device and back; by default its parameters are moved.
         tokens_per_batch: tokens in one forward pass; 1,024 on a CPU and 4,096 elsewhere if None.
 
     Returns:
@@ -126,55 +148,20 @@ def compress_blocks(
         BadInput: no calibration text, windows longer than the model's positions, a target that never runs, or
             ``by_influence`` together with ``true_sequential``.
     """
-    if by_influence and true_sequential:
+    if settings.by_influence and settings.true_sequential:
         raise BadInput(
             "compression.by_influence=true looks at whole blocks and compression.true_sequential=true never does; "
             "set one of them to false"
         )
     windows = _checked(model, calibration)
-    hold = hold or model.hold
-    compute = resolve_device(device) if device else model.device
-    walk = _Walk(
-        model, targets, method, true_sequential, by_influence, compute, hold or partial(_moved, device=compute)
-    )
-    with torch.no_grad(), _precision(forward_dtype, model.dtype, compute):
-        # The first batch is one window, which shows at little cost what reads what.
-        tokens = tokens_per_batch or (TOKENS_PER_BATCH_CPU if compute.type == "cpu" else TOKENS_PER_BATCH)
-        rest = windows[1:].split(max(1, tokens // windows.shape[1]))
+    device = Device.named(settings.device) if settings.device else Device.of(model.device)
+    narrower = device.product_dtype(settings.forward_dtype, model.dtype, "compression.forward_dtype")
+    walk = _Walk(model, targets, method, settings, device.place, narrower, hold or partial(_moved, device=device.place))
+    # The first batch is one window, which shows at little cost what reads what.
+    tokens = tokens_per_batch or (TOKENS_PER_BATCH_CPU if device.place.type == "cpu" else TOKENS_PER_BATCH)
+    rest = windows[1:].split(max(1, tokens // windows.shape[1]))
+    with torch.no_grad():
         return walk.run([windows[:1], *(batch for batch in rest if len(batch))])
-
-
-class CalibratedMethod(BlockMethod[S], Protocol[S]):
-    """A block method with the two settings that every calibrated method has, see :func:`compress_blocks`."""
-
-    @property
-    def forward_dtype(self) -> str: ...  # noqa: D102 - see compress_blocks
-
-    @property
-    def device(self) -> str | None: ...  # noqa: D102
-
-
-def compress_calibrated(
-    name: str,
-    method: CalibratedMethod[S],
-    model: Model,
-    targets: Targets,
-    calibration: LongTensor | None,
-    **walk: Any,
-) -> CompressionReport:
-    """What every calibrated method's ``compress`` does: the walk, timed and reported.
-
-    Args:
-        name: of the method, for the report.
-        method: what to observe and what to do with it.
-        model, targets, calibration: as ``compress`` takes them.
-        walk: further settings of :func:`compress_blocks`.
-    """
-    with reporting(name, model, targets) as report:
-        report.layers = compress_blocks(
-            model, targets, calibration, method, forward_dtype=method.forward_dtype, device=method.device, **walk
-        )
-    return report
 
 
 @contextmanager
@@ -187,21 +174,6 @@ def _moved(
         yield
     finally:
         block.to(home)
-
-
-def _precision(choice: str, stored: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to bfloat16 where that was asked for, or the device has matrix units for it."""
-    if choice not in ("auto", "bfloat16", "float32"):
-        raise BadInput(f"compression.forward_dtype={choice} does not exist; choose auto, bfloat16 or float32")
-    if stored != torch.float32 or choice == "float32" or (choice == "auto" and not _has_bfloat16_units(device)):
-        return nullcontext()
-    return multiplied_in(torch.bfloat16, device)
-
-
-def _has_bfloat16_units(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # by vector units alone it is slower on some
 
 
 def _checked(model: Model, calibration: LongTensor | None) -> Tensor:
@@ -234,9 +206,9 @@ class _Walk(Generic[S]):
     model: Model
     targets: Targets
     method: BlockMethod[S]
-    true_sequential: bool
-    by_influence: bool
+    settings: WalkSettings
     device: torch.device
+    narrower: torch.dtype | None  # of the forward passes' products, if not the network's own
     hold: Hold
 
     def __post_init__(self) -> None:
@@ -267,7 +239,7 @@ class _Walk(Generic[S]):
         """Run all batches abreast until nothing is pending, or a block used many times has been compressed."""
         groups: dict[str, list[_Group[S]]] = defaultdict(list)
         calls: Counter[str] = Counter()
-        forwards = [SuspendedForward(partial(self._forward, batch)) for batch in batches]
+        forwards = [SuspendedForward(partial(self._forward, batch), self._multiplying) for batch in batches]
         with marked(self.network, self.units):
             try:
                 for forward in forwards:
@@ -275,7 +247,7 @@ class _Walk(Generic[S]):
                 while unit := forwards[0].unit:
                     with self.hold(unit, self.network.get_submodule(unit), self.reports):
                         uses = max((layer.uses for layer in self.pending.get(unit, ())), default=1)
-                        if unit in self.pending and self.true_sequential and uses == 1:
+                        if unit in self.pending and self.settings.true_sequential and uses == 1:
                             self._one_by_one(unit, forwards)
                             yield unit
                             if self.pending:
@@ -300,6 +272,10 @@ class _Walk(Generic[S]):
                 for forward in forwards:
                     forward.cancel()
 
+    def _multiplying(self) -> AbstractContextManager[Any]:
+        """Lies around every forward pass and nothing else: what a method computes is not narrowed."""
+        return multiplied_in(self.narrower, self.device)
+
     def _forward(self, ids: Tensor) -> None:
         ids = ids.to(self.model.device)
         if self.model.family == ENCODER:
@@ -316,7 +292,9 @@ class _Walk(Generic[S]):
         """Call the module, before which ``forward`` is suspended, with its own arguments, on the compute device."""
         home = first_tensor(forward.args, forward.kwargs).device
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(self.device), (forward.args, forward.kwargs))
-        return tree_map_only(Tensor, lambda t: t.to(home), module(*args, **kwargs))
+        with self._multiplying():
+            output = module(*args, **kwargs)
+        return tree_map_only(Tensor, lambda t: t.to(home), output)
 
     def _one_by_one(self, unit: str, forwards: Sequence[SuspendedForward]) -> None:
         """Run all batches through the unit, stopping before each linear to compress it on what it is about to read.
@@ -363,13 +341,15 @@ class _Walk(Generic[S]):
                 if first not in inputs:
                     continue
                 values = finite(first, inputs[first]).flatten(0, -2)
-                shares = [influence[layer.path] for layer in group.layers] if self.by_influence else []
+                shares = [influence[layer.path] for layer in group.layers] if self.settings.by_influence else []
                 group.statistics.update(LayerInputs(values, torch.stack(shares).sum(dim=0) if shares else None))
 
     def _read(self, unit: str, forward: SuspendedForward) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Run the unit; what each of its pending layers read and, where wanted, the influence of each token."""
         run = partial(self._run, self.network.get_submodule(unit), forward)
-        return reading({layer.path: layer.module for layer in self.pending[unit]}, run, by_influence=self.by_influence)
+        return reading(
+            {layer.path: layer.module for layer in self.pending[unit]}, run, by_influence=self.settings.by_influence
+        )
 
     def _shrink(self, group: _Group[S]) -> None:
         for report in self.method.shrink(group.layers, group.statistics):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,12 +19,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import LongTensor, Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from knowledge_compression.compression.base import Compression
+from knowledge_compression.compression.base import Compression, LayerByLayer, Shrinker
+from knowledge_compression.compression.calibrated import Calibrated
 from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
-from knowledge_compression.compression.methods.magnitude import Magnitude
-from knowledge_compression.compression.solve.threshold import Cut, smallest
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import TargetLayer, Targets
 from knowledge_compression.models.families import FINAL
@@ -53,6 +51,11 @@ def compress_streamed(
     Raises:
         BadInput: the method cannot be streamed, or the disk is full.
     """
+    if not isinstance(compression, LayerByLayer | Calibrated) or not compression.streams:
+        raise BadInput(
+            f"compression={compression.name} cannot be streamed; model.stream=true takes methods of one step that "
+            "leave linear layers as they are, e.g. magnitude, rtn, gptq or sparsegpt"
+        )
     if any(layer.role == FINAL for layer in targets):
         model.untie_head()
     stream = _Stream(compression, model, targets, folder)
@@ -70,11 +73,11 @@ def compress_streamed(
 class _Stream:
     """One streamed compression."""
 
-    compression: Compression
+    compression: LayerByLayer | Calibrated[Any]
     model: StreamedModel
     targets: Targets
     folder: Path
-    cut: Cut | None = field(default=None, init=False)
+    shrinker: Shrinker | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         blocks = self.model.architecture.block_paths(self.model.network)
@@ -105,54 +108,40 @@ class _Stream:
                     pass
 
     def compress(self, calibration: LongTensor | None) -> None:
-        """Compress what is pending, each method in the way that it allows."""
+        """Compress what is pending, block by block on text or layer by layer without."""
         method = self.compression
-        if method.calibrated:
-            self._block_by_block(calibration)
-        elif isinstance(method, Magnitude) and not method.layerwise:
-            cut = self.cut = self._cut(method)
-            self._layer_by_layer(lambda layers: method.prune_at(self.model, layers, cut))
-        elif getattr(method, "layerwise", False):
-            self._layer_by_layer(lambda layers: method.compress(self.model, layers, None))
+        method.check(self.targets)
+        if isinstance(method, LayerByLayer):
+            finished = [self.unit_of[layer.path] for layer in self.targets if self.unit_of[layer.path] in self.notes]
+            state = self.notes[finished[-1]].get("state") if finished else None
+            self.shrinker = method.shrinker(self.targets, self._reading, state)
+            self._layer_by_layer(self.shrinker)
         else:
-            raise BadInput(
-                f"{type(method).__name__} cannot be streamed; model.stream=true takes magnitude, rtn, nf4, hqq and the "
-                "calibrated methods that leave linear layers as they are (gptq, sparsegpt, wanda, awq)"
-            )
+            self._block_by_block(method, calibration)
 
-    def _block_by_block(self, calibration: LongTensor | None) -> None:
+    def _block_by_block(self, method: Calibrated[Any], calibration: LongTensor | None) -> None:
         blocks = self.model.architecture.block_paths(self.model.network)
         shared: dict[str, Tensor] = {}  # one copy of what is tied
         for name in self.model.names_outside(blocks):
             source = self.model.source[name]
             shared.setdefault(source, self.model.read(name))
         resident = {name: shared[self.model.source[name]] for name in self.model.names_outside(blocks)}
-        self.model.hold = self.hold
-        try:
-            with self.model.holding(resident):
-                self.compression.compress(self.model, self._some(self.pending), calibration)
-        finally:
-            self.model.hold = None
+        with self.model.holding(resident):
+            method.apply(self.model, Targets(self.pending, self.model), calibration, hold=self.hold)
 
-    def _layer_by_layer(self, compress: Callable[[Targets], CompressionReport]) -> None:
+    def _layer_by_layer(self, shrinker: Shrinker) -> None:
         units = dict.fromkeys(self.unit_of[layer.path] for layer in self.pending)
         for unit in _progress(units, "compressing"):
             reports: dict[str, LayerReport] = {}
             with self.hold(unit, self.model.network.get_submodule(unit), reports):
-                layers = [layer for layer in self.pending if self.unit_of[layer.path] == unit]
-                reports |= {r.path: r for r in compress(self._some(layers)).layers}
+                reports |= {layer.path: shrinker(layer) for layer in self.pending if self.unit_of[layer.path] == unit}
 
-    def _cut(self, method: Magnitude) -> Cut:
-        """Where to cut, from the last finished unit's note, or by passes over the shards."""
-        if self.notes:
-            finished = [self.unit_of[layer.path] for layer in self.targets if self.unit_of[layer.path] in self.notes]
-            return Cut(*self.notes[finished[-1]]["cut"])
-        return smallest(self._weights, round(method.sparsity * self.targets.parameters))
-
-    def _weights(self) -> Iterator[Tensor]:
+    def _reading(self) -> Iterator[TargetLayer]:
+        """Give all targets, one after the other, each with its weights as they are stored."""
         for layer in _progress(self.targets, "ranking"):
-            weight = self.model.read(f"{layer.path}.weight")
-            yield weight.T if isinstance(layer.module, Conv1D) else weight
+            name = f"{layer.path}.weight"
+            with self.model.holding({name: self.model.read(name)}):
+                yield layer
 
     @contextmanager
     def hold(self, unit: str, module: nn.Module, reports: Mapping[str, LayerReport]) -> Iterator[None]:
@@ -175,24 +164,16 @@ class _Stream:
 
     def _finish(self, unit: str, module: nn.Module, reports: Mapping[str, LayerReport]) -> None:
         weights = {f"{unit}.{name}": tensor for name, tensor in module.state_dict().items()}
-        if set(weights) != set(self.model.names_inside(unit)):
-            raise BadInput(
-                f"{type(self.compression).__name__} puts other modules in the place of linear layers, which "
-                "model.stream=true cannot write; load the model whole"
-            )
         done = [asdict(report) for path, report in reports.items() if self.unit_of[path] == unit]
         # Without the seconds, so that the same compression gives the same file.
         note: dict[str, Any] = {"layers": [layer | {"seconds": 0.0} for layer in done]}
-        if self.cut is not None:
-            note["cut"] = self.cut.state
+        if self.shrinker is not None and self.shrinker.state is not None:
+            note["state"] = self.shrinker.state
         self._write(unit, weights, note)
         self.notes[unit] = note | {"layers": done}
 
     def _write(self, unit: str, weights: Mapping[str, Tensor], note: Any) -> None:
         self.copy.write(unit, {self.model.stored_as[name]: tensor for name, tensor in weights.items()}, note)
-
-    def _some(self, layers: list[TargetLayer]) -> Targets:
-        return Targets(layers, self.model)
 
     def report(self, seconds: float) -> CompressionReport:
         """What all the units' notes say, and this call's seconds."""
@@ -201,7 +182,7 @@ class _Stream:
         order = {layer.path: i for i, layer in enumerate(self.targets)}
         layers = [LayerReport(**layer) for note in self.notes.values() for layer in note["layers"]]
         return CompressionReport(
-            method=type(self.compression).__name__.lower(),
+            method=self.compression.name,
             layers=sorted(layers, key=lambda layer: order[layer.path]),
             model_parameters=self.model.parameter_count(),
             model_bytes_before=size,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -15,12 +15,18 @@ class SuspendedForward:
 
     A greenlet rather than a thread, so that torch's thread-local modes and thread pools are the caller's.
 
+    Args:
+        run: the forward pass.
+        around: gives the context in which the pass runs, and in which whoever waits for it does not: torch's modes
+            belong to the thread, so one that the pass opened by itself would stay open while it is suspended.
+
     Attributes:
         unit: path of the module before which it stands; None at the end.
         args, kwargs: what that module was called with.
     """
 
-    def __init__(self, run: Callable[[], None]) -> None:
+    def __init__(self, run: Callable[[], None], around: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._around = around
         self.unit: str | None = None
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
@@ -32,7 +38,8 @@ class SuspendedForward:
         Args:
             answer: gives the waiting module's output, from its own ``forward`` if it likes; none at the start.
         """
-        self.unit, self.args, self.kwargs = self._greenlet.switch(*answer) or (None, (), {})
+        with self._around():
+            self.unit, self.args, self.kwargs = self._greenlet.switch(*answer) or (None, (), {})
 
     def give(self, output: Any) -> None:
         """Give the waiting module's output and run on to the next marked module."""

@@ -8,30 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from knowledge_compression.models.precision import processor
+from knowledge_compression.models.device import Device
 
 _NARROWEST = 256  # inputs; below it a call costs more than the product
 
 
-@cache
-def onednn_is_faster() -> bool:
-    """Whether this processor is one for which that was measured, and PyTorch has what it takes."""
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and processor().get("vendor_id") == "AuthenticAMD"
-    )
-
-
 def linears_for_onednn(network: nn.Module) -> list[nn.Linear]:
     """The plain linear layers of a network whose products oneDNN does faster; none on other devices and processors."""
-    if not onednn_is_faster():
+    if not Device.of(torch.device("cpu")).onednn_products:
         return []
     return [module for module in network.modules() if type(module) is nn.Linear and _suits(module)]
 

@@ -25,8 +25,8 @@ from knowledge_compression.evaluation.scoring.questions import Blank, Likelihood
 from knowledge_compression.evaluation.scoring.trees import Tree, plant
 from knowledge_compression.memory import is_out_of_memory
 from knowledge_compression.models import Model
+from knowledge_compression.models.device import multiplied_in
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
-from knowledge_compression.models.precision import multiplied_in
 
 _TOKENS_A_STEP = 32  # of the budget for each prompt that is continued: keys and values count, not only tokens
 _MOST_PADDING = 0.08  # of a batch's tokens

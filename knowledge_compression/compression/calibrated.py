@@ -1,0 +1,189 @@
+"""Methods that look at what a layer reads: the walk, the bookkeeping and the measurements that all of them share.
+
+A method writes :meth:`Calibrated.observe` (what to keep of a layer's inputs) and :meth:`Calibrated.solve` (what becomes
+of a weight, given that). Both compute in float32, whatever type the forward passes multiply in.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from torch import LongTensor, Tensor
+
+from knowledge_compression.compression.base import Method
+from knowledge_compression.compression.layer_reports import LayerReport
+from knowledge_compression.compression.solve.grid import QuantizedWeight
+from knowledge_compression.compression.solve.hessian import Hessian, relative_errors
+from knowledge_compression.compression.walk.blocks import Hold, Statistics, WalkSettings, compress_blocks
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model, TargetLayer, Targets
+from knowledge_compression.models.targets import ReplacedLinear
+
+S = TypeVar("S", bound=Statistics)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What became of a weight ``[out_features, in_features]``; of weights, codes and modules a method gives one.
+
+    Attributes:
+        weight: the new values, float32; None leaves the old ones but for those removed.
+        quantized: the codes that the new values stand for.
+        module: makes, for each layer, the module that takes its place.
+        removed: which weights are set to zero, bool of the weight's shape.
+        plain: what plain rounding would have given, float32, against which the method's error is held; where weights
+            are removed it is the old weight without them.
+        bits: of a stored weight, where it is not stored as it was.
+        overhead_bits: bits for scales and the like, for each output row and for the whole layer.
+        damping: relative damping of the Hessian, where one was factored.
+        fallbacks: names of the fall-backs taken, e.g. ``dead_input``.
+    """
+
+    weight: Tensor | None = None
+    quantized: QuantizedWeight | None = None
+    module: Callable[[TargetLayer], ReplacedLinear] | None = None
+    removed: Tensor | None = None
+    plain: Tensor | None = None
+    bits: float | None = None
+    overhead_bits: tuple[int, int] = (0, 0)
+    damping: float | None = None
+    fallbacks: Sequence[str] = ()
+
+    def rows(self, start: int, end: int) -> Solved:
+        """The part of one layer, where the weights of several were solved as one."""
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[start:end]
+
+        quantized = self.quantized and self.quantized.rows(start, end)
+        return replace(
+            self, weight=part(self.weight), removed=part(self.removed), plain=part(self.plain), quantized=quantized
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated(Method, Generic[S]):
+    """A method that compresses each layer on what it reads of the calibration text.
+
+    Attributes:
+        forward_dtype: type of the products in the forward passes of a float32 network: ``auto`` (see
+            ``models.device``), ``bfloat16`` or ``float32``; everything else is computed in float32.
+        device: where blocks are computed, one at a time, e.g. ``cuda:0``; None where they lie.
+    """
+
+    forward_dtype: str = "auto"
+    device: str | None = None
+    calibrated: ClassVar[bool] = True
+
+    # Whether it forms the second moments of the inputs and factors them, which is most of the work of methods that do.
+    second_order: ClassVar[bool] = False
+
+    @property
+    def walk(self) -> WalkSettings:
+        """How the walk goes through the blocks."""
+        return WalkSettings(forward_dtype=self.forward_dtype, device=self.device)
+
+    @abstractmethod
+    def observe(self, in_features: int, device: torch.device) -> S:
+        """Empty statistics for inputs of this width; one is made for all linears that read the same tensor."""
+
+    @abstractmethod
+    def solve(self, weight: Tensor, statistics: S, heights: Sequence[int]) -> Solved:
+        """What becomes of the weights of linears that read the same inputs, stacked into one.
+
+        Args:
+            weight: float32 ``[sum of heights, in_features]`` on the compute device; not to be written.
+            statistics: what was seen of the inputs.
+            heights: rows of each linear, for methods that give each its own share.
+        """
+
+    def apply(
+        self, model: Model, targets: Targets, calibration: LongTensor | None, hold: Hold | None = None
+    ) -> list[LayerReport]:
+        """Walk through the network and compress the layers on the way; ``hold`` as in :func:`compress_blocks`."""
+        return compress_blocks(model, targets, calibration, self, self.walk, hold=hold)
+
+    def shrink(self, layers: Sequence[TargetLayer], statistics: S) -> list[LayerReport]:
+        """Solve for linears that read the same inputs, put what came of it in their places, and measure.
+
+        Raises:
+            BadInput: a weight is not finite.
+        """
+        start = time.perf_counter()
+        for layer in layers:
+            layer.check_finite()
+        weights = [layer.weight for layer in layers]
+        stacked = (weights[0] if len(weights) == 1 else torch.cat(weights)).float()
+        heights = [len(weight) for weight in weights]
+        solved = self.solve(stacked, statistics, heights)
+        reports, row = [], 0
+        for layer, height in zip(layers, heights, strict=True):
+            part = solved.rows(row, row + height)
+            reports.append(_put(part, layer, stacked[row : row + height], statistics.second_moments))
+            row += height
+        for report in reports:
+            report.seconds = (time.perf_counter() - start) / len(reports)
+        return reports
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondOrder(Calibrated[Hessian]):
+    """A method that makes up for its errors by the curvature of each layer's squared output error.
+
+    Attributes:
+        damping: what is added to the Hessian's diagonal, relative to its mean.
+        true_sequential, by_influence: see :class:`~knowledge_compression.compression.walk.blocks.WalkSettings`; only
+            one of them can be true.
+    """
+
+    damping: float = 0.01
+    true_sequential: bool = True
+    by_influence: bool = False
+    second_order: ClassVar[bool] = True
+
+    @property
+    def walk(self) -> WalkSettings:
+        """As the user chose."""
+        return WalkSettings(self.true_sequential, self.by_influence, self.device, self.forward_dtype)
+
+    def check(self, targets: Targets) -> None:
+        """Refuse a damping that cannot make a matrix more definite."""
+        if self.damping <= 0:
+            raise BadInput(f"compression.damping={self.damping} must be above 0, e.g. 0.01")
+
+    def observe(self, in_features: int, device: torch.device) -> Hessian:
+        """The Hessian that all linears with one input share."""
+        return Hessian(in_features, device)
+
+
+def _put(solved: Solved, layer: TargetLayer, old: Tensor, hessian: Tensor | None) -> LayerReport:
+    """Put what came of a layer in its place; its errors are measured before, as ``old`` may be the layer's own."""
+    if solved.module is not None:
+        module = solved.module(layer)
+        report = LayerReport.of(layer, bits=module.bits, overhead_bits=module.overhead_bits)
+        layer.replace(module)
+    else:
+        report = solved.quantized.report(layer) if solved.quantized else LayerReport.of(layer)
+        if solved.bits is not None:
+            a_row, a_layer = solved.overhead_bits
+            report.bits, report.overhead_bits = solved.bits, len(old) * a_row + a_layer
+        plain = solved.plain
+        if solved.removed is not None:
+            report.removed = int(solved.removed.sum())
+            plain = old.masked_fill(solved.removed, 0)
+        new = solved.quantized.dequantize() if solved.quantized else solved.weight
+        stored = (plain if new is None else new).to(layer.weight)  # type: ignore[union-attr]  # one of them is there
+        if hessian is not None and plain is not None:
+            report.error_before, report.error_after = relative_errors(old, [plain, stored], hessian)
+        if solved.quantized:
+            solved.quantized.put_into(layer)
+        else:
+            layer.weight.copy_(stored)
+    report.damping = solved.damping
+    report.fallbacks += solved.fallbacks
+    return report
