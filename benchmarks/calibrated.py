@@ -155,8 +155,7 @@ def held_by_passes(method: Gptq | SparseGpt, model: Model, targets: Targets, win
             held.append(sum(now.values()) - sum(before.values()))
             return method.shrink(layers, statistics)
 
-    walk = {"true_sequential": method.true_sequential, "forward_dtype": method.forward_dtype}
-    compress_blocks(model, targets, windows, Watched(), **walk)
+    compress_blocks(model, targets, windows, Watched(), method.walk)
     return max(held)
 
 

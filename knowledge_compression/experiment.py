@@ -262,9 +262,8 @@ class Experiment:
         if self.kept_models is None or not targets:
             report, found = compress(), False
         else:
-            modules = [kind for part in self.compression.parts for kind in part.modules]
             report, found = self.kept_models.compress(
-                self.compressed_id, model, targets, modules, compress, afresh=afresh
+                self.compressed_id, model, targets, self.compression, compress, afresh=afresh
             )
         if self.save_model:
             SAVERS[self.save_model](model, folder)

@@ -11,13 +11,13 @@ import torch
 from helpers.layers import EVERYTHING, windows
 from helpers.networks import logits_of
 from knowledge_compression.compression.layer_reports import LayerReport
-from knowledge_compression.compression.walk.blocks import LayerInputs, compress_blocks
+from knowledge_compression.compression.walk.blocks import LayerInputs, Statistics, WalkSettings, compress_blocks
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
 
 
 @dataclass
-class Kept:
+class Kept(Statistics):
     """All inputs of a layer, joined."""
 
     seen: list[torch.Tensor] = field(default_factory=list)
@@ -88,7 +88,7 @@ def test_every_target_is_compressed_once_and_the_network_is_left_whole(any_tiny_
 def test_layers_see_what_they_read_in_the_compressed_network(any_tiny_model: Model) -> None:
     """With a compression that changes nothing, the walk shows every layer what a plain forward pass shows it."""
     targets, method = select(any_tiny_model), Shrinking(factor=1.0)
-    compress_blocks(any_tiny_model, targets, windows(), method, forward_dtype="float32")
+    compress_blocks(any_tiny_model, targets, windows(), method, WalkSettings(forward_dtype="float32"))
     plain = inputs_in_plain_forward(any_tiny_model, [layer.path for layer in targets])
     for paths, statistics in method.groups:
         for path in paths:
@@ -99,7 +99,7 @@ def test_layers_see_what_they_read_in_the_compressed_network(any_tiny_model: Mod
 def test_a_block_is_compressed_on_what_the_compressed_blocks_before_it_give(tiny_model, architecture) -> None:
     model = tiny_model(architecture)
     targets, method = select(model), Shrinking(factor=0.7)
-    compress_blocks(model, targets, windows(), method, true_sequential=True, forward_dtype="float32")
+    compress_blocks(model, targets, windows(), method, WalkSettings(true_sequential=True, forward_dtype="float32"))
     plain = inputs_in_plain_forward(model, [layer.path for layer in targets])  # of the compressed network
     for paths, statistics in method.groups:
         for path in paths:  # true to the sequence: each saw the very inputs that it gets in the finished network
@@ -114,7 +114,7 @@ def test_in_sequence_every_linear_is_run_once_but_for_one_window(tiny_model) -> 
         layer.module.register_forward_pre_hook(
             lambda _, args, path=layer.path: read.update({path: args[0].shape[:-1].numel()})
         )
-    compress_blocks(model, targets, ids, method, true_sequential=True)
+    compress_blocks(model, targets, ids, method, WalkSettings(true_sequential=True))
     last = targets[-1].path  # a linear outside the blocks, after which nothing is left to run
     assert {path: count for path, count in read.items() if path != last} == {
         layer.path: ids.numel() + ids.shape[1] for layer in targets if layer.path != last
@@ -164,9 +164,9 @@ def test_bad_calibration_is_refused(tiny_model) -> None:
     with pytest.raises(BadInput, match="128 positions"):
         compress_blocks(model, targets, windows(length=129), Shrinking())
     with pytest.raises(BadInput, match="forward_dtype"):
-        compress_blocks(model, targets, windows(), Shrinking(), forward_dtype="int3")
+        compress_blocks(model, targets, windows(), Shrinking(), WalkSettings(forward_dtype="int3"))
     with pytest.raises(BadInput, match="set one of them to false"):
-        compress_blocks(model, targets, windows(), Shrinking(), by_influence=True, true_sequential=True)
+        compress_blocks(model, targets, windows(), Shrinking(), WalkSettings(by_influence=True, true_sequential=True))
 
 
 def test_a_failing_method_leaves_the_network_runnable(tiny_model) -> None:
@@ -195,7 +195,7 @@ class Influential(Shrinking):
 def test_influence_is_the_squared_derivative_of_the_relative_output(tiny_model) -> None:
     """For a linear outside the blocks it is known in closed form: features over mean square of the output."""
     model, method = tiny_model("llama"), Influential(factor=1.0)
-    compress_blocks(model, select(model), windows(), method, by_influence=True, forward_dtype="float32")
+    compress_blocks(model, select(model), windows(), method, WalkSettings(by_influence=True, forward_dtype="float32"))
     paths, statistics = method.groups[-1]
     assert paths == ["lm_head"]
     output = statistics.inputs @ model.network.lm_head.weight.T
@@ -207,7 +207,11 @@ def test_influence_in_a_causal_block_grows_with_the_tokens_that_attend(tiny_mode
     """The first token's key and value reach every later token, the last one's only itself."""
     model, method = tiny_model("llama"), Influential(factor=1.0)
     compress_blocks(
-        model, select(model, Target("att", ["decoder_self_att"])), windows(32, 16), method, by_influence=True
+        model,
+        select(model, Target("att", ["decoder_self_att"])),
+        windows(32, 16),
+        method,
+        WalkSettings(by_influence=True),
     )
     paths, statistics = method.groups[0]
     assert paths[0].endswith("q_proj")
@@ -217,7 +221,7 @@ def test_influence_in_a_causal_block_grows_with_the_tokens_that_attend(tiny_mode
 
 def test_every_architecture_tells_the_influence_of_its_tokens(any_tiny_model: Model) -> None:
     targets, method = select(any_tiny_model), Influential(factor=1.0)
-    compress_blocks(any_tiny_model, targets, windows(), method, by_influence=True)
+    compress_blocks(any_tiny_model, targets, windows(), method, WalkSettings(by_influence=True))
     for _, statistics in method.groups:
         influence = torch.cat(statistics.influence)
         assert influence.shape == (len(statistics.inputs),)

@@ -10,7 +10,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from helpers.networks import TINY, logits_of
-from knowledge_compression.compression.formats import int8_linear as quantized_linear
 from knowledge_compression.compression.formats.int8_linear import (
     GRANULARITIES,
     Int8Linear,
@@ -25,13 +24,14 @@ from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.compression.methods.pipeline import Pipeline
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target, Targets
+from knowledge_compression.models.device import Device
 from knowledge_compression.models.targets import is_linear
 
 ALL = ["encoder_att", "decoder_self_att", "cross_att", "ff"]
 
 
-def select(model: Model, *roles: str) -> Targets:
-    return Target("test", list(roles or ALL)).select(model)
+def select(model: Model, *roles: str, final: bool = False) -> Targets:
+    return Target("test", list(roles or ALL), final_when_quantized=final).select(model)
 
 
 def random_linear(inputs: int, outputs: int, bias: bool = True, seed: int = 0) -> nn.Linear:
@@ -71,7 +71,7 @@ def test_per_tensor_is_torchs_quantize_dynamic(
 def test_a_whole_model_is_that_of_quantize_dynamic(tiny_model: Callable[[str], Model]) -> None:
     model, reference = tiny_model("bert"), tiny_model("bert")
     dense = logits_of(model)
-    Int8Dynamic("per_tensor", and_final=True).compress(model, select(model, *ALL, "transform"), None)
+    Int8Dynamic("per_tensor").compress(model, select(model, *ALL, "transform", final=True), None)
     reference.untie_head()
     reference.network = torch.ao.quantization.quantize_dynamic(reference.network, {nn.Linear}, dtype=torch.qint8)
     ours, theirs = logits_of(model), logits_of(reference)
@@ -125,7 +125,7 @@ def test_emulation_gives_the_same_bits(granularity: str, monkeypatch: pytest.Mon
     layer, x = Int8Linear.of(random_linear(300, 77), granularity), torch.randn(3, 11, 300)
     with torch.no_grad():
         real = layer(x)
-        monkeypatch.setattr(quantized_linear, "multiplies_int8", lambda device: False)
+        monkeypatch.setitem(Device.known, x.device, Device(x.device, int8_products=False))
         assert torch.equal(layer(x), real)
 
 
@@ -225,7 +225,7 @@ def test_every_architecture_stays_close_and_its_int8_is_counted(any_tiny_model: 
     targets = select(model)
     weights = sum(layer.weight.numel() for layer in targets) + select(model, "final")[0].parameters
     was_tied = model.head_is_tied
-    report = Int8Dynamic(granularity, and_final=True).compress(model, targets, None)
+    report = Int8Dynamic(granularity).compress(model, select(model, final=True), None)
     model.network.tie_weights()  # lm-eval's HFLM does this in its constructor
 
     logits = logits_of(model)

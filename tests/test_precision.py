@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.harness import Harness
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
-from knowledge_compression.models import Model, Target, precision
+from knowledge_compression.models import Model, Target, device
+from knowledge_compression.models.device import Device, measured_bfloat16_gain, processor
 from knowledge_compression.models.families import ARCHITECTURES, ENCODER
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.tracker import NoTracker
@@ -113,25 +115,28 @@ def test_runs_scored_in_another_type_are_never_compared() -> None:
     assert [len(group.runs) for group in compare([dense, small])] == [0]
 
 
-def test_auto_takes_bfloat16_where_it_is_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_rule_settles_every_type_of_products() -> None:
+    settle = partial(Device.product_dtype, setting="scoring_dtype")
     for gain, chosen in ((0.6, None), (1.1, None), (2.0, torch.bfloat16)):
-        monkeypatch.setattr(precision, "bfloat16_gain", lambda _, gain=gain: gain)
-        assert resolve_scoring_dtype("auto", CPU) is chosen
-    assert resolve_scoring_dtype("model", CPU) is None
-    assert resolve_scoring_dtype("bfloat16", CPU) is torch.bfloat16
-    with pytest.raises(BadInput, match="choose one of model, auto, bfloat16"):
-        resolve_scoring_dtype("float8", CPU)
+        assert settle(Device(CPU, bfloat16_gain=gain), "auto", torch.float32) is chosen
+    slow, fast = Device(CPU, bfloat16_gain=0.5), Device(CPU, bfloat16_gain=4.0)
+    assert settle(slow, "bfloat16", torch.float32) is torch.bfloat16
+    for choice in ("float32", "model"):
+        assert settle(fast, choice, torch.float32) is None
+    for stored in (torch.float16, torch.bfloat16):  # narrower networks stay as they are
+        assert settle(fast, "auto", stored) is settle(fast, "bfloat16", stored) is None
+    with pytest.raises(BadInput, match="scoring_dtype=float8 does not exist; choose one of auto, bfloat16, float32"):
+        settle(fast, "float8", torch.float32)
 
 
 def test_a_device_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path))
-    bfloat16_gain.cache_clear()
-    gain = bfloat16_gain(CPU)
+    here = Device(CPU)
+    gain = measured_bfloat16_gain(here)
     assert gain > 0
-    bfloat16_gain.cache_clear()
-    monkeypatch.setattr(precision, "products_a_second", lambda *_: pytest.fail("measured again"))
-    assert bfloat16_gain(CPU) == gain
-    bfloat16_gain.cache_clear()
+    monkeypatch.setattr(device, "products_a_second", lambda *_: pytest.fail("measured again"))
+    assert measured_bfloat16_gain(here) == gain
+    assert here.multiplies_bfloat16_faster == (gain > 1.25)
 
 
 def test_processors_are_told_apart() -> None:

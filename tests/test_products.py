@@ -15,8 +15,10 @@ from helpers.questions import CONTINUING, assert_equals_plain, random_questions
 from knowledge_compression.evaluation.scoring import Blank, Scorer, products
 from knowledge_compression.evaluation.scoring.products import linears_for_onednn, multiplied_by_onednn, onednn_linear
 from knowledge_compression.models import Model
+from knowledge_compression.models.device import Device
 from knowledge_compression.models.families import ARCHITECTURES, ENCODER
 
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
     reason="PyTorch has no oneDNN here",
@@ -32,7 +34,7 @@ def by_onednn(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
         multiplied.append(weight.shape)
         return onednn_linear(states, weight, bias)
 
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setitem(Device.known, CPU, Device(CPU, onednn_products=True))
     monkeypatch.setattr(products, "_NARROWEST", 1)
     monkeypatch.setattr(products, "onednn_linear", product)
     return multiplied
@@ -80,7 +82,7 @@ def test_blanks_equal_those_without(
     found = scored()
     assert by_onednn
     by_onednn.clear()
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    monkeypatch.setitem(Device.known, CPU, Device(CPU, onednn_products=False))
     torch.testing.assert_close(found, scored(), rtol=1e-4, atol=1e-5)
     assert not by_onednn
 

@@ -137,7 +137,7 @@ def test_hqq_keeps_constant_groups() -> None:
 
 def test_smoothquant_follows_its_equation() -> None:
     weights, inputs, method = [weight_with_outliers(seed=s) for s in (0, 1)], inputs_with_outliers(), SmoothQuant(0.7)
-    divisor, dead = method.divisor(weights, inputs.abs().amax(0))
+    divisor, dead = method.divisor(torch.cat(weights), inputs.abs().amax(0))
     heaviest = torch.cat(weights).double().abs().amax(0)
     assert torch.allclose(divisor.double(), inputs.double().abs().amax(0) ** 0.7 / heaviest**0.3, rtol=1e-5)
     assert not dead
@@ -157,13 +157,13 @@ def test_smoothing_helps_where_channels_stick_out() -> None:
     linear.weight.data = weight_with_outliers()
     inputs = inputs_with_outliers()
     exact = inputs @ linear.weight.data.T
-    ones, divisor = torch.ones(64), SmoothQuant().divisor([linear.weight.data], inputs.abs().amax(0))[0]
+    ones, divisor = torch.ones(64), SmoothQuant().divisor(linear.weight.data, inputs.abs().amax(0))[0]
     errors = [(SmoothedInt8Linear(linear.weight.data, None, d)(inputs) - exact).norm() for d in (ones, divisor)]
     assert errors[1] < 0.7 * errors[0]
 
 
 def test_smoothquant_leaves_dead_channels_alone() -> None:
-    divisor, dead = SmoothQuant().divisor([torch.ones(2, 3)], torch.tensor([1.0, 0.0, 4.0]))
+    divisor, dead = SmoothQuant().divisor(torch.ones(2, 3), torch.tensor([1.0, 0.0, 4.0]))
     assert divisor.tolist() == [1.0, 1.0, 2.0]
     assert dead
 
@@ -211,7 +211,7 @@ def test_groups_must_divide(tiny_model: Callable[[str], Model]) -> None:
 def test_gradients_pass_through_static_and_smoothed_layers() -> None:
     weight, inputs = weight_with_outliers(), inputs_with_outliers().requires_grad_()
     seen = inputs.detach().abs().amax(0)
-    divisor, _ = SmoothQuant().divisor([weight], seen)
+    divisor, _ = SmoothQuant().divisor(weight, seen)
     layers = (
         SmoothedInt8Linear(weight, None, divisor),
         StaticInt8Linear(weight, None, "per_channel", inputs.min().detach(), inputs.max().detach()),

@@ -83,9 +83,9 @@ def test_sparsegpt_is_optimal_brain_surgery(settings_) -> None:
 def test_counts_are_exact_for_each_layer_of_a_stack(sparsity, rows, more, columns, block_size, seed) -> None:
     weight, hessian = random_layer(rows + more, columns, seed)
     pruned = SparseGpt(sparsity=sparsity, block_size=block_size).prune(weight, hessian, [rows, more])
-    assert int(pruned.mask[:rows].sum()) == round(sparsity * rows * columns)
-    assert int(pruned.mask[rows:].sum()) == round(sparsity * more * columns)
-    assert not pruned.weight[pruned.mask].any()
+    assert int(pruned.removed[:rows].sum()) == round(sparsity * rows * columns)
+    assert int(pruned.removed[rows:].sum()) == round(sparsity * more * columns)
+    assert not pruned.weight[pruned.removed].any()
 
 
 @pytest.mark.parametrize(("pattern", "of", "keep"), [("2:4", 4, 2), ("4:8", 8, 4), ("1:4", 4, 1), ("3:4", 4, 3)])
@@ -93,15 +93,15 @@ def test_counts_are_exact_for_each_layer_of_a_stack(sparsity, rows, more, column
 def test_patterns_are_exact(pattern: str, of: int, keep: int, bits: int | None) -> None:
     weight, hessian = random_layer()
     pruned = SparseGpt(sparsity=0.5, pattern=pattern, bits=bits).prune(weight, hessian)
-    kept = (~pruned.mask).unflatten(1, (-1, of)).sum(-1)
+    kept = (~pruned.removed).unflatten(1, (-1, of)).sum(-1)
     assert (kept == keep).all()
-    assert not pruned.weight[pruned.mask].any()
+    assert not pruned.weight[pruned.removed].any()
 
 
 def test_sparsegpt_errs_less_than_the_same_mask_without_making_up() -> None:
     weight, hessian = random_layer()
     pruned = SparseGpt(sparsity=0.5).prune(weight, hessian)
-    masked = weight.masked_fill(pruned.mask, 0)
+    masked = weight.masked_fill(pruned.removed, 0)
     assert relative_error(weight, pruned.weight, hessian) < 0.9 * relative_error(weight, masked, hessian)
 
 
@@ -111,7 +111,7 @@ def test_refitting_solves_the_least_squares_over_what_is_kept(pattern: str | Non
     pruned = SparseGpt(sparsity=0.5, pattern=pattern, refit=200, damping=0.1).prune(weight, hessian)
     damped = hessian.double() + 0.1 * hessian.diagonal().mean() * torch.eye(64)
     expected = torch.zeros(24, 64, dtype=torch.double)
-    for row, (old, mask) in enumerate(zip(weight.double(), pruned.mask, strict=True)):
+    for row, (old, mask) in enumerate(zip(weight.double(), pruned.removed, strict=True)):
         left = ~mask
         expected[row, left] = torch.linalg.solve(damped[left][:, left], damped[left] @ old)
     torch.testing.assert_close(pruned.weight.double(), expected, rtol=1e-3, atol=1e-3)
@@ -124,7 +124,7 @@ def test_no_step_of_refitting_makes_it_worse_and_some_make_it_better() -> None:
     errors = [relative_error(weight, pruned.weight, damped) for pruned in (swept, *fitted)]
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors))
     assert errors[-1] < 0.95 * errors[0]
-    assert all(torch.equal(pruned.mask, swept.mask) for pruned in fitted)
+    assert all(torch.equal(pruned.removed, swept.removed) for pruned in fitted)
 
 
 def test_refitting_leaves_grids_and_rows_that_cannot_be_better_alone() -> None:
@@ -145,8 +145,8 @@ def test_a_hopeless_hessian_means_a_mask_alone() -> None:
     hessian = hessian - 1e9 * (1 - torch.eye(64))
     pruned = SparseGpt(sparsity=0.5).prune(weight, hessian)
     assert (pruned.damping, pruned.fallbacks) == (None, ["not_positive_definite"])
-    assert torch.equal(pruned.weight, weight.masked_fill(pruned.mask, 0))
-    assert int(pruned.mask.sum()) == weight.numel() // 2
+    assert torch.equal(pruned.weight, weight.masked_fill(pruned.removed, 0))
+    assert int(pruned.removed.sum()) == weight.numel() // 2
 
 
 @pytest.mark.parametrize("settings_", [{}, {"pattern": "2:4"}, {"bits": 4}, {"true_sequential": False}])

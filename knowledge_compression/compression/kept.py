@@ -65,7 +65,7 @@ class KeptModels:
         key: str,
         model: Model,
         targets: Targets,
-        modules: Sequence[type[ReplacedLinear]],
+        method: Compression,
         compress: Callable[[], CompressionReport],
         *,
         afresh: bool,
@@ -78,7 +78,7 @@ class KeptModels:
             key: what decides the outcome, as a name for a folder.
             model: as it was loaded.
             targets: what is going to be compressed of it.
-            modules: the kinds that the compression puts in the place of linear layers.
+            method: the compression, which says what modules it puts in.
             compress: does it, in place.
             afresh: do it again although it is kept.
 
@@ -88,6 +88,7 @@ class KeptModels:
         if not self.takes(sum(layer.weight.nbytes for layer in targets)):
             return compress(), False
         name = f"compressions/{key}"
+        kinds = [kind for part in method.parts for kind in part.modules]
         if afresh:
             discard(cache_folder() / name)
         made: list[CompressionReport] = []
@@ -96,7 +97,7 @@ class KeptModels:
             tied = model.head_is_tied
             made.append(compress())
             try:
-                _write(folder, model, made[0], modules, untied=tied and not model.head_is_tied)
+                _write(folder, model, made[0], kinds, untied=tied and not model.head_is_tied)
             except (OSError, SafetensorError, NotImplementedError) as error:
                 raise _NotKept(f"{type(error).__name__}: {error}") from error
 
@@ -110,7 +111,7 @@ class KeptModels:
                 self._make_room(folder)
                 return made[0], False
             try:
-                report = _restore(folder, model, modules)
+                report = _restore(folder, model, kinds)
             except (OSError, SafetensorError) as error:  # it has just been removed, or is broken
                 log.warning("%s cannot be read (%s); compressing again", folder, error)
                 discard(folder)
@@ -182,6 +183,8 @@ def _write(
             tensors |= {f"module/{layer.path}/{name}": buffer for name, buffer in layer.module.named_buffers()}
         elif not isinstance(layer.module, nn.Linear | Conv1D):
             raise NotImplementedError(f"the {type(layer.module).__name__} at {layer.path} is not declared")
+        elif layer.module._forward_hooks or layer.module._forward_pre_hooks:
+            raise NotImplementedError(f"{layer.path} has hooks, which no file holds")
         elif (weight := quantized_weight(layer)) is not None:
             codes[layer.path] = {name: getattr(weight.grid, name) for name in _SETTINGS}
             tensors[f"codes/{layer.path}/codes"] = weight.codes

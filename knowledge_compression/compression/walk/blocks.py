@@ -111,6 +111,8 @@ class WalkSettings:
         return 3 if self.by_influence else 2  # to observe, perhaps backwards too, and with what came of it
 
 
+DEFAULT_WALK = WalkSettings()
+
 # Brings a block (its module path and module) to where it is computed for as long as the context is open; the reports,
 # by layer path, are those of all layers compressed so far, and grow while it is open.
 Hold = Callable[[str, nn.Module, Mapping[str, LayerReport]], AbstractContextManager[None]]
@@ -121,7 +123,7 @@ def compress_blocks(
     targets: Targets,
     calibration: LongTensor | None,
     method: BlockMethod[S],
-    settings: WalkSettings,
+    settings: WalkSettings = DEFAULT_WALK,
     *,
     hold: Hold | None = None,
     tokens_per_batch: int | None = None,
@@ -264,7 +266,9 @@ class _Walk(Generic[S]):
                         if not self.pending:
                             return
                         for forward in forwards:
-                            forward.give(self._run(self.network.get_submodule(unit), forward))
+                            with self._multiplying():
+                                output = self._run(self.network.get_submodule(unit), forward)
+                            forward.give(output)
                 for unit, seen in groups.items():  # used less often than the configuration says
                     with self.hold(unit, self.network.get_submodule(unit), self.reports):
                         self._compress(unit, seen)
@@ -292,9 +296,7 @@ class _Walk(Generic[S]):
         """Call the module, before which ``forward`` is suspended, with its own arguments, on the compute device."""
         home = first_tensor(forward.args, forward.kwargs).device
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(self.device), (forward.args, forward.kwargs))
-        with self._multiplying():
-            output = module(*args, **kwargs)
-        return tree_map_only(Tensor, lambda t: t.to(home), output)
+        return tree_map_only(Tensor, lambda t: t.to(home), module(*args, **kwargs))
 
     def _one_by_one(self, unit: str, forwards: Sequence[SuspendedForward]) -> None:
         """Run all batches through the unit, stopping before each linear to compress it on what it is about to read.
@@ -347,9 +349,9 @@ class _Walk(Generic[S]):
     def _read(self, unit: str, forward: SuspendedForward) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Run the unit; what each of its pending layers read and, where wanted, the influence of each token."""
         run = partial(self._run, self.network.get_submodule(unit), forward)
-        return reading(
-            {layer.path: layer.module for layer in self.pending[unit]}, run, by_influence=self.settings.by_influence
-        )
+        layers = {layer.path: layer.module for layer in self.pending[unit]}
+        with self._multiplying():
+            return reading(layers, run, by_influence=self.settings.by_influence)
 
     def _shrink(self, group: _Group[S]) -> None:
         for report in self.method.shrink(group.layers, group.statistics):
