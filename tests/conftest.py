@@ -30,8 +30,7 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """Whole words, BERT's special tokens, T5's sentinels; ``[CLS] text [SEP]`` when special tokens are asked for."""
     words = [*SPECIAL, *WORDS, "."]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
@@ -50,6 +49,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="[SEP]",
         additional_special_tokens=["<extra_id_0>", "<extra_id_1>"],
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """See :func:`make_tokenizer`."""
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,15 +12,20 @@ from safetensors import SafetensorError
 from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
 from knowledge_compression.models.hub import hub_answers
 
+log = logging.getLogger(__name__)
+
 
 @contextmanager
 def one_line_failures(where: str, name: str, allow_pickle: bool) -> Iterator[None]:
-    """Turn every known way that loading fails into one line."""
+    """Turn every way that loading fails into one line: what is inside are libraries that read the user's files."""
     try:
         yield
-    except BadInput:
+    except ModelUnavailable:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except BadInput as error:
+        raise BadInput(f"model={name}: {where} cannot be used: {error}") from None
+    except Exception as error:  # a library may raise anything over a file that is not what it expects
+        log.debug("loading %s failed", where, exc_info=True)
         raise ModelUnavailable(_why_unavailable(where, name, error, allow_pickle)) from error
 
 
@@ -38,9 +44,9 @@ def _why_unavailable(where: str, name: str, error: Exception, allow_pickle: bool
     if "trust_remote_code" in message:
         return f"model={name}: {where} wants to run code of its own, which is off unless model.trust_remote_code=true"
     if local:
-        return f"model={name}: {where} cannot be read ({first_line(error)}); give a folder saved by save_pretrained"
+        return f"model={name}: {where} cannot be read ({said(error)}); give a folder saved by save_pretrained"
     return (
-        f"model={name}: '{where}' is not cached and the hub did not give it ({first_line(error)}); "
+        f"model={name}: '{where}' is not cached and the hub did not give it ({said(error)}); "
         "give a local copy with model=local model.path=DIR"
     )
 
@@ -59,3 +65,12 @@ def quiet() -> Iterator[None]:
         their_logging.set_verbosity(verbosity)
         if bars:
             their_logging.enable_progress_bar()
+
+
+def said(error: Exception) -> str:
+    """What a library says was wrong, on one line and not too long, with its kind where that is no usual one."""
+    line = first_line(error)
+    if line.endswith(":"):  # what is wrong follows
+        line = first_line(ValueError(" ".join(str(error).split())))
+    usual = isinstance(error, (OSError, ValueError, SafetensorError)) or line == type(error).__name__
+    return line if usual else f"{type(error).__name__}: {line}"

@@ -25,6 +25,7 @@ from knowledge_compression.models.failures import one_line_failures, quiet
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, architecture_of
 from knowledge_compression.models.hub import cache_alone_where_no_hub_answers, cached_commit, commit_of
 from knowledge_compression.models.model import Model
+from knowledge_compression.models.soundness import check_configuration, check_it_runs, check_loaded, check_tokenizer
 from knowledge_compression.models.streamed import Checkpoint, StreamedModel
 
 log = logging.getLogger(__name__)
@@ -321,15 +322,13 @@ def _from_pretrained(
             output_loading_info=True,
             **hub,
         )
-        if missing := sorted(loaded["missing_keys"]):
-            raise BadInput(
-                f"model={name}: {where} lacks {len(missing)} weights ({missing[0]}, ...), so its answers would be "
-                "partly random; give a checkpoint that was saved with its language-model head"
-            )
+        check_loaded(network, loaded["missing_keys"], loaded["unexpected_keys"])
         tokenizer = AutoTokenizer.from_pretrained(where, **hub)
-    model = Model(network.to(place).eval(), tokenizer, name)
-    if not model.head_is_tied:  # T5 calls its head tied even where the checkpoint holds one
-        model.keep_head_untied()
+        model = Model(network.to(place).eval(), tokenizer, name)
+        if not model.head_is_tied:  # T5 calls its head tied even where the checkpoint holds one
+            model.keep_head_untied()
+        check_tokenizer(model)
+        check_it_runs(model)
     return model
 
 
@@ -363,6 +362,7 @@ def _configuration(where: str, **hub: Any) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(where, **hub)
+    check_configuration(config)
     # Gemma 3 also sees; its text part is the language model.
     return config.get_text_config() if config.model_type == "gemma3" else config
 

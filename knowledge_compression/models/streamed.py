@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.models.model import Model
+from knowledge_compression.models.soundness import check_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,21 +38,47 @@ class Checkpoint:
         self.folder = folder
         try:
             if (folder / INDEX).is_file():
-                self.file_of: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+                self.file_of: dict[str, str] = dict(json.loads((folder / INDEX).read_bytes())["weight_map"])
             else:
                 with safe_open(folder / SINGLE, "pt") as file:
                     self.file_of = dict.fromkeys(file.keys(), SINGLE)
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ModelUnavailable(f"{folder} holds no safetensors weights that could be streamed ({error})") from None
-        if outside := sorted({name for name in self.file_of.values() if Path(name).name != name}):
+        if outside := [name for name in self.file_of.values() if not isinstance(name, str) or Path(name).name != name]:
             raise ModelUnavailable(f"{folder / INDEX} names a file outside its folder: {outside[0]}")
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU, backed by its file until it is copied."""
-        path = self.folder / self.file_of[name]
+        """One tensor on the CPU, backed by its file until it is copied.
+
+        Raises:
+            ModelUnavailable: its file is not there, or not whole.
+            BadInput: it holds values that are not finite.
+        """
+        with self._opened(self.file_of[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+        check_finite([(name, tensor)], str(self.folder))
+        return tensor
+
+    def described(self) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """Shape of each tensor, and whether it holds floating-point numbers, from the files' headers alone.
+
+        Raises:
+            ModelUnavailable: a file is not there, not whole, or lacks a tensor that the index finds in it.
+        """
+        found = {}
+        for path in dict.fromkeys(self.file_of.values()):
+            with self._opened(path) as file:
+                for name in (name for name, its in self.file_of.items() if its == path):
+                    part = file.get_slice(name)
+                    found[name] = tuple(part.get_shape()), "F" in part.get_dtype()  # F32, BF16, F8_E4M3, ...
+        return found
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        path = self.folder / name
         try:
             with safe_open(path, "pt") as file:
-                return file.get_tensor(name)
+                yield file
         except (OSError, SafetensorError) as error:
             raise ModelUnavailable(f"{path} cannot be read ({error})") from None
 
@@ -84,8 +111,22 @@ class StreamedModel(Model):
         self.source = {name: name if name in stored else tied.get(name, name) for name in names}
         if missing := [name for name, source in self.source.items() if source not in stored]:
             raise BadInput(f"{self.checkpoint.folder} lacks the weight {missing[0]} (and {len(missing) - 1} others)")
+        self._check_shapes()
         if f"{self.architecture.final}.weight" in stored:
             self.untie_head()  # as from_pretrained takes a checkpoint that holds a head of its own
+
+    def _check_shapes(self) -> None:
+        """Refuse weights that are not those of the network; one by one, they would be written as they are."""
+        there, needed = self.checkpoint.described(), self.network.state_dict()
+        for name, source in self.source.items():
+            shape, floats = there[self.stored_as[source]]
+            wanted = tuple(needed[name].shape)
+            if shape != wanted or (needed[name].is_floating_point() and not floats):
+                kind = "" if floats else " of integers"
+                raise BadInput(
+                    f"{self.checkpoint.folder} holds {self.stored_as[source]} of shape {list(shape)}{kind}, and its "
+                    f"configuration describes {list(wanted)}"
+                )
 
     @property
     def device(self) -> torch.device:

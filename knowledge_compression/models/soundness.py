@@ -1,0 +1,146 @@
+"""Whether what was loaded is a model that can be asked: its configuration, its weights, and one pass through it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models.families import ENCODER_DECODER, architecture_of
+from knowledge_compression.models.model import Model
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_DEEPEST = 4096  # blocks: no network has as many, and one of a thousand million would be built for ever
+_DEPTHS = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")  # transformers' names, whatever the file has
+_SHOWN = 3  # tensors that a message names
+
+
+def check_configuration(config: PretrainedConfig) -> None:
+    """Refuse a configuration of no blocks, or of more than a network can have.
+
+    Raises:
+        BadInput: names the value.
+    """
+    for name in _DEPTHS:
+        depth = getattr(config, name, None)
+        if depth is not None and not (isinstance(depth, int) and 1 <= depth <= _DEEPEST):
+            raise BadInput(f"its configuration asks for {name}={depth}; a network has 1 to {_DEEPEST} blocks")
+
+
+def check_loaded(network: PreTrainedModel, missing: Iterable[str], left_over: Iterable[str]) -> None:
+    """Refuse a network that is not what its files hold.
+
+    Args:
+        network: as it was loaded.
+        missing: weights of the network that no file holds.
+        left_over: what the files hold and no weight of the network took.
+
+    Raises:
+        BadInput: weights would be random, or whole blocks would be left out.
+    """
+    if names := sorted(missing):
+        raise BadInput(
+            f"it lacks {len(names)} weights ({names[0]}, ...), so its answers would be partly random; give a "
+            "checkpoint that was saved with its language-model head"
+        )
+    for stack in architecture_of(network.config).stacks:
+        inside = re.escape(stack.blocks.removeprefix(f"{network.base_model_prefix}.")).replace(r"\*", r"[^.]+")
+        depth = sum(stack.is_block(path) for path, _ in network.named_modules())
+        for name in left_over:
+            found = re.search(rf"(?:^|\.){inside}\.(\d+)\.", name)
+            if found and int(found[1]) >= depth:
+                raise BadInput(f"its files hold {name} and its configuration has {depth} blocks; one of them is wrong")
+
+
+def check_tokenizer(model: Model) -> None:
+    """Refuse a tokenizer whose own ids lie beyond the embeddings, as that of another model.
+
+    Tokens that were added to it may: they are refused where a text has them.
+
+    Raises:
+        BadInput: names a token and both sizes.
+    """
+    rows: int = model.network.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
+    tokenizer = model.tokenizer
+    added = set(getattr(tokenizer, "added_tokens_decoder", ()))
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows and i not in added}
+    if beyond:
+        token = min(beyond, key=lambda one: beyond[one])
+        raise BadInput(
+            f"its tokenizer gives '{token}' the number {beyond[token]} and its embeddings have {rows} rows; give "
+            "weights and tokenizer of one model"
+        )
+
+
+@torch.inference_mode()
+def check_it_runs(model: Model) -> None:
+    """Send a few tokens through the network, so that one which cannot be run says so before anything else is done.
+
+    Raises:
+        Exception: whatever its modules raise.
+        BadInput: it gives no logits of the vocabulary's size.
+    """
+    ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
+    decoder = {"decoder_input_ids": ids} if model.family == ENCODER_DECODER else {}
+    logits = model.network(input_ids=ids, attention_mask=torch.ones_like(ids), **decoder).logits
+    if logits.shape[:2] != ids.shape:
+        raise BadInput(f"it gives logits of the shape {list(logits.shape)} for {ids.shape[1]} tokens")
+
+
+def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    """How many values of each tensor are NaN or infinite; tensors of finite values alone are left out.
+
+    Costs one reading of the tensors; those on the meta device hold nothing.
+    """
+    return {
+        name: int((~tensor.float().isfinite()).sum())
+        for name, tensor in tensors
+        if tensor.is_floating_point() and not tensor.is_meta and not _all_finite(tensor)
+    }
+
+
+def weights_of(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and kept buffer of a model by name, each once."""
+    seen = set[int]()
+    for name, tensor in model.network.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            yield name, tensor
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], of: str) -> None:
+    """Refuse weights with NaN or infinity in them, before something is made of them that looks sound.
+
+    Args:
+        tensors: the weights by name, e.g. :func:`weights_of` a model.
+        of: what they belong to, for the message.
+
+    Raises:
+        BadInput: names the tensors.
+    """
+    if found := non_finite(tensors):
+        raise BadInput(
+            f"{of} has weights that are not finite ({described(found)}), so nothing true can be said of it once it is "
+            "compressed; give a sound checkpoint, or compression=none to ask it as it is"
+        )
+
+
+def described(found: Mapping[str, int]) -> str:
+    """What :func:`non_finite` found, for one line."""
+    shown = [f"{name}: {count}" for name, count in list(found.items())[:_SHOWN]]
+    return ", ".join(shown + ([f"and {len(found) - _SHOWN} more tensors"] if len(found) > _SHOWN else []))
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite: a finite sum says so in one reading without a copy, another says nothing."""
+    if tensor.itemsize < 2:  # float8 has no sums
+        tensor = tensor.float()
+    return bool(tensor.sum(dtype=torch.float32 if tensor.itemsize < 4 else None).isfinite()) or bool(
+        tensor.isfinite().all()
+    )
