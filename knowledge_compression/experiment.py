@@ -31,6 +31,7 @@ from knowledge_compression.models import Model, Target, Targets
 from knowledge_compression.models.device import Device, resolve_device, resolve_dtype
 from knowledge_compression.models.loading import LocalModel, ModelSource, check_memory
 from knowledge_compression.models.saving import save_checkpoint
+from knowledge_compression.models.soundness import non_finite, shown, weights_of
 from knowledge_compression.models.streamed import StreamedModel
 from knowledge_compression.recovery.base import Recovery
 from knowledge_compression.recovery.none import NoRecovery
@@ -219,6 +220,9 @@ class Experiment:
             with cost.of("recover"):
                 recovered = self.recovery.recover(model, corpus, tracked.log)
             report["recovery"] = recovered.to_json() | {"restores_by": self.recovery.restores_by}
+            if sick := non_finite(weights_of(model)):
+                report["non_finite_weights"] = sick
+                log.warning("%s has weights that are not finite (%s): its answers say nothing", model.name, shown(sick))
             model.scored_in = self.scored_in if model.dtype == torch.float32 else None  # narrower types stay
             evaluations = {}
             for name, suite in self.suites.items():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.cloze import MASK, Candidates, Cloze, candidate_scores, reader_of
@@ -127,7 +130,8 @@ def test_ranking_in_the_vocabulary_against_a_plain_sort(architecture, calibrate,
     model = tiny_model(architecture)
     clozes = CLOZES[:3]
     evaluation = Probe("full", calibrate, top_k=(1, 5)).ask("test", model, clozes, {})
-    size = model.network.config.vocab_size
+    size = len(model.tokenizer)
+    assert size < model.network.config.vocab_size  # ids beyond stand for no text, and are not ranked
     words = [model.tokenizer.decode([token]) for token in range(size)]
     tokens = [
         token
@@ -149,6 +153,27 @@ def test_ranking_in_the_vocabulary_against_a_plain_sort(architecture, calibrate,
     assert evaluation.metrics["mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / len(ranks))
     assert evaluation.metrics["top5"] == pytest.approx(sum(rank <= 5 for rank in ranks) / len(ranks))
     assert evaluation.metrics["top1"] == evaluation.metrics["accuracy"]
+
+
+def test_ids_that_stand_for_no_text_are_not_ranked(tiny_model):
+    model, padded = tiny_model("bert"), tiny_model("bert")
+    with torch.no_grad():
+        padded.network.get_output_embeddings().bias[len(padded.tokenizer) :] = 50.0  # they take all probability
+    plain, other = (Probe("full", top_k=(1,)).ask("test", one, CLOZES[:3], {}).items for one in (model, padded))
+    for column in ("prediction", "rank", "choices", "correct"):
+        assert plain[column].to_list() == other[column].to_list()
+    assert max(other["log_prob"]) < -40  # the model's own: nothing is made of what it gives to no text
+
+
+def test_a_tokenizer_without_the_token_for_a_blank_is_refused(tiny_model):
+    masked, blanked = tiny_model("bert"), tiny_model("t5")
+    masked.tokenizer = deepcopy(masked.tokenizer)
+    masked.tokenizer.mask_token = None
+    backend = Tokenizer(models.WordLevel({"the": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    blanked.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    for model, token in ((masked, "mask token"), (blanked, "<extra_id_0>")):
+        with pytest.raises(BadInput, match=f"the tokenizer of tiny-.* has no {token}"):
+            Probe("typed").ask("test", model, CLOZES[:1], answers_by_task(CLOZES[:1]))
 
 
 @pytest.mark.parametrize("architecture", ["bert", "t5", "llama"])

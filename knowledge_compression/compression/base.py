@@ -26,6 +26,7 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.memory import peak_memory
 from knowledge_compression.models import Model, TargetLayer, Targets
 from knowledge_compression.models.families import FINAL
+from knowledge_compression.models.soundness import check_finite, weights_of
 from knowledge_compression.models.targets import ReplacedLinear
 
 SCOPES = ("global", "layer")
@@ -72,8 +73,8 @@ class Compression(ABC):
             What was touched and reached.
 
         Raises:
-            BadInput: the settings do not fit these layers or this model, a target is quantized already, or its weights
-                are not finite.
+            BadInput: the settings do not fit these layers or this model, a target is quantized already, or a weight of
+                the model is not finite; nothing has changed then.
         """
 
 
@@ -99,6 +100,7 @@ class Method(Compression):
             if isinstance(layer.module, ReplacedLinear):
                 raise BadInput(f"{layer.path} is quantized already; quantization comes last, after pruning")
         self.check(targets)
+        check_finite(weights_of(model), model.name)
         report = CompressionReport(method=self.name, model_parameters=model.parameter_count())
         if any(layer.role == FINAL for layer in targets):
             model.untie_head()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
 from knowledge_compression.evaluation.tokens import encode
 from knowledge_compression.models import Model
@@ -310,10 +311,22 @@ class _RepeatingReader(_SentinelReader):
 
 
 def reader_of(model: Model, max_tokens: int | None = None) -> Reader:
-    """The way to ask ``model``, by its family."""
-    if model.family == ENCODER:
-        return _EncoderReader(model, max_tokens)
+    """The way to ask ``model``, by its family.
+
+    Raises:
+        BadInput: its tokenizer has no token that stands for what is asked.
+    """
     if model.family == DECODER:
         return _DecoderReader(model, max_tokens)
-    repeats = model.network.config.model_type in _REPEATS_THE_SENTENCE
-    return (_RepeatingReader if repeats else _SentinelReader)(model, max_tokens)
+    tokenizer = model.tokenizer
+    kind: type[Reader]
+    if model.family == ENCODER or model.network.config.model_type in _REPEATS_THE_SENTENCE:
+        kind, blank = (_EncoderReader if model.family == ENCODER else _RepeatingReader), tokenizer.mask_token
+    else:
+        kind, blank = _SentinelReader, _SENTINEL.format(0)
+    if blank is None or blank not in tokenizer.get_vocab():
+        raise BadInput(
+            f"the tokenizer of {model.name} has no {blank or 'mask token'}, by which a model of its family is asked to "
+            "fill a blank; give the tokenizer that it was trained with"
+        )
+    return kind(model, max_tokens)

@@ -61,7 +61,8 @@ class Probe:
     """A way to ask clozes.
 
     Attributes:
-        candidates: ``full`` (the model's vocabulary), ``common`` (a list of words) or ``typed`` (the relation's own
+        candidates: ``full`` (the model's vocabulary: every id that its tokenizer has a token for, and none of those
+            that only make its embeddings larger), ``common`` (a list of words) or ``typed`` (the relation's own
             objects; objects of several tokens are ranked too).
         calibrate: subtract each candidate's mean log-probability over the prompts of the relation in the same
             wording, so that what is likely after any subject gains nothing by it (contextual calibration in the
@@ -114,8 +115,8 @@ class Probe:
         reader = reader_of(model, self.max_tokens)
         blanks = reader.blanks(clozes)
         gold = _gold_tokens(reader, clozes)
-        allowed = _single_tokens(reader, common) if self.candidates == "common" else None
-        reasons = [self._cannot(reader, *one, allowed) for one in zip(clozes, blanks, gold, strict=True)]
+        common_ids = _single_tokens(reader, common) if self.candidates == "common" else None
+        reasons = [self._cannot(reader, *one, common_ids) for one in zip(clozes, blanks, gold, strict=True)]
         kept = [i for i, reason in enumerate(reasons) if reason is None]
         if not kept:
             why = ", ".join(f"{count} {reason}" for reason, count in Counter(filter(None, reasons)).items())
@@ -125,9 +126,8 @@ class Probe:
             rankings = self._rank_typed(reader, asked, asked_blanks, Candidates(reader, answers))
         else:
             singles = _readings(reader, asked) if self.lower_case else [[*gold[i]] for i in kept]
-            rankings = self._rank_vocabulary(
-                reader, asked, [b for b in asked_blanks if b is not None], singles, allowed
-            )
+            ranked = _ids_of_tokens(model) if common_ids is None else common_ids
+            rankings = self._rank_vocabulary(reader, asked, [b for b in asked_blanks if b is not None], singles, ranked)
         items = item_table(
             [_row(suite, cloze, ranking) for cloze, ranking in zip(asked, rankings, strict=True)], EXTRA_COLUMNS
         )
@@ -318,6 +318,13 @@ def _gold_tokens(reader: Reader, clozes: Sequence[Cloze]) -> list[tuple[int, ...
 
 def _single_tokens(reader: Reader, words: Sequence[str]) -> Tensor:
     return torch.tensor(sorted({ids[0] for ids in reader.answer_ids(words) if len(ids) == 1}), dtype=torch.long)
+
+
+def _ids_of_tokens(model: Model) -> Tensor | None:
+    """The ids that stand for a token, int64 ``[tokens]``; None where all rows of the embeddings have one."""
+    rows = model.network.config.vocab_size
+    ids = sorted(i for i in set(model.tokenizer.get_vocab().values()) if i < rows)
+    return torch.tensor(ids, dtype=torch.long) if len(ids) < rows else None
 
 
 def _readings(reader: Reader, clozes: Sequence[Cloze]) -> list[list[int]]:

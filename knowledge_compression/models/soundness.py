@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.families import ENCODER_DECODER, architecture_of
@@ -68,6 +68,7 @@ def check_tokenizer(model: Model) -> None:
     """
     rows: int = model.network.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
     tokenizer = model.tokenizer
+    tokenizer(["a text"])  # what its settings make it raise is raised here
     added = set(getattr(tokenizer, "added_tokens_decoder", ()))
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows and i not in added}
     if beyond:
@@ -98,20 +99,17 @@ def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
 
     Costs one reading of the tensors; those on the meta device hold nothing.
     """
-    return {
-        name: int((~tensor.float().isfinite()).sum())
-        for name, tensor in tensors
-        if tensor.is_floating_point() and not tensor.is_meta and not _all_finite(tensor)
-    }
+    floating = ((name, tensor) for name, tensor in tensors if tensor.is_floating_point() and not tensor.is_meta)
+    return {name: count for name, tensor in floating if (count := _non_finite_in(tensor))}
 
 
 def weights_of(model: Model) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and kept buffer of a model by name, each once."""
     seen = set[int]()
-    for name, tensor in model.network.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            yield name, tensor
+    for name, tensor in model.network.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor.detach()
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], of: str) -> None:
@@ -126,21 +124,22 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], of: str) -> None:
     """
     if found := non_finite(tensors):
         raise BadInput(
-            f"{of} has weights that are not finite ({described(found)}), so nothing true can be said of it once it is "
+            f"{of} has weights that are not finite ({shown(found)}), so nothing true can be said of it once it is "
             "compressed; give a sound checkpoint, or compression=none to ask it as it is"
         )
 
 
-def described(found: Mapping[str, int]) -> str:
+def shown(found: Mapping[str, int]) -> str:
     """What :func:`non_finite` found, for one line."""
-    shown = [f"{name}: {count}" for name, count in list(found.items())[:_SHOWN]]
-    return ", ".join(shown + ([f"and {len(found) - _SHOWN} more tensors"] if len(found) > _SHOWN else []))
+    first = [f"{name}: {count}" for name, count in list(found.items())[:_SHOWN]]
+    return ", ".join(first + ([f"and {len(found) - _SHOWN} more tensors"] if len(found) > _SHOWN else []))
 
 
-def _all_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite: a finite sum says so in one reading without a copy, another says nothing."""
-    if tensor.itemsize < 2:  # float8 has no sums
-        tensor = tensor.float()
-    return bool(tensor.sum(dtype=torch.float32 if tensor.itemsize < 4 else None).isfinite()) or bool(
-        tensor.isfinite().all()
-    )
+def _non_finite_in(tensor: Tensor) -> int:
+    if type(tensor) not in (Tensor, nn.Parameter):  # another library's packed weight
+        tensor = tensor.dequantize()
+    if tensor.itemsize < 4:
+        tensor = tensor.float()  # sums of narrow types overflow, or do not exist
+    if bool(tensor.sum().isfinite()):  # one reading without a copy; a sum that is not finite says nothing yet
+        return 0
+    return int((~tensor.isfinite()).sum())

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.models.model import Model
-from knowledge_compression.models.soundness import check_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,12 +51,9 @@ class Checkpoint:
 
         Raises:
             ModelUnavailable: its file is not there, or not whole.
-            BadInput: it holds values that are not finite.
         """
         with self._opened(self.file_of[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
-        check_finite([(name, tensor)], str(self.folder))
-        return tensor
+            return file.get_tensor(name)
 
     def described(self) -> dict[str, tuple[tuple[int, ...], bool]]:
         """Shape of each tensor, and whether it holds floating-point numbers, from the files' headers alone.
