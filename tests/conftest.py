@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     PreTrainedTokenizerFast,
     logging,
 )
 
-from helpers.networks import SPECIAL, TINY, WORDS, build_network
+from helpers.networks import TINY, build_network, make_tokenizer
 from helpers.tasks import documents
 from knowledge_compression.corpora.own_samples import DrawnSamples
 from knowledge_compression.evaluation.tasks import LOCAL
@@ -30,30 +29,9 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words, BERT's special tokens, T5's sentinels; ``[CLS] text [SEP]`` when special tokens are asked for."""
-    words = [*SPECIAL, *WORDS, "."]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        bos_token="[CLS]",
-        eos_token="[SEP]",
-        additional_special_tokens=["<extra_id_0>", "<extra_id_1>"],
-    )
-
-
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """See :func:`make_tokenizer`."""
+    """See :func:`~helpers.networks.make_tokenizer`."""
     return make_tokenizer()
 
 

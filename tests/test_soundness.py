@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from helpers.networks import VOCABULARY, build_network, make_tokenizer
 from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.soundness import check_finite, non_finite, shown, weights_of
-from tests.conftest import VOCABULARY, build_network, make_tokenizer
 
 METHODS = sorted((Path(__file__).parents[1] / "conf" / "compression").glob("*.yaml"))
 ALL = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff"])

@@ -6,8 +6,14 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from tokenizers import normalizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedTokenizerFast,
+)
 
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ARCHITECTURES, DECODER, ENCODER, ENCODER_DECODER
@@ -62,6 +68,27 @@ def build_network(architecture: str, **changes: Any) -> Any:
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return network
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words, BERT's special tokens, T5's sentinels; ``[CLS] text [SEP]`` when special tokens are asked for."""
+    words = [*SPECIAL, *WORDS, "."]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        bos_token="[CLS]",
+        eos_token="[SEP]",
+        additional_special_tokens=["<extra_id_0>", "<extra_id_1>"],
+    )
 
 
 def lower_cased(model: Model) -> Model:

@@ -1,4 +1,4 @@
-"""``python -m tests.trials [--only WORDS] [--every N]``: try all inputs, print how they ended, status 1 if badly."""
+"""``PYTHONPATH=tests python -m trials``: try all inputs, print how they ended, status 1 if one ended badly."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from tests.trials.inputs import every_trial
-from tests.trials.materials import prepare
-from tests.trials.trying import ACCEPT, ACCEPTED, HANG, ONE_LINE, STACK_TRACE, WRONG, Ending, Tester
+from trials.inputs import every_trial
+from trials.materials import prepare
+from trials.trying import ACCEPT, ACCEPTED, HANG, ONE_LINE, STACK_TRACE, WRONG, Ending, Tester
 
 BAD = (STACK_TRACE, WRONG, HANG)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.trials", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m trials", description=__doc__)
     parser.add_argument("--only", default="", help="try those whose name has this in it")
     parser.add_argument("--every", type=int, default=1, help="try one in so many")
     parser.add_argument("--at-once", type=int, default=os.cpu_count())

@@ -14,7 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from tests.trials.trying import ACCEPT, EITHER, REFUSE, Trial
+from trials.trying import ACCEPT, EITHER, REFUSE, Trial
 
 CONF = Path(__file__).parents[2] / "conf"
 

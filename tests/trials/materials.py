@@ -29,7 +29,7 @@ TASK = {
 
 def prepare(folder: Path) -> None:
     """Fill a folder: ``bert/``, ``llama/`` (in shards), ``data/``, ``conf/``, ``kc_carrier/`` (GGUF in a package)."""
-    from tests.conftest import build_network, make_tokenizer
+    from helpers.networks import build_network, make_tokenizer
 
     tokenizer = make_tokenizer()
     for name, size in (("bert", "50GB"), ("llama", "8KB")):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import runpy
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.trials.materials import copy
+from trials.materials import copy
 
 ONE_LINE, ACCEPTED, STACK_TRACE, WRONG, HANG = "one line", "accepted", "stack trace", "accepted wrongly", "hang"
 REFUSE, EITHER, ACCEPT = "refuse", "either", "accept"
@@ -22,12 +21,14 @@ PATIENCE = 120.0  # seconds of the wall's clock for what takes about one of the 
 _PRELOADED = (
     "knowledge_compression.configuration",
     "knowledge_compression.results.summary",
+    "knowledge_compression.commands",
+    "knowledge_compression.sweeping.cli",
     "knowledge_compression.report",
     "lm_eval.tasks",
     "lm_eval.models.huggingface",
     "transformers.models.bert.modeling_bert",
     "transformers.models.llama.modeling_llama",
-    "tests.trials.inputs",
+    "trials.inputs",
 )
 
 
@@ -41,7 +42,7 @@ class Trial:
         spoil: makes it wrong, in that copy.
         must: ``refuse``; ``either``, where it may be sound after all: then its run is not that of what it was before;
             ``accept`` for what nothing is wrong with.
-        module: of the command.
+        command: of ``kc``.
         nobody: whether to go without the privileges of a super-user.
     """
 
@@ -49,7 +50,7 @@ class Trial:
     arguments: Sequence[str]
     spoil: Callable[[Path], None] | None = None
     must: str = REFUSE
-    module: str = "knowledge_compression.cli"
+    command: str = "run"
     nobody: bool = False
 
 
@@ -164,16 +165,12 @@ def _try(trial: Trial, good: str, here: str) -> None:
         os.setgid(65534)
         os.setuid(65534)
     sys.path.insert(0, str(folder))
-    sys.argv = ["run.py", *trial.arguments]
+    sys.argv = ["kc", trial.command, *trial.arguments]
     import torch
     from huggingface_hub import constants
 
+    from knowledge_compression.commands import main
+
     torch.set_num_threads(1)
     constants.HF_HUB_OFFLINE = True
-    if trial.module == "knowledge_compression.cli":
-        from knowledge_compression.cli import main
-
-        main()
-    else:
-        sys.argv[0] = trial.module
-        runpy.run_module(trial.module, run_name="__main__", alter_sys=True)
+    sys.exit(main())
