@@ -45,7 +45,8 @@ def advise(outputs: Path, keep: float) -> None:
     runs, unreadable = RunStore(outputs).scan()
     comparisons = compare(runs)
     if not comparisons.groups and not comparisons.measured:
-        raise BadInput(f"{outputs} holds no dense run to compare with; run one with compression=none")
+        damaged = f" that can be read ({unreadable[0][0]}: {unreadable[0][1]})" if unreadable else ""
+        raise BadInput(f"{outputs} holds no dense run to compare with{damaged}; run one with compression=none")
     console = Console()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     for group in comparisons:

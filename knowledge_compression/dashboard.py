@@ -36,12 +36,14 @@ class Compared:
         headlines: metrics to compare, as W&B calls them, e.g. ``atlas/accuracy``.
         varied: settings in which the runs differ, as W&B calls them, e.g. ``compression_sparsity``.
         parts: metrics of the parts of a suite, e.g. ``atlas/capital.accuracy``, by suite.
+        skipped: runs that cannot be read, and why.
     """
 
     sweep: str
     headlines: Sequence[str]
     varied: Sequence[str]
     parts: dict[str, list[str]]
+    skipped: Sequence[tuple[str, str]] = ()
 
 
 def compared(outputs: Path, sweep: str | None = None) -> Compared:
@@ -61,10 +63,13 @@ def compared(outputs: Path, sweep: str | None = None) -> Compared:
     store = RunStore(outputs)
     planned, _ = read_plan(outputs / "sweeps" / name)
     ids = dict.fromkeys(run_id for run in planned for run_id in (run.run_id, run.baseline_id))
-    runs = [run for run_id in ids if (run := store.find(run_id)) is not None]
+    found = {run_id: store.look_up(run_id) for run_id in ids}
+    runs = [run for run in found.values() if isinstance(run, Run)]
+    skipped = [(run_id, why) for run_id, why in found.items() if isinstance(why, str)]
     if not runs:
-        raise BadInput(f"no run of the sweep {name} is finished yet; kc status shows more")
-    return Compared(name, _headlines(runs), _varied(runs), _parts(runs))
+        damaged = f" that can be read ({skipped[0][0]}: {skipped[0][1]})" if skipped else ""
+        raise BadInput(f"no run of the sweep {name} is finished{damaged}; kc status shows more")
+    return Compared(name, _headlines(runs), _varied(runs), _parts(runs), skipped)
 
 
 def _shown(metric: str) -> str:
@@ -184,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         what = compared(options.outputs, options.sweep)
+        sys.stderr.writelines(f"left out – {run_id}: {why}\n" for run_id, why in what.skipped)
         if options.json:
             told = definition(what, options.entity or "me", options.project)
             sys.stdout.write(json.dumps(told, indent=1, sort_keys=True) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import socket
 import time
 from pathlib import Path
@@ -18,9 +20,13 @@ from knowledge_compression.results.workplace import Workplace
 
 ITEMS = item_table([{"suite": "probe", "task": "t", "id": "t/0", "correct": True, "log_prob": 0.1}])
 
+CHOICES = {"model": "m", "target": "att", "compression": "none", "recovery": "none"}
+CONFIG = {"seed": 0, "sparsity": 0.2, "reading": "module", "compression": {}, "eval": {"probe": {}}, "choices": CHOICES}
+
 
 def made(run_id: str = "a1", **metrics: float) -> Run:
-    return Run(run_id, {"seed": 0}, metrics or {"probe.accuracy": 0.1 + 0.2}, {"eval": {}}, {}, None, ITEMS)
+    report = {"model": {"name": "m", "family": "decoder"}, "eval": {"probe": {}}}
+    return Run(run_id, dict(CONFIG), metrics or {"probe.accuracy": 0.1 + 0.2}, report, {}, None, ITEMS)
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -28,7 +34,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert list(store) == [] and store.find("a1") is None
     store.write(made())
     run = store.find("a1")
-    assert run is not None and run.metrics == {"probe.accuracy": 0.1 + 0.2} and run.config == {"seed": 0}
+    assert run is not None and run.metrics == {"probe.accuracy": 0.1 + 0.2} and run.config == CONFIG
     assert run.items.equals(ITEMS)
     assert [found.id for found in store] == ["a1"]
 
@@ -52,13 +58,13 @@ def test_settings_are_read_section_by_section(tmp_path: Path) -> None:
     """As the whole file would be: lists at the top, text over lines, sections that share a value."""
     store, shared = RunStore(tmp_path), ["x", {"y": 1}]
     config = {"list": [1, 2], "text": "a\n  b: c\n- d\n" * 30, "deep": {"a": shared, "empty": None}, "other": shared}
-    config |= {"#odd": 1, "-odd": {"k": True}, "é": "ü", "none": {}}
+    config |= {"#odd": 1, "-odd": {"k": True}, "é": "ü", "none": {}} | CONFIG
     for run_id in ("a1", "b2"):
         run = made(run_id)
         run.config = config
         store.write(run)
     run = made("c3")
-    run.config = {"deep": {"a": 1}, "-odd": [3], "list": [[1], {"b": []}]}
+    run.config = {"deep": {"a": 1}, "-odd": [3], "list": [[1], {"b": []}]} | CONFIG
     store.write(run)
     assert [found.config for found in store] == [config, config, run.config]
 
@@ -191,7 +197,7 @@ def test_half_copied_folders_are_named_skipped_and_counted(tmp_path: Path, name:
     assert [run.id for run in runs] == [run.id for run in store] == ["c3"]
     assert [run_id for run_id, _ in skipped] == ["a1", "b2"]
     assert skipped[0][1] == f"half-copied: {name} is not there"
-    assert skipped[1][1].startswith(f"half-copied: {name} cannot be read")
+    assert skipped[1][1].startswith(f"damaged: {name} cannot be read")
     assert store.find("a1") is None  # it is done again
 
 
@@ -204,3 +210,120 @@ def test_a_folder_of_another_version_is_named_and_skipped(tmp_path: Path) -> Non
     runs, skipped = store.scan()
     assert [run.id for run in runs] == ["b2"]
     assert skipped == [("a1", "of another version: its format is 99, this program reads 1")]
+
+
+DAMAGES = {  # the file, what is done to its bytes, and what is said
+    "items broken in the middle": ("items.parquet", lambda b: b[:40] + bytes(16) + b[56:], "not those that were"),
+    "layers broken": ("layers.json", lambda b: b.replace(b"3", b"4"), "not those that were written"),
+    "a word for a metric": ("metrics.json", lambda _: b'{"probe.accuracy": "high"}', "probe.accuracy: Input should be"),
+    "a list of metrics": ("metrics.json", lambda _: b"[1]", "the whole: Input should be"),
+    "no seed": ("config.yaml", lambda b: b.replace(b"seed: 0", b""), "seed: Field required"),
+    "a seed in words": ("config.yaml", lambda b: b.replace(b"seed: 0", b"seed: one"), "seed: Input should be"),
+    "no choices": ("config.yaml", lambda b: b.replace(b"choices", b"chosen"), "choices: Field required"),
+    "no model chosen": ("config.yaml", lambda b: b.replace(b"  model: m\n", b""), "choices.model: Field required"),
+    "a suite without settings": ("config.yaml", lambda b: b.replace(b"probe: {}", b"probe: 3"), "eval.probe: Input"),
+    "a suite without report": ("config.yaml", lambda b: b.replace(b"probe: {}", b"atlas: {}"), "eval.atlas: Field"),
+    "settings of a few lines and a million values": (
+        "config.yaml",
+        lambda b: (
+            b
+            + b"a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 10)) for i in range(1, 12))
+        ),
+        "more than 1,000,000 values",
+    ),
+    "settings that hold themselves": ("config.yaml", lambda b: b + b"self: &s [*s]\n", "it holds itself"),
+    "settings without end": ("config.yaml", lambda b: b + b"deep: " + b"[" * 100_000, "cannot be read"),
+    "a report without model": ("report.json", lambda b: b.replace(b'"model"', b'"modal"'), "model: Field required"),
+    "a sparsity of two": ("report.json", lambda b: b.replace(b"0.5", b"2.5"), "compression.sparsity: Input should be"),
+    "half of a pair of code units": (
+        "report.json",
+        lambda b: b.replace(b'"m"', b'"\\ud800"'),
+        "surrogates not allowed",
+    ),
+    "no text": ("report.json", lambda b: b"\xff\xfe" + b, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run_is_named_skipped_and_counted(tmp_path: Path, damage: str) -> None:
+    store = RunStore(tmp_path)
+    for run_id in ("a1", "b2"):
+        run = made(run_id)
+        run.report["compression"] = {"sparsity": 0.5, "layers": [{"path": "a", "removed": 3}]}
+        store.write(run)
+    name, change, said = DAMAGES[damage]
+    file = store.runs_folder / "a1" / name
+    before = file.read_bytes()
+    file.write_bytes(change(before))
+    assert file.read_bytes() != before
+    runs, skipped = store.scan()
+    assert [run.id for run in runs] == ["b2"]
+    ((run_id, why),) = skipped
+    assert run_id == "a1" and why.startswith(f"damaged: {name} cannot be read (") and said in why and "\n" not in why
+    assert store.find("a1") is None and "a1" not in store and store.look_up("a1") == why
+
+
+def test_without_digests_the_large_files_are_read_to_be_believed(tmp_path: Path) -> None:
+    """As in the stores that early versions wrote: a table whose pages are broken and whose ends are whole."""
+    store = RunStore(tmp_path)
+    run = made()
+    run._items = pl.concat([ITEMS.with_columns(id=pl.lit(f"{i}")) for i in range(500)])
+    run.report["compression"] = {"layers": [{"path": "a"}]}
+    store.write(run)
+    environment = store.runs_folder / "a1" / "environment.json"
+    told = json.loads(environment.read_text())
+    del told["digests"]
+    environment.write_text(json.dumps(told))
+    assert "a1" in store
+    items, layers = (store.runs_folder / "a1" / name for name in ("items.parquet", "layers.json"))
+    whole = items.read_bytes()
+    items.write_bytes(whole[:4] + bytes(400) + whole[404:])
+    assert "items.parquet cannot be read" in str(store.look_up("a1"))
+    items.write_bytes(whole)
+    layers.write_text('[{"path": 7}]')
+    assert "layers.json cannot be read (0.path: Input should be" in str(store.look_up("a1"))
+
+
+def test_a_table_of_other_columns_is_no_run(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    for change, said in (
+        ({"correct": pl.lit("yes")}, "column correct is String, not Boolean"),
+        ({"id": pl.lit(1)}, "column id is Int32, not String"),
+    ):
+        run = made()
+        run._items = ITEMS.with_columns(**change)
+        store.write(run)
+        assert said in str(store.look_up("a1"))
+    run._items = ITEMS.drop("task")
+    store.write(run)
+    assert "column task is not there" in str(store.look_up("a1"))
+
+
+def test_figures_that_are_not_finite_leave_json_json(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    store = RunStore(tmp_path)
+    run = made(x=math.nan, y=math.inf, z=1.0)
+    run.report["compression"] = {"bits": math.nan, "layers": [{"path": "a", "error_after": -math.inf}]}
+    store.write(run)
+    for file in (store.runs_folder / "a1").glob("*.json"):
+        json.loads(file.read_text(), parse_constant=refuse)
+    found = store.find("a1")
+    assert found is not None and math.isnan(found.metrics["x"]) and math.isnan(found.metrics["y"])
+    assert found.metrics["z"] == 1.0 and found.layers == [{"path": "a", "error_after": None}]
+    place = Workplace(tmp_path / "b2")
+    kept = place.evaluation("probe", lambda: Evaluation({"x": math.nan}, ITEMS, {"low": -math.inf}))
+    json.loads((place.folder / ".kept" / "probe.json").read_text(), parse_constant=refuse)
+    again = place.evaluation("probe", lambda: pytest.fail("asked again"))
+    assert math.isnan(kept.metrics["x"]) and math.isnan(again.metrics["x"])
+
+
+@pytest.mark.parametrize(("kind", "content"), [("json", b"{"), ("json", b"[]"), ("json", b"{}"), ("parquet", b"PAR1")])
+def test_what_an_interrupted_run_kept_and_is_damaged_is_asked_anew(tmp_path: Path, kind: str, content: bytes) -> None:
+    place = Workplace(tmp_path / "a1")
+    place.evaluation("probe", lambda: Evaluation({"x": 1.0}, ITEMS))
+    (place.folder / ".kept" / f"probe.{kind}").write_bytes(content)
+    assert place.evaluation("probe", lambda: Evaluation({"x": 2.0}, ITEMS)).metrics == {"x": 2.0}
+    assert place.evaluation("probe", lambda: pytest.fail("asked again")).metrics == {"x": 2.0}

@@ -28,6 +28,7 @@ from knowledge_compression.analysis.fates import (
 from knowledge_compression.analysis.findings import Verdict, check
 from knowledge_compression.analysis.metrics import with_intervals
 from knowledge_compression.analysis.naming import label, reading_order
+from knowledge_compression.results.shape import finite
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate
 
@@ -80,7 +81,7 @@ def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
 
 def _packed(content: Any) -> str:
     """JSON as gzip in base64, which a browser unpacks."""
-    return base64.b64encode(gzip.compress(json.dumps(_finite(content)).encode(), mtime=0)).decode()
+    return base64.b64encode(gzip.compress(json.dumps(finite(content)).encode(), mtime=0)).decode()
 
 
 def _counts(runs: Sequence[Run], comparisons: Comparisons, verdicts: Sequence[Verdict]) -> dict[str, int]:
@@ -232,15 +233,6 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
             for f in verdict.findings
         ],
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no nan: what could not be computed becomes null."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write(html: str, path: Path) -> None:

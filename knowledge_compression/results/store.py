@@ -6,7 +6,9 @@ layers. Layers and items are read when they are asked for, and not kept.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,10 +24,12 @@ import polars as pl
 import yaml
 
 from knowledge_compression.errors import BadInput, first_line
+from knowledge_compression.results.shape import check_agreement, check_items, checked, finite, read_json
 from knowledge_compression.results.workplace import LEASE, Workplace, claimed, discard
 
+log = logging.getLogger(__name__)
+
 LAYERS = "layers.json"
-_PARQUET = b"PAR1"  # its first and last bytes
 _TOP_LEVEL = re.compile(r"^(?=[^\s\-#])", re.MULTILINE)  # where a key of no indentation begins
 FORMAT = 1  # of a run folder; raised when a reader of old folders would misread new ones
 
@@ -78,19 +82,19 @@ class Run:
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """What the compression did layer by layer, read each time it is asked for; empty where it touched none."""
+        """What the compression did layer by layer, read each time it is asked for; empty where it touched none.
+
+        Raises:
+            ValueError: the file is not what a run writes.
+        """
         if self.folder is None or "layers" in self.report.get("compression", {}):
             return self.report.get("compression", {}).get("layers", [])
         file = self.folder / LAYERS
-        return json.loads(file.read_text()) if file.is_file() else []
+        return checked(LAYERS, read_json(file)) if file.is_file() else []
 
 
 class Unreadable(Exception):
     """A folder of the store that is no whole run of this version; the message says why."""
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_bytes())
 
 
 def _read_settings(path: Path) -> Any:
@@ -110,24 +114,20 @@ def _section(text: str) -> Any:
     return yaml.load(text, Loader=yaml.CSafeLoader)
 
 
-def _read_ends(path: Path) -> dict[str, str]:
-    """Nothing of a Parquet file but that it begins and ends as one: what was cut off has lost its end."""
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        begins = file.read(len(_PARQUET))
-        file.seek(-len(_PARQUET), os.SEEK_END)
-        if begins != _PARQUET or file.read() != _PARQUET:
-            raise ValueError("it is cut off")
-    return {}
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# The files of a run, and how each is read; of the item table only whether it can be.
+# The files of a run that are read with it; of the large ones only whether they are as they were written.
 _FILES: Mapping[str, Callable[[Path], Any]] = {
     "config.yaml": _read_settings,
-    "metrics.json": _read_json,
-    "report.json": _read_json,
-    "environment.json": _read_json,
-    "items.parquet": _read_ends,
+    "metrics.json": read_json,
+    "report.json": read_json,
+    "environment.json": read_json,
 }
+ITEMS = "items.parquet"
+_WRONG = (OSError, ValueError, RecursionError, yaml.YAMLError, pl.exceptions.PolarsError)  # what a damaged file raises
 
 
 class RunStore:
@@ -182,11 +182,21 @@ class RunStore:
             raise BadInput(f"output.dir={self.folder} cannot be written ({error.strerror})") from None
 
     def find(self, run_id: str) -> Run | None:
-        """The finished run of that hash, if it is there and can be read."""
+        """The finished run of that hash, if it is there and can be read; a damaged one is named in the log."""
+        found = self.look_up(run_id)
+        if isinstance(found, str):
+            log.warning("%s is left out: %s", self.runs_folder / run_id, found)
+            return None
+        return found
+
+    def look_up(self, run_id: str) -> Run | str | None:
+        """The finished run of that hash, or why it cannot be read, or None where it is not there."""
+        if not (self.runs_folder / run_id).is_dir():
+            return None
         try:
             return self._read(self.runs_folder / run_id)
-        except Unreadable:
-            return None
+        except Unreadable as error:
+            return str(error)
 
     def __iter__(self) -> Iterator[Run]:
         """Every finished run that can be read, by hash; see :meth:`scan` for the others."""
@@ -209,8 +219,8 @@ class RunStore:
         return runs, skipped
 
     def __contains__(self, run_id: str) -> bool:
-        """Whether the folder of that hash is there, by its last file."""
-        return (self.runs_folder / run_id / "metrics.json").is_file()
+        """Whether the run of that hash is there and can be read."""
+        return self.find(run_id) is not None
 
     def write(self, run: Run, extra_files: Mapping[str, bytes] | None = None) -> Run:
         """Write a run under a temporary name and rename it, so that no half-written folder is ever seen.
@@ -242,8 +252,9 @@ class RunStore:
         if layers := compression.pop("layers", None):
             _write_json(scratch / LAYERS, layers)
         _write_json(scratch / "report.json", run.report | ({"compression": compression} if compression else {}))
-        _write_json(scratch / "environment.json", {"format": FORMAT} | run.environment)
-        run.items.write_parquet(scratch / "items.parquet")
+        run.items.write_parquet(scratch / ITEMS)
+        digests = {name: _digest(scratch / name) for name in (ITEMS, LAYERS) if (scratch / name).is_file()}
+        _write_json(scratch / "environment.json", {"format": FORMAT, "digests": digests} | run.environment)
         for name, content in extra_files.items():
             (scratch / name).write_bytes(content)
         _write_json(scratch / "metrics.json", run.metrics)
@@ -257,24 +268,43 @@ class RunStore:
         scratch.chmod(0o755)
 
     def _read(self, folder: Path) -> Run:
-        if missing := [name for name in _FILES if not (folder / name).is_file()]:
+        if missing := [name for name in (*_FILES, ITEMS) if not (folder / name).is_file()]:
             raise Unreadable(f"half-copied: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there")
         content: dict[str, Any] = {}
-        for name, read in _FILES.items():
-            try:
-                content[Path(name).stem] = read(folder / name)
-            except (OSError, ValueError, yaml.YAMLError, pl.exceptions.PolarsError) as error:
-                raise Unreadable(f"half-copied: {name} cannot be read ({first_line(error)})") from None
-            if not isinstance(content[Path(name).stem], Mapping):
-                raise Unreadable(f"half-copied: {name} cannot be read (it names no values)")
-        content.pop("items")
-        if (version := content["environment"].get("format")) != FORMAT:
+        with _named("environment.json"):
+            content["environment"] = checked("environment.json", read_json(folder / "environment.json"))
+        if (version := content["environment"].get("format")) != FORMAT:  # before its other files are judged by ours
             raise Unreadable(f"of another version: its format is {version}, this program reads {FORMAT}")
+        for name, read in _FILES.items():
+            with _named(name):
+                content[Path(name).stem] = checked(name, read(folder / name))
+        with _named("report.json"):
+            check_agreement(content["config"], content["report"])
+        digests = content["environment"].pop("digests", None)
+        for name in (ITEMS, LAYERS):
+            with _named(name):
+                if isinstance(digests, Mapping) and name in digests and digests[name] != _digest(folder / name):
+                    raise ValueError("its bytes are not those that were written")
+        with _named(ITEMS):
+            check_items(folder / ITEMS, whole=not isinstance(digests, Mapping) or ITEMS not in digests)
+        with _named(LAYERS):
+            if (folder / LAYERS).is_file() and (not isinstance(digests, Mapping) or LAYERS not in digests):
+                checked(LAYERS, read_json(folder / LAYERS))
         return Run(id=folder.name, folder=folder, **content)
 
 
+@contextmanager
+def _named(file: str) -> Iterator[None]:
+    """What goes wrong with a file, as a reason to leave its run out."""
+    try:
+        yield
+    except _WRONG as error:
+        raise Unreadable(f"damaged: {file} cannot be read ({first_line(error)})") from None
+
+
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+    """JSON has no nan and no infinity: both are null."""
+    path.write_text(json.dumps(finite(content), indent=1, ensure_ascii=False, default=str, allow_nan=False) + "\n")
 
 
 def _flush(path: Path) -> None:

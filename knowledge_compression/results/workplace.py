@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import polars as pl
 from filelock import LeaseCompromise, SoftFileLease, Timeout
 
 from knowledge_compression.evaluation.suite import Evaluation
+from knowledge_compression.results.shape import finite
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +41,23 @@ class Workplace:
         """What an interrupted attempt found for a suite, or what ``evaluate`` finds now, kept for the next one."""
         items, rest = (self.folder / KEPT / f"{suite}.{kind}" for kind in ("parquet", "json"))
         if rest.is_file():  # written last, so the items are whole
-            log.info("%s: an interrupted run got so far", suite)
-            found = json.loads(rest.read_text())
-            return Evaluation(found["metrics"], pl.read_parquet(items), found["description"])
+            try:
+                found = json.loads(rest.read_text())
+                metrics = {
+                    name: math.nan if value is None else float(value) for name, value in found["metrics"].items()
+                }
+                kept = Evaluation(metrics, pl.read_parquet(items), found["description"])
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
+                log.warning("%s: what an interrupted run kept is damaged (%s); it is asked anew", suite, error)
+            else:
+                log.info("%s: an interrupted run got so far", suite)
+                return kept
         evaluation = evaluate()
         items.parent.mkdir(parents=True, exist_ok=True)
         evaluation.items.write_parquet(items)
         scratch = rest.with_suffix(".partial")
         scratch.write_text(
-            json.dumps({"metrics": evaluation.metrics, "description": evaluation.description}, default=str)
+            json.dumps(finite({"metrics": evaluation.metrics, "description": evaluation.description}), default=str)
         )
         scratch.rename(rest)
         return evaluation

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, PLAN, Outcome, labels, read_plan
 
-RUNNING, MISSING = "running", "missing"
+RUNNING, MISSING, DAMAGED = "running", "missing", "damaged"
 LEASE = 60.0  # seconds; a claim that was not renewed for so long is that of a dead process
 
 
@@ -26,7 +27,7 @@ class SweepStatus:
 
     Attributes:
         name: its folder.
-        states: of each run: ``done``, ``running``, ``failed``, ``bad input`` or ``missing``.
+        states: of each run: ``done``, ``running``, ``failed``, ``bad input``, ``damaged`` or ``missing``.
         outcomes: how the jobs ended that did not end well.
         seconds_left: estimate from the runs that are done; None where none is.
     """
@@ -56,25 +57,33 @@ def sweeps(outputs: Path) -> list[SweepStatus]:
 def _status(outputs: Path, folder: Path, alive: set[str] | None) -> SweepStatus:
     planned, at_once = read_plan(folder)
     names = labels([run.overrides for run in planned])
+    store = RunStore(outputs)
     states, troubled, seconds = [], [], []
     for number, (run, label) in enumerate(zip(planned, names, strict=True)):
         job = folder / str(number)
         outcome = Outcome.read(job)
         if outcome is not None and outcome.seconds:
             seconds.append(outcome.seconds)
-        if all((outputs / "runs" / run_id / "metrics.json").is_file() for run_id in (run.run_id, run.baseline_id)):
+        found = {run_id: store.look_up(run_id) for run_id in dict.fromkeys((run.run_id, run.baseline_id))}
+        broken = [f"runs/{run_id}: {why}" for run_id, why in found.items() if isinstance(why, str)]
+        if all(isinstance(one, Run) for one in found.values()):
             states.append(DONE)
         elif outcome is not None and outcome.status in (FAILED, BAD_INPUT):
             states.append(outcome.status)
             troubled.append(outcome)
         elif any(_fresh(outputs / "unfinished" / f"{run_id}.lock") for run_id in (run.run_id, run.baseline_id)):
             states.append(RUNNING)
+        elif broken:
+            states.append(DAMAGED)
+            troubled.append(Outcome(label, DAMAGED, message=f"{broken[0]}; the next start of the sweep does it again"))
         elif (lost := _lost(job, label, alive)) is not None:
             states.append(FAILED)
             troubled.append(lost)
         else:
             states.append(MISSING)
-    left = states.count(RUNNING) * 0.5 + states.count(MISSING)  # a running one is half-way, on average
+    left = (
+        states.count(RUNNING) * 0.5 + states.count(MISSING) + states.count(DAMAGED)
+    )  # a running one is half-way, on average
     each = sum(seconds) / len(seconds) if seconds else None
     return SweepStatus(folder.name, states, troubled, None if each is None else each * left / min(at_once, left or 1))
 
@@ -115,11 +124,13 @@ def show(found: Sequence[SweepStatus], console: Console) -> None:
     """The table, and a line for each run that did not end well."""
     table = Table(title="Sweeps", title_justify="left")
     # Names are whole in 80 characters, as only the last heading wraps.
-    for column in ("sweep", "runs", DONE, RUNNING, FAILED, MISSING, "time left"):
+    damaged = [DAMAGED] if any(sweep.count(DAMAGED) for sweep in found) else []
+    for column in ("sweep", "runs", DONE, RUNNING, FAILED, MISSING, *damaged, "time left"):
         table.add_column(column, justify="left" if column == "sweep" else "right", no_wrap=column != "time left")
     for sweep in found:
         failed = sweep.count(FAILED) + sweep.count(BAD_INPUT)
         counts = [len(sweep.states), sweep.count(DONE), sweep.count(RUNNING), failed, sweep.count(MISSING)]
+        counts += [sweep.count(state) for state in damaged]
         table.add_row(sweep.name, *map(str, counts), _duration(sweep.seconds_left))
     console.print(table)
     for sweep in found:

@@ -28,6 +28,7 @@ def made(folder: Path, suites: dict[str, Any], sparsity: float = 0.5) -> Experim
         corpus=TextFile(name="text", path="unused.txt"),
         suites=suites,
         settings=parts
+        | {"seed": 0, "sparsity": sparsity, "reading": "module"}
         | {"compression": {"sparsity": sparsity}, "eval": {n: {"of": n} for n in suites}, "choices": choices},
         device="cpu",
         kept_models=KeptModels(1.0),

@@ -1,0 +1,204 @@
+"""What the files of a run must hold for anything to be read from them: a store may be damaged, or anyone's."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+import polars as pl
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from knowledge_compression.errors import first_line
+from knowledge_compression.evaluation.suite import ITEM_SCHEMA
+
+_LARGEST = 1_000_000  # values in one file, aliases of YAML counted each time: a few lines of it can stand for millions
+_OPEN = ConfigDict(extra="allow", strict=True)
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Choices(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    model: str
+    target: str
+    compression: str
+    recovery: str
+    corpus: NotRequired[str]
+
+
+class _HowCompressed(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    sparsity: NotRequired[float | None]
+    bits: NotRequired[float | None]
+
+
+class _HowRecovered(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    prompts: NotRequired[list[int]]
+    rank: NotRequired[int]
+    tokens: NotRequired[int]
+
+
+class _Config(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    choices: _Choices
+    eval: dict[str, dict[str, Any]]
+    seed: int
+    sparsity: float
+    reading: str
+    compression: _HowCompressed
+    recovery: NotRequired[_HowRecovered]
+
+
+class _Model(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    name: str
+    family: str
+    note: NotRequired[str]
+
+
+class _Compressed(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    sparsity: NotRequired[Share | None]
+    bits: NotRequired[Annotated[float, Field(ge=0)] | None]
+    stored_bytes: NotRequired[Annotated[float, Field(ge=0)]]
+    parameters_touched: NotRequired[Count]
+    model_parameters: NotRequired[Count]
+    layers: NotRequired[list[dict[str, Any]]]
+
+
+class _Recovered(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    strategy: NotRequired[str]
+    trainable_parameters: NotRequired[Count | None]
+
+
+class _Cost(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    seconds: NotRequired[dict[str, float]]
+
+
+class _Report(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    model: _Model
+    eval: dict[str, dict[str, Any]]
+    compression: NotRequired[_Compressed]
+    recovery: NotRequired[_Recovered]
+    cost: NotRequired[_Cost]
+
+
+class Layer(TypedDict):
+    """One layer of ``layers.json``."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    path: str
+    role: NotRequired[str]
+    parameters: NotRequired[Count]
+    removed: NotRequired[Count]
+    bits: NotRequired[float | None]
+    error_after: NotRequired[float | None]
+
+
+_SHAPES: Mapping[str, TypeAdapter[Any]] = {
+    "config.yaml": TypeAdapter(_Config),
+    "metrics.json": TypeAdapter(dict[str, float | None], config=ConfigDict(strict=True)),
+    "report.json": TypeAdapter(_Report),
+    "environment.json": TypeAdapter(dict[str, Any], config=ConfigDict(strict=True)),
+    "layers.json": TypeAdapter(list[Layer]),
+}
+
+
+def checked(name: str, content: Any) -> Any:
+    """What a file holds, if nothing that is read of it is missing or of the wrong kind; of metrics null is nan.
+
+    Raises:
+        ValueError: it does not fit; the message names the value.
+    """
+    _check_size(content, [0], {})
+    try:
+        _SHAPES[name].validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise ValueError(f"{place}: {first['msg']}") from None
+    if name == "metrics.json":
+        return {metric: math.nan if value is None else value for metric, value in content.items()}
+    return content
+
+
+def check_agreement(config: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+    """Refuse a report that lacks a suite that was asked.
+
+    Raises:
+        ValueError: it does.
+    """
+    if silent := [suite for suite in config["eval"] if suite not in report["eval"]]:
+        raise ValueError(f"eval.{silent[0]}: Field required")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file whose text can be written again.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    content = path.read_bytes()
+    found = json.loads(content)
+    if b"\\ud" in content.lower():  # halves of a pair of code units, which are no text
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
+
+
+def finite(value: Any) -> Any:
+    """A value whose figures that are not finite are None, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_items(path: Path, *, whole: bool) -> None:
+    """Refuse an item table whose columns are not those of a run.
+
+    Args:
+        path: the Parquet file.
+        whole: decode all of it, where nothing else says that it is as it was written.
+
+    Raises:
+        ValueError: a column is missing or of another kind, or the file cannot be decoded.
+    """
+    try:
+        schema = pl.read_parquet_schema(path)
+        if whole:
+            pl.read_parquet(path)
+    except pl.exceptions.PanicException as error:  # of the reader, on some damaged files; it is no Exception
+        raise ValueError(first_line(error)) from None
+    for name, dtype in ITEM_SCHEMA.items():
+        if name in schema and schema[name] not in (dtype, pl.Null):
+            raise ValueError(f"column {name} is {schema[name]}, not {dtype}")
+    if missing := [
+        name for name in ("suite", "task", "id", "prompt", "gold", "prediction", "correct") if name not in schema
+    ]:
+        raise ValueError(f"column {missing[0]} is not there")
+
+
+def _check_size(value: Any, counted: list[int], inside: dict[int, bool]) -> None:
+    """Count what a value stands for, and refuse what holds itself."""
+    counted[0] += 1
+    if counted[0] > _LARGEST:
+        raise ValueError(f"it stands for more than {_LARGEST:,} values")
+    if isinstance(value, dict | list):
+        if inside.get(id(value)):
+            raise ValueError("it holds itself")
+        inside[id(value)] = True
+        for part in value.values() if isinstance(value, dict) else value:
+            if isinstance(part, dict | list):
+                _check_size(part, counted, inside)
+            else:
+                counted[0] += 1
+        inside[id(value)] = False
