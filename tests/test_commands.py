@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import shutil
+from html import escape
+from pathlib import Path
 
 import pytest
 
 from helpers.stores import bits, made_run
 from knowledge_compression import doctor
 from knowledge_compression.results.store import RunStore
+from knowledge_compression.results.sweeps import PlannedRun, write_plan
+from knowledge_compression.status import sweeps
 
 READERS = ("report", "advise", "status")
 
@@ -50,6 +55,72 @@ def test_a_store_without_a_dense_run_is_one_line_for_advice_and_a_page_that_says
     assert "no dense run" in said and said.count("\n") == 1
     importlib.import_module("knowledge_compression.report").main([str(store.folder)])
     assert "alone000" in (tmp_path / "report.html").read_text()
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A store of a sweep with a dense run, one that is whole, and one of each damage."""
+    store = RunStore(tmp_path / "outputs")
+    ids = ["whole000", "items000", "metric00", "config00", "version0"]
+    for run_id in ids:
+        store.write(made_run(bits("1011"), id=run_id))
+    store.write(made_run(bits("1111"), compression="none", id="dense000"))
+    runs = store.runs_folder
+    items = (runs / "items000" / "items.parquet").read_bytes()
+    (runs / "items000" / "items.parquet").write_bytes(items[:60] + bytes(32) + items[92:])
+    (runs / "metric00" / "metrics.json").write_text('{"atlas.accuracy": "high"}')
+    config = (runs / "config00" / "config.yaml").read_text()
+    (runs / "config00" / "config.yaml").write_text(config.replace("seed: 0\n", ""))
+    (runs / "version0" / "environment.json").write_text('{"format": 2}')
+    folder = store.folder / "sweeps" / "2026-01-01"
+    folder.mkdir(parents=True)
+    write_plan(folder, [PlannedRun([f"id={run_id}"], run_id, "dense000") for run_id in ids], at_once=1)
+    return store.folder
+
+
+REASONS = {
+    "items000": "damaged: items.parquet cannot be read",
+    "metric00": "damaged: metrics.json cannot be read (atlas.accuracy: Input should be a valid number)",
+    "config00": "damaged: config.yaml cannot be read (seed: Field required)",
+    "version0": "of another version: its format is 2, this program reads 1",
+}
+
+
+@pytest.mark.parametrize("command", ["report", "advise", "status", "dashboard"])
+def test_damaged_runs_are_named_and_counted_and_the_others_are_told(command, damaged, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = {"report": ["--figures", "figures"], "dashboard": ["--json"]}.get(command, [])
+    status = importlib.import_module(f"knowledge_compression.{command}").main([str(damaged), *arguments])
+    said = "".join(capsys.readouterr())
+    assert status == (1 if command == "status" else status) and "Traceback" not in said
+    if command == "report":
+        assert "2 runs, 4 folders left out" in said
+        page, findings = Path("report.html").read_text(), Path("figures/findings.md").read_text()
+        assert all(f"<code>{run_id}</code>: {escape(why)}" in page for run_id, why in REASONS.items())
+        assert all(why.partition(" (")[0] in findings for why in REASONS.values())
+    else:
+        assert all(run_id in said and why in said for run_id, why in REASONS.items())
+    if command == "status":
+        (found,) = sweeps(damaged)
+        assert found.states == ["done", *["damaged"] * 4] and "damaged" in said.splitlines()[2]
+
+
+@pytest.mark.parametrize("file", ["plan.json", "0/outcome.json"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"runs": 3}', '{"at_once": 1, "runs": [{"id": 3}]}'])
+def test_a_damaged_sweep_is_named_and_the_others_are_told(file, content, damaged, capsys):
+    broken = damaged / "sweeps" / "2026-01-02"
+    shutil.copytree(damaged / "sweeps" / "2026-01-01", broken)
+    (broken / "0").mkdir()
+    (broken / file).write_text(content)
+    for command, arguments in (("status", []), ("dashboard", ["--json", "--sweep", "2026-01-01"])):
+        importlib.import_module(f"knowledge_compression.{command}").main([str(damaged), *arguments])
+        said = "".join(capsys.readouterr())
+        assert "2026-01-01" in said and "Traceback" not in said
+        if command == "status":
+            assert f"2026-01-02/{file} cannot be read" in said.replace("\n", "")
+    if file == "plan.json":
+        said = said_by("dashboard", [damaged, "--json", "--sweep", "2026-01-02"], capsys)
+        assert said.startswith("error: ") and said.count("\n") == 1 and "plan.json cannot be read" in said
 
 
 def test_the_doctor_sees_a_file_in_the_way_of_the_outputs(tmp_path):

@@ -20,11 +20,13 @@ from rich.console import Console
 
 PARTS = Path(__file__).parent / "parts"
 
+from helpers.stores import made_run  # noqa: E402
 from knowledge_compression.errors import BadInput  # noqa: E402
 from knowledge_compression.sweeping import status  # noqa: E402
 from knowledge_compression.sweeping.cli import CONF  # noqa: E402
 from knowledge_compression.sweeping.launching import LocalLauncher, SlurmLauncher  # noqa: E402
 from knowledge_compression.sweeping.plan import Outcome, PlannedRun, labels, write_plan  # noqa: E402
+from knowledge_compression.results.store import RunStore  # noqa: E402
 from sweep_chores import chore  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -136,8 +138,7 @@ def test_the_status_of_a_sweep(
     runs = [PlannedRun([f"sparsity=0.{i}"], f"run{i}", "dense") for i in range(6)]
     write_plan(folder, runs, at_once=2)
     for run_id in ("run0", "run1", "dense"):
-        (tmp_path / "runs" / run_id).mkdir(parents=True)
-        (tmp_path / "runs" / run_id / "metrics.json").write_text("{}")
+        RunStore(tmp_path).write(made_run([True], id=run_id))
     for number, seconds in ((0, 10.0), (1, 20.0)):
         (folder / str(number)).mkdir()
         Outcome("", "done", f"run{number}", "dense", seconds=seconds).write(folder / str(number))

@@ -217,12 +217,12 @@ DAMAGES = {  # the file, what is done to its bytes, and what is said
     "layers broken": ("layers.json", lambda b: b.replace(b"3", b"4"), "not those that were written"),
     "a word for a metric": ("metrics.json", lambda _: b'{"probe.accuracy": "high"}', "probe.accuracy: Input should be"),
     "a list of metrics": ("metrics.json", lambda _: b"[1]", "the whole: Input should be"),
-    "no seed": ("config.yaml", lambda b: b.replace(b"seed: 0", b""), "seed: Field required"),
+    "no seed": ("config.yaml", lambda b: b.replace(b"seed: 0\n", b""), "seed: Field required"),
     "a seed in words": ("config.yaml", lambda b: b.replace(b"seed: 0", b"seed: one"), "seed: Input should be"),
     "no choices": ("config.yaml", lambda b: b.replace(b"choices", b"chosen"), "choices: Field required"),
     "no model chosen": ("config.yaml", lambda b: b.replace(b"  model: m\n", b""), "choices.model: Field required"),
     "a suite without settings": ("config.yaml", lambda b: b.replace(b"probe: {}", b"probe: 3"), "eval.probe: Input"),
-    "a suite without report": ("config.yaml", lambda b: b.replace(b"probe: {}", b"atlas: {}"), "eval.atlas: Field"),
+    "a suite without report": ("report.json", lambda b: b.replace(b"probe", b"atlas"), "eval.probe: Field required"),
     "settings of a few lines and a million values": (
         "config.yaml",
         lambda b: (
@@ -233,7 +233,7 @@ DAMAGES = {  # the file, what is done to its bytes, and what is said
         "more than 1,000,000 values",
     ),
     "settings that hold themselves": ("config.yaml", lambda b: b + b"self: &s [*s]\n", "it holds itself"),
-    "settings without end": ("config.yaml", lambda b: b + b"deep: " + b"[" * 100_000, "cannot be read"),
+    "settings without end": ("config.yaml", lambda b: b + b"deep: " + b"[" * 200 + b"]" * 200, "deeper than 100"),
     "a report without model": ("report.json", lambda b: b.replace(b'"model"', b'"modal"'), "model: Field required"),
     "a sparsity of two": ("report.json", lambda b: b.replace(b"0.5", b"2.5"), "compression.sparsity: Input should be"),
     "half of a pair of code units": (

@@ -119,6 +119,23 @@ def test_a_run_that_raises_is_named_and_the_sweep_goes_on(command: Any, tmp_path
     assert way(tmp_path).count("probe") == 5  # the baseline is not redone
 
 
+def test_a_damaged_run_is_named_and_done_again(command: Any, tmp_path: Path) -> None:
+    given = ["target=all", "sparsity=0.2,0.3"]
+    assert command("-m", *given)[0] == 0
+    store = RunStore(tmp_path / "outputs")
+    (one,) = (run for run in store if run.config["compression"].get("sparsity") == 0.2)
+    assert one.folder is not None
+    (one.folder / "metrics.json").write_text('{"probe.accuracy": "high"}')
+    status, said = command("-m", *given)
+    assert status == 0 and f"{one.id} is left out: damaged: metrics.json" in said and "2 runs done, 0 failed" in said
+    again = store.find(one.id)
+    assert again is not None and again.metrics == one.metrics
+    (one.folder / "items.parquet").write_bytes(b"PAR1 PAR1")
+    status, said = command("target=all", "sparsity=0.2")
+    assert status == 0 and "damaged: items.parquet" in said and store.find(one.id) is not None
+    assert way(tmp_path).count("compression-0.2") == 1 and way(tmp_path).count("probe") == 5
+
+
 def test_a_run_that_fails_is_tried_again(command: Any, tmp_path: Path) -> None:
     (tmp_path / "mishaps" / "probe").write_text("bad luck")
     status, said = command("-m", "target=all", "sparsity=0.2", "run.retries=1")

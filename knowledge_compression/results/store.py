@@ -30,6 +30,7 @@ from knowledge_compression.results.workplace import LEASE, Workplace, claimed, d
 log = logging.getLogger(__name__)
 
 LAYERS = "layers.json"
+_DEEPEST = 100  # levels of settings
 _TOP_LEVEL = re.compile(r"^(?=[^\s\-#])", re.MULTILINE)  # where a key of no indentation begins
 FORMAT = 1  # of a run folder; raised when a reader of old folders would misread new ones
 
@@ -103,7 +104,7 @@ def _read_settings(path: Path) -> Any:
     try:
         sections = [_section(part) for part in _TOP_LEVEL.split(text) if part]
     except yaml.YAMLError:  # one section refers to another
-        return yaml.load(text, Loader=yaml.CSafeLoader)
+        return _loaded(text)
     if not all(isinstance(section, Mapping) for section in sections):
         raise ValueError("it names no values")
     return {name: value for section in sections for name, value in section.items()}
@@ -111,6 +112,16 @@ def _read_settings(path: Path) -> Any:
 
 @lru_cache(4096)
 def _section(text: str) -> Any:
+    return _loaded(text)
+
+
+def _loaded(text: str) -> Any:
+    """YAML of no great depth: libyaml's composer calls itself once a level, on a stack that nobody guards."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
     return yaml.load(text, Loader=yaml.CSafeLoader)
 
 

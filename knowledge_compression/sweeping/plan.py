@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from knowledge_compression.errors import BadInput, first_line
+
 DONE, FAILED, BAD_INPUT = "done", "failed", "bad input"
 
 PLAN, OUTCOME = "plan.json", "outcome.json"
@@ -46,11 +51,17 @@ class Outcome:
 
     @classmethod
     def read(cls, folder: Path) -> Outcome | None:
-        """How the job of that folder ended, if it did."""
+        """How the job of that folder ended, if it did.
+
+        Raises:
+            BadInput: the file that says so is damaged.
+        """
         try:
-            return cls(**json.loads((folder / OUTCOME).read_text()))
+            return _OUTCOME.validate_json((folder / OUTCOME).read_bytes(), strict=True)
         except FileNotFoundError:
             return None
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{folder / OUTCOME} cannot be read ({first_line(error)})") from None
 
 
 @dataclass(frozen=True)
@@ -86,9 +97,24 @@ def write_plan(folder: Path, runs: Sequence[PlannedRun], at_once: int) -> None:
 
 
 def read_plan(folder: Path) -> tuple[list[PlannedRun], int]:
-    """The jobs of a sweep, and how many of them run at the same time."""
-    plan = json.loads((folder / PLAN).read_text())
-    return [PlannedRun(**run) for run in plan["runs"]], plan["at_once"]
+    """The jobs of a sweep, and how many of them run at the same time.
+
+    Raises:
+        BadInput: the file that says so is damaged.
+    """
+    try:
+        plan = _SWEEP.validate_json((folder / PLAN).read_bytes(), strict=True)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder / PLAN} cannot be read ({first_line(error)})") from None
+    return plan["runs"], plan["at_once"]
+
+
+class _Plan(TypedDict):
+    at_once: int
+    runs: list[PlannedRun]
+
+
+_SWEEP, _OUTCOME = TypeAdapter(_Plan), TypeAdapter(Outcome)
 
 
 def _write(path: Path, content: object) -> None:

@@ -55,13 +55,20 @@ def sweeps(outputs: Path) -> list[SweepStatus]:
 
 
 def _status(outputs: Path, folder: Path, alive: set[str] | None) -> SweepStatus:
-    planned, at_once = read_plan(folder)
+    try:
+        planned, at_once = read_plan(folder)
+    except BadInput as error:
+        return SweepStatus(folder.name, [DAMAGED], [Outcome("the sweep", DAMAGED, message=str(error))], None)
     names = labels([run.overrides for run in planned])
     store = RunStore(outputs)
     states, troubled, seconds = [], [], []
     for number, (run, label) in enumerate(zip(planned, names, strict=True)):
         job = folder / str(number)
-        outcome = Outcome.read(job)
+        try:
+            outcome = Outcome.read(job)
+        except BadInput as error:
+            outcome = None
+            troubled.append(Outcome(label, DAMAGED, message=str(error)))
         if outcome is not None and outcome.seconds:
             seconds.append(outcome.seconds)
         found = {run_id: store.look_up(run_id) for run_id in dict.fromkeys((run.run_id, run.baseline_id))}
