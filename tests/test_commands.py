@@ -11,16 +11,17 @@ import pytest
 
 from helpers.stores import bits, made_run
 from knowledge_compression import doctor
+from knowledge_compression.commands import SUBCOMMANDS
 from knowledge_compression.results.store import RunStore
-from knowledge_compression.results.sweeps import PlannedRun, write_plan
-from knowledge_compression.status import sweeps
+from knowledge_compression.sweeping.plan import PlannedRun, write_plan
+from knowledge_compression.sweeping.status import sweeps
 
 READERS = ("report", "advise", "status")
 
 
 def said_by(command, arguments, capsys) -> str:
     """What a command says on standard error before it ends with status 2."""
-    program = importlib.import_module(f"knowledge_compression.{command}")
+    program = importlib.import_module(SUBCOMMANDS[command][0])
     with pytest.raises(SystemExit) as end:
         raise SystemExit(program.main([str(word) for word in arguments]))
     assert end.value.code == 2
@@ -53,7 +54,7 @@ def test_a_store_without_a_dense_run_is_one_line_for_advice_and_a_page_that_says
     store.write(made_run(bits("10"), id="alone000"))
     said = said_by("advise", [store.folder], capsys)
     assert "no dense run" in said and said.count("\n") == 1
-    importlib.import_module("knowledge_compression.report").main([str(store.folder)])
+    importlib.import_module(SUBCOMMANDS["report"][0]).main([str(store.folder)])
     assert "alone000" in (tmp_path / "report.html").read_text()
 
 
@@ -90,7 +91,7 @@ REASONS = {
 def test_damaged_runs_are_named_and_counted_and_the_others_are_told(command, damaged, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     arguments = {"report": ["--figures", "figures"], "dashboard": ["--json"]}.get(command, [])
-    status = importlib.import_module(f"knowledge_compression.{command}").main([str(damaged), *arguments])
+    status = importlib.import_module(SUBCOMMANDS[command][0]).main([str(damaged), *arguments])
     said = "".join(capsys.readouterr())
     assert status == (1 if command == "status" else status) and "Traceback" not in said
     if command == "report":
@@ -113,7 +114,7 @@ def test_a_damaged_sweep_is_named_and_the_others_are_told(file, content, damaged
     (broken / "0").mkdir()
     (broken / file).write_text(content)
     for command, arguments in (("status", []), ("dashboard", ["--json", "--sweep", "2026-01-01"])):
-        importlib.import_module(f"knowledge_compression.{command}").main([str(damaged), *arguments])
+        importlib.import_module(SUBCOMMANDS[command][0]).main([str(damaged), *arguments])
         said = "".join(capsys.readouterr())
         assert "2026-01-01" in said and "Traceback" not in said
         if command == "status":

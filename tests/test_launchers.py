@@ -22,11 +22,11 @@ PARTS = Path(__file__).parent / "parts"
 
 from helpers.stores import made_run  # noqa: E402
 from knowledge_compression.errors import BadInput  # noqa: E402
+from knowledge_compression.results.store import RunStore  # noqa: E402
 from knowledge_compression.sweeping import status  # noqa: E402
 from knowledge_compression.sweeping.cli import CONF  # noqa: E402
 from knowledge_compression.sweeping.launching import LocalLauncher, SlurmLauncher  # noqa: E402
 from knowledge_compression.sweeping.plan import Outcome, PlannedRun, labels, write_plan  # noqa: E402
-from knowledge_compression.results.store import RunStore  # noqa: E402
 from sweep_chores import chore  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
