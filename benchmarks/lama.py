@@ -24,9 +24,10 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from knowledge_compression.evaluation.atlas import Atlas
+from knowledge_compression.evaluation.calibration import Questions, evenly_spaced
 from knowledge_compression.evaluation.cloze import MASK, Cloze
 from knowledge_compression.evaluation.lama import Lama
-from knowledge_compression.evaluation.probe import Probe, evenly_spaced
+from knowledge_compression.evaluation.probe import Probe
 from knowledge_compression.models import Model
 from knowledge_compression.models.loading import PackagedModel
 
@@ -71,7 +72,7 @@ def compare(model: Model, clozes: Sequence[Cloze], repeats: int) -> dict[str, ob
     few = evenly_spaced(clozes, slow_items)
     sentences = [cloze.sentence for cloze in few]
     probe = Probe("full", lower_case=True, keep_long=True)
-    ours = {row["id"]: row["prediction"] for row in probe.ask("lama", model, clozes, {}).items.to_dicts()}
+    ours = {row["id"]: row["prediction"] for row in probe.ask("lama", model, Questions(clozes, {})).items.to_dicts()}
 
     papers_loop(model, sentences[:2], 2)
     each = {size: seconds(lambda size=size: papers_loop(model, sentences[:16], size)) for size in batch_sizes}
@@ -82,7 +83,7 @@ def compare(model: Model, clozes: Sequence[Cloze], repeats: int) -> dict[str, ob
 
     ratios, fast, slow = [], [], []
     for _ in range(repeats):
-        fast.append(seconds(lambda: probe.ask("lama", model, clozes, {})) / len(clozes))
+        fast.append(seconds(lambda: probe.ask("lama", model, Questions(clozes, {}))) / len(clozes))
         slow.append(seconds(lambda: papers_loop(model, sentences, batch_size)) / len(few))
         ratios.append(slow[-1] / fast[-1])
     return {

@@ -19,10 +19,11 @@ from lama import SIZES, bert_base_shape
 from products import Products
 from side_by_side import in_turn, ratio, spread, write
 
+from knowledge_compression.evaluation.calibration import Questions, evenly_spaced
 from knowledge_compression.evaluation.cloze import reader_of
 from knowledge_compression.evaluation.lama import Lama
 from knowledge_compression.evaluation.perplexity import Perplexity
-from knowledge_compression.evaluation.probe import Probe, evenly_spaced
+from knowledge_compression.evaluation.probe import Probe
 from knowledge_compression.evaluation.scoring import Question, Scorer
 from knowledge_compression.models import Model
 from knowledge_compression.models.loading import PackagedGguf, PackagedModel
@@ -40,7 +41,7 @@ def lama(model: Model, data_dir: Path) -> Contestants:
             pass
 
     return {
-        "suite": lambda: probe.ask("lama", model, clozes, {}),
+        "suite": lambda: probe.ask("lama", model, Questions(clozes, {})),
         "scoring": torch.inference_mode()(score),
         **products(model, [len(blank.ids) for blank in blanks], len(blanks), scorer.budget.tokens),
     }

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from helpers.networks import lower_cased
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.atlas import Atlas, atlas_facts, atlas_relations
-from knowledge_compression.evaluation.cloze import MASK
+from knowledge_compression.evaluation.calibration import (
+    Questions,
+    evenly_spaced,
+    group_means,
+    group_of,
+    group_sizes,
+)
+from knowledge_compression.evaluation.cloze import MASK, Candidates, candidate_scores, reader_of
+from knowledge_compression.evaluation.probe import rank_among
 from knowledge_compression.evaluation.suite import ITEM_SCHEMA
 from knowledge_compression.models.loading import PackagedGguf, PackagedModel
+from knowledge_compression.statistics import accuracy
 
 RELATIONS = atlas_relations()
 
@@ -113,6 +123,54 @@ def test_a_limit_keeps_the_candidates(bert_tiny):
     same = whole.filter(whole["id"].is_in(some["id"].implode()))
     assert some.height == 10
     assert same.select("id", "rank", "choices", "prediction").equals(some.select("id", "rank", "choices", "prediction"))
+
+
+@pytest.fixture(scope="module")
+def scored(bert_tiny):
+    """Every question of the atlas, the tokens of its candidates, and the score of each, read once."""
+    whole = Atlas().questions(bert_tiny)
+    reader = reader_of(bert_tiny)
+    candidates = Candidates(reader, whole.answers)
+    scores = candidate_scores(reader, whole.asked, reader.blanks(whole.asked), candidates)
+    tokens = {cloze.task: candidates.tokens(cloze) for cloze in whole.asked}
+    return whole, tokens, {cloze.id: row for cloze, row in zip(whole.asked, scores, strict=True)}
+
+
+def answers_of(questions, tokens, scores):
+    """Right or wrong of each question asked, from scores that are there already."""
+    read = questions.calibrating()
+    sizes = group_sizes(questions, read, [True] * len(read))
+    means = group_means(read, [scores[cloze.id] for cloze in read], sizes)
+
+    def right(cloze):
+        raw = scores[cloze.id]
+        mean = means[group_of(cloze)].of(raw)
+        return rank_among(cloze.gold, questions.answers[cloze.task], tokens[cloze.task], raw, mean).correct
+
+    return np.array([right(cloze) for cloze in questions.asked])
+
+
+def test_the_stored_scores_answer_as_the_suite_does(scored, bert_tiny):
+    whole, tokens, scores = scored
+    for limit in (None, 60):
+        found = Atlas(limit=limit).evaluate(bert_tiny).items
+        asked = Questions(evenly_spaced(whole.asked, limit), whole.answers, whole.asked)
+        assert found["correct"].to_list() == answers_of(asked, tokens, scores).tolist()
+
+
+@pytest.mark.parametrize("limit", [50, 100, 200])
+def test_a_quick_look_is_an_unbiased_sample_of_the_whole(scored, limit):
+    whole, tokens, scores = scored
+    share = answers_of(whole, tokens, scores).mean()
+    found, within = [], []
+    for start in np.random.default_rng(0).random(50):
+        few = Questions(evenly_spaced(whole.asked, limit, start), whole.answers, whole.asked)
+        right = answers_of(few, tokens, scores)
+        interval = accuracy(right)
+        found.append(right.mean())
+        within.append(interval.low <= share <= interval.high)
+    assert np.mean(within) >= 0.9  # of a 95 % interval
+    assert abs(np.mean(found) - share) < 3 * np.std(found) / np.sqrt(len(found))
 
 
 @pytest.mark.slow

@@ -108,7 +108,7 @@ def test_all_families_and_candidates(architecture, small, tiny_model):
     model = lower_cased(tiny_model(architecture))
     for candidates in ("full", "common", "typed"):
         for protocol in ("template", "sentence"):
-            suite = Lama(str(small), protocol=protocol, candidates=candidates, calibrate=True)
+            suite = Lama(str(small), protocol=protocol, candidates=candidates)
             evaluation = suite.evaluate(model)
             left_out = sum(sum(tasks.values()) for tasks in evaluation.description["left_out"].values())
             assert evaluation.items.height + left_out == 7

@@ -9,6 +9,7 @@ from helpers.networks import SPECIAL, VOCABULARY
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation import lens
 from knowledge_compression.evaluation.atlas import Atlas
+from knowledge_compression.evaluation.calibration import Questions
 from knowledge_compression.evaluation.cloze import MASK, Cloze
 from knowledge_compression.evaluation.lens import LogitLens
 from knowledge_compression.evaluation.probe import Probe
@@ -65,7 +66,7 @@ class Capitals:
             Cloze("capital", country, country, country, city, f"the capital of {country} is {MASK}", "0")
             for country, city in CAPITALS.items()
         ]
-        return clozes, {"capital": sorted(CAPITALS.values())}
+        return Questions(clozes, {"capital": sorted(CAPITALS.values())})
 
 
 @pytest.mark.parametrize("calibrate", [False, True])
@@ -74,7 +75,7 @@ def test_at_the_last_depth_the_lens_ranks_as_the_probe_does(architecture, calibr
     monkeypatch.setitem(lens.SUITES, "atlas", lambda _: Capitals())
     model = tiny_model(architecture)
     items = LogitLens(calibrate=calibrate).evaluate(model).items
-    asked = Probe(calibrate=calibrate).ask("atlas", model, *Capitals().questions(model)).items
+    asked = Probe(calibrate=calibrate).ask("atlas", model, Capitals().questions(model)).items
     joined = items.join(asked, on=["task", "id"], suffix="_probe")
     assert joined.height == 4
     assert joined["rank"].to_list() == joined["rank_probe"].to_list() == [r[-1] for r in joined["depth_rank"].to_list()]

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.calibration import Questions, evenly_spaced
 from knowledge_compression.evaluation.cloze import Cloze, fill
-from knowledge_compression.evaluation.probe import Probe, answers_by_task, evenly_spaced
+from knowledge_compression.evaluation.probe import Probe
 from knowledge_compression.evaluation.suite import Evaluation
 from knowledge_compression.models import Model
 
@@ -33,7 +34,8 @@ class Atlas:
             same questions for all families; ``all`` asks every fact in every wording.
         candidates, calibrate, top_k: as in :class:`Probe`. By default the relation's own objects are ranked and each
             one's mean subtracted, which even a model with a weak head can do.
-        limit: at most so many questions, evenly spaced; the means are then over few prompts.
+        limit: at most so many questions, evenly spaced. What is asked is asked as if all were: with ``calibrate`` the
+            other prompts of its relation and wording are read too, so that a small sample is not much faster.
     """
 
     relations: Sequence[str] | None = None
@@ -56,8 +58,8 @@ class Atlas:
         evenly_spaced([], self.limit)
 
     def fingerprint(self) -> str:
-        """Digest of the embedded facts."""
-        digest = hashlib.sha256()
+        """Digest of the embedded facts, and of how a sample of them is calibrated."""
+        digest = hashlib.sha256(b"calibrated on all" if self.limit is not None and self.calibrate else b"")
         for path in sorted(_FOLDER.glob("*.jsonl")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()[:16]
@@ -71,14 +73,13 @@ class Atlas:
             for cloze in _clozes(relation, every_wording=self.wordings == "all")
         ]
 
-    def questions(self, model: Model) -> tuple[list[Cloze], dict[str, list[str]]]:
-        """What is asked of any model, and the distinct answers of each relation."""
-        clozes = self.clozes()
-        return evenly_spaced(clozes, self.limit), answers_by_task(clozes)
+    def questions(self, model: Model) -> Questions:
+        """What is asked of any model."""
+        return Questions.sample(self.clozes(), self.limit)
 
     def evaluate(self, model: Model) -> Evaluation:
         """Ask every fact."""
-        evaluation = self._probe().ask("atlas", model, *self.questions(model))
+        evaluation = self._probe().ask("atlas", model, self.questions(model))
         evaluation.description |= {"facts": self.fingerprint(), "wordings": self.wordings, "limit": self.limit}
         return evaluation
 

@@ -15,9 +15,10 @@ from typing import Any
 import polars as pl
 
 from knowledge_compression.errors import BadInput, DataUnavailable
+from knowledge_compression.evaluation.calibration import Questions, evenly_spaced
 from knowledge_compression.evaluation.cloze import Cloze, fill
 from knowledge_compression.evaluation.lama_data import HUB_ID, HUB_REVISION, LAYOUT, Fact, LamaFolder, LamaHub
-from knowledge_compression.evaluation.probe import CANDIDATES, Probe, answers_by_task, evenly_spaced
+from knowledge_compression.evaluation.probe import CANDIDATES, Probe
 from knowledge_compression.evaluation.suite import Evaluation
 from knowledge_compression.models import Model
 
@@ -47,7 +48,8 @@ class Lama:
             lower-cased, the same sentence with the same answer asked once, objects of several tokens counted as
             wrong, accuracy over all items alike.
         candidates, calibrate, top_k: as in :class:`Probe`; ``common`` reads ``lama/common_vocab_cased.txt``.
-        limit: at most so many questions, evenly spaced over the data sets in their order.
+        limit: at most so many questions, evenly spaced over the data sets in their order. With ``calibrate`` up to 128
+            prompts of each relation among them are read too, so that a sample is calibrated as the whole is.
         hub_id, revision: where the hub keeps it.
     """
 
@@ -75,9 +77,9 @@ class Lama:
     def fingerprint(self) -> str:
         """Digest of the files that are read, or the hub's id and revision; broken files are refused here."""
         if self.data_dir is None:
-            return f"{self.hub_id}@{self.revision}"
+            return f"{self.hub_id}@{self.revision}{':calibrated on all' if self._calibrates_a_sample else ''}"
         self.clozes()
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"calibrated on all" if self._calibrates_a_sample else b"")
         for path in self._source.files(self._found):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()[:16]
@@ -91,16 +93,15 @@ class Lama:
         """
         return self._questions[0]
 
-    def questions(self, model: Model) -> tuple[list[Cloze], dict[str, list[str]]]:
-        """What is asked of any model, and the distinct answers of each relation."""
-        clozes = self.clozes()
-        return evenly_spaced(clozes, self.limit), answers_by_task(clozes)
+    def questions(self, model: Model) -> Questions:
+        """What is asked of any model."""
+        return Questions.sample(self.clozes(), self.limit)
 
     def evaluate(self, model: Model) -> Evaluation:
         """Ask everything that is there."""
         _, duplicates = self._questions
         common = self._source.common_words() if self.candidates == "common" else ()
-        evaluation = self._probe().ask("lama", model, *self.questions(model), common)
+        evaluation = self._probe().ask("lama", model, self.questions(model), common)
         evaluation.metrics |= _by_dataset(evaluation)
         evaluation.description |= {
             "protocol": self.protocol,
@@ -111,6 +112,10 @@ class Lama:
             "duplicates_dropped": duplicates,
         }
         return evaluation
+
+    @property
+    def _calibrates_a_sample(self) -> bool:
+        return self.calibrate and self.limit is not None
 
     def _probe(self) -> Probe:
         asked_as = PROTOCOLS[self.protocol].get("asked_as", {})

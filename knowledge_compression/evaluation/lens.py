@@ -8,8 +8,8 @@ that it never found.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,21 +20,20 @@ from tqdm import tqdm
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.atlas import Atlas
-from knowledge_compression.evaluation.cloze import Candidates, Cloze, Reader, reader_of
+from knowledge_compression.evaluation.calibration import GroupMean, Questions, group_sizes
+from knowledge_compression.evaluation.cloze import Candidates, Cloze, reader_of
 from knowledge_compression.evaluation.lama import Lama
 from knowledge_compression.evaluation.scoring import Blank, Scorer
 from knowledge_compression.evaluation.suite import Evaluation, item_table
 from knowledge_compression.evaluation.world_facts import WorldProbes
 from knowledge_compression.models import Model
 
-Answers = Mapping[str, Sequence[str]]
-
 
 class ClozeSuite(Protocol):
     """A suite whose questions are clozes."""
 
-    def questions(self, model: Model) -> tuple[list[Cloze], Answers]:
-        """What it asks of ``model``, and the distinct answers of each task."""
+    def questions(self, model: Model) -> Questions:
+        """What it asks of ``model``."""
         ...
 
 
@@ -92,25 +91,33 @@ class LogitLens:
         """
         suite = self._suite()
         calibrate = getattr(suite, "calibrate", False) if self.calibrate is None else self.calibrate
-        clozes, answers = suite.questions(model)
+        questions = suite.questions(model)
+        clozes = questions.calibrating() if calibrate else list(questions.asked)
         reader = reader_of(model)
-        candidates = Candidates(reader, answers)
+        candidates = Candidates(reader, questions.answers)
+        blanks = reader.blanks(clozes)
+        fits = [
+            blank is not None and bool(candidates.tokens(cloze)[candidates.answers[cloze.task].index(cloze.gold)])
+            for cloze, blank in zip(clozes, blanks, strict=True)
+        ]
+        sizes = group_sizes(questions, clozes, fits) if calibrate else {}
         by_task: dict[str, list[tuple[Cloze, Blank]]] = defaultdict(list)
-        for cloze, blank in zip(clozes, reader.blanks(clozes), strict=True):
-            if blank is not None and candidates.tokens(cloze)[candidates.answers[cloze.task].index(cloze.gold)]:
+        for cloze, blank, fit in zip(clozes, blanks, fits, strict=True):
+            if blank is not None and fit:
                 by_task[cloze.task].append((cloze, blank))
-        asked = sum(map(len, by_task.values()))
-        if not asked:
-            raise BadInput(f"eval.lens: none of the {len(clozes)} questions of {self.of} can be asked of {model.name}")
+        wanted = {cloze.id for cloze in questions.asked}
         scorer, rows = Scorer(model), []
-        with tqdm(total=asked, desc="lens", unit="blank", leave=False, disable=None) as bar:
+        with tqdm(total=sum(fits), desc="lens", unit="blank", leave=False, disable=None) as bar:
             for task in by_task.values():
-                rows += self._look(scorer, reader, task, candidates, calibrate)
+                rows += self._look(scorer, task, candidates, sizes, wanted)
                 bar.update(len(task))
+        asked = len(rows)
+        if not asked:
+            raise BadInput(f"eval.lens: none of the {len(wanted)} questions of {self.of} can be asked of {model.name}")
         items = item_table(rows, EXTRA_COLUMNS)
         first = torch.tensor(items["depth_rank"].to_list()) == 1
         metrics = {f"first.{depth}": float(share) for depth, share in enumerate(first.double().mean(0))}
-        description = {"of": self.of, "calibrate": calibrate, "asked": asked, "left_out": len(clozes) - asked}
+        description = {"of": self.of, "calibrate": calibrate, "asked": asked, "left_out": len(wanted) - asked}
         return Evaluation(metrics, items, description)
 
     def _suite(self) -> ClozeSuite:
@@ -119,24 +126,38 @@ class LogitLens:
     def _look(
         self,
         scorer: Scorer,
-        reader: Reader,
-        asked: Sequence[tuple[Cloze, Blank]],
+        read: Sequence[tuple[Cloze, Blank]],
         candidates: Candidates,
-        calibrate: bool,
+        sizes: Mapping[tuple[str, str], int],
+        wanted: Collection[str],
     ) -> list[dict[str, Any]]:
-        """The rows of one task's questions."""
-        firsts = [_first_tokens(candidates, cloze) for cloze, _ in asked]
-        scores: list[Tensor] = [torch.empty(0)] * len(asked)  # [depths, distinct first tokens] each
-        for batch, log_probs in scorer.distributions_by_depth([blank for _, blank in asked]):
+        """The rows of one task's questions.
+
+        Args:
+            scorer: reads the blanks.
+            read: the task's clozes, with those that only calibrate.
+            candidates: the answers.
+            sizes: prompts of each relation and wording; empty calibrates nothing.
+            wanted: ids of the clozes that are asked.
+        """
+        firsts = [_first_tokens(candidates, cloze) for cloze, _ in read]
+        scores: list[Tensor] = [torch.empty(0)] * len(read)  # [depths, distinct first tokens] each
+        for batch, log_probs in scorer.distributions_by_depth([blank for _, blank in read]):
             for i, states in zip(batch, log_probs, strict=True):
                 scores[i] = states[:, firsts[i][0]].cpu()
-        sums: dict[tuple[str, bool], list[Tensor]] = defaultdict(list)
-        for (cloze, _), row in zip(asked, scores, strict=True):
-            sums[cloze.wording, cloze.glued].append(row)
-        means = {key: torch.stack(rows).mean(0) * calibrate for key, rows in sums.items()}
+        alike: dict[tuple[str, bool], list[Tensor]] = defaultdict(list)  # first tokens depend on what stands before
+        for (cloze, _), row in zip(read, scores, strict=True):
+            alike[cloze.wording, cloze.glued].append(row)
+        wordings = Counter(cloze.wording for cloze, _ in read)
         rows = []
-        for (cloze, _), (tokens, gold), raw in zip(asked, firsts, scores, strict=True):
-            calibrated = raw - means[cloze.wording, cloze.glued]
+        for (cloze, _), (tokens, gold), raw in zip(read, firsts, scores, strict=True):
+            of = alike[cloze.wording, cloze.glued]
+            if cloze.id not in wanted or (sizes and len(of) == 1):  # one by itself has nothing to be calibrated with
+                continue
+            calibrated = raw
+            if sizes:
+                size = round(sizes[cloze.task, cloze.wording] * len(of) / wordings[cloze.wording])
+                calibrated = raw - GroupMean(torch.stack(of).sum(0), len(of), size).of(raw)
             ranks = (calibrated >= calibrated[:, gold : gold + 1]).sum(1)  # a tie counts as lost
             rows.append(
                 {"suite": "lens", "task": cloze.task, "id": cloze.id, "prompt": cloze.sentence, "gold": cloze.gold}

@@ -14,6 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.calibration import (
+    Group,
+    GroupMean,
+    Questions,
+    group_means,
+    group_of,
+    group_sizes,
+    without_company,
+)
 from knowledge_compression.evaluation.cloze import (
     Candidates,
     Cloze,
@@ -36,7 +45,7 @@ class Ranking:
 
     Attributes:
         log_prob: its natural log-probability, before any calibration; None where the model cannot say it.
-        margin: its score minus the best wrong answer's (after calibration).
+        margin: its score minus the best wrong answer's (after calibration); None where there is no wrong answer.
         rank: 1 + the number of wrong answers that it does not beat, so that a tie counts as lost.
         choices: number of answers it was ranked among.
         prediction: gold where it won, else the best wrong answer.
@@ -66,7 +75,8 @@ class Probe:
             objects; objects of several tokens are ranked too).
         calibrate: subtract each candidate's mean log-probability over the prompts of the relation in the same
             wording, so that what is likely after any subject gains nothing by it (contextual calibration in the
-            spirit of Zhao et al. 2021, with the other prompts in the place of content-free ones).
+            spirit of Zhao et al. 2021, with the other prompts in the place of content-free ones). A prompt without
+            another one beside it would be calibrated against itself, where all answers tie; it is left out.
         top_k: the k of the top-k metrics.
         lower_case: an answer is right when it is the gold one after lower-casing both (the first paper).
         keep_long: objects that are not one token stay in, as wrong, where only single tokens are ranked (the first
@@ -88,21 +98,13 @@ class Probe:
         if wrong := [k for k in self.top_k if not isinstance(k, int) or k < 1]:
             raise BadInput(f"top_k={wrong[0]} is not a rank; give whole numbers from 1, e.g. top_k=[5,10]")
 
-    def ask(
-        self,
-        suite: str,
-        model: Model,
-        clozes: Sequence[Cloze],
-        answers: Mapping[str, Sequence[str]],
-        common: Sequence[str] = (),
-    ) -> Evaluation:
+    def ask(self, suite: str, model: Model, questions: Questions, common: Sequence[str] = ()) -> Evaluation:
         """Ask ``model`` every cloze.
 
         Args:
             suite: the name for the item table.
             model: any family.
-            clozes: what is asked.
-            answers: the distinct objects of each task, for ``typed``.
+            questions: what is asked, and the answers of each task, for ``typed``.
             common: the words of the common vocabulary, for ``common``.
 
         Returns:
@@ -113,29 +115,37 @@ class Probe:
             BadInput: not one of them can be asked of this model.
         """
         reader = reader_of(model, self.max_tokens)
+        clozes = questions.calibrating() if self.calibrate else list(questions.asked)
         blanks = reader.blanks(clozes)
         gold = _gold_tokens(reader, clozes)
         common_ids = _single_tokens(reader, common) if self.candidates == "common" else None
         reasons = [self._cannot(reader, *one, common_ids) for one in zip(clozes, blanks, gold, strict=True)]
+        if self.calibrate:
+            reasons = without_company(clozes, reasons)
+        count = len(questions.asked)
         kept = [i for i, reason in enumerate(reasons) if reason is None]
-        if not kept:
-            why = ", ".join(f"{count} {reason}" for reason, count in Counter(filter(None, reasons)).items())
-            raise BadInput(f"eval={suite}: none of the {len(clozes)} questions can be asked of {model.name} ({why})")
-        asked, asked_blanks = [clozes[i] for i in kept], [blanks[i] for i in kept]
+        asked = [clozes[i] for i in kept if i < count]
+        if not asked:
+            why = ", ".join(f"{n} {reason}" for reason, n in Counter(filter(None, reasons[:count])).items())
+            raise BadInput(f"eval={suite}: none of the {count} questions can be asked of {model.name} ({why})")
+        read, of_read = [clozes[i] for i in kept], [blanks[i] for i in kept]  # those asked first
+        sizes = group_sizes(questions, clozes, [reason is None for reason in reasons])
         if self.candidates == "typed":
-            rankings = self._rank_typed(reader, asked, asked_blanks, Candidates(reader, answers))
+            candidates = Candidates(reader, questions.answers)
+            rankings = self._rank_typed(reader, read, of_read, candidates, count=len(asked), sizes=sizes)
         else:
-            singles = _readings(reader, asked) if self.lower_case else [[*gold[i]] for i in kept]
+            singles = _readings(reader, asked) if self.lower_case else [[*gold[i]] for i in kept if i < count]
+            there = [blank for blank in of_read if blank is not None]
             ranked = _ids_of_tokens(model) if common_ids is None else common_ids
-            rankings = self._rank_vocabulary(reader, asked, [b for b in asked_blanks if b is not None], singles, ranked)
+            rankings = self._rank_vocabulary(reader, read, there, singles, allowed=ranked, sizes=sizes)
         items = item_table(
             [_row(suite, cloze, ranking) for cloze, ranking in zip(asked, rankings, strict=True)], EXTRA_COLUMNS
         )
         left_out: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        for cloze, reason in zip(clozes, reasons, strict=True):
+        for cloze, reason in zip(clozes[:count], reasons, strict=False):
             if reason:
                 left_out[reason][cloze.task] += 1
-        long = Counter(cloze.task for cloze, ids in zip(clozes, gold, strict=True) if len(ids) > 1)
+        long = Counter(cloze.task for cloze, ids in zip(clozes[:count], gold, strict=False) if len(ids) > 1)
         return Evaluation(
             cloze_metrics(items, self.top_k),
             items,
@@ -143,6 +153,7 @@ class Probe:
                 "candidates": self.candidates,
                 "calibrate": self.calibrate,
                 "asked": len(asked),
+                **({"calibrated_on": len(read)} if self.calibrate else {}),
                 "left_out": {reason: dict(sorted(tasks.items())) for reason, tasks in sorted(left_out.items())},
                 "objects_of_several_tokens": dict(sorted(long.items())),
             },
@@ -163,25 +174,28 @@ class Probe:
         return next((reason for reason, holds in reasons.items() if holds), None)
 
     def _rank_typed(
-        self, reader: Reader, clozes: Sequence[Cloze], blanks: Sequence[Blank | None], candidates: Candidates
+        self,
+        reader: Reader,
+        clozes: Sequence[Cloze],
+        blanks: Sequence[Blank | None],
+        candidates: Candidates,
+        *,
+        count: int,
+        sizes: Mapping[Group, int],
     ) -> list[Ranking]:
+        """Rank the first ``count`` clozes among their relation's answers; the others calibrate."""
         scores = candidate_scores(reader, clozes, blanks, candidates)
-        means = _group_means(clozes, scores) if self.calibrate else {}
-        rankings = []
-        for cloze, raw in zip(clozes, scores, strict=True):
-            names, tokens = candidates.answers[cloze.task], candidates.tokens(cloze)
-            place = names.index(cloze.gold)
-            calibrated = raw - means[_group(cloze)] if self.calibrate else raw
-            known = torch.tensor([len(ids) > 0 for ids in tokens])
-            wrong = torch.tensor([ids != tokens[place] for ids in tokens]) & known
-            best = calibrated.masked_fill(~wrong, -torch.inf)
-            margin = float(calibrated[place] - best.max())
-            rank = 1 + int((wrong & ~(calibrated < calibrated[place])).sum())
-            said = place if rank == 1 else int(best.argmax())
-            rankings.append(
-                Ranking(float(raw[place]), margin, rank, 1 + int(wrong.sum()), names[said], float(raw[said]))
+        means = group_means(clozes, scores, sizes) if self.calibrate else {}
+        return [
+            rank_among(
+                cloze.gold,
+                candidates.answers[cloze.task],
+                candidates.tokens(cloze),
+                raw,
+                means[group_of(cloze)].of(raw) if self.calibrate else None,
             )
-        return rankings
+            for cloze, raw in zip(clozes[:count], scores, strict=False)
+        ]
 
     @torch.inference_mode()
     def _rank_vocabulary(
@@ -190,19 +204,25 @@ class Probe:
         clozes: Sequence[Cloze],
         blanks: Sequence[Blank],
         gold: Sequence[Sequence[int]],
+        *,
         allowed: Tensor | None,
+        sizes: Mapping[Group, int],
     ) -> list[Ranking]:
-        """Rank among all tokens, or the allowed ones; ``gold`` holds the token ids that count as right."""
+        """Rank among all tokens, or the allowed ones; ``gold`` holds the token ids that count as right.
+
+        The clozes without a place in ``gold`` are not ranked; they calibrate.
+        """
         scorer = Scorer(reader.model)
-        groups = {group: n for n, group in enumerate(sorted({_group(cloze) for cloze in clozes}))}
-        of = torch.tensor([groups[_group(cloze)] for cloze in clozes], dtype=torch.long)
-        means = _vocabulary_means(scorer, blanks, of, len(groups)) if self.calibrate else None
-        rankings: list[Ranking | None] = [None] * len(clozes)
+        means = _vocabulary_means(scorer, blanks, clozes, sizes) if self.calibrate else {}
+        count = len(gold)
+        rankings: list[Ranking | None] = [None] * count
         said_before: dict[int, str] = {}
-        for batch, log_probs in distributions(scorer, blanks):
+        for batch, log_probs in distributions(scorer, blanks[:count]):
             right, real = _padded([gold[b] for b in batch], log_probs.device)
             said = log_probs.gather(1, right).masked_fill(~real, -torch.inf).amax(1)
-            scores = log_probs if means is None else log_probs - means[of[batch].to(means.device)]
+            scores = log_probs.clone() if means else log_probs
+            for row, b in enumerate(batch if means else ()):
+                scores[row] -= means[group_of(clozes[b])].of(log_probs[row])
             gold_scores = scores.gather(1, right).masked_fill(~real, -torch.inf).amax(1)
             if allowed is not None:
                 outside = torch.ones(scores.shape[1], dtype=torch.bool, device=scores.device)
@@ -223,13 +243,16 @@ class Probe:
             words = [said_before[token] for token in tokens]
             choices = scores.shape[1] if allowed is None else len(allowed)
             numbers = [column.tolist() for column in (said, gold_scores - best, ahead, best_wrong)]
-            for b, word, log_prob, margin, count, of_word in zip(batch, words, *numbers, strict=True):
+            for b, word, log_prob, margin, ahead_of_it, of_word in zip(batch, words, *numbers, strict=True):
                 if not gold[b]:  # the model has no token for it
                     rankings[b] = Ranking(None, None, None, choices, self._shown(word), of_word)
                     continue
-                rank = 1 + count
+                rank = 1 + ahead_of_it
                 prediction, its = (clozes[b].gold, log_prob) if rank == 1 else (word, of_word)
-                rankings[b] = Ranking(log_prob, margin, rank, choices - len(gold[b]) + 1, self._shown(prediction), its)
+                wrong = choices - len(gold[b])
+                rankings[b] = Ranking(
+                    log_prob, margin if wrong else None, rank, wrong + 1, self._shown(prediction), its
+                )
         return [ranking for ranking in rankings if ranking is not None]
 
     def _shown(self, word: str) -> str:
@@ -253,50 +276,49 @@ def cloze_metrics(items: pl.DataFrame, top_k: Iterable[int]) -> dict[str, float]
     return metrics
 
 
-def evenly_spaced(clozes: Sequence[Cloze], limit: int | None) -> list[Cloze]:
-    """At most ``limit`` clozes at even distances, the same ones for every model."""
-    if limit is not None and limit < 1:
-        raise BadInput(f"limit={limit} asks nothing; give a number from 1, or null for all")
-    if limit is None or limit >= len(clozes):
-        return list(clozes)
-    return [clozes[i * len(clozes) // limit] for i in range(limit)]
-
-
-def answers_by_task(clozes: Iterable[Cloze]) -> dict[str, list[str]]:
-    """The distinct objects of each task, sorted."""
-    answers: defaultdict[str, set[str]] = defaultdict(set)
-    for cloze in clozes:
-        answers[cloze.task].add(cloze.gold)
-    return {task: sorted(objects) for task, objects in answers.items()}
-
-
 def _row(suite: str, cloze: Cloze, ranking: Ranking) -> dict[str, Any]:
     asked = {"suite": suite, "task": cloze.task, "id": cloze.id, "prompt": cloze.sentence, "gold": cloze.gold}
     about = {"subject": cloze.subject, "fact": cloze.fact, "wording": cloze.wording}
     return asked | about | {"correct": ranking.correct} | vars(ranking)
 
 
-def _group(cloze: Cloze) -> tuple[str, str]:
-    return cloze.task, cloze.wording
+def rank_among(
+    gold: str, names: Sequence[str], tokens: Sequence[Sequence[int]], raw: Tensor, mean: Tensor | None = None
+) -> Ranking:
+    """Where the gold answer comes among candidates.
+
+    Args:
+        gold: the right answer, one of ``names``.
+        names, tokens: the candidates and their token ids; one that the tokenizer does not know has none and is passed
+            over, one that reads like the gold answer is not wrong.
+        raw: log-probability of each, float64 ``[candidates]``.
+        mean: what calibration subtracts, ``[candidates]``; None subtracts nothing.
+    """
+    place = names.index(gold)
+    calibrated = raw if mean is None else raw - mean
+    known = torch.tensor([len(ids) > 0 for ids in tokens])
+    wrong = torch.tensor([ids != tokens[place] for ids in tokens]) & known
+    best = calibrated.masked_fill(~wrong, -torch.inf)
+    rank = 1 + int((wrong & ~(calibrated < calibrated[place])).sum())
+    said = place if rank == 1 else int(best.argmax())
+    margin = float(calibrated[place] - best.max()) if wrong.any() else None
+    return Ranking(float(raw[place]), margin, rank, 1 + int(wrong.sum()), names[said], float(raw[said]))
 
 
-def _group_means(clozes: Sequence[Cloze], scores: Sequence[Tensor]) -> dict[tuple[str, str], Tensor]:
-    groups: defaultdict[tuple[str, str], list[Tensor]] = defaultdict(list)
-    for cloze, row in zip(clozes, scores, strict=True):
-        groups[_group(cloze)].append(row)
-    # An answer that the tokenizer does not know scores -inf everywhere; 0 keeps the difference from being NaN.
-    return {group: torch.stack(rows).mean(0).nan_to_num(neginf=0.0) for group, rows in groups.items()}
-
-
-def _vocabulary_means(scorer: Scorer, blanks: Sequence[Blank], of: Tensor, groups: int) -> Tensor:
-    """Mean log-probability of each token over each group's prompts: float32 ``[groups, vocabulary]``."""
+def _vocabulary_means(
+    scorer: Scorer, blanks: Sequence[Blank], clozes: Sequence[Cloze], sizes: Mapping[Group, int]
+) -> dict[Group, GroupMean]:
+    """Mean log-probability of each token over each group's prompts, float32 ``[vocabulary]``."""
+    groups = {group: n for n, group in enumerate(sizes)}
+    of = torch.tensor([groups[group_of(cloze)] for cloze in clozes], dtype=torch.long)
     sums: Tensor | None = None
     for batch, log_probs in distributions(scorer, blanks):
         if sums is None:
-            sums = torch.zeros(groups, log_probs.shape[1], device=log_probs.device)
+            sums = torch.zeros(len(groups), log_probs.shape[1], device=log_probs.device)
         sums.index_add_(0, of[batch].to(log_probs.device), log_probs)
     assert sums is not None
-    return sums / torch.bincount(of, minlength=groups).to(sums.device)[:, None]
+    counts = torch.bincount(of, minlength=len(groups)).tolist()
+    return {group: GroupMean(sums[n], counts[n], sizes[group]) for group, n in groups.items()}
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

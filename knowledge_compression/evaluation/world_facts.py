@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.calibration import Questions
 from knowledge_compression.evaluation.cloze import Cloze
 from knowledge_compression.evaluation.probe import Probe
 from knowledge_compression.evaluation.suite import Evaluation
@@ -36,14 +37,14 @@ class WorldProbes:
 
     native: bool = True
 
-    def questions(self, model: Model) -> tuple[list[Cloze], dict[str, list[str]]]:
-        """What is asked of a model of the world, and the answers of each relation's kind.
+    def questions(self, model: Model) -> Questions:
+        """What is asked of a model of the world; the answers of a relation are all of its kind.
 
         Raises:
             BadInput: the model was not trained on a controlled world.
         """
         answers = {line["relation"]: line["answers"] for line in _lines(_probes_of(model) / "relations.jsonl")}
-        return [_cloze(line) for line in _facts_of(model)], answers
+        return Questions([_cloze(line) for line in _facts_of(model)], answers)
 
     def evaluate(self, model: Model) -> Evaluation:
         """Ask every probed fact in seen and in held-out wordings.
@@ -58,7 +59,7 @@ class WorldProbes:
             BadInput: the model was not trained on a controlled world.
         """
         lines = _facts_of(model)
-        clozes, answers = self.questions(model)
+        questions = self.questions(model)
         notes = pl.DataFrame(
             {
                 "id": [line["uuid"] for line in lines],
@@ -67,11 +68,11 @@ class WorldProbes:
                 "asked_as": [line["wording"] for line in lines],
             }
         )
-        typed = _TYPED.ask("world", model, clozes, answers)
+        typed = _TYPED.ask("world", model, questions)
         items = typed.items.join(notes, on="id", how="left", maintain_order="left")
         metrics = typed.metrics | _recall(items, "correct")
         if self.native:
-            native = _NATIVE.ask("world", model, clozes, answers).items
+            native = _NATIVE.ask("world", model, questions).items
             answered = native.select("id", native_correct="correct", native_prediction="prediction")
             items = items.join(answered, on="id", how="left", maintain_order="left")
             native_metrics = {"accuracy": native["correct"].mean() or 0.0} | _recall(items, "native_correct")
