@@ -41,7 +41,7 @@ def command(monkeypatch, tmp_path, capfd):
         (["+eval.lama.limit=3"], "eval.lama has settings (limit) but is not chosen"),
         (["device=quantum"], "device=quantum"),
         (["dtype=float12"], "float32"),
-        (["scoring_dtype=float12"], "model, auto, bfloat16"),
+        (["scoring_dtype=float12"], "auto, bfloat16, float32"),
         (["model=bert_tiny", "target=cross_att"], "encoder_att, ff, transform, final"),
         (["model=local", "model.path=/nowhere"], "/nowhere"),
         (["-m", "model=bert_tiny", "sparsity=1.5,2"], "[0, 1)"),

@@ -112,7 +112,7 @@ def test_other_text_is_another_run(text_file: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "fine"}\nnot json\n', r"line 2 is not a JSON object"),
+        ('{"text": "fine"}\nnot json\n', r"line 2: not JSON"),
         ('{"words": "no"}\n', r"line 1 is not a JSON object with a string under \"text\""),
         ('{"text": 3}\n', r"line 1"),
         ("[1]\n", r"line 1"),

@@ -206,7 +206,7 @@ def test_bad_files_are_refused(tasks_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "piqa" / "validation.jsonl"
     good = (tasks_dir / "piqa" / "validation.jsonl").read_text()
     path.write_text(good + "{broken\n")
-    with pytest.raises(BadInput, match="line 8 is not JSON"):
+    with pytest.raises(BadInput, match=r"validation\.jsonl:8: not JSON"):
         Harness(tasks=["piqa"], data_dir=str(tmp_path)).fingerprint()
     path.write_text(good + '{"goal": "x"}\n')
     with pytest.raises(BadInput, match="line 8 lacks a column; needed are goal, sol1, sol2, label"):

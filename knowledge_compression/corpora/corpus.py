@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from torch import LongTensor
 from knowledge_compression.cache import file_digest
 from knowledge_compression.errors import BadInput, DataUnavailable, first_line
 from knowledge_compression.models import Model
+from knowledge_compression.reading import parsed, text_of
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -196,14 +196,9 @@ def read_texts(path: Path) -> list[str]:
         DataUnavailable: there is no such file, or nothing in it.
         BadInput: it is not UTF-8, or a line is not a JSON object with a ``text``.
     """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataUnavailable(f"{path} cannot be read ({error.strerror}); give a text file or a .jsonl") from None
-    except UnicodeDecodeError:
-        raise BadInput(f"{path} is not UTF-8 text") from None
+    content = text_of(path, "a text file or a .jsonl")
     if path.suffix == ".jsonl":
-        texts = [_text_of(line, path, number) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+        texts = [_text_of(line, path, number) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     else:
         texts = [content]
     if not any(text.strip() for text in texts):
@@ -212,12 +207,11 @@ def read_texts(path: Path) -> list[str]:
 
 
 def _text_of(line: str, path: Path, number: int) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, TypeError, KeyError):
-        text = None
+    where, wanted = f"{path} line {number}", 'a JSON object with a string under "text"'
+    found = parsed(line, where, f"each line is {wanted}")
+    text = found.get("text") if isinstance(found, dict) else None
     if not isinstance(text, str):
-        raise BadInput(f'{path} line {number} is not a JSON object with a string under "text"')
+        raise BadInput(f"{where} is not {wanted}")
     return text
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 
 from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.evaluation.cloze import MASK
+from knowledge_compression.reading import objects, text_of
 
 # The files of each data set, as the authors' data.zip has them.
 LAYOUT: Mapping[str, str] = {
@@ -19,6 +19,7 @@ LAYOUT: Mapping[str, str] = {
     "Squad": "Squad/test.jsonl",
     "ConceptNet": "ConceptNet/test.jsonl",
 }
+_WANTED = "LAMA has one object a line"
 HUB_ID = "facebook/lama"
 HUB_REVISION = "refs/convert/parquet"  # the data as Parquet; the main branch is a script, which nobody should run
 
@@ -80,10 +81,9 @@ class LamaFolder:
         for path in sorted(self.folder.glob(LAYOUT[dataset])):
             # Google-RE and T-REx have a file a relation; the other two are one file.
             relation = path.stem.removesuffix("_test") if "*" in LAYOUT[dataset] else ""
-            for number, line in _lines(path):
+            for number, record in objects(path, _WANTED):
                 where = f"{path}:{number}"
-                record = _record(line, where)
-                yield _fact(dataset, relation, record, _sentences(record), where=where, number=number)
+                yield _fact(dataset, relation, record, _sentences(record, where), where=where, number=number)
 
     def templates(self) -> dict[str, str]:
         """T-REx's template of each relation."""
@@ -91,8 +91,7 @@ class LamaFolder:
         if not path.is_file():
             raise DataUnavailable(f"eval=lama: T-REx's templates are not at {path}; add it, or take protocol=sentence")
         templates = {}
-        for number, line in _lines(path):
-            record = _record(line, f"{path}:{number}")
+        for number, record in objects(path, _WANTED):
             if "[X]" not in str(record.get("template")) or "[Y]" not in str(record.get("template")):
                 raise BadInput(f"{path}:{number}: needs a relation and a template with [X] and [Y]")
             templates[str(record.get("relation"))] = str(record["template"])
@@ -105,7 +104,7 @@ class LamaFolder:
             raise DataUnavailable(
                 f"eval=lama: candidates=common reads {path}, which is not there; give it, or use full"
             )
-        return [word for word in path.read_text("utf-8").splitlines() if word]
+        return [word for word in text_of(path, "one word a line").splitlines() if word]
 
 
 @dataclass(frozen=True)
@@ -176,26 +175,18 @@ class LamaHub:
         return self._loaded[1]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open(encoding="utf-8") as file:
-        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+def _sentences(record: Mapping[str, Any], where: str) -> list[str]:
+    """The masked sentences of a line, wherever its data set keeps them.
 
-
-def _record(line: str, where: str) -> dict[str, Any]:
+    Raises:
+        BadInput: they are not kept as any data set keeps them.
+    """
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{where}: not JSON ({error.msg} at column {error.colno}); LAMA has one object a line") from None
-    if not isinstance(record, dict):
-        raise BadInput(f"{where}: not a JSON object; LAMA has one object a line")
-    return record
-
-
-def _sentences(record: Mapping[str, Any]) -> list[str]:
-    """The masked sentences of a line, wherever its data set keeps them."""
-    if "masked_sentences" in record:
-        return [str(sentence) for sentence in record["masked_sentences"]]
-    return [str(evidence.get("masked_sentence", "")) for evidence in record.get("evidences", ())]
+        if "masked_sentences" in record:
+            return [str(sentence) for sentence in list(record["masked_sentences"])]
+        return [str(evidence.get("masked_sentence", "")) for evidence in record.get("evidences", ())]
+    except (TypeError, AttributeError):
+        raise BadInput(f"{where}: no list under masked_sentences, or of objects under evidences") from None
 
 
 def _fact(

@@ -60,5 +60,5 @@ def _shards(index: Path) -> list[str]:
     """The files that an index names; whoever loads the weights says what is wrong with one that cannot be read."""
     try:
         return [str(name) for name in json.loads(index.read_bytes())["weight_map"].values()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []

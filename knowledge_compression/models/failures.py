@@ -30,7 +30,7 @@ def one_line_failures(where: str, name: str, allow_pickle: bool) -> Iterator[Non
 
 
 def _why_unavailable(where: str, name: str, error: Exception, allow_pickle: bool) -> str:
-    message, local = str(error), Path(where).is_dir()
+    message, local = str(error), Path(where).exists()
     if not local and not hub_answers():
         return (
             f"model={name}: '{where}' is not cached and the hub does not answer; "

@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from knowledge_compression.cache import cached_folder
-from knowledge_compression.errors import BadInput, ModelUnavailable
+from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
 from knowledge_compression.memory import reuse_freed_memory
 from knowledge_compression.models.content import files_fingerprint, folder_fingerprint
 from knowledge_compression.models.device import DTYPES, resolve_device, resolve_dtype
@@ -180,11 +180,15 @@ class LocalModel:
 
     def _folder(self) -> Path:
         folder = Path(self.path).expanduser()
-        if not (folder / "config.json").is_file():
+        try:
+            there, whole = (folder / "config.json").is_file(), folder.resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # not to be entered, a link to itself, no path at all
+            raise ModelUnavailable(f"model.path={self.path} cannot be read ({first_line(error)})") from None
+        if not there:
             raise ModelUnavailable(
                 f"model.path={self.path} holds no config.json; give a folder saved by save_pretrained"
             )
-        return folder.resolve()
+        return whole
 
 
 @dataclass(frozen=True)
@@ -262,7 +266,12 @@ class PackagedGguf(Packaged):
 
         source = _package_folder(self.package, self.requirement)
         log.info("converting %s to safetensors, once (about 20 s)", self.file)
-        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=self.file, dtype=torch.float32)
+        with one_line_failures(str(source / self.file), self.name, allow_pickle=False):
+            as_floats: dict[str, Any] = {"gguf_file": self.file, "dtype": torch.float32, "output_loading_info": True}
+            made: Any = AutoModelForCausalLM.from_pretrained(source, **as_floats)
+            loaded, info = made
+            check_loaded(loaded, info["missing_keys"], info["unexpected_keys"])
+            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=self.file)
         # A GGUF-loaded model refuses save_pretrained, so its weights move to a fresh one without the quantization note.
         config = type(loaded.config).from_dict(
             {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
@@ -270,7 +279,7 @@ class PackagedGguf(Packaged):
         fresh = type(loaded)(config)
         fresh.load_state_dict(loaded.state_dict())
         fresh.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(source, gguf_file=self.file).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def check_memory(skeleton: Model, device: str, dtype: str) -> None:

@@ -41,7 +41,7 @@ class Checkpoint:
             else:
                 with safe_open(folder / SINGLE, "pt") as file:
                     self.file_of = dict.fromkeys(file.keys(), SINGLE)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ModelUnavailable(f"{folder} holds no safetensors weights that could be streamed ({error})") from None
         if outside := [name for name in self.file_of.values() if not isinstance(name, str) or Path(name).name != name]:
             raise ModelUnavailable(f"{folder / INDEX} names a file outside its folder: {outside[0]}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
@@ -24,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from knowledge_compression.cache import check_cache
 from knowledge_compression.errors import BadInput
+from knowledge_compression.reading import text_of
 from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, Outcome
 
 if TYPE_CHECKING:
@@ -43,12 +45,32 @@ def main() -> None:
     if {"-m", "--multirun"} & set(sys.argv):
         sys.argv[1:] = with_their_files(sys.argv[1:])
     try:
+        check_own_files(sys.argv[1:])
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     except (BadInput, HydraException, OmegaConfBaseException) as error:
         refuse(error)
     except KeyboardInterrupt:
         sys.stderr.write("stopped; what was finished is kept\n")
         raise SystemExit(130) from None
+
+
+def check_own_files(arguments: Sequence[str]) -> None:
+    """Refuse YAML files of the user's own that cannot be read, which Hydra would meet without naming them.
+
+    Raises:
+        BadInput: names the file of ``--config-dir`` and what is wrong with it.
+    """
+    joined = " ".join(arguments)
+    for folder in re.findall(r"(?:^|\s)(?:--config-dir|-cd|--config-path|-cp)[=\s](\S+)", joined):
+        for path in sorted(Path(folder).rglob("*.yaml")):
+            try:
+                content = yaml.load(text_of(path, "a YAML file"), Loader=yaml.CSafeLoader)
+            except (yaml.YAMLError, ValueError, RecursionError) as error:
+                if isinstance(error, BadInput):
+                    raise
+                raise BadInput(f"{path} is not YAML that can be read ({one_line(error)})") from None
+            if not isinstance(content, dict | None):
+                raise BadInput(f"{path} names no settings; each line of such a file is NAME: VALUE")
 
 
 def with_their_files(arguments: Sequence[str]) -> list[str]:

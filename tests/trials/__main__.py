@@ -9,7 +9,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from trials.inputs import every_trial
+from trials.inputs import KINDS
 from trials.materials import prepare
 from trials.trying import ACCEPT, ACCEPTED, HANG, ONE_LINE, STACK_TRACE, WRONG, Ending, Tester
 
@@ -19,13 +19,14 @@ BAD = (STACK_TRACE, WRONG, HANG)
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m trials", description=__doc__)
     parser.add_argument("--only", default="", help="try those whose name has this in it")
+    parser.add_argument("--kinds", default=",".join(KINDS), help=f"which of {', '.join(KINDS)}")
     parser.add_argument("--every", type=int, default=1, help="try one in so many")
     parser.add_argument("--at-once", type=int, default=os.cpu_count())
     parser.add_argument("--verbose", action="store_true", help="show how each ended")
     options = parser.parse_args()
-    trials = every_trial()
-    sound = [trial for trial in trials if trial.must == ACCEPT]
-    chosen = [one for one in trials if one.must != ACCEPT and options.only in one.name][:: options.every]
+    trials = [trial for kind in options.kinds.split(",") for trial in KINDS[kind]() if options.only in trial.name]
+    chosen = [one for one in trials if one.must != ACCEPT][:: options.every]
+    sound = list(KINDS["controls"]())
     with tempfile.TemporaryDirectory() as folder:
         good = Path(folder) / "good"
         prepare(good)

@@ -74,11 +74,6 @@ _WRONG = """
 """
 
 
-def every_trial() -> list[Trial]:
-    """All of them, those with nothing wrong among them."""
-    return [*controls(), *issue(), *settings(), *configurations(), *files(), *folders()]
-
-
 def controls() -> Iterator[Trial]:
     """The commands as they should be."""
     for name, arguments in COMMANDS.items():
@@ -133,6 +128,8 @@ def settings() -> Iterator[Trial]:
             part = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
             key, chosen = (f"eval.{name}", f"eval=[{name}]") if group == "eval" else (group, f"{group}={name}")
             kind = _class(part[name] if group == "eval" else part)
+            if "group_size" in part:  # the layers are narrow
+                command += f" {group}.group_size=8"
             for path, hint, owner in _fields(kind, key):
                 if (owner, path.rpartition(".")[2]) in seen:
                     continue
@@ -248,15 +245,11 @@ def files() -> Iterator[Trial]:
     """Every file that the product reads, spoilt in every way."""
     for command, paths in READ.items():
         for path in paths:
-            for name, spoil in SPOILS.items():
-                nobody = name == "unreadable"
-                yield Trial(
-                    f"{command}: {path} {name}", COMMANDS[command], partial(spoilt, path, spoil), EITHER, nobody=nobody
-                )
-            for seed in range(3):
-                yield Trial(
-                    f"{command}: {path} flipped, seed {seed}", COMMANDS[command], partial(flipped, path, seed), EITHER
-                )
+            ways = {name: partial(spoilt, path, spoil) for name, spoil in SPOILS.items()}
+            ways |= {f"flipped, seed {seed}": partial(flipped, path, seed) for seed in range(3)}
+            for name, spoil in ways.items():
+                about: dict[str, Any] = {"nobody": name == "unreadable", "decides": not path.endswith(".yaml")}
+                yield Trial(f"{command}: {path} {name}", COMMANDS[command], spoil, EITHER, **about)
 
 
 def folders() -> Iterator[Trial]:
@@ -482,4 +475,14 @@ SPOILS: Mapping[str, Any] = {
     "gone": "gone",
     "a folder": "folder",
     "unreadable": "unreadable",
+}
+
+
+KINDS: Mapping[str, Callable[[], Iterator[Trial]]] = {
+    "controls": controls,
+    "issue": issue,
+    "settings": settings,
+    "configurations": configurations,
+    "files": files,
+    "folders": folders,
 }

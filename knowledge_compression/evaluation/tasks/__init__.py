@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from knowledge_compression.errors import BadInput, DataUnavailable
+from knowledge_compression.reading import objects
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -98,6 +98,7 @@ def _own_documents(definition: Path) -> dict[str, Path]:
             raise BadInput(f"{definition} reads {path.name} from elsewhere; its documents lie beside it")
         if not path.is_file():
             raise DataUnavailable(f"{definition} reads {path.name}, which is not beside it")
+        _check_lines(path, ())
     return documents
 
 
@@ -162,14 +163,9 @@ _SPLITS = ("training", "validation", "test")
 
 
 def _check_lines(path: Path, fields: Sequence[str]) -> None:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                raise BadInput(f"{path} line {number} is not JSON; one object a line is read") from None
-            if not isinstance(row, dict) or any(field not in row for field in fields):
-                raise BadInput(f"{path} line {number} lacks a column; needed are {', '.join(fields)}")
+    for number, row in objects(path):
+        if any(field not in row for field in fields):
+            raise BadInput(f"{path} line {number} lacks a column; needed are {', '.join(fields)}")
 
 
 @contextmanager
