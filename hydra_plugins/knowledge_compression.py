@@ -1,6 +1,7 @@
 """Hydra takes sweepers and launchers only from this namespace; ours live in the package."""
 
-from knowledge_compression.sweeping.launching import LocalLauncher, SlurmLauncher
+from knowledge_compression.sweeping.local import LocalLauncher
+from knowledge_compression.sweeping.slurm import SlurmLauncher
 from knowledge_compression.sweeping.sweeper import PlannedSweeper
 
 

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
+from knowledge_compression.stopping import stoppable
+
 SUBCOMMANDS = {
     "run": ("knowledge_compression.sweeping.cli", "one run, or with -m a sweep"),
     "report": ("knowledge_compression.report", "tables, figures and one page over finished runs"),
@@ -26,8 +28,9 @@ def main() -> int | None:
         sys.stderr.write(f"error: kc {name} does not exist; choose one of {', '.join(SUBCOMMANDS)}\n")
         return 2
     sys.argv = [f"kc {name}", *rest]
-    command: Callable[[], int | None] = import_module(SUBCOMMANDS[name][0]).main
-    return command()
+    with stoppable():
+        command: Callable[[], int | None] = import_module(SUBCOMMANDS[name][0]).main
+        return command()
 
 
 def _help() -> str:

@@ -1,4 +1,4 @@
-"""Launchers and the status of sweeps: one job's end is never another's, and what happened is shown."""
+"""Launchers and the status of sweeps: a run that dies ends no other, and what happened is shown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ from knowledge_compression.errors import BadInput  # noqa: E402
 from knowledge_compression.results.store import RunStore  # noqa: E402
 from knowledge_compression.sweeping import status  # noqa: E402
 from knowledge_compression.sweeping.cli import CONF  # noqa: E402
-from knowledge_compression.sweeping.launching import LocalLauncher, SlurmLauncher  # noqa: E402
+from knowledge_compression.sweeping.local import LocalLauncher  # noqa: E402
 from knowledge_compression.sweeping.plan import Outcome, PlannedRun, labels, write_plan  # noqa: E402
+from knowledge_compression.sweeping.slurm import SlurmLauncher  # noqa: E402
 from sweep_chores import chore  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -144,12 +144,13 @@ def test_the_status_of_a_sweep(
         Outcome("", "done", f"run{number}", "dense", seconds=seconds).write(folder / str(number))
     (folder / "2").mkdir()
     Outcome("sparsity=0.2", "failed", message="RuntimeError: bad luck", log="2/run.log").write(folder / "2")
-    (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / "run3.lock").write_text("")
-    (tmp_path / "unfinished" / "run4.lock").write_text("")
-    old = time.time() - 3600
-    os.utime(tmp_path / "unfinished" / "run4.lock", (old, old))  # its owner died
-    (found,) = status.sweeps(tmp_path)
+    store = RunStore(tmp_path)
+    with store.claim("run3"):
+        marker = store.layout.lease("run3").read_text()
+        dead = subprocess.Popen([sys.executable, "-c", ""])
+        dead.wait()
+        store.layout.lease("run4").write_text(marker.replace(f"pid={os.getpid()}", f"pid={dead.pid}"))
+        (found,) = status.sweeps(tmp_path)
     assert found.states == ["done", "done", "failed", "running", "missing", "missing"]
     assert found.seconds_left == pytest.approx(15.0 * 2.5 / 2)
     console = Console(width=120, record=True, file=io.StringIO())

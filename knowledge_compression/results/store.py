@@ -24,8 +24,10 @@ import polars as pl
 import yaml
 
 from knowledge_compression.errors import BadInput, first_line
+from knowledge_compression.results.layout import Layout
+from knowledge_compression.results.lease import LEASE, Holder, holder, leased
 from knowledge_compression.results.shape import check_agreement, check_items, checked, finite, read_json
-from knowledge_compression.results.workplace import LEASE, Workplace, claimed, discard
+from knowledge_compression.results.workplace import Workplace, discard
 
 log = logging.getLogger(__name__)
 
@@ -146,20 +148,25 @@ class RunStore:
 
     Args:
         folder: the outputs folder; it is made when the first run is claimed.
-        lease: see :func:`~knowledge_compression.results.workplace.claimed`; all who share the folder must agree on it.
+        lease: see :func:`~knowledge_compression.results.lease.leased`; all who share the folder must agree on it.
     """
 
     def __init__(self, folder: str | Path, lease: float = LEASE) -> None:
         self.folder, self.lease = Path(folder), lease
+        self.layout = Layout(self.folder)
 
     @property
     def runs_folder(self) -> Path:
         """Where the run folders lie."""
-        return self.folder / "runs"
+        return self.layout.runs
 
     def workplace(self, run_id: str) -> Path:
         """Where an unfinished run puts files that outlive it; :meth:`write` moves them into the run's folder."""
-        return self.folder / "unfinished" / run_id
+        return self.layout.unfinished(run_id)
+
+    def holder(self, run_id: str) -> Holder | None:
+        """The living process that is making a run, if one is."""
+        return holder(self.layout.lease(run_id), self.lease)
 
     @contextmanager
     def claim(self, run_id: str, *, afresh: bool = False) -> Iterator[Workplace]:
@@ -178,7 +185,7 @@ class RunStore:
         with ExitStack() as stack:
             with self._writing():
                 stack.callback(_remove_if_empty, folder, folder.parent, self.folder)
-                stack.enter_context(claimed(folder.with_name(f"{run_id}.lock"), self.lease))
+                stack.enter_context(leased(self.layout.lease(run_id), self.lease))
                 for scratch in self.runs_folder.glob(f".{run_id}-*"):
                     shutil.rmtree(scratch)
                 if afresh:

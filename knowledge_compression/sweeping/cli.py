@@ -49,9 +49,6 @@ def main() -> None:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     except (BadInput, HydraException, OmegaConfBaseException) as error:
         refuse(error)
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; what was finished is kept\n")
-        raise SystemExit(130) from None
 
 
 def check_own_files(arguments: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ class Outcome:
         label: the overrides that tell it from the others, e.g. ``target=att sparsity=0.2``.
         status: ``done``, ``failed`` or ``bad input``.
         run_id, baseline_id: the run and the dense run it is compared with, where there are any.
-        message: why it did not end well; one line.
+        message: why it has no result; one line.
         log: where the whole story is.
         seconds: wall time.
     """

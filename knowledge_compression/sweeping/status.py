@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.results.layout import Layout
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, PLAN, Outcome, labels, read_plan
 
 RUNNING, MISSING, DAMAGED = "running", "missing", "damaged"
-LEASE = 60.0  # seconds; a claim that was not renewed for so long is that of a dead process
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class SweepStatus:
     Attributes:
         name: its folder.
         states: of each run: ``done``, ``running``, ``failed``, ``bad input``, ``damaged`` or ``missing``.
-        outcomes: how the jobs ended that did not end well.
+        outcomes: of the jobs that ended without a result.
         seconds_left: estimate from the runs that are done; None where none is.
     """
 
@@ -51,7 +50,7 @@ def sweeps(outputs: Path) -> list[SweepStatus]:
     if not outputs.is_dir():
         raise BadInput(f"{outputs} is not there; give the folder that output.dir named")
     alive = _living_jobs()
-    return [_status(outputs, plan.parent, alive) for plan in sorted(outputs.glob(f"sweeps/*/{PLAN}"))]
+    return [_status(outputs, plan.parent, alive) for plan in Layout(outputs).sweeps_with(PLAN)]
 
 
 def _status(outputs: Path, folder: Path, alive: set[str] | None) -> SweepStatus:
@@ -78,7 +77,7 @@ def _status(outputs: Path, folder: Path, alive: set[str] | None) -> SweepStatus:
         elif outcome is not None and outcome.status in (FAILED, BAD_INPUT):
             states.append(outcome.status)
             troubled.append(outcome)
-        elif any(_fresh(outputs / "unfinished" / f"{run_id}.lock") for run_id in (run.run_id, run.baseline_id)):
+        elif any(store.holder(run_id) for run_id in (run.run_id, run.baseline_id)):
             states.append(RUNNING)
         elif broken:
             states.append(DAMAGED)
@@ -95,19 +94,12 @@ def _status(outputs: Path, folder: Path, alive: set[str] | None) -> SweepStatus:
     return SweepStatus(folder.name, states, troubled, None if each is None else each * left / min(at_once, left or 1))
 
 
-def _fresh(lock: Path) -> bool:
-    try:
-        return time.time() - lock.stat().st_mtime < LEASE
-    except FileNotFoundError:
-        return False
-
-
 def _lost(job: Path, label: str, alive: set[str] | None) -> Outcome | None:
     """What became of a job that was handed in to SLURM, if SLURM does not know it any more."""
     note = job / "slurm_job"
     if alive is None or not note.is_file():
         return None
-    from knowledge_compression.sweeping.launching import how_it_ended
+    from knowledge_compression.sweeping.slurm import how_it_ended
 
     job_id, log = note.read_text().split("\n")[:2]
     if job_id in alive:
@@ -119,7 +111,7 @@ def _living_jobs() -> set[str] | None:
     """What SLURM knows of, where there is SLURM and it answers."""
     if shutil.which("squeue") is None:
         return None
-    from knowledge_compression.sweeping.launching import living_jobs
+    from knowledge_compression.sweeping.slurm import living_jobs
 
     try:
         return living_jobs()
@@ -128,7 +120,7 @@ def _living_jobs() -> set[str] | None:
 
 
 def show(found: Sequence[SweepStatus], console: Console) -> None:
-    """The table, and a line for each run that did not end well."""
+    """Print the table, and a line for each run that ended without a result."""
     table = Table(title="Sweeps", title_justify="left")
     # Names are whole in 80 characters, as only the last heading wraps.
     damaged = [DAMAGED] if any(sweep.count(DAMAGED) for sweep in found) else []

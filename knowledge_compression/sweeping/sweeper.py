@@ -136,6 +136,7 @@ class PlannedSweeper(Sweeper):
         if not missing and len(planned) > _SHOWN:
             log.info("python -m knowledge_compression.report %s compares them", self.config.output.dir)
             return []
+        self._name_held(missing, names)
         returns = self.launcher.launch([run.overrides for run in missing], initial_job_idx=0) if missing else []
         if self.config.run.detach:
             log.info("the runs go on without this process; kc status shows how far they are")
@@ -149,10 +150,20 @@ class PlannedSweeper(Sweeper):
             for run, label in zip(planned[len(missing) :], names[len(missing) :], strict=True)
         ]
         if troubled := [outcome for outcome in outcomes if outcome.status != DONE]:
-            sys.stderr.write(f"{len(troubled)} of {len(outcomes)} runs did not end well:\n")
+            sys.stderr.write(f"{len(troubled)} of {len(outcomes)} runs have no result:\n")
             sys.stderr.writelines(f"{outcome.line}\n" for outcome in troubled)
         self._show(outcomes, folder)
         return outcomes
+
+    def _name_held(self, missing: Sequence[PlannedRun], names: Sequence[str]) -> None:
+        """Say which runs other processes are making at this moment: their jobs wait, and take the result."""
+        from knowledge_compression.results.store import RunStore
+
+        assert self.config is not None
+        store = RunStore(self.config.output.dir)
+        for run, name in zip(missing, names, strict=False):
+            if (by := store.holder(run.run_id)) is not None:
+                log.info("%s makes the run %s; this sweep waits for it", by, name)
 
     def _show(self, outcomes: Sequence[Outcome], folder: Path) -> None:
         from knowledge_compression.results.store import RunStore
