@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 from knowledge_compression.errors import BadInput
@@ -41,6 +40,7 @@ def advise(outputs: Path, keep: float) -> None:
     from knowledge_compression.analysis.findings import check
     from knowledge_compression.analysis.naming import label
     from knowledge_compression.results.store import RunStore
+    from knowledge_compression.results.summary import shown
 
     runs, unreadable = RunStore(outputs).scan()
     comparisons = compare(runs)
@@ -48,15 +48,22 @@ def advise(outputs: Path, keep: float) -> None:
         damaged = f" that can be read ({unreadable[0][0]}: {unreadable[0][1]})" if unreadable else ""
         raise BadInput(f"{outputs} holds no dense run to compare with{damaged}; run one with compression=none")
     console = Console()
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+
+    def say(text: str) -> None:
+        console.print(shown(text), soft_wrap=True)
+
     for group in comparisons:
         rows = kept(group)
-        table = Table(title=f"{group.asked.model}, {group.asked.name}: the front", title_justify="left")
+        table = Table(title=shown(f"{group.asked.model}, {group.asked.name}: the front"), title_justify="left")
         for column in ("setting", "MB stored", "facts kept", "at least (95 %)", "run"):
             table.add_column(column)
         for row in front(rows):
             table.add_row(
-                label(row.run), f"{row.size_mb:.1f}", f"{row.share:.1%}", f"{row.at_least:.1%}", row.run.id[:8]
+                shown(label(row.run)),
+                f"{row.size_mb:.1f}",
+                f"{row.share:.1%}",
+                f"{row.at_least:.1%}",
+                shown(row.run.id[:8]),
             )
         console.print(table)
         best = smallest(rows, keep)

@@ -193,6 +193,16 @@ def test_lists_are_whole_in_the_table_and_a_figure_that_is_no_number_does_not_va
     assert [json.loads(row["told"]) for row in rows] == [{"é": i, "of": [0.5]} for i in range(12)]
 
 
+def test_markup_is_text_in_the_table_and_the_figure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    markup = """<script>window.ran=1</script><img src=x onerror=window.ran=1>$x^{${{7*7}}[x](y)"""
+    run = result()
+    run._items = run.items.with_columns(pl.lit(markup).alias(name) for name in ("task", "prompt", "gold", "prediction"))
+    found, place = shown(run, tmp_path)
+    assert {row["prompt"] for row in table_of(found, place)} == {markup}  # a string, which W&B shows as one
+    assert (place / "files" / history_of(found)["figures/atlas:path"]).read_bytes().startswith(b"\x89PNG")
+    assert "W&B lacks" not in caplog.text  # no formula is read from it
+
+
 def test_a_part_that_cannot_be_shown_is_named_and_the_others_are_there(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from knowledge_compression.analysis.marks import level, line, panels
 from knowledge_compression.analysis.recovery_figures import RECOVERY_FIGURES
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.results.store import Run
+from knowledge_compression.results.summary import literal_text
 from knowledge_compression.statistics import Estimate, mean_drops
 
 EVERYTHING, MODULES = ("overall", "all", "att", "ff"), ("self_att", "cross_att", "encoder_att", "decoder_att")
@@ -74,6 +75,11 @@ def draw(comparisons: Comparisons, folder: Path, *, per_parameter: bool = False)
         folder: where the files go, made when the first one is written.
         per_parameter: divide each drop by the share of the model's parameters that was touched.
     """
+    with literal_text():
+        return _draw(comparisons, folder, per_parameter)
+
+
+def _draw(comparisons: Comparisons, folder: Path, per_parameter: bool) -> list[Path]:
     figures: dict[str, Figure] = {}
     for wanted in DROP_FIGURES:
         if figure := drop_figure(comparisons, wanted, per_parameter=per_parameter):

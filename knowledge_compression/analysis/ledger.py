@@ -103,10 +103,15 @@ def depths(dense: Run, compressed: Run, suite: str) -> pl.DataFrame | None:
     )
 
 
+def looked_into(run: Run, suite: str) -> bool:
+    """Whether the lens was held over a suite's facts, and what it saw was kept."""
+    asked = run.report["eval"].get("lens", {})
+    return asked.get("of") == suite and "depth_rank" in run.scan_items().collect_schema()
+
+
 def _lens(run: Run, suite: str) -> pl.LazyFrame | None:
     """What the lens saw of a suite's facts, if it was held over them."""
-    asked = run.report["eval"].get("lens", {})
-    if asked.get("of") != suite:
+    if not looked_into(run, suite):
         return None
     return run.scan_items().filter(pl.col("suite") == "lens").select(*KEY, pl.col("depth_rank").alias("ranks"))
 

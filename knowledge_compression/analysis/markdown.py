@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def report(comparisons: Comparisons, verdicts: Sequence[Verdict]) -> str:
         "Findings": findings(verdicts),
         "Accuracy and what was lost": fates(comparisons),
         "What brought lost facts back": restored(comparisons),
-        "Left out": [f"- `{run}`: {why}" for run, why in comparisons.skipped],
+        "Left out": [f"- {_code(run)}: {plain(why)}" for run, why in comparisons.skipped],
     }
     return "\n".join("\n".join([f"## {title}", "", *lines, ""]) for title, lines in sections.items() if lines)
 
@@ -43,11 +44,12 @@ def fates(comparisons: Comparisons) -> list[str]:
             frequencies += [name for name in told if name not in (*frequencies, OVERALL)]
             fall = group.drops[run.id]
             lost = f"{fall.value:.1f} % [{fall.low:.1f}, {fall.high:.1f}]"
-            cells = [label(run), group.asked.name, percent(group.accuracies[run.id]), lost]
+            cells = [plain(label(run)), plain(group.asked.name), percent(group.accuracies[run.id]), lost]
             rows.append((cells, told))
     heads = ["run", "suite", "accuracy", "drop", "lost, of the known", *(f"lost, {name}" for name in frequencies)]
     return table(
-        heads, [[*cells, *(percent(told.get(name)) for name in (OVERALL, *frequencies))] for cells, told in rows]
+        [*map(plain, heads)],
+        [[*cells, *(percent(told.get(name)) for name in (OVERALL, *frequencies))] for cells, told in rows],
     )
 
 
@@ -58,14 +60,35 @@ def restored(comparisons: Comparisons) -> list[str]:
         names = {run.id: label(run) for run in group.members}
         for row in shares_restored(group):
             told = [names[row["compressed"]], ", ".join(row["tried"]), row["value"], str(row["lost"])]
-            rows.append([*told, *map(percent, row["shares"])])
+            rows.append([*map(plain, told), *map(percent, row["shares"])])
     return table(["compressed", "tried", "facts", "lost", *RESTORED], rows)
 
 
 def _finding(claim: Claim, finding: Finding) -> list[str]:
     p = "" if claim.margin else f"{finding.p:.2g}"  # "as good as" is decided by the interval alone
     counts = [f"{finding.effect.n:,}", str(finding.seeds), str(len(finding.pairs))]
-    return [finding.status, claim.text, finding.model, finding.suite, claim.measure.words(finding.effect), p, *counts]
+    return [
+        finding.status,
+        claim.text,
+        plain(finding.model),
+        plain(finding.suite),
+        claim.measure.words(finding.effect),
+        p,
+        *counts,
+    ]
+
+
+# What Markdown would read as more than text. An underscore inside a word is one, wherever Markdown is read.
+_MARKS = re.compile(r"[\\`*\[\]~$#|&<>@]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.", re.IGNORECASE)
+
+
+def plain(text: str) -> str:
+    """Text of a store as Markdown that shows it as it stands: no markup, no link, no new line."""
+    return _MARKS.sub(lambda mark: f"&#{ord(mark[0])};", "".join(c if c.isprintable() else " " for c in text))
+
+
+def _code(name: str) -> str:
+    return f"`{name}`" if re.fullmatch(r"[\w.-]+", name) else plain(name)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,7 +15,7 @@ from typing import Any
 
 import polars as pl
 import yaml
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader
 
 from knowledge_compression import __version__
 from knowledge_compression.analysis.comparisons import KEY, Comparisons, Group, compare, is_dense, items_of
@@ -26,11 +28,15 @@ from knowledge_compression.analysis.fates import (
     shares_restored,
 )
 from knowledge_compression.analysis.findings import Verdict, check
+from knowledge_compression.analysis.ledger import looked_into
 from knowledge_compression.analysis.metrics import with_intervals
 from knowledge_compression.analysis.naming import label, reading_order
+from knowledge_compression.errors import first_line
 from knowledge_compression.results.shape import finite
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate
+
+log = logging.getLogger(__name__)
 
 _SHOWN = ("prediction", "correct", "log_prob", "rank")  # of an answer, in the fact explorer
 _OF_ANSWER = "prediction_log_prob"  # the runs of early versions lack it
@@ -50,12 +56,13 @@ def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
     comparisons = compare(runs)
     verdicts = check(comparisons)
     metrics = with_intervals(runs)
-    template = Environment(
-        loader=PackageLoader("knowledge_compression.analysis", "templates"), autoescape=select_autoescape()
-    ).get_template("report.html.j2")
+    # Every value is escaped, whatever the template is called; only the scripts are ours, and known by their hashes.
+    templates = Environment(loader=PackageLoader("knowledge_compression.analysis", "templates"), autoescape=True)
+    scripts = [get_plotlyjs(), templates.get_template("report.js").render()]
     around = partial(
-        template.render,
-        plotly=get_plotlyjs(),
+        templates.get_template("report.html.j2").render,
+        scripts=scripts,
+        allowed=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
         verdicts=[_verdict(verdict) for verdict in verdicts],
         labels={run.id: label(run) for run in runs},
         silent=[verdict.claim for verdict in verdicts if not verdict.findings],
@@ -77,6 +84,10 @@ def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
     while len(facts := _packed([_facts(group, every) for group in comparisons])) > room and every < 1000:
         every = max(every + 1, math.ceil(every * len(facts) / room)) if room > 0 else 1000
     return around(content=content, facts=facts)
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _packed(content: Any) -> str:
@@ -110,11 +121,18 @@ def _run(run: Run, metrics: Mapping[str, tuple[float, Estimate | None]]) -> dict
         "note": run.report["model"].get("note", ""),
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
         "environment": run.environment,
-        "layers": [
-            {key: layer.get(key) for key in ("path", "role", "parameters", "removed", "bits", "error_after")}
-            for layer in run.layers
-        ],
+        "layers": _layers(run),
     }
+
+
+def _layers(run: Run) -> list[dict[str, Any]]:
+    """What the layer map shows; nothing where a store's file of layers is not one."""
+    try:
+        layers = run.layers
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("%s: its layers are left out (%s)", run.id, first_line(error))
+        return []
+    return [{key: layer.get(key) for key in ("path", "parameters", "removed")} for layer in layers]
 
 
 def _points(group: Group) -> list[dict[str, Any]]:
@@ -209,7 +227,7 @@ def _rounded(values: pl.Series) -> list[float | None]:
 
 def _ranks_by_depth(run: Run, suite: str, items: pl.DataFrame) -> list[list[int] | None] | None:
     """The right answer's rank by depth for each item, where the lens was held over the suite."""
-    if run.report["eval"].get("lens", {}).get("of") != suite:
+    if not looked_into(run, suite):
         return None
     seen = run.scan_items().filter(pl.col("suite") == "lens").select(*KEY, "depth_rank").collect()
     return items.select(KEY).join(seen, on=KEY, how="left", maintain_order="left")["depth_rank"].to_list()

@@ -206,5 +206,14 @@ def _cell(value: Any) -> str:
     return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
 
 
+_LATEX = {
+    **{character: rf"\{character}" for character in "_%&#${}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"},
+}
+
+
 def _escaped(text: str) -> str:
-    return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&")
+    """Text of a store as LaTeX that says it, and nothing more: no command, no group, no new line."""
+    told = "".join(_LATEX.get(c, c if c.isprintable() else " ") for c in text)
+    return "{}" + told if told.startswith(("[", "*")) else told  # else an argument of the row's end before it

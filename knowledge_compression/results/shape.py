@@ -173,9 +173,9 @@ def check_items(path: Path, *, whole: bool) -> None:
         ValueError: a column is missing or of another kind, or the file cannot be decoded.
     """
     try:
-        schema = pl.read_parquet_schema(path)
+        schema = pl.scan_parquet(path, glob=False).collect_schema()
         if whole:
-            pl.read_parquet(path)
+            pl.read_parquet(path, glob=False)
     except pl.exceptions.PanicException as error:  # of the reader, on some damaged files; it is no Exception
         raise ValueError(first_line(error)) from None
     for name, dtype in ITEM_SCHEMA.items():

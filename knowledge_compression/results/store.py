@@ -68,7 +68,7 @@ class Run:
         if self._items is not None:
             return self._items.lazy()
         assert self.folder is not None
-        return pl.scan_parquet(self.folder / "items.parquet")
+        return pl.scan_parquet(self.folder / ITEMS, glob=False)
 
     def only(self, condition: pl.Expr) -> Run:
         """The run with just the items that meet a condition; like the whole table, they are not read before asked."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import polars as pl
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, accuracies, accuracy, drops, means
@@ -48,14 +50,27 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
             if run.report["model"].get("note")
         }
     ):
-        console.print(f"[dim]{note}[/dim]")
+        console.print(shown(note), style="dim")
     if folder is None:
         return
     table.write_csv(folder / "table.csv")
-    figure = drop_figure(table)
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"drop.{suffix}", dpi=150)
-    console.print(f"table and figure: {folder / 'table.csv'}, {folder / 'drop.png'}")
+    with literal_text():
+        figure = drop_figure(table)
+        for suffix in ("png", "svg"):
+            figure.savefig(folder / f"drop.{suffix}", dpi=150)
+    console.print(f"table and figure: {folder / 'table.csv'}, {folder / 'drop.png'}", markup=False)
+
+
+def literal_text() -> AbstractContextManager[None]:
+    """Names in figures are drawn as they stand: a ``$`` in one begins no formula."""
+    from matplotlib import rc_context
+
+    return rc_context({"text.parse_math": False})
+
+
+def shown(text: object) -> Text:
+    """Text of a store for a terminal: no markup of rich's, no control characters."""
+    return Text("".join(c if c.isprintable() else "�" for c in str(text)))
 
 
 def drop_table(runs: Sequence[Run], baselines: Mapping[str, Run]) -> pl.DataFrame:
@@ -81,23 +96,23 @@ def drop_table(runs: Sequence[Run], baselines: Mapping[str, Run]) -> pl.DataFram
 
 def as_rich(table: pl.DataFrame) -> Table:
     """The table as a terminal shows it."""
-    shown = Table(title="What compression did", title_justify="left")
+    told = Table(title="What compression did", title_justify="left")
     for column in ("model", "target", "compression", "recovery", "suite", "metric"):
-        shown.add_column(column)
+        told.add_column(column)
     for column in ("sparsity", "bits", "MB stored", "value", "drop %", "majority: drop %", "run"):
-        shown.add_column(column, justify="right")
+        told.add_column(column, justify="right")
     for row in table.iter_rows(named=True):
-        shown.add_row(
-            *(row[name] for name in ("model", "target", "compression", "recovery", "suite", "metric")),
+        told.add_row(
+            *(shown(row[name]) for name in ("model", "target", "compression", "recovery", "suite", "metric")),
             f"{row['reached_sparsity']:.1%}",
             f"{row['bits']:.3g}",
             f"{row['stored_mb']:.0f}",
             _with_interval(row, "value", ".4g"),
             _with_interval(row, "drop", "+.1f"),
             "" if row["majority_percent"] is None else f"{row['majority_percent']:+.1f}",
-            row["run"][:8],
+            shown(row["run"][:8]),
         )
-    return shown
+    return told
 
 
 def drop_figure(table: pl.DataFrame) -> Figure:

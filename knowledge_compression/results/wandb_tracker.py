@@ -21,7 +21,7 @@ import polars as pl
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.results.store import Run
-from knowledge_compression.results.summary import task_figure
+from knowledge_compression.results.summary import literal_text, task_figure
 from knowledge_compression.results.tracker import TrackedRun, Unseen
 
 if TYPE_CHECKING:
@@ -192,8 +192,9 @@ class _Tracked:
     def _show_figure(self, run: Run, suite: str) -> None:
         import wandb
 
-        if (figure := task_figure(run, suite)) is not None:
-            self._run.log({f"figures/{suite}": wandb.Image(_drawn(figure))})
+        with literal_text():
+            if (figure := task_figure(run, suite)) is not None:
+                self._run.log({f"figures/{suite}": wandb.Image(_drawn(figure))})
 
 
 def _summary(run: Run) -> dict[str, Any]:

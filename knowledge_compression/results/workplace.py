@@ -43,7 +43,7 @@ class Workplace:
                 metrics = {
                     name: math.nan if value is None else float(value) for name, value in found["metrics"].items()
                 }
-                kept = Evaluation(metrics, pl.read_parquet(items), found["description"])
+                kept = Evaluation(metrics, pl.read_parquet(items, glob=False), found["description"])
             except (OSError, ValueError, KeyError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
                 log.warning("%s: what an interrupted run kept is damaged (%s); it is asked anew", suite, error)
             else:

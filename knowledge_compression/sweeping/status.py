@@ -15,6 +15,7 @@ from rich.table import Table
 from knowledge_compression.errors import BadInput
 from knowledge_compression.results.layout import Layout
 from knowledge_compression.results.store import Run, RunStore
+from knowledge_compression.results.summary import shown
 from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, PLAN, Outcome, labels, read_plan
 
 RUNNING, MISSING, DAMAGED = "running", "missing", "damaged"
@@ -130,11 +131,11 @@ def show(found: Sequence[SweepStatus], console: Console) -> None:
         failed = sweep.count(FAILED) + sweep.count(BAD_INPUT)
         counts = [len(sweep.states), sweep.count(DONE), sweep.count(RUNNING), failed, sweep.count(MISSING)]
         counts += [sweep.count(state) for state in damaged]
-        table.add_row(sweep.name, *map(str, counts), _duration(sweep.seconds_left))
+        table.add_row(shown(sweep.name), *map(str, counts), _duration(sweep.seconds_left))
     console.print(table)
     for sweep in found:
         for outcome in sweep.outcomes:
-            console.print(f"{sweep.name}: {outcome.line}", markup=False, soft_wrap=True)
+            console.print(shown(f"{sweep.name}: {outcome.line}"), soft_wrap=True)
 
 
 def _duration(seconds: float | None) -> str:

@@ -5,6 +5,8 @@ const make = (tag, text, attributes = {}) => {
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   return node;
 };
+// What Plotly draws as text it reads as markup, with links.
+const literal = text => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 const at = id => document.getElementById(id);
 const percent = (x, digits = 1) => x === null || x === undefined ? "" : (100 * x).toFixed(digits) + " %";
 // Estimates are [value, low, high]; null where there is nothing to estimate from.
@@ -94,8 +96,8 @@ const main = ({runs, points, measured, fates, names}, facts) => {
     const traces = (x, e, scale) => [...lines].map(([name, list]) => {
       list.sort((a, b) => x(a) - x(b));
       const apart = new Set(list.map(x)).size === list.length;  // runs that differ in something else are no line
-      return {name, mode: apart ? "lines+markers" : "markers", x: list.map(x), y: list.map(r => r[e][0] === null ? null : scale * r[e][0]),
-              customdata: list.map(r => r.label), hovertemplate: "%{customdata}<br>%{y:.1f} %<extra></extra>",
+      return {name: literal(name), mode: apart ? "lines+markers" : "markers", x: list.map(x), y: list.map(r => r[e][0] === null ? null : scale * r[e][0]),
+              customdata: list.map(r => literal(r.label)), hovertemplate: "%{customdata}<br>%{y:.1f} %<extra></extra>",
               error_y: {...bars(list.map(r => r[e]), scale), color: undefined}};
     });
     const majorities = [...new Set(visible.map(r => r.majority).filter(m => m !== null && m !== undefined))];
@@ -105,8 +107,8 @@ const main = ({runs, points, measured, fates, names}, facts) => {
     const fall = layout("sparsity of the target (%)", "drop (% of dense accuracy)", {shapes: dashed(falls, visible.filter(r => r.drop).map(r => r.drop[0]))});
     fall.yaxis.autorange = "reversed";
     const first = Plotly.react("drop-chart", traces(r => 100 * r.sparsity, "drop", 1), fall, CONFIG);
-    const dense = visible.filter(r => r.dense).map(r => ({name: r.label, mode: "markers", marker: {symbol: "star", size: 11}, x: [r.stored_mb],
-      y: [100 * r.accuracy[0]], error_y: bars([r.accuracy]), hovertemplate: r.label + "<br>%{y:.1f} %<extra></extra>"}));
+    const dense = visible.filter(r => r.dense).map(r => ({name: literal(r.label), mode: "markers", marker: {symbol: "star", size: 11}, x: [r.stored_mb],
+      y: [100 * r.accuracy[0]], error_y: bars([r.accuracy]), customdata: [literal(r.label)], hovertemplate: "%{customdata}<br>%{y:.1f} %<extra></extra>"}));
     const second = Plotly.react("size-chart", [...traces(r => r.stored_mb, "accuracy", 100), ...dense], layout("stored size (MB)", "accuracy (%)", {shapes: dashed(majorities.map(m => 100 * m), visible.map(r => 100 * r.accuracy[0]))}), CONFIG);
     return Promise.all([first, second]);
   };
@@ -142,10 +144,10 @@ const main = ({runs, points, measured, fates, names}, facts) => {
     const targets = [...new Set(list.map(row => row.target))].sort();
     const traces = targets.map(target => {
       const theirs = list.filter(row => row.target === target && row.lost);
-      return {name: target, mode: "markers", x: theirs.map(method), y: theirs.map(row => 100 * row.lost[0]), error_y: {...bars(theirs.map(row => row.lost)), color: undefined}};
+      return {name: literal(target), mode: "markers", x: theirs.map(row => literal(method(row))), y: theirs.map(row => 100 * row.lost[0]), error_y: {...bars(theirs.map(row => row.lost)), color: undefined}};
     });
     const chart = layout("", "lost, of what the dense model knew (%)", {showlegend: true});
-    chart.xaxis.categoryarray = [...new Set(list.map(method))];
+    chart.xaxis.categoryarray = [...new Set(list.map(row => literal(method(row))))];
     chart.yaxis.rangemode = "tozero";
     return Plotly.react("settings-chart", traces, chart, CONFIG);
   };
@@ -162,7 +164,7 @@ const main = ({runs, points, measured, fates, names}, facts) => {
     if (!told.length) return;
     const list = told.filter(row => row.by === fateBy.value || row.by === "all facts");
     const shown = [["lost", "lost, of what the dense model knew"], ["gained", "gained, of what it did not know"]];
-    const first = Plotly.react("fate-chart", shown.map(([key, name]) => ({type: "bar", name, x: list.map(r => r.value),
+    const first = Plotly.react("fate-chart", shown.map(([key, name]) => ({type: "bar", name, x: list.map(r => literal(r.value)),
       y: list.map(r => r[key] ? 100 * r[key][0] : null), error_y: bars(list.map(r => r[key]))})),
       layout("", "share of the facts (%)", {barmode: "group"}), CONFIG);
     at("fate-table").replaceChildren(table(["facts", ...names.fates, "lost, of the known", "gained, of the unknown", "lost: rank now (geometric mean)", "lost: fell by (nats)"],
@@ -171,7 +173,7 @@ const main = ({runs, points, measured, fates, names}, facts) => {
     const depth = group.depths[fateRun.value];
     at("depth").hidden = !depth;
     if (!depth) return first;
-    const second = Plotly.react("depth-chart", [["before", "dense model"], ["after", byId[fateRun.value].label]].map(([key, name]) => ({name, mode: "lines+markers",
+    const second = Plotly.react("depth-chart", [["before", "dense model"], ["after", literal(byId[fateRun.value].label)]].map(([key, name]) => ({name, mode: "lines+markers",
       x: depth[key].map((_, i) => i), y: depth[key].map(e => 100 * e[0]), error_y: bars(depth[key])})),
       whole(layout("after so many blocks", "right first token first (% of the lost facts)"), depth.after.length), CONFIG);
     at("depth-words").textContent = `Of the ${depth.lost} facts that were lost and looked into, the first token of the right answer was last ranked first: `
@@ -236,7 +238,7 @@ const main = ({runs, points, measured, fates, names}, facts) => {
       const blocks = [...new Set(parts.map(p => p[0]))].sort((a, b) => a - b), modules = [...new Set(parts.map(p => p[1]))];
       const grid = modules.map(() => blocks.map(() => null));
       run.layers.forEach((layer, i) => { grid[modules.indexOf(parts[i][1])][blocks.indexOf(parts[i][0])] = 100 * layer.removed / layer.parameters; });
-      Plotly.newPlot(map, [{type: "heatmap", z: grid, x: blocks, y: modules, colorscale: "Viridis", colorbar: {title: {text: "%"}}}], whole(layout("block", ""), blocks.length), CONFIG);
+      Plotly.newPlot(map, [{type: "heatmap", z: grid, x: blocks, y: modules.map(literal), colorscale: "Viridis", colorbar: {title: {text: "%"}}}], whole(layout("block", ""), blocks.length), CONFIG);
     }
     for (const [title, text] of [["Configuration", run.config], ["Environment", JSON.stringify(run.environment, null, 1)]]) {
       const part = make("details"); part.append(make("summary", title), make("pre", text, {tabindex: 0})); place.append(part);
