@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,22 @@ from helpers.tasks import documents
 from knowledge_compression.corpora.own_samples import DrawnSamples
 from knowledge_compression.evaluation.tasks import LOCAL
 from knowledge_compression.models import Model
+from knowledge_compression.models.device import Device
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: more threads would only get into each other's way
     torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def plain_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process every machine computes as a plain processor does; tests of another kind hand in another value.
+
+    Programs that a test starts see the machine as it is.
+    """
+    place = torch.device("cpu")
+    monkeypatch.setitem(Device.known, place, replace(Device.of(place), onednn_products=False, bfloat16_gain=1.0))
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,20 @@ def test_per_tensor_is_torchs_quantize_dynamic(
         torch.backends.quantized.engine = before
 
 
+def test_integers_are_torchs_to_the_last_tie() -> None:
+    """Torch multiplies by the reciprocal of the scale; a division settles some ties otherwise (25 in these layers)."""
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "onednn" if "onednn" in torch.backends.quantized.supported_engines else engine
+    try:
+        for seed in range(60):
+            linear = random_linear(512, 512, seed=seed)
+            linear.qconfig = torch.ao.quantization.default_dynamic_qconfig
+            reference = torch.ao.nn.quantized.dynamic.Linear.from_float(linear).weight().int_repr()
+            assert torch.equal(quantize_weight(linear.weight.detach(), "per_tensor")[0], reference), seed
+    finally:
+        torch.backends.quantized.engine = engine
+
+
 def test_a_whole_model_is_that_of_quantize_dynamic(tiny_model: Callable[[str], Model]) -> None:
     model, reference = tiny_model("bert"), tiny_model("bert")
     dense = logits_of(model)

@@ -55,6 +55,10 @@ class Compression(ABC):
         """The methods that this one is made of, in their order: itself, unless it is a pipeline."""
         return (self,)
 
+    def multiplies_in(self, model: Model) -> str | None:
+        """The type of the products in its forward passes on calibration text, e.g. ``bfloat16``; None without such."""
+        return None
+
     @property
     def streams(self) -> bool:
         """Whether it can compress a model from disk to disk: linear layers must stay linear layers."""
@@ -110,6 +114,7 @@ class Method(Compression):
             report.layers = self.apply(model, targets, calibration)
         report.seconds = time.perf_counter() - start
         report.peak_memory = peak.bytes
+        report.forward_dtype = self.multiplies_in(model)
         report.model_bytes_after = memory_bytes(model.network)
         return report
 

@@ -102,6 +102,10 @@ class Calibrated(Method, Generic[S]):
             heights: rows of each linear, for methods that give each its own share.
         """
 
+    def multiplies_in(self, model: Model) -> str:
+        """As the user chose and the device and the network's type allow."""
+        return str(self.walk.multiplied_in(model) or model.dtype).removeprefix("torch.")
+
     def apply(
         self, model: Model, targets: Targets, calibration: LongTensor | None, hold: Hold | None = None
     ) -> list[LayerReport]:

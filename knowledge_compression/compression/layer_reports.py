@@ -70,6 +70,7 @@ class CompressionReport:
         seconds: wall time of the whole compression.
         peak_memory: bytes above the loaded model at the worst moment, None where it was not measured.
         calibration: digest of the token ids that it was calibrated with, None where it needs none.
+        forward_dtype: type in which the forward passes on calibration text multiplied, None where there were none.
     """
 
     method: str
@@ -80,6 +81,7 @@ class CompressionReport:
     seconds: float = 0.0
     peak_memory: int | None = None
     calibration: str | None = None
+    forward_dtype: str | None = None
 
     @property
     def parameters_touched(self) -> int:
@@ -139,7 +141,8 @@ class CompressionReport:
 
     def to_json(self) -> dict[str, Any]:
         """The summary and every layer, JSON-ready."""
-        calibration = {} if self.calibration is None else {"calibration": self.calibration}
+        told = {"calibration": self.calibration, "forward_dtype": self.forward_dtype}
+        calibration = {name: value for name, value in told.items() if value is not None}
         return self.summary() | {"layers": [asdict(layer) for layer in self.layers]} | calibration
 
     @classmethod
@@ -154,6 +157,7 @@ class CompressionReport:
             seconds=content["seconds"],
             peak_memory=content["peak_memory"],
             calibration=content.get("calibration"),
+            forward_dtype=content.get("forward_dtype"),
         )
 
 
@@ -178,4 +182,5 @@ def followed_by(first: CompressionReport, second: CompressionReport) -> Compress
         model_bytes_after=second.model_bytes_after,
         seconds=first.seconds + second.seconds,
         peak_memory=max(peaks, default=None),
+        forward_dtype=first.forward_dtype or second.forward_dtype,
     )

@@ -103,6 +103,18 @@ class WalkSettings:
     device: str | None = None
     forward_dtype: str = "auto"
 
+    def computed_on(self, model: Model) -> Device:
+        """Where blocks are computed."""
+        return Device.named(self.device) if self.device else Device.of(model.device)
+
+    def multiplied_in(self, model: Model) -> torch.dtype | None:
+        """The type of the forward passes' products, None for the network's own.
+
+        Raises:
+            BadInput: there is no such choice.
+        """
+        return self.computed_on(model).product_dtype(self.forward_dtype, model.dtype, "compression.forward_dtype")
+
     @property
     def text_passes(self) -> int:
         """How often the calibration text runs through each block, which is what a forecast counts."""
@@ -156,11 +168,10 @@ def compress_blocks(
             "set one of them to false"
         )
     windows = _checked(model, calibration)
-    device = Device.named(settings.device) if settings.device else Device.of(model.device)
-    narrower = device.product_dtype(settings.forward_dtype, model.dtype, "compression.forward_dtype")
-    walk = _Walk(model, targets, method, settings, device.place, narrower, hold or partial(_moved, device=device.place))
+    place, narrower = settings.computed_on(model).place, settings.multiplied_in(model)
+    walk = _Walk(model, targets, method, settings, place, narrower, hold or partial(_moved, device=place))
     # The first batch is one window, which shows at little cost what reads what.
-    tokens = tokens_per_batch or (TOKENS_PER_BATCH_CPU if device.place.type == "cpu" else TOKENS_PER_BATCH)
+    tokens = tokens_per_batch or (TOKENS_PER_BATCH_CPU if place.type == "cpu" else TOKENS_PER_BATCH)
     rest = windows[1:].split(max(1, tokens // windows.shape[1]))
     with torch.no_grad():
         return walk.run([windows[:1], *(batch for batch in rest if len(batch))])

@@ -188,6 +188,7 @@ class _Stream:
             model_bytes_before=size,
             model_bytes_after=size,
             seconds=seconds,
+            forward_dtype=self.compression.multiplies_in(self.model),
         )
 
 
