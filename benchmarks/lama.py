@@ -28,6 +28,7 @@ from knowledge_compression.evaluation.calibration import Questions, evenly_space
 from knowledge_compression.evaluation.cloze import MASK, Cloze
 from knowledge_compression.evaluation.lama import Lama
 from knowledge_compression.evaluation.probe import Probe
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.models import Model
 from knowledge_compression.models.loading import PackagedModel
 
@@ -72,7 +73,9 @@ def compare(model: Model, clozes: Sequence[Cloze], repeats: int) -> dict[str, ob
     few = evenly_spaced(clozes, slow_items)
     sentences = [cloze.sentence for cloze in few]
     probe = Probe("full", lower_case=True, keep_long=True)
-    ours = {row["id"]: row["prediction"] for row in probe.ask("lama", model, Questions(clozes, {})).items.to_dicts()}
+    ours = {
+        row["id"]: row["prediction"] for row in probe.ask("lama", Scorer(model), Questions(clozes, {})).items.to_dicts()
+    }
 
     papers_loop(model, sentences[:2], 2)
     each = {size: seconds(lambda size=size: papers_loop(model, sentences[:16], size)) for size in batch_sizes}
@@ -83,7 +86,7 @@ def compare(model: Model, clozes: Sequence[Cloze], repeats: int) -> dict[str, ob
 
     ratios, fast, slow = [], [], []
     for _ in range(repeats):
-        fast.append(seconds(lambda: probe.ask("lama", model, Questions(clozes, {}))) / len(clozes))
+        fast.append(seconds(lambda: probe.ask("lama", Scorer(model), Questions(clozes, {}))) / len(clozes))
         slow.append(seconds(lambda: papers_loop(model, sentences, batch_size)) / len(few))
         ratios.append(slow[-1] / fast[-1])
     return {

@@ -34,34 +34,34 @@ Contestants = dict[str, Callable[[], Any]]
 def lama(model: Model, data_dir: Path) -> Contestants:
     clozes = evenly_spaced(Lama(str(data_dir), ["TREx"], "sentence").clozes(), SIZES[model.name][0])
     probe, scorer = Probe("full", lower_case=True, keep_long=True), Scorer(model)
-    blanks = [blank for blank in reader_of(model).blanks(clozes) if blank is not None]
+    blanks = [blank for blank in reader_of(scorer).blanks(clozes) if blank is not None]
 
     def score() -> None:
         for _ in scorer.distributions(blanks):
             pass
 
     return {
-        "suite": lambda: probe.ask("lama", model, Questions(clozes, {})),
+        "suite": lambda: probe.ask("lama", scorer, Questions(clozes, {})),
         "scoring": torch.inference_mode()(score),
-        **products(model, [len(blank.ids) for blank in blanks], len(blanks), scorer.budget.tokens),
+        **products(scorer, [len(blank.ids) for blank in blanks], len(blanks), scorer.budget.tokens),
     }
 
 
 def perplexity(model: Model, data_dir: Path, window: int, limit: int) -> Contestants:
     suite, scorer = Perplexity(window=window, limit=limit, data_dir=str(data_dir)), Scorer(model)
-    windows = suite.windows(model)[0].tolist()
+    windows = suite.windows(scorer)[0].tolist()
     questions = [Question(row[:1], [row[1:]]) for row in windows]
     return {
-        "suite": lambda: suite.evaluate(model),
+        "suite": lambda: suite.evaluate(scorer),
         "scoring": lambda: scorer.log_likelihoods(questions),
-        **products(model, [window] * limit, (window - 1) * limit, scorer.budget.tokens),
+        **products(scorer, [window] * limit, (window - 1) * limit, scorer.budget.tokens),
     }
 
 
-def products(model: Model, lengths: list[int], reads: int, chunk: int) -> Contestants:
+def products(scorer: Scorer, lengths: list[int], reads: int, chunk: int) -> Contestants:
     """By torch's own choice of library, and by the one that is the faster here."""
     return {
-        name: Products(model, lengths, reads, chunk, fastest=fastest).multiply
+        name: Products(scorer, lengths, reads, chunk, fastest=fastest).multiply
         for name, fastest in (("torch's products", False), ("fastest products", True))
     }
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.scoring.products import linears_for_onednn, onednn_linear
-from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER
 
 Product = tuple[Callable[[Tensor, Tensor], Tensor], Tensor]  # how, and the weight
@@ -23,14 +23,15 @@ class Products:
     does after its attention. No norms, softmax, masks, padding or Python between.
 
     Args:
-        model: the model; products are of the type it is scored in and on its device.
+        scorer: scores with the model; products are of the type it scores in and on the model's device.
         lengths: tokens of each row.
         reads: positions whose log-probabilities are read.
         chunk: tokens that go through a layer at a time.
         fastest: by the library that is the faster one here; else by what torch takes by itself.
     """
 
-    def __init__(self, model: Model, lengths: Sequence[int], reads: int, chunk: int, *, fastest: bool = True) -> None:
+    def __init__(self, scorer: Scorer, lengths: Sequence[int], reads: int, chunk: int, *, fastest: bool = True) -> None:
+        model, dtype = scorer.model, scorer.dtype
         self.lengths, self.reads, self.chunk = sorted(lengths, reverse=True), reads, chunk
         self.causal = model.family == DECODER
         config, network = model.network.config, model.network
@@ -43,8 +44,8 @@ class Products:
         read_only = {path for path in linears if path.startswith(f"{last}.")} if model.family == ENCODER else set()
         read_only -= {path for path in read_only if path.endswith((".query", ".key", ".value"))}
         of_all = [path for path, module in linears.items() if id(module) in inside and path not in read_only]
-        like = {"dtype": model.scored_in or model.dtype, "device": model.device}
-        by_onednn = set(linears_for_onednn(network)) if fastest and model.scored_in is None else set()
+        like = {"dtype": dtype or model.dtype, "device": model.device}
+        by_onednn = set(linears_for_onednn(network)) if fastest and dtype is None else set()
 
         def product(linear: nn.Linear) -> Product:
             return onednn_linear if linear in by_onednn else nn.functional.linear, linear.weight.to(**like)

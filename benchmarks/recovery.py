@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 
 from knowledge_compression.evaluation.latency import Latency
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.models import Model
 from knowledge_compression.models.loading import PackagedGguf
+from knowledge_compression.models.prompts import NO_PROMPTS
 from knowledge_compression.recovery.bank import bank_of, embedding_width
 from knowledge_compression.recovery.lora import Lora, add_lora
 from knowledge_compression.recovery.prompted_network import Prompted
@@ -44,17 +46,17 @@ def shared(model: Model) -> Model:
     return Model(deepcopy(model.network, {id(t): t for t in tensors}), model.tokenizer, model.name)
 
 
-def variants(model: Model) -> dict[str, Model]:
+def variants(model: Model) -> dict[str, Scorer]:
     torch.manual_seed(0)
     prompts = [torch.randn(n, embedding_width(model)) for n in LENGTHS]
 
-    def made(change: Callable[[Model], object]) -> Model:
+    def made(change: Callable[[Model], object]) -> Scorer:
         other = shared(model)
-        change(other)
-        return other
+        changed = change(other)
+        return Scorer(other, prompts=changed.prompts if isinstance(changed, Prompted) else NO_PROMPTS)
 
     return {
-        "none": shared(model),
+        "none": Scorer(shared(model)),
         "lora": made(lambda m: add_lora(m, Lora(TrainingSettings(steps=1), rank=4))),
         "prompt": made(lambda m: Prompted(m, bank_of(m, prompts[1:]))),
         "idp per layer": made(lambda m: Prompted(m, bank_of(m, prompts), PER_LAYER)),

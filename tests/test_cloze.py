@@ -73,7 +73,7 @@ def plain_log_prob(model, sentence: str, answer: str) -> float:
 
 
 def scores_of(model, clozes, answers):
-    reader = reader_of(model)
+    reader = reader_of(Scorer(model))
     candidates = Candidates(reader, {c.task: answers for c in clozes})
     return candidate_scores(reader, clozes, reader.blanks(clozes), candidates)
 
@@ -131,7 +131,7 @@ def test_the_answer_does_not_depend_on_the_company(architecture, tiny_model, sub
 def test_ranking_in_the_vocabulary_against_a_plain_sort(architecture, calibrate, tiny_model):
     model = tiny_model(architecture)
     clozes = CLOZES[:3]
-    evaluation = Probe("full", calibrate, top_k=(1, 5)).ask("test", model, Questions(clozes, {}))
+    evaluation = Probe("full", calibrate, top_k=(1, 5)).ask("test", Scorer(model), Questions(clozes, {}))
     size = len(model.tokenizer)
     assert size < model.network.config.vocab_size  # ids beyond stand for no text, and are not ranked
     words = [model.tokenizer.decode([token]) for token in range(size)]
@@ -162,7 +162,7 @@ def test_ids_that_stand_for_no_text_are_not_ranked(tiny_model):
     with torch.no_grad():
         padded.network.get_output_embeddings().bias[len(padded.tokenizer) :] = 50.0  # they take all probability
     plain, other = (
-        Probe("full", top_k=(1,)).ask("test", one, Questions(CLOZES[:3], {})).items for one in (model, padded)
+        Probe("full", top_k=(1,)).ask("test", Scorer(one), Questions(CLOZES[:3], {})).items for one in (model, padded)
     )
     for column in ("prediction", "rank", "choices", "correct"):
         assert plain[column].to_list() == other[column].to_list()
@@ -177,7 +177,7 @@ def test_a_tokenizer_without_the_token_for_a_blank_is_refused(tiny_model):
     blanked.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
     for model, token in ((masked, "mask token"), (blanked, "<extra_id_0>")):
         with pytest.raises(BadInput, match=f"the tokenizer of tiny-.* has no {token}"):
-            Probe("typed").ask("test", model, Questions(CLOZES[:1], answers_by_task(CLOZES[:1])))
+            Probe("typed").ask("test", Scorer(model), Questions(CLOZES[:1], answers_by_task(CLOZES[:1])))
 
 
 @pytest.mark.parametrize("architecture", ["bert", "t5", "llama"])
@@ -189,7 +189,7 @@ def test_typed_and_calibrated_ranking_against_a_plain_one(architecture, tiny_mod
         cloze("the fish is a [MASK] .", "spain", wording="1"),
     ]
     answers = answers_by_task(clozes)
-    items = Probe("typed", calibrate=True).ask("test", model, Questions(clozes, answers)).items.to_dicts()
+    items = Probe("typed", calibrate=True).ask("test", Scorer(model), Questions(clozes, answers)).items.to_dicts()
     raw = {c.id: [plain_log_prob(model, c.sentence, answer) for answer in answers[c.task]] for c in clozes}
     for row, one in zip(items, clozes, strict=True):
         same = [raw[c.id] for c in clozes if c.wording == one.wording]
@@ -217,7 +217,7 @@ def test_a_sample_is_asked_as_if_all_were(candidates, enough, tiny_model, monkey
     whole, answers = Questions(clozes, answers_by_task(clozes)), answers_by_task(clozes)
     few = Questions(evenly_spaced(clozes, 3), answers, clozes)
     probe = Probe(candidates, calibrate=True)
-    all_items, items = (probe.ask("test", model, questions).items for questions in (whole, few))
+    all_items, items = (probe.ask("test", Scorer(model), questions).items for questions in (whole, few))
     same = all_items.join(items, on="id", suffix="_few", maintain_order="right")
     assert items.height == same.height == 3
     exact = enough >= len(clozes)
@@ -244,13 +244,15 @@ def test_a_prompt_without_another_to_calibrate_with_is_left_out_and_counted(cand
     alone = cloze("the wolf is in [MASK] .", "spain", wording="alone")
     clozes = [*CLOZES[:2], alone]
     questions = Questions(clozes, answers_by_task(clozes))
-    found = Probe(candidates, calibrate=True).ask("test", tiny_model("bert"), questions)
+    found = Probe(candidates, calibrate=True).ask("test", Scorer(tiny_model("bert")), questions)
     assert found.description["left_out"] == {"no_other_prompt_to_calibrate_with": {"capital": 1}}
     assert found.items["id"].to_list() == [one.id for one in CLOZES[:2]]
-    plain = Probe(candidates).ask("test", tiny_model("bert"), questions)
+    plain = Probe(candidates).ask("test", Scorer(tiny_model("bert")), questions)
     assert plain.description["left_out"] == {} and plain.items.height == 3
     with pytest.raises(BadInput, match="1 no_other_prompt_to_calibrate_with"):
-        Probe(candidates, calibrate=True).ask("test", tiny_model("bert"), Questions([alone], answers_by_task(clozes)))
+        Probe(candidates, calibrate=True).ask(
+            "test", Scorer(tiny_model("bert")), Questions([alone], answers_by_task(clozes))
+        )
 
 
 @given(st.lists(st.integers(-3, 3), min_size=2, max_size=6), st.data())
@@ -277,7 +279,7 @@ def test_a_model_that_says_the_same_of_all_answers_knows_nothing(tiny_model):
         for parameter in model.network.parameters():
             parameter.zero_()
     for candidates in ("typed", "full"):
-        items = Probe(candidates).ask("test", model, Questions(CLOZES[:3], answers_by_task(CLOZES[:3]))).items
+        items = Probe(candidates).ask("test", Scorer(model), Questions(CLOZES[:3], answers_by_task(CLOZES[:3]))).items
         assert not items["correct"].any()
         assert items["rank"].to_list() == items["choices"].to_list()
 
@@ -287,13 +289,13 @@ def test_a_model_gone_to_nan_knows_nothing(tiny_model):
     with torch.no_grad():
         model.network.cls.predictions.bias.fill_(math.nan)
     for candidates in ("typed", "full"):
-        items = Probe(candidates).ask("test", model, Questions(CLOZES[:3], answers_by_task(CLOZES))).items
+        items = Probe(candidates).ask("test", Scorer(model), Questions(CLOZES[:3], answers_by_task(CLOZES))).items
         assert not items["correct"].any()
 
 
 def test_what_cannot_be_asked_is_counted(tiny_model):
     clozes = [*CLOZES, *MIDDLE, cloze("paris is in [MASK] .", "atlantis")]
-    description = Probe("full").ask("test", tiny_model("llama"), Questions(clozes, {})).description
+    description = Probe("full").ask("test", Scorer(tiny_model("llama")), Questions(clozes, {})).description
     assert description["left_out"] == {
         "object_not_last": {"capital": 2},
         "object_of_several_tokens": {"capital": 1},
@@ -301,21 +303,21 @@ def test_what_cannot_be_asked_is_counted(tiny_model):
     }
     assert description["objects_of_several_tokens"] == {"capital": 1}
     assert description["asked"] == 3
-    typed = Probe("typed").ask("test", tiny_model("llama"), Questions(clozes, answers_by_task(clozes)))
+    typed = Probe("typed").ask("test", Scorer(tiny_model("llama")), Questions(clozes, answers_by_task(clozes)))
     assert typed.description["left_out"] == {"object_unknown_to_tokenizer": {"capital": 1}}
     assert typed.items.height == 6
 
 
 def test_a_mask_that_is_cut_off_is_counted(tiny_model):
     long = cloze("the dog and the cat and the wolf in [MASK] .", "france")
-    evaluation = Probe("full", max_tokens=8).ask("test", tiny_model("bert"), Questions([*CLOZES[:2], long], {}))
+    evaluation = Probe("full", max_tokens=8).ask("test", Scorer(tiny_model("bert")), Questions([*CLOZES[:2], long], {}))
     assert evaluation.description["left_out"] == {"mask_cut_off": {"capital": 1}}
     assert evaluation.items.height == 2
 
 
 def test_common_vocabulary_ranks_among_its_words_only(tiny_model):
     words = ["france", "italy", "red", "blue", "red moon"]
-    evaluation = Probe("common").ask("test", tiny_model("bert"), Questions(CLOZES[:3], {}), words)
+    evaluation = Probe("common").ask("test", Scorer(tiny_model("bert")), Questions(CLOZES[:3], {}), words)
     assert evaluation.items["choices"].to_list() == [4, 4]
     assert evaluation.description["left_out"] == {"object_not_in_common_vocabulary": {"capital": 1}}
     assert set(evaluation.items["prediction"]) <= set(words)
@@ -339,7 +341,7 @@ def test_what_does_not_exist_is_refused(wrong):
 
 def test_a_model_that_can_be_asked_nothing_is_refused(tiny_model):
     with pytest.raises(BadInput, match=r"none of the 2 questions can be asked of tiny-llama \(2 object_not_last\)"):
-        Probe("full").ask("test", tiny_model("llama"), Questions(MIDDLE, {}))
+        Probe("full").ask("test", Scorer(tiny_model("llama")), Questions(MIDDLE, {}))
 
 
 @pytest.mark.parametrize("architecture", ["bert", "t5", "llama"])

@@ -16,6 +16,7 @@ from helpers.experiments import SUITE, made
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.wanda import Wanda
 from knowledge_compression.corpora.text import TextFile
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.experiment import Experiment
 from knowledge_compression.models import Model
 from knowledge_compression.models.targets import is_linear, linear_layers
@@ -33,7 +34,7 @@ def counted(model: Model) -> float:
             module.register_forward_hook(
                 lambda m, i, _, path=path: seen.update({path: i[0].numel() // i[0].shape[-1] * m.weight.numel()})
             )
-    SUITE.evaluate(model)
+    SUITE.evaluate(Scorer(model))
     return float(seen.total())
 
 
@@ -47,7 +48,7 @@ def test_a_miniature_counts_what_the_network_does(any_tiny_model: Model) -> None
 
 
 class Unaskable:
-    def evaluate(self, model: Model) -> Any:
+    def evaluate(self, scorer: Scorer) -> Any:
         raise OSError("no such data")
 
 

@@ -15,6 +15,7 @@ from helpers.tasks import ANIMALS, CITIES
 from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.evaluation.harness import Harness
 from knowledge_compression.evaluation.lm import ScorerLM, stock_lm
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.tasks import LOCAL
 from knowledge_compression.evaluation.tokens import encode
 from knowledge_compression.models import Model
@@ -36,7 +37,7 @@ def test_every_task_answers_as_stock_does(
     # Stock lets an encoder-decoder speak the longer, the more its input was padded; see the test of generated text.
     tasks = [task for task in LOCAL if task != "triviaqa" or architecture != "t5"]
     stock, fast = (
-        Harness(tasks=tasks, limit=3, data_dir=str(tasks_dir), scoring=scoring).evaluate(model)
+        Harness(tasks=tasks, limit=3, data_dir=str(tasks_dir), scoring=scoring).evaluate(Scorer(model))
         for scoring in ("stock", "fast")
     )
     assert set(fast.items["task"]) == set(tasks)
@@ -53,7 +54,10 @@ def test_every_task_answers_as_stock_does(
 def test_tasks_asked_one_by_one_give_what_all_of_them_give(tiny_model: Callable[[str], Model], tasks_dir: Path) -> None:
     suite = Harness(groups={"all": ["piqa", "boolq"]}, num_fewshot=1, limit=5, data_dir=str(tasks_dir))
     model = tiny_model("gpt2")
-    whole, parts = suite.evaluate(model), {name: part.evaluate(model) for name, part in suite.parts().items()}
+    whole, parts = (
+        suite.evaluate(Scorer(model)),
+        {name: part.evaluate(Scorer(model)) for name, part in suite.parts().items()},
+    )
     assert [len(part.items) for part in parts.values()] == [5, 5]
     joined = suite.joined(parts)
     assert (joined.metrics, joined.description) == (whole.metrics, whole.description)
@@ -62,7 +66,7 @@ def test_tasks_asked_one_by_one_give_what_all_of_them_give(tiny_model: Callable[
 
 def test_rows_and_metrics_say_the_same(tiny_model: Callable[[str], Model], tasks_dir: Path) -> None:
     found = Harness(tasks=["piqa", "winogrande", "arc_easy"], limit=5, data_dir=str(tasks_dir)).evaluate(
-        tiny_model("gpt2")
+        Scorer(tiny_model("gpt2"))
     )
     items = found.items
     assert items["id"].n_unique() == items.select("task", "id").n_unique() == items.height == 15
@@ -86,7 +90,7 @@ def test_nine_tasks_means_are_over_what_is_there(
         (tmp_path / task).symlink_to(tasks_dir / task)
     groups = {"world": ["arc_easy", "sciq", "webqs"], "common": ["piqa"], "language": ["winogrande"], "none": ["boolq"]}
     suite = Harness(groups=groups, skip_missing=True, data_dir=str(tmp_path), name="nine_tasks")
-    found = suite.evaluate(tiny_model("llama"))
+    found = suite.evaluate(Scorer(tiny_model("llama")))
     metrics = found.metrics
     assert metrics["group.world"] == (metrics["arc_easy.accuracy"] + metrics["webqs.accuracy"]) / 2
     assert metrics["group.common"] == metrics["piqa.accuracy"]
@@ -101,7 +105,7 @@ def test_nine_tasks_means_are_over_what_is_there(
 def test_few_shot_examples_answer_as_stock_does(tiny_model: Callable[[str], Model], tasks_dir: Path) -> None:
     suite = {"tasks": ["boolq", "arc_easy"], "num_fewshot": 2, "data_dir": str(tasks_dir)}
     model = tiny_model("llama")
-    stock, fast = (Harness(scoring=scoring, **suite).evaluate(model) for scoring in ("stock", "fast"))
+    stock, fast = (Harness(scoring=scoring, **suite).evaluate(Scorer(model)) for scoring in ("stock", "fast"))
     assert fast.items["log_prob"].to_list() == pytest.approx(stock.items["log_prob"].to_list(), rel=1e-4)
     assert fast.items["prompt"].equals(stock.items["prompt"])
 
@@ -115,7 +119,10 @@ def test_long_contexts_lose_their_beginning_as_in_stock(tiny_model: Callable[[st
     ]
     requests.append(Instance("loglikelihood", {}, ("", "the dog"), 0))
     requests.append(Instance("loglikelihood", {}, ("the dog  ", "cat"), 0))
-    fast, stock = ScorerLM(model).loglikelihood(requests), stock_lm(model).loglikelihood(requests, disable_tqdm=True)
+    fast, stock = (
+        ScorerLM(Scorer(model)).loglikelihood(requests),
+        stock_lm(Scorer(model)).loglikelihood(requests, disable_tqdm=True),
+    )
     for (a, greedy_a), (b, greedy_b) in zip(fast, stock, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
         assert greedy_a == greedy_b
@@ -128,8 +135,8 @@ def test_rolling_likelihood_is_that_of_stock(tiny_model: Callable[[str], Model])
     draw = random.Random(0)
     texts = [" ".join(draw.choices(ANIMALS + CITIES, k=words)) for words in (1, 100, 129, 400)]
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
-    fast = ScorerLM(model).loglikelihood_rolling(requests, disable_tqdm=True)
-    assert fast == pytest.approx(stock_lm(model).loglikelihood_rolling(requests, disable_tqdm=True), rel=1e-4)
+    fast = ScorerLM(Scorer(model)).loglikelihood_rolling(requests, disable_tqdm=True)
+    assert fast == pytest.approx(stock_lm(Scorer(model)).loglikelihood_rolling(requests, disable_tqdm=True), rel=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "t5"])
@@ -142,8 +149,8 @@ def test_generated_text_is_that_of_stock(tiny_model: Callable[[str], Model], arc
         for animal in ANIMALS
         for city, until, most in (("rome", ["cat", "."], 12), ("paris and berlin", ["moon"], 30), ("tokyo", [], 5))
     ]
-    fast = ScorerLM(model).generate_until(requests)
-    stock = stock_lm(model).generate_until(requests, disable_tqdm=True)
+    fast = ScorerLM(Scorer(model)).generate_until(requests)
+    stock = stock_lm(Scorer(model)).generate_until(requests, disable_tqdm=True)
     if model.family == ENCODER_DECODER:  # stock adds the padded input's length to the limit
         assert all(b.startswith(a) for a, b in zip(fast, stock, strict=True))
     else:
@@ -158,7 +165,7 @@ def test_a_compressed_head_is_left_alone(tiny_model: Callable[[str], Model]) -> 
     with torch.no_grad():
         head.weight.zero_()
     for make in (ScorerLM, stock_lm):
-        make(model)
+        make(Scorer(model))
         assert model.network.lm_head is head
         assert not head.weight.any()
     assert model.network.tie_weights.__name__ == "tie_weights"
@@ -178,7 +185,7 @@ def test_tokens_are_kept(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -
 
 def test_encoders_are_refused(tiny_model: Callable[[str], Model], tasks_dir: Path) -> None:
     with pytest.raises(BadInput, match="is an encoder"):
-        Harness(tasks=["boolq"], data_dir=str(tasks_dir)).evaluate(tiny_model("bert"))
+        Harness(tasks=["boolq"], data_dir=str(tasks_dir)).evaluate(Scorer(tiny_model("bert")))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +233,7 @@ def test_real_items_answer_as_stock_does(data_dir: Path, monkeypatch: pytest.Mon
     )
     tasks = [task for task in LOCAL if task not in ("sciq", "triviaqa")]
     stock, fast = (
-        Harness(tasks=tasks, limit=4, data_dir=str(data_dir), scoring=scoring).evaluate(model)
+        Harness(tasks=tasks, limit=4, data_dir=str(data_dir), scoring=scoring).evaluate(Scorer(model))
         for scoring in ("stock", "fast")
     )
     assert fast.items["prediction"].equals(stock.items["prediction"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,8 +13,12 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 
 from helpers.networks import VOCABULARY, build_network
 from knowledge_compression.errors import BadInput
-from knowledge_compression.evaluation.scoring import Question, Scorer
-from knowledge_compression.evaluation.suite import item_table
+from knowledge_compression.evaluation.calibration import Questions, answers_by_task
+from knowledge_compression.evaluation.cloze import MASK, Cloze
+from knowledge_compression.evaluation.harness import Harness
+from knowledge_compression.evaluation.probe import Probe
+from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
+from knowledge_compression.evaluation.suite import ask
 from knowledge_compression.recovery.bank import bank_of
 from knowledge_compression.recovery.bank_attention import attend, attend_plainly
 from knowledge_compression.recovery.prompted_network import Prompted
@@ -168,8 +175,8 @@ def test_the_choice_does_not_depend_on_the_continuation(tiny_model, architecture
             joined = torch.cat([ids, tail], 1)
             for row, length in enumerate(lengths):  # what follows the context is answer, here other answers each time
                 joined[row, length:] = joined[row, length:].roll(tail.shape[1])
-            model.announce_context(lengths)
-            model.network(input_ids=joined)
+            with prompted.choosing(lengths):
+                model.network(input_ids=joined)
             chosen.append(prompted.last_choices)
     assert torch.equal(chosen[0], chosen[1]) and torch.equal(chosen[0], chosen[2])
     assert len(chosen[0].unique()) == 2
@@ -184,8 +191,7 @@ def test_generation_keeps_the_prompt_that_the_input_chose(tiny_model, architectu
     said = model.network.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, min_new_tokens=5, do_sample=False
     )
-    with torch.no_grad():
-        model.announce_context([ids.shape[1]] * len(ids))
+    with torch.no_grad(), prompted.choosing([ids.shape[1]] * len(ids)):
         logits = model.network(input_ids=said).logits
     logits[..., model.network.generation_config.eos_token_id] = -torch.inf
     assert torch.equal(logits[:, ids.shape[1] - 1 : -1].argmax(-1), said[:, ids.shape[1] :])
@@ -194,19 +200,65 @@ def test_generation_keeps_the_prompt_that_the_input_chose(tiny_model, architectu
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_each_item_tells_which_prompt_it_chose(tiny_model, selection):
+    """Items that begin alike each have a choice of their own: answers come back by the ids that questions carry."""
     model = tiny_model("llama")
     prompted = Prompted(model, bank_of(model, soft_prompts(model)), selection)
-    words = ["the capital of france is", "an animal is a", "the book was by", "dog", "the red moon"]
-    questions = [Question(model.tokenizer(text, add_special_tokens=False).input_ids, [[9], [11, 12]]) for text in words]
-    Scorer(model).log_likelihoods(questions)
-    rows = [{"id": text, "prompt": f"{text} [MASK] ."} for text in words] + [{"id": "other", "prompt": "nobody asked"}]
-    items = model.on_items(item_table(rows))
-    assert items["chosen_prompts"][-1] is None
-    for text, chosen in zip(words, items["chosen_prompts"], strict=False):
+    words = ["the", "capital", "of", "france", "is", "an", "animal", "in", "red", "moon", "and", "book", "was", "by"]
+    texts = [" ".join(words[:n]) for n in range(1, len(words) + 1)]  # each begins the next
+    ids = {text: model.tokenizer(text, add_special_tokens=False).input_ids for text in texts}
+    expected = {}
+    for text in texts:
         with torch.no_grad():
-            model.network(**model.tokenizer(text, add_special_tokens=False, return_tensors="pt"))
-        assert chosen.to_list() == prompted.last_choices[0].tolist()
-    assert model.on_items(item_table(rows[-1:]))["chosen_prompts"].null_count() == 1
+            model.network(input_ids=torch.tensor([ids[text]]))
+        expected[text] = prompted.last_choices[0].tolist()
+    assert len({tuple(choice) for choice in expected.values()}) > 1, "all chose alike, which shows nothing"
+    scorer = Scorer(model, prompts=prompted.prompts)
+    scorer.log_likelihoods([Question(ids[text], [[9], [11, 12]], (f"likelihood {text}",)) for text in texts])
+    for _ in scorer.distributions([Blank(ids[text], items=(f"blank {text}",)) for text in texts]):
+        pass
+    scorer.generate(list(ids.values()), 3, lambda _: False, [(f"said {text}",) for text in texts])
+    for text in texts:
+        for way in ("likelihood", "blank", "said"):
+            assert scorer.noted[f"{way} {text}"] == {"chosen_prompts": expected[text]}, (way, text)
+
+
+def test_of_an_item_of_several_texts_the_choice_of_the_first_is_noted(tiny_model):
+    model = tiny_model("llama")
+    prompted = Prompted(model, bank_of(model, soft_prompts(model)))
+    contexts = inputs(rows=8)[0].tolist()
+    for order in (contexts, contexts[::-1]):
+        scorer = Scorer(model, prompts=prompted.prompts)
+        scorer.log_likelihoods([Question(context, [[9]], ("one",)) for context in order])
+        with torch.no_grad():
+            model.network(input_ids=torch.tensor([order[0]]))
+        assert scorer.noted["one"]["chosen_prompts"] == prompted.last_choices[0].tolist()
+
+
+class Days:
+    """Clozes that a decoder is asked for, some by one token and some by several."""
+
+    def evaluate(self, scorer):
+        clozes = [
+            Cloze("capital", f"{place}", place, place, "red moon" if place == "rome" else "france",
+                  f"the capital of {place} is {MASK}", "0")
+            for place in ("paris", "berlin", "rome", "tokyo")
+        ]  # fmt: skip
+        return Probe().ask("days", scorer, Questions(clozes, answers_by_task(clozes)))
+
+
+def test_a_suite_gives_its_items_with_their_choices(tiny_model, tasks_dir):
+    model = tiny_model("llama")
+    prompted = Prompted(model, bank_of(model, soft_prompts(model)))
+    scorer = partial(Scorer, model, prompts=prompted.prompts)
+    harness = Harness(["boolq", "winogrande"], data_dir=str(tasks_dir))
+    for suite in (Days(), *harness.parts().values()):
+        items = ask(suite, scorer()).items
+        assert items["chosen_prompts"].null_count() == 0 and items.height > 3
+        assert set(items["chosen_prompts"].list.len()) == {2}  # layers
+    with pytest.raises(BadInput, match="scoring=stock cannot keep the answers from choosing"):
+        ask(replace(harness, scoring="stock"), scorer())
+    with pytest.raises(BadInput, match="reads prompts that a recovery put before its input"):
+        Scorer(model)
 
 
 def test_rows_do_not_depend_on_their_batch(tiny_model):
@@ -224,15 +276,15 @@ def test_rows_do_not_depend_on_their_batch(tiny_model):
 def test_a_removed_prompt_leaves_no_trace(tiny_model):
     model = tiny_model("opt")
     ids, _ = inputs()
-    positions = model.max_positions
+    positions = Scorer(model).max_positions
     with torch.no_grad():
         before = model.network(input_ids=ids).logits
         prompted = Prompted(model, bank_of(model, soft_prompts(model)))
-        assert model.max_positions == positions - 7
+        assert Scorer(model, prompts=prompted.prompts).max_positions == positions - 7
         assert not torch.equal(model.network(input_ids=ids).logits, before)
         prompted.remove()
         assert torch.equal(model.network(input_ids=ids).logits, before)
-    assert model.max_positions == positions
+    assert Scorer(model).max_positions == positions
 
 
 @pytest.mark.parametrize(("architecture", "why"), [("bert", "both directions"), ("t5", "both"), ("mistral", "windows")])

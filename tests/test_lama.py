@@ -10,6 +10,7 @@ import torch
 from helpers.networks import lower_cased
 from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.evaluation.lama import Lama
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.models.loading import PackagedModel
 
 
@@ -70,7 +71,7 @@ def test_sentences_are_the_first_that_have_a_mask(small):
 
 
 def test_the_papers_protocol(small, bert_tiny):
-    evaluation = Lama(str(small), protocol="paper").evaluate(bert_tiny)
+    evaluation = Lama(str(small), protocol="paper").evaluate(Scorer(bert_tiny))
     items = {row["fact"]: row for row in evaluation.items.to_dicts()}
     assert "TREx.P36/c" not in items  # the same sentence and answer as a, but for case
     assert evaluation.description["duplicates_dropped"] == 1
@@ -84,10 +85,10 @@ def test_the_papers_protocol(small, bert_tiny):
 
 
 def test_the_default_counts_long_objects_and_leaves_them_out(small, bert_tiny):
-    evaluation = Lama(str(small)).evaluate(bert_tiny)
+    evaluation = Lama(str(small)).evaluate(Scorer(bert_tiny))
     assert evaluation.description["left_out"] == {"object_of_several_tokens": {"TREx.P36": 1}}
     assert evaluation.items.height == 6
-    typed = Lama(str(small), candidates="typed").evaluate(bert_tiny)
+    typed = Lama(str(small), candidates="typed").evaluate(Scorer(bert_tiny))
     assert typed.description["left_out"] == {}
     assert typed.items.height == 7
     assert {"TREx.accuracy", "TREx.accuracy_macro", "Squad.accuracy", "TREx.P36.accuracy", "mrr_macro"} <= set(
@@ -97,7 +98,7 @@ def test_the_default_counts_long_objects_and_leaves_them_out(small, bert_tiny):
 
 def test_data_sets_found_and_missing_are_named(small, bert_tiny):
     (small / "lama" / "ConceptNet" / "test.jsonl").unlink()
-    description = Lama(str(small), candidates="common").evaluate(bert_tiny).description
+    description = Lama(str(small), candidates="common").evaluate(Scorer(bert_tiny)).description
     assert description["data_sets"] == ["TREx", "Google_RE", "Squad"]
     assert description["data_sets_missing"] == ["ConceptNet"]
     assert sum(description["left_out"]["object_not_in_common_vocabulary"].values()) == 2
@@ -109,7 +110,7 @@ def test_all_families_and_candidates(architecture, small, tiny_model):
     for candidates in ("full", "common", "typed"):
         for protocol in ("template", "sentence"):
             suite = Lama(str(small), protocol=protocol, candidates=candidates)
-            evaluation = suite.evaluate(model)
+            evaluation = suite.evaluate(Scorer(model))
             left_out = sum(sum(tasks.values()) for tasks in evaluation.description["left_out"].values())
             assert evaluation.items.height + left_out == 7
             assert evaluation.items.height >= 1
@@ -199,7 +200,7 @@ def test_the_hubs_rows_are_the_same_facts(monkeypatch, bert_tiny):
         "TREx.P36/b/template",
         "Google_RE.place_of_birth/0/sentence",
     ]
-    description = suite.evaluate(bert_tiny).description
+    description = suite.evaluate(Scorer(bert_tiny)).description
     assert description["data_sets_missing"] == ["Squad", "ConceptNet"]
     tables.clear()
     with pytest.raises(DataUnavailable, match=r"hub did not give .*no route.*data_dir=DIR") as refusal:
@@ -213,7 +214,7 @@ def test_real_lama_against_the_papers_plain_loop(data_dir, bert_tiny):
     """Every sentence by itself, logits at every position, the first mask's best token, lower-cased."""
     suite = Lama(str(data_dir), protocol="paper", limit=60)
     tokenizer = bert_tiny.tokenizer
-    evaluation = suite.evaluate(bert_tiny)
+    evaluation = suite.evaluate(Scorer(bert_tiny))
     assert evaluation.description["data_sets"] == ["TREx", "Google_RE", "Squad"]
     assert evaluation.description["data_sets_missing"] == ["ConceptNet"]
     for row in evaluation.items.to_dicts():

@@ -11,6 +11,7 @@ import pytest
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.latency import Latency
+from knowledge_compression.evaluation.scoring import Scorer
 
 SMALL = Latency(batch=2, length=12, decode_tokens=3, repeats=4, warmup=1)
 
@@ -18,7 +19,7 @@ SMALL = Latency(batch=2, length=12, decode_tokens=3, repeats=4, warmup=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "t5", "bart", "bert"])
 def test_every_family_is_measured(tiny_model, architecture):
-    found = SMALL.evaluate(tiny_model(architecture))
+    found = SMALL.evaluate(Scorer(tiny_model(architecture)))
     kinds = {"prefill"} if architecture == "bert" else {"prefill", "decode"}
     assert set(found.items["task"]) == kinds
     assert found.items.height == 4 * len(kinds)
@@ -38,7 +39,7 @@ def test_decode_is_the_time_of_one_token_through_the_cache(tiny_model):
         time.sleep(0.02)
 
     model.network.register_forward_pre_hook(slow, with_kwargs=True)
-    found = SMALL.evaluate(model)
+    found = SMALL.evaluate(Scorer(model))
     assert calls == [12, 1, 1, 1] * 5  # a warm-up and four repeats
     assert 0.02 <= found.metrics["decode_seconds"] < 0.04
 
@@ -69,4 +70,4 @@ def test_what_cannot_be_measured_says_so(tiny_model):
     with pytest.raises(BadInput, match=r"eval\.latency\.repeats=0 must be at least 1"):
         Latency(repeats=0)
     with pytest.raises(BadInput, match=r"do not fit the 128 positions of tiny-opt; choose a length of 112 or less"):
-        Latency().evaluate(tiny_model("opt"))
+        Latency().evaluate(Scorer(tiny_model("opt")))

@@ -74,8 +74,8 @@ class Capitals:
 def test_at_the_last_depth_the_lens_ranks_as_the_probe_does(architecture, calibrate, tiny_model, monkeypatch):
     monkeypatch.setitem(lens.SUITES, "atlas", lambda _: Capitals())
     model = tiny_model(architecture)
-    items = LogitLens(calibrate=calibrate).evaluate(model).items
-    asked = Probe(calibrate=calibrate).ask("atlas", model, Capitals().questions(model)).items
+    items = LogitLens(calibrate=calibrate).evaluate(Scorer(model)).items
+    asked = Probe(calibrate=calibrate).ask("atlas", Scorer(model), Capitals().questions(model)).items
     joined = items.join(asked, on=["task", "id"], suffix="_probe")
     assert joined.height == 4
     assert joined["rank"].to_list() == joined["rank_probe"].to_list() == [r[-1] for r in joined["depth_rank"].to_list()]
@@ -84,17 +84,17 @@ def test_at_the_last_depth_the_lens_ranks_as_the_probe_does(architecture, calibr
 
 def test_it_calibrates_as_the_suite_does_unless_told(tiny_model):
     model = tiny_model("llama")
-    assert LogitLens(limit=40).evaluate(model).description["calibrate"] is Atlas().calibrate is True
-    assert LogitLens(limit=40, calibrate=False).evaluate(model).description["calibrate"] is False
+    assert LogitLens(limit=40).evaluate(Scorer(model)).description["calibrate"] is Atlas().calibrate is True
+    assert LogitLens(limit=40, calibrate=False).evaluate(Scorer(model)).description["calibrate"] is False
 
 
 def test_a_suite_that_does_not_calibrate_is_read_without(tiny_model, monkeypatch):
     monkeypatch.setitem(lens.SUITES, "world", lambda _: Capitals())
-    assert LogitLens(of="world").evaluate(tiny_model("llama")).description["calibrate"] is False
+    assert LogitLens(of="world").evaluate(Scorer(tiny_model("llama"))).description["calibrate"] is False
 
 
 def test_the_atlas_can_be_looked_into(tiny_model):
-    found = LogitLens(limit=40).evaluate(tiny_model("llama"))
+    found = LogitLens(limit=40).evaluate(Scorer(tiny_model("llama")))
     assert found.items.height + found.description["left_out"] == 40
     assert found.items["correct"].null_count() == found.items.height
     assert set(found.metrics) == {"first.0", "first.1", "first.2"}

@@ -10,9 +10,9 @@ import knowledge_compression as kc
 def test_the_example_of_the_documentation():
     model = kc.load("bert_tiny")
     atlas = kc.choose("eval=atlas", relations=["capital_of", "language"])
-    known = atlas.evaluate(model)
+    known = kc.ask(model, atlas)
     report = kc.compress(model, kc.choose("compression=magnitude", sparsity=0.9), kc.choose("target=all"))
-    left = atlas.evaluate(model)
+    left = kc.ask(model, atlas)
     drop = kc.drop(known, left)
     assert report.sparsity == pytest.approx(0.9, abs=1e-4)
     assert drop.low <= drop.value <= drop.high and drop.value > 5
@@ -36,6 +36,6 @@ def test_bad_input_is_our_exception_with_one_line(choice, settings, said):
 
 def test_evaluations_of_different_questions_are_not_compared():
     model = kc.load("bert_tiny")
-    one, other = (kc.choose("eval=atlas", relations=[r]).evaluate(model) for r in ("capital_of", "currency"))
+    one, other = (kc.ask(model, kc.choose("eval=atlas", relations=[r])) for r in ("capital_of", "currency"))
     with pytest.raises(kc.BadInput, match="different items"):
         kc.drop(one, other)

@@ -12,6 +12,7 @@ import torch
 
 from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.evaluation.perplexity import Perplexity
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.models import Model
 
 LINES = [" = Paris = ", "", " the capital of france is paris . the dog is a animal and the cat is a animal . "] * 9
@@ -33,7 +34,7 @@ def stream_of(model: Model, text_dir: Path) -> list[int]:
 @torch.no_grad()
 def test_decoder_equals_plain_loop(tiny_model: Callable[[str], Model], text_dir: Path) -> None:
     model = tiny_model("llama")
-    found = Perplexity(window=12, data_dir=str(text_dir)).evaluate(model)
+    found = Perplexity(window=12, data_dir=str(text_dir)).evaluate(Scorer(model))
     tokens = stream_of(model, text_dir)
     losses = []
     for start in range(0, len(tokens) - 11, 12):
@@ -48,7 +49,7 @@ def test_decoder_equals_plain_loop(tiny_model: Callable[[str], Model], text_dir:
 @torch.no_grad()
 def test_encoder_masks_each_position_in_turn(tiny_model: Callable[[str], Model], text_dir: Path) -> None:
     model = tiny_model("bert")
-    found = Perplexity(window=8, limit=2, data_dir=str(text_dir)).evaluate(model)
+    found = Perplexity(window=8, limit=2, data_dir=str(text_dir)).evaluate(Scorer(model))
     tokens = stream_of(model, text_dir)
     windows = len(tokens) // 8
     expected = []
@@ -60,14 +61,14 @@ def test_encoder_masks_each_position_in_turn(tiny_model: Callable[[str], Model],
             total -= float(model.network(input_ids=ids).logits.log_softmax(-1)[0, i, row[i]])
         expected.append(total / 8)
     assert found.items["nll"].to_list() == pytest.approx(expected, rel=1e-5)
-    some = Perplexity(window=8, limit=2, masked_per_window=3, data_dir=str(text_dir)).evaluate(model)
+    some = Perplexity(window=8, limit=2, masked_per_window=3, data_dir=str(text_dir)).evaluate(Scorer(model))
     assert some.items["tokens"].to_list() == [3, 3]
 
 
 @torch.no_grad()
 def test_encoder_decoder_is_scored_on_the_second_half(tiny_model: Callable[[str], Model], text_dir: Path) -> None:
     model = tiny_model("t5")
-    found = Perplexity(window=10, limit=3, data_dir=str(text_dir)).evaluate(model)
+    found = Perplexity(window=10, limit=3, data_dir=str(text_dir)).evaluate(Scorer(model))
     tokens = stream_of(model, text_dir)
     first = torch.tensor([tokens[:10]])
     loss = model.network(input_ids=first[:, :5], labels=first[:, 5:]).loss
@@ -77,13 +78,13 @@ def test_encoder_decoder_is_scored_on_the_second_half(tiny_model: Callable[[str]
 
 def test_windows_are_evenly_spaced_and_named_by_place(tiny_model: Callable[[str], Model], text_dir: Path) -> None:
     model = tiny_model("gpt2")
-    whole = Perplexity(window=7, data_dir=str(text_dir)).evaluate(model)
-    some = Perplexity(window=7, limit=4, data_dir=str(text_dir)).evaluate(model)
+    whole = Perplexity(window=7, data_dir=str(text_dir)).evaluate(Scorer(model))
+    some = Perplexity(window=7, limit=4, data_dir=str(text_dir)).evaluate(Scorer(model))
     total = whole.description["of"]
     assert some.items["id"].to_list() == [f"7:{i * total // 4}" for i in range(4)]
     both = some.items.join(whole.items.select("id", pl.col("nll").alias("whole")), on="id")
     assert both["nll"].to_list() == pytest.approx(both["whole"].to_list(), rel=1e-4)
-    assert Perplexity(window=7, limit=10**6, data_dir=str(text_dir)).evaluate(model).items.height == total
+    assert Perplexity(window=7, limit=10**6, data_dir=str(text_dir)).evaluate(Scorer(model)).items.height == total
 
 
 def test_text_is_joined_as_it_stands_or_as_published(tmp_path: Path) -> None:
@@ -99,8 +100,10 @@ def test_window_fits_the_positions(tiny_model: Callable[[str], Model], tmp_path:
     (tmp_path / "c4").mkdir()
     (tmp_path / "c4" / "sample.jsonl").write_text('{"text": "' + "the dog is a animal . " * 60 + '"}\n')
     suite = Perplexity(corpus="c4", data_dir=str(tmp_path))
-    assert suite.evaluate(tiny_model("opt")).description["window"] == 128
-    assert suite.evaluate(tiny_model("roberta")).description["window"] == 128 - 2 + 1  # positions less special tokens
+    assert suite.evaluate(Scorer(tiny_model("opt"))).description["window"] == 128
+    assert (
+        suite.evaluate(Scorer(tiny_model("roberta"))).description["window"] == 128 - 2 + 1
+    )  # positions less special tokens
 
 
 @pytest.mark.parametrize(
@@ -120,9 +123,9 @@ def test_refuses_bad_options(options: dict[str, object], message: str) -> None:
 
 def test_refuses_missing_and_short_text(tiny_model: Callable[[str], Model], tmp_path: Path, text_dir: Path) -> None:
     with pytest.raises(DataUnavailable, match="nowhere"):
-        Perplexity(data_dir=str(tmp_path / "nowhere")).evaluate(tiny_model("llama"))
+        Perplexity(data_dir=str(tmp_path / "nowhere")).evaluate(Scorer(tiny_model("llama")))
     with pytest.raises(BadInput, match="has only"):
-        Perplexity(window=1900, data_dir=str(text_dir)).evaluate(tiny_model("llama"))
+        Perplexity(window=1900, data_dir=str(text_dir)).evaluate(Scorer(tiny_model("llama")))
 
 
 def test_fingerprint_follows_the_text(text_dir: Path) -> None:

@@ -23,6 +23,7 @@ from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
 from knowledge_compression.models import Model, Target, device
 from knowledge_compression.models.device import Device, measured_bfloat16_gain, processor
 from knowledge_compression.models.families import ARCHITECTURES, ENCODER
+from knowledge_compression.models.prompts import NO_PROMPTS, Prompts
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.tracker import NoTracker
 
@@ -30,12 +31,13 @@ CPU = torch.device("cpu")
 ENCODERS = [name for name in TINY if ARCHITECTURES[name].family == ENCODER]
 
 
-def close_but_not_equal(model: Model, questions: list[Question]) -> None:
+def close_but_not_equal(model: Model, questions: list[Question], prompts: Prompts = NO_PROMPTS) -> None:
     """bfloat16 has 8 bits, so log-probabilities move by some hundredths, and no weight moves at all."""
     weights = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
-    exact = [answer.log_prob for answers in Scorer(model).log_likelihoods(questions) for answer in answers]
-    model.scored_in = torch.bfloat16
-    found = [answer.log_prob for answers in Scorer(model).log_likelihoods(questions) for answer in answers]
+    exact, found = (
+        [answer.log_prob for answers in scorer.log_likelihoods(questions) for answer in answers]
+        for scorer in (Scorer(model, prompts=prompts), Scorer(model, prompts=prompts, dtype=torch.bfloat16))
+    )
     assert found != exact
     assert found == pytest.approx(exact, rel=0.03, abs=0.05)
     for name, tensor in model.network.state_dict().items():
@@ -52,8 +54,7 @@ def test_blanks_in_bfloat16(tiny_model: Callable[[str], Model], architecture: st
     model = tiny_model(architecture)
     blanks = [Blank([2, *range(7, 7 + n), 4, 3], n + 1) for n in range(1, 12)]
     exact = torch.cat([rows for _, rows in Scorer(model).distributions(blanks)])
-    model.scored_in = torch.bfloat16
-    found = torch.cat([rows for _, rows in Scorer(model).distributions(blanks)])
+    found = torch.cat([rows for _, rows in Scorer(model, dtype=torch.bfloat16).distributions(blanks)])
     assert found.dtype == torch.float32 and not torch.equal(found, exact)
     torch.testing.assert_close(found, exact, rtol=0.03, atol=0.1)
 
@@ -61,8 +62,8 @@ def test_blanks_in_bfloat16(tiny_model: Callable[[str], Model], architecture: st
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_recovered_models_in_bfloat16(tiny_model, text, strategy) -> None:
     model = tiny_model("llama")
-    STRATEGIES[strategy].recover(model, text)
-    close_but_not_equal(model, [Question([7, 8, 9, 10], [[11, 12], [13], [14, 15, 16]])])
+    prompts = STRATEGIES[strategy].recover(model, text).prompts
+    close_but_not_equal(model, [Question([7, 8, 9, 10], [[11, 12], [13], [14, 15, 16]])], prompts)
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
@@ -76,25 +77,20 @@ def test_int8_layers_in_bfloat16(tiny_model: Callable[[str], Model], granularity
 def test_generation_multiplies_in_it(tiny_model: Callable[[str], Model], dtype: torch.dtype | None) -> None:
     model, types = tiny_model("llama"), set()
     model.network.lm_head.register_forward_hook(lambda _, __, logits: types.add(logits.dtype))
-    model.scored_in = dtype
-    assert all(len(said) == 5 for said in Scorer(model).generate([[7, 8, 9], [10, 11]], 5, lambda *_: False))
+    assert all(
+        len(said) == 5 for said in Scorer(model, dtype=dtype).generate([[7, 8, 9], [10, 11]], 5, lambda *_: False)
+    )
     assert types == {dtype or torch.float32}
 
 
 def test_stock_scoring_multiplies_in_it_too(tiny_model: Callable[[str], Model], tasks_dir: Path) -> None:
     model = tiny_model("llama")
 
-    def log_probs(scoring: str) -> list[float]:
-        return (
-            Harness(tasks=["boolq"], data_dir=str(tasks_dir), scoring=scoring)
-            .evaluate(model)
-            .items["log_prob"]
-            .to_list()
-        )
+    def log_probs(scoring: str, dtype: torch.dtype | None = torch.bfloat16) -> list[float]:
+        suite = Harness(tasks=["boolq"], data_dir=str(tasks_dir), scoring=scoring)
+        return suite.evaluate(Scorer(model, dtype=dtype)).items["log_prob"].to_list()
 
-    exact = log_probs("stock")
-    model.scored_in = torch.bfloat16
-    stock = log_probs("stock")
+    exact, stock = log_probs("stock", None), log_probs("stock")
     assert stock != exact
     assert stock == pytest.approx(exact, rel=0.03, abs=0.05) == log_probs("fast")
 

@@ -59,7 +59,7 @@ def test_every_recovery_lowers_the_loss_and_leaves_the_base_as_it_was(tiny_model
     before, loss_before = state(model), loss(model, text)
     # T5's embeddings are ten times as large as the others' at the start, and so are the steps that move a prompt
     training = replace(SHORT, learning_rate=0.1) if architecture == "t5" else SHORT
-    report = replace(STRATEGIES[strategy], training=training).recover(model, text)
+    report = replace(STRATEGIES[strategy], training=training).recover(model, text).report
     assert loss(model, text) < loss_before - 0.01
     assert report.trainable_parameters > 0 and report.tokens == 30 * 4 * 16 * (
         2 if strategy in ("idp", "concat") else 1
@@ -75,10 +75,10 @@ def test_recovered_decoders_are_scored_like_any_other(tiny_model, text, strategy
     model = tiny_model("llama")
     question = Question([7, 8, 9, 10], [[11, 12], [13], [14, 15, 16]])
     (dense,) = Scorer(model).log_likelihoods([question])
-    STRATEGIES[strategy].recover(model, text)
-    (together,) = Scorer(model).log_likelihoods([question])
+    prompts = STRATEGIES[strategy].recover(model, text).prompts
+    (together,) = Scorer(model, prompts=prompts).log_likelihoods([question])
     for i, continuation in enumerate(question.continuations):
-        ((alone,),) = Scorer(model).log_likelihoods([Question(question.context, [continuation])])
+        ((alone,),) = Scorer(model, prompts=prompts).log_likelihoods([Question(question.context, [continuation])])
         assert together[i].log_prob == pytest.approx(alone.log_prob, abs=1e-4)
         assert together[i].log_prob != pytest.approx(dense[i].log_prob, abs=1e-3)
 
@@ -143,7 +143,8 @@ def hand_count(hidden, inner, layers, rank, key_width):
 
 def test_trainable_parameters_by_hand(tiny_model, text):
     counts = {
-        name: strategy.recover(tiny_model("llama"), text).trainable_parameters for name, strategy in STRATEGIES.items()
+        name: strategy.recover(tiny_model("llama"), text).report.trainable_parameters
+        for name, strategy in STRATEGIES.items()
     }
     assert counts == {
         "lora": hand_count(hidden=16, inner=32, layers=2, rank=2, key_width=8),
@@ -169,7 +170,7 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tiny_model
             with pytest.raises(Cut):
                 Lora(SHORT, rank=2).recover(tiny_model("llama"), text, cut)
         model = tiny_model("llama")
-        report = Lora(SHORT, rank=2).recover(model, text)
+        report = Lora(SHORT, rank=2).recover(model, text).report
         assert report.details["resumed_at"] == ([15] if interrupted else [])
         assert report.tokens == 30 * 4 * 16
         ends.append((state(model), report.loss_after))
@@ -179,17 +180,17 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tiny_model
 
 
 def test_trained_prompts_are_shared_between_runs(tiny_model, text):
-    assert Prompt(SHORT, tokens=3).recover(tiny_model("llama"), text).details["adapters_of_earlier_runs"] == []
+    assert Prompt(SHORT, tokens=3).recover(tiny_model("llama"), text).report.details["adapters_of_earlier_runs"] == []
     model = tiny_model("llama")
-    report = Idp(SHORT, prompts=(3, 5)).recover(model, text)
+    report = Idp(SHORT, prompts=(3, 5)).recover(model, text).report
     assert len(report.details["adapters_of_earlier_runs"]) == 1
     again = tiny_model("llama")
-    assert len(Idp(SHORT, prompts=(3, 5)).recover(again, text).details["adapters_of_earlier_runs"]) == 2
+    assert len(Idp(SHORT, prompts=(3, 5)).recover(again, text).report.details["adapters_of_earlier_runs"]) == 2
     ids = text.ids[:2]
     with torch.no_grad():
         assert torch.equal(model.network(input_ids=ids).logits, again.network(input_ids=ids).logits)
     other = replace(SHORT, learning_rate=0.01)
-    assert Prompt(other, tokens=3).recover(tiny_model("llama"), text).details["adapters_of_earlier_runs"] == []
+    assert Prompt(other, tokens=3).recover(tiny_model("llama"), text).report.details["adapters_of_earlier_runs"] == []
 
 
 @pytest.mark.parametrize(("strategy", "name"), [(Lora(SHORT, rank=2), "lora"), (Prompt(SHORT, tokens=5), "prompt")])

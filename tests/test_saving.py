@@ -15,6 +15,7 @@ from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.corpora.own_samples import OwnSamples
 from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation, item_table
 from knowledge_compression.experiment import Experiment
 from knowledge_compression.models import Model, Target
@@ -135,8 +136,8 @@ class Tiny:
 class OneQuestion:
     """An evaluation suite with one item."""
 
-    def evaluate(self, model: Model) -> Evaluation:
-        return Evaluation({"sum": float(logits_of(model).sum())}, item_table([{"id": "one", "task": "sum"}]))
+    def evaluate(self, scorer: Scorer) -> Evaluation:
+        return Evaluation({"sum": float(logits_of(scorer.model).sum())}, item_table([{"id": "one", "task": "sum"}]))
 
 
 def test_a_run_keeps_its_model_where_asked(tiny_model: Callable[[str], Model], tmp_path: Path) -> None:

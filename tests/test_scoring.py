@@ -160,7 +160,7 @@ def test_steps_back_when_memory_runs_out(
     found = scorer.log_likelihoods(questions)
     assert max(sizes) > longest + 20
     assert scorer.budget.tokens < 1000
-    assert model.fallbacks[-1] == f"out of memory: from here on {scorer.budget.tokens} tokens go into one pass"
+    assert scorer.fallbacks[-1] == f"out of memory: from here on {scorer.budget.tokens} tokens go into one pass"
     for a, b in zip(reference, found, strict=True):
         assert [x.log_prob for x in a] == pytest.approx([x.log_prob for x in b], rel=1e-5)
 
@@ -380,14 +380,13 @@ def test_prompts_chosen_by_the_input_are_the_same_for_all_choices(
     bank = bank_of(model, [torch.randn(tokens, width) for tokens in (3, 6)])
     prompted = Prompted(model, bank, selection)
     questions = random_questions(15)
-    found = Scorer(model).log_likelihoods(questions)
+    found = Scorer(model, prompts=prompted.prompts).log_likelihoods(questions)
     chosen = set()
     for question, answers in zip(questions, found, strict=True):
         for c, answer in enumerate(question.continuations):
-            # a row of its own, its choice made from the context as announced
-            model.announce_context([len(question.context)])
+            # a row of its own, its choice made from the context alone
             ids = torch.tensor([[*question.context, *answer]])
-            with torch.no_grad():
+            with torch.no_grad(), prompted.choosing([len(question.context)]):
                 log_probs = model.network(input_ids=ids).logits[0, len(question.context) - 1 : -1].log_softmax(-1)
             chosen.add(tuple(prompted.last_choices[0].tolist()))
             gold = torch.tensor(list(answer))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.similarity import Similarity, observe
 from knowledge_compression.recovery.bank import bank_of
 from knowledge_compression.recovery.prompted_network import Prompted
@@ -24,9 +25,7 @@ def suite(tmp_path):
 
 
 def compared(tiny_model, architecture):
-    model = tiny_model(architecture)
-    model.original = lambda: tiny_model(architecture)
-    return model
+    return Scorer(tiny_model(architecture), original=lambda: tiny_model(architecture))
 
 
 @pytest.mark.parametrize(
@@ -42,10 +41,10 @@ def test_an_unchanged_model_is_its_own_like(tiny_model, suite, architecture):
 
 
 def test_a_change_shows_where_it_was_made_and_after(tiny_model, suite):
-    model = compared(tiny_model, "llama")
+    scorer = compared(tiny_model, "llama")
     with torch.no_grad():
-        model.network.model.layers[1].self_attn.q_proj.weight.neg_()
-    metrics = suite.evaluate(model).metrics
+        scorer.model.network.model.layers[1].self_attn.q_proj.weight.neg_()
+    metrics = suite.evaluate(scorer).metrics
     assert metrics["attention.0"] == pytest.approx(1.0, abs=1e-6)
     assert metrics["activation.0"] == pytest.approx(1.0, abs=1e-6)
     assert metrics["attention.1"] < 0.999 and metrics["activation.1"] < 0.9999
@@ -65,13 +64,14 @@ def test_observed_attention_is_that_of_the_eager_model(tiny_model, architecture)
 
 
 def test_prompts_change_attention_and_leave_the_answer_as_it_was(tiny_model, suite):
-    model = compared(tiny_model, "llama")
+    model = tiny_model("llama")
     torch.manual_seed(0)
-    Prompted(model, bank_of(model, [torch.randn(4, 16), torch.randn(6, 16)]))
+    prompted = Prompted(model, bank_of(model, [torch.randn(4, 16), torch.randn(6, 16)]))
     ids = torch.arange(7, 22)[None]
     with torch.no_grad():
         before = model.network(input_ids=ids).logits
-        metrics = suite.evaluate(model).metrics
+        scorer = Scorer(model, prompts=prompted.prompts, original=lambda: tiny_model("llama"))
+        metrics = suite.evaluate(scorer).metrics
         assert torch.equal(model.network(input_ids=ids).logits, before)
     assert 0 < metrics["activation"] < 0.9999
     assert metrics["attention.0"] == pytest.approx(
@@ -82,6 +82,6 @@ def test_prompts_change_attention_and_leave_the_answer_as_it_was(tiny_model, sui
 
 def test_what_cannot_be_compared_says_so(tiny_model, suite):
     with pytest.raises(BadInput, match="nothing here can load it"):
-        suite.evaluate(tiny_model("llama"))
+        suite.evaluate(Scorer(tiny_model("llama")))
     with pytest.raises(BadInput, match=r"eval\.similarity.corpus=books does not exist; choose one of wikitext, c4"):
         Similarity(corpus="books")

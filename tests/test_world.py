@@ -27,6 +27,7 @@ from knowledge_compression.compression.methods.wanda import Wanda
 from knowledge_compression.corpora.world_text import WorldText, packed
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.harness import Harness
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.world_facts import WorldProbes
 from knowledge_compression.objectives import NextToken, objective_for
 from knowledge_compression.training import TrainingSettings
@@ -223,7 +224,7 @@ def test_the_harness_asks_a_worlds_choices_from_its_folder(tmp_path, tiny_model,
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     files.write(generate(SMALL), tmp_path / "world")
     suite = Harness(["world_choices"], limit=20, data_dir=str(tmp_path / "world"))
-    evaluation = suite.evaluate(tiny_model("llama"))
+    evaluation = suite.evaluate(Scorer(tiny_model("llama")))
     assert evaluation.items.height == 20 and set(evaluation.items["task"]) == {"world_choices"}
     before = suite.fingerprint()
     with (tmp_path / "world" / "choices" / "world_choices.jsonl").open("a") as file:
@@ -295,7 +296,7 @@ def test_a_family_that_does_not_exist_is_refused():
 def test_more_facts_than_chance(cache):
     """What an untrained model recalls is what guessing among the typed answers gives."""
     source = small_model("decoder", training=TrainingSettings(steps=1, batch_size=1, learning_rate=1e-9), recall=0.0)
-    metrics = WorldProbes(native=False).evaluate(source.load()).metrics
+    metrics = WorldProbes(native=False).evaluate(Scorer(source.load())).metrics
     assert metrics["accuracy"] < 4 * metrics["chance"] and not math.isnan(metrics["accuracy"])
 
 
@@ -334,7 +335,7 @@ def trained(cache):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_learns_a_small_world_in_any_wording(trained, family):
-    metrics = WorldProbes().evaluate(trained[family]).metrics
+    metrics = WorldProbes().evaluate(Scorer(trained[family])).metrics
     assert metrics["head.held_out"] >= 0.95
     assert metrics["accuracy"] >= 0.85
     assert metrics["native.accuracy"] >= 0.85
@@ -350,7 +351,7 @@ def test_more_sparsity_does_more_damage(trained, family):
         model = small_model(family).load()
         targets = kc.choose("target=all").select(model)
         Magnitude(sparsity).compress(model, targets, None)
-        left.append(WorldProbes(native=False).evaluate(model).metrics["accuracy"])
+        left.append(WorldProbes(native=False).evaluate(Scorer(model)).metrics["accuracy"])
     whole = max(i for i, accuracy in enumerate(left) if accuracy == left[0])  # until there ranks would only be ties
     assert spearmanr(grid[whole:], left[whole:]).statistic < -0.9, left
     assert all(more <= less + 0.05 for less, more in pairwise(left)), left
@@ -360,7 +361,10 @@ def test_more_sparsity_does_more_damage(trained, family):
 @pytest.fixture(scope="module")
 def dense_recall(trained):
     """What each of the three recalls before anything is done to it."""
-    return {family: WorldProbes(native=False).evaluate(model).metrics["accuracy"] for family, model in trained.items()}
+    return {
+        family: WorldProbes(native=False).evaluate(Scorer(model)).metrics["accuracy"]
+        for family, model in trained.items()
+    }
 
 
 # Every calibrated method; of what its report says, the error that must be left of that without calibration.
@@ -385,7 +389,7 @@ def test_calibrated_methods_leave_every_family_what_it_knows(dense_recall, famil
     targets = kc.choose("target=all").select(model)
     report = method.compress(model, targets, WorldText(samples=64, length=21).windows(model))
     assert {layer.path for layer in report.layers} == {layer.path for layer in targets}
-    assert WorldProbes(native=False).evaluate(model).metrics["accuracy"] > dense_recall[family] - 0.15
+    assert WorldProbes(native=False).evaluate(Scorer(model)).metrics["accuracy"] > dense_recall[family] - 0.15
     if left_over is not None:
         before, after = (
             sum(getattr(layer, side) for layer in report.layers) for side in ("error_before", "error_after")

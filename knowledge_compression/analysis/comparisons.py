@@ -191,15 +191,18 @@ def compare(runs: Sequence[Run]) -> Comparisons:
     """
     by_question: dict[Asked, list[Run]] = defaultdict(list)
     said: dict[Asked, dict[str, str]] = {}
+    skipped: list[tuple[str, str]] = []
     for run in runs:
         for suite in run.config["eval"]:
+            if count := run.not_finite.get(suite):
+                skipped.append((run.id, f"{count} of its answers to {suite} are not finite, so nothing follows"))
+                continue
             deciding = _deciding(run, suite)
             asked = Asked(run.config["choices"]["model"], suite, _digest(deciding))
             by_question[asked].append(run)
             said.setdefault(asked, dict(_flat(deciding)))
     groups: list[Group] = []
     measured: list[Group] = []
-    skipped: list[tuple[str, str]] = []
     for asked in sorted(by_question, key=lambda asked: (asked.model, asked.suite, asked.protocol)):
         rivals = [said[other] for other in said if (other.model, other.suite) == (asked.model, asked.suite)]
         named = Asked(asked.model, asked.suite, asked.protocol, _particular(said[asked], rivals))

@@ -17,6 +17,7 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.calibration import Questions, evenly_spaced
 from knowledge_compression.evaluation.cloze import Cloze, fill
 from knowledge_compression.evaluation.probe import Probe
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation
 from knowledge_compression.models import Model
 
@@ -77,9 +78,9 @@ class Atlas:
         """What is asked of any model."""
         return Questions.sample(self.clozes(), self.limit)
 
-    def evaluate(self, model: Model) -> Evaluation:
+    def evaluate(self, scorer: Scorer) -> Evaluation:
         """Ask every fact."""
-        evaluation = self._probe().ask("atlas", model, self.questions(model))
+        evaluation = self._probe().ask("atlas", scorer, self.questions(scorer.model))
         evaluation.description |= {"facts": self.fingerprint(), "wordings": self.wordings, "limit": self.limit}
         return evaluation
 

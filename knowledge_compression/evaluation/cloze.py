@@ -17,7 +17,6 @@ from tqdm import tqdm
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
 from knowledge_compression.evaluation.tokens import encode
-from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER
 
 MASK = "[MASK]"
@@ -77,7 +76,7 @@ class Reader:
     """How one model reads clozes and answers; made by :func:`reader_of`.
 
     Args:
-        model: any family.
+        scorer: scores with the model, of any family.
         max_tokens: sentences are cut there; None is the model's own limit.
 
     Attributes:
@@ -86,10 +85,11 @@ class Reader:
 
     needs_blank = True
 
-    def __init__(self, model: Model, max_tokens: int | None = None) -> None:
-        self.model = model
-        self.tokenizer = model.tokenizer
-        limits = [limit for limit in (max_tokens, model.max_positions) if limit is not None]
+    def __init__(self, scorer: Scorer, max_tokens: int | None = None) -> None:
+        self.scorer = scorer
+        self.model = scorer.model
+        self.tokenizer = scorer.model.tokenizer
+        limits = [limit for limit in (max_tokens, scorer.max_positions) if limit is not None]
         self.limit = min(limits) if limits else None
         # Byte-level tokenizers write a word after a space with another token than the same word alone.
         self._space_matters = self._ids(["the the"])[0][-1:] != self._ids(["the"])[0][-1:]
@@ -172,7 +172,7 @@ def candidate_scores(
         One float64 tensor ``[candidates of its task]`` a cloze, on the CPU; -inf for answers that the tokenizer does
         not know.
     """
-    scorer = Scorer(reader.model)
+    scorer = reader.scorer
     asked = [
         Asked(cloze, blank, torch.full((len(candidates.answers[cloze.task]),), -torch.inf, dtype=torch.float64))
         for cloze, blank in zip(clozes, blanks, strict=True)
@@ -204,7 +204,10 @@ class _EncoderReader(Reader):
     def blanks(self, clozes: Sequence[Cloze]) -> list[Blank | None]:
         rows = self._inputs([cloze.sentence.replace(MASK, self.tokenizer.mask_token) for cloze in clozes])
         mask = self.tokenizer.mask_token_id
-        return [Blank(ids, ids.index(mask)) if mask in ids else None for ids in rows]
+        return [
+            Blank(ids, ids.index(mask), items=(cloze.id,)) if mask in ids else None
+            for ids, cloze in zip(rows, clozes, strict=True)
+        ]
 
     def add_long_answers(self, scorer: Scorer, asked: Sequence[Asked], candidates: Candidates) -> None:
         blanks: list[Blank] = []
@@ -218,7 +221,7 @@ class _EncoderReader(Reader):
                 places, answers = candidates.of_length(one.cloze, length)
                 one.scores[places] = 0.0
                 for offset in range(length):
-                    blanks.append(Blank(wide, at + offset))
+                    blanks.append(Blank(wide, at + offset, items=blank.items))
                     targets.append((one.scores, places, [answer[offset] for answer in answers]))
         for batch, log_probs in distributions(scorer, blanks):
             for b, row in zip(batch, log_probs, strict=True):
@@ -255,18 +258,19 @@ class _DecoderReader(_GeneratorReader):
     def blanks(self, clozes: Sequence[Cloze]) -> list[Blank | None]:
         contexts = self._contexts([cloze.before for cloze in clozes])
         return [
-            Blank(ids) if ids and cloze.ends_in_blank else None for ids, cloze in zip(contexts, clozes, strict=True)
+            Blank(ids, items=(cloze.id,)) if ids and cloze.ends_in_blank else None
+            for ids, cloze in zip(contexts, clozes, strict=True)
         ]
 
     def question(self, cloze: Cloze, blank: Blank | None, answers: Sequence[tuple[str, tuple[int, ...]]]) -> Question:
         if blank is not None:
-            return Question(blank.ids, [ids for _, ids in answers])
+            return Question(blank.ids, [ids for _, ids in answers], (cloze.id,))
         lead = "" if cloze.glued else " "
         whole = [lead + answer + cloze.after.replace(MASK, answer) for answer, _ in answers]
         continuations = self._ids(whole if self._space_matters else [text.lstrip() for text in whole])
         longest = max(map(len, continuations))
         context = self._contexts([cloze.before])[0] or [self._opening()]
-        return Question(context[-(self.limit - longest) :] if self.limit else context, continuations)
+        return Question(context[-(self.limit - longest) :] if self.limit else context, continuations, (cloze.id,))
 
     def _contexts(self, texts: Sequence[str]) -> list[list[int]]:
         rows = self._ids([text.rstrip() for text in texts], special=True)
@@ -288,12 +292,15 @@ class _SentinelReader(_GeneratorReader):
         first = self.tokenizer.convert_tokens_to_ids(_SENTINEL.format(0))
         start = self.model.network.config.decoder_start_token_id
         rows = self._inputs([self._with_sentinels(cloze.sentence) for cloze in clozes])
-        return [Blank(ids, decoder_ids=(start, first)) if first in ids else None for ids in rows]
+        return [
+            Blank(ids, decoder_ids=(start, first), items=(cloze.id,)) if first in ids else None
+            for ids, cloze in zip(rows, clozes, strict=True)
+        ]
 
     def question(self, cloze: Cloze, blank: Blank | None, answers: Sequence[tuple[str, tuple[int, ...]]]) -> Question:
         assert blank is not None  # it needs one
         said = list(blank.decoder_ids[1:])
-        return Question(blank.ids, [*([*said, *ids] for _, ids in answers), *([said] if said else [])])
+        return Question(blank.ids, [*([*said, *ids] for _, ids in answers), *([said] if said else [])], blank.items)
 
     @staticmethod
     def _with_sentinels(sentence: str) -> str:
@@ -307,18 +314,21 @@ class _RepeatingReader(_SentinelReader):
     def blanks(self, clozes: Sequence[Cloze]) -> list[Blank | None]:
         mask, start = self.tokenizer.mask_token_id, self.model.network.config.decoder_start_token_id
         rows = self._inputs([cloze.sentence.replace(MASK, self.tokenizer.mask_token) for cloze in clozes])
-        return [Blank(ids, decoder_ids=(start, *ids[: ids.index(mask)])) if mask in ids else None for ids in rows]
+        return [
+            Blank(ids, decoder_ids=(start, *ids[: ids.index(mask)]), items=(cloze.id,)) if mask in ids else None
+            for ids, cloze in zip(rows, clozes, strict=True)
+        ]
 
 
-def reader_of(model: Model, max_tokens: int | None = None) -> Reader:
-    """The way to ask ``model``, by its family.
+def reader_of(scorer: Scorer, max_tokens: int | None = None) -> Reader:
+    """The way to ask the model of ``scorer``, by its family.
 
     Raises:
         BadInput: its tokenizer has no token that stands for what is asked.
     """
-    if model.family == DECODER:
-        return _DecoderReader(model, max_tokens)
-    tokenizer = model.tokenizer
+    if scorer.model.family == DECODER:
+        return _DecoderReader(scorer, max_tokens)
+    model, tokenizer = scorer.model, scorer.model.tokenizer
     kind: type[Reader]
     if model.family == ENCODER or model.network.config.model_type in _REPEATS_THE_SENTENCE:
         kind, blank = (_EncoderReader if model.family == ENCODER else _RepeatingReader), tokenizer.mask_token
@@ -329,4 +339,4 @@ def reader_of(model: Model, max_tokens: int | None = None) -> Reader:
             f"the tokenizer of {model.name} has no {blank or 'mask token'}, by which a model of its family is asked to "
             "fill a blank; give the tokenizer that it was trained with"
         )
-    return kind(model, max_tokens)
+    return kind(scorer, max_tokens)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from statistics import fmean
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from knowledge_compression.errors import BadInput, DataUnavailable
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation, Suite, accuracy_metrics, item_table
 from knowledge_compression.evaluation.tasks import LOCAL, fingerprint, load_tasks, local_files
-from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER
 
 if TYPE_CHECKING:
@@ -73,14 +74,14 @@ class Harness:
         """Digest of the local files; ``hub`` where there are none."""
         return fingerprint(self._asked, self.data_dir, skip_missing=self.skip_missing)
 
-    def evaluate(self, model: Model) -> Evaluation:
+    def evaluate(self, scorer: Scorer) -> Evaluation:
         """Ask all tasks' questions.
 
         Raises:
             BadInput: the model is an encoder, or a task is unknown.
             DataUnavailable: a task's documents are not to be had.
         """
-        return self.joined({name: part.evaluate(model) for name, part in self.parts().items()})
+        return self.joined({name: part.evaluate(scorer) for name, part in self.parts().items()})
 
     def parts(self) -> dict[str, Suite]:
         """One suite a task; all of them are found before the first is asked."""
@@ -92,14 +93,13 @@ class Harness:
         metrics = accuracy_metrics(items)
         for part in parts.values():
             metrics |= part.metrics
-        metrics["majority"] = sum(metrics[f"{name}.majority"] * part.items.height for name, part in parts.items())
-        metrics["majority"] /= items.height
-        for group, tasks in self.groups.items():
-            there = [metrics[f"{task}.accuracy"] for task in tasks if task in parts]
-            if there:
-                metrics[f"group.{group}"] = fmean(there)
-        if self.groups:
-            metrics["average"] = metrics["accuracy_macro"]
+        not_finite = sum(part.not_finite for part in parts.values())
+        if not_finite:  # no mean over what is left of the tasks
+            sound = [part.metrics for part in parts.values() if not part.not_finite]
+            metrics = {"items": float(items.height), "not_finite": float(not_finite)}
+            metrics |= {name: value for part in sound for name, value in part.items()}
+        else:
+            metrics |= self._means(parts, metrics)
         described: dict[str, Any] = {
             "lm_eval": version("lm-eval"),
             "tasks": {name: part.description for name, part in parts.items()},
@@ -109,7 +109,18 @@ class Harness:
         if missing := sorted(set(self._asked) - parts.keys()):
             described["missing"] = missing
             described["note"] = f"means are over {', '.join(parts)}; not there: {', '.join(missing)}"
-        return Evaluation(metrics, items, described)
+        fallbacks = [fallback for part in parts.values() for fallback in part.fallbacks]
+        return Evaluation(metrics, items, described, fallbacks, not_finite)
+
+    def _means(self, parts: Mapping[str, Evaluation], metrics: Mapping[str, float]) -> dict[str, float]:
+        """Over all items and over the groups of tasks."""
+        asked = sum(part.items.height for part in parts.values())
+        majority = sum(metrics[f"{name}.majority"] * part.items.height for name, part in parts.items()) / asked
+        means = {"majority": majority}
+        for group, tasks in self.groups.items():
+            if there := [metrics[f"{task}.accuracy"] for task in tasks if task in parts]:
+                means[f"group.{group}"] = fmean(there)
+        return means | ({"average": metrics["accuracy_macro"]} if self.groups else {})
 
     def _available(self) -> list[str]:
         """The tasks that can be asked."""
@@ -134,16 +145,19 @@ class _OneTask:
     name: str
     task: Task
 
-    def evaluate(self, model: Model) -> Evaluation:
+    def evaluate(self, scorer: Scorer) -> Evaluation:
         """Ask the task's questions."""
+        from knowledge_compression.evaluation.lm import item_id
+
+        model = scorer.model
         if model.family == ENCODER:
             raise BadInput(
                 f"eval={self.suite.name} asks decoders and encoder-decoders, and {model.name} is an encoder; "
                 "choose eval=atlas, eval=lama or eval=perplexity"
             )
-        results = self._run(model)
+        results = self._run(scorer)
         rows = [
-            {"suite": self.suite.name, "task": self.name, "id": f"{sample['doc_id']}:{sample['doc_hash'][:12]}"}
+            {"suite": self.suite.name, "task": self.name, "id": item_id(sample["doc_id"], sample["doc"])}
             | _answer(self.task, sample)
             for sample in results["samples"][self.name]
         ]
@@ -156,7 +170,7 @@ class _OneTask:
         }
         return Evaluation(self._metrics(results["results"][self.name], items), items, described)
 
-    def _run(self, model: Model) -> Mapping[str, Any]:
+    def _run(self, scorer: Scorer) -> Mapping[str, Any]:
         """``lm_eval.evaluate``, with what ``simple_evaluate`` sets before it and without the look around the machine
         (``pip list``, compilers, drivers) that it takes after."""
         from lm_eval import evaluate
@@ -167,8 +181,11 @@ class _OneTask:
         if own is None or (own != 0 and asked is not None):  # a task's own 0 is never overruled
             self.task.set_config("num_fewshot", asked or 0)
         self.task.set_fewshot_seed(FEWSHOT_SEED)
+        self.task._aggregation_list = {
+            name: _without_overflow(aggregate) for name, aggregate in self.task._aggregation_list.items()
+        }
         found = evaluate(
-            lm=ScorerLM(model) if self.suite.scoring == "fast" else stock_lm(model),
+            lm=ScorerLM(scorer) if self.suite.scoring == "fast" else stock_lm(scorer),
             task_dict={"tasks": {self.name: self.task}},
             limit=self.suite.limit,
             bootstrap_iters=0,
@@ -186,6 +203,18 @@ class _OneTask:
             if comma and isinstance(value, int | float) and not metric.endswith("_stderr"):
                 metrics[f"{self.name}.{metric}"] = float(value)
         return metrics
+
+
+def _without_overflow(aggregate: Callable[[Any], float]) -> Callable[[Any], float]:
+    """A metric of lm-eval that is infinite where it is too large for a float."""
+
+    def bounded(values: Any) -> float:
+        try:
+            return aggregate(values)
+        except OverflowError:
+            return math.inf
+
+    return bounded
 
 
 def _answer(task: Task, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,7 +245,7 @@ def _answer(task: Task, sample: Mapping[str, Any]) -> dict[str, Any]:
         "prediction": choices[best],
         "log_prob": scores[gold],
         "prediction_log_prob": scores[best],
-        "margin": scores[gold] - max(wrong),
+        "margin": scores[gold] - max(wrong) if all(map(math.isfinite, scores)) else math.nan,
         "rank": 1 + sum(score > scores[gold] for score in wrong),
         "choices": len(choices),
     }

@@ -19,6 +19,7 @@ from knowledge_compression.evaluation.calibration import Questions, evenly_space
 from knowledge_compression.evaluation.cloze import Cloze, fill
 from knowledge_compression.evaluation.lama_data import HUB_ID, HUB_REVISION, LAYOUT, Fact, LamaFolder, LamaHub
 from knowledge_compression.evaluation.probe import CANDIDATES, Probe
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation
 from knowledge_compression.models import Model
 
@@ -97,11 +98,11 @@ class Lama:
         """What is asked of any model."""
         return Questions.sample(self.clozes(), self.limit)
 
-    def evaluate(self, model: Model) -> Evaluation:
+    def evaluate(self, scorer: Scorer) -> Evaluation:
         """Ask everything that is there."""
         _, duplicates = self._questions
         common = self._source.common_words() if self.candidates == "common" else ()
-        evaluation = self._probe().ask("lama", model, self.questions(model), common)
+        evaluation = self._probe().ask("lama", scorer, self.questions(scorer.model), common)
         evaluation.metrics |= _by_dataset(evaluation)
         evaluation.description |= {
             "protocol": self.protocol,

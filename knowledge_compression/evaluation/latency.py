@@ -18,6 +18,7 @@ from rich.progress import track
 from torch import Tensor
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation, item_table
 from knowledge_compression.memory import Peak, peak_memory
 from knowledge_compression.models import Model
@@ -57,17 +58,18 @@ class Latency:
             if getattr(self, name) < least:
                 raise BadInput(f"eval.latency.{name}={getattr(self, name)} must be at least {least}")
 
-    def evaluate(self, model: Model) -> Evaluation:
+    def evaluate(self, scorer: Scorer) -> Evaluation:
         """Measure.
 
         Raises:
             BadInput: the rows do not fit the model's positions.
         """
+        model, limit = scorer.model, scorer.max_positions
         said = self.decode_tokens if model.family == DECODER else 0
-        if model.max_positions is not None and self.length + said > model.max_positions:
+        if limit is not None and self.length + said > limit:
             raise BadInput(
-                f"eval.latency.length={self.length} and {said} tokens more do not fit the {model.max_positions} "
-                f"positions of {model.name}; choose a length of {max(model.max_positions - said, 0)} or less"
+                f"eval.latency.length={self.length} and {said} tokens more do not fit the {limit} positions of "
+                f"{model.name}; choose a length of {max(limit - said, 0)} or less"
             )
         generator = torch.Generator().manual_seed(self.seed)
         ids = torch.randint(len(model.tokenizer), (self.batch, self.length), generator=generator).to(model.device)

@@ -78,7 +78,7 @@ class LogitLens:
         suite = self._suite()
         return suite.fingerprint() if isinstance(suite, Atlas | Lama) else None
 
-    def evaluate(self, model: Model) -> Evaluation:
+    def evaluate(self, scorer: Scorer) -> Evaluation:
         """Look into every depth at every question.
 
         Returns:
@@ -91,9 +91,9 @@ class LogitLens:
         """
         suite = self._suite()
         calibrate = getattr(suite, "calibrate", False) if self.calibrate is None else self.calibrate
-        questions = suite.questions(model)
+        questions = suite.questions(scorer.model)
         clozes = questions.calibrating() if calibrate else list(questions.asked)
-        reader = reader_of(model)
+        reader = reader_of(scorer)
         candidates = Candidates(reader, questions.answers)
         blanks = reader.blanks(clozes)
         fits = [
@@ -106,14 +106,15 @@ class LogitLens:
             if blank is not None and fit:
                 by_task[cloze.task].append((cloze, blank))
         wanted = {cloze.id for cloze in questions.asked}
-        scorer, rows = Scorer(model), []
+        rows = []
         with tqdm(total=sum(fits), desc="lens", unit="blank", leave=False, disable=None) as bar:
             for task in by_task.values():
                 rows += self._look(scorer, task, candidates, sizes, wanted)
                 bar.update(len(task))
         asked = len(rows)
         if not asked:
-            raise BadInput(f"eval.lens: none of the {len(wanted)} questions of {self.of} can be asked of {model.name}")
+            name = scorer.model.name
+            raise BadInput(f"eval.lens: none of the {len(wanted)} questions of {self.of} can be asked of {name}")
         items = item_table(rows, EXTRA_COLUMNS)
         first = torch.tensor(items["depth_rank"].to_list()) == 1
         metrics = {f"first.{depth}": float(share) for depth, share in enumerate(first.double().mean(0))}

@@ -10,6 +10,7 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import handle_non_serializable, hash_string
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Question, Scorer
@@ -20,26 +21,41 @@ from knowledge_compression.models.families import ENCODER_DECODER
 STOCK_BATCH = 16  # the best of 1, 4, 8, 16, 32, 64 for stock HFLM on two cores; see docs/performance.md
 
 
-def stock_lm(model: Model, batch_size: int | str = STOCK_BATCH) -> HFLM:
-    """lm-eval's own ``HFLM`` around a loaded model, for anyone in doubt."""
-    with _weights_left_alone(model):
-        return HFLM(**_arguments(model), batch_size=batch_size, mixed_precision_dtype=model.scored_in)
+def stock_lm(scorer: Scorer, batch_size: int | str = STOCK_BATCH) -> HFLM:
+    """lm-eval's own ``HFLM`` around the model of ``scorer``, for anyone in doubt.
+
+    Raises:
+        BadInput: the input chooses among prompts, and ``HFLM`` cannot say where the answers begin that it must not see.
+    """
+    if scorer.prompts.choosing is not None:
+        raise BadInput(
+            "scoring=stock cannot keep the answers from choosing among the prompts of a recovery that lets the input "
+            "choose (recovery=idp); take scoring=fast, or one prompt"
+        )
+    with _weights_left_alone(scorer.model):
+        return HFLM(**_arguments(scorer), batch_size=batch_size, mixed_precision_dtype=scorer.dtype)
+
+
+def item_id(place: int, document: Any) -> str:
+    """The id of a task's document: its place among them, and the beginning of the hash that lm-eval logs of it."""
+    text = json.dumps(document, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    return f"{place}:{hash_string(text)[:12]}"
 
 
 class ScorerLM(HFLM):
     """``HFLM`` with lm-eval's own way from text to tokens, and the log-probabilities from :class:`Scorer`.
 
     Args:
-        model: a decoder or an encoder-decoder; its network may be wrapped by a recovery.
-        scorer: the scoring core; None makes one.
+        scorer: scores with a decoder or an encoder-decoder; its network may be wrapped by a recovery.
     """
 
-    def __init__(self, model: Model, scorer: Scorer | None = None) -> None:
-        with _weights_left_alone(model):
+    def __init__(self, scorer: Scorer) -> None:
+        with _weights_left_alone(scorer.model):
             # All rolling windows go to the core at once: it makes its own batches.
-            super().__init__(**_arguments(model), batch_size=1 << 30)
-        self.scorer = scorer or Scorer(model)
+            super().__init__(**_arguments(scorer), batch_size=1 << 30)
+        self.scorer = scorer
         self._ids: dict[tuple[str, bool | None], list[int]] = {}
+        self._items: list[str] = []  # of the requests that are answered just now
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood and greedy flag of each request's continuation; all texts are tokenized in one go."""
@@ -50,10 +66,12 @@ class ScorerLM(HFLM):
         else:
             self._encode(None, [c.rstrip() for c, _ in pairs if c])
             self._encode(False, [c[len(c.rstrip()) :] + a for c, a in pairs])
+        self._items = [item_id(request.doc_id, request.doc) for request in requests]
         try:
             return super().loglikelihood(requests, disable_tqdm=True)
         finally:
             self._ids.clear()
+            self._items.clear()
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
         """Token ids as ``HFLM`` gives them; looked up where they were made beforehand."""
@@ -89,7 +107,11 @@ class ScorerLM(HFLM):
         cut = [self._fit(context, continuation) for _, context, continuation in requests]
         for i, (context, _) in enumerate(cut):
             places.setdefault(tuple(context), []).append(i)
-        questions = [Question(context, [cut[i][1] for i in rows]) for context, rows in places.items()]
+        items = self._items if len(self._items) == len(requests) else [""] * len(requests)  # rolling windows have none
+        questions = [
+            Question(context, [cut[i][1] for i in rows], tuple(dict.fromkeys(items[i] for i in rows if items[i])))
+            for context, rows in places.items()
+        ]
         return questions, list(places.values())
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -106,10 +128,10 @@ class ScorerLM(HFLM):
                 sampled = super().generate_until([requests[i] for i in rows], disable_tqdm=disable_tqdm)
                 texts |= zip(rows, sampled, strict=True)
             else:
-                texts |= zip(rows, self._say([requests[i].args[0] for i in rows], options), strict=True)
+                texts |= zip(rows, self._say([requests[i] for i in rows], options), strict=True)
         return [texts[i] for i in range(len(requests))]
 
-    def _say(self, contexts: list[str], options: Any) -> list[str]:
+    def _say(self, requests: list[Any], options: Any) -> list[str]:
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         stops, most = handle_stop_sequences(options["until"], eos=eos), options["max_gen_toks"]
         room = self.max_length - (most if self.backend == "causal" else 0)
@@ -121,8 +143,9 @@ class ScorerLM(HFLM):
         def done(said: Sequence[int]) -> bool:
             return said[-1] in ends or any(stop in self.tok_decode(said) for stop in stops if stop)
 
-        prompts = [ids[-room:] for ids in encode(self.tokenizer, contexts)]
-        said = self.scorer.generate(prompts, most, done)
+        prompts = [ids[-room:] for ids in encode(self.tokenizer, [request.args[0] for request in requests])]
+        items = [(item_id(request.doc_id, request.doc),) for request in requests]
+        said = self.scorer.generate(prompts, most, done, items)
         return [postprocess_generated_text(self.tok_decode(ids), stops, None) for ids in said]
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[Sequence[int], Sequence[int]]:
@@ -154,12 +177,13 @@ def _plain_greedy(config: Any) -> bool:
     return all(getattr(config, name, None) in fine for name, fine in neutral.items())
 
 
-def _arguments(model: Model) -> dict[str, Any]:
+def _arguments(scorer: Scorer) -> dict[str, Any]:
+    model = scorer.model
     return {
         "pretrained": model.network,
         "tokenizer": model.tokenizer,
         "backend": "seq2seq" if model.family == ENCODER_DECODER else "causal",
-        "max_length": model.max_positions,
+        "max_length": scorer.max_positions,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ _JOINS: Mapping[tuple[str, str], Callable[[Sequence[str]], str]] = {
     ("c4", "gptq"): lambda pages: " ".join(pages[:1100]),
 }
 JOINS = ("text", "gptq")
+_LARGEST = math.log(sys.float_info.max)  # nats; a perplexity of more is no float
 EXTRA_COLUMNS: Mapping[str, pl.DataType] = {"tokens": pl.Int64(), "nll": pl.Float64()}
 
 
@@ -81,37 +83,39 @@ class Perplexity:
             else hashlib.sha256(self.text().encode()).hexdigest()[:16]
         )
 
-    def evaluate(self, model: Model) -> Evaluation:
+    def evaluate(self, scorer: Scorer) -> Evaluation:
         """Score the text.
 
         Raises:
             BadInput: the text is shorter than one window.
             DataUnavailable: the text is not to be had.
         """
-        windows, total = self.windows(model)
-        scored = _SCORED[model.family](Scorer(model), windows, self.masked_per_window)
+        windows, total = self.windows(scorer)
+        ids = [f"{windows.shape[1]}:{place}" for place in self._places(total)]
+        scored = _SCORED[scorer.model.family](scorer, windows, ids, self.masked_per_window)
         rows = [
             {
                 "suite": "perplexity",
                 "task": self.corpus,
-                "id": f"{windows.shape[1]}:{place}",
+                "id": name,
                 "log_prob": log_prob,
                 "tokens": tokens,
                 "nll": -log_prob / tokens,
             }
-            for place, (log_prob, tokens) in zip(self._places(total), scored, strict=True)
+            for name, (log_prob, tokens) in zip(ids, scored, strict=True)
         ]
         items = item_table(rows, EXTRA_COLUMNS)
-        return Evaluation(_metrics(items["nll"]), items, self._description(model, windows, total))
+        return Evaluation(_metrics(items["nll"]), items, self._description(scorer.model, windows, total))
 
-    def windows(self, model: Model) -> tuple[LongTensor, int]:
+    def windows(self, scorer: Scorer) -> tuple[LongTensor, int]:
         """The windows to score, int64 ``[N, window]``, and how many the text has.
 
         Raises:
             BadInput: the text is shorter than one window.
         """
+        model = scorer.model
         special = model.tokenizer.num_special_tokens_to_add() if model.family == ENCODER else 0
-        length = min(self.window, (model.max_positions or self.window) - special)
+        length = min(self.window, (scorer.max_positions or self.window) - special)
         stream = Documents(self.corpus, [self.text()]).stream(model)
         total = len(stream) // length
         if total == 0:
@@ -155,32 +159,41 @@ _PROTOCOL = {
 }
 
 
-def _score_decoder(scorer: Scorer, windows: LongTensor, _: int | None) -> list[tuple[float, int]]:
-    return _continuations(scorer, windows, 1)
+Scored = list[tuple[float, int]]  # log-probability of the scored tokens of each window, and how many they are
 
 
-def _score_encoder_decoder(scorer: Scorer, windows: LongTensor, _: int | None) -> list[tuple[float, int]]:
-    return _continuations(scorer, windows, windows.shape[1] // 2)
+def _score_decoder(scorer: Scorer, windows: LongTensor, ids: Sequence[str], _: int | None) -> Scored:
+    return _continuations(scorer, windows, ids, 1)
 
 
-def _continuations(scorer: Scorer, windows: LongTensor, read: int) -> list[tuple[float, int]]:
-    questions = [Question(row[:read], [row[read:]]) for row in windows.tolist()]
+def _score_encoder_decoder(scorer: Scorer, windows: LongTensor, ids: Sequence[str], _: int | None) -> Scored:
+    return _continuations(scorer, windows, ids, windows.shape[1] // 2)
+
+
+def _continuations(scorer: Scorer, windows: LongTensor, ids: Sequence[str], read: int) -> Scored:
+    rows = zip(windows.tolist(), ids, strict=True)
+    questions = [Question(row[:read], [row[read:]], (name,)) for row, name in rows]
     return [(answer.log_prob, windows.shape[1] - read) for (answer,) in scorer.log_likelihoods(questions)]
 
 
-def _score_encoder(scorer: Scorer, windows: LongTensor, masked: int | None) -> list[tuple[float, int]]:
+def _score_encoder(scorer: Scorer, windows: LongTensor, names: Sequence[str], masked: int | None) -> Scored:
     tokenizer = scorer.model.tokenizer
+    if tokenizer.mask_token_id is None:
+        raise BadInput(
+            f"eval=perplexity masks each token for an encoder in turn, and the tokenizer of {scorer.model.name} has no "
+            "mask token; give the tokenizer that it was trained with"
+        )
     length = windows.shape[1]
     count = min(masked or length, length)
     places = [i * length // count for i in range(count)]
     before, after = _frame(tokenizer)
     blanks, gold = [], []
-    for row in windows.tolist():
+    for row, name in zip(windows.tolist(), names, strict=True):
         for place in places:
             ids = [*before, *row, *after]
             gold.append(row[place])
             ids[len(before) + place] = tokenizer.mask_token_id
-            blanks.append(Blank(ids, position=len(before) + place))
+            blanks.append(Blank(ids, position=len(before) + place, items=(name,)))
     log_probs = torch.zeros(len(blanks), dtype=torch.float64)
     for indices, distributions in scorer.distributions(blanks):
         wanted = torch.tensor([gold[i] for i in indices], device=distributions.device)
@@ -199,9 +212,13 @@ _SCORED = {DECODER: _score_decoder, ENCODER: _score_encoder, ENCODER_DECODER: _s
 
 
 def _metrics(nll: pl.Series) -> dict[str, float]:
-    """Perplexity, nats a token, and the standard error over windows of both (of perplexity by the delta method)."""
+    """Perplexity, nats a token, and the standard error over windows of both (of perplexity by the delta method).
+
+    A perplexity that is too large for a float is infinite.
+    """
     mean = float(nll.mean())  # type: ignore[arg-type]
-    metrics = {"perplexity": math.exp(mean), "nats_per_token": mean, "windows": float(len(nll))}
+    perplexity = math.exp(mean) if mean < _LARGEST else math.inf if mean > 0 else math.nan
+    metrics = {"perplexity": perplexity, "nats_per_token": mean, "windows": float(len(nll))}
     if len(nll) > 1:
         error = float(nll.std()) / math.sqrt(len(nll))  # type: ignore[arg-type]
         metrics |= {"nats_per_token_stderr": error, "perplexity_stderr": metrics["perplexity"] * error}

@@ -98,12 +98,12 @@ class Probe:
         if wrong := [k for k in self.top_k if not isinstance(k, int) or k < 1]:
             raise BadInput(f"top_k={wrong[0]} is not a rank; give whole numbers from 1, e.g. top_k=[5,10]")
 
-    def ask(self, suite: str, model: Model, questions: Questions, common: Sequence[str] = ()) -> Evaluation:
-        """Ask ``model`` every cloze.
+    def ask(self, suite: str, scorer: Scorer, questions: Questions, common: Sequence[str] = ()) -> Evaluation:
+        """Ask every cloze.
 
         Args:
             suite: the name for the item table.
-            model: any family.
+            scorer: scores with the model, of any family.
             questions: what is asked, and the answers of each task, for ``typed``.
             common: the words of the common vocabulary, for ``common``.
 
@@ -114,7 +114,7 @@ class Probe:
         Raises:
             BadInput: not one of them can be asked of this model.
         """
-        reader = reader_of(model, self.max_tokens)
+        reader, model = reader_of(scorer, self.max_tokens), scorer.model
         clozes = questions.calibrating() if self.calibrate else list(questions.asked)
         blanks = reader.blanks(clozes)
         gold = _gold_tokens(reader, clozes)
@@ -212,7 +212,7 @@ class Probe:
 
         The clozes without a place in ``gold`` are not ranked; they calibrate.
         """
-        scorer = Scorer(reader.model)
+        scorer = reader.scorer
         means = _vocabulary_means(scorer, blanks, clozes, sizes) if self.calibrate else {}
         count = len(gold)
         rankings: list[Ranking | None] = [None] * count

@@ -25,6 +25,7 @@ from knowledge_compression.corpora.c4 import C4
 from knowledge_compression.corpora.corpus import TEST, VALIDATION, TextCorpus
 from knowledge_compression.corpora.wikitext import WikiText
 from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation, item_table
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER_DECODER
@@ -63,16 +64,16 @@ class Similarity:
         """Digest of the corpus, or the hub's name for it."""
         return _TEXTS[self.corpus][0](data_dir=self.data_dir).fingerprint()
 
-    def evaluate(self, model: Model) -> Evaluation:
-        """Compare ``model`` with what it was loaded as.
+    def evaluate(self, scorer: Scorer) -> Evaluation:
+        """Compare the model with what it was loaded as.
 
         Raises:
             BadInput: the text is shorter than the windows, or nobody can load the dense model.
         """
-        if model.original is None:
+        if scorer.original is None:
             raise BadInput("eval=similarity compares with the dense model, and nothing here can load it")
-        dense = model.original()
-        windows = self._windows(model)
+        dense, model = scorer.original(), scorer.model
+        windows = self._windows(scorer)
         cosines: dict[tuple[str, str], list[float]] = {}
         for ids in track(windows.split(1), "similarity", transient=True):
             before, after = observe(dense, ids), observe(model, ids)
@@ -81,10 +82,10 @@ class Similarity:
                 cosines.setdefault(key, []).append(float(cosine.mean()))
         return _evaluation(cosines, self._description(len(windows)))
 
-    def _windows(self, model: Model) -> LongTensor:
-        length = min(self.length, model.max_positions or self.length)
+    def _windows(self, scorer: Scorer) -> LongTensor:
+        length = min(self.length, scorer.max_positions or self.length)
         build, split = _TEXTS[self.corpus]
-        stream = build(data_dir=self.data_dir).documents(split).stream(model)
+        stream = build(data_dir=self.data_dir).documents(split).stream(scorer.model)
         total = len(stream) // length
         if total < self.windows:
             raise BadInput(

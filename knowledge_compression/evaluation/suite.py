@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import polars as pl
 
-from knowledge_compression.models import Model
+from knowledge_compression.evaluation.scoring import Scorer
 
 # One row per fact or question. A suite may add columns of its own after these.
 ITEM_SCHEMA: Mapping[str, pl.DataType] = {
@@ -37,11 +38,50 @@ class Evaluation:
         items: one row per item, :data:`ITEM_SCHEMA` first.
         description: what was asked, JSON-ready: data sets found and missing, their digest, protocol, counts of what
             was left out and why. Runs are only compared where this agrees.
+        fallbacks: what could not be done as it was meant, e.g. smaller batches for want of memory.
+        not_finite: how many answers are not finite, of which nothing follows; there are no metrics then.
     """
 
     metrics: dict[str, float]
     items: pl.DataFrame
     description: dict[str, Any] = field(default_factory=dict)
+    fallbacks: list[str] = field(default_factory=list)
+    not_finite: int = 0
+
+
+def ask(suite: Suite, scorer: Scorer) -> Evaluation:
+    """Ask a suite, and give what it found with what the scorer noted of its items.
+
+    Where an answer is not finite (a NaN or an infinity among the numbers of an item, or in what it was read off), the
+    suite has no metrics but how many items it asked and how many of their answers are not finite; those items are
+    neither right nor wrong.
+
+    Raises:
+        BadInput: the suite does not fit the model's family, or its data is not there.
+    """
+    found = suite.evaluate(scorer)
+    noted = [scorer.noted.get(item, {}) for item in found.items["id"]]
+    items = found.items
+    if scorer.prompts.choosing is not None:
+        chosen = [of.get("chosen_prompts") for of in noted]
+        items = items.with_columns(pl.Series("chosen_prompts", chosen, dtype=pl.List(pl.Int8)))
+    numbers = [name for name, kind in items.schema.items() if kind.is_float()]
+    fine = pl.Series([of.get("finite", True) for of in noted], dtype=pl.Boolean)
+    for name in numbers:
+        fine &= items[name].is_finite().fill_null(value=True)
+    count = int((~fine).sum())
+    metrics = found.metrics
+    if count:
+        metrics = {"items": float(items.height)}
+        cleared = [pl.when(pl.col(name).is_finite()).then(pl.col(name)).alias(name) for name in numbers]
+        verdicts = [pl.when(fine).then(pl.col(name)).alias(name) for name in ("correct", "rank")]
+        items = items.with_columns(*cleared, *verdicts)
+    elif not all(map(math.isfinite, metrics.values())):  # of numbers each of which is finite, as a large perplexity
+        count = items.height
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    metrics = metrics | ({"not_finite": float(count)} if count else {})
+    fallbacks = [*found.fallbacks, *scorer.fallbacks]
+    return replace(found, metrics=metrics, items=items, fallbacks=fallbacks, not_finite=count)
 
 
 class Suite(Protocol):
@@ -51,8 +91,11 @@ class Suite(Protocol):
     enters the run's hash in the place of their path.
     """
 
-    def evaluate(self, model: Model) -> Evaluation:
-        """Ask ``model`` everything and give the items and the metrics.
+    def evaluate(self, scorer: Scorer) -> Evaluation:
+        """Ask everything and give the items and the metrics.
+
+        Args:
+            scorer: the model to ask, and how it is read now; its questions carry the ids of their items.
 
         Raises:
             BadInput: the suite does not fit the model's family, or its data is not there.

@@ -15,6 +15,7 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.calibration import Questions
 from knowledge_compression.evaluation.cloze import Cloze
 from knowledge_compression.evaluation.probe import Probe
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation
 from knowledge_compression.models import Model
 
@@ -46,7 +47,7 @@ class WorldProbes:
         answers = {line["relation"]: line["answers"] for line in _lines(_probes_of(model) / "relations.jsonl")}
         return Questions([_cloze(line) for line in _facts_of(model)], answers)
 
-    def evaluate(self, model: Model) -> Evaluation:
+    def evaluate(self, scorer: Scorer) -> Evaluation:
         """Ask every probed fact in seen and in held-out wordings.
 
         Returns:
@@ -58,8 +59,8 @@ class WorldProbes:
         Raises:
             BadInput: the model was not trained on a controlled world.
         """
-        lines = _facts_of(model)
-        questions = self.questions(model)
+        lines = _facts_of(scorer.model)
+        questions = self.questions(scorer.model)
         notes = pl.DataFrame(
             {
                 "id": [line["uuid"] for line in lines],
@@ -68,11 +69,11 @@ class WorldProbes:
                 "asked_as": [line["wording"] for line in lines],
             }
         )
-        typed = _TYPED.ask("world", model, questions)
+        typed = _TYPED.ask("world", scorer, questions)
         items = typed.items.join(notes, on="id", how="left", maintain_order="left")
         metrics = typed.metrics | _recall(items, "correct")
         if self.native:
-            native = _NATIVE.ask("world", model, questions).items
+            native = _NATIVE.ask("world", scorer, questions).items
             answered = native.select("id", native_correct="correct", native_prediction="prediction")
             items = items.join(answered, on="id", how="left", maintain_order="left")
             native_metrics = {"accuracy": native["correct"].mean() or 0.0} | _recall(items, "native_correct")

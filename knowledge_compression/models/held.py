@@ -53,7 +53,7 @@ class HeldSource:
                 return model
             _loaded[key] = model
         held = _loaded[key]
-        return replace(held, network=deepcopy(held.network), tokenizer=deepcopy(held.tokenizer), fallbacks=[])
+        return replace(held, network=deepcopy(held.network), tokenizer=deepcopy(held.tokenizer))
 
 
 def _fits_again(model: Model) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ from torch import nn
 from knowledge_compression.models.families import Architecture, architecture_of
 
 if TYPE_CHECKING:
-    import polars as pl
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -26,14 +24,6 @@ class Model:
         name: the name it is shown under, e.g. ``smollm2``.
         provenance: where the weights came from (hub id and commit, file and digest), for the record.
         note: what a reader must know of this baseline, e.g. that it was stored in 4 bits; may be empty.
-        reserved_positions: positions that a recovery's prompt takes away from every input.
-        on_context: set by a recovery that chooses among prompts by the input. Whoever scores continuations calls
-            :meth:`announce_context` before each forward pass, so that the choice never sees an answer.
-        on_items: set by a recovery that has something to say of each item, e.g. which prompt it chose; takes a suite's
-            item table and gives it back with columns of its own.
-        fallbacks: what could not be done as it was meant, for the record, e.g. smaller batches for want of memory.
-        original: loads the model as it was before anything was done to it, for suites that compare with it.
-        scored_in: type that scoring does its products in; None for the model's own (see ``precision.py``).
         objective: what it was trained to do, and a recovery trains it to do again; None takes what suits its family
             (see ``objectives.objective_for``).
     """
@@ -43,18 +33,7 @@ class Model:
     name: str
     provenance: dict[str, Any] = field(default_factory=dict)
     note: str = ""
-    reserved_positions: int = 0
-    on_context: Callable[[Sequence[int]], None] | None = field(default=None, repr=False)
-    on_items: Callable[[pl.DataFrame], pl.DataFrame] | None = field(default=None, repr=False)
-    fallbacks: list[str] = field(default_factory=list, repr=False)
-    original: Callable[[], Model] | None = field(default=None, repr=False)
-    scored_in: torch.dtype | None = None
     objective: Any = field(default=None, repr=False)
-
-    def announce_context(self, lengths: Sequence[int]) -> None:
-        """Say how many tokens at the start of each row of the next forward pass are context; the rest are answers."""
-        if self.on_context is not None:
-            self.on_context(lengths)
 
     @property
     def architecture(self) -> Architecture:
@@ -78,11 +57,11 @@ class Model:
 
     @property
     def max_positions(self) -> int | None:
-        """Longest input in tokens beside what a prompt takes, or None where positions have no end (T5)."""
+        """Longest input in tokens, or None where positions have no end (T5)."""
         limit = getattr(self.network.config, "max_position_embeddings", None)
         if limit is None:
             limit = getattr(self.network.config, "n_positions", None) if self.family != "encoder_decoder" else None
-        return None if limit is None else limit - self.first_position - self.reserved_positions
+        return None if limit is None else limit - self.first_position
 
     @property
     def first_position(self) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
+from knowledge_compression.models.prompts import NO_PROMPTS, Prompts
 from knowledge_compression.training import LogCallback, TrainingSettings
 
 if TYPE_CHECKING:
@@ -74,6 +75,19 @@ class RecoveryReport:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovery gives: its report, and how the model is read from now on.
+
+    Attributes:
+        report: what was trained and reached.
+        prompts: what stands before every input now.
+    """
+
+    report: RecoveryReport
+    prompts: Prompts = NO_PROMPTS
+
+
 class Recovery(ABC):
     """A way to bring lost facts back; one short file beside this one and one YAML under ``conf/recovery/``.
 
@@ -112,7 +126,7 @@ class Recovery(ABC):
         return self.budget is not None
 
     @abstractmethod
-    def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> RecoveryReport:
+    def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> Recovered:
         """Recover ``model`` in place; the base weights stay as they are, bit for bit.
 
         The network stays the object it was, with its configuration and module paths: adapters are put inside it,
@@ -122,4 +136,7 @@ class Recovery(ABC):
             model: what the compression left.
             corpus: text to train on, the same that the compression was calibrated with; None where nothing is trained.
             report_to: is told the training loss as it goes.
+
+        Returns:
+            The report, and the prompts that stand before every input where it put some.
         """

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from knowledge_compression.models import Model
+from knowledge_compression.models.prompts import Prompts
 from knowledge_compression.recovery.bank import bank_of
 from knowledge_compression.recovery.prompted_network import Prompted
 from knowledge_compression.recovery.several_prompts import SeveralPrompts
@@ -25,6 +26,6 @@ class Concat(SeveralPrompts):
         """All of them, one after the other."""
         return sum(self.prompts)
 
-    def put(self, model: Model, prompts: Sequence[Tensor]) -> None:
+    def put(self, model: Model, prompts: Sequence[Tensor]) -> Prompts:
         """As one prompt."""
-        Prompted(model, bank_of(model, [torch.cat(list(prompts))]))
+        return Prompted(model, bank_of(model, [torch.cat(list(prompts))])).prompts

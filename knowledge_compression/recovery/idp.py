@@ -10,6 +10,7 @@ from torch import Tensor
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
+from knowledge_compression.models.prompts import Prompts
 from knowledge_compression.recovery.bank import bank_of
 from knowledge_compression.recovery.prompted_network import Prompted
 from knowledge_compression.recovery.selection import PER_LAYER, SELECTIONS
@@ -43,9 +44,9 @@ class Idp(SeveralPrompts):
         """Those of the longest."""
         return max(self.prompts)
 
-    def put(self, model: Model, prompts: Sequence[Tensor]) -> None:
+    def put(self, model: Model, prompts: Sequence[Tensor]) -> Prompts:
         """Side by side, for the input to choose from."""
-        Prompted(model, bank_of(model, prompts), self.selection)
+        return Prompted(model, bank_of(model, prompts), self.selection).prompts
 
     def details(self) -> dict[str, Any]:
         """How one is chosen."""

@@ -37,7 +37,6 @@ def join_prompt(model: Model, prompt: Tensor) -> nn.Module:
         stack.register_forward_hook(_cut(len(prompt)))
     else:
         network.get_decoder().register_forward_pre_hook(_uncover(len(prompt)), with_kwargs=True)
-    model.reserved_positions += len(prompt)
     return network
 
 

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import CROSS_ATT, DECODER_SELF_ATT, ENCODER_ATT, FF
+from knowledge_compression.models.prompts import NO_PROMPTS, Prompts
 from knowledge_compression.models.targets import ReplacedLinear, linear_layers
 from knowledge_compression.recovery.adapters import Adapter
 from knowledge_compression.recovery.base import RestoresBy
@@ -54,7 +55,7 @@ class Lora(OneAdapter):
         """The network with untrained additions."""
         return add_lora(model, self)
 
-    def put(self, model: Model, adapter: Adapter) -> None:
+    def put(self, model: Model, adapter: Adapter) -> Prompts:
         """Leave the additions in the network, frozen."""
         if adapter.found:
             add_lora(model, self)
@@ -63,6 +64,7 @@ class Lora(OneAdapter):
             parameters[name].data.copy_(tensor)
             parameters[name].requires_grad_(False)
         model.network.eval()
+        return NO_PROMPTS
 
 
 def add_lora(model: Model, settings: Lora) -> nn.Module:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.models import Model
-from knowledge_compression.recovery.base import Recovery, RecoveryReport, RestoresBy
+from knowledge_compression.recovery.base import Recovered, Recovery, RecoveryReport, RestoresBy
 from knowledge_compression.training import LogCallback
 
 
@@ -16,6 +16,6 @@ class NoRecovery(Recovery):
 
     restores_by = RestoresBy.NOTHING
 
-    def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> RecoveryReport:
+    def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> Recovered:
         """Do nothing."""
-        return RecoveryReport("none")
+        return Recovered(RecoveryReport("none"))

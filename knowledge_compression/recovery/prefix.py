@@ -10,6 +10,7 @@ from peft import PrefixTuningConfig, TaskType, get_peft_model
 from torch import nn
 
 from knowledge_compression.models import Model
+from knowledge_compression.models.prompts import Prompts
 from knowledge_compression.recovery.adapters import Adapter
 from knowledge_compression.recovery.bank import PromptBank, check_decoder, check_positions, key_shape
 from knowledge_compression.recovery.base import RestoresBy
@@ -54,9 +55,9 @@ class Prefix(OneAdapter):
         config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=self.tokens)
         return get_peft_model(model.network, config)
 
-    def put(self, model: Model, adapter: Adapter) -> None:
+    def put(self, model: Model, adapter: Adapter) -> Prompts:
         """Put the prefix before what the model reads."""
-        Prompted(model, prefix_bank(model, adapter))
+        return Prompted(model, prefix_bank(model, adapter)).prompts
 
 
 def prefix_bank(model: Model, adapter: Adapter) -> PromptBank:

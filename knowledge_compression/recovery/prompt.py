@@ -14,6 +14,7 @@ from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER
+from knowledge_compression.models.prompts import Prompts
 from knowledge_compression.recovery.adapters import Adapter, FrozenBase, Tuning
 from knowledge_compression.recovery.bank import bank_of, check_positions, embedding_width
 from knowledge_compression.recovery.base import RestoresBy
@@ -60,14 +61,16 @@ class Prompt(OneAdapter):
         """The network with an untrained prompt."""
         return _trainable(model, self.tokens, self.init)
 
-    def put(self, model: Model, adapter: Adapter) -> None:
+    def put(self, model: Model, adapter: Adapter) -> Prompts:
         """Put the prompt before what the model reads."""
         embeddings = prompt_embeddings(adapter)
+        prompts = Prompts(self.tokens)
         if model.family == DECODER:
-            Prompted(model, bank_of(model, [embeddings]))
+            prompts = Prompted(model, bank_of(model, [embeddings])).prompts
         elif adapter.found:  # else it is in its place since it was trained
             join_prompt(model, embeddings)
         model.network.requires_grad_(False)
+        return prompts
 
 
 def check_prompt(tokens: int, init: str = "vocabulary") -> None:

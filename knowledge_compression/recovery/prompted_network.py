@@ -8,17 +8,17 @@ whoever calls an inner module keep working.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
-import polars as pl
 import torch
 from torch import Tensor, nn
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
+from knowledge_compression.models.prompts import Choices, Prompts
 from knowledge_compression.recovery.bank import PromptBank, check_decoder, has_rotary_positions
 from knowledge_compression.recovery.selection import ONCE, PER_LAYER, PROMPTED, SELECTIONS, Reading
 
@@ -58,7 +58,7 @@ class Prompted:
         self.selection = selection
         self.forced: int | None = 0 if len(bank.lengths) == 1 else None
         self.last_choices: Tensor | None = None
-        self._chosen_for: dict[str, list[int]] = {}
+        self._chosen: Choices = []
         self._context_lengths: Sequence[int] | None = None
         self._choices_of_cache: WeakKeyDictionary[Any, dict[int, Tensor]] = WeakKeyDictionary()
         self._reading: Reading | None = None
@@ -69,18 +69,17 @@ class Prompted:
             self._decoder.register_forward_hook(self._after),
         ]
         model.network.set_attn_implementation(PROMPTED)
-        model.reserved_positions += bank.longest
-        if len(bank.lengths) > 1:
-            model.on_context = self._note_context
-            model.on_items = self._with_choices
+
+    @property
+    def prompts(self) -> Prompts:
+        """How the decoder is read from now on."""
+        return Prompts(self.bank.longest, self.choosing if len(self.bank.lengths) > 1 else None)
 
     def remove(self) -> None:
         """Give the model back as it was."""
         for hook in self._hooks:
             hook.remove()
         self.model.network.set_attn_implementation(self._attention_before)
-        self.model.reserved_positions -= self.bank.longest
-        self.model.on_context = self.model.on_items = None
 
     @contextmanager
     def using(self, prompt: int) -> Any:
@@ -91,8 +90,14 @@ class Prompted:
         finally:
             self.forced = before
 
-    def _note_context(self, lengths: Sequence[int]) -> None:
-        self._context_lengths = lengths
+    @contextmanager
+    def choosing(self, context: Sequence[int] | None) -> Iterator[Choices]:
+        """See :class:`~knowledge_compression.models.prompts.Prompts`."""
+        self._context_lengths, self._chosen = context, []
+        try:
+            yield self._chosen
+        finally:
+            self._context_lengths = None
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         kwargs = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
@@ -115,7 +120,6 @@ class Prompted:
             reading.choices = self._choices_of_cache[cache]
         else:
             reading.context = _context(lengths, mask, rows, length, tokens.device)
-            reading.ids = kwargs.get("input_ids")
         kwargs["position_ids"] = positions + self._start(reading, kwargs, positions)
         kwargs["reading"] = self._reading = reading
         return (), kwargs
@@ -146,30 +150,7 @@ class Prompted:
             layers = range(len(self.bank.keys))
             chosen = torch.stack([reading.choices[0 if self.selection == ONCE else layer] for layer in layers]).cpu()
             self.last_choices = chosen.T
-            if reading.ids is not None:
-                self._remember(reading.ids.cpu(), reading.context.bool().cpu(), self.last_choices.tolist())
-
-    def _remember(self, ids: Tensor, context: Tensor, choices: Sequence[list[int]]) -> None:
-        for row, seen, chosen in zip(ids, context, choices, strict=True):
-            text = cast(str, self.model.tokenizer.decode(row[seen], skip_special_tokens=True))
-            self._chosen_for[text.strip()] = chosen
-
-    def _with_choices(self, items: pl.DataFrame) -> pl.DataFrame:
-        """A suite's items with the prompt that each layer chose for them, by the text that they begin with.
-
-        The column ``chosen_prompts`` holds one index into the bank a layer; null where the model read another text than
-        the item shows (cut on the left, windows without a text). Forgets what it was asked about.
-        """
-        lengths = sorted({len(text) for text in self._chosen_for}, reverse=True)
-
-        def chosen(prompt: str | None) -> list[int] | None:
-            text = (prompt or "").strip()
-            beginnings = (text[:length].rstrip() for length in lengths if length <= len(text))
-            return next((self._chosen_for[t] for t in beginnings if t and t in self._chosen_for), None)
-
-        column = pl.Series("chosen_prompts", [chosen(prompt) for prompt in items["prompt"]], dtype=pl.List(pl.Int8))
-        self._chosen_for.clear()
-        return items.with_columns(column)
+            self._chosen += self.last_choices.tolist()
 
 
 def _positions(mask: Tensor | None, rows: int, length: int, seen: int, device: torch.device) -> Tensor:
@@ -188,7 +169,7 @@ def _context(
         return torch.ones(rows, length, device=device)
     if mask.dim() == 2:
         return mask[:, -length:].float()
-    raise ValueError("with a mask of its own shape a pass has to announce its context (Model.announce_context)")
+    raise ValueError("with a mask of its own shape a pass has to say what its context is (Prompted.choosing)")
 
 
 def _all_rows(prompt: int, rows: int, device: torch.device) -> Tensor:

@@ -33,14 +33,12 @@ class Reading:
         selection: ``per_layer`` or ``once``.
         context: float ``[rows, tokens]``, 1 for the input tokens whose attention chooses; None once all is chosen.
         choices: prompt of each row by layer, ``[rows]`` each; filled as the layers are passed.
-        ids: token ids ``[rows, tokens]``, where it was given ids.
     """
 
     bank: PromptBank
     selection: str
     context: Tensor | None
     choices: dict[int, Tensor] = field(default_factory=dict)
-    ids: Tensor | None = None
 
     def attend_to_prompt(self, layer: int, query: Tensor, own_sum: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Attend to the prompt that each row uses in this layer, choosing it first where it is not chosen yet.

@@ -12,9 +12,10 @@ from torch import Tensor
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
+from knowledge_compression.models.prompts import Prompts
 from knowledge_compression.recovery.adapters import FrozenBase
 from knowledge_compression.recovery.bank import check_decoder, check_positions
-from knowledge_compression.recovery.base import RecoveryReport, RestoresBy
+from knowledge_compression.recovery.base import Recovered, RecoveryReport, RestoresBy
 from knowledge_compression.recovery.prompt import check_prompt, prompt_adapter, prompt_embeddings
 from knowledge_compression.recovery.tuned import Tuned
 from knowledge_compression.training import LogCallback
@@ -44,7 +45,7 @@ class SeveralPrompts(Tuned):
                 f"recovery.prompts={list(self.prompts)} names a prompt twice; prompts differ by their lengths"
             )
 
-    def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> RecoveryReport:
+    def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> Recovered:
         """Train the prompts that earlier runs did not, and put them before what the model reads."""
         assert corpus is not None
         check_decoder(model)
@@ -54,11 +55,10 @@ class SeveralPrompts(Tuned):
         adapters = [
             prompt_adapter(model, base, corpus, tuning, tokens=tokens, init=self.init) for tokens in self.prompts
         ]
-        self.put(model, [prompt_embeddings(adapter) for adapter in adapters])
+        prompts = self.put(model, [prompt_embeddings(adapter) for adapter in adapters])
         base.check(model.network)
-        return RecoveryReport.of(
-            self.name, adapters, {"prompts": list(self.prompts), "init": self.init} | self.details()
-        )
+        settings = {"prompts": list(self.prompts), "init": self.init} | self.details()
+        return Recovered(RecoveryReport.of(self.name, adapters, settings), prompts)
 
     @property
     @abstractmethod
@@ -66,8 +66,8 @@ class SeveralPrompts(Tuned):
         """Positions that the prompts take before any input."""
 
     @abstractmethod
-    def put(self, model: Model, prompts: Sequence[Tensor]) -> None:
-        """Put the trained prompts ``[tokens, width]`` before what ``model`` reads."""
+    def put(self, model: Model, prompts: Sequence[Tensor]) -> Prompts:
+        """Put the trained prompts ``[tokens, width]`` before what ``model`` reads; gives how it is read then."""
 
     def details(self) -> dict[str, Any]:
         """What the report says beside the prompts."""

@@ -12,8 +12,9 @@ from torch import nn
 
 from knowledge_compression.corpora.corpus import Corpus, digest_file
 from knowledge_compression.models import Model
+from knowledge_compression.models.prompts import Prompts
 from knowledge_compression.recovery.adapters import Adapter, FrozenBase, Tuning, read_adapter
-from knowledge_compression.recovery.base import Recovery, RecoveryReport
+from knowledge_compression.recovery.base import Recovered, Recovery, RecoveryReport
 from knowledge_compression.training import LogCallback, TrainingSettings
 
 
@@ -54,7 +55,7 @@ class OneAdapter(Tuned):
         """Digest of the adapter that is taken, which enters the run's hash in the place of its path."""
         return digest_file(Path(self.adapter)) if self.adapter is not None else None
 
-    def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> RecoveryReport:
+    def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> Recovered:
         """Train the adapter, or read it, and put it into the model."""
         assert corpus is not None
         self.check(model)
@@ -66,9 +67,9 @@ class OneAdapter(Tuned):
             )
         else:
             adapter = read_adapter(Path(self.adapter), base, kind)
-        self.put(model, adapter)
+        prompts = self.put(model, adapter)
         base.check(model.network)
-        return RecoveryReport.of(self.name, [adapter], self.kind)
+        return Recovered(RecoveryReport.of(self.name, [adapter], self.kind), prompts)
 
     @property
     @abstractmethod
@@ -92,5 +93,9 @@ class OneAdapter(Tuned):
         """The network to train, in which just the new parameters require gradients."""
 
     @abstractmethod
-    def put(self, model: Model, adapter: Adapter) -> None:
-        """Put the trained parameters into the model; where ``adapter.found`` is false, :meth:`trainable` was called."""
+    def put(self, model: Model, adapter: Adapter) -> Prompts:
+        """Put the trained parameters into the model; where ``adapter.found`` is false, :meth:`trainable` was called.
+
+        Returns:
+            What stands before every input by it.
+        """

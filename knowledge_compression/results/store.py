@@ -75,6 +75,12 @@ class Run:
         return replace(self, _items=self.scan_items().filter(condition))
 
     @property
+    def not_finite(self) -> dict[str, int]:
+        """By suite, how many of its answers are not finite; such a suite gives no figures. Empty where all are."""
+        told = self.report.get("eval", {})
+        return {suite: of["not_finite"] for suite, of in told.items() if of.get("not_finite")}
+
+    @property
     def stored_mb(self) -> float:
         """What has to be kept of its model, in 10^6 bytes: the weights as compressed, and what a recovery trained.
 

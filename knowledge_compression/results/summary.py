@@ -39,6 +39,9 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
     console = Console()
     if not console.is_terminal:
         console = Console(width=190)  # a log keeps whole rows
+    for run in {run.id: run for run in [*baselines.values(), *runs]}.values():
+        for suite, count in run.not_finite.items():
+            console.print(f"[red]{run.id[:8]}: {count} answers to {suite} are not finite; it gives no figures[/red]")
     if table.is_empty():
         console.print("these suites give no accuracy or perplexity to compare; what they found is in each run's folder")
         return
@@ -89,6 +92,7 @@ def drop_table(runs: Sequence[Run], baselines: Mapping[str, Run]) -> pl.DataFram
         for run in distinct.values()
         for suite in run.config["eval"]
         if (metric := next((name for name in HEADLINES if f"{suite}.{name}" in run.metrics), None))
+        and f"{suite}.{metric}" in baselines.get(run.id, run).metrics
     ]
     rows = [_row(*one) | intervals for one, intervals in zip(asked, _intervals(asked), strict=True)]
     return pl.DataFrame(rows, infer_schema_length=None)

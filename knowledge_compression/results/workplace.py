@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import polars as pl
@@ -43,7 +44,13 @@ class Workplace:
                 metrics = {
                     name: math.nan if value is None else float(value) for name, value in found["metrics"].items()
                 }
-                kept = Evaluation(metrics, pl.read_parquet(items, glob=False), found["description"])
+                kept = Evaluation(
+                    metrics,
+                    pl.read_parquet(items, glob=False),
+                    found["description"],
+                    found.get("fallbacks", []),
+                    found.get("not_finite", 0),
+                )
             except (OSError, ValueError, KeyError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
                 log.warning("%s: what an interrupted run kept is damaged (%s); it is asked anew", suite, error)
             else:
@@ -53,9 +60,8 @@ class Workplace:
         items.parent.mkdir(parents=True, exist_ok=True)
         evaluation.items.write_parquet(items)
         scratch = rest.with_suffix(".partial")
-        scratch.write_text(
-            json.dumps(finite({"metrics": evaluation.metrics, "description": evaluation.description}), default=str)
-        )
+        told = {field.name: getattr(evaluation, field.name) for field in fields(evaluation) if field.name != "items"}
+        scratch.write_text(json.dumps(finite(told), default=str))
         scratch.rename(rest)
         return evaluation
 

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import median
 from typing import Any
@@ -258,6 +258,7 @@ def rehearse(skeleton: Model, suite: Any) -> Work:
         suite: an evaluation suite.
     """
     small = miniature(skeleton)
+    dense = deepcopy(small.network)  # without the hooks that count
     tokens: Counter[str] = Counter()
     widest = 0
     final = small.architecture.final
@@ -275,7 +276,7 @@ def rehearse(skeleton: Model, suite: Any) -> Work:
         if is_linear(module):
             module.register_forward_hook(count(path))
     with torch.random.fork_rng([]):
-        evaluation = suite.evaluate(small)
+        evaluation = suite.evaluate(Scorer(small, original=lambda: replace(small, network=dense)))
     return Work(dict(tokens), widest, evaluation.items.height)
 
 
@@ -300,9 +301,7 @@ def miniature(skeleton: Model) -> Model:
         torch.manual_seed(0)
         network = auto_class(config).from_config(config, dtype=torch.float32).eval()
     tokenizer = skeleton.tokenizer or AutoTokenizer.from_pretrained(skeleton.network.config._name_or_path)
-    small = Model(network, tokenizer, skeleton.name)
-    small.original = lambda: Model(deepcopy(network), tokenizer, skeleton.name)
-    return small
+    return Model(network, tokenizer, skeleton.name)
 
 
 def multiply_adds(skeleton: Model, tokens: Mapping[str, int]) -> float:
@@ -326,8 +325,7 @@ def measured_rate(experiment: Experiment, skeleton: Model) -> float:
     block = Model(network, skeleton.tokenizer, skeleton.name)
     weights = sum(layer.parameters for layer in linear_layers(block) if layer.role != "final")
     passes: list[float] = []
-    block.scored_in = experiment.scored_in
-    with torch.inference_mode(), Scorer(block).products():
+    with torch.inference_mode(), Scorer(block, dtype=experiment.scored_in).products():
         while sum(passes) < _PROBING or len(passes) < _PASSES:
             passes.append(timed(device, lambda: network.base_model(**inputs))[0])
     return ids.numel() * weights / median(passes)

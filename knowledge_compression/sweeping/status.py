@@ -75,6 +75,10 @@ def _status(outputs: Path, folder: Path, alive: set[str] | None) -> SweepStatus:
         broken = [f"runs/{run_id}: {why}" for run_id, why in found.items() if isinstance(why, str)]
         if all(isinstance(one, Run) for one in found.values()):
             states.append(DONE)
+            for one in found.values():
+                if isinstance(one, Run) and one.not_finite:
+                    suites = ", ".join(one.not_finite)
+                    troubled.append(Outcome(label, DONE, message=f"runs/{one.id}: answers to {suites} are not finite"))
         elif outcome is not None and outcome.status in (FAILED, BAD_INPUT):
             states.append(outcome.status)
             troubled.append(outcome)
@@ -156,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     show(found, Console())
-    return 1 if any(sweep.outcomes for sweep in found) else 0
+    return 1 if any(outcome.status != DONE for sweep in found for outcome in sweep.outcomes) else 0
 
 
 if __name__ == "__main__":

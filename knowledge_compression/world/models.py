@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import torch
 from knowledge_compression.cache import cache_folder, cached_folder
 from knowledge_compression.corpora.world_text import sentence_windows
 from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.world_facts import WorldProbes
 from knowledge_compression.models import Model
 from knowledge_compression.models.device import resolve_device
@@ -147,9 +148,8 @@ class WorldModel:
         model = LocalModel(self.name, str(folder)).load(device, dtype)
         made = json.loads((folder / "made.json").read_text())
         self._check_recall(made["recall"]["head_held_out"], made["facts"], made["training"]["steps"])
-        model.provenance = {"recipe": self.fingerprint(), "world": str(folder / "world"), "made": made}
-        model.objective = _objective(self.family, model.tokenizer)
-        return model
+        provenance = {"recipe": self.fingerprint(), "world": str(folder / "world"), "made": made}
+        return replace(model, provenance=provenance, objective=_objective(self.family, model.tokenizer))
 
     def folder(self, device: str = "auto") -> Path:
         """Its folder in the cache: a saved model, ``world/`` (what it knows) and ``made.json`` (how it came about)."""
@@ -183,8 +183,8 @@ class WorldModel:
         state = cache_folder() / "worlds" / f".{self.fingerprint()}.training"
         report = train(network, windows, _objective(self.family, tokenizer), self.training,
                        checkpoint=state, label=f"training {self.name}")  # fmt: skip
-        model.provenance = {"world": str(folder / "world")}
-        recall = WorldProbes().evaluate(model).metrics
+        model = replace(model, provenance={"world": str(folder / "world")})
+        recall = WorldProbes().evaluate(Scorer(model)).metrics
         made = self._made(world, model, report, recall)
         log.info("%s recalls %.1f %% of head facts in held-out wordings", self.name, 100 * recall["head.held_out"])
         self._check_recall(recall["head.held_out"], made["facts"], report.steps)

@@ -20,12 +20,13 @@ import torch
 from knowledge_compression.compression.kept import KeptModels
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.corpora.text import TextFile
+from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation, Suite, accuracy_metrics, item_table
 from knowledge_compression.experiment import Experiment
 from knowledge_compression.models import Model
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.targets import Target
-from knowledge_compression.recovery.base import Recovery, RecoveryReport, RestoresBy
+from knowledge_compression.recovery.base import Recovered, Recovery, RecoveryReport, RestoresBy
 from knowledge_compression.recovery.lora import Lora
 from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results import store
@@ -66,7 +67,8 @@ class Probe:
     name: str = "probe"
     seconds: float = 0.0
 
-    def evaluate(self, model: Model) -> Evaluation:
+    def evaluate(self, scorer: Scorer) -> Evaluation:
+        model = scorer.model
         come_by(f"{self.name}")
         time.sleep(self.seconds)
         rows = []
@@ -92,8 +94,8 @@ class Pair:
     def parts(self) -> dict[str, Suite]:
         return {name: Probe(name) for name in ("second", "third")}
 
-    def evaluate(self, model: Model) -> Evaluation:
-        return self.joined({name: part.evaluate(model) for name, part in self.parts().items()})
+    def evaluate(self, scorer: Scorer) -> Evaluation:
+        return self.joined({name: part.evaluate(scorer) for name, part in self.parts().items()})
 
     def joined(self, parts: Mapping[str, Evaluation]) -> Evaluation:
         items = pl.concat([part.items for part in parts.values()])
@@ -130,12 +132,12 @@ class Nudge(Recovery):
     by: float
     restores_by = RestoresBy.WEIGHTS
 
-    def recover(self, model: Model, corpus: Any, report_to: Any = None) -> RecoveryReport:
+    def recover(self, model: Model, corpus: Any, report_to: Any = None) -> Recovered:
         come_by(f"recovery-{self.by:g}")
         with torch.no_grad():
             for parameter in model.network.parameters():
                 parameter.add_(self.by if parameter.ndim == 1 else 0.0)
-        return RecoveryReport("nudge")
+        return Recovered(RecoveryReport("nudge"))
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,14 @@ class Budget:
         tokens: padded tokens in one pass.
         reads: positions whose logits one pass may give.
         rows: of logits to work on at a time, so that what lies between two looks at a row stays in a CPU's cache.
+        fallbacks: what could not be done as it was meant, for the record: smaller passes for want of memory.
         pairs_per_token: query-key pairs of attention that cost as much as all else that one token costs.
     """
 
     def __init__(self, model: Model, tokens: int | None = None) -> None:
         config = model.network.config
         self._model = model
+        self.fallbacks: list[str] = []
         self._settled = tokens is not None or model.device.type == "cpu"
         self.tokens = tokens or (_tokens_on_cpu(model) if model.device.type == "cpu" else _UNPROBED)
         self.reads = max(1, _LOGIT_BYTES // (config.vocab_size * model.dtype.itemsize))
@@ -66,8 +68,8 @@ class Budget:
         self.tokens = max(1, self.tokens // 2)
         self.reads = max(1, self.reads // 2)
         self._settled = True
-        self._model.fallbacks.append(f"out of memory: from here on {self.tokens} tokens go into one pass")
-        log.warning(self._model.fallbacks[-1])
+        self.fallbacks.append(f"out of memory: from here on {self.tokens} tokens go into one pass")
+        log.warning(self.fallbacks[-1])
 
 
 def _tokens_on_cpu(model: Model) -> int:

@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring.heads import head_at
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER_DECODER
+from knowledge_compression.models.prompts import NO_PROMPTS, Choices, Prompts
 
 Done = Callable[[Sequence[int]], bool]
 
 
-def generate(model: Model, prompts: Sequence[Sequence[int]], most: int, done: Done, rows: int) -> list[list[int]]:
+@dataclass
+class Said:
+    """What a model said after a prompt.
+
+    Attributes:
+        tokens: what it said, the token that ended it included.
+        chosen: the soft prompt that each layer chose for it; None where nothing is chosen.
+        finite: whether every distribution that it said a token by was finite.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    chosen: list[int] | None = None
+    finite: bool = True
+
+
+def generate(
+    model: Model, prompts: Sequence[Sequence[int]], most: int, done: Done, *, rows: int, soft: Prompts = NO_PROMPTS
+) -> list[Said]:
     """What the model says after each prompt, by greedy decoding.
 
     Args:
@@ -26,23 +46,32 @@ def generate(model: Model, prompts: Sequence[Sequence[int]], most: int, done: Do
         most: tokens to say at most.
         done: whether what was said so far is enough.
         rows: prompts that are continued side by side.
+        soft: what stands before every prompt.
 
     Returns:
-        The tokens said for each prompt, in their order, the one that ended it included.
+        What was said for each prompt, in their order.
+
+    Raises:
+        BadInput: the tokenizer's padding token is none of the network's.
     """
-    said: list[list[int]] = [[] for _ in prompts]
+    said = [Said() for _ in prompts]
+    choose = soft.choosing or _nothing_chosen
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), rows):
         going = order[start : start + rows]
         state = _start(model, [prompts[i] for i in going])
-        for tokens in _steps(model, state, most):
-            for i, token in zip(going, tokens, strict=True):
-                if not said[i] or not done(said[i]):
-                    said[i].append(token)
-            open_ = [place for place, i in enumerate(going) if not done(said[i])]
+        steps = _steps(model, state, most, choose)
+        for step, (tokens, finite, choices) in enumerate(steps):
+            for i, chosen in zip(going, choices if step == 0 else (), strict=False):
+                said[i].chosen = chosen
+            for i, token, fine in zip(going, tokens, finite, strict=True):
+                if not said[i].tokens or not done(said[i].tokens):
+                    said[i].tokens.append(token)
+                    said[i].finite &= fine
+            open_ = [place for place, i in enumerate(going) if not done(said[i].tokens)]
             if not open_:
                 break
-            if len(open_) < len(going) and model.on_context is None:  # a choice of prompts is kept by row
+            if len(open_) < len(going) and soft.choosing is None:  # a choice of prompts is kept by row
                 going = [going[place] for place in open_]
                 state.keep(torch.tensor(open_, device=model.device))
     return said
@@ -83,7 +112,7 @@ class _State:
 
 def _start(model: Model, prompts: Sequence[Sequence[int]]) -> _State:
     """The first pass: prompts end together, so that what is said stands in one column."""
-    width, pad = max(map(len, prompts)), model.tokenizer.pad_token_id or 0
+    width, pad = max(map(len, prompts)), pad_id(model)
     ids = torch.tensor([[*[pad] * (width - len(p)), *p] for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     if model.family != ENCODER_DECODER:
@@ -95,14 +124,40 @@ def _start(model: Model, prompts: Sequence[Sequence[int]]) -> _State:
 
 
 @torch.inference_mode()
-def _steps(model: Model, state: _State, most: int) -> Iterator[list[int]]:
-    """The likeliest next token of each row, again and again; the caller may drop rows of ``state`` in between."""
+def _steps(
+    model: Model, state: _State, most: int, choose: Callable[[None], AbstractContextManager[Choices]]
+) -> Iterator[tuple[list[int], list[bool], Choices]]:
+    """The likeliest next token of each row, again and again; the caller may drop rows of ``state`` in between.
+
+    With it whether the row's logits were finite, and the soft prompts that the rows chose when they were first read.
+    """
     for _ in range(most):
         count, width = state.tokens.shape
         rows = torch.arange(count, device=state.tokens.device)
-        with head_at(model.network, rows, torch.full_like(rows, width - 1), width):
+        choosing = choose(None) if state.cache is None else nullcontext([])
+        with choosing as choices, head_at(model.network, rows, torch.full_like(rows, width - 1), width):
             output = model.network(**state.inputs())
         state.cache, state.tokens = output.past_key_values, output.logits[0].argmax(-1)[:, None]
         if state.encoded is None:
             state.mask = torch.cat([state.mask, torch.ones_like(state.tokens)], dim=1)
-        yield state.tokens[:, 0].tolist()
+        yield state.tokens[:, 0].tolist(), output.logits[0].amax(-1).isfinite().tolist(), choices
+
+
+def pad_id(model: Model) -> int:
+    """The token that fills rows up; 0 where the tokenizer has none, as nobody attends to it.
+
+    Raises:
+        BadInput: the network has no embedding for it.
+    """
+    embeddings: Any = model.network.get_input_embeddings()
+    pad, rows = model.tokenizer.pad_token_id or 0, embeddings.weight.shape[0]
+    if not 0 <= pad < rows:
+        raise BadInput(
+            f"the padding token of {model.name} has id {pad}, and its network has embeddings for the ids 0 to "
+            f"{rows - 1}; give the tokenizer that it was trained with, or one whose padding token is among them"
+        )
+    return pad
+
+
+def _nothing_chosen(_: Sequence[int] | None) -> AbstractContextManager[Choices]:
+    return nullcontext([])

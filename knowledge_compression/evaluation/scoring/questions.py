@@ -14,11 +14,13 @@ class Blank:
         ids: token ids of the whole input (encoder, encoder-decoder) or of what comes before the blank (decoder).
         position: index of the masked token in ``ids``; only for encoders.
         decoder_ids: what the decoder has said so far, e.g. ``[start, <extra_id_0>]``; only for encoder-decoders.
+        items: ids of the items that it is asked for; what is noted of the answer is noted of them.
     """
 
     ids: Sequence[int]
     position: int | None = None
     decoder_ids: Sequence[int] = ()
+    items: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,12 @@ class Question:
     Attributes:
         context: token ids of the context (for encoder-decoders: the encoder's whole input).
         continuations: token ids of each answer (for encoder-decoders: what the decoder should say).
+        items: ids of the items that it is asked for; what is noted of the answers is noted of them.
     """
 
     context: Sequence[int]
     continuations: Sequence[Sequence[int]] = field(default_factory=list)
+    items: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, islice, pairwise
 from typing import Any
 
@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring.budget import Budget
 from knowledge_compression.evaluation.scoring.depths import depths, head_at_every_depth
-from knowledge_compression.evaluation.scoring.generation import Done, generate
+from knowledge_compression.evaluation.scoring.generation import Done, generate, pad_id
 from knowledge_compression.evaluation.scoring.heads import head_at, likeliest
 from knowledge_compression.evaluation.scoring.layout import EndToEnd, Layout, Rows
 from knowledge_compression.evaluation.scoring.packed_attention import can_lie_end_to_end
@@ -27,10 +28,12 @@ from knowledge_compression.memory import is_out_of_memory
 from knowledge_compression.models import Model
 from knowledge_compression.models.device import multiplied_in
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
+from knowledge_compression.models.prompts import NO_PROMPTS, Choices, Prompts
 
 _TOKENS_A_STEP = 32  # of the budget for each prompt that is continued: keys and values count, not only tokens
 _MOST_PADDING = 0.08  # of a batch's tokens
-_BRANCHING_ATTENTION = ("sdpa", "eager", "prompted")  # attention functions that take a mask of any shape
+_PROMPTED = "prompted"  # of a decoder that a recovery put prompts before
+_BRANCHING_ATTENTION = ("sdpa", "eager", _PROMPTED)  # attention functions that take a mask of any shape
 
 # What is read off one forward pass: log-probabilities and greedy hits, and the continuations they belong to.
 _Reads = tuple[NDArray[np.int64], Tensor, Tensor]
@@ -42,17 +45,54 @@ class Scorer:
     Args:
         model: any family; its network may carry adapters, prompts or quantized modules.
         tokens_per_batch: padded tokens in one forward pass; None takes what was found best for this model and device.
+        prompts: what a recovery put before every input.
+        dtype: type of the products that score (see ``models.device``); None for the model's own.
+        original: loads the model as it was before anything was done to it, for suites that compare with it.
+
+    Raises:
+        BadInput: the model reads prompts, and ``prompts`` does not say which.
 
     Attributes:
+        noted: what was noted of each item that was asked by its id: ``chosen_prompts``, one index a layer (of the first
+            of its texts, where it has several), and ``finite`` (false) where what it was answered by is not finite.
         tokens_read, tokens_padded: tokens of all forward passes so far, and how many of them were padding.
     """
 
-    def __init__(self, model: Model, tokens_per_batch: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        tokens_per_batch: int | None = None,
+        *,
+        prompts: Prompts = NO_PROMPTS,
+        dtype: torch.dtype | None = None,
+        original: Callable[[], Model] | None = None,
+    ) -> None:
+        if model.network.config._attn_implementation == _PROMPTED and not prompts.positions:
+            raise BadInput(
+                f"{model.name} reads prompts that a recovery put before its input; score it with what the recovery "
+                "gave: Scorer(model, prompts=recovered.prompts), or kc.ask(model, suite, recovered)"
+            )
         self.model = model
+        self.prompts = prompts
+        self.dtype = dtype
+        self.original = original
+        self.noted: dict[str, dict[str, Any]] = {}
+        self._orders: dict[tuple[str, str], int] = {}
         self.budget = Budget(model, tokens_per_batch)
-        self._linears = linears_for_onednn(model.network) if model.scored_in is None else []
+        self._linears = linears_for_onednn(model.network) if dtype is None else []
         self.tokens_read = 0
         self.tokens_padded = 0
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest input in tokens beside what prompts take, or None where positions have no end (T5)."""
+        limit = self.model.max_positions
+        return None if limit is None else limit - self.prompts.positions
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """What could not be done as it was meant, for the record."""
+        return self.budget.fallbacks
 
     @property
     def branches(self) -> bool:
@@ -88,7 +128,10 @@ class Scorer:
             for part, logits in self._fitting(batch, lambda part: self._blank_logits([blanks[i] for i in part])):
                 indices = iter(part)
                 for rows in logits.split(self.budget.rows):
-                    yield list(islice(indices, len(rows))), torch.log_softmax(rows.float(), dim=-1)
+                    log_probs = torch.log_softmax(rows.float(), dim=-1)
+                    batch_of_rows = list(islice(indices, len(rows)))
+                    self._note_finite([blanks[i].items for i in batch_of_rows], log_probs[:, 0])
+                    yield batch_of_rows, log_probs
 
     def distributions_by_depth(self, blanks: Sequence[Blank]) -> Iterator[tuple[list[int], Tensor]]:
         """:meth:`distributions` before the first block and after each: ``[len(indices), depths, vocabulary]``."""
@@ -112,14 +155,28 @@ class Scorer:
             np.add.at(totals, slots, log_probs.double().cpu().numpy())
             np.logical_and.at(greedy, slots, hits.cpu().numpy())
         ends = np.cumsum([0, *counts])
+        items = [question.items for question in questions for _ in question.continuations]
+        self._note_finite(items, torch.from_numpy(totals))
         return [
             [Likelihood(float(totals[i]), bool(greedy[i])) for i in range(start, end)] for start, end in pairwise(ends)
         ]
 
-    def generate(self, prompts: Sequence[Sequence[int]], most: int, done: Done) -> list[list[int]]:
-        """Greedy continuations, see :func:`~knowledge_compression.evaluation.scoring.generation.generate`."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], most: int, done: Done, items: Sequence[Sequence[str]] | None = None
+    ) -> list[list[int]]:
+        """Greedy continuations, see :func:`~knowledge_compression.evaluation.scoring.generation.generate`.
+
+        Args:
+            prompts, most, done: as there.
+            items: for each prompt the ids of the items that it is asked for.
+        """
+        rows = max(1, self.budget.tokens // _TOKENS_A_STEP)
         with self.products():
-            return generate(self.model, prompts, most, done, rows=max(1, self.budget.tokens // _TOKENS_A_STEP))
+            said = generate(self.model, prompts, most, done, rows=rows, soft=self.prompts)
+        for one, of in zip(said, items or (), strict=False):
+            self._note(of, {"chosen_prompts": one.chosen} if one.chosen else {})
+            self._note(of, {} if one.finite else {"finite": False})
+        return [one.tokens for one in said]
 
     def trees_of(self, questions: Sequence[Question]) -> list[Tree]:
         """The rows that a decoder reads to answer the questions, see :func:`~.trees.plant`."""
@@ -128,7 +185,7 @@ class Scorer:
             pairs_per_token=self.budget.pairs_per_token,
             longest=min(2 * self.budget.tokens, self.budget.reads),
             branches=self.branches,
-            across=self.model.on_context is None,
+            across=self.prompts.choosing is None,
         )
 
     def _decoder_reads(self, questions: Sequence[Question]) -> Iterator[_Reads]:
@@ -136,11 +193,15 @@ class Scorer:
         self.budget.settle(sum(map(len, trees)))
         batches = self._batches([len(tree) for tree in trees], reads=[len(tree.nodes) for tree in trees])
         for batch in _progress(list(batches)):
-            for _, reads in self._fitting(batch, lambda part: self._read_trees([trees[i] for i in part])):
-                yield reads
+            for part, reads in self._fitting(batch, lambda part: self._read_trees([trees[i] for i in part])):
+                *found, choices = reads
+                for tree, chosen in zip([trees[i] for i in part], choices, strict=False):
+                    for question in tree.questions:
+                        self._note(questions[question].items, {"chosen_prompts": chosen}, order=question)
+                yield tuple(found)
 
     @torch.inference_mode()
-    def _read_trees(self, trees: Sequence[Tree]) -> _Reads:
+    def _read_trees(self, trees: Sequence[Tree]) -> tuple[NDArray[np.int64], Tensor, Tensor, Choices]:
         layout = self._layout([len(tree) for tree in trees], [not tree.is_chain for tree in trees])
         ids = self._laid(layout, np.concatenate([tree.ids for tree in trees]))
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
@@ -150,11 +211,29 @@ class Scorer:
         nodes = np.concatenate([start + tree.nodes for start, tree in zip(layout.starts, trees, strict=True)])
         wanted, of_read = np.unique(nodes, return_inverse=True)
         flat = torch.from_numpy(wanted).to(ids.device)
-        self.model.announce_context([tree.context for tree in trees])
-        with head_at(self.model.network, flat // layout.width, flat % layout.width, layout.width):
+        at = head_at(self.model.network, flat // layout.width, flat % layout.width, layout.width)
+        with self._choosing([tree.context for tree in trees]) as choices, at:
             logits = layout.read(self.model.network, inputs).logits[0]
         targets, slots = (np.concatenate([getattr(tree, name) for tree in trees]) for name in ("targets", "slots"))
-        return slots, *_read(logits, of_read, targets, self.budget.rows)
+        return slots, *_read(logits, of_read, targets, self.budget.rows), choices
+
+    def _choosing(self, context: Sequence[int]) -> AbstractContextManager[Choices]:
+        """Let the rows of a pass choose among the prompts, where there is a choice, by so many tokens of each."""
+        return nullcontext([]) if self.prompts.choosing is None else self.prompts.choosing(context)
+
+    def _note(self, items: Sequence[str], found: Mapping[str, Any], order: int = 0) -> None:
+        """Note something of items; of several things of one name that with the least order stays."""
+        for item in items:
+            noted = self.noted.setdefault(item, {})
+            for name, value in found.items():
+                if order <= self._orders.get((item, name), order):
+                    noted[name] = value
+                    self._orders[item, name] = order
+
+    def _note_finite(self, items: Sequence[Sequence[str]], values: Tensor) -> None:
+        """Note of which items the values are not finite, ``[items]``; one of a row that is not finite shows it."""
+        for place in (~values.isfinite()).nonzero()[:, 0].tolist():
+            self._note(items[place], {"finite": False})
 
     def _layout(self, lengths: Sequence[int], branching: Sequence[bool]) -> Layout:
         """End to end where attention can be told where a text ends, else a row for each text."""
@@ -264,7 +343,7 @@ class Scorer:
     @contextmanager
     def products(self) -> Iterator[None]:
         """Let the network multiply as it does for scoring: in the type chosen for it, float32 by the faster library."""
-        with multiplied_by_onednn(self._linears), multiplied_in(self.model.scored_in, self.model.device):
+        with multiplied_by_onednn(self._linears), multiplied_in(self.dtype, self.model.device):
             yield
 
     @torch.inference_mode()
@@ -284,8 +363,14 @@ class Scorer:
             read_from, said_mask = self._pad([blank.decoder_ids for blank in blanks])
             inputs["decoder_input_ids"], places = read_from, said_mask.sum(-1) - 1
         rows = torch.arange(len(blanks), device=ids.device)
-        with at(self.model.network, rows, places, read_from.shape[1]):
-            return self.model.network(**inputs).logits.flatten(0, 1)
+        with (
+            self._choosing([len(blank.ids) for blank in blanks]) as choices,
+            at(self.model.network, rows, places, read_from.shape[1]),
+        ):
+            logits: Tensor = self.model.network(**inputs).logits.flatten(0, 1)
+        for blank, chosen in zip(blanks, choices, strict=False):
+            self._note(blank.items, {"chosen_prompts": chosen})
+        return logits
 
     def _blank_logits_end_to_end(
         self, blanks: Sequence[Blank], at: Callable[..., AbstractContextManager[None]]
@@ -302,7 +387,7 @@ class Scorer:
 
     @property
     def _pad_id(self) -> int:
-        return self.model.tokenizer.pad_token_id or 0
+        return pad_id(self.model)
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Rows padded on the right and their masks, int64 ``[rows, longest]`` each."""

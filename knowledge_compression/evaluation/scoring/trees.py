@@ -31,6 +31,7 @@ class Tree:
         nodes, targets, slots: what is read off: the prediction after token ``nodes[i]`` gives the log-probability of
             ``targets[i]``, which belongs to continuation ``slots[i]``; ``[reads]`` each.
         context: tokens at its start that no continuation is part of.
+        questions: indices of the questions that its texts belong to, in order.
     """
 
     ids: NDArray[np.int64]
@@ -40,6 +41,7 @@ class Tree:
     targets: NDArray[np.int64]
     slots: NDArray[np.int64]
     context: int
+    questions: Sequence[int]
 
     def __len__(self) -> int:
         """Tokens in the row."""
@@ -59,6 +61,7 @@ class _Text:
     context: int
     last: int
     slot: int
+    question: int
 
 
 @dataclass
@@ -85,10 +88,10 @@ def plant(
     """
     groups: list[_Group] = []
     slots = count()
-    for question in questions:
+    for place, question in enumerate(questions):
         context = tuple(question.context)
         whole = [(*context, *continuation) for continuation in question.continuations]
-        texts = [_Text(ids[:-1], len(context), ids[-1], next(slots)) for ids in whole]
+        texts = [_Text(ids[:-1], len(context), ids[-1], next(slots), place) for ids in whole]
         groups += _cut(sorted(texts, key=lambda text: text.ids), pairs_per_token, longest)
     if not branches:
         alike = (list(texts) for group in groups for _, texts in groupby(group.texts, key=lambda text: text.ids))
@@ -185,6 +188,7 @@ def _tree(texts: Sequence[_Text]) -> Tree:
         targets=np.array(targets, dtype=np.int64),
         slots=np.array(slots, dtype=np.int64),
         context=min(text.context for text in texts),
+        questions=sorted({text.question for text in texts}),
     )
 
 
