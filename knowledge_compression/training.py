@@ -109,6 +109,7 @@ class TrainingReport:
         loss_before, loss_after: mean loss (nats a predicted token) over the first and the last tenth of the steps.
         seconds: wall time, that before an interruption included.
         resumed_at: step at which it went on after an interruption, None where there was none.
+        multiplied_in: type of the products, e.g. ``bfloat16`` (see ``models.device``).
         windows_at_once: windows in one forward pass after memory had not sufficed for ``batch_size`` of them, None
             where it did.
     """
@@ -121,6 +122,7 @@ class TrainingReport:
     seconds: float
     resumed_at: int | None = None
     windows_at_once: int | None = None
+    multiplied_in: str = "float32"
 
     @property
     def tokens_per_second(self) -> float:
@@ -165,6 +167,8 @@ def train(
         raise BadInput(f"{label}: there is no window of text to train on; give more text or shorter windows")
 
     device = next(iter(parameters.values())).device
+    stored = next(p.dtype for p in network.parameters() if p.is_floating_point())
+    narrower = Device.of(device).product_dtype(settings.precision, stored, "training: precision")
     optimizer = _optimizer(parameters, settings, device)
     steps = settings.steps_over(windows.shape[1])
     state = _State(_identity(parameters, windows, settings), settings.batch_size)
@@ -184,7 +188,9 @@ def train(
             try:
                 torch.manual_seed(settings.seed * 1_000_003 + state.step)
                 batch = _batch(windows, settings, state.step)
-                loss = _step(network, optimizer, objective, batch.split(state.windows_at_once), settings)
+                loss = _step(
+                    network, optimizer, objective, batch.split(state.windows_at_once), settings, narrower=narrower
+                )
             except RuntimeError as error:
                 if state.windows_at_once == 1 or not is_out_of_memory(error):
                     raise
@@ -218,6 +224,7 @@ def train(
         seconds=state.seconds,
         resumed_at=resumed_at,
         windows_at_once=state.windows_at_once if state.windows_at_once < settings.batch_size else None,
+        multiplied_in=str(narrower or stored).removeprefix("torch."),
     )
 
 
@@ -227,12 +234,15 @@ def _step(
     objective: Objective,
     parts: Sequence[Tensor],
     settings: TrainingSettings,
+    *,
+    narrower: torch.dtype | None,
 ) -> float:
-    """One optimizer step; gives the mean loss of its predicted tokens, and takes no step where that is no number."""
+    """One optimizer step; gives the mean loss of its predicted tokens, and takes no step where that is no number.
+
+    Products are done in ``narrower`` where that is given.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
-    stored = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    narrower = Device.of(device).product_dtype(settings.precision, stored, "training: precision")
     total, tokens, size = torch.zeros((), device=device), 0, sum(part.numel() for part in parts)
     for part in parts:
         with multiplied_in(narrower, device):

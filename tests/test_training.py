@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.models.device import Device
 from knowledge_compression.objectives import LastWords, MaskedTokens, NextToken, RandomSpans, SpanCorruption
 from knowledge_compression.training import TrainingSettings, train
 
@@ -330,3 +331,17 @@ def test_masked_tokens_become_masks_mostly():
     assert (network.ids == 2).sum() / tokens == pytest.approx(0.8, abs=0.02)
     changed = ((network.ids != 2) & (network.ids != ids)).sum() / tokens
     assert changed == pytest.approx(0.1 * 27 / 28, abs=0.02)
+
+
+@pytest.mark.parametrize(("gain", "stored", "taken"), [
+    (4.0, torch.float32, "bfloat16"), (1.0, torch.float32, "float32"), (4.0, torch.bfloat16, "bfloat16"),
+])  # fmt: skip
+def test_auto_trains_in_the_type_that_suits_the_device(
+    monkeypatch: pytest.MonkeyPatch, gain: float, stored: torch.dtype, taken: str
+) -> None:
+    monkeypatch.setitem(Device.known, torch.device("cpu"), Device(torch.device("cpu"), bfloat16_gain=gain))
+    network, seen = decoder().to(stored), set()
+    network.get_output_embeddings().register_forward_hook(lambda _, __, logits: seen.add(logits.dtype))
+    report = train(network, text(), NextToken(), TrainingSettings(steps=2, precision="auto"))
+    assert report.multiplied_in == taken and seen == {getattr(torch, taken)}
+    assert {p.dtype for p in network.parameters()} == {stored}

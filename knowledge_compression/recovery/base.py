@@ -67,7 +67,8 @@ class RecoveryReport:
             loss_after=fmean(report.loss_after for report in reports),
             seconds=sum(report.seconds for report in reports),
             details=dict(settings)
-            | {"adapters_of_earlier_runs": found, "resumed_at": resumed, "windows_at_once_for_memory": smaller},
+            | {"adapters_of_earlier_runs": found, "resumed_at": resumed, "windows_at_once_for_memory": smaller}
+            | {"multiplied_in": sorted({report.multiplied_in for report in reports})},
         )
 
     def to_json(self) -> dict[str, Any]:
