@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 from copy import deepcopy
 from itertools import combinations, pairwise
 
+import polars as pl
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -17,8 +19,9 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation import calibration
 from knowledge_compression.evaluation.calibration import GroupMean, Questions, answers_by_task, evenly_spaced
 from knowledge_compression.evaluation.cloze import MASK, Candidates, Cloze, candidate_scores, reader_of
-from knowledge_compression.evaluation.probe import Probe, rank_among
+from knowledge_compression.evaluation.probe import Probe, cloze_metrics, rank_among
 from knowledge_compression.evaluation.scoring import Blank, Scorer
+from knowledge_compression.evaluation.suite import item_table
 
 ENCODERS = ["albert", "bert", "distilbert", "electra", "roberta"]
 FAMILIES = ["bert", "roberta", "t5", "bart", "llama", "opt", "gpt2"]
@@ -351,3 +354,22 @@ def test_a_task_may_have_only_long_answers(architecture, tiny_model):
     for one, scores in zip(CLOZES[:2], scores_of(model, CLOZES[:2], answers), strict=True):
         expected = [plain_log_prob(model, one.sentence, answer) for answer in answers]
         torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), atol=1e-4, rtol=1e-4)
+
+
+def test_metrics_are_the_same_to_the_last_bit_whenever_they_are_made() -> None:
+    """A run that was killed and done again, and one that nobody disturbed, are compared number by number."""
+    draw = random.Random(0)
+    rows = [
+        {
+            "suite": "s",
+            "task": f"t{i % 17}",
+            "id": str(i),
+            "gold": "a",
+            "prediction": "b",
+            "correct": draw.random() < 0.5,
+        }
+        | {"rank": draw.randint(1, 50), "choices": draw.randint(50, 99)}
+        for i in range(500)
+    ]
+    items = item_table(rows, {"choices": pl.Int64()})
+    assert len({repr(sorted(cloze_metrics(items, [1, 10]).items())) for _ in range(30)}) == 1

@@ -163,7 +163,7 @@ def _cloze(fact: Fact, templates: Mapping[str, str]) -> Cloze:
 
 def _by_dataset(evaluation: Evaluation) -> dict[str, float]:
     """Accuracy of each data set: over its items, and averaged over its relations."""
-    by_task = evaluation.items.group_by("task").agg(pl.col("correct").sum(), pl.len())
+    by_task = evaluation.items.group_by("task").agg(pl.col("correct").sum(), pl.len()).sort("task")
     data_set = pl.col("task").str.split(".").list.first().alias("data_set")
     return {
         f"{name}.{kind}": value
