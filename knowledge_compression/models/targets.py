@@ -90,21 +90,6 @@ class TargetLayer:
         """Number of weights (biases are not compressed and not counted)."""
         return self.weight.numel()
 
-    def check_finite(self) -> None:
-        """Refuse weights that are not finite, which every method would spread or hide.
-
-        Raises:
-            BadInput: some are not.
-        """
-        weight = self.weight
-        # A sum is finite only where all its terms are, and is had several times as fast as a look at each of them.
-        if not (bool(weight.sum(dtype=torch.float32).isfinite()) or bool(weight.isfinite().all())):
-            bad = int((~weight.isfinite()).sum())
-            raise BadInput(
-                f"{bad:,} of the {weight.numel():,} weights of {self.path} are not finite, so the model is damaged; "
-                "check the checkpoint, or load it in a wider type, e.g. dtype=float32"
-            )
-
     def replace(self, module: ReplacedLinear) -> None:
         """Put another module in this layer's place."""
         self.network.set_submodule(self.path, module)

@@ -27,6 +27,7 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.models import TargetLayer, Targets
 from knowledge_compression.models.families import FINAL
 from knowledge_compression.models.sharded import ShardedCopy
+from knowledge_compression.models.soundness import check_finite
 from knowledge_compression.models.streamed import StreamedModel
 
 log = logging.getLogger(__name__)
@@ -153,6 +154,7 @@ class _Stream:
             weights = {name: stored[self.model.stored_as[name]] for name in names}
         else:
             weights = {name: self.model.read(name) for name in names}
+            check_finite(weights.items(), self.model.name)
         with self.model.holding(weights):
             try:
                 yield
