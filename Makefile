@@ -9,7 +9,7 @@ KC_TEST_SLURM ?= 1
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test coverage test-slurm test-fast lint format bench clean world world-study world-recovery
+.PHONY: help install run test trials coverage test-slurm test-fast lint format bench clean world world-study world-recovery
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -31,6 +31,9 @@ test: $(INSTALLED)  ## all tests, on every core
 test-slurm: $(INSTALLED)  ## a sweep on a real SLURM, which is started on this machine; as root, installs Debian packages
 	tests/slurm/single_node.sh install
 	KC_TEST_SLURM=$(KC_TEST_SLURM) $(BIN)/python -m pytest -rs tests/slurm
+
+trials: $(INSTALLED)  ## wrong inputs of every kind through the command line, and how each ended (20 minutes)
+	PYTHONPATH=tests $(BIN)/python -m trials
 
 coverage: $(INSTALLED)  ## all tests once more, and the lines that none of them runs, by file
 	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term-missing:skip-covered

@@ -10,6 +10,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from peft import PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from helpers.networks import build_network
 from helpers.recoveries import SHORT, STRATEGIES
@@ -194,7 +196,7 @@ def test_trained_prompts_are_shared_between_runs(tiny_model, text):
 
 
 @pytest.mark.parametrize(("strategy", "name"), [(Lora(SHORT, rank=2), "lora"), (Prompt(SHORT, tokens=5), "prompt")])
-def test_an_adapter_fits_its_own_base_only(tiny_model, text, strategy, name):
+def test_an_adapter_fits_its_own_base_only(tiny_model, text, strategy, name, tmp_path):
     trained = tiny_model("llama")
     strategy.recover(trained, text)
     (file,) = Path(model_cache(), "adapters").glob("*/adapter.safetensors")
@@ -212,6 +214,13 @@ def test_an_adapter_fits_its_own_base_only(tiny_model, text, strategy, name):
         (replace(given, rank=3) if name == "lora" else replace(given, tokens=6)).recover(tiny_model("llama"), text)
     with pytest.raises(BadInput, match="cannot be read"):
         replace(given, adapter=str(file.with_name("gone.safetensors"))).recover(tiny_model("llama"), text)
+    with safe_open(file, "pt") as opened:
+        about, tensors = opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    first = next(iter(tensors))
+    for harmed in (tensors[first] * 1.5, tensors[first][..., :1].contiguous()):  # other numbers, or of another shape
+        save_file(tensors | {first: harmed}, tmp_path / "adapter.safetensors", about)
+        with pytest.raises(BadInput, match="is not what was written there"):
+            replace(given, adapter=str(tmp_path / "adapter.safetensors")).recover(tiny_model("llama"), text)
 
 
 @pytest.mark.parametrize("strategy", ["lora", "prompt"])

@@ -138,8 +138,15 @@ def test_a_token_that_was_added_beyond_the_embeddings_is_let_through(folder: Pat
     assert LocalModel("mine", str(folder)).load("cpu").tokenizer.pad_token_id == len(make_tokenizer())
 
 
-@pytest.mark.parametrize("eval_", [[], ["atlas"]])
-def test_a_streamed_weight_of_the_wrong_shape_is_refused(folder: Path, eval_: list[str]) -> None:
+def test_a_weight_of_integers_is_refused(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "bert.encoder.layer.1.output.dense.weight"
+    save_file(weights | {name: weights[name].char()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match=f"holds {name} as integers without a quantization_config"):
+        LocalModel("mine", str(folder)).load("cpu")
+
+
+def test_a_streamed_weight_of_the_wrong_shape_is_refused(folder: Path) -> None:
     """Nothing else would notice where nothing is asked."""
     weights = load_file(folder / "model.safetensors")
     name = "bert.encoder.layer.1.output.dense.weight"

@@ -26,7 +26,7 @@ from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECO
 from knowledge_compression.models.hub import cache_alone_where_no_hub_answers, cached_commit, commit_of
 from knowledge_compression.models.model import Model
 from knowledge_compression.models.soundness import check_configuration, check_it_runs, check_loaded, check_tokenizer
-from knowledge_compression.models.streamed import Checkpoint, StreamedModel
+from knowledge_compression.models.streamed import Checkpoint, StreamedModel, check_kinds
 
 log = logging.getLogger(__name__)
 
@@ -332,6 +332,7 @@ def _from_pretrained(
             **hub,
         )
         check_loaded(network, loaded["missing_keys"], loaded["unexpected_keys"])
+        check_kinds(network, Path(where))
         tokenizer = AutoTokenizer.from_pretrained(where, **hub)
         model = Model(network.to(place).eval(), tokenizer, name)
         if not model.head_is_tied:  # T5 calls its head tied even where the checkpoint holds one

@@ -19,7 +19,7 @@ from knowledge_compression.models.model import Model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE = _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 
 
 class Checkpoint:
@@ -157,6 +157,26 @@ class StreamedModel(Model):
         finally:
             for name, tensor in weights.items():
                 _put(self.network, name, torch.empty_like(tensor, device="meta"))
+
+
+def check_kinds(network: PreTrainedModel, folder: Path) -> None:
+    """Refuse integers in the place of weights, which a loader would take for numbers as they are.
+
+    Args:
+        network: as it was loaded; one that says it is quantized may hold integers.
+        folder: its files; those without safetensors hold nothing that can be looked at.
+
+    Raises:
+        BadInput: names a tensor.
+        ModelUnavailable: a file cannot be read, or lies elsewhere.
+    """
+    if getattr(network.config, "quantization_config", None) or not any((folder / name).is_file() for name in _WEIGHTS):
+        return
+    there = Checkpoint(folder).described()
+    needed = network.state_dict()
+    for name, key in _names_in_files(network, there).items():
+        if name in needed and needed[name].is_floating_point() and not there[key][1]:
+            raise BadInput(f"it holds {key} as integers without a quantization_config that says what they stand for")
 
 
 def _names_in_files(network: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:

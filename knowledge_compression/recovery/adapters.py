@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import LongTensor, Tensor, nn
+from xxhash import xxh3_128
 
 from knowledge_compression.cache import cache_folder, cached_folder
 from knowledge_compression.corpora.corpus import Corpus, digest
@@ -28,7 +29,7 @@ from knowledge_compression.training import LogCallback, TrainingReport, Training
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of an adapter; raised when an old one would mean something else
+FORMAT = 2  # of an adapter; raised when an old one would mean something else
 _CHUNK = 1 << 26  # bytes hashed at a time
 
 
@@ -149,7 +150,7 @@ class Tuning:
             )
             tensors = {n: p.detach().cpu().contiguous() for n, p in network.named_parameters() if p.requires_grad}
             about = {"base": base.digest, "kind": json.dumps(dict(kind)), "report": json.dumps(asdict(report))}
-            save_file(tensors, folder / "adapter.safetensors", about)
+            save_file(tensors, folder / "adapter.safetensors", about | {"content": _content(tensors)})
             checkpoint.unlink(missing_ok=True)
 
         file = cached_folder(f"adapters/{key}", make) / "adapter.safetensors"
@@ -196,8 +197,10 @@ def read_adapter(file: Path, base: FrozenBase, kind: Mapping[str, Any], *, found
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"the adapter {file} cannot be read ({str(error).splitlines()[0]})") from None
-    if not {"base", "kind", "report"} <= about.keys():
+    if not {"base", "kind", "report", "content"} <= about.keys():
         raise BadInput(f"{file} is not an adapter of this project; give an adapter.safetensors that a run has written")
+    if about["content"] != _content(tensors):
+        raise BadInput(f"the adapter {file} is not what was written there; leave recovery.adapter out to train one")
     if about["base"] != base.digest:
         raise BadInput(
             f"the adapter {file} was trained for another base model (weights {about['base'][:12]}, here "
@@ -206,6 +209,16 @@ def read_adapter(file: Path, base: FrozenBase, kind: Mapping[str, Any], *, found
     if json.loads(about["kind"]) != dict(kind):
         raise BadInput(f"the adapter {file} is {about['kind']}, not the {json.dumps(dict(kind))} that was asked for")
     return Adapter(tensors, TrainingReport(**json.loads(about["report"])), file, found)
+
+
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of tensors with their names, types and shapes: what an adapter says it holds is held against it."""
+    digest = xxh3_128()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        raw: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(raw)
+    return digest.hexdigest()
 
 
 def check_gradients(model: Model) -> None:

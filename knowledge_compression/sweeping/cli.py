@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import hydra
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
@@ -25,7 +24,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from knowledge_compression.cache import check_cache
 from knowledge_compression.errors import BadInput
-from knowledge_compression.reading import text_of
 from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, Outcome
 
 if TYPE_CHECKING:
@@ -61,12 +59,10 @@ def check_own_files(arguments: Sequence[str]) -> None:
     for folder in re.findall(r"(?:^|\s)(?:--config-dir|-cd|--config-path|-cp)[=\s](\S+)", joined):
         for path in sorted(Path(folder).rglob("*.yaml")):
             try:
-                content = yaml.load(text_of(path, "a YAML file"), Loader=yaml.CSafeLoader)
-            except (yaml.YAMLError, ValueError, RecursionError) as error:
-                if isinstance(error, BadInput):
-                    raise
+                content = OmegaConf.load(path)
+            except Exception as error:  # as many kinds as there are ways not to be YAML
                 raise BadInput(f"{path} is not YAML that can be read ({one_line(error)})") from None
-            if not isinstance(content, dict | None):
+            if not isinstance(content, DictConfig):
                 raise BadInput(f"{path} names no settings; each line of such a file is NAME: VALUE")
 
 

@@ -248,7 +248,8 @@ def files() -> Iterator[Trial]:
             ways = {name: partial(spoilt, path, spoil) for name, spoil in SPOILS.items()}
             ways |= {f"flipped, seed {seed}": partial(flipped, path, seed) for seed in range(3)}
             for name, spoil in ways.items():
-                about: dict[str, Any] = {"nobody": name == "unreadable", "decides": not path.endswith(".yaml")}
+                decides = not (path.endswith(".yaml") or name == "with a byte order mark")
+                about: dict[str, Any] = {"nobody": name == "unreadable", "decides": decides}
                 yield Trial(f"{command}: {path} {name}", COMMANDS[command], spoil, EITHER, **about)
 
 
