@@ -299,8 +299,8 @@ def _edit(folder: Path, edit: Callable[[dict[str, Any], str], None]) -> None:
 
     for path in sorted(folder.glob("*.safetensors")):
         tensors = load_file(path)
-        name = next((one for one in tensors if "layers.0" in one or "layer.0" in one if one.endswith("weight")), None)
-        if name is not None and tensors[name].dim() == 2:
+        within = (one for one in tensors if ("layers.0." in one or "layer.0." in one) and tensors[one].dim() == 2)
+        if (name := next(within, None)) is not None:
             edit(tensors, name)
             save_file(tensors, path, {"format": "pt"})
             return

@@ -113,7 +113,8 @@ class Tester:
         return ending
 
     def _judged(self, trial: Trial, here: Path, status: int | None) -> Ending:
-        errors = (here / "stderr").read_text(errors="replace")
+        there = (here / "stderr").is_file()
+        errors = (here / "stderr").read_text(errors="replace") if there else "it did not begin"
         said = [line for line in errors.splitlines() if line.startswith("error: ")]
         runs = [path for path in (here / "out" / "runs").glob("*") if not path.name.startswith(".")]
         ids = sorted(path.name for path in runs)
@@ -156,11 +157,11 @@ def _try(trial: Trial, good: str, here: str) -> None:
     """Runs in a process of its own; leaves ``stderr`` and what the command wrote."""
     folder = Path(here)
     folder.mkdir(parents=True)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o666), number)
     copy(Path(good), folder)
     if trial.spoil is not None:
         trial.spoil(folder)
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o666), number)
     os.chdir(folder)
     os.environ |= {"KC_CACHE_DIR": f"{here}/cache", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     if trial.nobody and os.getuid() == 0:
