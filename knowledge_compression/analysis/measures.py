@@ -61,6 +61,7 @@ def _percent_of_inverse(log_ratio: float) -> float:
 
 
 ANSWERS = Measure("correct", lambda right: right.astype(np.float64), _hundredfold, "points")
+SHARES = Measure("share", lambda share: share, _hundredfold, "points")
 PERPLEXITY = Measure(
     "nll",
     np.negative,
@@ -90,4 +91,4 @@ LATENCY = Measure(
     metric="prefill_seconds",
     paired=False,
 )
-MEASURES = (ANSWERS, PERPLEXITY, SIMILARITY, LATENCY)
+MEASURES = (ANSWERS, SHARES, PERPLEXITY, SIMILARITY, LATENCY)

@@ -6,7 +6,9 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from importlib.metadata import version
+from numbers import Real
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,9 @@ import polars as pl
 
 from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.evaluation.scoring import Scorer
-from knowledge_compression.evaluation.suite import Evaluation, Suite, accuracy_metrics, item_table
+from knowledge_compression.evaluation.suite import Evaluation, Suite, item_table
 from knowledge_compression.evaluation.tasks import LOCAL, fingerprint, load_tasks, local_files
+from knowledge_compression.evaluation.tasks.own import of_the_task, sandboxed
 from knowledge_compression.models.families import ENCODER
 
 if TYPE_CHECKING:
@@ -28,7 +31,10 @@ SCORINGS = ("fast", "stock")
 EXTRA_COLUMNS: Mapping[str, pl.DataType] = {
     "gold_index": pl.Int64(),  # place of the right choice; null where answers are not ranked
     "correct_norm": pl.Boolean(),  # by log-probability per character (lm-eval's acc_norm); null where not defined
-}
+    "share": pl.Float64(),  # what an item gives where it is neither right nor wrong, e.g. a share of probability
+    "filters": pl.List(pl.Struct({"filter": pl.String(), "prediction": pl.String(), "correct": pl.Boolean()})),
+}  # filters: the answer under each filter, where a task has several; the other columns are of the first
+_JUDGES = ("acc", "exact_match")  # the metrics that say whether an answer is right; else the task's own first one
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Harness:
         data_dir: local files instead of the hub, in the layout of ``tasks/local.yaml``.
         scoring: ``fast`` (our core) or ``stock`` (lm-eval's own ``HFLM``); both give the same answers.
         groups: names of groups of tasks, whose mean accuracies are given beside the mean over all tasks.
+        allow_code: whether a task file of the user's own may name functions, which run.
         skip_missing: leave out (and name) tasks whose local files are not there, instead of refusing.
         name: what its items are filed under.
     """
@@ -52,6 +59,7 @@ class Harness:
     data_dir: str | None = None
     scoring: str = "fast"
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    allow_code: bool = False
     skip_missing: bool = False
     name: str = "harness"
 
@@ -72,7 +80,7 @@ class Harness:
 
     def fingerprint(self) -> str:
         """Digest of the local files; ``hub`` where there are none."""
-        return fingerprint(self._asked, self.data_dir, skip_missing=self.skip_missing)
+        return fingerprint(self._asked, self.data_dir, skip_missing=self.skip_missing, allow_code=self.allow_code)
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
         """Ask all tasks' questions.
@@ -85,12 +93,13 @@ class Harness:
 
     def parts(self) -> dict[str, Suite]:
         """One suite a task; all of them are found before the first is asked."""
-        return {name: _OneTask(self, name, task) for name, task in load_tasks(self._available(), self.data_dir).items()}
+        loaded = load_tasks(self._available(), self.data_dir, allow_code=self.allow_code)
+        return {name: _OneTask(self, name, task) for name, task in loaded.items()}
 
     def joined(self, parts: Mapping[str, Evaluation]) -> Evaluation:
         """What the parts found, with the means over them."""
         items = pl.concat([part.items for part in parts.values()])
-        metrics = accuracy_metrics(items)
+        metrics = _accuracies(items)
         for part in parts.values():
             metrics |= part.metrics
         not_finite = sum(part.not_finite for part in parts.values())
@@ -113,14 +122,17 @@ class Harness:
         return Evaluation(metrics, items, described, fallbacks, not_finite)
 
     def _means(self, parts: Mapping[str, Evaluation], metrics: Mapping[str, float]) -> dict[str, float]:
-        """Over all items and over the groups of tasks."""
-        asked = sum(part.items.height for part in parts.values())
-        majority = sum(metrics[f"{name}.majority"] * part.items.height for name, part in parts.items()) / asked
-        means = {"majority": majority}
+        """Over all items and over the groups of tasks, of the tasks that have right answers."""
+        means: dict[str, float] = {}
+        sizes = {f"{name}.majority": part.items.height for name, part in parts.items()}
+        if guessed := {key: size for key, size in sizes.items() if key in metrics}:
+            means["majority"] = sum(metrics[key] * size for key, size in guessed.items()) / sum(guessed.values())
         for group, tasks in self.groups.items():
-            if there := [metrics[f"{task}.accuracy"] for task in tasks if task in parts]:
+            if there := [metrics[f"{task}.accuracy"] for task in tasks if f"{task}.accuracy" in metrics]:
                 means[f"group.{group}"] = fmean(there)
-        return means | ({"average": metrics["accuracy_macro"]} if self.groups else {})
+        if self.groups and "accuracy_macro" in metrics:
+            means["average"] = metrics["accuracy_macro"]
+        return means
 
     def _available(self) -> list[str]:
         """The tasks that can be asked."""
@@ -128,7 +140,7 @@ class Harness:
         for task in self._asked:
             try:
                 if self.skip_missing and self.data_dir is not None:
-                    local_files(task, self.data_dir)
+                    local_files(task, self.data_dir, allow_code=self.allow_code)
                 names.append(task)
             except DataUnavailable as error:
                 log.warning("%s is left out: %s", task, error)
@@ -156,11 +168,17 @@ class _OneTask:
                 "choose eval=atlas, eval=lama or eval=perplexity"
             )
         results = self._run(scorer)
-        rows = [
-            {"suite": self.suite.name, "task": self.name, "id": item_id(sample["doc_id"], sample["doc"])}
-            | _answer(self.task, sample)
-            for sample in results["samples"][self.name]
-        ]
+        by_document: dict[Any, list[Mapping[str, Any]]] = {}  # a sample for each filter
+        for sample in results["samples"][self.name]:
+            by_document.setdefault(sample["doc_id"], []).append(sample)
+        with of_the_task(self.name):
+            judge = _judge(self.task, results["samples"][self.name])
+            rows = [
+                {"suite": self.suite.name, "task": self.name, "id": item_id(first["doc_id"], first["doc"])}
+                | _answer(self.task, first, judge)
+                | ({"filters": [_filtered(one, judge) for one in (first, *others)]} if others else {})
+                for first, *others in by_document.values()
+            ]
         items = item_table(rows, EXTRA_COLUMNS)
         described = {
             "version": results["versions"][self.name],
@@ -181,33 +199,60 @@ class _OneTask:
         if own is None or (own != 0 and asked is not None):  # a task's own 0 is never overruled
             self.task.set_config("num_fewshot", asked or 0)
         self.task.set_fewshot_seed(FEWSHOT_SEED)
+        self._check_fewshot()
+        for step in ("build_all_requests", "apply_filters", "process_results"):  # the task's own, and not the model's
+            setattr(self.task, step, of_the_task(self.name)(getattr(self.task, step)))
         self.task._aggregation_list = {
-            name: _without_overflow(aggregate) for name, aggregate in self.task._aggregation_list.items()
+            name: of_the_task(self.name)(_without_overflow(aggregate))
+            for name, aggregate in self.task._aggregation_list.items()
         }
-        found = evaluate(
-            lm=ScorerLM(scorer) if self.suite.scoring == "fast" else stock_lm(scorer),
-            task_dict={"tasks": {self.name: self.task}},
-            limit=self.suite.limit,
-            bootstrap_iters=0,
-            cache_requests=False,  # lm-eval's request cache does not know the model
-            log_samples=True,
-        )
+        with sandboxed():
+            found = evaluate(
+                lm=ScorerLM(scorer) if self.suite.scoring == "fast" else stock_lm(scorer),
+                task_dict={"tasks": {self.name: self.task}},
+                limit=self.suite.limit,
+                bootstrap_iters=0,
+                cache_requests=False,  # lm-eval's request cache does not know the model
+                log_samples=True,
+                confirm_run_unsafe_code=self.suite.allow_code,
+            )
         assert found is not None  # it is, on every rank but the first of a distributed run
         return found
 
+    def _check_fewshot(self) -> None:
+        """Refuse more examples than there are documents to take them from."""
+        wanted = self.task.get_config("num_fewshot") or 0
+        if not wanted:
+            return
+        with of_the_task(self.name):
+            there = len(list(self.task.fewshot_docs() or []))
+        config = self.task.config
+        if (config.fewshot_split or "") == config.test_split:  # the document that is asked is no example of itself
+            there -= 1
+        if wanted > there:
+            raise BadInput(
+                f"task {self.name} has {max(there, 0)} documents to take examples from, and {wanted} are wanted; "
+                f"give eval.{self.suite.name}.num_fewshot={max(there, 0)} or fewer"
+            )
+
     def _metrics(self, found: Mapping[str, Any], items: pl.DataFrame) -> dict[str, float]:
-        by = "gold_index" if items["gold_index"].null_count() == 0 else "gold"
-        metrics = {f"{self.name}.majority": int(items[by].value_counts()["count"].max()) / items.height}  # type: ignore[arg-type]
-        for key, value in found.items():
-            metric, comma, _ = key.partition(",")
-            if comma and isinstance(value, int | float) and not metric.endswith("_stderr"):
-                metrics[f"{self.name}.{metric}"] = float(value)
+        metrics = {}
+        judged = items.filter(pl.col("correct").is_not_null() & pl.col("gold").is_not_null())
+        if judged.height == items.height:
+            by = "gold_index" if items["gold_index"].null_count() == 0 else "gold"
+            metrics[f"{self.name}.majority"] = int(items[by].value_counts()["count"].max()) / items.height  # type: ignore[arg-type]
+        told = {tuple(key.split(",", 1)): value for key, value in found.items() if "," in key}
+        several = len({filtered for _, filtered in told}) > 1
+        for (metric, filtered), value in told.items():
+            if isinstance(value, int | float) and not metric.endswith("_stderr"):
+                metrics[f"{self.name}.{metric}.{filtered}" if several else f"{self.name}.{metric}"] = float(value)
         return metrics
 
 
 def _without_overflow(aggregate: Callable[[Any], float]) -> Callable[[Any], float]:
     """A metric of lm-eval that is infinite where it is too large for a float."""
 
+    @wraps(aggregate)
     def bounded(values: Any) -> float:
         try:
             return aggregate(values)
@@ -217,18 +262,61 @@ def _without_overflow(aggregate: Callable[[Any], float]) -> Callable[[Any], floa
     return bounded
 
 
-def _answer(task: Task, sample: Mapping[str, Any]) -> dict[str, Any]:
+def _accuracies(items: pl.DataFrame) -> dict[str, float]:
+    """Accuracies over the tasks whose items are right or wrong, or give shares; none where there are none."""
+    judged = items.with_columns(value=pl.coalesce(pl.col("correct").cast(pl.Float64), "share"))
+    judged = judged.filter(pl.col("value").is_not_null())
+    metrics = {"items": float(items.height)}
+    if judged.is_empty():
+        return metrics
+    by_task = judged.group_by("task").agg(pl.col("value").mean()).sort("task")
+    metrics |= {"accuracy": float(judged["value"].mean()), "accuracy_macro": float(by_task["value"].mean())}  # type: ignore[arg-type]
+    return metrics | {f"{task}.accuracy": float(value) for task, value in by_task.iter_rows()}
+
+
+Judge = tuple[str, str]  # a metric, and the column that its value goes to: correct, or share
+
+
+def _judge(task: Task, samples: Sequence[Mapping[str, Any]]) -> Judge | None:
+    """The metric that is in [0, 1] for every item: whether it is right or, where some lie between, how far."""
+    means = [name for name, how in task.aggregation().items() if getattr(how, "__name__", "") == "mean"]
+    for name in (*_JUDGES, *means):
+        values = [float(sample[name]) for sample in samples if isinstance(sample.get(name), Real)]
+        if len(values) == len(samples) and all(0 <= value <= 1 for value in values):
+            return name, "correct" if set(values) <= {0.0, 1.0} else "share"
+    return None
+
+
+def _judged(sample: Mapping[str, Any], judge: Judge | None) -> dict[str, Any]:
+    if judge is None:
+        return {}
+    metric, column = judge
+    return {column: bool(sample[metric]) if column == "correct" else float(sample[metric])}
+
+
+def _filtered(sample: Mapping[str, Any], judge: Judge | None) -> dict[str, Any]:
+    """The answer of one document under one filter."""
+    return {
+        "filter": sample["filter"],
+        "prediction": str(sample["filtered_resps"][0]),
+        "correct": _judged(sample, judge).get("correct"),
+    }
+
+
+def _answer(task: Task, sample: Mapping[str, Any], judge: Judge | None) -> dict[str, Any]:
     """The answer columns of one document, from what lm-eval logged of it."""
-    contexts = [arguments[0] for arguments in sample["arguments"]]
+    contexts = [str(arguments[0]) for arguments in sample["arguments"]]
     row: dict[str, Any] = {
         # A task with several inputs (WinoGrande) writes its choices into the context and asks for one continuation.
         "prompt": " | ".join(dict.fromkeys(contexts)),
-        "correct": bool(sample["acc"] if "acc" in sample else sample["exact_match"]),
         "correct_norm": bool(sample["acc_norm"]) if "acc_norm" in sample else None,
-    }
+    } | _judged(sample, judge)
     answers, target = sample["filtered_resps"], sample["target"]
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return row | {"log_prob": float(answers[0])}
     if task.OUTPUT_TYPE == "generate_until":
-        return row | {"gold": target[0] if isinstance(target, list) else str(target), "prediction": answers[0]}
+        gold = (target[0] if target else None) if isinstance(target, list) else target
+        return row | {"gold": None if gold is None else str(gold), "prediction": str(answers[0])}
     scores = [float(score) for score, _ in answers]
     best = max(range(len(scores)), key=scores.__getitem__)
     choices = [arguments[1].strip() for arguments in sample["arguments"]]
@@ -237,15 +325,30 @@ def _answer(task: Task, sample: Mapping[str, Any]) -> dict[str, Any]:
         return row | {"gold": choices[best], "prediction": said, "log_prob": scores[best]}
     if task.multiple_input:
         choices, target = list(task.doc_to_choice(sample["doc"])), task.doc_to_text(sample["doc"])
-    gold = target if isinstance(target, int) else choices.index(target.strip())
-    wrong = [score for i, score in enumerate(scores) if i != gold]
+    gold_index = _place(target, choices)
+    row |= {"prediction": choices[best], "prediction_log_prob": scores[best], "choices": len(choices)}
+    if gold_index is None:
+        return row
+    if judge is None:  # none of its metrics says it, such as Matthews' correlation
+        row["correct"] = best == gold_index
+    wrong = [score for i, score in enumerate(scores) if i != gold_index]
     return row | {
-        "gold": choices[gold],
-        "gold_index": gold,
-        "prediction": choices[best],
-        "log_prob": scores[gold],
-        "prediction_log_prob": scores[best],
-        "margin": scores[gold] - max(wrong) if all(map(math.isfinite, scores)) else math.nan,
-        "rank": 1 + sum(score > scores[gold] for score in wrong),
-        "choices": len(choices),
+        "gold": choices[gold_index],
+        "gold_index": gold_index,
+        "log_prob": scores[gold_index],
+        "margin": _margin(scores[gold_index], wrong),
+        "rank": 1 + sum(score > scores[gold_index] for score in wrong),
     }
+
+
+def _margin(score: float, wrong: Sequence[float]) -> float | None:
+    if not wrong:
+        return None
+    return score - max(wrong) if all(map(math.isfinite, (score, *wrong))) else math.nan
+
+
+def _place(target: Any, choices: Sequence[str]) -> int | None:
+    """Which choice is right; None where the document names none of them, which lm-eval counts as wrong."""
+    if isinstance(target, str):
+        return choices.index(target.strip()) if target.strip() in choices else None
+    return int(target) if isinstance(target, int) and 0 <= target < len(choices) else None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from knowledge_compression.errors import BadInput, DataUnavailable
+from knowledge_compression.evaluation.tasks.own import files_of, of_the_task, sandboxed
 from knowledge_compression.reading import objects
 
 if TYPE_CHECKING:
@@ -24,22 +25,28 @@ if TYPE_CHECKING:
 LOCAL: Mapping[str, Mapping[str, Any]] = yaml.safe_load(files(__package__).joinpath("local.yaml").read_text())
 
 
-def load_tasks(names: Sequence[str], data_dir: str | None) -> dict[str, Task]:
+def load_tasks(names: Sequence[str], data_dir: str | None, *, allow_code: bool = False) -> dict[str, Task]:
     """The stock tasks, reading their documents from ``data_dir`` or, where that is None, from the hub.
 
     Raises:
-        BadInput: a name is unknown, or a local file is not what the task's prompts read.
+        BadInput: a name is unknown, a local file is not what the task's prompts read, or holds code unasked.
         DataUnavailable: a local file is not there, or the hub did not answer.
     """
     if data_dir is not None:
         for name in names:
-            local_files(name, data_dir)
+            local_files(name, data_dir, allow_code=allow_code)
     loaded: dict[str, Task] = {}
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
+    with _quiet(), sandboxed(), tempfile.TemporaryDirectory() as folder:
         manager = _manager(names, data_dir, Path(folder))
         for name in names:
             try:
-                loaded |= manager.load([name])["tasks"]
+                if data_dir is not None and name not in LOCAL:
+                    with of_the_task(name):
+                        loaded |= manager.load([name])["tasks"]
+                else:
+                    loaded |= manager.load([name])["tasks"]
+            except BadInput:
+                raise
             except Exception as error:  # datasets and the hub raise a hundred kinds of it; all mean: no documents
                 line = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
                 raise DataUnavailable(
@@ -48,7 +55,7 @@ def load_tasks(names: Sequence[str], data_dir: str | None) -> dict[str, Task]:
     return loaded
 
 
-def local_files(name: str, data_dir: str) -> list[Path]:
+def local_files(name: str, data_dir: str, *, allow_code: bool = False) -> list[Path]:
     """The files that the task ``name`` reads under ``data_dir``, checked line by line.
 
     Raises:
@@ -60,7 +67,8 @@ def local_files(name: str, data_dir: str) -> list[Path]:
         raise DataUnavailable(f"data_dir={data_dir} is not a folder")
     if name not in LOCAL:
         definition = own_task(name, root)
-        return [definition, *_own_documents(definition).values()]
+        settings, included = files_of(definition, allow_code=allow_code)
+        return [*included, *_own_documents(definition, settings).values()]
     paths = [root / path for path in LOCAL[name]["files"].values()]
     for path in paths:
         if not path.is_file():
@@ -81,16 +89,16 @@ def own_task(name: str, folder: Path) -> Path:
     raise BadInput(f"{unknown_task(name, LOCAL)}; a task of your own is a file {name}.yaml under data_dir={folder}")
 
 
-def _own_documents(definition: Path) -> dict[str, Path]:
+def _own_documents(definition: Path, settings: Mapping[str, Any]) -> dict[str, Path]:
     """Each split's file of a task of the user's own: beside its definition, and nowhere above it.
 
     Raises:
         BadInput: the definition names no files, or files elsewhere.
         DataUnavailable: a file is not there.
     """
-    settings = yaml.safe_load(definition.read_text(encoding="utf-8"))
-    named = ((settings or {}).get("dataset_kwargs") or {}).get("data_files")
-    if not isinstance(named, Mapping):
+    kwargs = settings.get("dataset_kwargs")
+    named = kwargs.get("data_files") if isinstance(kwargs, Mapping) else None
+    if not isinstance(named, Mapping) or not all(isinstance(word, str) for word in (*named, *named.values())):
         raise BadInput(f"{definition} names no documents; dataset_kwargs: {{data_files: {{SPLIT: FILE}}}} is read")
     documents = {split: definition.parent / str(file) for split, file in named.items()}
     for path in documents.values():
@@ -102,14 +110,16 @@ def _own_documents(definition: Path) -> dict[str, Path]:
     return documents
 
 
-def fingerprint(names: Sequence[str], data_dir: str | None, *, skip_missing: bool = False) -> str:
+def fingerprint(
+    names: Sequence[str], data_dir: str | None, *, skip_missing: bool = False, allow_code: bool = False
+) -> str:
     """Digest of the local files of the tasks; ``hub`` where there are none."""
     if data_dir is None:
         return "hub"
     sha = hashlib.sha256()
     for name in names:
         try:
-            for path in local_files(name, data_dir):
+            for path in local_files(name, data_dir, allow_code=allow_code):
                 sha.update(f"{name}:{path.name}:".encode() + path.read_bytes())
         except DataUnavailable:
             if not skip_missing:
@@ -154,7 +164,8 @@ def _stock(name: str, data_dir: str | None) -> dict[str, Any]:
 def _own(name: str, folder: Path) -> dict[str, Any]:
     """The settings of a task of the user's own, its documents read from beside it wherever we were started."""
     definition = own_task(name, folder)
-    documents = {split: str(path.resolve()) for split, path in _own_documents(definition).items()}
+    settings, _ = files_of(definition, allow_code=True)  # looked at already, by local_files
+    documents = {split: str(path.resolve()) for split, path in _own_documents(definition, settings).items()}
     kwargs = {"data_files": documents}
     return {"include": str(definition.resolve()), "dataset_path": "json", "dataset_kwargs": kwargs}
 
