@@ -24,7 +24,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from knowledge_compression.evaluation.atlas import Atlas
-from knowledge_compression.evaluation.calibration import Questions, evenly_spaced
+from knowledge_compression.evaluation.calibration import Questions, sampled
 from knowledge_compression.evaluation.cloze import MASK, Cloze
 from knowledge_compression.evaluation.lama import Lama
 from knowledge_compression.evaluation.probe import Probe
@@ -69,8 +69,8 @@ def bert_base_shape(tiny: Model) -> Model:
 def compare(model: Model, clozes: Sequence[Cloze], repeats: int) -> dict[str, object]:
     """Time both ways ``repeats`` times, after making sure that they answer alike."""
     items, slow_items, batch_sizes = SIZES[model.name]
-    clozes = evenly_spaced(clozes, items)
-    few = evenly_spaced(clozes, slow_items)
+    clozes = sampled(clozes, items)
+    few = sampled(clozes, slow_items)
     sentences = [cloze.sentence for cloze in few]
     probe = Probe("full", lower_case=True, keep_long=True)
     ours = {

@@ -19,7 +19,7 @@ from lama import SIZES, bert_base_shape
 from products import Products
 from side_by_side import in_turn, ratio, spread, write
 
-from knowledge_compression.evaluation.calibration import Questions, evenly_spaced
+from knowledge_compression.evaluation.calibration import Questions, sampled
 from knowledge_compression.evaluation.cloze import reader_of
 from knowledge_compression.evaluation.lama import Lama
 from knowledge_compression.evaluation.perplexity import Perplexity
@@ -32,7 +32,7 @@ Contestants = dict[str, Callable[[], Any]]
 
 
 def lama(model: Model, data_dir: Path) -> Contestants:
-    clozes = evenly_spaced(Lama(str(data_dir), ["TREx"], "sentence").clozes(), SIZES[model.name][0])
+    clozes = sampled(Lama(str(data_dir), ["TREx"], "sentence").clozes(), SIZES[model.name][0])
     probe, scorer = Probe("full", lower_case=True, keep_long=True), Scorer(model)
     blanks = [blank for blank in reader_of(scorer).blanks(clozes) if blank is not None]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from copy import deepcopy
 from itertools import combinations, pairwise
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation import calibration
-from knowledge_compression.evaluation.calibration import GroupMean, Questions, answers_by_task, evenly_spaced
+from knowledge_compression.evaluation.calibration import GroupMean, Questions, answers_by_task, sampled
 from knowledge_compression.evaluation.cloze import MASK, Candidates, Cloze, candidate_scores, reader_of
 from knowledge_compression.evaluation.probe import Probe, cloze_metrics, rank_among
 from knowledge_compression.evaluation.scoring import Blank, Scorer
@@ -218,7 +219,7 @@ def test_a_sample_is_asked_as_if_all_were(candidates, enough, tiny_model, monkey
         for name, gold in zip(("paris", "rome", "berlin"), ("france", "italy", "germany"), strict=True)
     ]
     whole, answers = Questions(clozes, answers_by_task(clozes)), answers_by_task(clozes)
-    few = Questions(evenly_spaced(clozes, 3), answers, clozes)
+    few = Questions(sampled(clozes, 3), answers, clozes)
     probe = Probe(candidates, calibrate=True)
     all_items, items = (probe.ask("test", Scorer(model), questions).items for questions in (whole, few))
     same = all_items.join(items, on="id", suffix="_few", maintain_order="right")
@@ -327,13 +328,21 @@ def test_common_vocabulary_ranks_among_its_words_only(tiny_model):
 
 
 @given(st.integers(1, 60), st.integers(1, 80))
-def test_a_limit_takes_evenly_spaced_questions(count, limit):
+def test_a_limit_takes_questions_from_everywhere(count, limit):
     clozes = [cloze(f"{n} [MASK]", "x") for n in range(count)]
-    taken = evenly_spaced(clozes, limit)
-    assert len(taken) == min(count, limit)
+    taken = sampled(clozes, limit)
+    assert len(taken) == min(count, limit) and taken == sampled(clozes, limit)
     places = [clozes.index(one) for one in taken]
-    gaps = {after - before for before, after in pairwise(places)}
-    assert not gaps or (min(gaps) >= 1 and max(gaps) - min(gaps) <= 1)
+    gaps = [after - before for before, after in pairwise([*places, places[0] + count])]  # round the end of the list
+    assert min(gaps) >= 1 and max(gaps) < 2 * math.ceil(count / len(taken))
+
+
+def test_a_sample_has_no_rhythm_and_prefers_nothing():
+    clozes = [cloze(f"{n} [MASK]", "x", wording=str(n % 2)) for n in range(120)]
+    times = Counter(one.id for seed in range(400) for one in sampled(clozes, 20, seed))
+    assert len(times) == 120 and max(times.values()) < 2 * 400 / 6
+    for limit in (20, 30, 40, 60):  # wordings take turns, and every so-manieth question is one of both
+        assert 0.25 < sum(one.wording == "0" for one in sampled(clozes, limit)) / limit < 0.75
 
 
 @pytest.mark.parametrize("wrong", [{"candidates": "some"}, {"top_k": (0,)}])

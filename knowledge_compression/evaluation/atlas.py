@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from knowledge_compression.errors import BadInput
-from knowledge_compression.evaluation.calibration import Questions, evenly_spaced
+from knowledge_compression.evaluation.calibration import SAMPLING, Questions, sampled
 from knowledge_compression.evaluation.cloze import Cloze, fill
 from knowledge_compression.evaluation.probe import Probe
 from knowledge_compression.evaluation.scoring import Scorer
@@ -35,7 +35,7 @@ class Atlas:
             same questions for all families; ``all`` asks every fact in every wording.
         candidates, calibrate, top_k: as in :class:`Probe`. By default the relation's own objects are ranked and each
             one's mean subtracted, which even a model with a weak head can do.
-        limit: at most so many questions, evenly spaced. What is asked is asked as if all were: with ``calibrate`` the
+        limit: a sample of at most so many questions. What is asked is asked as if all were: with ``calibrate`` the
             other prompts of its relation and wording are read too, so that a small sample is not much faster.
     """
 
@@ -56,11 +56,11 @@ class Atlas:
         if unknown := sorted(set(self.relations or ()) - set(there)):
             raise BadInput(f"atlas has no relation '{unknown[0]}'; relations: {', '.join(there)}")
         self._probe()
-        evenly_spaced([], self.limit)
+        sampled([], self.limit)
 
     def fingerprint(self) -> str:
-        """Digest of the embedded facts, and of how a sample of them is calibrated."""
-        digest = hashlib.sha256(b"calibrated on all" if self.limit is not None and self.calibrate else b"")
+        """Digest of the embedded facts, and of how a sample of them is drawn and calibrated."""
+        digest = hashlib.sha256(SAMPLING if self.limit is not None else b"")
         for path in sorted(_FOLDER.glob("*.jsonl")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()[:16]

@@ -6,6 +6,7 @@ A sample of the questions is calibrated as the whole would be: the prompts that 
 
 from __future__ import annotations
 
+import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.cloze import Cloze
 
 Group = tuple[str, str]  # a relation and a wording
+SAMPLING = b"sample 2"  # how samples are drawn and calibrated; raised when they would be others
 ENOUGH = 128  # prompts of a group that calibration averages over where only a sample of its questions is asked
 
 
@@ -37,13 +39,13 @@ class Questions:
 
     @classmethod
     def sample(cls, clozes: Sequence[Cloze], limit: int | None) -> Questions:
-        """At most ``limit`` of the clozes, evenly spaced."""
-        return cls(evenly_spaced(clozes, limit), answers_by_task(clozes), clozes)
+        """At most ``limit`` of the clozes, see :func:`sampled`."""
+        return cls(sampled(clozes, limit), answers_by_task(clozes), clozes)
 
     def calibrating(self) -> list[Cloze]:
         """The clozes that are read to calibrate those asked: all of the same relation and wording.
 
-        Of a group that is larger than 128 and not asked whole, 128 evenly spaced ones are read beside those asked.
+        Of a group that is larger than 128 and not asked whole, a sample of 128 is read beside those asked.
         """
         asked = {cloze.id for cloze in self.asked}
         groups: defaultdict[Group, list[Cloze]] = defaultdict(list)
@@ -51,23 +53,34 @@ class Questions:
             groups[group_of(cloze)].append(cloze)
         read = list(self.asked)
         for group in dict.fromkeys(map(group_of, self.asked)):
-            read += [cloze for cloze in evenly_spaced(groups[group], ENOUGH) if cloze.id not in asked]
+            read += [cloze for cloze in sampled(groups[group], ENOUGH) if cloze.id not in asked]
         return read
 
 
-def evenly_spaced(clozes: Sequence[Cloze], limit: int | None, start: float = 0.0) -> list[Cloze]:
-    """At most ``limit`` clozes at even distances, the same ones for every model.
+def sampled(clozes: Sequence[Cloze], limit: int | None, seed: int = 0) -> list[Cloze]:
+    """At most ``limit`` clozes from all parts of the list, in its order; the same ones for every model.
+
+    The list is cut into as many stretches, and one cloze is drawn from each, so that no rhythm of the list (its
+    wordings take turns) meets that of the sample. The list is a circle whose cuts are drawn too: over all seeds every
+    cloze is as likely as any.
 
     Args:
         clozes: what there is.
         limit: how many to take; None takes all.
-        start: where in ``[0, 1)`` of the first distance to start. Over all starts every cloze is as likely as any.
+        seed: of the draw.
+
+    Raises:
+        BadInput: ``limit`` is below one.
     """
     if limit is not None and limit < 1:
         raise BadInput(f"limit={limit} asks nothing; give a number from 1, or null for all")
-    if limit is None or limit >= len(clozes):
+    count = len(clozes)
+    if limit is None or limit >= count:
         return list(clozes)
-    return [clozes[int((i + start) * len(clozes) / limit)] for i in range(limit)]
+    draw = random.Random(seed)
+    start = draw.randrange(count)
+    places = [start + draw.randrange(i * count // limit, (i + 1) * count // limit) for i in range(limit)]
+    return [clozes[place] for place in sorted(place % count for place in places)]
 
 
 def answers_by_task(clozes: Iterable[Cloze]) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 
 from knowledge_compression.errors import BadInput, DataUnavailable
-from knowledge_compression.evaluation.calibration import Questions, evenly_spaced
+from knowledge_compression.evaluation.calibration import SAMPLING, Questions, sampled
 from knowledge_compression.evaluation.cloze import Cloze, fill
 from knowledge_compression.evaluation.lama_data import HUB_ID, HUB_REVISION, LAYOUT, Fact, LamaFolder, LamaHub
 from knowledge_compression.evaluation.probe import CANDIDATES, Probe
@@ -49,7 +49,7 @@ class Lama:
             lower-cased, the same sentence with the same answer asked once, objects of several tokens counted as
             wrong, accuracy over all items alike.
         candidates, calibrate, top_k: as in :class:`Probe`; ``common`` reads ``lama/common_vocab_cased.txt``.
-        limit: at most so many questions, evenly spaced over the data sets in their order. With ``calibrate`` up to 128
+        limit: a sample of at most so many questions, from all parts of the data sets. With ``calibrate`` up to 128
             prompts of each relation among them are read too, so that a sample is calibrated as the whole is.
         hub_id, revision: where the hub keeps it.
     """
@@ -73,14 +73,14 @@ class Lama:
         if unknown := [name for name in self.datasets if name not in LAYOUT]:
             raise BadInput(f"lama has no data set '{unknown[0]}'; choose from {', '.join(LAYOUT)}")
         self._probe()
-        evenly_spaced([], self.limit)
+        sampled([], self.limit)
 
     def fingerprint(self) -> str:
         """Digest of the files that are read, or the hub's id and revision; broken files are refused here."""
         if self.data_dir is None:
-            return f"{self.hub_id}@{self.revision}{':calibrated on all' if self._calibrates_a_sample else ''}"
+            return f"{self.hub_id}@{self.revision}{':' + SAMPLING.decode() if self.limit is not None else ''}"
         self.clozes()
-        digest = hashlib.sha256(b"calibrated on all" if self._calibrates_a_sample else b"")
+        digest = hashlib.sha256(SAMPLING if self.limit is not None else b"")
         for path in self._source.files(self._found):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()[:16]
@@ -113,10 +113,6 @@ class Lama:
             "duplicates_dropped": duplicates,
         }
         return evaluation
-
-    @property
-    def _calibrates_a_sample(self) -> bool:
-        return self.calibrate and self.limit is not None
 
     def _probe(self) -> Probe:
         asked_as = PROTOCOLS[self.protocol].get("asked_as", {})

@@ -58,7 +58,7 @@ class LogitLens:
         calibrate: subtract each candidate's mean log-probability over the relation's prompts in the same wording, at
             the same depth. None does as the suite does by itself (the atlas calibrates, LAMA and the world do not), so
             that at the last depth both rank alike.
-        limit: at most so many questions (of the atlas and LAMA), evenly spaced.
+        limit: at most so many questions (of the atlas and LAMA), see ``calibration.sampled``.
         data_dir: local files of LAMA instead of the hub.
     """
 

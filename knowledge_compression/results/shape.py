@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 import polars as pl
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -74,6 +74,7 @@ class _Compressed(TypedDict):
 class _Recovered(TypedDict):
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     strategy: NotRequired[str]
+    restores_by: NotRequired[Literal["nothing", "weights", "redirection"]]
     trainable_parameters: NotRequired[Count | None]
 
 

@@ -189,7 +189,7 @@ def do_run(outputs: str, model: str, mishaps: str, suites: Sequence[str] = tuple
         corpus=TextFile(name="text", path=str(text), samples=4, length=16),
         suites={name: SUITES[name] for name in suites},
         settings={name: {} for name in ("target", "compression", "recovery", "corpus")}
-        | {"eval": {name: {} for name in suites}, "choices": choices},
+        | {"eval": {name: {} for name in suites}, "choices": choices, "seed": 0, "sparsity": 0.5, "reading": "module"},
         device="cpu",
         kept_models=KeptModels(1.0),
     )
