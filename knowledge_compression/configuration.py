@@ -2,84 +2,168 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
-from functools import cache, partial
-from typing import Any, cast, get_type_hints
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from hydra.errors import HydraException, InstantiationException
-from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+from pydantic import Field
 
-from knowledge_compression.compression.kept import KeptModels
+from knowledge_compression.building import Seed, build
 from knowledge_compression.errors import BadInput, first_line
-from knowledge_compression.experiment import Experiment
-from knowledge_compression.results.tracker import Tracker
 
-# What one experiment is made of: the configuration groups, and the plain values that every part may refer to.
+if TYPE_CHECKING:
+    from knowledge_compression.experiment import Experiment
+    from knowledge_compression.results.tracker import Tracker
+
+# What one experiment is made of: the configuration groups.
 GROUPS = ("model", "target", "compression", "recovery", "corpus", "eval")
-VALUES = ("sparsity", "reading", "seed", "device", "dtype", "scoring_dtype")
 
 
-def settings_of(config: DictConfig, name: str) -> Any:
-    """What a configuration says under one of its top-level names, as plain data; of a group without choice, nothing.
+@dataclass(frozen=True)
+class Output:
+    """Where results go, see ``conf/config.yaml``."""
+
+    dir: Annotated[str, Field(min_length=1)]
+    save_model: bool | Literal["packed"] = False
+    compressed_gb: Annotated[float, Field(ge=0)] = 32.0
+
+
+@dataclass(frozen=True)
+class Doing:
+    """How a run is done, see ``conf/config.yaml``."""
+
+    force: bool = False
+    retries: Annotated[int, Field(ge=0)] = 0
+    plan: bool = False
+    rate: Annotated[float, Field(gt=0)] | None = None
+    detach: bool = False
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What presets say of every recovery's training at once."""
+
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    precision: str | None = None
+
+
+@dataclass(frozen=True)
+class Values:
+    """The plain values of ``conf/config.yaml``, which the files of every group may refer to."""
+
+    output: Output
+    run: Doing
+    sparsity: float
+    reading: str
+    seed: Seed
+    device: str
+    dtype: str
+    scoring: str
+    scoring_dtype: str
+    limit: Annotated[int, Field(ge=1)] | None
+    data_dir: Annotated[str, Field(min_length=1)] | None
+    budget: Budget = field(default_factory=Budget)
+
+
+def settings_of(config: DictConfig) -> dict[str, Any]:
+    """Everything that a configuration says, as plain data, every reference resolved.
 
     Raises:
-        BadInput: a value that must be given is missing, or a reference leads nowhere.
+        BadInput: a value that must be given is missing, a reference leads nowhere, or a value is used by nothing.
     """
+    raw = cast(dict[str, Any], OmegaConf.to_container(config))
+    own = {name for name in raw if name != "hydra"}
+    text = " ".join(re.findall(r"\$\{.*?}", str(raw)))
+    known = {*GROUPS, "tracker", *Values.__dataclass_fields__}
+    for name in sorted(own - known):
+        if not re.search(rf"\b{re.escape(name)}\b", text) and "${${" not in str(raw):
+            raise BadInput(f"{name} is used by nothing; there are {', '.join(sorted(known))}")
     try:
-        part = config.get(name)
+        plain = cast(
+            dict[str, Any],
+            OmegaConf.to_container(OmegaConf.masked_copy(config, [*own]), resolve=True, throw_on_missing=True),
+        )
     except OmegaConfBaseException as error:
-        raise BadInput(first_line(error)) from None
-    if OmegaConf.is_config(part):
-        return plain(part)
-    return {} if part is None and name in GROUPS else part
+        raise BadInput(_what_is_missing(error)) from None
+    return plain
 
 
-def made_of(group: str, settings: Mapping[str, Any], build: Callable[[str, Mapping[str, Any]], Any]) -> Any:
+def _what_is_missing(error: OmegaConfBaseException) -> str:
+    message = first_line(error)
+    if found := re.match(r"Missing mandatory value: (\S+)", message):
+        return f"{found[1]} must be given"
+    return message
+
+
+def values_of(settings: Mapping[str, Any]) -> Values:
+    """The plain values, each looked at.
+
+    Raises:
+        BadInput: one is of the wrong kind or out of range.
+    """
+    named = {name: settings[name] for name in Values.__dataclass_fields__ if name in settings}
+    for name, kind in (("output", Output), ("run", Doing), ("budget", Budget)):
+        if not isinstance(named.get(name, {}), Mapping):
+            raise BadInput(
+                f"{name}={named[name]} does not fit: it has settings: {', '.join(kind.__dataclass_fields__)}"
+            )
+    made: Values = _at_top(build, named)
+    return made
+
+
+def _at_top(make: Callable[..., Any], named: Mapping[str, Any]) -> Any:
+    try:
+        return make("", named, Values)
+    except BadInput as error:
+        raise BadInput(re.sub(r"(^|\s)\.(?=\w)", r"\1", str(error))) from None
+
+
+def made_of(group: str, settings: Any) -> Any:
     """What the settings of one group describe; of ``eval`` all suites by name.
 
-    Args:
-        group: one of ``GROUPS``.
-        settings: as :func:`settings_of` gives them.
-        build: :func:`build`, or what remembers its answers.
-
     Raises:
-        BadInput: a value is missing, of the wrong kind or out of range.
+        BadInput: nothing was chosen, or a value is missing, of the wrong kind or out of range.
     """
     if group == "eval":
-        return {name: build(f"eval.{name}", part) for name, part in settings.items()}
-    return build(group, settings)
+        return {name: _built(f"eval.{name}", part) for name, part in (settings or {}).items()}
+    return _built(group, settings or {})
+
+
+def _built(where: str, settings: Any) -> Any:
+    if not isinstance(settings, Mapping):
+        raise BadInput(f"{where}={settings} does not fit: it has settings, and is chosen among files")
+    return build(where, settings)
 
 
 def experiment_from(config: DictConfig, choices: Mapping[str, str]) -> Experiment:
     """Build the experiment that a composed configuration describes, see :func:`put_together`."""
-    settings = cache(partial(settings_of, config))
-    return put_together(settings, lambda group: made_of(group, settings(group), build), choices)
+    settings = settings_of(config)
+    return put_together(settings, lambda group: made_of(group, settings.get(group)), choices)
 
 
-def put_together(
-    settings_of: Callable[[str], Any], made_of: Callable[[str], Any], choices: Mapping[str, str]
-) -> Experiment:
+def put_together(settings: Mapping[str, Any], made_of: Callable[[str], Any], choices: Mapping[str, str]) -> Experiment:
     """The experiment of its parts.
 
     Args:
-        settings_of: the plain data under a top-level name of the configuration.
+        settings: all of the configuration as plain data.
         made_of: what the settings of a group describe.
-        choices: which file was chosen in each group, e.g. ``{"target": "att"}``; kept with the settings.
+        choices: which file was chosen in each group, e.g. ``{"compression": "gptq"}``.
 
     Raises:
         BadInput: a value is missing, of the wrong kind or out of range.
     """
-    settings: dict[str, Any] = {name: settings_of(name) for name in GROUPS}
-    if not settings["eval"] and not settings["model"].get("stream"):
-        raise BadInput("eval=[] asks nothing; choose at least one suite, e.g. eval=[atlas]")
+    from knowledge_compression.compression.kept import KeptModels
+    from knowledge_compression.experiment import Experiment
+
     made = {name: made_of(name) for name in GROUPS}
-    values = {name: settings_of(name) for name in VALUES}
-    chosen = {group: choices[group] for group in GROUPS if group in choices and group != "eval"}
-    output = settings_of("output")
+    values = values_of(settings)
+    if not made["eval"] and not getattr(made["model"], "stream", False):
+        raise BadInput("eval=[] asks nothing; choose at least one suite, e.g. eval=[atlas]")
     return Experiment(
         source=made["model"],
         target=made["target"],
@@ -87,13 +171,13 @@ def put_together(
         recovery=made["recovery"],
         corpus=made["corpus"],
         suites=made["eval"],
-        settings=settings | values | {"choices": chosen},
-        seed=values["seed"],
-        device=values["device"],
-        dtype=values["dtype"],
-        scoring_dtype=values["scoring_dtype"],
-        save_model=output["save_model"],
-        kept_models=KeptModels(output["compressed_gb"]),
+        called={type(made[group]): choices[group] for group in ("compression", "recovery") if choices.get(group)},
+        seed=values.seed,
+        device=values.device,
+        dtype=values.dtype,
+        scoring_dtype=values.scoring_dtype,
+        save_model=values.output.save_model,
+        kept_models=KeptModels(values.output.compressed_gb),
     )
 
 
@@ -104,71 +188,48 @@ def tracker_from(config: DictConfig, sweep: str | None = None) -> Tracker:
         config: the composed configuration.
         sweep: the name of the sweep, by which a tracker groups its runs unless the user named a group.
     """
-    settings = plain(config.tracker)
+    settings = dict(settings_of(config)["tracker"])
     if "group" in settings:
         settings["group"] = settings["group"] or sweep
-    return build("tracker", settings)
+    tracker: Tracker = build("tracker", settings)
+    return tracker
 
 
-def plain(part: DictConfig) -> dict[str, Any]:
-    """A part of the configuration as plain data, every reference resolved.
-
-    Raises:
-        BadInput: a value that must be given is missing, or a reference leads nowhere.
-    """
-    try:
-        return cast(dict[str, Any], OmegaConf.to_container(part, resolve=True, throw_on_missing=True))
-    except OmegaConfBaseException as error:
-        raise BadInput(first_line(error)) from None
-
-
-def build(name: str, settings: Mapping[str, Any]) -> Any:
-    """The object that ``_target_`` names, after its plain fields were checked against their type hints.
+def part(group: str, name: str, /, **values: Any) -> Any:
+    """The part that ``conf/<group>/<name>.yaml`` describes, with some of its settings changed.
 
     Args:
-        name: how messages call it, e.g. ``compression``.
-        settings: its fields as plain data, with ``_target_``.
+        group, name: as on the command line, e.g. ``recovery`` and ``lora``; of ``eval`` the one suite.
+        values: settings of the part, nested ones as mappings, e.g. ``training={"tokens": 100}``; or values of
+            ``conf/config.yaml`` such as ``sparsity`` and ``data_dir``. A setting exists where its class has the field.
 
     Raises:
-        BadInput: nothing was chosen, a field is missing or unknown, or its value does not fit.
+        BadInput: there is no such file or setting, or a value is missing, of the wrong kind or out of range.
     """
-    if "_target_" not in settings:
-        raise BadInput(f"{name} has settings ({', '.join(settings)}) but is not chosen; choose it, or take them back")
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()  # a notebook may have composed something before
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose("config", overrides=[f"eval=[{name}]" if group == "eval" else f"{group}={name}"])
+    where = f"eval.{next(iter(config.eval))}" if group == "eval" else group
+    for key, value in values.items():
+        of_part = key not in config or key in OmegaConf.select(config, where)
+        with open_dict(config):
+            try:
+                OmegaConf.update(config, f"{where}.{key}" if of_part else key, value, merge=True, force_add=True)
+            except OmegaConfBaseException:
+                raise BadInput(
+                    f"{where}.{key}={value} does not fit: {type(value).__name__} is no plain value"
+                ) from None
     try:
-        check_types(name, get_class(settings["_target_"]), settings)
-        return instantiate(dict(settings), _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, BadInput):
-            raise cause from None
-        if isinstance(cause, TypeError):  # a field too many or too few
-            raise BadInput(f"{name}: {first_line(cause).split('__init__() ')[-1]}") from None
-        raise
-    except HydraException as error:
-        raise BadInput(f"{name}: {first_line(error)}") from None
+        settings = OmegaConf.to_container(OmegaConf.select(config, where), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise BadInput(_what_is_missing(error)) from None
+    return _built(where, settings)
 
 
-def check_types(name: str, part: type, settings: Mapping[str, Any]) -> None:
-    """Refuse values that do not fit a dataclass field made of plain types, naming the setting.
-
-    Raises:
-        BadInput: e.g. ``compression.bits=three``.
-    """
-    if not is_dataclass(part):
-        return
-    hints = get_type_hints(part)
-    for field in fields(part):
-        value = settings.get(field.name)
-        if field.name not in settings or isinstance(value, Mapping):
-            continue
-        try:
-            adapter = _adapter(hints[field.name])
-        except PydanticSchemaGenerationError:  # a part of ours, checked when it is made
-            continue
-        try:
-            adapter.validate_python(value)
-        except ValidationError as error:
-            raise BadInput(f"{name}.{field.name}={value} does not fit: {error.errors()[0]['msg']}") from None
-
-
-_adapter = cache(TypeAdapter)
+def conf_folder() -> Path:
+    """The folder of configuration files: the one inside an installed package, else the repository's."""
+    inside = Path(__file__).with_name("conf")
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "conf"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,11 @@ from knowledge_compression.corpora.corpus import Corpus, digest
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import DividedSuite, Evaluation, Suite, ask, item_table
+from knowledge_compression.identity import CONTENT, digest_of, draws, known_identity, plain
 from knowledge_compression.memory import peak_of_process
 from knowledge_compression.models import Model, Target, Targets
 from knowledge_compression.models.device import Device, resolve_device, resolve_dtype
+from knowledge_compression.models.held import HeldSource
 from knowledge_compression.models.loading import LocalModel, ModelSource, check_memory
 from knowledge_compression.models.saving import save_checkpoint
 from knowledge_compression.models.soundness import non_finite, shown, weights_of
@@ -44,8 +44,6 @@ from knowledge_compression.results.workplace import Workplace
 
 log = logging.getLogger(__name__)
 
-# Settings that say where something lies; what lies there decides the result and is fingerprinted instead.
-_PLACES = ("path", "data_dir", "adapter")
 SAVERS: Mapping[bool | str, Callable[[Model, Path], None]] = {True: save_checkpoint, "packed": save_packed}
 SAVED = "model"  # folder of the compressed model inside a run's folder
 
@@ -60,12 +58,14 @@ class Experiment:
         compression, recovery: what is done to it.
         corpus: text for calibration and recovery, drawn only where one of them needs it.
         suites: what the model is asked, by name.
-        settings: the same as plain data, for the record and for the run's hash.
-        seed, device, dtype: as the user chose them.
+        called: what the user called a compression or a recovery of that class, e.g. ``{Gptq: "gptq"}``.
+        seed: what the user gave the parts that draw; it decides nothing but through their own ``seed`` fields.
+        device, dtype: as the user chose them.
         scoring_dtype: type of the products that score the model, see ``models.device``.
         save_model: whether the compressed model is kept in the run's folder, as it is before recovery; ``packed`` keeps
             it as a packed GPTQ checkpoint.
         kept_models: where compressed models are kept for other runs; None compresses in every run.
+        holds: whether the model stays in memory for other runs of this process.
     """
 
     source: ModelSource
@@ -74,13 +74,14 @@ class Experiment:
     recovery: Recovery
     corpus: Corpus
     suites: Mapping[str, Suite]
-    settings: Mapping[str, Any]
+    called: Mapping[type, str] = field(default_factory=dict)
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
     scoring_dtype: str = "model"
     save_model: bool | str = False
     kept_models: KeptModels | None = None
+    holds: bool = False
 
     @property
     def is_dense(self) -> bool:
@@ -97,6 +98,11 @@ class Experiment:
         """Whether the model is needed whole at some time."""
         return bool(self.suites) or self.recovery.trains or not self.streams
 
+    @cached_property
+    def loader(self) -> ModelSource:
+        """Where this run gets its model from: the source, or what is held of it."""
+        return HeldSource(self.source) if self.holds else self.source
+
     @property
     def needs_text(self) -> bool:
         """Whether a corpus decides the result."""
@@ -104,9 +110,7 @@ class Experiment:
 
     def dense(self) -> Experiment:
         """The baseline that this run is compared with."""
-        choices = {**self.settings["choices"], "compression": "none", "recovery": "none"}
-        settings = {**self.settings, "choices": choices, "compression": {}, "recovery": {}}
-        return replace(self, compression=NoCompression(), recovery=NoRecovery(), settings=settings, save_model=False)
+        return replace(self, compression=NoCompression(), recovery=NoRecovery(), called={}, save_model=False)
 
     def check(self) -> None:
         """Refuse what can be seen to be wrong from configurations alone, before anything is loaded or computed.
@@ -125,7 +129,7 @@ class Experiment:
             raise BadInput(
                 f"output.save_model={self.save_model} is not offered here; choose false, true, or packed (not streamed)"
             )
-        skeleton = self.source.skeleton()
+        skeleton = self.loader.skeleton()
         if not isinstance(self.compression, NoCompression):
             self.target.select(skeleton)
         if self.streams and self.loads:
@@ -133,16 +137,57 @@ class Experiment:
 
     @cached_property
     def id(self) -> str:
-        """Hash of what decides the result; paths, tracker and launcher do not."""
-        asked = {name: _deciding(self.settings["eval"][name], suite) for name, suite in self.suites.items()}
-        deciding = self._deciding_the_model() | {"eval": asked}
+        """Hash of what decides the result; paths, names, speeds, tracker and launcher do not."""
+        return digest_of(self.identity)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result: the identities of the parts that have a say in it."""
+        deciding = self._of_compressed | {"eval": {name: known_identity(suite) for name, suite in self.suites.items()}}
         if self.scored_in is not None:
             deciding["scored_in"] = str(self.scored_in)
         if not isinstance(self.recovery, NoRecovery):
-            deciding["recovery"] = _deciding(self.settings["recovery"], self.recovery)
+            deciding["recovery"] = known_identity(self.recovery)
         if self.needs_text:
-            deciding["corpus"] = _deciding(self.settings["corpus"], self.corpus)
-        return _hash(deciding)
+            deciding["corpus"] = known_identity(self.corpus)
+        return deciding
+
+    @property
+    def drawn(self) -> bool:
+        """Whether anything that decides the result is drawn by lot, so that another seed is another run."""
+        text = [self.corpus] if self.needs_text else []
+        return any(map(draws, [self.compression, self.recovery, *text, *self.suites.values()]))
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """What the user knows each part by: its own name, for compressions and recoveries that of the file chosen."""
+        done: dict[str, Any] = {"compression": self.compression, "recovery": self.recovery}
+        named: dict[str, Any] = {"model": self.source, "target": self.target, "corpus": self.corpus}
+        return {group: str(part.name) for group, part in named.items()} | {
+            group: self.called.get(type(part)) or str(getattr(part, "name", "none")) for group, part in done.items()
+        }
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The parts as plain data: what ``config.yaml`` keeps, trackers show and tables name.
+
+        ``choices`` has what each part is called, ``identity`` what of all this decides; a run in which nothing is drawn
+        has no ``seed``.
+        """
+        parts = {"model": self.source, "target": self.target, "compression": self.compression}
+        parts |= {"recovery": self.recovery, "corpus": self.corpus}
+        return {
+            "choices": self.choices,
+            **{name: plain(part) for name, part in parts.items()},
+            "eval": {name: plain(suite) for name, suite in self.suites.items()},
+            "sparsity": _asked_sparsity(self.compression),
+            "reading": self.target.reading,
+            "seed": self.seed if self.drawn else None,
+            "device": self.device,
+            "dtype": self.dtype,
+            "scoring_dtype": self.scoring_dtype,
+            "identity": self.identity,
+        }
 
     @cached_property
     def scored_in(self) -> torch.dtype | None:
@@ -152,24 +197,24 @@ class Experiment:
     @property
     def compressed_id(self) -> str:
         """Hash of what decides the compressed model: runs that share it differ in what follows."""
-        deciding = self._deciding_the_model() | {
+        deciding = self._of_compressed | {
             "device": resolve_device(self.device).type,  # another kind of device rounds otherwise
             "made_with": [code_of(self.compression), torch.__version__],
         }
         if self.compression.calibrated:
-            deciding["corpus"] = _deciding(self.settings["corpus"], self.corpus)
-        return _hash(deciding)
+            deciding["corpus"] = known_identity(self.corpus)
+        return digest_of(deciding)
 
-    def _deciding_the_model(self) -> dict[str, Any]:
-        """Everything up to the compression."""
+    @cached_property
+    def _of_compressed(self) -> dict[str, Any]:
+        """What decides everything up to the compression."""
         deciding: dict[str, Any] = {
-            "model": self.source.fingerprint(),
+            "model": known_identity(self.source),
             "dtype": str(resolve_dtype(self.dtype, resolve_device(self.device))),
-            "seed": self.seed,
         }
         if not isinstance(self.compression, NoCompression):
-            deciding["target"] = _deciding(self.settings["target"], self.target)
-            deciding["compression"] = _deciding(self.settings["compression"], self.compression)
+            deciding["target"] = known_identity(self.target)
+            deciding["compression"] = known_identity(self.compression)
         if self.streams:
             deciding["streamed"] = True  # in the checkpoint's own floating type
         return deciding
@@ -200,10 +245,9 @@ class Experiment:
 
     def _make(self, workplace: Workplace, tracker: Tracker, force: bool) -> Run:
         """The run itself, step by step; a step that an interrupted attempt finished is taken from the workplace."""
-        torch.manual_seed(self.seed)
         cost = _Cost(resolve_device(self.device))
         with cost.of("load"):
-            load = self.source.streamed if self.streams else self.source.load  # type: ignore[attr-defined]
+            load = self.source.streamed if self.streams else self.loader.load  # type: ignore[attr-defined]
             model = load(self.device, self.dtype)
         targets = self.target.select(model) if not isinstance(self.compression, NoCompression) else Targets([], model)
         corpus = self.corpus.prepared(model) if self.recovery.trains else None  # while the model is as it was loaded
@@ -232,7 +276,7 @@ class Experiment:
                     evaluations[name] = self._evaluate(name, suite, scorer, workplace)
             report["eval"] = {
                 name: evaluation.description
-                | {"fingerprint": _fingerprint(self.suites[name])}
+                | {"fingerprint": known_identity(self.suites[name]).get(CONTENT)}
                 | ({"not_finite": evaluation.not_finite} if evaluation.not_finite else {})
                 for name, evaluation in evaluations.items()
             }
@@ -289,7 +333,7 @@ class Experiment:
         )
 
     def _ask(self, suite: Suite, scorer: Callable[[], Scorer]) -> Evaluation:
-        torch.manual_seed(self.seed)  # what a suite draws does not depend on what was asked before it
+        torch.manual_seed(0)  # whatever a suite may draw without a seed of its own is the same in every run
         return ask(suite, scorer())
 
     def _record(
@@ -328,16 +372,6 @@ class _Cost:
         self.peak = max(self.peak, peak_of_process(self.device))
 
 
-def _hash(deciding: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _deciding(settings: Mapping[str, Any], part: Any) -> dict[str, Any]:
-    """A part's settings without places, with the digest of what lies there."""
-    kept = {key: value for key, value in settings.items() if key not in _PLACES}
-    fingerprint = _fingerprint(part)
-    return kept | ({"fingerprint": fingerprint} if fingerprint else {})
-
-
-def _fingerprint(part: Any) -> str | None:
-    return part.fingerprint() if hasattr(part, "fingerprint") else None
+def _asked_sparsity(compression: Compression) -> float:
+    """The share of weights that a compression was asked to remove; 0 where it removes none."""
+    return max((float(getattr(part, "sparsity", 0.0)) for part in compression.parts), default=0.0)

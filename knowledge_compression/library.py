@@ -17,14 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 
 from knowledge_compression.analysis.comparisons import KEY
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.layer_reports import CompressionReport
-from knowledge_compression.configuration import GROUPS, build, plain
+from knowledge_compression.configuration import GROUPS, part
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Scorer
@@ -37,12 +35,12 @@ from knowledge_compression.models.prompts import NO_PROMPTS
 from knowledge_compression.recovery.base import Recovered, Recovery
 from knowledge_compression.statistics import Estimate
 from knowledge_compression.statistics import drop as paired_drop
-from knowledge_compression.sweeping.cli import CONF, one_line
+from knowledge_compression.sweeping.cli import one_line
 
 
-def load(name: str, *, device: str = "auto", dtype: str = "auto", **settings: Any) -> Model:
+def load(name: str, /, *, device: str = "auto", dtype: str = "auto", **settings: Any) -> Model:
     """A model by its name under ``conf/model/``, e.g. ``load("local", path="my-model")``."""
-    source: ModelSource = choose(f"model={name}", **settings)
+    source: ModelSource = _part("model", name, settings)
     return source.load(device, dtype)
 
 
@@ -104,12 +102,13 @@ def drop(before: Evaluation, after: Evaluation) -> Estimate:
     return paired_drop(both["correct"].to_numpy(), both["correct_after"].to_numpy())
 
 
-def choose(choice: str, **settings: Any) -> Any:
+def choose(choice: str, /, **settings: Any) -> Any:
     """The object that a file under ``conf/`` describes, with some settings changed.
 
     Args:
         choice: as on the command line, e.g. ``compression=gptq``, ``target=att``, ``corpus=c4``, ``eval=atlas``.
-        settings: fields of the object, or plain values of ``conf/config.yaml`` such as ``sparsity`` and ``data_dir``.
+        settings: fields of the object, those of what lies inside it as mappings (``training={"tokens": 1000}``), or
+            plain values of ``conf/config.yaml`` such as ``sparsity`` and ``data_dir``.
 
     Raises:
         BadInput: there is no such file or setting.
@@ -117,15 +116,11 @@ def choose(choice: str, **settings: Any) -> Any:
     group, _, name = choice.partition("=")
     if group not in GROUPS:
         raise BadInput(f"'{choice}' is no choice; give one of {', '.join(GROUPS)} and a name, e.g. compression=gptq")
-    GlobalHydra.instance().clear()  # a notebook may have composed something before
+    return _part(group, name, settings)
+
+
+def _part(group: str, name: str, settings: dict[str, Any]) -> Any:
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", overrides=[f"eval=[{name}]" if group == "eval" else choice])
+        return part(group, name, **settings)
     except HydraException as error:
         raise BadInput(one_line(error)) from None
-    part = next(iter(config.eval.values())) if group == "eval" else config[group]
-    if unknown := [key for key in settings if key not in part and key not in config]:
-        raise BadInput(f"{choice} has no setting {', '.join(unknown)}; it has {', '.join(list(part)[1:])}")
-    for key, value in settings.items():
-        (part if key in part else config)[key] = value
-    return build(choice, plain(part))

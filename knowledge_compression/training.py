@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import LongTensor, Tensor, nn
 
+from knowledge_compression.building import Seed
 from knowledge_compression.errors import BadInput
+from knowledge_compression.identity import SPEED
 from knowledge_compression.memory import is_out_of_memory
 from knowledge_compression.models.device import PRODUCT_DTYPES, Device, multiplied_in
 from knowledge_compression.objectives import Objective
@@ -67,8 +69,8 @@ class TrainingSettings:
     schedule: str = "linear"
     clip: float = 1.0
     precision: str = "float32"
-    checkpoint_every: int = 200
-    seed: int = 0
+    checkpoint_every: int = field(default=200, metadata=SPEED)
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""

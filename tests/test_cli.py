@@ -6,10 +6,8 @@ import sys
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from knowledge_compression.sweeping.cli import main, with_their_files
-from knowledge_compression.sweeping.combinations import combinations
+from knowledge_compression.sweeping.cli import main, settled_by_classes
 
 
 @pytest.fixture
@@ -55,20 +53,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(command, tmp_path, arguments, 
     assert not list((tmp_path / "outputs").rglob("*"))
 
 
-def test_settings_of_a_swept_group_wait_for_its_files():
-    typed = ["-m", "recovery=idp,concat", "recovery.prompts=[1,2]", "target=att", "target.layers=all", "seed=0,1"]
-    assert with_their_files(typed) == [*typed[:2], "recovery.prompts=[1,2],[1,2]", *typed[3:]]
-    values = ["compression=rtn,gptq", "compression.bits=3,4", "compression.clip=mse", "+experiment=[a,b]", "a={"]
-    assert with_their_files(values) == [*values[:2], "compression.clip=mse,mse", *values[3:]]
-    preset = [
-        "+experiment=[forgotten_or_displaced/table1_lora,forgotten_or_displaced/small_world]",
-        "compression.bits=2",
-    ]
-    assert with_their_files(preset) == [preset[0], "compression.bits=2,2"]
-
-
-@pytest.mark.parametrize("value", ["2", "null", "[1,2]", "mse", "'a b'"])
-def test_a_setting_that_waits_is_one_value(value):
-    waiting = with_their_files(["compression=rtn,gptq", f"compression.x={value}"])[1]
-    jobs = combinations(OverridesParser.create().parse_overrides([waiting]))
-    assert jobs == combinations(OverridesParser.create().parse_overrides([f"compression.x={value}"]))
+def test_settings_inside_a_part_are_left_to_its_class():
+    typed = ["-m", "recovery=idp,concat", "recovery.prompts=[1,2]", "target=att", "seed=0,1", "+recovery.roles=[ff]"]
+    assert settled_by_classes(typed) == [*typed[:2], "++recovery.prompts=[1,2]", *typed[3:]]

@@ -18,7 +18,8 @@ from knowledge_compression.configuration import GROUPS, experiment_from
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.atlas import Atlas
 from knowledge_compression.sweeping.cli import CONF
-from knowledge_compression.sweeping.combinations import Assembler, combinations
+from knowledge_compression.sweeping.combinations import Composer, combinations
+from knowledge_compression.sweeping.parts import Parts
 
 
 class Sweep:
@@ -28,7 +29,8 @@ class Sweep:
         self.jobs = combinations(OverridesParser.create().parse_overrides(list(overrides)))
         random.Random(0).shuffle(self.jobs)
         self._loader, self._master = loader, loader.load_configuration("config", [], RunMode.MULTIRUN)
-        self._assembler = Assembler(self, self._master, self.jobs)  # type: ignore[arg-type]
+        self._composer = Composer(self, self._master, self.jobs)  # type: ignore[arg-type]
+        self._parts = Parts()
         self.composed = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -39,7 +41,7 @@ class Sweep:
         return self._loader.load_sweep_config(*arguments)
 
     def assembled(self, job: list[str]) -> Any:
-        return self._assembler(job)[0]
+        return self._parts.experiment(self._composer(job))
 
     def by_hydra(self, job: list[str]) -> Any:
         config = self._loader.load_sweep_config(self._master, job)
@@ -84,7 +86,7 @@ def test_every_shipped_choice_is_assembled_as_hydra_composes_it(
         (["recovery=lora", "recovery.training.learning_rate=1e-3,1e-4", "+budget.tokens=1000,2000"], 2),
         (["recovery=lora", "recovery.training={batch_size:1},{batch_size:2}", "recovery.training.batch_size=3,4"], 4),
         (["recovery=lora", "recovery.training.batch_size=3,4", "recovery.training={batch_size:1},{batch_size:2}"], 4),
-        (["recovery=lora", "+to=5", "recovery.rank='${${scoring}}'", "scoring=device,to", "device=3,4"], 1),
+        (["compression.scope='${${scoring}}'", "scoring=device,dtype", "device=global,layer", "dtype=layer,global"], 3),
         (["eval.atlas.limit=null,10", "eval.atlas.wordings=all,rotate", "output.compressed_gb=0,1"], 1),
         (["+experiment=controlled_world/magnitude,controlled_world/int8", "seed=0,1"], 2),
     ],

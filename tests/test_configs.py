@@ -25,7 +25,7 @@ def test_every_choice_makes_an_experiment(choice):
     config, choices = composed(choice, *NEEDED.get(choice, []))
     experiment = experiment_from(config, choices)
     group, name = choice.split("=")
-    assert experiment.settings["choices"][group] == name
+    assert experiment.choices[group] == name
 
 
 @pytest.mark.parametrize("choice", shipped("eval"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -47,6 +47,7 @@ def test_a_miniature_counts_what_the_network_does(any_tiny_model: Model) -> None
     assert sum(p.numel() for n, p in small.named_parameters() if "embed" not in n) < 40_000
 
 
+@dataclass(frozen=True)
 class Unaskable:
     def evaluate(self, scorer: Scorer) -> Any:
         raise OSError("no such data")

@@ -209,7 +209,7 @@ def test_a_folder_of_another_version_is_named_and_skipped(tmp_path: Path) -> Non
     (store.runs_folder / "notes.txt").write_text("a file of the user's own")
     runs, skipped = store.scan()
     assert [run.id for run in runs] == ["b2"]
-    assert skipped == [("a1", "of another version: its format is 99, this program reads 1")]
+    assert skipped == [("a1", "of another version: its format is 99, this program reads 1 and 2")]
 
 
 DAMAGES = {  # the file, what is done to its bytes, and what is said

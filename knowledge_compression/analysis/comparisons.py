@@ -19,7 +19,7 @@ from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, accuracies, drops, macro_accuracies
 
 KEY = ["task", "id"]  # an item of a suite
-_PLACES = ("path", "data_dir", "adapter")  # what lies there decides, and is in the fingerprint
+_PLACES = ("path", "data_dir", "adapter")  # in runs of format 1: what lies there decides, and is in the fingerprint
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,13 @@ class Group:
             self._read[run.id] = aligned.to_numpy()
         return self._read[run.id]
 
-    def under(self, run: Run, seed: int) -> Run:
+    def under(self, run: Run, seed: int | None) -> Run:
         """The member of a setting with that seed, where it was run with it, else its first."""
         members = {member.config["seed"]: member for member in self.seeds.get(run.id, [run])}
         return members.get(seed, run)
 
-    def seeds_of(self, run: Run) -> list[int]:
-        """The seeds that a setting was run with."""
+    def seeds_of(self, run: Run) -> list[int | None]:
+        """The seeds that a setting was run with; None for one in which nothing is drawn by lot."""
         return [member.config["seed"] for member in self.seeds.get(run.id, [run])]
 
     def answers(self, run: Run) -> NDArray[np.bool_]:
@@ -206,7 +206,7 @@ def compare(runs: Sequence[Run]) -> Comparisons:
     for asked in sorted(by_question, key=lambda asked: (asked.model, asked.suite, asked.protocol)):
         rivals = [said[other] for other in said if (other.model, other.suite) == (asked.model, asked.suite)]
         named = Asked(asked.model, asked.suite, asked.protocol, _particular(said[asked], rivals))
-        members = sorted(by_question[asked], key=lambda run: run.config["seed"])
+        members = sorted(by_question[asked], key=lambda run: run.config["seed"] or 0)
         dense = list({run.config["seed"]: run for run in members[::-1] if is_dense(run)}.values())[::-1]  # one a seed
         if not dense:
             why = f"no dense run of {named.model} with the same {named.suite} settings{_in_brackets(named.differs)}"
@@ -256,8 +256,12 @@ def _as_many_items(run: Run, dense: Run, suite: str) -> bool:
 
 def _setting(run: Run) -> str:
     """What was done to the model, whatever the seed."""
-    parts = ("target", "compression", "recovery", "corpus", "sparsity", "reading", "choices")
-    return json.dumps(seedless({part: run.config.get(part) for part in parts}), sort_keys=True, default=str)
+    if (deciding := run.config.get("identity")) is not None:
+        did = {part: deciding.get(part) for part in ("target", "compression", "recovery", "corpus")}
+    else:
+        parts = ("target", "compression", "recovery", "corpus", "sparsity", "reading")
+        did = {part: run.config.get(part) for part in parts}
+    return json.dumps(seedless(did | {"choices": run.config["choices"]}), sort_keys=True, default=str)
 
 
 def _deciding(run: Run, suite: str) -> dict[str, Any]:
@@ -265,12 +269,20 @@ def _deciding(run: Run, suite: str) -> dict[str, Any]:
         {
             "model": {key: value for key, value in run.report.get("model", {}).items() if key not in _PLACES},
             "dtype": run.environment.get("dtype"),
-            "settings": seedless({k: v for k, v in run.config["eval"][suite].items() if k not in _PLACES}),
+            "settings": seedless(_asked_how(run, suite)),
             "data": run.report["eval"][suite].get("fingerprint"),
         }
         | _scored_in(run)
         | _machine(run, suite)
     )
+
+
+def _asked_how(run: Run, suite: str) -> dict[str, Any]:
+    """The settings of a suite that decide what it asks."""
+    if (deciding := run.config.get("identity")) is not None:
+        return dict(deciding["eval"][suite])
+    settings = {key: value for key, value in run.config["eval"][suite].items() if key not in _PLACES}
+    return settings | ({"format": run.environment["format"]} if "format" in run.environment else {})
 
 
 def _scored_in(run: Run) -> dict[str, Any]:

@@ -198,8 +198,12 @@ def _share(such: int, others: int) -> Estimate | None:
 def _treatment(run: Run) -> str:
     """What was done to the model before any recovery."""
     config = run.config
-    done = {key: seedless(config.get(key)) for key in ("target", "compression", "sparsity", "reading")}
-    done |= {"text": run.report["compression"].get("calibration"), "seed": config["seed"]}
+    if (deciding := config.get("identity")) is not None:  # with the seeds that it draws by
+        done = {key: deciding.get(key) for key in ("target", "compression")}
+    else:
+        done = {key: seedless(config.get(key)) for key in ("target", "compression", "sparsity", "reading")}
+        done["seed"] = config["seed"]
+    done["text"] = run.report["compression"].get("calibration")
     return json.dumps(done | {"names": [config["choices"][k] for k in ("target", "compression")]}, sort_keys=True)
 
 

@@ -142,8 +142,11 @@ def _before(run: Run, wanted: Mapping[str, str], group: Group) -> Run | None:
 
 def _common_seeds(group: Group, runs: Iterable[Run]) -> list[int]:
     """The seeds that all settings were run with; where there are none, one, under which each gives its first."""
-    sets = [set(group.seeds_of(run)) for run in runs if run is not group.dense]
-    return sorted(set.intersection(*sets)) or [min(map(min, sets))]
+    each = [{seed for seed in group.seeds_of(run) if seed is not None} for run in runs if run is not group.dense]
+    drawn = [seeds for seeds in each if seeds]
+    if not drawn:  # no setting depends on the seed
+        return [0]
+    return sorted(set.intersection(*drawn)) or [min(map(min, drawn))]
 
 
 def _fits(run: Run, wanted: Mapping[str, str], sparsity: tuple[float, float] | None) -> bool:

@@ -39,4 +39,4 @@ def reading_order(run: Run) -> tuple[Any, ...]:
     choices = run.config["choices"]
     done = [choices.get(key, "") for key in ("target", "compression", "recovery")]
     how_much = run.config["sparsity"], -(run.config["compression"].get("bits") or 0), recovery_size(run)
-    return choices["model"], not is_dense(run), *done, *how_much, run.config["seed"], run.id
+    return choices["model"], not is_dense(run), *done, *how_much, run.config["seed"] or 0, run.id

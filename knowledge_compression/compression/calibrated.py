@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from knowledge_compression.compression.solve.grid import QuantizedWeight
 from knowledge_compression.compression.solve.hessian import Hessian, relative_errors
 from knowledge_compression.compression.walk.blocks import Hold, Statistics, WalkSettings, compress_blocks
 from knowledge_compression.errors import BadInput
+from knowledge_compression.identity import SPEED
 from knowledge_compression.models import Model, TargetLayer, Targets
 from knowledge_compression.models.targets import ReplacedLinear
 
@@ -77,7 +78,7 @@ class Calibrated(Method, Generic[S]):
     """
 
     forward_dtype: str = "auto"
-    device: str | None = None
+    device: str | None = field(default=None, metadata=SPEED)
     calibrated: ClassVar[bool] = True
 
     # Whether it forms the second moments of the inputs and factors them, which is most of the work of methods that do.

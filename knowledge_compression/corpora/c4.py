@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from knowledge_compression.corpora.corpus import TRAIN, PublishedCorpus, hub_texts
 from knowledge_compression.errors import DataUnavailable
+from knowledge_compression.identity import LABEL
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ HUB_DOCUMENTS = 8000
 class C4(PublishedCorpus):
     """English C4: its first shard on the hub, or the jsonl files under ``<data_dir>/c4``."""
 
-    name: str = "c4"
+    name: str = field(default="c4", metadata=LABEL)
     hub_name = f"{HUB_ID}/{HUB_FILES[TRAIN]}"
 
     def from_hub(self, split: str) -> Sequence[str]:

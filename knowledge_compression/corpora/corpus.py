@@ -6,15 +6,17 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import LongTensor
 
+from knowledge_compression.building import Seed
 from knowledge_compression.cache import file_digest
 from knowledge_compression.errors import BadInput, DataUnavailable, first_line
+from knowledge_compression.identity import LABEL, PLACE
 from knowledge_compression.models import Model
 from knowledge_compression.reading import parsed, text_of
 
@@ -101,10 +103,10 @@ class Windowed:
         name, samples, length, seed: see :class:`Corpus`.
     """
 
-    name: str
+    name: str = field(metadata=LABEL)
     samples: int = 128
     length: int = 512
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         """Refuse window counts and lengths below one."""
@@ -150,7 +152,7 @@ class PublishedCorpus(TextCorpus):
         data_dir: folder with local data, read instead of the hub.
     """
 
-    data_dir: str | None = None
+    data_dir: str | None = field(default=None, metadata=PLACE)
     hub_name: ClassVar[str]  # of the training text
 
     def documents(self, split: str = TRAIN) -> Documents:

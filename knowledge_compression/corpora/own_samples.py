@@ -28,6 +28,7 @@ from torch import LongTensor, Tensor
 from knowledge_compression.cache import cached_folder
 from knowledge_compression.corpora.corpus import Corpus, Windowed, check_fits
 from knowledge_compression.errors import BadInput
+from knowledge_compression.identity import LABEL
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.models.streamed import StreamedModel
@@ -45,7 +46,7 @@ _SPAN = 32  # longest filling of one blank
 class OwnSamples(Windowed):
     """Text that the model itself writes; kept in the cache for the next run of the same model."""
 
-    name: str = "self"
+    name: str = field(default="self", metadata=LABEL)
     samples: int = 32
     length: int = 256
 

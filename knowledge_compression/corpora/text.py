@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from knowledge_compression.corpora.corpus import TRAIN, Documents, TextCorpus, digest_file, read_texts
+from knowledge_compression.identity import LABEL, PLACE
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class TextFile(TextCorpus):
         path: a ``.jsonl`` (one document a line) or any other UTF-8 file (one document).
     """
 
-    name: str = "text"
-    path: str = ""
+    name: str = field(default="text", metadata=LABEL)
+    path: str = field(default="", metadata=PLACE)
 
     def documents(self, split: str = TRAIN) -> Documents:
         """The file's documents, whichever split is asked for."""

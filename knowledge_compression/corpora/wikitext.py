@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from knowledge_compression.corpora.corpus import TRAIN, VALIDATION, PublishedCorpus, hub_texts, read_texts
 from knowledge_compression.errors import DataUnavailable
+from knowledge_compression.identity import LABEL
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ class WikiText(PublishedCorpus):
     Its documents are the lines of a split, an empty string for each empty line, as the hub's rows are.
     """
 
-    name: str = "wikitext"
+    name: str = field(default="wikitext", metadata=LABEL)
     hub_name = f"{HUB_ID}/{HUB_CONFIG}"
 
     def from_hub(self, split: str) -> Sequence[str]:

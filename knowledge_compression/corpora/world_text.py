@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import LongTensor
 
 from knowledge_compression.corpora.corpus import Windowed, check_fits
 from knowledge_compression.errors import BadInput
+from knowledge_compression.identity import LABEL
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER, ENCODER_DECODER
 
@@ -25,7 +26,7 @@ class WorldText(Windowed):
     Its windows are such as the model was trained on: whole sentences, as many as fit, framed as its family has them.
     """
 
-    name: str = "world"
+    name: str = field(default="world", metadata=LABEL)
     length: int = 11
 
     def fingerprint(self) -> str:

@@ -19,6 +19,7 @@ from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation, Suite, item_table
 from knowledge_compression.evaluation.tasks import LOCAL, fingerprint, load_tasks, local_files
 from knowledge_compression.evaluation.tasks.own import of_the_task, sandboxed
+from knowledge_compression.identity import PLACE
 from knowledge_compression.models.families import ENCODER
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Harness:
     tasks: Sequence[str] | None = None
     limit: int | None = None
     num_fewshot: int | None = None
-    data_dir: str | None = None
+    data_dir: str | None = field(default=None, metadata=PLACE)
     scoring: str = "fast"
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     allow_code: bool = False

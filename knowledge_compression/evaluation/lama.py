@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from knowledge_compression.evaluation.lama_data import HUB_ID, HUB_REVISION, LAY
 from knowledge_compression.evaluation.probe import CANDIDATES, Probe
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation
+from knowledge_compression.identity import PLACE
 from knowledge_compression.models import Model
 
 # What a protocol decides: whether T-REx is asked by template, and the first paper's habits (Namburi et al. 2023, 7.3).
@@ -54,7 +55,7 @@ class Lama:
         hub_id, revision: where the hub keeps it.
     """
 
-    data_dir: str | None = None
+    data_dir: str | None = field(default=None, metadata=PLACE)
     datasets: Sequence[str] = tuple(LAYOUT)
     protocol: str = "template"
     candidates: str = "full"

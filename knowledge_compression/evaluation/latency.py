@@ -17,6 +17,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from knowledge_compression.building import Seed
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation, item_table
@@ -50,7 +51,7 @@ class Latency:
     decode_tokens: int = 16
     repeats: int = 5
     warmup: int = 1
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""

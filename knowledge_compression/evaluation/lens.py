@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import polars as pl
@@ -26,6 +26,7 @@ from knowledge_compression.evaluation.lama import Lama
 from knowledge_compression.evaluation.scoring import Blank, Scorer
 from knowledge_compression.evaluation.suite import Evaluation, item_table
 from knowledge_compression.evaluation.world_facts import WorldProbes
+from knowledge_compression.identity import PLACE
 from knowledge_compression.models import Model
 
 
@@ -65,7 +66,7 @@ class LogitLens:
     of: str = "atlas"
     calibrate: bool | None = None
     limit: int | None = None
-    data_dir: str | None = None
+    data_dir: str | None = field(default=None, metadata=PLACE)
 
     def __post_init__(self) -> None:
         """Refuse suites without clozes."""

@@ -6,7 +6,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
@@ -19,6 +19,7 @@ from knowledge_compression.corpora.wikitext import WikiText
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
 from knowledge_compression.evaluation.suite import Evaluation, item_table
+from knowledge_compression.identity import PLACE
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 
@@ -61,7 +62,7 @@ class Perplexity:
     window: int = 2048
     limit: int | None = None
     masked_per_window: int | None = None
-    data_dir: str | None = None
+    data_dir: str | None = field(default=None, metadata=PLACE)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be scored."""

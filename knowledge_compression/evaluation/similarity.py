@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
@@ -27,6 +27,7 @@ from knowledge_compression.corpora.wikitext import WikiText
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation, item_table
+from knowledge_compression.identity import PLACE
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER_DECODER
 
@@ -50,7 +51,7 @@ class Similarity:
     corpus: str = "wikitext"
     windows: int = 16
     length: int = 256
-    data_dir: str | None = None
+    data_dir: str | None = field(default=None, metadata=PLACE)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared."""

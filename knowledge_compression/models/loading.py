@@ -18,6 +18,7 @@ import torch
 
 from knowledge_compression.cache import cached_folder
 from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
+from knowledge_compression.identity import LABEL, PLACE, SPEED
 from knowledge_compression.memory import reuse_freed_memory
 from knowledge_compression.models.content import files_fingerprint, folder_fingerprint
 from knowledge_compression.models.device import DTYPES, resolve_device, resolve_dtype
@@ -80,13 +81,13 @@ class StreamableSource(ModelSource, Protocol):
 class HubModel:
     """A model from the Hugging Face hub or its local cache."""
 
-    name: str
-    hub_id: str
-    revision: str = "main"
+    name: str = field(metadata=LABEL)
+    hub_id: str = field(metadata=PLACE)
+    revision: str = field(default="main", metadata=PLACE)
     allow_pickle: bool = False
     trust_remote_code: bool = False
-    note: str = ""
-    stream: bool = False
+    note: str = field(default="", metadata=LABEL)
+    stream: bool = field(default=False, metadata=SPEED)  # a run that streams says so itself
 
     def fingerprint(self) -> str:
         """Hub id and commit, which names the content of every file; of what is neither here nor there, the revision."""
@@ -140,12 +141,12 @@ class HubModel:
 class LocalModel:
     """Any folder that ``from_pretrained`` reads."""
 
-    name: str
-    path: str
+    name: str = field(metadata=LABEL)
+    path: str = field(metadata=PLACE)
     allow_pickle: bool = False
     trust_remote_code: bool = False
-    note: str = ""
-    stream: bool = False
+    note: str = field(default="", metadata=LABEL)
+    stream: bool = field(default=False, metadata=SPEED)  # a run that streams says so itself
 
     def fingerprint(self) -> str:
         """Digest of every byte that decides what the model says, wherever the folder lies."""
@@ -195,10 +196,10 @@ class LocalModel:
 class Packaged(ABC):
     """What models inside an installed Python package share; the package is found, never imported."""
 
-    name: str
-    package: str
-    requirement: str
-    note: str = field(default="", kw_only=True)
+    name: str = field(metadata=LABEL)
+    package: str = field(metadata=PLACE)
+    requirement: str = field(metadata=PLACE)
+    note: str = field(default="", kw_only=True, metadata=LABEL)
 
     @abstractmethod
     def place(self) -> Path:
@@ -232,7 +233,7 @@ class Packaged(ABC):
 class PackagedModel(Packaged):
     """A model folder inside an installed Python package."""
 
-    folder: str
+    folder: str = field(metadata=PLACE)
 
     def place(self) -> Path:
         """The package's folder."""
@@ -247,7 +248,7 @@ class PackagedModel(Packaged):
 class PackagedGguf(Packaged):
     """A GGUF file inside an installed Python package, converted once and cached as safetensors."""
 
-    file: str
+    file: str = field(metadata=PLACE)
 
     def provenance(self) -> dict[str, Any]:
         """Where the weights came from."""

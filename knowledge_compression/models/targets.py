@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.identity import LABEL
 from knowledge_compression.models.families import FINAL, ROLES, TRANSFORM, architecture_of
 from knowledge_compression.models.model import Model
 
@@ -151,7 +152,7 @@ class Target:
         reading: ``module`` (a linear belongs where its module lies) or ``paper`` (as Table 2 of paper 1 counts).
     """
 
-    name: str
+    name: str = field(metadata=LABEL)
     roles: Sequence[str]
     paper_roles: Sequence[str] | None = None
     final_when_quantized: bool = False

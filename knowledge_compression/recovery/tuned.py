@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from knowledge_compression.corpora.corpus import Corpus, digest_file
+from knowledge_compression.identity import PLACE
 from knowledge_compression.models import Model
 from knowledge_compression.models.prompts import Prompts
 from knowledge_compression.recovery.adapters import Adapter, FrozenBase, Tuning, read_adapter
@@ -49,7 +50,7 @@ class OneAdapter(Tuned):
         adapter: file of an adapter that an earlier run wrote, taken instead of training one.
     """
 
-    adapter: str | None = field(default=None, kw_only=True)
+    adapter: str | None = field(default=None, kw_only=True, metadata=PLACE)
 
     def fingerprint(self) -> str | None:
         """Digest of the adapter that is taken, which enters the run's hash in the place of its path."""

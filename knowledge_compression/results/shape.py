@@ -47,7 +47,7 @@ class _Config(TypedDict):
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     choices: _Choices
     eval: dict[str, dict[str, Any]]
-    seed: int
+    seed: int | None  # of what was drawn by lot; None where nothing was
     sparsity: float
     reading: str
     compression: _HowCompressed

@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 LAYERS = "layers.json"
 _DEEPEST = 100  # levels of settings
 _TOP_LEVEL = re.compile(r"^(?=[^\s\-#])", re.MULTILINE)  # where a key of no indentation begins
-FORMAT = 1  # of a run folder; raised when a reader of old folders would misread new ones
+FORMAT = 2  # of a run folder; raised when a reader of old folders would misread new ones
+_READ = {1, 2}  # a run of format 1 does not say what decided it, and is compared with others of its kind alone
 
 
 @dataclass
@@ -297,8 +298,9 @@ class RunStore:
         content: dict[str, Any] = {}
         with _named("environment.json"):
             content["environment"] = checked("environment.json", read_json(folder / "environment.json"))
-        if (version := content["environment"].get("format")) != FORMAT:  # before its other files are judged by ours
-            raise Unreadable(f"of another version: its format is {version}, this program reads {FORMAT}")
+        if (version := content["environment"].get("format")) not in _READ:  # before its other files are judged by ours
+            known = " and ".join(map(str, sorted(_READ)))
+            raise Unreadable(f"of another version: its format is {version}, this program reads {known}")
         for name, read in _FILES.items():
             with _named(name):
                 content[Path(name).stem] = checked(name, read(folder / name))

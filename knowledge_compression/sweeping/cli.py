@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import logging
 import os
@@ -16,13 +15,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from knowledge_compression.building import nearest
 from knowledge_compression.cache import check_cache
+from knowledge_compression.configuration import GROUPS, conf_folder, settings_of, values_of
 from knowledge_compression.errors import BadInput
 from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, Outcome
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = conf_folder()
 
 EXIT_STATUS = {DONE: 0, FAILED: 1, BAD_INPUT: 2}
 _NO_ROOM = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES}  # a disk that takes nothing, whoever writes
@@ -40,11 +40,15 @@ _NO_ROOM = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES}  # a disk tha
 def main() -> None:
     """Entry point of ``run.py``."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole; what the user sees is decided here
-    if {"-m", "--multirun"} & set(sys.argv):
-        sys.argv[1:] = with_their_files(sys.argv[1:])
+    sys.argv[1:] = settled_by_classes(sys.argv[1:])
+    command = hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)
     try:
         check_own_files(sys.argv[1:])
-        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+        try:
+            command()
+        except _ManyRuns:
+            sys.argv.insert(1, "-m")
+            command()
     except (BadInput, HydraException, OmegaConfBaseException) as error:
         refuse(error)
 
@@ -66,52 +70,31 @@ def check_own_files(arguments: Sequence[str]) -> None:
                 raise BadInput(f"{path} names no settings; each line of such a file is NAME: VALUE")
 
 
-def with_their_files(arguments: Sequence[str]) -> list[str]:
-    """Settings of a swept group, as in ``recovery=idp,concat recovery.prompts=[1,2]``, as sweeps of one value.
+def settled_by_classes(arguments: Sequence[str]) -> list[str]:
+    """Settings inside a part, as in ``recovery.rank=8``, for Hydra to take whether or not a file lists them.
 
-    Hydra looks for other settings in the files of the defaults, before any file of the sweep is chosen. A group may be
-    swept on the command line or by a preset.
+    Whether they exist is the class's to say, see :func:`~knowledge_compression.building.build`; and a file that a sweep
+    chooses may list what that of the defaults does not.
     """
-    typed = [argument.partition("=")[::2] for argument in arguments if "=" in argument]
-    swept = {key for key, value in typed if _sweeps(key, value)}
-    swept.update(*(_swept_by(value) for key, value in typed if key.lstrip("+") == "experiment"))
-
-    def together(argument: str) -> str:
-        key, _, value = argument.partition("=")
-        group, dot, _ = key.partition(".")
-        waits = value and dot and group in swept and not _sweeps(key, value)
-        return f"{key}={value},{value}" if waits else argument  # once is no sweep, and choice() takes no null
-
-    return [together(argument) for argument in arguments]
+    inside = re.compile(rf"({'|'.join(GROUPS)}|tracker)\.[^=]+=")
+    return [f"++{argument}" if inside.match(argument) else argument for argument in arguments]
 
 
-def _swept_by(presets: str) -> set[str]:
-    """What the presets of ``[a,b]`` or ``a,b`` sweep; Hydra names those that do not exist."""
-    files = [CONF / "experiment" / f"{name}.yaml" for name in re.findall(r"[^\s,\[\]]+", presets)]
-    return {
-        str(key)
-        for file in files
-        if file.is_file()
-        for key in OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params") or ()
-    }
-
-
-def _sweeps(key: str, value: str) -> bool:
-    """Whether an override names several values; one that cannot be read is left to Hydra to refuse."""
-    try:
-        return OverridesParser.create().parse_override(f"{key}={value}").is_sweep_override()
-    except HydraException:
-        return False
+class _ManyRuns(BaseException):
+    """A preset sweeps, and nobody has said ``-m``; no Exception, of which Hydra would tell the user."""
 
 
 def job(config: DictConfig) -> Outcome | None:
     """What Hydra calls: one run alone, or one job of a sweep, whose outcome the sweeper gathers."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return attempt(config)
+    sweeper = HydraConfig.get().sweeper
+    if sweeper.get("params") or sweeper.get("grids"):
+        raise _ManyRuns
     from knowledge_compression.results.summary import show
 
     try:
-        if config.run.plan:
+        if values_of(settings_of(config)).run.plan:
             plan(config)
             return None
         run, baseline = carry_out(config)
@@ -148,14 +131,13 @@ def carry_out(config: DictConfig) -> tuple[Run, Run]:
     """
     # Torch and transformers are loaded here, so that --help and tab completion answer at once.
     from knowledge_compression.configuration import experiment_from, tracker_from
-    from knowledge_compression.models.held import HeldSource
     from knowledge_compression.results.store import RunStore
 
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     check_cache()
     experiment = experiment_from(config, HydraConfig.get().runtime.choices)
     if in_sweep and HydraConfig.get().runtime.choices["hydra/launcher"] == "basic":  # all runs in this process
-        experiment = replace(experiment, source=HeldSource(experiment.source))
+        experiment = replace(experiment, holds=True)
     experiment.check()
     tracker = tracker_from(config, Path(HydraConfig.get().sweep.dir).name if in_sweep else None)
     store = RunStore(config.output.dir)
@@ -203,13 +185,14 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         there = sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
-        return f"{group}={name} does not exist{_nearest(name, there)}; choose one of {', '.join(there)}"
+        return f"{group}={name} does not exist{nearest(name, there)}; choose one of {', '.join(there)}"
     if found := re.match(r"Could not override '([^']+)'", message):
         key = found[1]
         parent, _, name = key.rpartition(".")
-        return (
-            f"there is no setting '{key}'" + _nearest(name, _siblings(parent)) + "; python run.py --cfg job shows all"
-        )
+        return f"there is no setting '{key}'" + nearest(name, _siblings(parent)) + "; python run.py --cfg job shows all"
+    if isinstance(error, OverrideParseException) and error.override.count("=") > 1:
+        key, _, value = error.override.partition("=")
+        return f"""{error.override}: a value with = in it is quoted, e.g. '{key}="{value}"'"""
     cause = error.__cause__
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
         message += f" ({' '.join(str(cause).split())})"
@@ -223,8 +206,3 @@ def _siblings(parent: str) -> list[str]:
     return [str(key) for key in OmegaConf.load(CONF / "config.yaml") if key != "defaults"] + [
         folder.name for folder in CONF.iterdir() if folder.is_dir()
     ]
-
-
-def _nearest(name: str, options: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, options, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

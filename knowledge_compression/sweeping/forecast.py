@@ -27,9 +27,11 @@ from torch import nn
 
 from knowledge_compression.cache import cache_folder
 from knowledge_compression.compression.calibrated import Calibrated
+from knowledge_compression.corpora.own_samples import OwnSamples
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.experiment import Experiment
+from knowledge_compression.identity import digest_of, known_identity
 from knowledge_compression.memory import reuse_freed_memory
 from knowledge_compression.models import Model
 from knowledge_compression.models.device import resolve_device, resolve_dtype
@@ -126,7 +128,7 @@ class Forecaster:
         if experiment.id in self._done or experiment.is_done(self.store):
             return Forecast(label, "there")
         self._done.add(experiment.id)
-        skeleton = experiment.source.skeleton()
+        skeleton = experiment.loader.skeleton()
         size = _bytes_of_weights(experiment, skeleton)
         before = self.libraries + self.holds * size
         forecast = Forecast(label, "to do", memory=before + 1.2 * size)
@@ -171,8 +173,8 @@ class Forecaster:
         tokens = experiment.corpus.samples * experiment.corpus.length
         layers = linear_layers(skeleton)
         one_pass = {layer.path: tokens * layer.uses for layer in layers}
-        written = (experiment.source.fingerprint(), str(experiment.settings["corpus"]))
-        if experiment.settings["choices"].get("corpus") == "self" and written not in self._written:
+        written = (experiment.source.fingerprint(), digest_of(known_identity(experiment.corpus)))
+        if isinstance(experiment.corpus, OwnSamples) and written not in self._written:
             self._written.add(written)
             forecast.macs += _WRITING * multiply_adds(skeleton, one_pass)
         one_pass = {layer.path: one_pass[layer.path] for layer in layers if layer.role != "final"}
@@ -189,9 +191,11 @@ class Forecaster:
 
     def _past_seconds(self, experiment: Experiment) -> float | None:
         """What this compression took in a finished run that did it for other settings behind it."""
-        asked = {part: experiment.settings.get(part) for part in ("model", "target", "compression", "corpus")}
+        parts = ("model", "target", "compression", "corpus")
+        asked = {part: experiment.identity.get(part) for part in parts}
         for run in self._past:
-            if all(run.config.get(part) == settings for part, settings in asked.items()):
+            did = run.config.get("identity", {})
+            if all(did.get(part) == settings for part, settings in asked.items()):
                 took = run.report.get("cost", {}).get("seconds", {}).get("compress")
                 if took is not None and not run.report["compression"].get("found"):
                     return float(took)
@@ -215,7 +219,7 @@ class Forecaster:
 
     def work(self, experiment: Experiment, skeleton: Model, suite: str) -> Work | None:
         """What a suite asks of this kind of network; None where it cannot be asked of a miniature."""
-        key = (experiment.source.fingerprint(), suite, str(experiment.settings["eval"][suite]))
+        key = (experiment.source.fingerprint(), digest_of(known_identity(experiment.suites[suite])))
         if key not in self._works:
             log.info("rehearsing %s on a miniature of %s", suite, experiment.source.name)
             try:
@@ -238,11 +242,11 @@ class Forecaster:
         device = str(resolve_device(experiment.device))
         scored_in = experiment.scored_in and str(experiment.scored_in)
         for run in self._past:
-            same = run.config["choices"].get("model") == experiment.settings["choices"].get("model")
+            same = run.config.get("identity", {}).get("model") == experiment.identity["model"]
             if not same or run.environment.get("device") != device or run.environment.get("scored_in") != scored_in:
                 continue
             for name in experiment.suites:
-                if run.config["eval"].get(name) != experiment.settings["eval"][name]:
+                if run.config["identity"]["eval"].get(name) != experiment.identity["eval"][name]:
                     continue
                 took = run.report.get("cost", {}).get("seconds", {}).get(f"eval.{name}", 0.0)
                 if took and (work := self.work(experiment, skeleton, name)) is not None:

@@ -17,14 +17,17 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from knowledge_compression.cache import check_cache
+from knowledge_compression.configuration import settings_of, values_of
 from knowledge_compression.errors import BadInput
-from knowledge_compression.sweeping.cli import EXIT_STATUS, one_line
+from knowledge_compression.sweeping.cli import EXIT_STATUS, one_line, settled_by_classes
+from knowledge_compression.sweeping.combinations import combinations
 from knowledge_compression.sweeping.launching import ProcessLauncher
 from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, Outcome, PlannedRun, labels, write_plan
 
 if TYPE_CHECKING:
     from knowledge_compression.experiment import Experiment
-    from knowledge_compression.sweeping.combinations import Assembler
+    from knowledge_compression.sweeping.combinations import Composer
+    from knowledge_compression.sweeping.parts import Parts
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +37,16 @@ _SHOWN = 1000  # runs of a sweep with nothing to do; the table of more would tak
 class PlannedSweeper(Sweeper):
     """The product of all choices: checked first, launched by whichever launcher was chosen, summed up at the end."""
 
-    def __init__(self, params: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, params: Mapping[str, Any] | None = None, grids: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
         """Hydra makes it from its configuration and calls ``setup``.
 
         Args:
             params: what a preset sweeps over, as on the command line, which wins where both name a key.
+            grids: further keys, of which each grid is swept by itself beside ``params``.
         """
-        self.params = dict(params or {})
+        self.params, self.grids = dict(params or {}), [dict(grid) for grid in grids or [{}]]
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
         self.hydra_context: HydraContext | None = None
@@ -56,14 +62,16 @@ class PlannedSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Check, launch, show; ends the process with the status that tells how it went."""
-        from knowledge_compression.sweeping.combinations import Assembler, combinations
+        from knowledge_compression.sweeping.combinations import Composer
+        from knowledge_compression.sweeping.parts import Parts
 
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
         check_cache()
-        swept = [f"{key}={values}" for key, values in self.params.items()]
-        jobs = combinations(OverridesParser.create().parse_overrides([*swept, *arguments]))
-        experiment_of = Assembler(self.hydra_context.config_loader, self.config, jobs)
-        checked = [self._check(experiment_of, *job) for job in zip(jobs, labels(jobs), strict=True)]
+        values_of(settings_of(self.config))
+        jobs = self._jobs(arguments)
+        composer = Composer(self.hydra_context.config_loader, self.config, jobs)
+        parts = Parts()
+        checked = [self._check(composer, parts, *job) for job in zip(jobs, labels(jobs), strict=True)]
         refused = [outcome for outcome in checked if isinstance(outcome, Outcome)]
         accepted = [one for one in checked if not isinstance(one, Outcome)]
         for outcome in refused:
@@ -77,20 +85,34 @@ class PlannedSweeper(Sweeper):
         outcomes = [*refused, *self._launch(planned)] if planned else refused
         raise SystemExit(max((EXIT_STATUS[outcome.status] for outcome in outcomes), default=0))
 
+    def _jobs(self, arguments: Sequence[str]) -> list[list[str]]:
+        """Every combination of every grid, each once."""
+        typed = OverridesParser.create().parse_overrides(list(arguments))
+        given = {override.key_or_group for override in typed}
+        jobs: dict[tuple[str, ...], None] = {}
+        for number, grid in enumerate(self.grids):
+            if both := sorted(grid.keys() & self.params.keys()):
+                raise BadInput(f"hydra.sweeper: params and grids.{number} both sweep {both[0]}; name it in one of them")
+            swept = {key: value for key, value in (self.params | grid).items() if key not in given}
+            parsed = OverridesParser.create().parse_overrides(
+                settled_by_classes([f"{key}={_as_typed(value)}" for key, value in swept.items()])
+            )
+            jobs.update(dict.fromkeys(map(tuple, combinations([*parsed, *typed]))))
+        return [list(job) for job in jobs]
+
     def _check(
-        self, experiment_of: Assembler, overrides: Sequence[str], label: str
+        self, composer: Composer, parts: Parts, overrides: Sequence[str], label: str
     ) -> tuple[PlannedRun, Experiment] | Outcome:
         """The run that a combination stands for, or why it cannot be; found without loading a model."""
-        from knowledge_compression.models.held import HeldSource
         from knowledge_compression.results.store import RunStore
 
         try:
-            experiment, settings_of = experiment_of(overrides)
-            experiment = replace(experiment, source=HeldSource(experiment.source))
-            experiment.check()
-            store, dense = RunStore(settings_of("output")["dir"]), experiment.dense()
+            composed = composer(overrides)
+            experiment = replace(parts.experiment(composed), holds=True)
+            parts.check(experiment)
+            store, dense = RunStore(composed.settings["output"]["dir"]), experiment.dense()
             done = experiment.is_done(store) and (dense.is_done(store) or not experiment.suites)
-            run = PlannedRun(list(overrides), experiment.id, dense.id, done and not settings_of("run")["force"])
+            run = PlannedRun(list(overrides), experiment.id, dense.id, done and not composed.settings["run"]["force"])
         except (BadInput, HydraException) as error:
             return Outcome(label, BAD_INPUT, message=one_line(error))
         return run, experiment
@@ -178,3 +200,8 @@ class PlannedSweeper(Sweeper):
             show(runs, baselines, folder)
         failed = sum(outcome.status == FAILED for outcome in outcomes)
         log.info("%d runs done, %d failed", len(done), failed)
+
+
+def _as_typed(value: Any) -> str:
+    """What a preset sweeps a key over, as it would be typed; a list is a list of values to sweep over."""
+    return ",".join(map(str, value)) if isinstance(value, list) else "null" if value is None else str(value)

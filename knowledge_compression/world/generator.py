@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import ceil
 
+from knowledge_compression.building import Seed
 from knowledge_compression.errors import BadInput
 from knowledge_compression.world.schema import DISTRACTORS, ONE_TO_ONE, RELATIONS, SUBJECTS, TWO_WORDS, Relation
 
@@ -54,7 +55,7 @@ class WorldSettings:
     exponent: float = 1.0
     shift: float = 0.05
     distractors: float = 0.1
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         """Refuse worlds that cannot be."""

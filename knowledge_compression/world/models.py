@@ -18,6 +18,7 @@ from knowledge_compression.corpora.world_text import sentence_windows
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.world_facts import WorldProbes
+from knowledge_compression.identity import LABEL
 from knowledge_compression.models import Model
 from knowledge_compression.models.device import resolve_device
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
@@ -103,7 +104,7 @@ class WorldModel:
         recall: share of the head facts that it must recall in held-out wordings; a model below is not given out.
     """
 
-    name: str
+    name: str = field(metadata=LABEL)
     family: str
     world: WorldSettings = field(default_factory=WorldSettings)
     shape: Shape = field(default_factory=Shape)

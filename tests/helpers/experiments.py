@@ -18,8 +18,6 @@ SUITE = Atlas(limit=150)
 
 
 def made(folder: Path, suites: dict[str, Any], sparsity: float = 0.5) -> Experiment:
-    choices = {"model": "local", "target": "all", "compression": "magnitude", "recovery": "none"}
-    parts = {name: {} for name in ("target", "recovery", "corpus")}
     return Experiment(
         source=LocalModel("tiny", str(folder)),
         target=Target("all", ["encoder_att", "ff"]),
@@ -27,9 +25,6 @@ def made(folder: Path, suites: dict[str, Any], sparsity: float = 0.5) -> Experim
         recovery=NoRecovery(),
         corpus=TextFile(name="text", path="unused.txt"),
         suites=suites,
-        settings=parts
-        | {"seed": 0, "sparsity": sparsity, "reading": "module"}
-        | {"compression": {"sparsity": sparsity}, "eval": {n: {"of": n} for n in suites}, "choices": choices},
         device="cpu",
         kept_models=KeptModels(1.0),
     )

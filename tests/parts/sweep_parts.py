@@ -179,8 +179,6 @@ def do_run(outputs: str, model: str, mishaps: str, suites: Sequence[str] = tuple
         text.write_text(" ".join(["paris is the capital of france . the dog is not a wolf ."] * 100))
     training = TrainingSettings(steps=40, batch_size=2, checkpoint_every=10, learning_rate=1e-2)
     recovery = Lora(training=training, rank=2) if trains else NoRecovery()
-    chosen = "lora" if trains else "none"
-    choices = {"model": "local", "target": "all", "compression": "stumbling", "recovery": chosen}
     experiment = Experiment(
         source=StumblingModel("tiny", model),
         target=Target("all", ["encoder_att", "ff"]),
@@ -188,8 +186,6 @@ def do_run(outputs: str, model: str, mishaps: str, suites: Sequence[str] = tuple
         recovery=recovery,
         corpus=TextFile(name="text", path=str(text), samples=4, length=16),
         suites={name: SUITES[name] for name in suites},
-        settings={name: {} for name in ("target", "compression", "recovery", "corpus")}
-        | {"eval": {name: {} for name in suites}, "choices": choices, "seed": 0, "sparsity": 0.5, "reading": "module"},
         device="cpu",
         kept_models=KeptModels(1.0),
     )

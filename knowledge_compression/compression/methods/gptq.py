@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from knowledge_compression.compression.solve.grid import (
     plainly_rounded,
 )
 from knowledge_compression.compression.solve.hessian import Hessian, inverse_factor
+from knowledge_compression.identity import SPEED
 from knowledge_compression.models import Targets
 
 
@@ -45,7 +46,7 @@ class Gptq(SecondOrder):
     scale_bits: int = SCALE_BITS
     desc_act: bool = True
     static_groups: bool = True
-    block_size: int = 128
+    block_size: int = field(default=128, metadata=SPEED)
     name = "gptq"
 
     @property

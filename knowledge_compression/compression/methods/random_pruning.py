@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from knowledge_compression.building import Seed
 from knowledge_compression.compression.base import Ranked
 from knowledge_compression.models import TargetLayer
 
@@ -20,7 +21,7 @@ class RandomPruning(Ranked):
         seed: of the draw; the same weights go on every device.
     """
 
-    seed: int = 0
+    seed: Seed = 0
     name = "random"
 
     def score(self, layer: TargetLayer) -> Tensor:

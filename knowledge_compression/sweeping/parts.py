@@ -1,0 +1,55 @@
+"""The parts of a sweep's experiments: each is made, checked and digested once, however many combinations have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from knowledge_compression.configuration import made_of, put_together
+from knowledge_compression.errors import BadInput
+from knowledge_compression.experiment import Experiment
+from knowledge_compression.sweeping.combinations import Composed
+
+
+class Parts:
+    """Makes experiments that share what they have in common."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, str], Any] = {}
+        self._checked: dict[tuple[Any, ...], BadInput | None] = {}
+
+    def experiment(self, composed: Composed) -> Experiment:
+        """The experiment that a combination stands for.
+
+        Raises:
+            BadInput: a value is missing, of the wrong kind or out of range.
+        """
+        return put_together(composed.settings, lambda group: self._part(group, composed), composed.choices)
+
+    def check(self, experiment: Experiment) -> None:
+        """As :meth:`Experiment.check`, once for all experiments of the same parts.
+
+        Raises:
+            BadInput: the model is not to be had, or has no layers of the target.
+        """
+        parts = (experiment.source, experiment.target, experiment.compression, experiment.recovery)
+        ways = (experiment.device, experiment.dtype, experiment.scoring_dtype, experiment.save_model)
+        key = (*map(id, parts), *ways, bool(experiment.suites))
+        if key not in self._checked:
+            self._checked[key] = _refusal(experiment.check)
+        if (refusal := self._checked[key]) is not None:
+            raise refusal
+
+    def _part(self, group: str, composed: Composed) -> Any:
+        key = (group, composed.texts.get(group, ""))
+        if key not in self._made:
+            self._made[key] = made_of(group, composed.settings.get(group))
+        return self._made[key]
+
+
+def _refusal(check: Callable[[], None]) -> BadInput | None:
+    try:
+        check()
+    except BadInput as error:
+        return error
+    return None
