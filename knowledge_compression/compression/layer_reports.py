@@ -25,6 +25,8 @@ class LayerReport:
         damping: relative damping of the Hessian that made it positive definite, if one was used.
         fallbacks: names of fall-backs taken, e.g. ``dead_input``, ``damping_raised``; empty when all went as planned.
         seconds: time spent on the layer's algorithm.
+        removable: whether weights of it were asked to be removed, so that it counts for the sparsity; false where a
+            quantization behind a pruning takes in a layer that the pruning left out.
     """
 
     path: str
@@ -38,6 +40,7 @@ class LayerReport:
     damping: float | None = None
     fallbacks: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    removable: bool = True
 
     @classmethod
     def of(cls, layer: TargetLayer, **what: Any) -> LayerReport:
@@ -95,8 +98,9 @@ class CompressionReport:
 
     @property
     def sparsity(self) -> float:
-        """Share of the touched weights that was removed."""
-        return self.removed / self.parameters_touched if self.layers else 0.0
+        """Share that was removed of the weights in the layers that a removal was asked of."""
+        asked = sum(layer.parameters for layer in self.layers if layer.removable)
+        return self.removed / asked if asked else 0.0
 
     @property
     def model_sparsity(self) -> float:
@@ -172,6 +176,9 @@ def followed_by(first: CompressionReport, second: CompressionReport) -> Compress
             layer.bits = min(layer.bits, earlier.bits)
             layer.fallbacks = [*earlier.fallbacks, *layer.fallbacks]
             layer.seconds += earlier.seconds
+            layer.removable = earlier.removable or layer.removable
+        else:
+            layer.removable = False  # the first one was not asked to touch it: published int8 takes in the final layer
         merged.append(layer)
     peaks: Sequence[int] = [r.peak_memory for r in (first, second) if r.peak_memory is not None]
     return CompressionReport(

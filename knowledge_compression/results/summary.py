@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from knowledge_compression.results.store import Run
+from knowledge_compression.results.varying import CHOSEN, text_of, varied
 from knowledge_compression.statistics import Estimate, accuracies, accuracy, drops, means
 
 if TYPE_CHECKING:
@@ -56,12 +58,13 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
         console.print(shown(note), style="dim")
     if folder is None:
         return
-    table.write_csv(folder / "table.csv")
+    by = _file_name(asked_columns(table))
+    table.write_csv(folder / f"table{by}.csv")
     with literal_text():
         figure = drop_figure(table)
         for suffix in ("png", "svg"):
-            figure.savefig(folder / f"drop.{suffix}", dpi=150)
-    console.print(f"table and figure: {folder / 'table.csv'}, {folder / 'drop.png'}", markup=False)
+            figure.savefig(folder / f"drop{by}.{suffix}", dpi=150)
+    console.print(f"table and figure: {folder / f'table{by}.csv'}, {folder / f'drop{by}.png'}", markup=False)
 
 
 def literal_text() -> AbstractContextManager[None]:
@@ -80,36 +83,65 @@ def drop_table(runs: Sequence[Run], baselines: Mapping[str, Run]) -> pl.DataFram
     """One row a run and suite, dense baselines first.
 
     Returns:
-        Columns ``model, target, compression, recovery, asked_sparsity, suite, metric, value, dense``, then
+        First what varies among the runs and nothing else: a choice among files under its group (``target``), a setting
+        as ``asked_<name>`` (``asked_bits``); null where a run has no such thing. Then ``suite, metric, value, dense``,
         ``drop_percent`` (share of the dense value that was lost; for perplexity its rise), the 95 % intervals
         ``value_low, value_high`` and ``drop_low, drop_high`` (paired bootstrap over items or windows of text),
-        ``majority_percent`` (the same for always giving the most frequent answer), ``reached_sparsity, bits,
-        stored_mb, run``.
+        ``majority_percent`` (the same for always giving the most frequent answer), ``reached_sparsity, reached_bits,
+        stored_mb, baseline, run``.
     """
-    distinct = {run.id: run for run in [*baselines.values(), *runs]}
+    distinct = list({run.id: run for run in [*baselines.values(), *runs]}.values())
+    settings = varied([run.config for run in distinct])
+    told = {
+        run.id: {(one.name if one.chosen else f"asked_{one.name}"): one.values[i] for one in settings}
+        for i, run in enumerate(distinct)
+    }
     asked = [
         (run, baselines.get(run.id, run), suite, metric)
-        for run in distinct.values()
+        for run in distinct
         for suite in run.config["eval"]
         if (metric := next((name for name in HEADLINES if f"{suite}.{name}" in run.metrics), None))
         and f"{suite}.{metric}" in baselines.get(run.id, run).metrics
     ]
-    rows = [_row(*one) | intervals for one, intervals in zip(asked, _intervals(asked), strict=True)]
-    return pl.DataFrame(rows, infer_schema_length=None)
+    rows = [told[one[0].id] | _row(*one) | intervals for one, intervals in zip(asked, _intervals(asked), strict=True)]
+    lists = {name for row in told.values() for name, value in row.items() if not isinstance(value, int | float | None)}
+    plain = [{name: text_of(v) if name in lists and v is not None else v for name, v in row.items()} for row in rows]
+    return pl.DataFrame(plain, infer_schema_length=None, strict=False)
+
+
+def asked_columns(table: pl.DataFrame) -> list[str]:
+    """The columns of :func:`drop_table` that say what varies."""
+    return table.columns[: table.columns.index("suite")]
+
+
+def _file_name(columns: Sequence[str]) -> str:
+    """``_by_target_sparsity``: what varies, as part of a file's name; nothing where nothing does."""
+    words = "_".join(re.sub(r"[^\w.-]+", "-", _heading(column)) for column in columns)
+    return f"_by_{words}"[:100] if words else ""
+
+
+def _heading(column: str) -> str:
+    return column.removeprefix("asked_")
 
 
 def as_rich(table: pl.DataFrame) -> Table:
-    """The table as a terminal shows it."""
+    """The table as a terminal shows it: what varies, what came out."""
+    asked = asked_columns(table)
     told = Table(title="What compression did", title_justify="left")
-    for column in ("model", "target", "compression", "recovery", "suite", "metric"):
+    told.add_column("")
+    for column in asked:
+        told.add_column(_heading(column), justify="left" if table[column].dtype == pl.String else "right")
+    for column in ("suite", "metric"):
         told.add_column(column)
-    for column in ("sparsity", "bits", "MB stored", "value", "drop %", "majority: drop %", "run"):
+    for column in ("reached sparsity", "reached bits", "MB stored", "value", "drop %", "majority: drop %", "run"):
         told.add_column(column, justify="right")
     for row in table.iter_rows(named=True):
         told.add_row(
-            *(shown(row[name]) for name in ("model", "target", "compression", "recovery", "suite", "metric")),
+            "dense" if row["run"] == row["baseline"] else "",
+            *(shown(text_of(row[name])) for name in asked),
+            *(shown(row[name]) for name in ("suite", "metric")),
             f"{row['reached_sparsity']:.1%}",
-            f"{row['bits']:.3g}",
+            f"{row['reached_bits']:.3g}",
             f"{row['stored_mb']:.0f}",
             _with_interval(row, "value", ".4g"),
             _with_interval(row, "drop", "+.1f"),
@@ -120,9 +152,11 @@ def as_rich(table: pl.DataFrame) -> Table:
 
 
 def drop_figure(table: pl.DataFrame) -> Figure:
-    """Drop against sparsity, one panel a suite, one line a model, target and compression, the majority baseline dashed.
+    """Drop against how much was taken, one panel a suite, one line for whatever else varies, the majority dashed.
 
-    In the style of Figures 2 and 5 of The Cost of Compression (Namburi et al., 2023).
+    How much is the sparsity that was reached; where that is the same in all, the first number that varies, such as the
+    bits; where none does, the runs stand side by side. In the style of Figures 2 and 5 of The Cost of Compression
+    (Namburi et al., 2023).
     """
     from matplotlib.figure import Figure
 
@@ -131,32 +165,49 @@ def drop_figure(table: pl.DataFrame) -> Figure:
     for axes, suite in zip(figure.subplots(1, len(suites), squeeze=False)[0], suites, strict=True):
         rows = table.filter(pl.col("suite") == suite)
         metric = rows["metric"][0]
-        for (model, target, compression, recovery), line in rows.filter(pl.col("compression") != "none").group_by(
-            ["model", "target", "compression", "recovery"], maintain_order=True
-        ):
-            label = " ".join(str(part) for part in (model, target, compression, recovery) if part not in ("none", ""))
-            points = line.sort("reached_sparsity")
+        lossy = rows.filter(pl.col("run") != pl.col("baseline"))
+        x_column, x_name = _x_axis(lossy)
+        apart = [name for name in asked_columns(table) if name not in (x_column, "asked_sparsity")]
+        if x_column != "reached_sparsity" and "asked_sparsity" in table.columns and x_column != "asked_sparsity":
+            apart.append("asked_sparsity")
+        lines = lossy.group_by(apart, maintain_order=True) if apart else [((), lossy)]
+        for values, line in lines:
+            words = [
+                text_of(v) if name in CHOSEN else f"{_heading(name)}={text_of(v)}"
+                for name, v in zip(apart, values, strict=True)
+                if v not in (None, "none")
+            ]
+            points = line.sort(x_column)
+            x = [100 * v if x_column == "reached_sparsity" else v for v in points[x_column]]
             # Every line starts where nothing was removed and nothing lost, unless nothing is ever removed (int8).
-            start = [0.0] if points["reached_sparsity"].max() else []
-            x = [*start, *(100 * points["reached_sparsity"])]
-            (drawn,) = axes.plot(x, [*start, *points["drop_percent"]], marker="o", label=label)
+            start = [0.0] if x_column == "reached_sparsity" and points[x_column].max() else []
+            (drawn,) = axes.plot([*start, *x], [*start, *points["drop_percent"]], marker="o", label=" ".join(words))
             low, high = (points[f"drop_{end}"].fill_null(points["drop_percent"]) for end in ("low", "high"))
             middle = points["drop_percent"]
-            axes.errorbar(
-                x[len(start) :], middle, [middle - low, high - middle], fmt="none", capsize=3, color=drawn.get_color()
-            )
+            axes.errorbar(x, middle, [middle - low, high - middle], fmt="none", capsize=3, color=drawn.get_color())
         axes.axhline(0, color="grey", linewidth=0.8)
         for majority in rows["majority_percent"].drop_nulls().unique():
             axes.axhline(majority, color="grey", linestyle="--", linewidth=0.8)
             axes.annotate(
                 "majority", (1, majority), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
             )
-        axes.set(xlabel="sparsity of the target (%)", title=suite)
+        axes.set(xlabel=x_name, title=suite)
         axes.set_ylabel("drop in accuracy (% of dense)" if HEADLINES[metric] else f"rise in {metric} (% of dense)")
         axes.invert_yaxis()
-        axes.legend(frameon=False)
+        if apart:
+            axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _x_axis(rows: pl.DataFrame) -> tuple[str, str]:
+    """The column that a figure's horizontal axis shows, and what is written there."""
+    if rows["reached_sparsity"].n_unique() > 1:
+        return "reached_sparsity", "sparsity of the target (%)"
+    numbers = (name for name in asked_columns(rows) if rows[name].dtype.is_numeric() and rows[name].n_unique() > 1)
+    if (number := next(numbers, None)) is not None and not rows[number].null_count():
+        return number, _heading(number)
+    return "reached_bits", "mean bits of a weight"
 
 
 def task_figure(run: Run, suite: str) -> Figure | None:
@@ -178,18 +229,11 @@ def task_figure(run: Run, suite: str) -> Figure | None:
 
 
 def _row(run: Run, baseline: Run, suite: str, metric: str) -> dict[str, Any]:
-    choices = run.config["choices"]
-    dense = run.id == baseline.id
     report = run.report.get("compression", {})
     sign = 1.0 if HEADLINES[metric] else -1.0
     value, reference = run.metrics[f"{suite}.{metric}"], baseline.metrics[f"{suite}.{metric}"]
     majority = run.metrics.get(f"{suite}.majority")
     return {
-        "model": choices["model"],
-        "target": "" if dense else choices["target"],
-        "compression": choices["compression"],
-        "recovery": choices["recovery"],
-        "asked_sparsity": None if dense else float(run.config["sparsity"]),
         "suite": suite,
         "metric": metric,
         "value": value,
@@ -198,8 +242,9 @@ def _row(run: Run, baseline: Run, suite: str, metric: str) -> dict[str, Any]:
         **dict.fromkeys(("value_low", "value_high", "drop_low", "drop_high")),
         "majority_percent": None if majority is None else _percent_lost(majority, reference, sign),
         "reached_sparsity": float(report.get("sparsity", 0.0)),
-        "bits": float(report.get("bits") or 32.0),
+        "reached_bits": float(report.get("bits") or 32.0),
         "stored_mb": run.stored_mb,
+        "baseline": baseline.id,
         "run": run.id,
     }
 

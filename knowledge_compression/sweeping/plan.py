@@ -86,9 +86,11 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
     A job by itself is known by all of its own that say what it does, not where or how.
     """
     if len(jobs) == 1:
-        return [" ".join(override for override in jobs[0] if not override.startswith(_WHERE)) or " ".join(jobs[0])]
+        said = [override.lstrip("+") for override in jobs[0]]
+        return [" ".join(override for override in said if not override.startswith(_WHERE)) or " ".join(said)]
     common = set.intersection(*map(set, jobs)) if jobs else set()
-    return [" ".join(override for override in job if override not in common) or " ".join(job) for job in jobs]
+    told = [[override for override in job if override not in common] or job for job in jobs]
+    return [" ".join(override.lstrip("+") for override in job) for job in told]
 
 
 def write_plan(folder: Path, runs: Sequence[PlannedRun], at_once: int) -> None:

@@ -73,7 +73,7 @@ class PlannedSweeper(Sweeper):
         parts = Parts()
         checked = [self._check(composer, parts, *job) for job in zip(jobs, labels(jobs), strict=True)]
         refused = [outcome for outcome in checked if isinstance(outcome, Outcome)]
-        accepted = [one for one in checked if not isinstance(one, Outcome)]
+        accepted = _distinct([one for one in checked if not isinstance(one, Outcome)])
         for outcome in refused:
             sys.stderr.write(f"error: {outcome.label}: {outcome.message}\n")
         if self.config.run.plan:
@@ -200,6 +200,24 @@ class PlannedSweeper(Sweeper):
             show(runs, baselines, folder)
         failed = sum(outcome.status == FAILED for outcome in outcomes)
         log.info("%d runs done, %d failed", len(done), failed)
+
+
+def _distinct(accepted: Sequence[tuple[PlannedRun, Experiment]]) -> list[tuple[PlannedRun, Experiment]]:
+    """Each run once: combinations that differ in what decides nothing, such as the seed of no lot, are one run."""
+    first: dict[str, tuple[PlannedRun, Experiment]] = {}
+    idle: set[str] = set()
+    for run, experiment in accepted:
+        known, _ = first.setdefault(run.run_id, (run, experiment))
+        unlike = set(run.overrides) ^ set(known.overrides)
+        idle |= {override.partition("=")[0].lstrip("+") for override in unlike}
+    if len(first) < len(accepted):
+        log.info(
+            "%d combinations are %d runs: %s decides nothing in some of them",
+            len(accepted),
+            len(first),
+            ", ".join(sorted(idle)),
+        )
+    return list(first.values())
 
 
 def _as_typed(value: Any) -> str:
