@@ -72,7 +72,7 @@ def damaged(tmp_path):
     (runs / "metric00" / "metrics.json").write_text('{"atlas.accuracy": "high"}')
     config = (runs / "config00" / "config.yaml").read_text()
     (runs / "config00" / "config.yaml").write_text(config.replace("seed: 0\n", ""))
-    (runs / "version0" / "environment.json").write_text('{"format": 2}')
+    (runs / "version0" / "environment.json").write_text('{"format": 99}')
     folder = store.folder / "sweeps" / "2026-01-01"
     folder.mkdir(parents=True)
     write_plan(folder, [PlannedRun([f"id={run_id}"], run_id, "dense000") for run_id in ids], at_once=1)
@@ -83,7 +83,7 @@ REASONS = {
     "items000": "damaged: items.parquet cannot be read",
     "metric00": "damaged: metrics.json cannot be read (atlas.accuracy: Input should be a valid number)",
     "config00": "damaged: config.yaml cannot be read (seed: Field required)",
-    "version0": "of another version: its format is 2, this program reads 1",
+    "version0": "of another version: its format is 99, this program reads 1 and 2",
 }
 
 

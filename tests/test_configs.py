@@ -81,7 +81,10 @@ def test_the_settings_that_decide_change_the_hash_and_places_do_not():
         return experiment_from(*composed("model=bert_tiny", *overrides)).id
 
     assert run_id() == run_id("output.dir=elsewhere", "tracker=none", "run.force=true")
-    assert len({run_id(), run_id("sparsity=0.3"), run_id("target=ff"), run_id("seed=1"), run_id("reading=paper")}) == 5
+    assert len({run_id(), run_id("sparsity=0.3"), run_id("target=ff"), run_id("reading=paper")}) == 4
+    assert run_id() == run_id("seed=1") and run_id("compression=none") == run_id("compression=none", "seed=1")
+    drawn = ["compression=random", "compression=rtn recovery=lora", "compression=gptq", "eval=[latency]"]
+    assert all(run_id(*lot.split()) != run_id(*lot.split(), "seed=1") for lot in drawn)
     dense = [run_id("compression=none", *rest) for rest in ([], ["sparsity=0.7"], ["target=ff"])]
     assert len(set(dense)) == 1
     assert len({run_id(), run_id("scoring_dtype=bfloat16"), run_id("compression=none", "scoring_dtype=bfloat16")}) == 3
