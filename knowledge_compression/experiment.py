@@ -268,7 +268,7 @@ class Experiment:
                 report["non_finite_weights"] = sick
                 log.warning("%s has weights that are not finite (%s): its answers say nothing", model.name, shown(sick))
             scored_in = self.scored_in if model.dtype == torch.float32 else None  # narrower types stay
-            original = partial(self.source.load, self.device, self.dtype)
+            original = partial(self.loader.load, self.device, self.dtype)
             scorer = partial(Scorer, model, prompts=recovered.prompts, dtype=scored_in, original=original)
             evaluations = {}
             for name, suite in self.suites.items():
