@@ -6,10 +6,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 KC_TEST_SLURM ?= 1
+export KC_TEST_DEVICE ?= cuda
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test trials coverage test-slurm test-fast lint format bench clean world world-study world-recovery
+.PHONY: help install run test trials coverage test-slurm test-gpu test-fast lint format bench clean world world-study world-recovery
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -34,6 +35,10 @@ test-slurm: $(INSTALLED)  ## a sweep on a real SLURM, which is started on this m
 
 trials: $(INSTALLED)  ## wrong inputs of every kind through the command line, and how each ended (20 minutes)
 	PYTHONPATH=tests $(BIN)/python -m trials
+
+test-gpu: $(INSTALLED)  ## all that is shipped on this machine's GPU, against the processor; then what it takes, as JSON
+	$(BIN)/python -m pytest -rs tests/gpu
+	$(BIN)/python benchmarks/gpu.py --device $(KC_TEST_DEVICE)
 
 coverage: $(INSTALLED)  ## all tests once more, and the lines that none of them runs, by file
 	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term-missing:skip-covered

@@ -1,0 +1,99 @@
+"""Every shipped compression on a model of each family, run as a user runs it, and what its figures must be."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.networks import WORDS, build_network
+from helpers.shipped import shipped
+from knowledge_compression.results.store import Run, RunStore
+from knowledge_compression.sweeping.cli import CONF
+
+COMPRESSIONS = [choice.partition("=")[2] for choice in shipped("compression")]
+CALIBRATED = ["gptq", "sparsegpt", "wanda", "awq", "smoothquant", "int8_static"]
+PUTS_MODULES = ["int8_dynamic", "prune_int8", "int8_static", "smoothquant"]
+# Wide enough for the shipped group sizes of 64 and 128.
+WIDE: dict[str, dict[str, Any]] = {
+    "bert": {"hidden_size": 128, "intermediate_size": 256},
+    "t5": {"d_model": 128, "d_kv": 64, "d_ff": 256},
+    "llama": {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "num_key_value_heads": 2},
+}
+BITS = {"int8_dynamic": 8, "prune_int8": 8, "int8_static": 8, "smoothquant": 8} | dict.fromkeys(
+    ["rtn", "gptq", "awq", "nf4", "hqq"], 4
+)
+SPARSE = ["magnitude", "random", "structured", "sparsegpt", "wanda", "prune_int8"]
+SPARSITY = 0.25
+
+
+def write_text(folder: Path) -> Path:
+    """Text to calibrate on and to be asked about, where ``data_dir`` has it; gives the folder."""
+    generator = torch.Generator().manual_seed(0)
+    words = [WORDS[i] for i in torch.randint(len(WORDS), (4000,), generator=generator).tolist()]
+    (folder / "wikitext2").mkdir()
+    (folder / "wikitext2" / "test.raw.txt").write_text(" ".join(words[:600]) + "\n")
+    (folder / "calibration.txt").write_text("\n".join(" ".join(words[i : i + 40]) for i in range(0, 4000, 40)))
+    return folder
+
+
+def write_model(folder: Path, architecture: str, tokenizer: Any) -> Path:
+    """A small model of an architecture, saved as anybody saves one; gives its folder."""
+    build_network(architecture, **WIDE[architecture]).save_pretrained(folder / architecture)
+    tokenizer.save_pretrained(folder / architecture)
+    return folder / architecture
+
+
+def sweep(outputs: Path, data: Path, *choices: str, ends: int = 0) -> str:
+    """What a user types; gives what the terminal shows. It asks for perplexity where the choices name no suite."""
+    command = [sys.executable, str(CONF.parent / "run.py"), "-m", "target=all", f"sparsity={SPARSITY}"]
+    command += ["corpus=text", f"corpus.path={data / 'calibration.txt'}", "corpus.samples=6", "corpus.length=24"]
+    if not any(choice.startswith("eval=") for choice in choices):
+        command += ["eval=[perplexity]", "eval.perplexity.window=24", "eval.perplexity.masked_per_window=4", "limit=4"]
+    command += [f"data_dir={data}", f"output.dir={outputs}", *choices]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=outputs.parent)
+    assert ended.returncode == ends, ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+    return ended.stdout + ended.stderr
+
+
+def runs_in(outputs: Path) -> Iterator[tuple[str, Run]]:
+    for run in RunStore(outputs):
+        yield run.config["choices"]["compression"], run
+
+
+def linears(architecture: str) -> dict[str, int]:
+    """The linear layers of the blocks and their weights, counted without the product's family map."""
+    network = build_network(architecture, **WIDE[architecture])
+    heads = ("lm_head", "cls.", "shared")
+    return {
+        path: module.weight.numel()
+        for path, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear) and not path.startswith(heads)
+    }
+
+
+def check(name: str, run: Run, architecture: str, dtype: str) -> None:
+    """The figures of a run make sense."""
+    report = run.report["compression"]
+    expected = linears(architecture)
+    touched = {layer["path"]: layer["parameters"] for layer in run.layers}
+    assert touched == expected, name
+    for layer in run.layers:  # transformers keeps T5's wo in float32 where all else is loaded in float16
+        wide = dtype == "float32" or (architecture == "t5" and dtype == "float16" and layer["path"].endswith("wo"))
+        assert layer["bits"] == BITS.get(name, 32 if wide else 16), (name, layer)
+    assert report["sparsity"] == pytest.approx(SPARSITY if name in SPARSE else 0.0, abs=0.02), name
+    assert report["parameters_touched"] == sum(expected.values())
+    assert not set(report["fallbacks"]) - {"dead_input"}, name
+    assert 0 < report["stored_bytes"] <= report["memory_bytes_before"] * 1.05
+    assert all(math.isfinite(value) for value in run.metrics.values()), name
+    for layer in run.layers:
+        if name in ("gptq", "sparsegpt", "awq"):
+            assert 0 < layer["error_after"] < 1 and layer["error_before"] > 0, (name, layer)
+    assert bool(report.get("calibration")) == (name in CALIBRATED)
