@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,6 +29,7 @@ from knowledge_compression.identity import SPEED
 from knowledge_compression.memory import is_out_of_memory
 from knowledge_compression.models.device import PRODUCT_DTYPES, Device, multiplied_in
 from knowledge_compression.objectives import Objective
+from knowledge_compression.progress import bars
 
 log = logging.getLogger(__name__)
 
@@ -296,15 +295,12 @@ def _optimizer(
 
 
 def _progress() -> Progress:
-    return Progress(
+    return bars(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
     )
 
 

@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import LongTensor, Tensor
 
@@ -32,6 +31,7 @@ from knowledge_compression.identity import LABEL
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.models.streamed import StreamedModel
+from knowledge_compression.progress import shown
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +119,7 @@ def own_samples(model: Model, samples: int, length: int, seed: int) -> LongTenso
     sampler = _Sampler(model, seed)
     starts = range(0, samples, _BATCH)
     log.info("%s writes %d samples of %d tokens to calibrate on", model.name, samples, length)
-    batches = [
-        write(model, sampler, min(_BATCH, samples - start), length)
-        for start in track(starts, "own samples", transient=True, disable=len(starts) == 1)
-    ]
+    batches = [write(model, sampler, min(_BATCH, samples - start), length) for start in starts]
     return torch.cat(batches).cpu()  # type: ignore[return-value]
 
 
@@ -166,7 +163,7 @@ def _continue(model: Model, sampler: _Sampler, rows: int, length: int) -> Tensor
     device = model.device
     first = torch.tensor([sampler.prefix] * rows, device=device) if sampler.prefix else sampler.any(rows)[:, None]
     ids, new, past = first, first, None
-    for _ in track(range(length - first.shape[1]), "sampling", transient=True):
+    for _ in shown(range(length - first.shape[1]), "sampling"):
         output = model.network(input_ids=new, past_key_values=past, use_cache=True, logits_to_keep=1)
         past, new = output.past_key_values, sampler.draw(output.logits[:, -1])[:, None]
         ids = torch.cat([ids, new], dim=1)
@@ -214,7 +211,7 @@ def _unmask(model: Model, sampler: _Sampler, rows: int, length: int) -> Tensor:
     ids = torch.tensor([[*sampler.prefix, *masks, *sampler.suffix]] * rows, device=device)
     noise = torch.rand(rows, inside, generator=sampler.generator, device=device)
     order = noise.argsort(dim=1) + len(sampler.prefix)
-    for positions in track(order.tensor_split(min(_ROUNDS, inside), dim=1), "sampling", transient=True):
+    for positions in shown(order.tensor_split(min(_ROUNDS, inside), dim=1), "sampling"):
         for row in range(rows):  # one at a time: logits of a whole batch over the vocabulary would take gigabytes
             logits = model.network(input_ids=ids[row : row + 1]).logits[0, positions[row]]
             ids[row, positions[row]] = sampler.draw(logits)

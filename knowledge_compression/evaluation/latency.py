@@ -14,7 +14,6 @@ from typing import Any
 
 import polars as pl
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from knowledge_compression.building import Seed
@@ -24,6 +23,7 @@ from knowledge_compression.evaluation.suite import Evaluation, item_table
 from knowledge_compression.memory import Peak, peak_memory
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER
+from knowledge_compression.progress import shown
 from knowledge_compression.timing import timed
 
 PREFILL, DECODE = "prefill", "decode"
@@ -78,7 +78,7 @@ class Latency:
         seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         gc.collect()
         with peak_memory(model.device) as memory:
-            for repeat in track(range(-self.warmup, self.repeats), "latency", transient=True):
+            for repeat in shown(range(-self.warmup, self.repeats), "latency"):
                 for name, value in self._once(model, ids).items():
                     if repeat >= 0:
                         seconds[name].append(value)

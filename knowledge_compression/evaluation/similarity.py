@@ -15,7 +15,6 @@ from typing import Any
 
 import polars as pl
 import torch
-from rich.progress import track
 from torch import LongTensor, Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -30,6 +29,7 @@ from knowledge_compression.evaluation.suite import Evaluation, item_table
 from knowledge_compression.identity import PLACE
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER_DECODER
+from knowledge_compression.progress import shown
 
 ATTENTION, ACTIVATION = "attention", "activation"
 _TEXTS: Mapping[str, tuple[Callable[..., TextCorpus], str]] = {"wikitext": (WikiText, TEST), "c4": (C4, VALIDATION)}
@@ -76,7 +76,7 @@ class Similarity:
         dense, model = scorer.original(), scorer.model
         windows = self._windows(scorer)
         cosines: dict[tuple[str, str], list[float]] = {}
-        for ids in track(windows.split(1), "similarity", transient=True):
+        for ids in shown(windows.split(1), "similarity"):
             before, after = observe(dense, ids), observe(model, ids)
             for key in before:
                 cosine = functional.cosine_similarity(before[key], after[key], dim=-1)

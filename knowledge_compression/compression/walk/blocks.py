@@ -9,7 +9,6 @@ network itself, and nothing here knows an architecture.
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +18,6 @@ from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import LongTensor, Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -32,6 +29,7 @@ from knowledge_compression.models import Model, Targets
 from knowledge_compression.models.device import Device, multiplied_in
 from knowledge_compression.models.families import DECODER, ENCODER
 from knowledge_compression.models.targets import TargetLayer
+from knowledge_compression.progress import bars
 
 TOKENS_PER_BATCH = 4096
 TOKENS_PER_BATCH_CPU = 1024  # as fast there, and what a forward pass leaves in between is less
@@ -237,7 +235,7 @@ class _Walk(Generic[S]):
     def run(self, batches: Sequence[Tensor]) -> list[LayerReport]:
         """Walk until every target is compressed; more than once only where a block is used many times."""
         total = sum(map(len, self.pending.values()))
-        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        with bars() as progress:
             bar = progress.add_task("compressing", total=total)
             while self.pending:
                 before = len(self.reports)

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import LongTensor, Tensor, nn
 
 from knowledge_compression.compression.base import Compression, LayerByLayer, Shrinker
@@ -29,6 +27,7 @@ from knowledge_compression.models.families import FINAL
 from knowledge_compression.models.sharded import ShardedCopy
 from knowledge_compression.models.soundness import check_finite
 from knowledge_compression.models.streamed import StreamedModel
+from knowledge_compression.progress import shown
 
 log = logging.getLogger(__name__)
 
@@ -132,14 +131,14 @@ class _Stream:
 
     def _layer_by_layer(self, shrinker: Shrinker) -> None:
         units = dict.fromkeys(self.unit_of[layer.path] for layer in self.pending)
-        for unit in _progress(units, "compressing"):
+        for unit in shown(units, "compressing"):
             reports: dict[str, LayerReport] = {}
             with self.hold(unit, self.model.network.get_submodule(unit), reports):
                 reports |= {layer.path: shrinker(layer) for layer in self.pending if self.unit_of[layer.path] == unit}
 
     def _reading(self) -> Iterator[TargetLayer]:
         """Give all targets, one after the other, each with its weights as they are stored."""
-        for layer in _progress(self.targets, "ranking"):
+        for layer in shown(self.targets, "ranking"):
             name = f"{layer.path}.weight"
             with self.model.holding({name: self.model.read(name)}):
                 yield layer
@@ -192,7 +191,3 @@ class _Stream:
             seconds=seconds,
             forward_dtype=self.compression.multiplies_in(self.model),
         )
-
-
-def _progress(items: Iterable[Any], description: str) -> Iterable[Any]:
-    return track(list(items), description, console=Console(stderr=True), transient=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, islice, pairwise
 from typing import Any
@@ -29,6 +28,7 @@ from knowledge_compression.models import Model
 from knowledge_compression.models.device import multiplied_in
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.models.prompts import NO_PROMPTS, Choices, Prompts
+from knowledge_compression.progress import shown
 
 _TOKENS_A_STEP = 32  # of the budget for each prompt that is continued: keys and values count, not only tokens
 _MOST_PADDING = 0.08  # of a batch's tokens
@@ -192,7 +192,7 @@ class Scorer:
         trees = self.trees_of(questions)
         self.budget.settle(sum(map(len, trees)))
         batches = self._batches([len(tree) for tree in trees], reads=[len(tree.nodes) for tree in trees])
-        for batch in _progress(list(batches)):
+        for batch in shown(list(batches), "scoring"):
             for part, reads in self._fitting(batch, lambda part: self._read_trees([trees[i] for i in part])):
                 *found, choices = reads
                 for tree, chosen in zip([trees[i] for i in part], choices, strict=False):
@@ -272,7 +272,7 @@ class Scorer:
         ]
         self.budget.settle(sum(lengths))
         batches = self._batches(lengths, reads=[sum(map(len, questions[i].continuations)) for i in asked])
-        for batch in _progress(list(batches)):
+        for batch in shown(list(batches), "scoring"):
             for _, reads in self._fitting(
                 batch,
                 lambda part: self._read_answers([questions[asked[i]] for i in part], [starts[asked[i]] for i in part]),
@@ -429,10 +429,3 @@ def _looked_at(logits: Tensor) -> tuple[Tensor, Tensor]:
     at = best[:, None]
     log_probs = torch.log_softmax(logits.float(), -1)
     return (logits.gather(1, at).float() - log_probs.gather(1, at))[:, 0], best
-
-
-def _progress(batches: Sequence[list[int]]) -> Iterable[list[int]]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(batches, "scoring", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
