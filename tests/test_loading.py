@@ -90,6 +90,44 @@ def test_a_pickle_is_refused_unless_allowed(folder: Path) -> None:
     assert torch.equal(model.network.lm_head.weight, network.lm_head.weight)
 
 
+@pytest.fixture
+def shards(folder: Path) -> list[Path]:
+    """The same model in several files."""
+    (folder / "model.safetensors").unlink()
+    build_network("llama").save_pretrained(folder, max_shard_size="5KB")
+    found = sorted(folder.glob("model-*.safetensors"))
+    assert len(found) > 2
+    return found
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_missing_shard_is_named_and_pickles_are_not_advised(folder: Path, shards: list[Path], allowed: bool) -> None:
+    LocalModel("mine", str(folder)).load("cpu")
+    shards[1].unlink()
+    with pytest.raises(ModelUnavailable, match=rf"lacks {shards[1].name}, one of the files of its weights") as error:
+        LocalModel("mine", str(folder), allow_pickle=allowed).load("cpu")
+    assert "pickle" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_index_that_points_outside_its_folder_is_refused(folder: Path, shards: list[Path]) -> None:
+    index = folder / "model.safetensors.index.json"
+    outside = folder.parent / "elsewhere"
+    outside.mkdir()
+    shards[1].rename(outside / shards[1].name)
+    there = index.read_text().replace(shards[1].name, f"../elsewhere/{shards[1].name}")
+    for text in (there, there.replace("../elsewhere", str(outside))):
+        index.write_text(text)
+        for load in (LocalModel("mine", str(folder)).load, LocalModel("mine", str(folder)).streamed):
+            with pytest.raises(ModelUnavailable, match="names a file outside its folder") as error:
+                load("cpu")
+            assert "\n" not in str(error.value)
+
+
+def test_an_index_beside_whole_weights_is_no_matter(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1-of-2.safetensors"}}')
+    assert LocalModel("mine", str(folder)).load("cpu")
+
+
 def test_code_of_the_checkpoints_own_is_not_run(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "evil.py").write_text("import pathlib; pathlib.Path('ran').touch()\nclass Config: pass\n")

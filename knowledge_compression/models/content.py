@@ -40,6 +40,23 @@ def folder_fingerprint(folder: Path) -> str:
     return files_fingerprint(read | {path for path in shards if path.is_file()}, folder)
 
 
+def check_shards(folder: Path) -> None:
+    """Refuse a folder whose index of weights names files outside of it, or safetensors that are read and not there.
+
+    Raises:
+        ModelUnavailable: it does; the message names the file.
+    """
+    for index in sorted(folder.glob(f"*{INDEX_ENDING}")):
+        read = index.name == "model.safetensors.index.json" and not (folder / "model.safetensors").is_file()
+        for name in sorted(set(_shards(index))):
+            if Path(name).name != name:
+                raise ModelUnavailable(f"{index} names a file outside its folder: {name}")
+            if read and not (folder / name).is_file():
+                raise ModelUnavailable(
+                    f"{folder} lacks {name}, one of the files of its weights; copy it beside the others"
+                )
+
+
 def files_fingerprint(files: Iterable[Path], folder: Path | None = None) -> str:
     """Digest of files' bytes and of their names: as seen from ``folder``, or the last part alone.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
 from knowledge_compression.models.hub import hub_answers
 
 log = logging.getLogger(__name__)
+
+_SHARD = re.compile(r"[\w.-]+-\d+-of-\d+\.safetensors")
 
 
 @contextmanager
@@ -36,6 +39,8 @@ def _why_unavailable(where: str, name: str, error: Exception, allow_pickle: bool
             f"model={name}: '{where}' is not cached and the hub does not answer; "
             "give a local copy with model=local model.path=DIR"
         )
+    if shard := _SHARD.search(message):  # some of the weights are there, and pickles would be no remedy
+        return f"model={name}: {where} lacks {shard[0]}, one of the files of its weights; copy it beside the others"
     if not allow_pickle and ("safetensors" in message and not isinstance(error, SafetensorError)):
         return (
             f"model={name}: {where} has no safetensors weights; a pickle checkpoint can run code and is refused "

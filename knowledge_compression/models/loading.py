@@ -20,7 +20,7 @@ from knowledge_compression.cache import cached_folder
 from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
 from knowledge_compression.identity import LABEL, PLACE, SPEED
 from knowledge_compression.memory import reuse_freed_memory
-from knowledge_compression.models.content import files_fingerprint, folder_fingerprint
+from knowledge_compression.models.content import check_shards, files_fingerprint, folder_fingerprint
 from knowledge_compression.models.device import DTYPES, resolve_device, resolve_dtype
 from knowledge_compression.models.failures import one_line_failures, quiet
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, architecture_of
@@ -322,6 +322,8 @@ def _from_pretrained(
     place = resolve_device(device)
     if place.type == "cpu":
         reuse_freed_memory()
+    if Path(where).is_dir():
+        check_shards(Path(where))
     with one_line_failures(where, name, allow_pickle), quiet():
         config = _configuration(where, **hub)
         network, loaded = auto_class(config).from_pretrained(

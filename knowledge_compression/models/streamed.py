@@ -36,7 +36,7 @@ class Checkpoint:
         """
         self.folder = folder
         try:
-            if (folder / INDEX).is_file():
+            if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():  # as from_pretrained prefers
                 self.file_of: dict[str, str] = dict(json.loads((folder / INDEX).read_bytes())["weight_map"])
             else:
                 with safe_open(folder / SINGLE, "pt") as file:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from knowledge_compression.results.secrets import without_secrets
+
 _PACKAGES = (
     "torch",
     "transformers",
@@ -25,13 +27,13 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware and time, JSON-ready; no user name, no environment variables."""
+    """Versions, hardware and time, JSON-ready; no user name, no environment variables, no secrets."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "command": " ".join(sys.argv),
+        "command": " ".join(without_secrets(sys.argv)),
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import polars as pl
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.results.secrets import is_secret
 from knowledge_compression.results.store import Run
 from knowledge_compression.results.summary import literal_text, task_figure
 from knowledge_compression.results.tracker import TrackedRun, Unseen
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 # Reports of W&B's own errors to its makers hold the process up at its end for 20 s where their server does not answer.
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
-_SECRET = re.compile(r"(token|secret|password|credentials?|apikey|_key)$", re.IGNORECASE)
 _SPELT = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 Mode = Literal["online", "offline"]
@@ -213,14 +212,13 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Values that look like secrets, by their name or because the environment keeps them under such a name, are left out.
     """
-    secrets = {value for name, value in os.environ.items() if value and _SECRET.search(name)}
     found: dict[str, Any] = {}
 
     def add(prefix: str, value: Any) -> None:
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 add(f"{prefix}_{key}" if prefix else str(key), inner)
-        elif not (prefix.endswith("_target_") or _SECRET.search(prefix) or str(value) in secrets):
+        elif not (prefix.endswith("_target_") or is_secret(prefix, value)):
             found[prefix] = value
 
     add("", {name: part for name, part in settings.items() if name != "choices"})
