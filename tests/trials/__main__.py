@@ -26,7 +26,9 @@ def main() -> None:
     options = parser.parse_args()
     trials = [trial for kind in options.kinds.split(",") for trial in KINDS[kind]() if options.only in trial.name]
     chosen = [one for one in trials if one.must != ACCEPT][:: options.every]
-    sound = list(KINDS["controls"]())
+    used = {(one.command, *one.arguments) for one in chosen}
+    every = (one for make in KINDS.values() for one in make() if one.must == ACCEPT)
+    sound = [one for one in every if (one.command, *one.arguments) in used]
     with tempfile.TemporaryDirectory() as folder:
         good = Path(folder) / "good"
         prepare(good)

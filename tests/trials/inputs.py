@@ -253,6 +253,17 @@ def files() -> Iterator[Trial]:
                 yield Trial(f"{command}: {path} {name}", COMMANDS[command], spoil, EITHER, **about)
 
 
+def stores() -> Iterator[Trial]:
+    """Every file of a finished run, spoilt in every way, before the commands that read a store."""
+    for command, rest in (("report", ("-o", "report.html")), ("advise", ("--keep", "95%"))):
+        yield Trial(f"{command}, nothing wrong", ("store", *rest), must=ACCEPT, command=command)
+        for path in ("config.yaml", "metrics.json", "report.json", "environment.json", "items.parquet"):
+            for name, spoil in SPOILS.items():
+                about: dict[str, Any] = {"command": command, "nobody": name == "unreadable"}
+                harm = partial(spoilt, f"store/runs/pruned/{path}", spoil)
+                yield Trial(f"{command}: {path} {name}", ("store", *rest), harm, EITHER, **about)
+
+
 def folders() -> Iterator[Trial]:
     """Folders that are none, or hold nothing."""
     for name, spoil in {
@@ -486,4 +497,5 @@ KINDS: Mapping[str, Callable[[], Iterator[Trial]]] = {
     "configurations": configurations,
     "files": files,
     "folders": folders,
+    "stores": stores,
 }

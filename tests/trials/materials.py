@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from helpers.networks import build_network, make_tokenizer
+from helpers.stores import bits, made_run
+from knowledge_compression.results.store import RunStore
+
 FACTS = {
     "P1": ("The capital of [X] is [Y] .", [("France", "paris"), ("Germany", "berlin"), ("Spain", "madrid")]),
     "P2": ("[X] is a [Y] .", [("dog", "animal"), ("iron", "metal"), ("Rome", "city")]),
@@ -28,9 +32,7 @@ TASK = {
 
 
 def prepare(folder: Path) -> None:
-    """Fill a folder: ``bert/``, ``llama/`` (in shards), ``data/``, ``conf/``, ``kc_carrier/`` (GGUF in a package)."""
-    from helpers.networks import build_network, make_tokenizer
-
+    """Fill a folder: ``bert/``, ``llama/`` (in shards), ``data/``, ``conf/``, ``store/``, ``kc_carrier/`` (GGUF)."""
     tokenizer = make_tokenizer()
     for name, size in (("bert", "50GB"), ("llama", "8KB")):
         build_network(name).save_pretrained(folder / name, max_shard_size=size)
@@ -63,6 +65,9 @@ def prepare(folder: Path) -> None:
     (folder / "conf" / "compression" / "mine.yaml").write_text(
         "_target_: knowledge_compression.compression.methods.magnitude.Magnitude\nsparsity: 0.5\n"
     )
+    store = RunStore(folder / "store")
+    store.write(made_run(bits("1101"), id="dense", compression="none"))
+    store.write(made_run(bits("0101"), id="pruned"))
     (folder / "kc_carrier").mkdir()
     (folder / "kc_carrier" / "__init__.py").touch()
     write_gguf(folder / "kc_carrier" / "tiny.gguf")

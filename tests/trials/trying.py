@@ -19,6 +19,7 @@ ONE_LINE, ACCEPTED, STACK_TRACE, WRONG, HANG = "one line", "accepted", "stack tr
 REFUSE, EITHER, ACCEPT = "refuse", "either", "accept"
 PATIENCE = 120.0  # seconds of the wall's clock for what takes about one of the processor's
 _PRELOADED = (
+    "encodings.unicode_escape",
     "encodings.utf_8_sig",  # a trial without privileges may not be able to read the standard library
     "knowledge_compression.configuration",
     "knowledge_compression.results.summary",
