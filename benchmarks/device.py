@@ -85,7 +85,7 @@ def by_onednn(linears: list[nn.Linear], forward: Callable[[], None]) -> Callable
 def compiled_passes(model: Model) -> tuple[Callable[[], None], float]:
     """The same with compiled blocks, and the seconds of its first pass."""
     twin = Model(deepcopy(model.network), model.tokenizer, model.name)
-    for path in architecture_of(twin.network.config).block_paths(twin.network):
+    for path in architecture_of(twin.network).block_paths(twin.network):
         twin.network.get_submodule(path).compile(dynamic=True)
     forward, start = passes(twin), time.perf_counter()
     forward()

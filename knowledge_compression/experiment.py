@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -258,7 +258,8 @@ class Experiment:
             }
             with cost.of("compress"):
                 model, compressed, found = self._compress(model, targets, corpus, workplace.folder / SAVED, force)
-            report["compression"] = compressed.to_json() | {"found": found}
+            left_out = [asdict(part) for part in targets.left_out]
+            report["compression"] = compressed.to_json() | {"found": found, "left_out": left_out}
             if compressed.layers:
                 workplace.add("layer_map.png", layer_map(compressed))
             with cost.of("recover"):

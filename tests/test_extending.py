@@ -10,7 +10,8 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from knowledge_compression.analysis.ledger import restores_by
-from knowledge_compression.models.families import ARCHITECTURES
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models.families import EXCEPTIONS
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.sweeping.cli import main
 
@@ -91,11 +92,18 @@ def test_a_family_of_ones_own(monkeypatch):
     from knowledge_compression.models import Model, Target
 
     example = GUIDE.split("## A model family")[1].split("```python\n")[1].split("```")[0]
-    monkeypatch.setattr(sys.modules["knowledge_compression.models.families"], "ARCHITECTURES", dict(ARCHITECTURES))
-    exec(example, {})  # what a reader would paste into a module of theirs
+    monkeypatch.setattr(sys.modules["knowledge_compression.models.families"], "EXCEPTIONS", dict(EXCEPTIONS))
     config = StableLmConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
     )
     with torch.device("meta"):
-        model = Model(StableLmForCausalLM(config), None, "stable")
-    assert len(Target("ff", ["ff"]).select(model)) == 6
+        networks = [StableLmForCausalLM(config) for _ in range(2)]
+        for network in networks:
+            for block in network.model.layers:
+                block.shortcut, block.scales = torch.nn.Linear(32, 32), torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(BadInput, match=r"model\.layers\.\*\.scales, model\.layers\.\*\.shortcut"):
+        Target("ff", ["ff"]).select(Model(networks[0], None, "stable"))
+    exec(example, {})  # what a reader would paste into a module of theirs
+    targets = Target("ff", ["ff"]).select(Model(networks[1], None, "stable"))
+    assert len(targets) == 8
+    assert [part.parameters for part in targets.left_out if part.reason == "learned scales"] == [8]

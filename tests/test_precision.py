@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers.experiments import SUITE, made
-from helpers.networks import TINY
+from helpers.networks import FAMILY, TINY
 from helpers.questions import CONTINUING, random_questions
 from helpers.recoveries import STRATEGIES
 from helpers.stores import bits, made_run
@@ -22,13 +22,13 @@ from knowledge_compression.evaluation.harness import Harness
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
 from knowledge_compression.models import Model, Target, device
 from knowledge_compression.models.device import Device, measured_bfloat16_gain, processor
-from knowledge_compression.models.families import ARCHITECTURES, ENCODER
+from knowledge_compression.models.families import ENCODER
 from knowledge_compression.models.prompts import NO_PROMPTS, Prompts
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.tracker import NoTracker
 
 CPU = torch.device("cpu")
-ENCODERS = [name for name in TINY if ARCHITECTURES[name].family == ENCODER]
+ENCODERS = [name for name in TINY if FAMILY[name] == ENCODER]
 
 
 def close_but_not_equal(model: Model, questions: list[Question], prompts: Prompts = NO_PROMPTS) -> None:

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers.networks import TINY
+from helpers.networks import FAMILY, TINY
 from helpers.questions import CONTINUING, assert_equals_plain, random_questions
 from knowledge_compression.evaluation.scoring import Blank, Scorer, products
 from knowledge_compression.evaluation.scoring.products import linears_for_onednn, multiplied_by_onednn, onednn_linear
 from knowledge_compression.models import Model
 from knowledge_compression.models.device import Device
-from knowledge_compression.models.families import ARCHITECTURES, ENCODER
+from knowledge_compression.models.families import ENCODER
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -67,7 +67,7 @@ def test_continuations_equal_plain(
     assert not any("forward" in vars(module) for module in model.network.modules())
 
 
-@pytest.mark.parametrize("architecture", [name for name in TINY if ARCHITECTURES[name].family == ENCODER])
+@pytest.mark.parametrize("architecture", [name for name in TINY if FAMILY[name] == ENCODER])
 def test_blanks_equal_those_without(
     tiny_model: Callable[[str], Model], by_onednn: list[torch.Size], monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:

@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from helpers.networks import TINY, VOCABULARY
+from helpers.networks import FAMILY, TINY, VOCABULARY
 from helpers.questions import CONTINUING, assert_equals_plain, plainly, random_questions, tokens
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer, budget, likeliest
 from knowledge_compression.evaluation.scoring.budget import probe
 from knowledge_compression.evaluation.scoring.packed_attention import causal_attention_in_pieces
 from knowledge_compression.evaluation.scoring.trees import attention_masks, plant
 from knowledge_compression.models import Model
-from knowledge_compression.models.families import ARCHITECTURES, DECODER, ENCODER
+from knowledge_compression.models.families import DECODER, ENCODER
 
-DECODERS = [name for name in TINY if ARCHITECTURES[name].family == DECODER]
-ONE_STACK = [name for name in TINY if ARCHITECTURES[name].family in (DECODER, ENCODER)]
+DECODERS = [name for name in TINY if FAMILY[name] == DECODER]
+ONE_STACK = [name for name in TINY if FAMILY[name] in (DECODER, ENCODER)]
 ATTENTION = ["sdpa", "eager"]  # texts end to end in one row, and each in a padded row of its own
 
 

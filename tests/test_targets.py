@@ -14,7 +14,7 @@ from helpers.networks import TINY, build_network, logits_of
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
-from knowledge_compression.models.families import ARCHITECTURES, DECODER, ENCODER, ENCODER_DECODER
+from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, family_of
 from knowledge_compression.models.targets import linear_layers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ def skeleton(name: str) -> Model:
     shape = dict(SHAPES[name])
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     with torch.device("meta"):
-        network = AUTO[ARCHITECTURES[config.model_type].family].from_config(config)
+        network = AUTO[family_of(config)].from_config(config)
     return Model(network, None, name)  # type: ignore[arg-type]
 
 
@@ -101,12 +101,19 @@ def test_a_target_that_the_family_lacks_gets_a_line_with_what_it_has(tiny_model:
 
 def test_what_the_map_does_not_know_is_named_never_guessed(tiny_model: Callable[[str], Model]) -> None:
     model = tiny_model("llama")
-    model.network.model.layers[1].mlp.shortcut = nn.Linear(4, 4)
-    with pytest.raises(BadInput, match=r"unknown role: model\.layers\.1\.mlp.shortcut$"):
+    model.network.model.layers[1].shortcut = nn.Linear(4, 4)
+    with pytest.raises(BadInput, match=r"unknown role: model\.layers\.1\.shortcut \("):
         shipped_target("ff").select(model)
-    model.network.config.model_type = "mamba"
-    with pytest.raises(BadInput, match="'mamba' is not in the family map; known: albert, bart, bert"):
+    del model.network.model.layers[1].shortcut
+    for layer in model.network.model.layers:
+        layer.mlp.blend = nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(BadInput, match=r"unknown role: model\.layers\.\*\.mlp\.blend \("):
         shipped_target("ff").select(model)
+
+
+def test_a_type_that_is_no_language_model_is_named() -> None:
+    with pytest.raises(BadInput, match="model type 'vit' is none of the causal, masked or sequence-to-sequence"):
+        family_of(AutoConfig.for_model("vit"))
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from knowledge_compression.cache import cache_folder, cached_folder, discard
 from knowledge_compression.compression.base import Compression
@@ -181,7 +180,7 @@ def _write(
         if type(layer.module) in kinds:
             modules[layer.path] = type(layer.module).__name__, layer.module.settings  # type: ignore[assignment]
             tensors |= {f"module/{layer.path}/{name}": buffer for name, buffer in layer.module.named_buffers()}
-        elif not isinstance(layer.module, nn.Linear | Conv1D):
+        elif isinstance(layer.module, ReplacedLinear):
             raise NotImplementedError(f"the {type(layer.module).__name__} at {layer.path} is not declared")
         elif layer.module._forward_hooks or layer.module._forward_pre_hooks:
             raise NotImplementedError(f"{layer.path} has hooks, which no file holds")

@@ -1,81 +1,179 @@
-"""Families as data: which linear layers of an architecture are attention, feed-forward, head.
+"""What a network is: its family, its blocks and its final layer, read from the network itself.
 
-A new architecture is one entry of :data:`ARCHITECTURES`. Patterns are module paths in which ``*`` stands for one path
-component; a linear layer that no pattern places is an error that names it, never a guess.
+Where structure does not say, :data:`EXCEPTIONS` does: one entry a model type. What part each matrix of a block has is
+read in ``roles.py``.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.models.roles import (
+    CROSS_ATT,
+    DECODER_SELF_ATT,
+    ENCODER_ATT,
+    EXPERTS,
+    FF,
+    FINAL,
+    MIXER,
+    ROLES,
+    ROUTER,
+    SELF_ATT,
+    SHARED_EXPERTS,
+    TRANSFORM,
+    class_of,
+    excepted,
+    matches,
+    reason_of,
+    role_of,
+)
+
+__all__ = [
+    "CROSS_ATT",
+    "DECODER",
+    "DECODER_SELF_ATT",
+    "ENCODER",
+    "ENCODER_ATT",
+    "ENCODER_DECODER",
+    "EXCEPTIONS",
+    "EXPERTS",
+    "FF",
+    "FINAL",
+    "MIXER",
+    "ROLES",
+    "ROUTER",
+    "SHARED_EXPERTS",
+    "TRANSFORM",
+    "Architecture",
+    "Exceptions",
+    "Stack",
+    "architecture_of",
+    "family_of",
+]
 
 ENCODER, ENCODER_DECODER, DECODER = "encoder", "encoder_decoder", "decoder"
 
-# Roles of a linear layer. `transform` is what lies between the blocks and the head or the embeddings and the blocks.
-ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT = "encoder_att", "decoder_self_att", "cross_att"
-FF, TRANSFORM, FINAL = "ff", "transform", "final"
-ROLES = (ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT, FF, TRANSFORM, FINAL)
-
 
 @dataclass(frozen=True)
-class Stack:
-    """A pile of like blocks: the path of its ``ModuleList`` and the roles of the linears inside one block."""
-
-    blocks: str
-    roles: Mapping[str, str]
-
-    def is_block(self, path: str) -> bool:
-        """Whether the module at the full path ``path`` is one of its blocks."""
-        return _matches(f"{self.blocks}.*", path)
-
-    def role_of(self, path: str) -> str | None:
-        """Role of the linear at the full module path ``path``, or None where it is not of this stack."""
-        return next((role for inside, role in self.roles.items() if _matches(f"{self.blocks}.*.{inside}", path)), None)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One entry of the family map.
+class Exceptions:
+    """What the structure of one model type does not say; paths are patterns in which ``*`` is one path component.
 
     Attributes:
-        family: ``encoder``, ``encoder_decoder`` or ``decoder``.
-        stacks: its piles of blocks in forward order.
-        final: path of the final layer, the projection onto the vocabulary.
-        transforms: paths of linears outside the blocks (an MLM head's dense layer, factorised embeddings).
+        roles: role of a matrix by its path inside a block.
+        reasons: why a parameter is left out, by its path inside a block.
+        blocks: paths of the lists of blocks, in forward order, where they are not the outermost lists.
+        outside: paths of parts that are not the language model.
         paper_ff: paths inside a block that the first paper counts as feed-forward though they lie in the attention
             module (Namburi et al., Table 2: the attention output of BERT and RoBERTa).
         shared_depth: name of the configuration value that says how often one block is used (ALBERT), if any.
         pointwise_from: path inside a block of the module from which on, its inputs being all there is, the block treats
             each position by itself; None where a residual goes past every such module (networks that norm first).
-        positions_after_padding: whether positions are numbered from the one after the padding token's id (RoBERTa).
+    """
+
+    roles: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+    paper_ff: tuple[str, ...] = ()
+    shared_depth: str | None = None
+    pointwise_from: str | None = None
+
+
+_BERT = Exceptions(paper_ff=("attention.output.dense",), pointwise_from="attention.output")
+
+_GEMMA = {"per_layer_input_gate": TRANSFORM, "per_layer_projection": TRANSFORM}
+_HYPER = {"attn_hc.fn": "hyper-connection", "ffn_hc.fn": "hyper-connection"}
+_RECURRENT = {f"temporal_block.rg_lru.{gate}_gate_weight": "state-space parameter" for gate in ("input", "recurrent")}
+_KERNEL = "projection of three dimensions"
+_INKLING = {
+    "self_attn.rel_logits_proj.proj": "relative positions",
+    "self_attn.q_l2_clip.scale": "learned scale",
+    "self_attn.rel_l2_clip.scale": "learned scale",
+    "attention_input.query": "residual query",
+    "mlp_input.query": "residual query",
+}
+
+EXCEPTIONS: dict[str, Exceptions] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "electra": Exceptions(pointwise_from="attention.output"),
+    "distilbert": Exceptions(pointwise_from="sa_layer_norm"),
+    "albert": Exceptions(
+        blocks=("albert.encoder.albert_layer_groups.*.albert_layers",), shared_depth="num_hidden_layers"
+    ),
+    "deepseek_v4": Exceptions(reasons=_HYPER),
+    "hy_v4": Exceptions(reasons=_HYPER),
+    "funnel": Exceptions(reasons={"attention.r_kernel": _KERNEL, "attention.seg_embed": "embedding"}),
+    "gemma3n_text": Exceptions(
+        roles=_GEMMA
+        | {"laurel.linear_left": TRANSFORM, "laurel.linear_right": TRANSFORM, "altup.correction_coefs": TRANSFORM}
+        | {"altup.prediction_coefs": TRANSFORM}
+    ),
+    "gemma4": Exceptions(roles=_GEMMA),
+    "gemma4_text": Exceptions(roles=_GEMMA),
+    "git": Exceptions(outside=("git.image_encoder",)),
+    "inkling_text": Exceptions(reasons=_INKLING),
+    "inkling2_text": Exceptions(reasons=_INKLING),
+    "mobilebert": Exceptions(
+        roles=dict.fromkeys(
+            ("bottleneck.input.dense", "bottleneck.attention.dense", "output.bottleneck.dense"), TRANSFORM
+        )
+    ),
+    "phi4_multimodal": Exceptions(outside=("model.embed_tokens_extend",)),
+    "recurrent_gemma": Exceptions(reasons=_RECURRENT),
+    "rwkv": Exceptions(roles={"attention.*": MIXER}),
+    "voxtral_realtime": Exceptions(roles={"ada_rms_norm.linear1": TRANSFORM, "ada_rms_norm.linear2": TRANSFORM}),
+    "xlnet": Exceptions(reasons={f"rel_attn.{name}": _KERNEL for name in "qkvor"}),
+    "zamba": Exceptions(roles={"linear": TRANSFORM}),
+    "zamba2": Exceptions(roles={"linear": TRANSFORM}),
+}
+
+_NONE = Exceptions()
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A pile of like blocks: the path of its ``ModuleList`` and the role of self-attention in it."""
+
+    blocks: str
+    attention: str
+
+    def is_block(self, path: str) -> bool:
+        """Whether the module at the full path ``path`` is one of its blocks."""
+        return matches(f"{self.blocks}.*", path)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a network is.
+
+    Attributes:
+        family: ``encoder``, ``encoder_decoder`` or ``decoder``.
+        stacks: its piles of blocks in forward order.
+        final: path of the final layer, the projection onto the vocabulary.
+        exceptions: what its structure does not say.
     """
 
     family: str
     stacks: tuple[Stack, ...]
     final: str
-    transforms: tuple[str, ...] = ()
-    paper_ff: tuple[str, ...] = ()
-    shared_depth: str | None = None
-    pointwise_from: str | None = None
-    positions_after_padding: bool = False
+    exceptions: Exceptions = _NONE
 
-    def role_of(self, path: str, *, reading: str = "module") -> str | None:
-        """Role of the linear at ``path``, or None where the map does not know it."""
-        if path == self.final:
-            return FINAL
-        if reading == "paper" and any(_matches(f"{s.blocks}.*.{p}", path) for s in self.stacks for p in self.paper_ff):
-            return FF
-        for stack in self.stacks:
-            if role := stack.role_of(path):
-                return role
-        return TRANSFORM if any(_matches(pattern, path) for pattern in self.transforms) else None
+    @property
+    def shared_depth(self) -> str | None:
+        """Name of the configuration value that says how often one block is used, if any."""
+        return self.exceptions.shared_depth
+
+    @property
+    def pointwise_from(self) -> str | None:
+        """See :class:`Exceptions`."""
+        return self.exceptions.pointwise_from
 
     def block_paths(self, network: nn.Module) -> list[str]:
         """Module paths of all blocks of ``network``, stack by stack in forward order."""
@@ -83,162 +181,174 @@ class Architecture:
             f"{path}.{name}"
             for stack in self.stacks
             for path, module in network.named_modules()
-            if _matches(stack.blocks, path)
+            if matches(stack.blocks, path)
             for name, _ in module.named_children()
         ]
 
-
-def _roles(role: str, *paths: str) -> dict[str, str]:
-    return dict.fromkeys(paths, role)
-
-
-def _att(role: str, prefix: str, names: str) -> dict[str, str]:
-    return _roles(role, *(f"{prefix}.{name}" for name in names.split()))
+    def roles(self, network: nn.Module, reading: str = "module") -> Roles:
+        """The roles of this network's matrices as they are now."""
+        return Roles(self, network, reading)
 
 
-_BERT_BLOCK = _att(ENCODER_ATT, "attention", "self.query self.key self.value output.dense") | _roles(
-    FF, "intermediate.dense", "output.dense"
-)
-_LLAMA_BLOCK = _att(DECODER_SELF_ATT, "self_attn", "q_proj k_proj v_proj o_proj") | _att(
-    FF, "mlp", "gate_proj up_proj down_proj"
-)
-_BART_PROJECTIONS = "q_proj k_proj v_proj out_proj"
-_BART_FF = _roles(FF, "fc1", "fc2")
-_T5_FF = "wi wi_0 wi_1 wo"  # plain T5 has wi, the gated one of Flan-T5 wi_0 and wi_1
+class Roles:
+    """Tells the role of each matrix of a network, and why other parameters of its blocks are left out."""
 
-_LLAMA = Architecture(DECODER, (Stack("model.layers", _LLAMA_BLOCK),), "lm_head")
+    def __init__(self, architecture: Architecture, network: nn.Module, reading: str) -> None:
+        self._architecture = architecture
+        self._network = network
+        self._paper = reading == "paper"
+        self._config = type(network.config).__name__
+        self._blocks = {
+            block: stack
+            for stack in architecture.stacks
+            for path, module in network.named_modules()
+            if matches(stack.blocks, path)
+            for block in (f"{path}.{name}" for name, _ in module.named_children())
+        }
 
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "bert": Architecture(
-        ENCODER,
-        (Stack("bert.encoder.layer", _BERT_BLOCK),),
-        "cls.predictions.decoder",
-        transforms=("cls.predictions.transform.dense",),
-        paper_ff=("attention.output.dense",),
-        pointwise_from="attention.output",
-    ),
-    "roberta": Architecture(
-        ENCODER,
-        (Stack("roberta.encoder.layer", _BERT_BLOCK),),
-        "lm_head.decoder",
-        transforms=("lm_head.dense",),
-        paper_ff=("attention.output.dense",),
-        pointwise_from="attention.output",
-        positions_after_padding=True,
-    ),
-    "distilbert": Architecture(
-        ENCODER,
-        (
-            Stack(
-                "distilbert.transformer.layer",
-                _att(ENCODER_ATT, "attention", "q_lin k_lin v_lin out_lin") | _att(FF, "ffn", "lin1 lin2"),
-            ),
-        ),
-        "vocab_projector",
-        transforms=("vocab_transform",),
-        pointwise_from="sa_layer_norm",
-    ),
-    "albert": Architecture(
-        ENCODER,
-        (
-            Stack(
-                "albert.encoder.albert_layer_groups.*.albert_layers",
-                _att(ENCODER_ATT, "attention", "query key value dense") | _roles(FF, "ffn", "ffn_output"),
-            ),
-        ),
-        "predictions.decoder",
-        transforms=("albert.encoder.embedding_hidden_mapping_in", "predictions.dense"),
-        shared_depth="num_hidden_layers",
-    ),
-    "electra": Architecture(
-        ENCODER,
-        (Stack("electra.encoder.layer", _BERT_BLOCK),),
-        "generator_lm_head",
-        transforms=("electra.embeddings_project", "generator_predictions.dense"),
-        pointwise_from="attention.output",
-    ),
-    "t5": Architecture(
-        ENCODER_DECODER,
-        (
-            Stack(
-                "encoder.block",
-                _att(ENCODER_ATT, "layer.0.SelfAttention", "q k v o") | _att(FF, "layer.1.DenseReluDense", _T5_FF),
-            ),
-            Stack(
-                "decoder.block",
-                _att(DECODER_SELF_ATT, "layer.0.SelfAttention", "q k v o")
-                | _att(CROSS_ATT, "layer.1.EncDecAttention", "q k v o")
-                | _att(FF, "layer.2.DenseReluDense", _T5_FF),
-            ),
-        ),
-        "lm_head",
-    ),
-    "bart": Architecture(
-        ENCODER_DECODER,
-        (
-            Stack("model.encoder.layers", _att(ENCODER_ATT, "self_attn", _BART_PROJECTIONS) | _BART_FF),
-            Stack(
-                "model.decoder.layers",
-                _att(DECODER_SELF_ATT, "self_attn", _BART_PROJECTIONS)
-                | _att(CROSS_ATT, "encoder_attn", _BART_PROJECTIONS)
-                | _BART_FF,
-            ),
-        ),
-        "lm_head",
-    ),
-    "llama": _LLAMA,  # also Vicuna, WizardLM and SmolLM2
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "gemma3_text": _LLAMA,
-    "opt": Architecture(
-        DECODER,
-        (
-            Stack(
-                "model.decoder.layers",
-                _att(DECODER_SELF_ATT, "self_attn", _BART_PROJECTIONS) | _BART_FF,
-            ),
-        ),
-        "lm_head",
-        transforms=("model.decoder.project_in", "model.decoder.project_out"),
-    ),
-    "gpt2": Architecture(
-        DECODER,
-        (Stack("transformer.h", _att(DECODER_SELF_ATT, "attn", "c_attn c_proj") | _att(FF, "mlp", "c_fc c_proj")),),
-        "lm_head",
-    ),
-    "gpt_neox": Architecture(
-        DECODER,
-        (
-            Stack(
-                "gpt_neox.layers",
-                _att(DECODER_SELF_ATT, "attention", "query_key_value dense")
-                | _att(FF, "mlp", "dense_h_to_4h dense_4h_to_h"),
-            ),
-        ),
-        "lm_head",
-    ),
-}
+    def block_of(self, path: str) -> str | None:
+        """The block in which a module or parameter lies, or None."""
+        parts = path.split(".")
+        places = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        return next((place for place in places if place in self._blocks), None)
+
+    def is_outside(self, path: str) -> bool:
+        """Whether it belongs to a part of the network that is not the language model."""
+        return any(f"{path}.".startswith(f"{part}.") for part in self._architecture.exceptions.outside)
+
+    def of(self, path: str) -> str | None:
+        """Role of the matrix at a module path, or None where nothing explains it."""
+        architecture, exceptions = self._architecture, self._architecture.exceptions
+        if path == architecture.final:
+            return FINAL
+        block = self.block_of(path)
+        if block is None:
+            return TRANSFORM
+        inside = path[len(block) + 1 :]
+        if self._paper and any(matches(pattern, inside) for pattern in exceptions.paper_ff):
+            return FF
+        role = excepted(exceptions.roles, inside) or self._read(block, inside)
+        return self._blocks[block].attention if role == SELF_ATT else role
+
+    def reason(self, path: str, name: str) -> str | None:
+        """Why parameter ``name`` of the module at ``path`` in a block is left out; None where nothing explains it."""
+        block = self.block_of(path) or path
+        full = f"{path}.{name}"[len(block) + 1 :]
+        kind = class_of(self._network.get_submodule(path), self._config)
+        return excepted(self._architecture.exceptions.reasons, full) or reason_of(name, kind)
+
+    def _read(self, block: str, inside: str) -> str | None:
+        module = self._network.get_submodule(block)
+        own, classes, siblings = class_of(module, self._config), [], []
+        for name in inside.split(".") if inside else ():
+            siblings.append(frozenset(module._modules) - {name})
+            module = module.get_submodule(name)
+            classes.append(class_of(module, self._config))
+        return role_of(inside, classes, siblings, own) if inside else None
 
 
-def architecture_of(config: Any) -> Architecture:
-    """The family map's entry for a transformers configuration.
+_READ: WeakKeyDictionary[nn.Module, Architecture] = WeakKeyDictionary()
+
+
+def architecture_of(network: nn.Module) -> Architecture:
+    """What a network is; read once, as what compression and recovery put into it does not change that.
 
     Raises:
-        BadInput: the architecture is not in the map.
+        BadInput: it has no final layer or no blocks.
     """
-    try:
-        return ARCHITECTURES[config.model_type]
-    except KeyError:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise BadInput(
-            f"model type '{config.model_type}' is not in the family map; known: {known} (docs/extending.md adds one)"
-        ) from None
+    if network not in _READ:
+        unwrap = getattr(network, "get_base_model", None)  # of peft's wrapper
+        _READ[network] = _read(unwrap() if callable(unwrap) else network)
+    return _READ[network]
 
 
-def _matches(pattern: str, path: str) -> bool:
-    return _compiled(pattern).fullmatch(path) is not None
+def family_of(config: Any) -> str:
+    """Which family of language models a transformers configuration belongs to.
+
+    By the class that the checkpoint was saved from, where transformers' tables have it, else by the model type.
+
+    Raises:
+        BadInput: transformers has no language model of that type.
+    """
+    tables = _tables()
+    for name in getattr(config, "architectures", None) or ():
+        for family, table in tables.items():
+            if name in table.values():
+                return family
+    for family, table in tables.items():
+        if config.model_type in table:
+            return family
+    raise BadInput(
+        f"model type '{config.model_type}' is none of the causal, masked or sequence-to-sequence language models of "
+        "transformers"
+    )
 
 
-@cache
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
+def _tables() -> dict[str, Mapping[str, str]]:
+    """Names of transformers' classes of language models by model type, for each family."""
+    from transformers.models.auto import modeling_auto as auto
+
+    return {
+        ENCODER_DECODER: auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        ENCODER: auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        DECODER: auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }
+
+
+def _read(network: Any) -> Architecture:
+    config, kind = network.config, type(network).__name__
+    family = next((f for f, table in _tables().items() if kind in table.values()), None) or family_of(config)
+    exceptions = EXCEPTIONS.get(config.model_type, _NONE)
+    paths = {module: path for path, module in network.named_modules()}
+    head = network.get_output_embeddings()
+    if head is None:
+        raise BadInput(f"a network of type '{config.model_type}' has no projection onto the vocabulary")
+    body, outside = _body(network, paths), exceptions.outside
+    lists = exceptions.blocks or tuple(
+        path
+        for path in _lists(network)
+        if f"{path}.".startswith(body) and not any(f"{path}.".startswith(f"{part}.") for part in outside)
+    )
+    if not lists:
+        raise BadInput(f"a network of type '{config.model_type}' has no list of blocks")
+    others = {part for part in _lists(network) if not f"{part}.".startswith(body)} if not exceptions.blocks else set()
+    encoder = _encoder(network, paths) if family == ENCODER_DECODER else None
+    of_encoder = {path: encoder is not None and f"{path}.".startswith(f"{encoder}.") for path in lists}
+    stacks = [
+        Stack(path, ENCODER_ATT if family == ENCODER or of_encoder[path] else DECODER_SELF_ATT)
+        for path in sorted(lists, key=lambda path: not of_encoder[path])  # an encoder runs first
+    ]
+    known = Exceptions(**vars(exceptions) | {"outside": (*outside, *sorted(others))})
+    return Architecture(family, tuple(stacks), paths[head], known)
+
+
+def _lists(network: nn.Module) -> Iterator[str]:
+    """Paths of the outermost lists of modules that hold matrices and are made of parts."""
+    found: list[str] = []
+    for path, module in network.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in found):
+            continue
+        if any(_is_list_of_lists(child) for child in module):
+            continue
+        if any(list(child.children()) and any(p.dim() > 1 for p in child.parameters()) for child in module):
+            found.append(path)
+            yield path
+
+
+def _is_list_of_lists(child: nn.Module) -> bool:
+    return isinstance(child, nn.ModuleList)
+
+
+def _body(network: Any, paths: Mapping[nn.Module, str]) -> str:
+    """Prefix of the paths of the language model: the nearest module around the input embeddings that holds blocks."""
+    embeddings, lists = paths.get(network.get_input_embeddings(), ""), list(_lists(network))
+    while embeddings:
+        embeddings = embeddings.rpartition(".")[0]
+        if any(path.startswith(f"{embeddings}.") for path in lists):
+            return f"{embeddings}." if embeddings else ""
+    return ""
+
+
+def _encoder(network: Any, paths: Mapping[nn.Module, str]) -> str:
+    """Path of the encoder of an encoder-decoder."""
+    return paths[network.get_encoder()]

@@ -23,7 +23,7 @@ from knowledge_compression.memory import reuse_freed_memory
 from knowledge_compression.models.content import check_shards, files_fingerprint, folder_fingerprint
 from knowledge_compression.models.device import DTYPES, resolve_device, resolve_dtype
 from knowledge_compression.models.failures import one_line_failures, quiet
-from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, architecture_of
+from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, family_of
 from knowledge_compression.models.hub import cache_alone_where_no_hub_answers, cached_commit, commit_of
 from knowledge_compression.models.model import Model
 from knowledge_compression.models.soundness import check_configuration, check_it_runs, check_loaded, check_tokenizer
@@ -385,4 +385,4 @@ def auto_class(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     classes = {ENCODER: AutoModelForMaskedLM, ENCODER_DECODER: AutoModelForSeq2SeqLM, DECODER: AutoModelForCausalLM}
-    return classes[architecture_of(config).family]
+    return classes[family_of(config)]

@@ -37,8 +37,8 @@ class Model:
 
     @property
     def architecture(self) -> Architecture:
-        """What the family map knows of this kind of network."""
-        return architecture_of(self.network.config)
+        """What the network is: its family, blocks and final layer."""
+        return architecture_of(self.network)
 
     @property
     def family(self) -> str:
@@ -66,7 +66,9 @@ class Model:
     @property
     def first_position(self) -> int:
         """Number of the position of a text's first token."""
-        return self.network.config.pad_token_id + 1 if self.architecture.positions_after_padding else 0
+        positions = [m for path, m in self.network.named_modules() if path.endswith("position_embeddings")]
+        after_padding = any(getattr(module, "padding_idx", None) is not None for module in positions)  # RoBERTa's
+        return self.network.config.pad_token_id + 1 if after_padding else 0
 
     def parameter_count(self) -> int:
         """Number of distinct parameters; tied ones count once."""

@@ -49,7 +49,7 @@ def check_loaded(network: PreTrainedModel, missing: Iterable[str], left_over: It
             f"it lacks {len(names)} weights ({names[0]}, ...), so its answers would be partly random; give a "
             "checkpoint that was saved with its language-model head"
         )
-    for stack in architecture_of(network.config).stacks:
+    for stack in architecture_of(network).stacks:
         inside = re.escape(stack.blocks.removeprefix(f"{network.base_model_prefix}.")).replace(r"\*", r"[^.]+")
         depth = sum(stack.is_block(path) for path, _ in network.named_modules())
         for name in left_over:

@@ -1,10 +1,13 @@
-"""Which linear layers a compression touches."""
+"""Which matrices of a network a compression touches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Self
 
 import torch
@@ -13,10 +16,11 @@ from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.identity import LABEL
-from knowledge_compression.models.families import FINAL, ROLES, TRANSFORM, architecture_of
+from knowledge_compression.models.families import FINAL, ROLES, TRANSFORM
 from knowledge_compression.models.model import Model
 
 READINGS = ("module", "paper")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 class ReplacedLinear(nn.Module):
@@ -56,44 +60,112 @@ class ReplacedLinear(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class TargetLayer:
-    """One linear layer of the network that may be compressed.
+    """One matrix of the network that may be compressed: a linear layer, or one expert's part of a bank of experts.
 
     Attributes:
-        path: module path, e.g. ``model.layers.0.self_attn.q_proj``.
+        path: module path, e.g. ``model.layers.0.self_attn.q_proj``; of an expert the path of the bank and its number,
+            e.g. ``model.layers.0.mlp.experts.down_proj.7``.
         role: one of :data:`~knowledge_compression.models.families.ROLES`.
         uses: how often a forward pass runs through it (ALBERT shares one block over its whole depth).
+        expert: where it is part of a bank, which.
     """
 
     path: str
     role: str
     network: nn.Module
     uses: int = 1
+    expert: Expert | None = None
+
+    @property
+    def holder(self) -> str:
+        """Path of the module that reads this layer's inputs: its own, or that of the bank of experts."""
+        return self.expert.bank if self.expert else self.path
 
     @property
     def module(self) -> nn.Module:
-        """The layer as it stands in the network now."""
-        return self.network.get_submodule(self.path)
+        """The module at :attr:`holder` as it stands in the network now."""
+        return self.network.get_submodule(self.holder)
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the network's parameter that holds the weight."""
+        return f"{self.expert.bank}.{self.expert.parameter}" if self.expert else f"{self.path}.weight"
 
     @property
     def weight(self) -> torch.Tensor:
         """The weight ``[out_features, in_features]`` as a view that can be written in place, for GPT-2's Conv1D too."""
-        weight: torch.Tensor = self.module.weight.data  # type: ignore[assignment]
-        return weight.T if isinstance(self.module, Conv1D) else weight
+        module = self.module
+        if self.expert:
+            bank: torch.Tensor = getattr(module, self.expert.parameter).data
+            return bank[self.expert.number].T if self.expert.transposed else bank[self.expert.number]
+        weight: torch.Tensor = module.weight.data  # type: ignore[assignment]
+        return weight.T if isinstance(module, Conv1D) else weight
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The bias ``[out_features]``, if the layer has one."""
-        bias: nn.Parameter | None = self.module.bias  # type: ignore[assignment]
+        """The bias ``[out_features]``, if the layer has one of its own."""
+        bias: nn.Parameter | None = None if self.expert else getattr(self.module, "bias", None)
         return bias.data if bias is not None else None
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What a method leaves with the layer beside its weight; not part of the network's state."""
+        if self.expert is None:
+            return self.module.__dict__
+        kept: dict[str, dict[str, Any]] = self.module.__dict__.setdefault("notes_of_experts", {})
+        return kept.setdefault(self.path, {})
 
     @property
     def parameters(self) -> int:
         """Number of weights (biases are not compressed and not counted)."""
         return self.weight.numel()
 
+    @property
+    def is_replaceable(self) -> bool:
+        """Whether another module can take its place: not where the network reads its weight otherwise."""
+        return self.expert is None and is_linear(self.module)
+
     def replace(self, module: ReplacedLinear) -> None:
         """Put another module in this layer's place."""
         self.network.set_submodule(self.path, module)
+
+
+@dataclass(frozen=True)
+class Expert:
+    """Where one expert's matrix lies: in a parameter ``[experts, out, in]``, or ``[experts, in, out]`` transposed.
+
+    Attributes:
+        bank: path of the module that holds all experts.
+        parameter: name of its parameter.
+        number: which expert.
+        transposed: whether the parameter is ``[experts, in_features, out_features]``.
+    """
+
+    bank: str
+    parameter: str
+    number: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Parameters of the blocks, of two or more dimensions, that a target does not touch.
+
+    Attributes:
+        path: their name, with ``*`` for the numbers in it.
+        role: of the part in which they lie, or None.
+        parameters: how many numbers.
+        share: of all such parameters of the network's blocks.
+        reason: ``role`` where the target does not take their role, else what they are, e.g. ``convolution``.
+        inside: whether the target takes the role of the part in which they lie.
+    """
+
+    path: str
+    role: str | None
+    parameters: int
+    share: float
+    reason: str
+    inside: bool
 
 
 class Targets(Sequence[TargetLayer]):
@@ -106,8 +178,10 @@ class Targets(Sequence[TargetLayer]):
         reading: str = "module",
         *,
         takes_final_when_quantized: bool = False,
+        left_out: Sequence[LeftOut] = (),
     ) -> None:
         self._layers = list(layers)
+        self.left_out = list(left_out)
         self._model = model
         self._reading = reading
         self.takes_final_when_quantized = takes_final_when_quantized
@@ -136,7 +210,7 @@ class Targets(Sequence[TargetLayer]):
         if any(layer.role == FINAL for layer in self._layers):
             return self
         final = [layer for layer in linear_layers(self._model, self._reading) if layer.role == FINAL]
-        return Targets([*self._layers, *final], self._model, self._reading)
+        return Targets([*self._layers, *final], self._model, self._reading, left_out=self.left_out)
 
 
 @dataclass(frozen=True)
@@ -175,7 +249,8 @@ class Target:
             BadInput: the model has none, or holds linears that the family map cannot place.
         """
         roles = self.paper_roles if self.reading == "paper" and self.paper_roles else self.roles
-        layers = linear_layers(model, self.reading)
+        everything = placed(model, self.reading)
+        layers = everything.layers
         chosen = [layer for layer in layers if layer.role in roles]
         if not chosen:
             there = [role for role in ROLES if any(layer.role == role for layer in layers)]
@@ -183,32 +258,124 @@ class Target:
                 f"target={self.name} takes {', '.join(roles)}, which {model.name} ({model.network.config.model_type}) "
                 f"does not have; it has {', '.join(there)}"
             )
-        return Targets(chosen, model, self.reading, takes_final_when_quantized=self.final_when_quantized)
+        return Targets(
+            chosen,
+            model,
+            self.reading,
+            takes_final_when_quantized=self.final_when_quantized,
+            left_out=everything.without(roles),
+        )
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Every matrix of a network with its role, and what else its blocks hold.
+
+    Attributes:
+        layers: the matrices, in forward order of their definition.
+        others: other parameters of two or more dimensions in the blocks: name, role of the part in which they lie,
+            how many numbers, and what they are.
+    """
+
+    layers: list[TargetLayer]
+    others: list[tuple[str, str | None, int, str]]
+
+    def without(self, roles: Collection[str]) -> list[LeftOut]:
+        """What of the blocks layers of these roles leave out, one entry for what differs in numbers only."""
+        rest = [
+            (layer.weight_name, layer.role, layer.parameters, "role")
+            for layer in self.layers
+            if layer.role not in {*roles, TRANSFORM, FINAL}
+        ]
+        whole = sum(layer.parameters for layer in self.layers if layer.role not in (TRANSFORM, FINAL))
+        whole += sum(parameters for _, _, parameters, _ in self.others)
+        sizes: Counter[tuple[str, str | None, str]] = Counter()
+        for path, role, parameters, reason in [*rest, *self.others]:
+            sizes[_pattern(path), role, reason] += parameters
+        return [
+            LeftOut(path, role, count, count / whole, reason, inside=role in roles)
+            for (path, role, reason), count in sizes.items()
+        ]
 
 
 def linear_layers(model: Model, reading: str = "module") -> list[TargetLayer]:
-    """Every linear layer of the network with its role, in forward order of its definition.
+    """Every matrix of the network with its role, in forward order of its definition; see :func:`placed`."""
+    return placed(model, reading).layers
+
+
+def placed(model: Model, reading: str = "module") -> Placed:
+    """Place every parameter of two or more dimensions in the network's blocks, and every linear layer outside them.
 
     Raises:
-        BadInput: a linear layer that the family map does not know.
+        BadInput: parameters that nothing explains.
     """
-    network, config = model.network, model.network.config
-    architecture = architecture_of(config)
+    network, config, architecture = model.network, model.network.config, model.architecture
     depth = getattr(config, architecture.shared_depth) if architecture.shared_depth else 1
-    layers, unknown = [], []
+    hidden = getattr(config.get_text_config(), "hidden_size", 0)
+    roles = architecture.roles(network, reading)
+    layers: list[TargetLayer] = []
+    others: list[tuple[str, str | None, int, str]] = []
+    unknown: list[str] = []
     for path, module in network.named_modules():
-        if not is_linear(module):
+        if roles.is_outside(path):
             continue
-        role = architecture.role_of(path, reading=reading)
-        if role is None:
+        matrix = is_linear(module) or (roles.block_of(path) and _is_matrix(module))
+        if matrix and (role := roles.of(path)):
+            layers.append(TargetLayer(path, role, network, uses=1 if role in (TRANSFORM, FINAL) else depth))
+        elif matrix:
             unknown.append(path)
+        if is_linear(module) or not roles.block_of(path):
             continue
-        layers.append(TargetLayer(path, role, network, uses=1 if role in (TRANSFORM, FINAL) else depth))
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2 or (matrix and name == "weight"):
+                continue
+            full = f"{path}.{name}"
+            role = roles.of(path)
+            if reason := roles.reason(path, name):
+                others.append((full, role, parameter.numel(), reason))
+            elif role and parameter.dim() == 3 and (transposed := _transposed(module, name, hidden)) is not None:
+                experts = (Expert(path, name, number, transposed) for number in range(len(parameter)))
+                layers += [TargetLayer(f"{full}.{e.number}", role, network, depth, e) for e in experts]
+            else:
+                unknown.append(full)
     if unknown:
-        raise BadInput(f"{model.name} ({config.model_type}) has linear layers of unknown role: {', '.join(unknown)}")
-    return layers
+        alike = {pattern: list(names) for pattern, names in groupby(sorted(unknown, key=_pattern), _pattern)}
+        named = [names[0] if len(names) == 1 else pattern for pattern, names in alike.items()]
+        raise BadInput(
+            f"{model.name} ({config.model_type}) has parameters of unknown role: {', '.join(named)} "
+            "(docs/extending.md says how to name one)"
+        )
+    return Placed(layers, others)
+
+
+def _pattern(path: str) -> str:
+    """A path with ``*`` for the numbers in it."""
+    return _NUMBER.sub("*", path)
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies its input by a stored weight matrix: nn.Linear, Conv1D, or ours that replace them."""
     return isinstance(module, (nn.Linear, Conv1D, ReplacedLinear))
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Whether a module of its own kind holds one matrix ``[out_features, in_features]``, as routers do."""
+    weight = module._parameters.get("weight")
+    return not isinstance(module, nn.Embedding) and weight is not None and weight.dim() == 2
+
+
+def _transposed(module: nn.Module, name: str, hidden: int) -> bool | None:
+    """Whether a bank of experts is ``[experts, in, out]``; None where it cannot be told.
+
+    Transformers says so of the banks that it runs itself; else it is told by the width of the states, which is what
+    experts read first and give last.
+    """
+    known = getattr(module, "is_transposed", None)
+    if known is not None:
+        return bool(known)
+    if name == "weight":  # a module for each matrix, as nn.Linear has it
+        return False
+    _, rows, columns = module._parameters[name].shape  # type: ignore[union-attr]
+    if (rows == hidden) == (columns == hidden):
+        return None
+    return (columns == hidden) if "down" in name else (rows == hidden)

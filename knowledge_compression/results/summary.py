@@ -56,6 +56,8 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
         }
     ):
         console.print(shown(note), style="dim")
+    for line in sorted(set(filter(None, map(_left_out, runs)))):
+        console.print(shown(line), style=\"dim\")
     if folder is None:
         return
     by = _file_name(asked_columns(table))
@@ -77,6 +79,17 @@ def literal_text() -> AbstractContextManager[None]:
 def shown(text: object) -> Text:
     """Text of a store for a terminal: no markup of rich's, no control characters."""
     return Text("".join(c if c.isprintable() else "�" for c in str(text)))
+
+
+def _left_out(run: Run) -> str | None:
+    """What a run's target left out inside the roles that it takes, in a line; None where that is nothing."""
+    parts = [part for part in run.report.get("compression", {}).get("left_out", ()) if part["inside"]]
+    if not parts:
+        return None
+    share = sum(part["share"] for part in parts)
+    what = ", ".join(sorted({part["reason"] for part in parts}))
+    choices = run.config["choices"]
+    return f"{choices['model']}, target={choices['target']}: {share:.2%} of the blocks' weights left out ({what})"
 
 
 def drop_table(runs: Sequence[Run], baselines: Mapping[str, Run]) -> pl.DataFrame:

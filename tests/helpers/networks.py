@@ -1,4 +1,4 @@
-"""Tiny networks of every architecture of the family map, and what goes through them."""
+"""Tiny networks of many architectures, and what goes through them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from knowledge_compression.models import Model
-from knowledge_compression.models.families import ARCHITECTURES, DECODER, ENCODER, ENCODER_DECODER
+from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, family_of
 
 _WORDS = """
     the capital of is a an in and to was by france paris germany berlin italy rome spain madrid japan tokyo
@@ -32,7 +32,7 @@ _BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 _LLAMA = _BERT | {"num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True}
 _IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 
-# The configuration of a tiny network of each architecture of the family map (two blocks, width 16).
+# The configuration of a tiny network of each of them (two blocks, width 16).
 TINY: dict[str, dict[str, Any]] = {
     "bert": _BERT,
     "roberta": _BERT | {"max_position_embeddings": 130},
@@ -55,6 +55,9 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
+FAMILY = {name: family_of(AutoConfig.for_model(name)) for name in TINY}
+
+
 def tiny_config(architecture: str, **changes: Any) -> Any:
     """The tiny configuration of an architecture, with changes."""
     return AutoConfig.for_model(architecture, **({"vocab_size": VOCABULARY} | _IDS | TINY[architecture] | changes))
@@ -63,7 +66,8 @@ def tiny_config(architecture: str, **changes: Any) -> Any:
 def build_network(architecture: str, **changes: Any) -> Any:
     """A tiny network with fixed random weights, its biases and norms random too so that no term is hidden by a zero."""
     torch.manual_seed(sum(map(ord, architecture)))
-    network = _AUTO[ARCHITECTURES[architecture].family].from_config(tiny_config(architecture, **changes)).eval()
+    config = tiny_config(architecture, **changes)
+    network = _AUTO[family_of(config)].from_config(config).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from helpers.networks import SPECIAL, TINY, VOCABULARY
+from helpers.networks import FAMILY, SPECIAL, TINY, VOCABULARY
 from knowledge_compression.evaluation.scoring import Question, Scorer
 from knowledge_compression.models import Model
-from knowledge_compression.models.families import ARCHITECTURES, DECODER, ENCODER
+from knowledge_compression.models.families import DECODER, ENCODER
 
-CONTINUING = [name for name in TINY if ARCHITECTURES[name].family != ENCODER]
+CONTINUING = [name for name in TINY if FAMILY[name] != ENCODER]
 
 
 @torch.no_grad()

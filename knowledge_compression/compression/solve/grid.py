@@ -116,7 +116,7 @@ class QuantizedWeight:
         layer.weight.copy_(self.dequantize())
         exact = layer.weight.dtype == torch.float32 or torch.equal(self.grid.codes(layer.weight), self.codes)
         # Neither a parameter nor in the state dict.
-        layer.module.__dict__["quantized_weight"] = self.grid if exact else self
+        layer.notes["quantized_weight"] = self.grid if exact else self
 
     def report(self, layer: TargetLayer) -> LayerReport:
         """What became of a layer that got these codes."""
@@ -130,7 +130,7 @@ class QuantizedWeight:
 
 def quantized_weight(layer: TargetLayer) -> QuantizedWeight | None:
     """The integers behind a layer's weight; None where it has none, or its weight was changed since."""
-    kept: FittedGrid | QuantizedWeight | None = getattr(layer.module, "quantized_weight", None)
+    kept: FittedGrid | QuantizedWeight | None = layer.notes.get("quantized_weight")
     if isinstance(kept, FittedGrid):
         kept = QuantizedWeight(kept.codes(layer.weight), kept)
     if kept is None or not torch.equal(kept.dequantize().to(layer.weight), layer.weight):

@@ -139,7 +139,7 @@ class _Stream:
     def _reading(self) -> Iterator[TargetLayer]:
         """Give all targets, one after the other, each with its weights as they are stored."""
         for layer in shown(self.targets, "ranking"):
-            name = f"{layer.path}.weight"
+            name = layer.weight_name
             with self.model.holding({name: self.model.read(name)}):
                 yield layer
 
@@ -162,6 +162,7 @@ class _Stream:
             finally:
                 for part in module.modules():  # the codes of a quantized weight are as large as the weight
                     part.__dict__.pop("quantized_weight", None)
+                    part.__dict__.pop("notes_of_experts", None)
 
     def _finish(self, unit: str, module: nn.Module, reports: Mapping[str, LayerReport]) -> None:
         weights = {f"{unit}.{name}": tensor for name, tensor in module.state_dict().items()}

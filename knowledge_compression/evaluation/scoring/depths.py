@@ -63,7 +63,7 @@ def depths(network: nn.Module) -> int:
 def _last_stack(network: nn.Module) -> tuple[list[nn.Module], int]:
     """The blocks that the head comes after, under any wrapper of adapters, and how often a forward pass uses one."""
     inner = without_adapters(network)
-    architecture = architecture_of(inner.config)
+    architecture = architecture_of(inner)
     stack = architecture.stacks[-1]
     blocks = [module for path, module in inner.named_modules() if stack.is_block(path)]
     shared = architecture.shared_depth

@@ -39,7 +39,7 @@ def head_at(network: nn.Module, rows: Tensor, positions: Tensor, width: int) -> 
         return output
 
     inner = without_adapters(network)
-    architecture = architecture_of(inner.config)
+    architecture = architecture_of(inner)
     if architecture.pointwise_from is not None:
         *_, last_block = inner.get_submodule(architecture.stacks[-1].blocks).children()
         part = last_block.get_submodule(architecture.pointwise_from)
