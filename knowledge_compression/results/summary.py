@@ -57,7 +57,7 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
     ):
         console.print(shown(note), style="dim")
     for line in sorted(set(filter(None, map(_left_out, runs)))):
-        console.print(shown(line), style=\"dim\")
+        console.print(shown(line), style="dim")
     if folder is None:
         return
     by = _file_name(asked_columns(table))
