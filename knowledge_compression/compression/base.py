@@ -103,6 +103,12 @@ class Method(Compression):
         for layer in targets:
             if isinstance(layer.module, ReplacedLinear):
                 raise BadInput(f"{layer.path} is quantized already; quantization comes last, after pruning")
+        if self.modules and (fixed := [layer for layer in targets if not layer.is_replaceable]):
+            raise BadInput(
+                f"compression={self.name} puts modules of its own in the place of linear layers, which {len(fixed)} of "
+                f"the {len(targets)} targets are not, e.g. {fixed[0].path}: experts kept in one tensor, or routers; "
+                "choose target=att, or a method that writes weights, e.g. compression=rtn compression.bits=8"
+            )
         self.check(targets)
         check_finite(weights_of(model), model.name)
         report = CompressionReport(method=self.name, model_parameters=model.parameter_count())

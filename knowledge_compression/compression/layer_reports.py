@@ -27,6 +27,7 @@ class LayerReport:
         seconds: time spent on the layer's algorithm.
         removable: whether weights of it were asked to be removed, so that it counts for the sparsity; false where a
             quantization behind a pruning takes in a layer that the pruning left out.
+        tokens: of an expert in a calibrated method, how many tokens of the calibration text the router sent to it.
     """
 
     path: str
@@ -41,6 +42,7 @@ class LayerReport:
     fallbacks: list[str] = field(default_factory=list)
     seconds: float = 0.0
     removable: bool = True
+    tokens: int | None = None
 
     @classmethod
     def of(cls, layer: TargetLayer, **what: Any) -> LayerReport:

@@ -55,12 +55,26 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
+# Mixtures of experts (two blocks, width 16, four experts of width 24, of which each token goes to two).
+_MIXTURE = _LLAMA | {"tie_word_embeddings": False, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": _MIXTURE | {"num_local_experts": 4, "intermediate_size": 24, "sliding_window": None},
+    "qwen3_moe": _MIXTURE | {"num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "olmoe": _MIXTURE | {"num_experts": 4, "intermediate_size": 24},
+    "gpt_oss": _MIXTURE
+    | {"num_local_experts": 4, "intermediate_size": 24, "layer_types": ["sliding_attention", "full_attention"]},
+    "granitemoe": _MIXTURE | {"num_local_experts": 4, "intermediate_size": 24},
+    "llama4_text": _MIXTURE
+    | {"num_local_experts": 4, "intermediate_size": 24, "intermediate_size_mlp": 32, "interleave_moe_layer_step": 1},
+}
 FAMILY = {name: family_of(AutoConfig.for_model(name)) for name in TINY}
 
 
 def tiny_config(architecture: str, **changes: Any) -> Any:
     """The tiny configuration of an architecture, with changes."""
-    return AutoConfig.for_model(architecture, **({"vocab_size": VOCABULARY} | _IDS | TINY[architecture] | changes))
+    return AutoConfig.for_model(
+        architecture, **({"vocab_size": VOCABULARY} | _IDS | (TINY | MIXTURES)[architecture] | changes)
+    )
 
 
 def build_network(architecture: str, **changes: Any) -> Any:

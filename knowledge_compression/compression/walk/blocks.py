@@ -9,117 +9,35 @@ network itself, and nothing here knows an architecture.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic
 
 import torch
 from torch import LongTensor, Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from knowledge_compression.compression.layer_reports import LayerReport
+from knowledge_compression.compression.walk.expert_inputs import one_expert_after_the_other
 from knowledge_compression.compression.walk.layer_inputs import finite, first_tensor, reading, sharing
+from knowledge_compression.compression.walk.statistics import BlockMethod, LayerInputs, S, Statistics, WalkSettings
 from knowledge_compression.compression.walk.suspended import SuspendedForward, marked
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Targets
-from knowledge_compression.models.device import Device, multiplied_in
-from knowledge_compression.models.families import DECODER, ENCODER
+from knowledge_compression.models.device import multiplied_in
+from knowledge_compression.models.families import DECODER, ENCODER, EXPERTS
 from knowledge_compression.models.targets import TargetLayer
 from knowledge_compression.progress import bars
 
 TOKENS_PER_BATCH = 4096
+FEWEST_TOKENS = 16  # of an expert that is compressed on what it reads
 TOKENS_PER_BATCH_CPU = 1024  # as fast there, and what a forward pass leaves in between is less
 
 
-@dataclass(frozen=True)
-class LayerInputs:
-    """What one batch brings to a layer.
-
-    Attributes:
-        values: the inputs ``[tokens, in_features]`` in the precision of the forward pass, on the compute device.
-        influence: how far an error in the layer's output at each token moves the output of its block, relative to that
-            output's size, summed over the linears that read the tensor; float32 ``[tokens]``, None unless asked for.
-    """
-
-    values: Tensor
-    influence: Tensor | None = None
-
-
-class Statistics(ABC):
-    """What a method keeps of a layer's inputs; one is made for all linears that read the same tensor."""
-
-    @abstractmethod
-    def update(self, inputs: LayerInputs) -> None:
-        """Take in one batch."""
-
-    @property
-    def second_moments(self) -> Tensor | None:
-        """``mean of x xᵀ``, float32 ``[in_features, in_features]``, where it is kept: it tells output errors."""
-        return None
-
-
-S = TypeVar("S", bound=Statistics)
-
-
-class BlockMethod(Protocol[S]):
-    """What a calibrated method gives to :func:`compress_blocks`."""
-
-    def observe(self, in_features: int, device: torch.device) -> S:
-        """Empty statistics for inputs of this width."""
-        ...
-
-    def shrink(self, layers: Sequence[TargetLayer], statistics: S) -> list[LayerReport]:
-        """Compress, in place, linears that read the same inputs; may also put other modules in their places.
-
-        Returns:
-            One report for each layer, in their order.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class WalkSettings:
-    """How a walk goes through the blocks.
-
-    Attributes:
-        true_sequential: observe and compress the linears of a block in the order in which they run, each on what those
-            before it now give; then every linear is run only once. Else all are observed on the block as it was. A
-            block that is used many times is always observed whole.
-        by_influence: tell the method, too, how far an error at each token moves the block's output (one backward pass
-            through each block, which must be whole).
-        device: where blocks are computed, one at a time, e.g. ``cuda:0``; None where they lie.
-        forward_dtype: type of the products in the forward passes of a float32 network: ``auto`` (see
-            ``models.device``), ``bfloat16`` or ``float32``.
-    """
-
-    true_sequential: bool = False
-    by_influence: bool = False
-    device: str | None = None
-    forward_dtype: str = "auto"
-
-    def computed_on(self, model: Model) -> Device:
-        """Where blocks are computed."""
-        return Device.named(self.device) if self.device else Device.of(model.device)
-
-    def multiplied_in(self, model: Model) -> torch.dtype | None:
-        """The type of the forward passes' products, None for the network's own.
-
-        Raises:
-            BadInput: there is no such choice.
-        """
-        return self.computed_on(model).product_dtype(self.forward_dtype, model.dtype, "compression.forward_dtype")
-
-    @property
-    def text_passes(self) -> int:
-        """How often the calibration text runs through each block, which is what a forecast counts."""
-        if self.true_sequential:
-            return 1  # every linear is compressed on the way
-        return 3 if self.by_influence else 2  # to observe, perhaps backwards too, and with what came of it
-
+__all__ = ["BlockMethod", "LayerInputs", "Statistics", "WalkSettings", "compress_blocks"]
 
 DEFAULT_WALK = WalkSettings()
 
@@ -171,7 +89,7 @@ def compress_blocks(
     # The first batch is one window, which shows at little cost what reads what.
     tokens = tokens_per_batch or (TOKENS_PER_BATCH_CPU if place.type == "cpu" else TOKENS_PER_BATCH)
     rest = windows[1:].split(max(1, tokens // windows.shape[1]))
-    with torch.no_grad():
+    with torch.no_grad(), one_expert_after_the_other(model.network):
         return walk.run([windows[:1], *(batch for batch in rest if len(batch))])
 
 
@@ -205,6 +123,7 @@ class _Group(Generic[S]):
 
     statistics: S
     layers: list[TargetLayer] = field(default_factory=list)
+    tokens: int = 0
 
 
 @dataclass
@@ -315,28 +234,53 @@ class _Walk(Generic[S]):
         layers = {layer.path: layer for layer in self.pending[unit]}
         inputs, _ = self._read(unit, forwards[0])
         together = {path: group for group in sharing(inputs) for path in group}
-        order = {path: place for place, path in enumerate(dict.fromkeys([*inputs, *layers]))}
+        ran = dict.fromkeys([*inputs, *layers])  # in this order
         del inputs  # what they read is looked at no more
-        done_with_another = {path for path, group in together.items() if path != group[0]}
-        with marked(self.network, [path for path in layers if path != unit and path not in done_with_another]):
+        stops: dict[str, list[TargetLayer]] = {}
+        for path in ran:
+            stops.setdefault(layers[path].holder, []).append(layers[path])
+        order = {path: place for place, path in enumerate(stops)}
+        done_with_another = {path for path, group in together.items() if path != group[0] and not layers[path].expert}
+        with marked(self.network, [path for path in stops if path != unit and path not in done_with_another]):
             moving = [] if unit in layers else list(forwards)
             while True:
                 for forward in moving:
                     forward.resume(partial(self._run, forward=forward))
-                path = min((f.unit for f in forwards if f.unit in order), key=order.__getitem__, default=None)
-                if path is None:
+                stop = min((f.unit for f in forwards if f.unit in order), key=order.__getitem__, default=None)
+                if stop is None:
                     break
-                moving = [forward for forward in forwards if forward.unit == path]
-                if path not in self.reports:
-                    group = together.get(path, [path])
-                    statistics = self.method.observe(layers[path].weight.shape[1], self.device)
+                moving = [forward for forward in forwards if forward.unit == stop]
+                if stops[stop][0].path in self.reports:
+                    continue
+                if stops[stop][0].expert:
+                    self._bank(stop, moving, stops[stop])
+                else:
+                    group = _Group(self.method.observe(layers[stop].weight.shape[1], self.device))
+                    group.layers = [layers[member] for member in together.get(stop, [stop])]
                     for forward in moving:
-                        values = finite(path, first_tensor(forward.args, forward.kwargs))
-                        statistics.update(LayerInputs(values.to(self.device).flatten(0, -2)))
-                    self._shrink(_Group(statistics, [layers[member] for member in group]))
-                    if len(self.reports) == len(self.targets):
-                        break
+                        values = finite(stop, first_tensor(forward.args, forward.kwargs))
+                        group.statistics.update(LayerInputs(values.to(self.device).flatten(0, -2)))
+                        group.tokens += values.numel() // values.shape[-1]
+                    self._shrink(group)
+                if len(self.reports) == len(self.targets):
+                    break
         self._finish(unit)
+
+    def _bank(self, path: str, forwards: Sequence[SuspendedForward], layers: Sequence[TargetLayer]) -> None:
+        """Compress the experts of the bank before which the passes stand, one of its tensors after the other."""
+        run = partial(self._run, self.network.get_submodule(path))
+        for name in dict.fromkeys(layer.weight_name for layer in layers):
+            part = {layer.path: layer for layer in layers if layer.weight_name == name}
+            width = next(iter(part.values())).weight.shape[1]
+            groups = {path: _Group(self.method.observe(width, self.device), [layer]) for path, layer in part.items()}
+            for forward in forwards:
+                with self._multiplying():
+                    inputs, _ = reading(part, partial(run, forward))
+                for expert, values in inputs.items():
+                    groups[expert].statistics.update(LayerInputs(finite(expert, values)))
+                    groups[expert].tokens += len(values)
+            for group in groups.values():
+                self._shrink(group)
 
     def _observe(self, unit: str, forwards: Sequence[SuspendedForward], groups: list[_Group[S]]) -> None:
         """Run all batches through the unit; its groups, which the first batch finds, take in their inputs."""
@@ -354,17 +298,36 @@ class _Walk(Generic[S]):
                 values = finite(first, inputs[first]).flatten(0, -2)
                 shares = [influence[layer.path] for layer in group.layers] if self.settings.by_influence else []
                 group.statistics.update(LayerInputs(values, torch.stack(shares).sum(dim=0) if shares else None))
+                group.tokens += len(values)
 
     def _read(self, unit: str, forward: SuspendedForward) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Run the unit; what each of its pending layers read and, where wanted, the influence of each token."""
         run = partial(self._run, self.network.get_submodule(unit), forward)
-        layers = {layer.path: layer.module for layer in self.pending[unit]}
+        layers = {layer.path: layer for layer in self.pending[unit]}
         with self._multiplying():
             return reading(layers, run, by_influence=self.settings.by_influence)
 
     def _shrink(self, group: _Group[S]) -> None:
-        for report in self.method.shrink(group.layers, group.statistics):
+        expert = group.layers[0].role == EXPERTS
+        few = expert and group.tokens < FEWEST_TOKENS
+        statistics = self._of_nothing(group.layers[0]) if few else group.statistics
+        for report in self.method.shrink(group.layers, statistics):
+            if expert:
+                report.tokens = group.tokens
+            if few:
+                report.fallbacks.append("few_tokens" if group.tokens else "no_tokens")
             self.reports[report.path] = report
+
+    def _of_nothing(self, layer: TargetLayer) -> S:
+        """Statistics of inputs of which nothing is known: every feature by itself, and all as strong as each other.
+
+        With them GPTQ rounds to the nearest, and SparseGPT and Wanda remove the smallest weights.
+        """
+        width = layer.weight.shape[1]
+        statistics = self.method.observe(width, self.device)
+        influence = torch.ones(width, device=self.device) if self.settings.by_influence else None
+        statistics.update(LayerInputs(torch.eye(width, device=self.device), influence))
+        return statistics
 
     def _compress(self, unit: str, groups: Sequence[_Group[S]]) -> None:
         for group in groups:
@@ -372,6 +335,10 @@ class _Walk(Generic[S]):
         self._finish(unit)
 
     def _finish(self, unit: str) -> None:
-        """Strike the unit off the list."""
-        if missing := [layer.path for layer in self.pending.pop(unit) if layer.path not in self.reports]:
+        """Strike the unit off the list; experts to which no token was sent are compressed without any."""
+        left = [layer for layer in self.pending.pop(unit) if layer.path not in self.reports]
+        for layer in left:
+            if layer.role == EXPERTS:
+                self._shrink(_Group(self.method.observe(layer.weight.shape[1], self.device), [layer]))
+        if missing := [layer.path for layer in left if layer.role != EXPERTS]:
             raise BadInput(f"the forward pass on calibration text never runs {', '.join(missing)}")

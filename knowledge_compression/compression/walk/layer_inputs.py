@@ -1,4 +1,4 @@
-"""What chosen linears of a module read while it runs, and how much each token counts for its output."""
+"""What chosen layers of a module read while it runs, and how much each token counts for its output."""
 
 from __future__ import annotations
 
@@ -11,40 +11,54 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from knowledge_compression.compression.walk.expert_inputs import ExpertInputs
 from knowledge_compression.errors import BadInput
+from knowledge_compression.models.targets import TargetLayer
 
 
 def reading(
-    layers: Mapping[str, nn.Module], run: Callable[[], Any], *, by_influence: bool = False
+    layers: Mapping[str, TargetLayer], run: Callable[[], Any], *, by_influence: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Run a module and look at what these linears in it read.
+    """Run a module and look at what these layers in it read.
 
     Args:
-        layers: the linears, by path.
+        layers: the layers, by path.
         run: runs the module and gives its output.
         by_influence: whether to tell how far an error at each token moves that output (one backward pass).
 
     Returns:
-        What each linear read, in the order in which they ran, and the influence of each token on each (empty unless
-        asked for).
+        What each layer read, in the order in which they ran, and the influence of each token on each (empty unless
+        asked for). An expert that got no token is not among them.
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
     def before(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs[path] = first_tensor(args, kwargs).detach()
+        if (values := first_tensor(args, kwargs)).numel():
+            inputs[path] = values.detach()
 
-    def after(path: str, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def seen(path: str, output: Tensor) -> Tensor:
         # Where the graph begins it begins at a leaf, and the network gets a copy that it may write into.
         outputs[path] = output if output.requires_grad else output.detach().requires_grad_()
         return output if output.requires_grad else outputs[path].clone()
 
+    def after(path: str, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return seen(path, output)
+
+    experts = [layer for layer in layers.values() if layer.expert]
     with ExitStack() as hooks, torch.set_grad_enabled(by_influence):
-        for path, module in layers.items():
-            hooks.callback(module.register_forward_pre_hook(partial(before, path), with_kwargs=True).remove)
+        for path, layer in layers.items():
+            if layer.expert:
+                continue
+            hooks.callback(layer.module.register_forward_pre_hook(partial(before, path), with_kwargs=True).remove)
             if by_influence:
-                hooks.callback(module.register_forward_hook(partial(after, path)).remove)
-        result = run()
+                hooks.callback(layer.module.register_forward_hook(partial(after, path)).remove)
+        if experts:
+            mode = hooks.enter_context(ExpertInputs(experts, seen if by_influence else None))
+            result = run()
+            inputs |= mode.inputs
+        else:
+            result = run()
     return inputs, _influence(result, outputs) if by_influence else {}
 
 

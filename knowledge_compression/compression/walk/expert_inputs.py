@@ -1,0 +1,93 @@
+"""What each expert of a bank reads: transformers keeps those of a block in one tensor, which no module hooks see."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from knowledge_compression.models.targets import TargetLayer
+
+# Products of inputs and a weight, in the ways in which networks of transformers write them.
+_PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
+
+
+class ExpertInputs(TorchFunctionMode):
+    """While it is active, finds products with a part of a bank by where that part lies in memory.
+
+    Attributes:
+        inputs: what each expert layer read, ``[tokens, in_features]``, by path, in the order in which they ran; an
+            expert that got no token is not among them.
+    """
+
+    def __init__(self, layers: Sequence[TargetLayer], on_output: Callable[[str, Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.inputs: dict[str, Tensor] = {}
+        self._on_output = on_output
+        self._banks: dict[int, list[tuple[int, int, dict[int, str]]]] = defaultdict(list)
+        paths: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+        for layer in layers:
+            assert layer.expert is not None
+            paths[layer.expert.bank, layer.expert.parameter][layer.expert.number] = layer.path
+        for (bank, parameter), numbers in paths.items():
+            tensor: Tensor = getattr(layers[0].network.get_submodule(bank), parameter)
+            place = tensor.untyped_storage().data_ptr()
+            self._banks[place].append((int(tensor.storage_offset()), tensor.stride(0), numbers))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the function, and see whether it multiplied by an expert."""
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if getattr(func, "__name__", "") not in _PRODUCTS:
+            return output
+        values, weight = (*args, *kwargs.values())[:2]
+        numbers = self._numbers(weight)
+        if numbers is None:
+            return output
+        first, paths = numbers
+        if weight.dim() == 2 and first in paths and values.numel():
+            return self._saw(paths[first], values.reshape(-1, values.shape[-1]), output)
+        if weight.dim() == 3:  # the whole bank at once; a token that is not for an expert comes to it as zeros
+            for number, path in paths.items():
+                routed = values[number][values[number].ne(0).any(dim=-1)]
+                if len(routed):
+                    self._saw(path, routed, None)
+        return output
+
+    def _saw(self, path: str, values: Tensor, output: Tensor | None) -> Tensor | None:
+        before = self.inputs.get(path)
+        self.inputs[path] = values.detach() if before is None else torch.cat([before, values.detach()])
+        return output if self._on_output is None or output is None else self._on_output(path, output)
+
+    def _numbers(self, weight: object) -> tuple[int, dict[int, str]] | None:
+        """Number of the first expert in the tensor, and the paths of its bank's layers; None where it is of no bank."""
+        if not isinstance(weight, Tensor) or weight.is_meta:
+            return None
+        for start, stride, paths in self._banks.get(weight.untyped_storage().data_ptr(), ()):
+            number = (weight.storage_offset() - start) // stride
+            if 0 <= number <= max(paths):
+                return number, paths
+        return None
+
+
+@contextmanager
+def one_expert_after_the_other(network: nn.Module) -> Iterator[None]:
+    """Let the experts of a bank be multiplied one by one, and not by a kernel that takes all of them at once."""
+    configs = {
+        id(config): config
+        for module in network.modules()
+        if (config := getattr(module, "config", None)) is not None and hasattr(module, "is_transposed")
+    }
+    before = {key: config._experts_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._experts_implementation = before[key]

@@ -1,0 +1,169 @@
+"""Which language models of the installed transformers are placed: every type at its default size, on the meta device.
+
+    python -m knowledge_compression.models.coverage docs/models.md
+
+writes the table as Markdown; ``--only llama,t5`` looks at those types alone. It takes one to three minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
+from knowledge_compression.models.model import Model
+from knowledge_compression.models.roles import CROSS_ATT, DECODER_SELF_ATT, ENCODER_ATT, FINAL, ROLES, TRANSFORM
+from knowledge_compression.models.targets import placed
+
+_TABLES = {DECODER: "Causal", ENCODER: "Masked", ENCODER_DECODER: "Sequence to sequence"}
+_COLUMNS = {"attention": (ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT)} | {
+    role.replace("_", " "): (role,)
+    for role in ROLES
+    if role not in (ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT, TRANSFORM, FINAL)
+}
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What became of one model type of one table.
+
+    Attributes:
+        table: ``decoder``, ``encoder`` or ``encoder_decoder``: the table of transformers.
+        type: the model type.
+        weights: numbers in the blocks' matrices, by role; those around the blocks under ``transform`` and ``final``.
+        left_out: numbers in other parameters of the blocks, by what they are.
+        outside: parts that are not the language model.
+        trouble: why it does not build, or is not placed; empty where it is.
+        builds: whether transformers builds it from its default configuration.
+    """
+
+    table: str
+    type: str
+    weights: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    outside: Sequence[str] = ()
+    trouble: str = ""
+    builds: bool = True
+
+    @property
+    def in_blocks(self) -> int:
+        """All numbers of the blocks in parameters of two or more dimensions."""
+        matrices = sum(count for role, count in self.weights.items() if role not in (TRANSFORM, FINAL))
+        return matrices + sum(self.left_out.values())
+
+
+def cover(only: Iterable[str] = ()) -> Iterator[Coverage]:
+    """Look at every type of the three tables, or at some of them.
+
+    Raises:
+        BadInput: one of those is in no table.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+    from transformers.models.auto import modeling_auto as auto
+
+    tables = {
+        DECODER: (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM),
+        ENCODER: (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, AutoModelForMaskedLM),
+        ENCODER_DECODER: (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, AutoModelForSeq2SeqLM),
+    }
+    chosen = set(only)
+    if unknown := chosen - {name for names, _ in tables.values() for name in names}:
+        raise BadInput(f"transformers has no language model of the type {', '.join(sorted(unknown))}")
+    for table, (names, kind) in tables.items():
+        for name in sorted(chosen.intersection(names) if chosen else names):
+            yield _one(table, name, kind)
+
+
+def _one(table: str, name: str, kind: type) -> Coverage:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.for_model(name)
+        with torch.device("meta"):
+            network = kind.from_config(config)  # type: ignore[attr-defined]
+    except Exception as error:  # whatever another library raises over its own defaults is what there is to tell
+        return Coverage(table, name, trouble=f"{type(error).__name__}: {error}".split("\n")[0], builds=False)
+    model = Model(network, None, name)  # type: ignore[arg-type]  # a skeleton reads no text
+    try:
+        everything = placed(model)
+    except BadInput as error:
+        return Coverage(table, name, trouble=str(error))
+    weights, left_out = Counter[str](), Counter[str]()
+    for layer in everything.layers:
+        weights[layer.role] += layer.parameters
+    for _, _, count, reason in everything.others:
+        left_out[reason] += count
+    return Coverage(table, name, weights, left_out, model.architecture.exceptions.outside)
+
+
+def as_markdown(found: Sequence[Coverage]) -> str:
+    """The page: how many are placed, a table for each family, and what is not placed and why."""
+    import transformers
+
+    built = [one for one in found if one.builds]
+    done = [one for one in built if not one.trouble]
+    lines = [
+        "# Language models that are placed",
+        "",
+        f"Of the {len(found)} entries in the causal, masked and sequence-to-sequence tables of transformers "
+        f"{transformers.__version__}, {len(built)} build from their default configuration and {len(done)} of these are "
+        "placed: every parameter of their blocks of two or more dimensions has a role, or is left out by name. Made by "
+        "`python -m knowledge_compression.models.coverage docs/models.md`, on the meta device.",
+        "",
+        "Millions of weights in the blocks, by role (`target=att`, `ff` with experts, `router`, `mixer`); the last column "
+        "says what is left out, as a share of the blocks, and why. That a type is placed says what its parts are, not "
+        "that every compression and suite was tried on it.",
+    ]
+    for table, title in _TABLES.items():
+        rows = [one for one in done if one.table == table]
+        if rows:
+            heads = ["type", *_COLUMNS, "left out"]
+            lines += ["", f"## {title}", "", f"| {' | '.join(heads)} |", "|---|" + "--:|" * len(_COLUMNS) + "---|"]
+            lines += [_row(one) for one in rows]
+    troubled = [one for one in found if one.trouble]
+    if troubled:
+        lines += ["", "## Not placed", "", "| type | table | builds | why |", "|---|---|---|---|"]
+        lines += [
+            f"| {one.type} | {_TABLES[one.table].lower()} | {'yes' if one.builds else 'no'} | "
+            f"{one.trouble.replace('|', '/')} |"
+            for one in troubled
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(one: Coverage) -> str:
+    figures = [sum(one.weights[role] for role in roles) / 1e6 for roles in _COLUMNS.values()]
+    left = [f"{reason} {count / one.in_blocks:.2%}" for reason, count in sorted(one.left_out.items())]
+    left += [f"`{part}` is not the language model" for part in one.outside]
+    return f"| {one.type} | {' | '.join(f'{n:,.1f}' if n else '' for n in figures)} | {', '.join(left)} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page."""
+    parser = argparse.ArgumentParser(prog="python -m knowledge_compression.models.coverage", description=__doc__)
+    parser.add_argument("page", type=Path, help="where the Markdown goes")
+    parser.add_argument("--only", default="", help="model types, separated by commas; all if not given")
+    chosen = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        found = list(cover(filter(None, chosen.only.split(","))))
+        chosen.page.write_text(as_markdown(found))
+    except (BadInput, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"{sum(not one.trouble for one in found)} of {len(found)} placed: {chosen.page}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
