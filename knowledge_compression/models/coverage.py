@@ -119,8 +119,8 @@ def as_markdown(found: Sequence[Coverage]) -> str:
         "placed: every parameter of their blocks of two or more dimensions has a role, or is left out by name. Made by "
         "`python -m knowledge_compression.models.coverage docs/models.md`, on the meta device.",
         "",
-        "Millions of weights in the blocks, by role; `target=ff` takes experts and shared experts too. The last column says "
-        "what is left out, as a share of the blocks, and why. That a type is placed says what its parts are, not "
+        "Millions of weights in the blocks, by role; `target=ff` takes experts and shared experts too. The last column "
+        "says what is left out, as a share of the blocks, and why. That a type is placed says what its parts are, not "
         "that every compression and suite was tried on it.",
     ]
     for table, title in _TABLES.items():
