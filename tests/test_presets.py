@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 
 from knowledge_compression.configuration import experiment_from
@@ -12,7 +13,7 @@ from knowledge_compression.configuration import experiment_from
 CONF = Path(__file__).parent.parent / "conf"
 FOLDER = "forgotten_or_displaced"
 PRESETS = sorted(
-    path.stem for path in (CONF / "experiment" / FOLDER).glob("*.yaml") if not path.stem.startswith("small")
+    path.stem for path in (CONF / "experiment" / FOLDER).glob("*.yaml") if not path.stem.startswith(("small", "best"))
 )
 
 
@@ -30,6 +31,33 @@ def test_every_preset_has_a_small_form(small):
             experiment = experiment_from(job, job.hydra.runtime.choices)
             training = getattr(experiment.recovery, "training", None)
             assert training is None or training.tokens <= 100_000
+
+
+PUBLISHED = {
+    "gptq": {"clip": "minmax", "desc_act": False, "true_sequential": False, "forward_dtype": "float32"},
+    "sparsegpt": {"refit": 0, "true_sequential": False, "forward_dtype": "float32"},
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_of_the_paper_run_the_methods_as_published_and_say_so(preset):
+    text = (CONF / "experiment" / FOLDER / f"{preset}.yaml").read_text()
+    params = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
+    published = PUBLISHED[params["compression"]]
+    assert {name: params.get(f"compression.{name}") for name in published} == published
+    assert text.splitlines()[1].endswith("as published;")
+
+
+@pytest.mark.parametrize(("preset", "method"), [("table1_none", "gptq"), ("table2_none", "sparsegpt")])
+def test_the_best_overlay_gives_back_the_methods_own_settings(preset, method):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        chosen = f"+experiment=[{FOLDER}/{preset},{FOLDER}/best_{method}]"
+        params = compose("config", [chosen], return_hydra_config=True).hydra.sweeper.params
+        plain = compose("config", [f"compression={method}"]).compression
+    assert {name: plain[name] for name in PUBLISHED[method]} == {
+        name: params[f"compression.{name}"] for name in PUBLISHED[method]
+    }
+    assert {name: plain[name] for name in PUBLISHED[method]} != PUBLISHED[method]
 
 
 def _first(values: str) -> str:
