@@ -1,0 +1,108 @@
+"""What decides a run is read off the fields of its parts: whatever made them, and whatever no file lists."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+
+import pytest
+
+import knowledge_compression as kc
+from helpers.experiments import SUITE, made
+from knowledge_compression.building import build
+from knowledge_compression.compression.methods.gptq import Gptq
+from knowledge_compression.compression.methods.magnitude import Magnitude
+from knowledge_compression.compression.methods.random_pruning import RandomPruning
+from knowledge_compression.corpora.text import TextFile
+from knowledge_compression.errors import BadInput
+from knowledge_compression.identity import identity, plain
+from knowledge_compression.recovery.lora import Lora
+from knowledge_compression.results.varying import varied
+from knowledge_compression.sweeping.sweeper import PlannedSweeper
+from knowledge_compression.training import TrainingSettings
+
+PARTS = ["compression=gptq", "compression=sparsegpt", "compression=prune_int8", "recovery=lora", "recovery=idp"]
+PARTS += ["corpus=self", "target=att", "eval=atlas", "eval=latency", "model=bert_tiny"]
+WRONG = [["a", {}], {"a": 1}, "no such value", -1e300, True, 1 << 70, float("nan")]
+
+
+def test_a_replaced_field_is_another_run_and_a_speed_is_not(tiny_folder, tmp_path):
+    (tmp_path / "a.txt").write_text("some words")
+    text = TextFile(path=str(tmp_path / "a.txt"))
+    run = replace(made(tiny_folder, {"atlas": SUITE}), corpus=text)
+    lora = Lora(training=TrainingSettings(steps=10))
+    tuned = replace(run, recovery=lora)
+    assert replace(tuned, recovery=replace(lora, rank=64)).id != tuned.id
+    assert replace(tuned, recovery=replace(lora, roles=("ff",))).id != tuned.id  # no file lists it
+    slower = replace(lora, training=replace(lora.training, checkpoint_every=3))
+    assert replace(tuned, recovery=slower).id == tuned.id
+    quantized = replace(run, compression=Gptq())
+    faster = replace(run, compression=Gptq(block_size=32, device="cpu"))
+    assert faster.id == quantized.id != replace(run, compression=Gptq(bits=3)).id
+
+
+def test_what_draws_nothing_carries_no_seed(tiny_folder):
+    run = made(tiny_folder, {"atlas": SUITE})
+    assert replace(run, seed=7).id == run.id and run.settings["seed"] is None
+    drawn = replace(run, compression=RandomPruning(0.5, seed=1))
+    assert drawn.id != replace(run, compression=RandomPruning(0.5, seed=2)).id and drawn.settings["seed"] == 0
+
+
+@pytest.mark.parametrize("choice", PARTS)
+def test_a_part_is_built_again_from_its_plain_form(choice):
+    part = kc.choose(choice)
+    again = build(choice.partition("=")[0], plain(part))
+    assert identity(again) == identity(part) and plain(again) == plain(part)
+
+
+@pytest.mark.parametrize("choice", PARTS)
+def test_a_value_of_a_wrong_kind_is_one_line_for_every_field(choice):
+    part = kc.choose(choice)
+    settings = plain(part)
+    for field in fields(part):
+        for value in WRONG:
+            try:
+                build("part", settings | {field.name: value})
+            except BadInput as error:
+                assert "\n" not in str(error)
+        with pytest.raises(BadInput, match=r"does not fit|no setting"):
+            build("part", settings | {field.name: {"no such": [object]}})
+    with pytest.raises(BadInput, match=r"there is no setting part\.colour"):
+        build("part", settings | {"colour": "red"})
+
+
+def test_nested_settings_are_checked_like_any_other():
+    assert kc.choose("recovery=lora", training={"tokens": 100}).training.tokens == 100
+    assert is_dataclass(kc.choose("recovery=lora", roles=["ff"]))
+    with pytest.raises(BadInput, match=r"recovery\.training\.tokens=much"):
+        kc.choose("recovery=lora", training={"tokens": "much"})
+    with pytest.raises(BadInput, match=r"no setting recovery\.training\.tokns \(did you mean tokens"):
+        kc.choose("recovery=lora", training={"tokns": 1})
+
+
+def test_a_place_is_given_where_the_file_asks_for_one(tmp_path, tiny_folder):
+    text = tmp_path / "a.txt"
+    text.write_text("some words")
+    assert kc.choose("corpus=text", path=str(text)).path == str(text)
+    assert kc.load("local", path=str(tiny_folder), device="cpu").name == "local"
+    assert kc.choose("model=local", path=str(tiny_folder), name="mine").name == "mine"
+
+
+def test_numbers_have_one_plain_form():
+    assert identity(Magnitude(0.1 + 0.2)) == identity(Magnitude(0.3))
+
+
+def test_just_what_varies_is_named(tiny_folder):
+    run = made(tiny_folder, {"atlas": SUITE})
+    runs = [replace(run, compression=Magnitude(s, scope="layer")) for s in (0.1, 0.2)]
+    assert [(one.name, list(one.values)) for one in varied([r.settings for r in runs])] == [("sparsity", [0.1, 0.2])]
+    with_dense = varied([r.settings for r in [*runs, run.dense()]])
+    assert [(one.name, list(one.values)) for one in with_dense] == [("sparsity", [0.1, 0.2, None])]
+
+
+def test_grids_of_a_preset_are_swept_each_by_itself():
+    grids = [{"compression": "rtn", "compression.bits": "2,4"}, {"compression": "magnitude", "sparsity": [0.2, 0.4]}]
+    jobs = PlannedSweeper({"target": "all"}, grids)._jobs(["seed=1"])
+    bits = [["target=all", "compression=rtn", f"++compression.bits={n}", "seed=1"] for n in (2, 4)]
+    assert jobs == bits + [["target=all", "compression=magnitude", f"sparsity={s}", "seed=1"] for s in (0.2, 0.4)]
+    with pytest.raises(BadInput, match=r"both sweep compression;"):
+        PlannedSweeper({"compression": "rtn"}, grids)._jobs([])
