@@ -90,6 +90,8 @@ ROWS = {
     "gptq3_seed1": Row("GPTQ 3 bits, seed 1", Gptq(3, **EXACT), 294.0, seed=1),
     "gptq3_seed2": Row("GPTQ 3 bits, seed 2", Gptq(3, **EXACT), 259.0, seed=2),
     "gptq3_bfloat16": Row("GPTQ 3 bits, bfloat16 forward passes", Gptq(3, **NARROW)),
+    "gptq3_bfloat16_seed1": Row("GPTQ 3 bits, bfloat16 forward passes, seed 1", Gptq(3, **NARROW), seed=1),
+    "gptq3_bfloat16_seed2": Row("GPTQ 3 bits, bfloat16 forward passes, seed 2", Gptq(3, **NARROW), seed=2),
     "gptq3_act": Row("GPTQ 3 bits, published with act-order", Gptq(3, **(GPTQ | {"desc_act": True})), 205.1),
     "rtn3_g128": Row("RTN 3 bits, groups of 128", Rtn(3, 128), 159.4),
     "gptq3_g128": Row("GPTQ 3 bits, groups of 128", Gptq(3, 128, **EXACT)),
