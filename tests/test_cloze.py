@@ -382,3 +382,9 @@ def test_metrics_are_the_same_to_the_last_bit_whenever_they_are_made() -> None:
     ]
     items = item_table(rows, {"choices": pl.Int64()})
     assert len({repr(sorted(cloze_metrics(items, [1, 10]).items())) for _ in range(30)}) == 1
+
+
+def test_an_answer_space_without_the_right_answer_is_one_line():
+    with pytest.raises(BadInput, match="'gold' is not among the 2") as refusal:
+        rank_among("gold", ["a", "b"], [(1,), (2,)], torch.zeros(2))
+    assert "\n" not in str(refusal.value)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
 import torch
 
 from helpers.networks import lower_cased
+from knowledge_compression.analysis.published import EXPERIMENTS
 from knowledge_compression.errors import BadInput, DataUnavailable
+from knowledge_compression.evaluation.cloze import opened
 from knowledge_compression.evaluation.lama import Lama
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.models.loading import PackagedModel
+from knowledge_compression.sweeping.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +224,8 @@ def test_real_lama_against_the_papers_plain_loop(data_dir, bert_tiny):
     for row in evaluation.items.to_dicts():
         ids = tokenizer(row["prompt"], truncation=True, max_length=128, padding="max_length", return_tensors="pt")
         logits = bert_tiny.network(**ids).logits[0]
-        position = ids["input_ids"][0].tolist().index(tokenizer.mask_token_id)
+        places = [n for n, token in enumerate(ids["input_ids"][0].tolist()) if token == tokenizer.mask_token_id]
+        position = places[int(row["id"].partition("#")[2] or 1) - 1]
         word = tokenizer.decode([int(logits[position].argmax())]).strip().lower()
         assert row["prediction"] == word
         assert row["correct"] == (word == row["gold"].lower())
@@ -229,3 +234,128 @@ def test_real_lama_against_the_papers_plain_loop(data_dir, bert_tiny):
             scores = logits[position].log_softmax(-1)
             assert row["log_prob"] == pytest.approx(float(scores[gold[0]]), abs=1e-4)
             assert row["rank"] == pytest.approx(int((scores > scores[gold[0]]).sum()) + 1, abs=2)
+
+
+FLAT = {"sub_label": "France", "obj_label": "Paris", "predicate_id": "P36", "obj_surface": "Paris"}
+
+
+@pytest.mark.parametrize("protocol", ["template", "sentence"])
+def test_rows_with_one_evidence_each_are_one_fact_on_disk_as_on_the_hub(protocol, small):
+    rows = [
+        FLAT | {"uuid": "a", "masked_sentence": "no blank here"},
+        FLAT | {"uuid": "b", "sub_label": "Italy", "obj_label": "Rome", "masked_sentence": "[MASK] is in Italy."},
+        FLAT | {"uuid": "a", "masked_sentence": "France has [MASK]."},
+        FLAT | {"uuid": "a", "masked_sentence": "[MASK] again."},
+    ]
+    lines(small / "lama" / "TREx" / "P36.jsonl", rows)
+    clozes = Lama(str(small), ["TREx"], protocol).clozes()
+    assert [cloze.fact for cloze in clozes] == ["TREx.P36/a", "TREx.P36/b"]
+    if protocol == "sentence":
+        assert [cloze.sentence for cloze in clozes] == ["France has [MASK].", "[MASK] is in Italy."]
+
+
+def test_an_id_without_any_mask_is_named_by_its_first_row(small):
+    rows = [FLAT | {"uuid": "a", "masked_sentence": "no blank"}, FLAT | {"uuid": "a", "masked_sentence": "none"}]
+    lines(small / "lama" / "TREx" / "P36.jsonl", rows)
+    with pytest.raises(BadInput, match=r"P36.jsonl:1: no \[MASK\]"):
+        Lama(str(small)).clozes()
+
+
+@pytest.mark.parametrize("mask", ["[MASK]", "[mask]", "<mask>", "<extra_id_0>"])
+def test_a_mask_in_another_models_writing_is_a_mask(mask, small):
+    lines(
+        small / "lama" / "Squad" / "test.jsonl", [{"id": "s", "obj_label": "gold", "masked_sentences": [f"A {mask}."]}]
+    )
+    assert Lama(str(small), ["Squad"]).clozes()[0].sentence == "A [MASK]."
+
+
+def test_another_models_mask_is_text_where_the_own_one_stands(small):
+    sentence = "The tag <mask> is a [MASK]."
+    lines(small / "lama" / "Squad" / "test.jsonl", [{"id": "s", "obj_label": "gold", "masked_sentences": [sentence]}])
+    assert Lama(str(small), ["Squad"]).clozes()[0].sentence == sentence
+
+
+CONCEPTNET = [  # the columns of the authors' file
+    {"sub": "alive", "obj": "think", "pred": "HasSubevent", "uuid": "d4f1", "obj_label": "think"}
+    | {"masked_sentences": ["One of the things you do when you are alive is [MASK]."]},
+    {"sub": "sky", "obj": "blue", "pred": "HasProperty", "uuid": "e5a2", "obj_label": "blue"}
+    | {"masked_sentences": ["The  [MASK] sky is  [MASK] ."]},
+]
+
+
+def test_conceptnet_in_its_true_layout_on_disk_and_on_the_hub(small, monkeypatch):
+    import datasets
+
+    lines(small / "lama" / "ConceptNet" / "test.jsonl", CONCEPTNET)
+    on_disk = Lama(str(small), ["ConceptNet"]).clozes()
+    assert [cloze.sentence for cloze in on_disk] == [row["masked_sentences"][0] for row in CONCEPTNET]
+    assert [cloze.subject for cloze in on_disk] == ["alive", "sky"]
+    names = ("uuid", "sub", "obj", "pred", "obj_label")
+    rows = [
+        {name: row[name] for name in names} | {"masked_sentence": row["masked_sentences"][0], "negated": ""}
+        for row in CONCEPTNET
+    ]
+    monkeypatch.setattr(datasets, "load_dataset", lambda kind, data_files, split: datasets.Dataset.from_list(rows))
+    assert Lama(datasets=["ConceptNet"]).clozes() == on_disk
+
+
+def test_the_paper_asks_each_mask_of_an_encoder_and_each_sentence_once(small, bert_tiny, tiny_model):
+    twice = CONCEPTNET[1] | {"uuid": "same", "obj_label": "grey"}
+    lines(small / "lama" / "ConceptNet" / "test.jsonl", [*CONCEPTNET, twice])
+    suite = Lama(str(small), ["ConceptNet"], protocol="paper")
+    ids = ["ConceptNet/d4f1/sentence", "ConceptNet/e5a2/sentence", "ConceptNet/e5a2/sentence#2"]
+    assert [cloze.id for cloze in suite.questions(bert_tiny).asked] == ids
+    assert [cloze.id for cloze in suite.questions(tiny_model("llama")).asked] == ids[:2]
+    items = {row["id"]: row for row in suite.evaluate(Scorer(bert_tiny)).items.to_dicts()}
+    tokenizer = bert_tiny.tokenizer
+    encoded = tokenizer(CONCEPTNET[1]["masked_sentences"][0], return_tensors="pt")
+    logits = bert_tiny.network(**encoded).logits[0].log_softmax(-1)
+    places = (encoded["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten().tolist()
+    (gold,) = tokenizer("blue", add_special_tokens=False)["input_ids"]
+    for place, name in zip(places, ids[1:], strict=True):
+        assert items[name]["log_prob"] == pytest.approx(float(logits[place, gold].detach()), abs=1e-4)
+
+
+@pytest.mark.data
+def test_the_papers_protocol_asks_as_many_as_its_table_counts(data_dir, bert_tiny):
+    asked = Lama(str(data_dir), ["Google_RE", "Squad"], protocol="paper").questions(bert_tiny).asked
+    counts = {name: sum(cloze.task.startswith(name) for cloze in asked) for name in ("Google_RE", "Squad")}
+    assert counts == {"Google_RE": 5510, "Squad": 308}
+
+
+def test_every_value_of_table_3_is_a_share_of_those_counts():
+    """And of 11,329 for ConceptNet, which is not here; of T-REx's 31,468 three of the 70 are not."""
+    with (EXPERIMENTS / "cost_of_compression" / "published" / "table3.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    wrong = {}
+    for data_set, of in {"Squad": 308, "GoogleRe": 5510, "Conceptnet": 11329, "TRex": 31468}.items():
+        printed = [
+            float(row[key]) for row in rows if row["dataset"] == data_set for key in row.keys() - {"model", "dataset"}
+        ]
+        assert len(printed) == 70
+        wrong[data_set] = sum(round(100 * round(value * of / 100) / of, 3) != value for value in printed)
+    assert wrong == {"Squad": 0, "GoogleRe": 0, "Conceptnet": 0, "TRex": 3}
+
+
+def test_subjects_keep_their_letters_in_lamas_templates(small):
+    relations = [{"relation": "P36", "template": "[X] is made by [Y] ."}]
+    lines(small / "lama" / "relations.jsonl", relations)
+    lines(small / "lama" / "TREx" / "P36.jsonl", [trex("a", "iOS", "Apple"), trex("b", "dog", "nobody")])
+    sentences = [cloze.sentence for cloze in Lama(str(small), ["TREx"]).clozes()]
+    assert sentences == ["iOS is made by [MASK] .", "dog is made by [MASK] ."]
+    assert [opened(sentence) for sentence in sentences] == ["iOS is made by [MASK] .", "Dog is made by [MASK] ."]
+
+
+@pytest.mark.parametrize("name", ["TREx/P36.jsonl", "Squad/test.jsonl", "relations.jsonl", "common_vocab_cased.txt"])
+@pytest.mark.parametrize("content", [b"\x80\x00\xff\xfe", "caf\u00e9".encode("latin-1")])
+def test_a_file_that_is_no_utf8_is_one_line_and_status_2(name, content, small, capsys, monkeypatch):
+    (small / "lama" / name).write_bytes(content)
+    candidates = "common" if name.endswith("txt") else "full"
+    arguments = [f"data_dir={small}", "model=bert_tiny", "compression=none", "eval=[lama]", f"output.dir={small}/out"]
+    monkeypatch.chdir(small)
+    monkeypatch.setattr("sys.argv", ["run.py", *arguments, f"eval.lama.candidates={candidates}"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = [line for line in capsys.readouterr().err.splitlines() if "is not UTF-8 text" in line]
+    assert ended.value.code == 2
+    assert len(said) == 1 and name in said[0]

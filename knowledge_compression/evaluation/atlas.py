@@ -15,7 +15,7 @@ from typing import Any
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.calibration import SAMPLING, Questions, sampled
-from knowledge_compression.evaluation.cloze import Cloze, fill
+from knowledge_compression.evaluation.cloze import Cloze, fill, opened
 from knowledge_compression.evaluation.probe import Probe
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation
@@ -106,6 +106,6 @@ def _clozes(relation: dict[str, Any], *, every_wording: bool) -> list[Cloze]:
     for turn, fact in enumerate(atlas_facts(name)):
         key = f"{name}/{fact['uuid']}"
         for n in wordings if every_wording else [at_the_end[turn % len(at_the_end)]]:
-            sentence = fill(wordings[n], fact["sub_label"])
+            sentence = opened(fill(wordings[n], fact["sub_label"]))
             clozes.append(Cloze(name, f"{key}/{n}", key, fact["sub_label"], fact["obj_label"], sentence, str(n)))
     return clozes

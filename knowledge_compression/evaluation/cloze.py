@@ -33,8 +33,9 @@ class Cloze:
         id: stable name of this fact in this wording.
         fact: stable name of the fact, whatever the wording.
         subject, gold: what it is about, and the right answer.
-        sentence: has one ``[MASK]``; where it has more, the first is asked for.
+        sentence: has a ``[MASK]``, or several.
         wording: which template, or ``sentence``; calibration averages over prompts of one wording.
+        mask: which of its masks is asked for, from 0; others than the first can be asked of encoders alone.
     """
 
     task: str
@@ -44,16 +45,17 @@ class Cloze:
     gold: str
     sentence: str
     wording: str
+    mask: int = 0
 
     @property
     def before(self) -> str:
         """The words before the blank."""
-        return self.sentence.partition(MASK)[0]
+        return MASK.join(self.sentence.split(MASK)[: self.mask + 1])
 
     @property
     def after(self) -> str:
         """The words after the blank."""
-        return self.sentence.partition(MASK)[2]
+        return self.sentence.split(MASK, self.mask + 1)[-1]
 
     @property
     def ends_in_blank(self) -> bool:
@@ -67,9 +69,14 @@ class Cloze:
 
 
 def fill(template: str, subject: str) -> str:
-    """A LAMA template (``[X] is the capital of [Y].``) about a subject, its object masked, its first letter large."""
-    sentence = template.replace("[X]", subject).replace("[Y]", MASK)
-    return sentence[0].upper() + sentence[1:] if not sentence.startswith(MASK) else sentence
+    """A LAMA template (``[X] is the capital of [Y].``) about a subject, its object masked, no letter changed."""
+    return template.replace("[X]", subject).replace("[Y]", MASK)
+
+
+def opened(sentence: str) -> str:
+    """A sentence with a large first letter, unless its first word has large letters of its own (``iOS``)."""
+    word = sentence.split(maxsplit=1)[0]
+    return sentence if any(letter.isupper() for letter in word) else sentence[0].upper() + sentence[1:]
 
 
 class Reader:
@@ -205,8 +212,9 @@ class _EncoderReader(Reader):
         rows = self._inputs([cloze.sentence.replace(MASK, self.tokenizer.mask_token) for cloze in clozes])
         mask = self.tokenizer.mask_token_id
         return [
-            Blank(ids, ids.index(mask), items=(cloze.id,)) if mask in ids else None
+            Blank(ids, places[cloze.mask], items=(cloze.id,)) if len(places) > cloze.mask else None
             for ids, cloze in zip(rows, clozes, strict=True)
+            for places in ([place for place, token in enumerate(ids) if token == mask],)
         ]
 
     def add_long_answers(self, scorer: Scorer, asked: Sequence[Asked], candidates: Candidates) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,53 @@ import polars as pl
 
 from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.evaluation.calibration import SAMPLING, Questions, sampled
-from knowledge_compression.evaluation.cloze import Cloze, fill
-from knowledge_compression.evaluation.lama_data import HUB_ID, HUB_REVISION, LAYOUT, Fact, LamaFolder, LamaHub
+from knowledge_compression.evaluation.cloze import MASK, Cloze, fill
+from knowledge_compression.evaluation.lama_data import (
+    GOOGLE_RE,
+    HUB_ID,
+    HUB_REVISION,
+    LAYOUT,
+    Fact,
+    LamaFolder,
+    LamaHub,
+)
 from knowledge_compression.evaluation.probe import CANDIDATES, Probe
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation
 from knowledge_compression.identity import PLACE
 from knowledge_compression.models import Model
+from knowledge_compression.models.families import ENCODER
 
-# What a protocol decides: whether T-REx is asked by template, and the first paper's habits (Namburi et al. 2023, 7.3).
-PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
-    "template": {"templates": True},
-    "sentence": {"templates": False},
-    "paper": {
-        "templates": False,
-        "drop_duplicates": True,
-        "asked_as": {"lower_case": True, "keep_long": True, "max_tokens": 128},
-    },
+READING = b"lama 2"  # how files become questions; raised when they would be others
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How facts are asked.
+
+    Attributes:
+        by_template: the data sets that are asked by template, the others by masked sentences.
+        distinct: of the same sentence only the first is asked, whatever its answer.
+        every_mask: each mask of a sentence is a question, where the model is an encoder; else the first.
+        asked_as: the fields of :class:`Probe` that differ from its own defaults.
+    """
+
+    by_template: Sequence[str] = ()
+    distinct: bool = False
+    every_mask: bool = False
+    asked_as: Mapping[str, Any] = field(default_factory=dict)
+
+
+PROTOCOLS: Mapping[str, Protocol] = {
+    "template": Protocol(("TREx",)),
+    "sentence": Protocol(),
+    # What the counts of the first paper's Table 3 can only come from (Namburi et al. 2023; docs/reproduction.md).
+    "paper": Protocol(
+        ("TREx", "Google_RE"),
+        distinct=True,
+        every_mask=True,
+        asked_as={"lower_case": True, "keep_long": True, "max_tokens": 128},
+    ),
 }
 
 
@@ -46,9 +76,10 @@ class Lama:
             result; it is an error only where none is.
         protocol: ``template`` asks T-REx by the templates of ``relations.jsonl`` and the others by their masked
             sentences; ``sentence`` asks all by masked sentences, of each fact the first that has a mask; ``paper`` is
-            the first paper's: masked sentences cut at 128 tokens, the full vocabulary, predictions and answers
-            lower-cased, the same sentence with the same answer asked once, objects of several tokens counted as
-            wrong, accuracy over all items alike.
+            the first paper's: T-REx and Google-RE by LAMA's templates, the others by masked sentences, cut at 128
+            tokens, the full vocabulary, predictions and answers lower-cased, the same sentence asked once with the
+            answer that comes first, every mask of a sentence a question of its own (of encoders), objects of several
+            tokens counted as wrong, accuracy over all items alike.
         candidates, calibrate, top_k: as in :class:`Probe`; ``common`` reads ``lama/common_vocab_cased.txt``.
         limit: a sample of at most so many questions, from all parts of the data sets. With ``calibrate`` up to 128
             prompts of each relation among them are read too, so that a sample is calibrated as the whole is.
@@ -79,9 +110,10 @@ class Lama:
     def fingerprint(self) -> str:
         """Digest of the files that are read, or the hub's id and revision; broken files are refused here."""
         if self.data_dir is None:
-            return f"{self.hub_id}@{self.revision}{':' + SAMPLING.decode() if self.limit is not None else ''}"
+            how = READING + (SAMPLING if self.limit is not None else b"")
+            return f"{self.hub_id}@{self.revision}:{how.decode()}"
         self.clozes()
-        digest = hashlib.sha256(SAMPLING if self.limit is not None else b"")
+        digest = hashlib.sha256(READING + (SAMPLING if self.limit is not None else b""))
         for path in self._source.files(self._found):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()[:16]
@@ -96,8 +128,11 @@ class Lama:
         return self._questions[0]
 
     def questions(self, model: Model) -> Questions:
-        """What is asked of any model."""
-        return Questions.sample(self.clozes(), self.limit)
+        """What is asked of a model: of an encoder by every mask, where the protocol has it so."""
+        clozes = self.clozes()
+        if PROTOCOLS[self.protocol].every_mask and model.family == ENCODER:
+            clozes = [one for cloze in clozes for one in _of_every_mask(cloze)]
+        return Questions.sample(clozes, self.limit)
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
         """Ask everything that is there."""
@@ -116,8 +151,7 @@ class Lama:
         return evaluation
 
     def _probe(self) -> Probe:
-        asked_as = PROTOCOLS[self.protocol].get("asked_as", {})
-        return Probe(self.candidates, self.calibrate, tuple(self.top_k), **asked_as)
+        return Probe(self.candidates, self.calibrate, tuple(self.top_k), **PROTOCOLS[self.protocol].asked_as)
 
     @cached_property
     def _found(self) -> list[str]:
@@ -130,13 +164,14 @@ class Lama:
     def _questions(self) -> tuple[list[Cloze], int]:
         """The questions, and how many duplicates were dropped on the way to them."""
         protocol = PROTOCOLS[self.protocol]
-        templates = self._source.templates() if protocol["templates"] and "TREx" in self._found else {}
-        facts = [fact for name in self._found for fact in self._source.facts(name)]
-        clozes = [_cloze(fact, templates) for fact in facts]
-        if not protocol.get("drop_duplicates"):
+        templates: dict[str, Mapping[str, str]] = {}
+        for name in set(protocol.by_template) & set(self._found):
+            templates[name] = GOOGLE_RE if name == "Google_RE" else self._source.templates()
+        clozes = [_cloze(fact, templates.get(name)) for name in self._found for fact in self._source.facts(name)]
+        if not protocol.distinct:
             return clozes, 0
-        distinct = {(cloze.sentence.lower(), cloze.gold.lower()): cloze for cloze in reversed(clozes)}
-        kept = {id(cloze) for cloze in distinct.values()}
+        first = {(cloze.task.partition(".")[0], cloze.sentence): cloze for cloze in reversed(clozes)}
+        kept = {id(cloze) for cloze in first.values()}
         return [cloze for cloze in clozes if id(cloze) in kept], len(clozes) - len(kept)
 
     @cached_property
@@ -146,16 +181,21 @@ class Lama:
         return LamaFolder(Path(self.data_dir).expanduser() / "lama")
 
 
-def _cloze(fact: Fact, templates: Mapping[str, str]) -> Cloze:
+def _cloze(fact: Fact, templates: Mapping[str, str] | None) -> Cloze:
     key = f"{fact.task}/{fact.id}"
-    if fact.dataset != "TREx" or not templates:
+    if templates is None:
         if not fact.sentence:
             raise BadInput(f"lama: {key} has no evidence to ask by; take protocol=template")
         return Cloze(fact.task, f"{key}/sentence", key, fact.subject, fact.gold, fact.sentence, "sentence")
     if fact.relation not in templates:
-        raise BadInput(f"lama/relations.jsonl has no template for {fact.relation}; add it, or take protocol=sentence")
+        raise BadInput(f"lama has no template for {fact.task} (relations.jsonl); add it, or take protocol=sentence")
     sentence = fill(templates[fact.relation], fact.subject)
     return Cloze(fact.task, f"{key}/template", key, fact.subject, fact.gold, sentence, "template")
+
+
+def _of_every_mask(cloze: Cloze) -> list[Cloze]:
+    later = (replace(cloze, id=f"{cloze.id}#{n + 1}", mask=n) for n in range(1, cloze.sentence.count(MASK)))
+    return [cloze, *later]
 
 
 def _by_dataset(evaluation: Evaluation) -> dict[str, float]:

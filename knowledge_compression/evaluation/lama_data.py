@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,14 @@ LAYOUT: Mapping[str, str] = {
     "Squad": "Squad/test.jsonl",
     "ConceptNet": "ConceptNet/test.jsonl",
 }
+# The templates by which the authors ask Google-RE, which no file of theirs holds (Petroni et al. 2019, their code).
+GOOGLE_RE = {
+    "place_of_birth": "[X] was born in [Y] .",
+    "date_of_birth": "[X] (born [Y]).",
+    "place_of_death": "[X] died in [Y] .",
+}
 _WANTED = "LAMA has one object a line"
+_MASKS = re.compile(r"\[mask\]|<mask>|<extra_id_\d+>", re.IGNORECASE)  # as BERT, RoBERTa and BART, and T5 write it
 HUB_ID = "facebook/lama"
 HUB_REVISION = "refs/convert/parquet"  # the data as Parquet; the main branch is a script, which nobody should run
 
@@ -32,8 +40,8 @@ class Fact:
         dataset, relation: e.g. ``TREx`` and ``P19``; the relation is empty where a data set is not divided.
         id: its name in the files.
         subject, gold: labels of the subject and of the object.
-        sentence: the first of its sentences that has a ``[MASK]``; empty where it has none at all (T-REx without
-            evidences can still be asked by template).
+        sentence: the first of its sentences that has a ``[MASK]`` (or another model's mask, which is written so); empty
+            where it has none at all (T-REx without evidences can still be asked by template).
     """
 
     dataset: str
@@ -78,12 +86,14 @@ class LamaFolder:
         Raises:
             BadInput: a line is not JSON, lacks a field, or its sentences have no mask.
         """
+        return _facts(dataset, self._rows(dataset))
+
+    def _rows(self, dataset: str) -> Iterator[_Row]:
         for path in sorted(self.folder.glob(LAYOUT[dataset])):
             # Google-RE and T-REx have a file a relation; the other two are one file.
             relation = path.stem.removesuffix("_test") if "*" in LAYOUT[dataset] else ""
             for number, record in objects(path, _WANTED):
-                where = f"{path}:{number}"
-                yield _fact(dataset, relation, record, _sentences(record, where), where=where, number=number)
+                yield _Row(relation, record, f"{path}:{number}", number)
 
     def templates(self) -> dict[str, str]:
         """T-REx's template of each relation."""
@@ -126,18 +136,15 @@ class LamaHub:
         )
 
     def facts(self, dataset: str) -> Iterator[Fact]:
-        """The facts of a data set, the first evidence of each."""
-        seen = set()
+        """The facts of a data set, whose rows hold an evidence each."""
+        return _facts(dataset, self._rows(dataset))
+
+    def _rows(self, dataset: str) -> Iterator[_Row]:
         for number, record in enumerate(self._tables[dataset]):
-            relation = str(record.get("predicate_id") or "")
+            relation = str(record.get("predicate_id") or "") if dataset == "TREx" else ""
             if dataset == "Google_RE":
                 relation = str(record["pred"]).rpartition("/")[2]
-            name = str(record.get("uuid") or record.get("id") or number)
-            if (relation, name) not in seen:
-                seen.add((relation, name))
-                where = f"{self.hub_id} {dataset} row {number}"
-                sentences = [str(record.get("masked_sentence"))]
-                yield _fact(dataset, relation, record, sentences, where=where, number=number)
+            yield _Row(relation, record, f"{self.hub_id} {dataset} row {number}", number)
 
     def templates(self) -> dict[str, str]:
         """T-REx's template of each relation, which its rows repeat."""
@@ -175,28 +182,65 @@ class LamaHub:
         return self._loaded[1]
 
 
-def _sentences(record: Mapping[str, Any], where: str) -> list[str]:
-    """The masked sentences of a line, wherever its data set keeps them.
+@dataclass(frozen=True)
+class _Row:
+    """A line or a row, the relation it belongs to, its place for messages, and its number there."""
+
+    relation: str
+    record: Mapping[str, Any]
+    where: str
+    number: int
+
+
+def _facts(dataset: str, rows: Iterable[_Row]) -> Iterator[Fact]:
+    """The facts in the order in which they first appear.
+
+    Where rows hold a ``masked_sentence`` each, those of one id are the evidences of one fact.
+
+    Raises:
+        BadInput: a row lacks a field, or there are sentences without any mask.
+    """
+    waiting: dict[tuple[str, str], tuple[_Row, str]] = {}  # facts whose sentences lie in several rows
+    for row in rows:
+        sentences = _sentences(row)
+        masked = next((sentence for sentence in sentences if MASK in sentence), "")
+        if "masked_sentence" not in row.record:
+            yield _fact(dataset, row, masked, has_sentences=bool(sentences))
+            continue
+        key = (row.relation, _name(row))
+        if key not in waiting or (masked and not waiting[key][1]):
+            waiting[key] = (waiting.get(key, (row, ""))[0], masked)
+    for row, masked in waiting.values():
+        yield _fact(dataset, row, masked, has_sentences=True)
+
+
+def _sentences(row: _Row) -> list[str]:
+    """The masked sentences of a row, wherever its data set keeps them, their masks written alike.
 
     Raises:
         BadInput: they are not kept as any data set keeps them.
     """
+    record = row.record
     try:
         if "masked_sentences" in record:
-            return [str(sentence) for sentence in list(record["masked_sentences"])]
-        return [str(evidence.get("masked_sentence", "")) for evidence in record.get("evidences", ())]
+            found = list(record["masked_sentences"])
+        elif "masked_sentence" in record:
+            found = [record["masked_sentence"]]
+        else:
+            found = [evidence.get("masked_sentence", "") for evidence in record.get("evidences", ())]
     except (TypeError, AttributeError):
-        raise BadInput(f"{where}: no list under masked_sentences, or of objects under evidences") from None
+        raise BadInput(f"{row.where}: no list under masked_sentences, or of objects under evidences") from None
+    return [sentence if MASK in sentence else _MASKS.sub(MASK, sentence) for sentence in map(str, found)]
 
 
-def _fact(
-    dataset: str, relation: str, record: Mapping[str, Any], sentences: Sequence[str], *, where: str, number: int
-) -> Fact:
-    masked = next((sentence for sentence in sentences if MASK in sentence), "")
-    if not masked and (sentences or dataset != "TREx"):
-        raise BadInput(f"{where}: no {MASK} in its sentences; the object's place must be marked by {MASK}")
-    if not record.get("obj_label"):
-        raise BadInput(f"{where}: no obj_label, the right answer")
-    subject = str(record.get("sub_label") or record.get("sub") or "")
-    name = str(record.get("uuid") or record.get("id") or number)
-    return Fact(dataset, relation, name, subject, str(record["obj_label"]), masked)
+def _name(row: _Row) -> str:
+    return str(row.record.get("uuid") or row.record.get("id") or row.number)
+
+
+def _fact(dataset: str, row: _Row, masked: str, *, has_sentences: bool) -> Fact:
+    if not masked and (has_sentences or dataset != "TREx"):
+        raise BadInput(f"{row.where}: no {MASK} in its sentences; the object's place must be marked by {MASK}")
+    if not row.record.get("obj_label"):
+        raise BadInput(f"{row.where}: no obj_label, the right answer")
+    subject = str(row.record.get("sub_label") or row.record.get("sub") or "")
+    return Fact(dataset, row.relation, _name(row), subject, str(row.record["obj_label"]), masked)

@@ -293,7 +293,12 @@ def rank_among(
             over, one that reads like the gold answer is not wrong.
         raw: log-probability of each, float64 ``[candidates]``.
         mean: what calibration subtracts, ``[candidates]``; None subtracts nothing.
+
+    Raises:
+        BadInput: the right answer is not among them.
     """
+    if gold not in names:
+        raise BadInput(f"the right answer '{gold}' is not among the {len(names)} it is ranked with; add it to them")
     place = names.index(gold)
     calibrated = raw if mean is None else raw - mean
     known = torch.tensor([len(ids) > 0 for ids in tokens])
