@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 
 from helpers.stores import bits, made_run
 from knowledge_compression import statistics
-from knowledge_compression.analysis import figures, tables
+from knowledge_compression.analysis import figures, published, tables
 from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.report import main
 from knowledge_compression.results.store import RunStore
+from knowledge_compression.sweeping.cli import CONF
 
 STUDY = ({"compression": "none"}, {"compression": "int8_dynamic"})
 
@@ -286,3 +288,59 @@ def test_the_interval_of_an_averaged_drop_is_that_of_independent_data_sets():
     assert mean.value == pytest.approx(np.mean([drop.value for drop in alone]))
     expected = np.hypot(*(drop.high - drop.low for drop in alone)) / 2
     assert mean.high - mean.low == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "hub_id", "ours"),
+    [
+        ("bert_base", "", "bert_base"),
+        ("BERT-base", "", "bert_base"),
+        ("local", "google-bert/bert-base-uncased", "bert_base"),
+        ("mine", "someone/OPT-6.7b", "opt_6_7b"),
+        ("facebook/opt-6.7b", "", "opt_6_7b"),
+        ("Llama-7b", "", "llama_7b"),
+        ("vicuna", "lmsys/vicuna-7b-v1.3", "vicuna"),
+        ("local", "google-bert/bert-base-cased", "local"),
+        ("smollm2", "", "smollm2"),
+    ],
+)
+def test_published_figures_stand_beside_any_model_of_that_name_or_hub_id(given, hub_id, ours):
+    runs = [made_run(bits("1100"), tasks=["TREx.P19"], **settings) for settings in STUDY]
+    for run in runs:
+        run.config["choices"]["model"] = given
+        run.config["model"] = {"hub_id": hub_id} if hub_id else {"path": "somewhere"}
+        assert published.model_of(run) == ours
+    (row,) = tables.cost_table(compare(runs)).rows
+    assert row["model"] == given
+    assert row.get("baseline_published") == (pytest.approx(0.3027) if ours == "bert_base" else None)
+
+
+def test_every_shipped_model_of_the_papers_is_known_by_its_hub_id():
+    for name in {*published._MODELS, *published._RECOVERED_MODELS.values()}:
+        run = made_run(bits("1"))
+        run.config["model"] = {"hub_id": yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())["hub_id"]}
+        assert published.model_of(run) == name
+
+
+MISPRINTED = {  # the first prompt of OPT-6.7b in Table 1
+    (1, 15, "world"): 42.29,
+    (1, 15, "average"): 51.67,
+}
+
+
+def test_the_means_that_the_second_paper_prints_are_those_of_its_tasks():
+    """Recomputed from its own columns, to the hundredth that it prints, but for misprints, which are named."""
+    groups = {
+        "world": ("arce", "arcc", "sciq", "webqs", "triviaqa"),
+        "common": ("piqa",),
+        "language": ("hellaswag", "lambada", "winogrande"),
+    }
+    groups["average"] = tuple(task for tasks in groups.values() for task in tasks)
+    off = {}
+    for number in (1, 2, 3):
+        for place, row in enumerate(published._rows(published.FORGOTTEN, number)):
+            for name, tasks in groups.items():
+                mean = sum(float(row[task]) for task in tasks) / len(tasks)
+                if abs(mean - float(row[name])) > 0.0101:
+                    off[number, place, name] = round(mean, 2)
+    assert off == MISPRINTED

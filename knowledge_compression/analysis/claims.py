@@ -12,6 +12,7 @@ FIRST = "The Cost of Compression (Namburi et al., 2023)"
 SECOND = "Do Compressed LLMs Forget Knowledge? (Hoang et al., 2024)"
 ALL_FAMILIES = (ENCODER, ENCODER_DECODER, DECODER)
 PRUNING = "magnitude"
+EVERYTHING = ("all", "overall")  # targets that a claim about all of a model is held against
 LOW, MEDIUM = (0.1, 0.3), (0.3, 0.5)  # the first paper's levels, section 3
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from knowledge_compression.analysis.claims import CLAIMS, Claim
+from knowledge_compression.analysis.claims import CLAIMS, EVERYTHING, Claim
 from knowledge_compression.analysis.comparisons import Comparisons, Group, seedless
 from knowledge_compression.analysis.naming import recovery_size
 from knowledge_compression.results.store import Run
@@ -158,7 +158,7 @@ def _fits(run: Run, wanted: Mapping[str, str], sparsity: tuple[float, float] | N
         elif key == "bits":
             if str(run.config["compression"].get("bits")) != value:
                 return False
-        elif choices.get(key) != value:
+        elif choices.get(key) not in (EVERYTHING if (key, value) == ("target", "all") else (value,)):
             return False
     if sparsity is None or not _prunes(run):
         return True

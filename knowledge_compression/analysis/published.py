@@ -28,6 +28,18 @@ _MODELS = {
     "lamini_flan_t5_248m": "Lamini-Flan-T5-248M",
     "lamini_flan_t5_783m": "Lamini-Flan-T5-783M",
 }
+# By what else each of these models is known: the last part of its ids on the hub, from whoever keeps a copy there.
+_ALSO = {
+    "bert_base": ("bert-base-uncased",),
+    "bert_large": ("bert-large-uncased",),
+    "distilbert": ("distilbert-base-uncased",),
+    "albert_base": ("albert-base-v2",),
+    "albert_large": ("albert-large-v2",),
+    "vicuna": ("vicuna-7b-v1.3",),
+    "wizardlm": ("WizardLM-7B-V1.0", "WizardLM-7B-HF"),
+    "llama_7b": ("llama-7b", "llama-7b-hf"),
+    "opt_6_7b": ("opt-6.7b",),
+}
 _PERCENT = {"TREx": "TRex", "Google_RE": "GoogleRe", "Squad": "Squad", "ConceptNet": "Conceptnet"}
 _DATA = _PERCENT | {"boolq": "Boolq", "piqa": "Piqa", "winogrande": "Winogrande"}
 
@@ -48,6 +60,27 @@ NINE_TASKS = {"arc_easy": "arce", "arc_challenge": "arcc", "lambada_openai": "la
 AVERAGES = ("world", "common", "language", "average")
 
 Treated = tuple[str, str, float, str, tuple[int, ...]]
+
+
+def model_of(run: Run) -> str:
+    """Our name for a run's model, if its given name or its id on the hub is one that a published model has.
+
+    Names are compared by their letters and digits, ids by their last part; a model known by neither keeps its name.
+    """
+    given = str(run.config["choices"]["model"])
+    hub_id = run.config.get("model", {}).get("hub_id") or run.report["model"].get("hub_id") or ""
+    found = (_named().get(_letters(name.rpartition("/")[2])) for name in (given, str(hub_id)))
+    return next(filter(None, found), given)
+
+
+def _named() -> dict[str, str]:
+    names = {ours: (ours, theirs) for ours, theirs in _MODELS.items()}
+    names |= {ours: (ours, theirs) for theirs, ours in _RECOVERED_MODELS.items()}
+    return {_letters(name): ours for ours in names for name in (*names[ours], *_ALSO.get(ours, ()))}
+
+
+def _letters(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())
 
 
 def cost_of(model: str, data_set: str) -> dict[str, float]:
@@ -91,7 +124,7 @@ def treated(run: Run) -> Treated:
     """What was done to a run's model: model, compression, its bits or sparsity, recovery, and the recovery's size."""
     choices, settings = run.config["choices"], run.config["compression"]
     how_much = float(settings.get("bits") or settings.get("sparsity") or 0)
-    return choices["model"], choices["compression"], how_much, choices["recovery"], recovery_size(run)
+    return model_of(run), choices["compression"], how_much, choices["recovery"], recovery_size(run)
 
 
 def _shares(row: Mapping[str, str]) -> dict[str, float]:
