@@ -249,6 +249,8 @@ class Experiment:
         with cost.of("load"):
             load = self.source.streamed if self.streams else self.loader.load  # type: ignore[attr-defined]
             model = load(self.device, self.dtype)
+            if not self.streams:
+                Scorer(model)  # finds out how its texts may share a pass, while it answers as it was loaded
         targets = self.target.select(model) if not isinstance(self.compression, NoCompression) else Targets([], model)
         corpus = self.corpus.prepared(model) if self.recovery.trains else None  # while the model is as it was loaded
 

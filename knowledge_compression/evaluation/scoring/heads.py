@@ -46,6 +46,8 @@ def head_at(network: nn.Module, rows: Tensor, positions: Tensor, width: int) -> 
         handle = part.register_forward_pre_hook(narrow_inputs)
     else:
         body: nn.Module = inner.base_model if architecture.family == ENCODER else inner.get_decoder()
+        if body is inner:  # as Llama 4's says of itself: the blocks' own parent gives the hidden states
+            body = inner.get_submodule(architecture.stacks[-1].blocks.rpartition(".")[0])
         handle = body.register_forward_hook(narrow_output)
     try:
         yield

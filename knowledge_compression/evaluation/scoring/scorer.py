@@ -23,6 +23,7 @@ from knowledge_compression.evaluation.scoring.packed_attention import can_lie_en
 from knowledge_compression.evaluation.scoring.products import linears_for_onednn, multiplied_by_onednn
 from knowledge_compression.evaluation.scoring.questions import Blank, Likelihood, Question
 from knowledge_compression.evaluation.scoring.trees import Tree, plant
+from knowledge_compression.evaluation.scoring.ways import Ways, ways_of
 from knowledge_compression.memory import is_out_of_memory
 from knowledge_compression.models import Model
 from knowledge_compression.models.device import multiplied_in
@@ -48,6 +49,7 @@ class Scorer:
         prompts: what a recovery put before every input.
         dtype: type of the products that score (see ``models.device``); None for the model's own.
         original: loads the model as it was before anything was done to it, for suites that compare with it.
+        ways: how texts may share a pass; None takes the fastest that are right for this network (see ``ways.py``).
 
     Raises:
         BadInput: the model reads prompts, and ``prompts`` does not say which.
@@ -66,6 +68,7 @@ class Scorer:
         prompts: Prompts = NO_PROMPTS,
         dtype: torch.dtype | None = None,
         original: Callable[[], Model] | None = None,
+        ways: Ways | None = None,
     ) -> None:
         if model.network.config._attn_implementation == _PROMPTED and not prompts.positions:
             raise BadInput(
@@ -78,6 +81,7 @@ class Scorer:
         self.original = original
         self.noted: dict[str, dict[str, Any]] = {}
         self._orders: dict[tuple[str, str], int] = {}
+        self.ways = ways or ways_of(model, lambda ways: Scorer(model, 256, ways=ways))
         self.budget = Budget(model, tokens_per_batch)
         self._linears = linears_for_onednn(model.network) if dtype is None else []
         self.tokens_read = 0
@@ -101,14 +105,14 @@ class Scorer:
         They cannot where an attention function makes its own mask, and where peft puts a soft prompt before the input
         and so takes no mask of ours. Then every distinct text is a row of its own.
         """
-        return self.model.network.config._attn_implementation in _BRANCHING_ATTENTION and not self.soft_prompted
+        takes_masks = self.model.network.config._attn_implementation in _BRANCHING_ATTENTION
+        return self.ways.branching and takes_masks and not self.soft_prompted
 
     @property
     def end_to_end(self) -> bool:
         """Whether texts can lie end to end in one row, without padding, see :class:`EndToEnd`."""
-        return (
-            self.model.family != ENCODER_DECODER and not self.soft_prompted and can_lie_end_to_end(self.model.network)
-        )
+        able = self.model.family != ENCODER_DECODER and not self.soft_prompted
+        return self.ways.end_to_end and able and can_lie_end_to_end(self.model.network)
 
     @property
     def soft_prompted(self) -> bool:
