@@ -168,7 +168,10 @@ def train(
         raise BadInput(f"{label}: there is no window of text to train on; give more text or shorter windows")
 
     device = next(iter(parameters.values())).device
-    stored = next(p.dtype for p in network.parameters() if p.is_floating_point())
+    # What is trained may be float32 beside narrower weights, which stay as they are.
+    stored = next(
+        (p.dtype for p in network.parameters() if p.is_floating_point() and not p.requires_grad), torch.float32
+    )
     narrower = Device.of(device).product_dtype(settings.precision, stored, "training: precision")
     optimizer = _optimizer(parameters, settings, device)
     steps = settings.steps_over(windows.shape[1])

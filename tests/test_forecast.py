@@ -29,12 +29,13 @@ from knowledge_compression.sweeping.forecast import Forecaster, miniature, multi
 def counted(model: Model) -> float:
     """Multiply-adds of the suite on the network itself, by torch's own count of each product."""
     seen: Counter[str] = Counter()
+    scorer = Scorer(model)
     for path, module in model.network.named_modules():
         if is_linear(module):
             module.register_forward_hook(
                 lambda m, i, _, path=path: seen.update({path: i[0].numel() // i[0].shape[-1] * m.weight.numel()})
             )
-    SUITE.evaluate(Scorer(model))
+    SUITE.evaluate(scorer)
     return float(seen.total())
 
 

@@ -71,8 +71,8 @@ def ways_of(model: Model, scorer: Callable[[Ways], Scorer]) -> Ways:
         found = next((ways for ways in tried if _holds(model, scorer(ways))), None)
         if found is None:
             raise BadInput(
-                f"{model.name} ({config.model_type}) answers otherwise through the scoring core than by its own forward "
-                "pass, so nothing true could be said of it; this kind of network is not supported"
+                f"{model.name} ({config.model_type}) answers otherwise through the scoring core than by its own "
+                "forward pass, so nothing true could be said of it; this kind of network is not supported"
             )
         if found != FASTEST:
             log.warning("%s is read text by text: it does not answer alike when texts share a pass", model.name)
