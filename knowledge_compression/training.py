@@ -169,9 +169,8 @@ def train(
 
     device = next(iter(parameters.values())).device
     # What is trained may be float32 beside narrower weights, which stay as they are.
-    stored = next(
-        (p.dtype for p in network.parameters() if p.is_floating_point() and not p.requires_grad), torch.float32
-    )
+    floats = [p for p in network.parameters() if p.is_floating_point()]
+    stored = next((p.dtype for p in floats if not p.requires_grad), floats[0].dtype)
     narrower = Device.of(device).product_dtype(settings.precision, stored, "training: precision")
     optimizer = _optimizer(parameters, settings, device)
     steps = settings.steps_over(windows.shape[1])

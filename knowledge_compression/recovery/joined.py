@@ -54,7 +54,8 @@ class _Before:
             embeddings = self.network.get_input_embeddings()(ids)  # type: ignore[operator]
         prompt: Tensor = getattr(self.network, NAME)
         joined = prompt.to(embeddings.dtype).expand(len(embeddings), -1, -1)
-        kwargs["inputs_embeds"] = torch.cat([joined, embeddings], 1)
+        with torch.autocast(embeddings.device.type, enabled=False):  # which cannot join float16 on a CPU
+            kwargs["inputs_embeds"] = torch.cat([joined, embeddings], 1)
         for name, filling in (("attention_mask", 1), ("token_type_ids", 0)):
             if (given := kwargs.get(name)) is not None:
                 kwargs[name] = nn.functional.pad(given, (len(prompt), 0), value=filling)

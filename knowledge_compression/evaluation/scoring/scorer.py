@@ -110,8 +110,12 @@ class Scorer:
 
     @property
     def end_to_end(self) -> bool:
-        """Whether texts can lie end to end in one row, without padding, see :class:`EndToEnd`."""
-        able = self.model.family != ENCODER_DECODER and not self.soft_prompted
+        """Whether texts can lie end to end in one row, without padding, see :class:`EndToEnd`.
+
+        They cannot where a prompt is put before each row, as each text needs its own.
+        """
+        prompted = self.soft_prompted or self.prompts.positions > 0
+        able = self.model.family != ENCODER_DECODER and not prompted
         return self.ways.end_to_end and able and can_lie_end_to_end(self.model.network)
 
     @property

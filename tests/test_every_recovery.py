@@ -1,0 +1,104 @@
+"""Every file of ``conf/recovery``, run from the command line on one model of each family, in every type."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.networks import WORDS, build_network
+from helpers.shipped import shipped
+from knowledge_compression.analysis.ledger import restores_by
+from knowledge_compression.results.store import RunStore
+from knowledge_compression.sweeping.cli import CONF
+
+pytestmark = pytest.mark.slow
+
+RECOVERIES = [choice.partition("=")[2] for choice in shipped("recovery")]
+DECODERS_ONLY = ["concat", "idp", "prefix"]
+WAYS = dict.fromkeys(["prompt", "prefix", "idp", "concat"], "redirection") | {"lora": "weights", "none": "nothing"}
+DTYPES = ["float32", "float16", "bfloat16"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text to train on and to be asked about."""
+    folder = tmp_path_factory.mktemp("data")
+    words = [WORDS[(7 * i + i // 11) % len(WORDS)] for i in range(4000)]
+    (folder / "wikitext2").mkdir()
+    (folder / "wikitext2" / "test.raw.txt").write_text(" ".join(words[:600]) + "\n")
+    (folder / "text.txt").write_text("\n".join(" ".join(words[i : i + 40]) for i in range(0, 4000, 40)))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["bert", "t5", "llama"])
+def folder(request: pytest.FixtureRequest, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of each family, saved as anybody saves one."""
+    folder = tmp_path_factory.mktemp(request.param) / request.param
+    build_network(request.param).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def kc(
+    folder: Path, data: Path, outputs: Path, *choices: str, flags: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """What a user types, on one thread."""
+    command = [sys.executable, str(CONF.parent / "run.py"), *flags, "model=local", f"model.path={folder}", "device=cpu"]
+    command += ["compression=magnitude", "target=all", "sparsity=0.25", "corpus=text", "corpus.length=16"]
+    command += [f"corpus.path={data / 'text.txt'}", "+budget.tokens=256", "+budget.epochs=10"]
+    command += ["eval=[perplexity]", "eval.perplexity.window=16", "eval.perplexity.masked_per_window=2", "limit=3"]
+    command += [f"data_dir={data}", f"output.dir={outputs}", *choices]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=outputs.parent, env=alone)
+
+
+def test_every_recovery_runs_in_every_type(folder: Path, data: Path, tmp_path: Path) -> None:
+    fit = RECOVERIES if folder.name == "llama" else [name for name in RECOVERIES if name not in DECODERS_ONLY]
+    ended = kc(
+        folder, data, tmp_path / "outputs", f"recovery={','.join(fit)}", f"dtype={','.join(DTYPES)}",
+        "scoring_dtype=model,bfloat16", flags=["-m"],
+    )  # fmt: skip
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stdout + ended.stderr
+    runs = [run for run in RunStore(tmp_path / "outputs") if run.config["choices"]["compression"] != "none"]
+    found = {(run.config["choices"]["recovery"], run.config["dtype"], run.config["scoring_dtype"]) for run in runs}
+    assert found == {(name, dtype, scoring) for name in fit for dtype in DTYPES for scoring in ("model", "bfloat16")}
+    for run in runs:
+        name = run.config["choices"]["recovery"]
+        assert restores_by(run) == run.report["recovery"]["restores_by"] == WAYS[name]
+        assert run.environment["dtype"] == f"torch.{run.config['dtype']}"
+        assert (run.report["recovery"]["trainable_parameters"] > 0) is (name != "none")
+        assert run.not_finite == {} and all(map(math.isfinite, run.metrics.values())), (name, run.config["dtype"])
+        assert ("chosen_prompts" in run.items.columns) is (name == "idp")
+        if name == "idp":
+            assert run.items["chosen_prompts"].null_count() == 0
+    for name in fit:  # a type rounds, and does not make another model
+        values = [run.metrics["perplexity.nats_per_token"] for run in runs if run.config["choices"]["recovery"] == name]
+        assert max(values) - min(values) < 0.1 * max(values), (name, values)
+
+
+@pytest.mark.parametrize("name", DECODERS_ONLY)
+def test_a_recovery_that_does_not_fit_is_one_line(folder: Path, data: Path, tmp_path: Path, name: str) -> None:
+    if folder.name == "llama":
+        pytest.skip("fits")
+    ended = kc(folder, data, tmp_path / "outputs", f"recovery={name}")
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert "reads in both directions" in line and "recovery=prompt and recovery=lora fit" in line
+
+
+def test_a_users_file_is_filed_as_its_class_restores(data: Path, folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "my_conf" / "recovery"
+    mine.mkdir(parents=True)
+    (mine / "prompt_of_mine.yaml").write_text("defaults: [lora, _self_]\nrank: 2\n")
+    flags = ["--config-dir", str(mine.parent)]
+    ended = kc(folder, data, tmp_path / "outputs", "recovery=prompt_of_mine", flags=flags)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    runs = [run for run in RunStore(tmp_path / "outputs") if run.config["choices"]["compression"] != "none"]
+    assert [restores_by(run) for run in runs] == ["weights"]
