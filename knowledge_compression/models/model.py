@@ -52,8 +52,8 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' floating-point type."""
-        return next(p.dtype for p in self.network.parameters() if p.is_floating_point())
+        """The weights' floating-point type: that of the input embeddings, beside which a recovery may put others."""
+        return next(self.network.get_input_embeddings().parameters()).dtype
 
     @property
     def max_positions(self) -> int | None:

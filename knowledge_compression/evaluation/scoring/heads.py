@@ -14,7 +14,7 @@ from knowledge_compression.models.families import ENCODER, architecture_of
 
 
 @contextmanager
-def head_at(network: nn.Module, rows: Tensor, positions: Tensor, width: int) -> Iterator[None]:
+def head_at(network: nn.Module, rows: Tensor, positions: Tensor, width: int, *, early: bool = True) -> Iterator[None]:
     """Let the vocabulary head see only chosen positions, so that the logits are ``[1, chosen, vocabulary]``.
 
     The head comes after the body (or the decoder) in every network, so a hook on the body's output serves all of them,
@@ -25,6 +25,8 @@ def head_at(network: nn.Module, rows: Tensor, positions: Tensor, width: int) -> 
     Args:
         network: a network with its head; adapters may be wrapped around it.
         rows, positions: which row and which of its tokens, int64 ``[chosen]`` each.
+        early: let the other positions go before the last block's pointwise part, where it has one; not behind a prompt
+            that is cut off the body's output.
         width: tokens in a row of input ids; what the body gives beyond it are soft prompts in front of the input.
     """
 
@@ -40,7 +42,7 @@ def head_at(network: nn.Module, rows: Tensor, positions: Tensor, width: int) -> 
 
     inner = without_adapters(network)
     architecture = architecture_of(inner)
-    if architecture.pointwise_from is not None:
+    if early and architecture.pointwise_from is not None:
         *_, last_block = inner.get_submodule(architecture.stacks[-1].blocks).children()
         part = last_block.get_submodule(architecture.pointwise_from)
         handle = part.register_forward_pre_hook(narrow_inputs)

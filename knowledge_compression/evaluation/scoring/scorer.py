@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import chain, islice, pairwise
 from typing import Any
 
@@ -132,8 +133,11 @@ class Scorer:
         """
         lengths = [len(blank.ids) for blank in blanks]
         self.budget.settle(sum(lengths))
+        at = partial(head_at, early=self.prompts.positions == 0)
         for batch in self._batches(lengths, reads=[1] * len(blanks)):
-            for part, logits in self._fitting(batch, lambda part: self._blank_logits([blanks[i] for i in part])):
+            for part, logits in self._fitting(batch, lambda part: self._blank_logits([blanks[i] for i in part], at)):
+                if len(logits) != len(part):
+                    raise RuntimeError(f"{len(part)} blanks were read and {len(logits)} answered")
                 indices = iter(part)
                 for rows in logits.split(self.budget.rows):
                     log_probs = torch.log_softmax(rows.float(), dim=-1)
@@ -143,6 +147,10 @@ class Scorer:
 
     def distributions_by_depth(self, blanks: Sequence[Blank]) -> Iterator[tuple[list[int], Tensor]]:
         """:meth:`distributions` before the first block and after each: ``[len(indices), depths, vocabulary]``."""
+        if self.prompts.positions and self.model.family == ENCODER:
+            raise BadInput(
+                f"eval=[lens] cannot look inside {self.model.name} behind a prompt; choose recovery=lora or none"
+            )
         count = depths(self.model.network)
         lengths = [len(blank.ids) for blank in blanks]
         self.budget.settle(sum(lengths))
@@ -355,9 +363,7 @@ class Scorer:
             yield
 
     @torch.inference_mode()
-    def _blank_logits(
-        self, blanks: Sequence[Blank], at: Callable[..., AbstractContextManager[None]] = head_at
-    ) -> Tensor:
+    def _blank_logits(self, blanks: Sequence[Blank], at: Callable[..., AbstractContextManager[None]]) -> Tensor:
         if self.end_to_end:
             return self._blank_logits_end_to_end(blanks, at)
         ids, mask = self._pad([blank.ids for blank in blanks])
