@@ -87,7 +87,7 @@ def test_every_calibrated_compression_runs_on_both_kinds_of_passes(folder: Path,
             found.setdefault(name, []).append(run.metrics["perplexity.perplexity"])
     assert {name: len(values) for name, values in found.items()} == dict.fromkeys(CALIBRATED, 2)
     for name, (one, other) in found.items():
-        assert one == pytest.approx(other, rel=0.15), name  # a few hundred tokens of a random network
+        assert one == pytest.approx(other, rel=0.3), name  # a few hundred tokens of a random network
 
 
 def test_packed_models_hold_the_codes_that_their_method_says(folder: Path, data: Path, tmp_path: Path) -> None:

@@ -80,6 +80,6 @@ def test_what_a_run_leaves_is_data_alone(tmp_path: Path, tiny_folder: Path, monk
     experiment = replace(made(tiny_folder, {"a": SUITE}), save_model=True, kept_models=KeptModels(1.0))
     store = RunStore(tmp_path / "outputs")
     experiment.run(store, NoTracker())
-    replace(experiment, suites={"b": SUITE}, settings=experiment.settings | {"eval": {"b": {}}}).run(store, NoTracker())
+    replace(experiment, suites={"b": SUITE}).run(store, NoTracker())
     left = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
     assert ".safetensors" in left and left <= DATA

@@ -17,7 +17,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from knowledge_compression.cache import check_cache
-from knowledge_compression.configuration import settings_of, values_of
+from knowledge_compression.configuration import Values, settings_of, values_of
 from knowledge_compression.errors import BadInput
 from knowledge_compression.sweeping.cli import EXIT_STATUS, one_line, settled_by_classes
 from knowledge_compression.sweeping.combinations import combinations
@@ -67,7 +67,9 @@ class PlannedSweeper(Sweeper):
 
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
         check_cache()
-        values_of(settings_of(self.config))
+        # Only what every job shares is looked at here: a part may still lack what the sweep gives it.
+        shared = [name for name in Values.__dataclass_fields__ if name in self.config]
+        values_of(settings_of(OmegaConf.masked_copy(self.config, shared)))
         jobs = self._jobs(arguments)
         composer = Composer(self.hydra_context.config_loader, self.config, jobs)
         parts = Parts()
