@@ -207,9 +207,8 @@ def drop_figure(table: pl.DataFrame) -> Figure:
         axes.set(xlabel=x_name, title=suite)
         axes.set_ylabel("drop in accuracy (% of dense)" if HEADLINES[metric] else f"rise in {metric} (% of dense)")
         axes.invert_yaxis()
-        if apart:
-            if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+        if apart and axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
