@@ -58,12 +58,12 @@ class Values:
 
     output: Output
     run: Doing
-    sparsity: float
+    sparsity: Annotated[float, Field(ge=0, lt=1)]
     reading: str
     seed: Seed
     device: str
     dtype: str
-    scoring: str
+    scoring: Literal["fast", "stock"]
     scoring_dtype: str
     limit: Annotated[int, Field(ge=1)] | None
     data_dir: Annotated[str, Field(min_length=1)] | None

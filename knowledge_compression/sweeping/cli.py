@@ -40,9 +40,10 @@ _NO_ROOM = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES}  # a disk tha
 def main() -> None:
     """Entry point of ``run.py``."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole; what the user sees is decided here
-    sys.argv[1:] = settled_by_classes(sys.argv[1:])
     command = hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)
     try:
+        check_choices(sys.argv[1:])
+        sys.argv[1:] = settled_by_classes(sys.argv[1:])
         check_own_files(sys.argv[1:])
         try:
             command()
@@ -70,6 +71,20 @@ def check_own_files(arguments: Sequence[str]) -> None:
                 raise BadInput(f"{path} names no settings; each line of such a file is NAME: VALUE")
 
 
+def check_choices(arguments: Sequence[str]) -> None:
+    """Refuse a group that is set to no name of a file, which Hydra answers with a stack trace or takes for a name.
+
+    Raises:
+        BadInput: names the group.
+    """
+    for argument in arguments:
+        group, equals, choice = argument.partition("=")
+        if equals and group in (*GROUPS, "tracker"):
+            listed = choice.startswith("[") and group != "eval"
+            if listed or choice.strip("'\"") in ("", "null", "~"):
+                raise BadInput(f"{argument} chooses no file; give a name of conf/{group}, see --help")
+
+
 def settled_by_classes(arguments: Sequence[str]) -> list[str]:
     """Settings inside a part, as in ``recovery.rank=8``, for Hydra to take whether or not a file lists them.
 
@@ -89,6 +104,8 @@ def job(config: DictConfig) -> Outcome | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return attempt(config)
     sweeper = HydraConfig.get().sweeper
+    if not isinstance(sweeper, DictConfig):
+        refuse(BadInput(f"hydra.sweeper={sweeper} is no sweeper; hydra/sweeper=planned is the one there is"))
     if sweeper.get("params") or sweeper.get("grids"):
         raise _ManyRuns
     from knowledge_compression.results.summary import show
