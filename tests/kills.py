@@ -39,6 +39,8 @@ from typing import Any
 import polars as pl
 import psutil
 
+from knowledge_compression.stopping import stoppable
+
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = ("basic", "local", "slurm")
 PATIENCE = 600.0  # seconds for anything to happen before it counts as hanging
@@ -142,6 +144,14 @@ class Counts:
         """Whether nothing was lost, done twice, left behind or wrong."""
         return not (self.lost or self.twice or self.orphans or self.wrong)
 
+    @property
+    def sums(self) -> str:
+        """How many of each kind, in words."""
+        return (
+            f"lost {len(self.lost)}, done twice {len(self.twice)}, orphans {len(self.orphans)}, "
+            f"wrong statuses and hangs {len(self.wrong)}"
+        )
+
     def show(self) -> None:
         """Print a line for each kind of kill, whatever went wrong, and the sums."""
         for (launcher, moment), number in sorted(self.kills.items()):
@@ -149,10 +159,7 @@ class Counts:
         for name, found in (("lost", self.lost), ("done twice", self.twice), ("orphan", self.orphans)):
             print("".join(f"{name}: {what}\n" for what in found), end="")
         print("".join(f"wrong: {what}\n" for what in self.wrong), end="")
-        print(
-            f"kills {self.kills.total()}, lost {len(self.lost)}, done twice {len(self.twice)}, "
-            f"orphans {len(self.orphans)}, wrong statuses and hangs {len(self.wrong)}"
-        )
+        print(f"kills {self.kills.total()}, {self.sums}")
 
 
 def moments(draw: random.Random, seconds: float) -> dict[str, Callable[[Sweep], Callable[[], bool]]]:
@@ -232,6 +239,7 @@ def kill_sweeps(
             print(f"{sweep.launcher}: {how.name} {kind}, {sweep.runs()} runs were finished", flush=True)
             made = check_kept(sweep, made, counts)
         finish(sweep, made, expected, counts)
+        print(f"after {counts.kills.total()} kills: {counts.sums}", flush=True)
 
 
 def kill_once(
@@ -254,6 +262,7 @@ def kill_once(
             counts.wrong.append(f"{sweep.folder}: the sweep hangs")
             break
         time.sleep(0.002)
+    whole = sweep.runs() == RUNS  # then the command may be about to end, and with status 0
     jobs = [one for one in sweep.processes() if is_slurms(one)] if how == signal.SIGKILL else []
     if jobs:
         with suppress(psutil.NoSuchProcess):
@@ -267,6 +276,8 @@ def kill_once(
         process.kill()
         process.wait()
     else:
+        if status == 0 and whole and not jobs:
+            return False
         # In the first moments, before any of our code runs, Python itself ends by the signal.
         if status not in ((0, 1) if jobs else (STATUS[how], -how)):
             counts.wrong.append(f"{sweep.folder}: status {status} after {how.name}")
@@ -341,6 +352,14 @@ def single_node(folder: Path) -> Iterator[dict[str, str]]:
         subprocess.run([program, "stop", folder], check=False, timeout=60)
 
 
+def end_all_in(folder: Path) -> None:
+    """End what still runs for sweeps of a folder, so that nothing outlives this program when it is stopped."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK, "").startswith(str(folder)):
+                process.kill()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Kill, count, print; 0 where nothing was lost, done twice, left behind or wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -351,8 +370,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launchers, counts, draw = given.launchers.split(","), Counts(), random.Random(given.seed)
     if unknown := set(launchers) - set(LAUNCHERS):
         parser.error(f"--launchers={','.join(unknown)} does not exist; choose of {','.join(LAUNCHERS)}")
-    with ExitStack() as stack:
+    with stoppable(), ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kills-")))
+        stack.callback(end_all_in, folder)
         expected, seconds = undisturbed(folder / "undisturbed")
         for i, launcher in enumerate(launchers):
             share = given.kills * (i + 1) // len(launchers) - given.kills * i // len(launchers)
