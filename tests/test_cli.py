@@ -35,7 +35,7 @@ def command(monkeypatch, tmp_path, capfd):
         (["sparcity=0.2"], "did you mean sparsity?"),
         (["compression.bist=3"], "compression.bist"),
         (["eval=[atls]"], "choose one of"),
-        (["sparsity=1.5"], "[0, 1)"),
+        (["sparsity=1.5"], "less than 1"),
         (["+eval.lama.limit=3"], "eval.lama has settings (limit) but is not chosen"),
         (["device=quantum"], "device=quantum"),
         (["dtype=float12"], "float32"),
