@@ -12,7 +12,7 @@ from torch import Tensor
 from helpers.layers import ALL, inputs_with_outliers, weight_with_outliers, windows
 from helpers.networks import logits_of
 from knowledge_compression.compression.methods.awq import Awq
-from knowledge_compression.compression.solve.grid import plainly_rounded
+from knowledge_compression.compression.solve.grid import Grid, plainly_rounded
 from knowledge_compression.compression.walk.blocks import LayerInputs
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
@@ -70,9 +70,22 @@ def test_bad_settings_are_one_line(tiny_model: Callable[[str], Model]) -> None:
     for wrong, message in (
         ({"steps": 0}, "steps=0"),
         ({"bits": 5}, "bits=5"),
-        ({"group_size": 10}, "group_size=10 does not divide the 16 inputs"),
+        ({"group_size": 40}, "group_size=40 does not divide the 16 inputs"),
     ):
         with pytest.raises(BadInput, match=message):
             Awq(**wrong).compress(model, ALL.select(model), windows(6, 16))
     with pytest.raises(BadInput, match="no calibration text"):
         Awq(group_size=None).compress(model, ALL.select(model), None)
+
+
+def test_groups_that_do_not_divide_the_inputs_end_in_a_shorter_one(tiny_model) -> None:
+    """As in smollm2, whose 576 inputs are no multiple of the shipped 128."""
+    weight = torch.randn(5, 20)
+    grid = Grid(4, 8)
+    parts = [
+        plainly_rounded(weight[:, part], Grid(4, None)).dequantize() for part in (slice(8), slice(8, 16), slice(16, 20))
+    ]
+    assert torch.equal(grid.nearest(weight), torch.cat(parts, dim=1))
+    model = tiny_model("llama")
+    report = Awq(group_size=12).compress(model, ALL.select(model), windows(6, 16))
+    assert report.fallbacks["short_group"] > 0 and logits_of(model).isfinite().all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,8 +67,8 @@ class Awq(Calibrated[InputSizes]):
         return Grid(self.bits, self.group_size, self.symmetric)
 
     def check(self, targets: Targets) -> None:
-        """Refuse groups that do not divide a layer."""
-        self.grid.check(targets)
+        """Refuse groups wider than a layer."""
+        self.grid.check(targets, whole=False)
 
     def observe(self, in_features: int, device: torch.device) -> InputSizes:
         """The statistics that all linears with one input share."""
@@ -76,13 +77,16 @@ class Awq(Calibrated[InputSizes]):
     def solve(self, weight: Tensor, statistics: InputSizes, heights: Sequence[int]) -> Solved:
         """Round the weight with the power that makes its outputs' error least."""
         inputs = weight.shape[1]
+        width = self.grid.width(inputs)
+        dead = bool((statistics.magnitudes <= 0).any())
         a_scale = SCALE_BITS + (0 if self.symmetric else self.bits)
         return Solved(
             weight=self.rounded(weight, statistics.matrix, statistics.magnitudes),
             plain=plainly_rounded(weight, self.grid).dequantize().to(weight),
             bits=float(self.bits),
-            overhead_bits=(inputs // self.grid.width(inputs) * a_scale, SCALE_BITS * inputs),
-            fallbacks=["dead_input"] * bool((statistics.magnitudes <= 0).any()),
+            overhead_bits=(math.ceil(inputs / width) * a_scale, SCALE_BITS * inputs),
+            fallbacks=["dead_input"] * bool((statistics.magnitudes <= 0).any())
+            + ["short_group"] * (inputs % width > 0),
         )
 
     def rounded(self, weight: Tensor, hessian: Tensor, magnitudes: Tensor) -> Tensor:
@@ -103,8 +107,7 @@ class Awq(Calibrated[InputSizes]):
         for step in range(self.steps):
             factors = torch.where(alive, magnitudes, 1.0).pow(step / self.steps).clamp(min=1e-4)
             factors = torch.where(alive, factors / (factors[alive].max() * factors[alive].min()).sqrt(), 1.0)
-            scaled = (weight * factors).unflatten(1, (-1, self.grid.width(len(hessian))))
-            read = self.grid.round(scaled, *self.grid.fit(scaled)).flatten(1) / factors
+            read = self.grid.nearest(weight * factors) / factors
             error = read - weight
             loss = float(((error @ hessian) * error).sum())
             if loss < least:

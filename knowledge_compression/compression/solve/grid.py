@@ -263,6 +263,16 @@ class Grid:
         """The nearest grid points themselves; shapes broadcast."""
         return dequantized(self.encode(weight, scales, zeros), scales, zeros)
 
+    def nearest(self, weight: Tensor) -> Tensor:
+        """The nearest grid points of ``[out_features, in_features]``, each group on a grid of its own, in its type.
+
+        The last group has fewer columns where the size of a group does not divide the inputs.
+        """
+        width = self.width(weight.shape[1])
+        whole = weight.shape[1] - weight.shape[1] % width
+        groups = [weight[:, :whole].unflatten(1, (-1, width)), weight[:, whole:].unsqueeze(1)]
+        return torch.cat([self.round(part, *self.fit(part)).flatten(1) for part in groups if part.numel()], dim=1)
+
     def _spanning(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         if self.symmetric:
             high = torch.maximum(-low, high)
