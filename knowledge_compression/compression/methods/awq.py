@@ -85,8 +85,7 @@ class Awq(Calibrated[InputSizes]):
             plain=plainly_rounded(weight, self.grid).dequantize().to(weight),
             bits=float(self.bits),
             overhead_bits=(math.ceil(inputs / width) * a_scale, SCALE_BITS * inputs),
-            fallbacks=["dead_input"] * bool((statistics.magnitudes <= 0).any())
-            + ["short_group"] * (inputs % width > 0),
+            fallbacks=["dead_input"] * dead + ["short_group"] * (inputs % width > 0),
         )
 
     def rounded(self, weight: Tensor, hessian: Tensor, magnitudes: Tensor) -> Tensor:
