@@ -95,7 +95,7 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
             if folder.is_dir():
                 log.warning("%s in the cache is not what was made under that name; it is made again", name)
                 discard(folder)
-            for left in folder.parent.glob(f".{folder.name}-*"):  # of one who died half-way
+            for left in folder.parent.glob(f".{folder.name}-*"):  # left by a process that died half-way
                 shutil.rmtree(left, ignore_errors=True)
             scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             try:
@@ -121,7 +121,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def discard(folder: Path) -> None:
-    """Take a folder away at one stroke, so that nobody finds half of it."""
+    """Remove a folder atomically, so that nobody finds half of it."""
     rubbish = folder.with_name(f".{folder.name}-gone-{os.getpid()}")
     try:
         folder.rename(rubbish)
@@ -170,7 +170,7 @@ def _read(path: Path) -> str:
 
 
 def _known(record: Path) -> dict[str, Any]:
-    """What is kept of a file; nothing where it was never read, or what was kept is broken."""
+    """The cached facts of a file; none if it was never read or the cache entry is broken."""
     try:
         known = json.loads(record.read_bytes())
         return known if len(known["digest"]) == 32 else {}

@@ -92,7 +92,7 @@ class TrainingSettings:
         return math.ceil(self.tokens / (length * self.batch_size * self.accumulate))
 
     def learning_rate_at(self, step: int, steps: int) -> float:
-        """Learning rate of step ``step`` (from 0) of ``steps``."""
+        """Learning rate at ``step`` (from 0) of ``steps``."""
         warm = max(1, round(self.warmup * steps))
         if step < warm:
             return self.learning_rate * (step + 1) / warm
@@ -307,7 +307,7 @@ def _progress() -> Progress:
 
 
 def _identity(parameters: Mapping[str, nn.Parameter], windows: Tensor, settings: TrainingSettings) -> str:
-    """Digest of what a checkpoint must have in common with the training that goes on from it."""
+    """Digest of what a checkpoint must share with the training that resumes from it."""
     sha = hashlib.sha256()
     deciding = {key: value for key, value in asdict(settings).items() if key != "checkpoint_every"}
     shapes = {name: [str(p.dtype), *p.shape] for name, p in parameters.items()}

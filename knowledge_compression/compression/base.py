@@ -1,4 +1,4 @@
-"""What every compression method is: a frozen dataclass that says what it is and does one thing to a layer.
+"""Base classes of compression methods: each method is a frozen dataclass that does one thing to a layer.
 
 A method is one short file in ``methods/`` and one YAML under ``conf/compression/``; nothing is registered anywhere.
 Choose the base class by what the method needs to know of a layer:
@@ -165,7 +165,7 @@ class Shrinker:
 
     @property
     def state(self) -> Any:
-        """What a shrinker that goes on from here starts with, JSON-ready."""
+        """The state from which another shrinker can resume here, JSON-ready."""
         return self.cut and self.cut.state
 
 

@@ -114,7 +114,7 @@ class Calibrated(Method, Generic[S]):
         return compress_blocks(model, targets, calibration, self, self.walk, hold=hold)
 
     def shrink(self, layers: Sequence[TargetLayer], statistics: S) -> list[LayerReport]:
-        """Solve for linears that read the same inputs, put what came of it in their places, and measure."""
+        """Solve for linears that read the same inputs, install the results, and measure the errors."""
         start = time.perf_counter()
         weights = [layer.weight for layer in layers]
         stacked = (weights[0] if len(weights) == 1 else torch.cat(weights)).float()
@@ -161,7 +161,7 @@ class SecondOrder(Calibrated[Hessian]):
 
 
 def _put(solved: Solved, layer: TargetLayer, old: Tensor, hessian: Tensor | None) -> LayerReport:
-    """Put what came of a layer in its place; its errors are measured before, as ``old`` may be the layer's own."""
+    """Install a layer's result; its errors are measured first, as ``old`` may be the layer's own weight."""
     if solved.module is not None:
         module = solved.module(layer)
         report = LayerReport.of(layer, bits=module.bits, overhead_bits=module.overhead_bits)

@@ -196,7 +196,7 @@ def _write(
 
 
 def _restore(folder: Path, model: Model, kinds: Sequence[type[ReplacedLinear]]) -> CompressionReport:
-    """Make a model what another was when it was written.
+    """Bring a model to the state that another had when it was written.
 
     Raises:
         OSError, SafetensorError: it is not there, or not whole.

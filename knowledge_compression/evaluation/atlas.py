@@ -75,7 +75,7 @@ class Atlas:
         ]
 
     def questions(self, model: Model) -> Questions:
-        """What is asked of any model."""
+        """The questions put to any model."""
         return Questions.sample(self.clozes(), self.limit)
 
     def evaluate(self, scorer: Scorer) -> Evaluation:

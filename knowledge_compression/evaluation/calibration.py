@@ -93,7 +93,7 @@ def answers_by_task(clozes: Iterable[Cloze]) -> dict[str, list[str]]:
 
 @dataclass
 class GroupMean:
-    """The mean over a group's prompts, of which those asked and some others were read.
+    """The mean over a group's prompts: those asked, and some others that were read for it.
 
     Attributes:
         total: sum of the scores of the prompts that were read, ``[candidates]``.

@@ -189,7 +189,7 @@ def _arguments(scorer: Scorer) -> dict[str, Any]:
 
 @contextmanager
 def _weights_left_alone(model: Model) -> Iterator[None]:
-    """``HFLM`` ties the weights of what it is given, and a compressed head must stay as it is."""
+    """``HFLM`` ties the weights of its network, but a compressed head must stay as it is."""
     logger = logging.getLogger("lm_eval.models.huggingface")
     level = logger.level
     logger.setLevel(logging.ERROR)

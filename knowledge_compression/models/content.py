@@ -74,7 +74,7 @@ def files_fingerprint(files: Iterable[Path], folder: Path | None = None) -> str:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names; whoever loads the weights says what is wrong with one that cannot be read."""
+    """The files that an index names; if the index cannot be read, the loader of the weights reports why."""
     try:
         return [str(name) for name in json.loads(index.read_bytes())["weight_map"].values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

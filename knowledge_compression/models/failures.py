@@ -1,4 +1,4 @@
-"""What can go wrong when a model is loaded, each said in one line."""
+"""Turns every failure to load a model into one line."""
 
 from __future__ import annotations
 

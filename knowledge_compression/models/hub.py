@@ -33,7 +33,7 @@ def hub_answers() -> bool:
 
 @contextmanager
 def cache_alone_where_no_hub_answers() -> Iterator[None]:
-    """Where the hub does not answer, let its client go by the local cache alone.
+    """If the hub does not answer, make its client use the local cache alone.
 
     So a machine without a network neither waits nor fails for what it has. Every library that goes by
     ``huggingface_hub`` obeys this switch; ``local_files_only`` of ``from_pretrained`` still looks for a few files.

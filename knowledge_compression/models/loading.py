@@ -59,7 +59,7 @@ class ModelSource(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """What tells these weights from others."""
+        """What distinguishes these weights from others."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What stands before every input of a model: soft prompts, by whichever recovery put them there."""
+"""The soft prompts before every input of a model, whichever recovery put them there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint that is written unit by unit, and goes on where it was cut off.
+"""A checkpoint that is written unit by unit and resumes after an interruption.
 
 One shard a unit, under a temporary name until it is whole and on the disk, so that a shard that is there is finished.
 """

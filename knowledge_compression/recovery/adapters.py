@@ -1,4 +1,4 @@
-"""Training what a recovery adds to a model, once: adapters are kept by what made them and belong to one base model."""
+"""Trains a recovery's adapters once: each is cached by what made it and belongs to one base model."""
 
 from __future__ import annotations
 

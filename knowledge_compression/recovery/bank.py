@@ -1,4 +1,4 @@
-"""Prompts as keys and values: what of a prompt is computed once, whatever comes after it."""
+"""Prompts as cached keys and values, computed once for any input that follows."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def bank_of(model: Model, prompts: Sequence[Tensor]) -> PromptBank:
 
 
 def check_decoder(model: Model) -> None:
-    """Refuse what cached prompts cannot be put before."""
+    """Refuse networks that cannot read cached prompts."""
     if model.family != DECODER:
         raise BadInput(
             f"{model.name} ({model.family}) reads in both directions, so a prompt's keys and values depend on the "

@@ -71,7 +71,7 @@ def _cut(tokens: int) -> Any:
 
 
 def _uncover(tokens: int) -> Any:
-    """Lets a decoder see the prompt's outputs, which the mask of the input does not know of."""
+    """Lets a decoder see the prompt's outputs, which the input's mask does not cover."""
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")

@@ -1,4 +1,4 @@
-"""Column after column: each is put where it may be, and the columns after it make up for the error.
+"""Project each column in turn; the columns after it compensate for its error.
 
 The step that GPTQ (Frantar et al. 2023, algorithm 1) and SparseGPT (Frantar and Alistarh 2023, algorithm 1) share; they
 differ only in where a column may be put.

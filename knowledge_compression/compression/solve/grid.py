@@ -77,7 +77,7 @@ class FittedGrid:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A weight as integers, whence a packed checkpoint is written.
+    """A weight as integer codes, from which a packed checkpoint is written.
 
     Attributes:
         codes: uint8 ``[out_features, in_features]`` on the CPU, columns in the layer's own order.
@@ -129,7 +129,7 @@ class QuantizedWeight:
 
 
 def quantized_weight(layer: TargetLayer) -> QuantizedWeight | None:
-    """The integers behind a layer's weight; None where it has none, or its weight was changed since."""
+    """The codes of a layer's weight; None if it has no codes or its weight has changed since."""
     kept: FittedGrid | QuantizedWeight | None = layer.notes.get("quantized_weight")
     if isinstance(kept, FittedGrid):
         kept = QuantizedWeight(kept.codes(layer.weight), kept)
@@ -139,7 +139,7 @@ def quantized_weight(layer: TargetLayer) -> QuantizedWeight | None:
 
 
 def spread(values: Tensor, group_of: Tensor, dim: int) -> Tensor:
-    """What each column is read with, given what each group is; of one group for all, that one to broadcast."""
+    """Expand per-group values to columns; a single group is returned as it is, to broadcast."""
     return values if values.shape[dim] == 1 else values.index_select(dim, group_of)
 
 

@@ -30,7 +30,7 @@ class Hessian(Statistics):
         self._complete = False
 
     def update(self, inputs: LayerInputs) -> None:
-        """Take in a batch, before the matrix is asked for."""
+        """Add a batch; only before the matrix is read."""
         if self._complete:
             raise RuntimeError("the sum of second moments has become their mean already")
         values, weighted = inputs.values.float(), inputs.values.float()
@@ -158,7 +158,7 @@ def relative_errors(weight: Tensor, approximations: Sequence[Tensor], hessian: T
 
 
 def _power(weight: Tensor, hessian: Tensor) -> float:
-    """``tr(W H Wᵀ)`` of a symmetric ``H``, of which what lies below the diagonal counts twice."""
+    """``tr(W H Wᵀ)`` of a symmetric ``H``; entries below the diagonal count twice."""
     total = hessian.new_zeros(())
     for start, end in _strips(len(hessian)):
         part = weight[:, start:end]

@@ -47,7 +47,7 @@ class Cut:
     def removes(self, piece: torch.Tensor) -> torch.Tensor:
         """Boolean mask, of the piece's shape, of what lies among the k smallest.
 
-        Pieces must come in the order of the walk, each once: a tie belongs to whoever asks first.
+        Pieces must come in the order of the walk, each once: a tie goes to the piece that comes first.
         """
         bits = _magnitude_bits(piece)
         mask = bits < self._bits

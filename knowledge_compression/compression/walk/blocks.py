@@ -229,7 +229,7 @@ class _Walk(Generic[S]):
     def _one_by_one(self, unit: str, forwards: Sequence[SuspendedForward]) -> None:
         """Run all batches through the unit, stopping before each linear to compress it on what it is about to read.
 
-        Batches may take different ways through the unit (experts): whoever stands before the first layer goes on.
+        Batches may take different paths through the unit (experts): those waiting at the earliest layer resume first.
         """
         layers = {layer.path: layer for layer in self.pending[unit]}
         inputs, _ = self._read(unit, forwards[0])

@@ -99,4 +99,4 @@ class WalkSettings:
         """How often the calibration text runs through each block, which is what a forecast counts."""
         if self.true_sequential:
             return 1  # every linear is compressed on the way
-        return 3 if self.by_influence else 2  # to observe, perhaps backwards too, and with what came of it
+        return 3 if self.by_influence else 2  # to observe (perhaps backwards too), and to run the compressed block

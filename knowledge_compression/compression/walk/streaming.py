@@ -93,7 +93,7 @@ class _Stream:
         self.pending = [layer for layer in self.targets if self.unit_of[layer.path] not in self.notes]
 
     def write_rest(self) -> None:
-        """Copy what belongs to no unit."""
+        """Copy the weights that belong to no unit."""
         names = self.model.names_outside(self.units)
         if self.model.network.config.tie_word_embeddings:  # a tied weight is stored once; see models.saving.full_state
             names = [name for name in names if self.model.source[name] == name]

@@ -111,7 +111,7 @@ class _State:
 
 
 def _start(model: Model, prompts: Sequence[Sequence[int]]) -> _State:
-    """The first pass: prompts end together, so that what is said stands in one column."""
+    """The first pass: prompts end together, so the generated tokens line up in one column."""
     width, pad = max(map(len, prompts)), pad_id(model)
     ids = torch.tensor([[*[pad] * (width - len(p)), *p] for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)

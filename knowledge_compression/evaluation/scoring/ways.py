@@ -1,4 +1,4 @@
-"""Whether a network may be asked in the fast ways, found out by asking it: no list of architectures says so.
+"""Whether a network supports the fast ways of scoring, found by trying them: there is no list of architectures.
 
 Texts that lie end to end in one row, and choices that branch off one context, need a network that takes masks and
 positions as they are given. One with masks of its own (attention in chunks), with recurrent state, or with an attention
