@@ -34,7 +34,7 @@ class Idp(SeveralPrompts):
     name = "idp"
 
     def __post_init__(self) -> None:
-        """Refuse prompts that an input cannot choose from."""
+        """Refuse a selection that does not exist."""
         super().__post_init__()
         if self.selection not in SELECTIONS:
             raise BadInput(f"recovery.selection={self.selection} does not exist; choose one of {', '.join(SELECTIONS)}")

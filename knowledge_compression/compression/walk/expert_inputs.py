@@ -65,7 +65,7 @@ class ExpertInputs(TorchFunctionMode):
         return output if self._on_output is None or output is None else self._on_output(path, output)
 
     def _numbers(self, weight: object) -> tuple[int, dict[int, str]] | None:
-        """Number of the first expert in the tensor, and the paths of its bank's layers; None if it belongs to no bank."""
+        """Number of the tensor's first expert, and the paths of its bank's layers; None if it belongs to no bank."""
         if not isinstance(weight, Tensor) or weight.is_meta:
             return None
         for start, stride, paths in self._banks.get(weight.untyped_storage().data_ptr(), ()):
