@@ -113,7 +113,8 @@ def finished(folder: Path, runs: int) -> list[str]:
     from hydra.types import RunMode
 
     from knowledge_compression.results.store import RunStore
-    from knowledge_compression.sweeping.combinations import Assembler, combinations
+    from knowledge_compression.sweeping.combinations import Composer, combinations
+    from knowledge_compression.sweeping.parts import Parts
 
     sparsities = ",".join(f"{(i + 1) / 100}" for i in range(50))
     arguments = ["model=smollm2", "target=att,ff", "compression=magnitude,random", f"sparsity={sparsities}"]
@@ -123,9 +124,10 @@ def finished(folder: Path, runs: int) -> list[str]:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         jobs = combinations(OverridesParser.create().parse_overrides(arguments))
-        experiment_of = Assembler(loader, loader.load_configuration("config", [], RunMode.MULTIRUN), jobs)
+        composer = Composer(loader, loader.load_configuration("config", [], RunMode.MULTIRUN), jobs)
+        parts = Parts()
         for number, job in enumerate(jobs):
-            experiment, _ = experiment_of(job)
+            experiment = parts.experiment(composer(job))
             for one, kind in ((experiment.dense(), 0), (experiment, 1 + number % (KINDS - 1))):
                 if one.id not in store:
                     copy(store.runs_folder / f"{kind:016x}", store.runs_folder / one.id, dict(one.settings))

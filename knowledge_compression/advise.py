@@ -1,4 +1,4 @@
-"""What to use, and what to run next: ``python -m knowledge_compression.advise outputs/ --keep 95%``."""
+"""What to use, and what to run next: ``kc advise outputs/ --keep 95%``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from knowledge_compression.errors import BadInput
 
 def main(arguments: list[str] | None = None) -> None:
     """Print advice for each model and suite of a store; bad input is one line and exit status 2."""
-    parser = argparse.ArgumentParser(prog="python -m knowledge_compression.advise", description=__doc__)
+    parser = argparse.ArgumentParser(prog="kc advise", description=__doc__)
     parser.add_argument("outputs", type=Path, help="the outputs folder, with runs/ inside")
     parser.add_argument("--keep", default="95%", help="share of the known facts to keep, e.g. 95%% or 0.95 (95%%)")
     options = parser.parse_args(arguments)

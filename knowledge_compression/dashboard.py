@@ -1,4 +1,4 @@
-"""The W&B workspace and report over a sweep: ``python -m knowledge_compression.dashboard outputs/``.
+"""The W&B workspace and report over a sweep: ``kc dashboard outputs/``.
 
 They compare the runs that ``tracker=wandb`` showed (or ``wandb sync`` sent later): the same figures that the table at a
 sweep's end has, by what the runs differ in. ``--json`` prints the definition and asks no server.
@@ -180,7 +180,7 @@ def definition(what: Compared, entity: str, project: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build both and say where they are, or print them."""
-    parser = argparse.ArgumentParser(prog="python -m knowledge_compression.dashboard", description=__doc__)
+    parser = argparse.ArgumentParser(prog="kc dashboard", description=__doc__)
     parser.add_argument("outputs", type=Path, nargs="?", default=Path("outputs"), help="the folder of the runs")
     parser.add_argument("--sweep", help="a folder under outputs/sweeps (the latest)")
     parser.add_argument("--project", default=WandbTracker.project, help="the W&B project (%(default)s)")

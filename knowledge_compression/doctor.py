@@ -1,4 +1,4 @@
-"""What works here and what is missing: ``python -m knowledge_compression.doctor``."""
+"""What works here and what is missing: ``kc doctor``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    parser = argparse.ArgumentParser(prog="python -m knowledge_compression.doctor", description=__doc__)
+    parser = argparse.ArgumentParser(prog="kc doctor", description=__doc__)
     parser.add_argument("--data-dir", type=Path, help="also look into this folder of local data (docs/data.md)")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="where runs go (outputs)")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""The page over a store of runs: ``python -m knowledge_compression.report outputs/ -o report.html``."""
+"""The page over a store of runs: ``kc report outputs/ -o report.html``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read every finished run and write one self-contained HTML file; bad input is one line and exit status 2."""
-    parser = argparse.ArgumentParser(prog="python -m knowledge_compression.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="kc report", description=__doc__)
     parser.add_argument("outputs", type=Path, help="the outputs folder, with runs/ inside")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), help="the file to write (report.html)"

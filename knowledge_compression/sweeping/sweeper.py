@@ -158,7 +158,7 @@ class PlannedSweeper(Sweeper):
         except OSError as error:
             raise BadInput(f"output.dir={self.config.output.dir} cannot be written ({error.strerror})") from None
         if not missing and len(planned) > _SHOWN:
-            log.info("python -m knowledge_compression.report %s compares them", self.config.output.dir)
+            log.info("kc report %s compares them", self.config.output.dir)
             return []
         self._name_held(missing, names)
         returns = self.launcher.launch([run.overrides for run in missing], initial_job_idx=0) if missing else []
