@@ -35,7 +35,7 @@ def build(where: str, settings: Mapping[str, Any], kind: type | None = None) -> 
     if TARGET in settings:
         kind = _class(where, settings[TARGET])
     if kind is None:
-        raise BadInput(f"{where} has settings ({', '.join(settings)}) but is not chosen; choose it, or take them back")
+        raise BadInput(f"{where} has settings ({', '.join(settings)}) but is not chosen; choose it, or remove them")
     known = {field.name: field for field in fields(cast(Any, kind)) if field.init}
     given = {str(name): value for name, value in settings.items() if name != TARGET}
     for name in given.keys() - known.keys():
@@ -70,7 +70,7 @@ def fitting(where: str, value: Any, hint: Any) -> Any:
     try:
         adapter = _adapter(hint)
     except PydanticSchemaGenerationError:
-        raise BadInput(f"{where}={value} does not fit: it is a part, with settings of its own") from None
+        raise BadInput(f"{where}={value} does not fit: it is a part, which has settings") from None
     for number in _numbers(value):
         if isinstance(number, float) and not math.isfinite(number):
             raise BadInput(f"{where}={value} does not fit: it must be a finite number")
@@ -81,7 +81,7 @@ def fitting(where: str, value: Any, hint: Any) -> Any:
     except ValidationError as error:
         raise BadInput(f"{where}={_shown(value)} does not fit: {_expected(error)}") from None
     except TypeError:
-        raise BadInput(f"{where}={value} does not fit: {type(value).__name__} is no plain value") from None
+        raise BadInput(f"{where}={value} does not fit: {type(value).__name__} is not a plain value") from None
 
 
 def nearest(name: str, there: Iterable[str]) -> str:
@@ -97,7 +97,7 @@ def _class(where: str, path: Any) -> type:
     except (ImportError, ValueError, AttributeError) as error:
         raise BadInput(f"{where}: {path} cannot be imported ({first_line(error)})") from None
     if not (isinstance(found, type) and is_dataclass(found)):
-        raise BadInput(f"{where}: {path} is no dataclass, so it has no settings that could be looked at")
+        raise BadInput(f"{where}: {path} is not a dataclass, so its settings cannot be read")
     return found
 
 

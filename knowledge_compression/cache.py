@@ -93,7 +93,7 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     with locked(folder):
         if not _is_as_made(folder, name):
             if folder.is_dir():
-                log.warning("%s in the cache is not what was made under that name; it is made again", name)
+                log.warning("%s in the cache is damaged; making it again", name)
                 discard(folder)
             for left in folder.parent.glob(f".{folder.name}-*"):  # left by a process that died half-way
                 shutil.rmtree(left, ignore_errors=True)
@@ -163,7 +163,7 @@ def _read(path: Path) -> str:
     digest, part = xxh3_128(), memoryview(bytearray(_PART))
     with path.open("rb", buffering=0) as file:
         if (size := os.fstat(file.fileno()).st_size) > _LONG:
-            log.info("reading all %.0f GB of %s, once, to know it again", size / 1e9, path)
+            log.info("reading all %.0f GB of %s once for its digest", size / 1e9, path)
         while count := file.readinto(part):
             digest.update(part[:count])
     return digest.hexdigest()

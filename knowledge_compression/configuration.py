@@ -82,7 +82,7 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
     known = {*GROUPS, "tracker", *Values.__dataclass_fields__}
     for name in sorted(own - known):
         if not re.search(rf"\b{re.escape(name)}\b", text) and "${${" not in str(raw):
-            raise BadInput(f"{name} is used by nothing; there are {', '.join(sorted(known))}")
+            raise BadInput(f"{name} is not used; there are {', '.join(sorted(known))}")
     try:
         plain = cast(
             dict[str, Any],
@@ -220,7 +220,7 @@ def part(group: str, name: str, /, **values: Any) -> Any:
                 OmegaConf.update(config, f"{where}.{key}" if of_part else key, value, merge=True, force_add=True)
             except OmegaConfBaseException:
                 raise BadInput(
-                    f"{where}.{key}={value} does not fit: {type(value).__name__} is no plain value"
+                    f"{where}.{key}={value} does not fit: {type(value).__name__} is not a plain value"
                 ) from None
     try:
         settings = OmegaConf.to_container(OmegaConf.select(config, where), resolve=True, throw_on_missing=True)

@@ -209,7 +209,7 @@ def _save(what: Compared, entity: str, project: str) -> None:
             one.save()
         except (wandb.errors.Error, OSError, ValueError) as error:
             raise BadInput(
-                f"W&B does not take the dashboard ({' '.join(str(error).split())[:200]}); --json prints it"
+                f"W&B refused the dashboard ({' '.join(str(error).split())[:200]}); --json prints it"
             ) from None
         sys.stdout.write(f"{one.url}\n")
 

@@ -120,7 +120,7 @@ class Experiment:
         """
         if not isinstance(self.recovery, Recovery):
             raise BadInput(
-                f"{type(self.recovery).__module__}.{type(self.recovery).__qualname__} is no recovery; derive it from "
+                f"{type(self.recovery).__module__}.{type(self.recovery).__qualname__} is not a recovery; derive from "
                 "knowledge_compression.recovery.base.Recovery and declare restores_by"
             )
         resolve_dtype(self.dtype, resolve_device(self.device))
@@ -240,7 +240,7 @@ class Experiment:
     def _done(self, store: RunStore) -> Run | None:
         if not self.is_done(store):
             return None
-        log.info("run %s is there already", self.id)
+        log.info("run %s is already finished", self.id)
         return store.find(self.id)
 
     def _make(self, workplace: Workplace, tracker: Tracker, force: bool) -> Run:
@@ -269,7 +269,7 @@ class Experiment:
             report["recovery"] = recovered.report.to_json() | {"restores_by": self.recovery.restores_by}
             if sick := non_finite(weights_of(model)):
                 report["non_finite_weights"] = sick
-                log.warning("%s has weights that are not finite (%s): its answers say nothing", model.name, shown(sick))
+                log.warning("%s has weights that are not finite (%s): its answers are void", model.name, shown(sick))
             scored_in = self.scored_in if model.dtype == torch.float32 else None  # narrower types stay
             original = partial(self.loader.load, self.device, self.dtype)
             scorer = partial(Scorer, model, prompts=recovered.prompts, dtype=scored_in, original=original)

@@ -1,4 +1,4 @@
-"""What a part of a run is, read off the fields of its dataclass: as plain data, and as what of it decides a result.
+"""A part of a run as plain data, and its identity: those fields of its dataclass that decide a result.
 
 A field that its class marks says why it does not count by its value::
 
@@ -107,7 +107,7 @@ def _walked(part: Any, walk: Callable[[Any], Any], of_fields: Callable[[Any], di
     if isinstance(part, Sequence):
         return [walk(value) for value in part]
     kind = type(part)
-    raise BadInput(f"{kind.__module__}.{kind.__qualname__} is no dataclass, so what decides its result is unknown")
+    raise BadInput(f"{kind.__module__}.{kind.__qualname__} is not a dataclass, so its identity is unknown")
 
 
 def _plain_value(value: Any) -> Any:

@@ -115,7 +115,7 @@ def choose(choice: str, /, **settings: Any) -> Any:
     """
     group, _, name = choice.partition("=")
     if group not in GROUPS:
-        raise BadInput(f"'{choice}' is no choice; give one of {', '.join(GROUPS)} and a name, e.g. compression=gptq")
+        raise BadInput(f"'{choice}' is not a choice; give one of {', '.join(GROUPS)} and a name, e.g. compression=gptq")
     return _part(group, name, settings)
 
 

@@ -45,7 +45,7 @@ def parsed(text: str, where: str, wanted: str) -> Any:
     except json.JSONDecodeError as error:
         raise BadInput(f"{where}: not JSON ({error.msg} at column {error.colno}); {wanted}") from None
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where}: no JSON that can be read ({first_line(error)}); {wanted}") from None
+        raise BadInput(f"{where}: unreadable JSON ({first_line(error)}); {wanted}") from None
 
 
 def numbered_lines(path: Path, wanted: str) -> Iterator[tuple[int, str]]:

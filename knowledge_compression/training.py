@@ -362,4 +362,4 @@ class _State:
             p = parameters[name]
             optimizer.state[p][kind] = value.to(p.device)
         vars(self).update(found)
-        log.info("%s: going on from step %d", label, self.step)
+        log.info("%s: continuing from step %d", label, self.step)

@@ -52,7 +52,7 @@ def command(monkeypatch, tmp_path, capfd):
         (["run.plan=7"], "run.plan=7"),
         (["run.rate=fast"], "run.rate=fast"),
         (["run.rate=nan"], "run.rate=nan"),
-        (["+foo=3"], "foo is used by nothing"),
+        (["+foo=3"], "foo is not used"),
         (["output.compressed_gb=-1"], "output.compressed_gb=-1"),
         (["output.compressed_gb=lots"], "output.compressed_gb=lots"),
         (["output.compressed_gb=nan"], "output.compressed_gb=nan"),

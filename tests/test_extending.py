@@ -64,7 +64,7 @@ def test_a_method_a_recovery_and_a_suite_of_ones_own(users_folder, monkeypatch):
     [
         (("RestoresBy.WEIGHTS", "None"), "Rescale does not say how it restores .*RestoresBy.REDIRECTION"),
         (("RestoresBy.WEIGHTS", "'weights'"), "Rescale does not say how it restores"),
-        (("class Rescale(Recovery)", "class Rescale"), "Rescale is no recovery; derive it from .*base.Recovery"),
+        (("class Rescale(Recovery)", "class Rescale"), "Rescale is not a recovery; derive from .*base.Recovery"),
     ],
 )
 def test_a_recovery_has_to_say_how_it_restores(users_folder, monkeypatch, capsys, change, says):

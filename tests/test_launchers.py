@@ -163,7 +163,7 @@ def test_the_status_of_a_sweep(
     assert all(whole in table for whole in (f"│ {folder.name} │", " running ", " missing "))
     assert status.main([str(tmp_path)]) == 1
     assert status.main([str(tmp_path / "nowhere")]) == 2
-    assert "is not there" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.slow

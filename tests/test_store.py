@@ -297,7 +297,7 @@ def test_a_table_of_other_columns_is_no_run(tmp_path: Path) -> None:
         assert said in str(store.look_up("a1"))
     run._items = ITEMS.drop("task")
     store.write(run)
-    assert "column task is not there" in str(store.look_up("a1"))
+    assert "column task is missing" in str(store.look_up("a1"))
 
 
 def test_figures_that_are_not_finite_leave_json_json(tmp_path: Path) -> None:

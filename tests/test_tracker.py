@@ -173,7 +173,7 @@ def test_tasks_at_nought_and_a_hundred_percent_are_shown(tmp_path: Path, caplog:
     rows = [{"suite": "atlas", "task": t, "id": f"{t}/{i}", "correct": right} for t, i, right in answers]
     run._items = item_table(rows)
     found, place = shown(run, tmp_path)
-    assert "W&B lacks" not in caplog.text and "did not work" not in caplog.text
+    assert "incomplete on W&B" not in caplog.text and "did not work" not in caplog.text
     assert summary_of(found)["atlas/accuracy"] == pytest.approx(1 / 3)
     assert len(table_of(found, place)) == 14
     assert (place / "files" / history_of(found)["figures/atlas:path"]).read_bytes().startswith(b"\x89PNG")
@@ -212,12 +212,15 @@ def test_a_part_that_cannot_be_shown_is_named_and_the_others_are_there(
     monkeypatch.setattr("knowledge_compression.results.wandb_tracker.task_figure", odd)
     found, place = shown(result(), tmp_path)
     assert summary_of(found)["atlas/accuracy"] == pytest.approx(1 / 3) and len(table_of(found, place)) == 12
-    assert "W&B lacks of run 0123456789abcdef: figure of atlas;" in caplog.text and "no ink left" in caplog.text
+    assert (
+        "run 0123456789abcdef is incomplete on W&B, missing figure of atlas;" in caplog.text
+        and "no ink left" in caplog.text
+    )
     monkeypatch.setattr("knowledge_compression.results.wandb_tracker._plain", odd)
     caplog.clear()
     found, _ = shown(result(), tmp_path / "worse")
     assert summary_of(found)["atlas/accuracy"] == pytest.approx(1 / 3)  # figures and items come after the metrics
-    assert "W&B lacks of run 0123456789abcdef: items, figure of atlas;" in caplog.text
+    assert "run 0123456789abcdef is incomplete on W&B, missing items, figure of atlas;" in caplog.text
 
 
 def test_a_run_that_raises_is_closed_as_failed(tmp_path: Path) -> None:
@@ -270,7 +273,10 @@ def test_what_goes_wrong_while_showing_stays_there(tmp_path: Path, caplog: pytes
         tracked.finish_with(result())
         assert time.perf_counter() - start < 24
     assert caplog.text.count("did not work") == 1
-    assert "lacks of run 0123456789abcdef: metrics of a step, metrics, items, figure of atlas;" in caplog.text
+    assert (
+        "run 0123456789abcdef is incomplete on W&B, missing metrics of a step, metrics, items, figure of atlas;"
+        in caplog.text
+    )
 
 
 def test_secrets_are_not_in_the_config(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A store's runs beside their dense baselines; only what was asked the same way is compared."""
+"""A store's runs beside their dense baselines; only runs of one protocol are compared."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ class Comparisons:
         groups: one for each model, suite and protocol that has a dense run and questions with right answers.
         measured: the same for suites without right answers, whose items have values.
         skipped: run id and why it is left out.
-        runs: everything that was given, for what is told of a run by itself.
+        runs: all runs given, for statements about single runs.
     """
 
     groups: list[Group]
@@ -319,7 +319,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _particular(mine: Mapping[str, str], all_of_them: Sequence[Mapping[str, str]]) -> str:
-    """What of a protocol is not the same in all."""
+    """The settings of a protocol that differ between runs."""
     names = {name for said in all_of_them for name in said}
     unlike = sorted(name for name in names if len({said.get(name) for said in all_of_them}) > 1)
     return ", ".join(f"{name}={mine[name]}" for name in unlike if name in mine)

@@ -170,7 +170,7 @@ _SHARED = ("compression", "settings", "target", "recovery", "size", "corpus", "s
 
 
 def _alike(better: Run, worse: Run, claim: Claim) -> bool:
-    """Whether two runs differ in nothing but what the claim is about, and what follows from that."""
+    """Whether two runs differ only in what the claim is about, and what follows from that."""
     differs = {key for key in {*claim.better, *claim.worse} if claim.better.get(key) != claim.worse.get(key)}
     if "level" in differs:
         differs.add("sparsity")

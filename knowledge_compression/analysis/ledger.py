@@ -1,4 +1,4 @@
-"""The fact ledger: what became of every single fact under compression, and what brought it back."""
+"""The fact ledger: what happened to every fact under compression, and which recovery restored it."""
 
 from __future__ import annotations
 
@@ -104,13 +104,13 @@ def depths(dense: Run, compressed: Run, suite: str) -> pl.DataFrame | None:
 
 
 def looked_into(run: Run, suite: str) -> bool:
-    """Whether the lens was held over a suite's facts, and what it saw was kept."""
+    """Whether the run applied the lens to a suite's facts and recorded the ranks."""
     asked = run.report["eval"].get("lens", {})
     return asked.get("of") == suite and "depth_rank" in run.scan_items().collect_schema()
 
 
 def _lens(run: Run, suite: str) -> pl.LazyFrame | None:
-    """What the lens saw of a suite's facts, if it was held over them."""
+    """The lens's ranks of a suite's facts, if the run applied it to them."""
     if not looked_into(run, suite):
         return None
     return run.scan_items().filter(pl.col("suite") == "lens").select(*KEY, pl.col("depth_rank").alias("ranks"))
@@ -119,7 +119,7 @@ def _lens(run: Run, suite: str) -> pl.LazyFrame | None:
 def restorations(
     dense: Run, compressed: Run, recovered: Mapping[str, Run], suite: str, *, by: Sequence[str] = ()
 ) -> pl.DataFrame:
-    """What brought back each fact that compression had lost.
+    """Which recovery restored each fact that compression had lost.
 
     Args:
         dense, compressed: the two runs between which facts were lost.
@@ -158,6 +158,6 @@ def restorations(
 
 
 def counts(ledger: pl.DataFrame, column: str = "fate", by: str | None = None) -> pl.DataFrame:
-    """How many items met each fate, in all or by another column (``task``, ``frequency``)."""
+    """How many items have each fate, in all or by another column (``task``, ``frequency``)."""
     keys = [by, column] if by else [column]
     return ledger.group_by(keys).len("items").sort(keys)

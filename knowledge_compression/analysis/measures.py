@@ -21,7 +21,7 @@ class Measure:
     Attributes:
         column: of the items.
         gain: what of its values is better where it is more, and may be subtracted and averaged.
-        told: what a reader is told of a mean difference in gain; a rising or a falling function.
+        told: converts a mean difference in gain to the number shown; a monotonic function.
         unit: of that.
         items: what an item is.
         item: its name within its task; of several rows of one name the mean is taken.

@@ -130,7 +130,7 @@ def _layers(run: Run) -> list[dict[str, Any]]:
     try:
         layers = run.layers
     except (OSError, ValueError, RecursionError) as error:
-        log.warning("%s: its layers are left out (%s)", run.id, first_line(error))
+        log.warning("%s: layers left out (%s)", run.id, first_line(error))
         return []
     return [{key: layer.get(key) for key in ("path", "parameters", "removed")} for layer in layers]
 

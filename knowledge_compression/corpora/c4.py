@@ -43,7 +43,7 @@ class C4(PublishedCorpus):
             )
         if not named and split != TRAIN:
             log.warning(
-                "%s has no file of its own for C4's %s: %s, the calibration text, is read",
+                "%s has no separate file for C4's %s: reading the calibration text, %s",
                 folder / "c4",
                 split,
                 unnamed[0].name,

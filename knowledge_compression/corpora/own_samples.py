@@ -83,7 +83,7 @@ class OwnSamples(Windowed):
 
 @dataclass(frozen=True)
 class DrawnSamples(Windowed):
-    """Samples that are there already, whatever happens to the model that wrote them.
+    """Samples already written, independent of later changes to the model.
 
     Attributes:
         ids: token ids ``[samples, length]``.

@@ -36,12 +36,12 @@ class WikiText(PublishedCorpus):
         return [line if line.strip() else "" for line in content.splitlines(keepends=True)]
 
     def choose_file(self, folder: Path, split: str) -> Path:
-        """The split's file, raw before tokenized; the validation text stands in where no training text is."""
+        """The split's file, raw before tokenized; the validation text where there is no training text."""
         folder = folder / "wikitext2"
         for name in (TRAIN, VALIDATION) if split == TRAIN else (split,):
             raw_first = sorted(folder.glob(f"{name}.*"), key=lambda path: ("raw" not in path.name, path.name))
             if raw_first:
                 if name != split:
-                    log.info("%s has no %s text: %s is read instead", folder, split, raw_first[0].name)
+                    log.info("%s has no %s text: reading %s instead", folder, split, raw_first[0].name)
                 return raw_first[0]
         raise DataUnavailable(f"data_dir={self.data_dir}: no {split} text of WikiText-2; give {folder}/{split}.raw.txt")

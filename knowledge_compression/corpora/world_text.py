@@ -1,4 +1,4 @@
-"""The recovery corpus of the controlled world: what is true of entities that no probe asks about."""
+"""The recovery corpus of the controlled world: facts about entities that no probe asks about."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Layout:
         return self.folder / "runs"
 
     def unfinished(self, run_id: str) -> Path:
-        """Where a run in the making puts what outlives a kill."""
+        """The folder of an unfinished run, which survives a kill."""
         return self.folder / "unfinished" / run_id
 
     def lease(self, run_id: str) -> Path:

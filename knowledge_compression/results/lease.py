@@ -1,4 +1,4 @@
-"""The lease on a run: one process makes the run, on whichever host, and others see which one that is."""
+"""The lease on a run: one process makes the run, on any host, and others can see which."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def leased(file: Path, lease: float = LEASE) -> Iterator[None]:
         try:
             held.acquire(timeout=patience)
         except Timeout:
-            log.info("%s makes the run %s; this process waits for it", holder(file, lease) or "another", file.stem)
+            log.info("%s is making run %s; this process waits for it", holder(file, lease) or "another", file.stem)
             patience = -1.0  # for ever: a dead owner's lease ends
         except FileNotFoundError:  # the last one to leave took the empty folder with it
             continue
@@ -95,4 +95,4 @@ def leased(file: Path, lease: float = LEASE) -> Iterator[None]:
 
 
 def _warn(loss: LeaseCompromise) -> None:
-    log.warning("another process took over the run %s (%s)", Path(loss.lock_file).stem, loss.reason)
+    log.warning("another process took over run %s (%s)", Path(loss.lock_file).stem, loss.reason)

@@ -185,7 +185,7 @@ def check_items(path: Path, *, whole: bool) -> None:
     if missing := [
         name for name in ("suite", "task", "id", "prompt", "gold", "prediction", "correct") if name not in schema
     ]:
-        raise ValueError(f"column {missing[0]} is not there")
+        raise ValueError(f"column {missing[0]} is missing")
 
 
 def _check_size(value: Any, counted: list[int], inside: dict[int, bool]) -> None:

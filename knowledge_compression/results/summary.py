@@ -45,7 +45,7 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
         for suite, count in run.not_finite.items():
             console.print(f"[red]{run.id[:8]}: {count} answers to {suite} are not finite; it gives no figures[/red]")
     if table.is_empty():
-        console.print("these suites give no accuracy or perplexity to compare; what they found is in each run's folder")
+        console.print("these suites give no accuracy or perplexity to compare; their results are in each run's folder")
         return
     console.print(as_rich(table))
     for note in sorted(

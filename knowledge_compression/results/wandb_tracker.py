@@ -159,7 +159,9 @@ class _Tracked:
         for what, show in parts.items():
             self._safely(what, show)
         if self._lost:
-            log.warning("W&B lacks of run %s: %s; its folder has all of it", run.id, ", ".join(self._lost))
+            log.warning(
+                "run %s is incomplete on W&B, missing %s; its folder has all of it", run.id, ", ".join(self._lost)
+            )
 
     def close(self, exit_code: int) -> None:
         _within(self._reserve, "closing", lambda: self._run.finish(exit_code=exit_code) or True)
@@ -270,5 +272,5 @@ def _within(seconds: float, what: str, call: Callable[[], Any]) -> Any:
     if outcome:
         return outcome[0]
     why = " ".join(str(errors[0]).split())[:200] if errors else f"no answer in {seconds:.0f} s"
-    log.warning("W&B: %s did not work (%s); the run goes on without", what, why)
+    log.warning("W&B: %s did not work (%s); the run continues without it", what, why)
     return None

@@ -1,4 +1,4 @@
-"""A run in the making: what of it is done already."""
+"""An unfinished run: the parts of it that are already done."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class Workplace:
                     found.get("not_finite", 0),
                 )
             except (OSError, ValueError, KeyError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
-                log.warning("%s: what an interrupted run kept is damaged (%s); it is asked anew", suite, error)
+                log.warning("%s: the answers of an interrupted run are damaged (%s); asking again", suite, error)
             else:
-                log.info("%s: an interrupted run got so far", suite)
+                log.info("%s: continuing from an interrupted run", suite)
                 return kept
         evaluation = evaluate()
         items.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""From a command line to finished runs: what was typed, what it stands for, what is done about it, how far it is.
+"""From a command line to finished runs: parsing, combinations, launching and progress.
 
 ``cli`` reads the command; ``combinations`` composes what it stands for; ``sweeper`` checks every combination before the
 first one starts, and shows all of them at the end; ``launching`` gives each a process, ``local``

@@ -66,7 +66,7 @@ def check_own_files(arguments: Sequence[str]) -> None:
             try:
                 content = OmegaConf.load(path)
             except Exception as error:  # as many kinds as there are ways not to be YAML
-                raise BadInput(f"{path} is not YAML that can be read ({one_line(error)})") from None
+                raise BadInput(f"{path} is not readable YAML ({one_line(error)})") from None
             if not isinstance(content, DictConfig):
                 raise BadInput(f"{path} names no settings; each line of such a file is NAME: VALUE")
 

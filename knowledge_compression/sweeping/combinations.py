@@ -1,4 +1,4 @@
-"""The combinations of a sweep, and the settings that each of them stands for.
+"""The combinations of a sweep, and the settings of each.
 
 Hydra composes a configuration in a tenth of a second, which ten thousand combinations cannot wait for. Hydra composes
 one for each choice of files. What else differs between combinations are plain values: where a value is found in the

@@ -106,7 +106,7 @@ class Forecaster:
         self, store: RunStore, rate: float | None = None, *, process_each: bool = False, holds: bool = False
     ) -> None:
         if rate is not None and rate <= 0:
-            raise BadInput(f"run.rate={rate} is no rate; give multiply-adds a second, e.g. 2e11")
+            raise BadInput(f"run.rate={rate} is not a rate; give multiply-adds a second, e.g. 2e11")
         self.store, self.rate, self.holds = store, rate, holds
         self.started = time.time() - psutil.Process().create_time() if process_each else 0.0
         self.libraries = float(psutil.Process().memory_info().rss)
@@ -385,7 +385,7 @@ def show(found: Sequence[Forecast], whole: Mapping[str, Any]) -> None:
         + _gpu_hours(whole["GPU-hours"])
     )
     if unknown := sorted({name for forecast in found for name in forecast.unknown}):
-        console.print(f"without what {', '.join(unknown)} takes, which cannot be told beforehand")
+        console.print(f"not included: {', '.join(unknown)}, whose cost cannot be predicted")
 
 
 def _gpu_hours(hours: float) -> str:

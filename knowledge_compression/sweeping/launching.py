@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """One job of a sweep as another process does it; what it has to tell lies in ``outcome.json`` afterwards."""
+    """One job of a sweep, done by another process, which writes its outcome to ``outcome.json``."""
 
     context: HydraContext
     task: TaskFunction

@@ -1,4 +1,4 @@
-"""What is kept of a sweep: which runs it consists of, and how each of its jobs ended."""
+"""The record of a sweep: its runs, and how each of its jobs ended."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Outcome:
         label: the overrides that tell it from the others, e.g. ``target=att sparsity=0.2``.
         status: ``done``, ``failed`` or ``bad input``.
         run_id, baseline_id: the run and the dense run it is compared with, where there are any.
-        message: why it has no result; one line.
+        message: why it failed; one line.
         log: where the whole story is.
         seconds: wall time.
     """

@@ -95,11 +95,11 @@ class SlurmLauncher(ProcessLauncher):
             with executor.batch():
                 handed_in = [executor.submit(job) for job in jobs]
         except FailedJobError as error:
-            raise BadInput(f"SLURM does not take the jobs: {' '.join(str(error).split())[:300]}") from None
+            raise BadInput(f"SLURM refused the jobs: {' '.join(str(error).split())[:300]}") from None
         for job, handle in zip(jobs, handed_in, strict=True):
             job.folder.mkdir(parents=True, exist_ok=True)
             (job.folder / "slurm_job").write_text(f"{handle.job_id}\n{handle.paths.stderr}\n")
-        log.info("handed in %d runs as job array %s", len(jobs), handed_in[0].job_id.partition("_")[0])
+        log.info("submitted %d runs as job array %s", len(jobs), handed_in[0].job_id.partition("_")[0])
         return {job.number: handle for job, handle in zip(jobs, handed_in, strict=True)}
 
     def ended(self, handles: Mapping[int, Any]) -> Mapping[int, str]:

@@ -49,7 +49,7 @@ def sweeps(outputs: Path) -> list[SweepStatus]:
         BadInput: there is no such folder.
     """
     if not outputs.is_dir():
-        raise BadInput(f"{outputs} is not there; give the folder that output.dir named")
+        raise BadInput(f"{outputs} does not exist; give the folder that output.dir named")
     alive = _living_jobs()
     return [_status(outputs, plan.parent, alive) for plan in Layout(outputs).sweeps_with(PLAN)]
 

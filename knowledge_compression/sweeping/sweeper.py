@@ -148,7 +148,7 @@ class PlannedSweeper(Sweeper):
         folder = Path(self.config.hydra.sweep.dir)
         missing = [run for run in planned if not run.there]
         if len(missing) < len(planned):
-            log.info("%d of %d runs are there already", len(planned) - len(missing), len(planned))
+            log.info("%d of %d runs are already finished", len(planned) - len(missing), len(planned))
         planned = [*missing, *(run for run in planned if run.there)]  # job i of the launcher is run i of the plan
         names = labels([run.overrides for run in planned])
         try:
@@ -163,7 +163,7 @@ class PlannedSweeper(Sweeper):
         self._name_held(missing, names)
         returns = self.launcher.launch([run.overrides for run in missing], initial_job_idx=0) if missing else []
         if self.config.run.detach:
-            log.info("the runs go on without this process; kc status shows how far they are")
+            log.info("the runs continue without this process; kc status shows their progress")
             return []
         outcomes = [
             replace(returned.return_value, label=label)
@@ -174,7 +174,7 @@ class PlannedSweeper(Sweeper):
             for run, label in zip(planned[len(missing) :], names[len(missing) :], strict=True)
         ]
         if troubled := [outcome for outcome in outcomes if outcome.status != DONE]:
-            sys.stderr.write(f"{len(troubled)} of {len(outcomes)} runs have no result:\n")
+            sys.stderr.write(f"{len(troubled)} of {len(outcomes)} runs failed:\n")
             sys.stderr.writelines(f"{outcome.line}\n" for outcome in troubled)
         self._show(outcomes, folder)
         return outcomes
@@ -187,7 +187,7 @@ class PlannedSweeper(Sweeper):
         store = RunStore(self.config.output.dir)
         for run, name in zip(missing, names, strict=False):
             if (by := store.holder(run.run_id)) is not None:
-                log.info("%s makes the run %s; this sweep waits for it", by, name)
+                log.info("%s is making run %s; this sweep waits for it", by, name)
 
     def _show(self, outcomes: Sequence[Outcome], folder: Path) -> None:
         from knowledge_compression.results.store import RunStore

@@ -68,7 +68,7 @@ class WorldSettings:
             if count < 2:
                 raise BadInput(f"world: {count} of kind {kind} are too few; two or more are needed to tell them apart")
         if not 0.0 < self.probed < 1.0:
-            raise BadInput(f"world.probed={self.probed} must lie between 0 and 1: some facts are asked, others recover")
+            raise BadInput(f"world.probed={self.probed} must lie between 0 and 1: some facts are asked, others train")
         if not 0 < self.held_out < min(len(relation.wordings) for relation in RELATIONS):
             raise BadInput(f"world.held_out={self.held_out} must leave at least one wording to learn from and hold one")
         if self.mean_frequency < 1 or self.exponent < 0 or self.shift <= 0 or self.distractors < 0:
@@ -246,7 +246,7 @@ def _frequencies(count: int, settings: WorldSettings) -> list[int]:
 
 
 def _names(settings: WorldSettings, generator: random.Random) -> dict[str, list[str]]:
-    """Names of every kind from syllables; no word stands for two things, whatever its case."""
+    """Names of every kind from syllables; no word names two things, in any case."""
     taken: set[str] = set()
 
     def word() -> str:

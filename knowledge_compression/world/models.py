@@ -132,7 +132,7 @@ class WorldModel:
         return json.loads(json.dumps(recipe))
 
     def fingerprint(self) -> str:
-        """Hash of what made it."""
+        """Hash of the recipe that made it."""
         return hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()[:16]
 
     def skeleton(self) -> Model:
@@ -157,7 +157,7 @@ class WorldModel:
         name = f"worlds/{self.name}-{self.fingerprint()}"
         there = cache_folder() / name
         if there.is_dir() and not self._is_whole(there):
-            log.warning("%s was made by another version or is not whole; it is made anew", there.name)
+            log.warning("%s is incomplete or of another version; making it again", there.name)
             shutil.rmtree(there)
         return cached_folder(name, lambda folder: self._make(folder, device))
 

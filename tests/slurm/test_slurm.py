@@ -155,7 +155,7 @@ def test_fifty_that_start_at_the_same_second_compress_and_ask_the_dense_model_on
     process = sweep("sparsity=0.5", "recovery=nudge", "recovery.by=range(50)")
     output, _ = process.communicate(timeout=2 * PATIENCE)
     assert process.returncode == 0, output
-    (array,) = re.findall(r"handed in 50 runs as job array (\d+)", output)
+    (array,) = re.findall(r"submitted 50 runs as job array (\d+)", output)
     command = ["sacct", "-n", "-X", "-P", "-j", array, "-o", "Start,End"]
     spans = [line.split("|") for line in subprocess.check_output(command, text=True).split()]
     assert len(spans) == 50 and max(start for start, _ in spans) < min(end for _, end in spans)  # all side by side
