@@ -90,10 +90,11 @@ def test_the_head_sees_only_masked_positions_and_says_the_same(architecture, tin
         ids = model.tokenizer(sentence)["input_ids"]
         blanks.append(Blank(ids, ids.index(model.tokenizer.mask_token_id)))
     head = model.network.get_submodule(model.architecture.final)
+    scorer = Scorer(model)  # which asks the network how it may be read
     seen = []
     hook = head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel()))
     scored = {}
-    for indices, log_probs in Scorer(model).distributions(blanks):
+    for indices, log_probs in scorer.distributions(blanks):
         scored |= dict(zip(indices, log_probs, strict=True))
     hook.remove()
     assert sum(seen) == len(blanks) * head.in_features

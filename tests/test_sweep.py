@@ -162,7 +162,7 @@ def test_a_large_sweep_with_nothing_to_do_draws_no_table(
     assert "What compression did" in command(*given)[1]
     monkeypatch.setattr(sweep, "_SHOWN", 1)
     status, said = command(*given)
-    assert status == 0 and "knowledge_compression.report" in said and "What compression did" not in said
+    assert status == 0 and "kc report" in said and "What compression did" not in said
     assert "What compression did" in command(*given, "target=all,ff")[1]  # here is something to do
     assert way(tmp_path).count("probe") == 5
 
