@@ -63,7 +63,7 @@ class Values:
     seed: Seed
     device: str
     dtype: str
-    scoring: str
+    scoring: Literal["fast", "stock"]
     scoring_dtype: str
     limit: Annotated[int, Field(ge=1)] | None
     data_dir: Annotated[str, Field(min_length=1)] | None
