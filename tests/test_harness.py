@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from helpers.tasks import ANIMALS, CITIES
 from knowledge_compression.errors import BadInput, DataUnavailable
@@ -137,6 +140,39 @@ def test_rolling_likelihood_is_that_of_stock(tiny_model: Callable[[str], Model])
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
     fast = ScorerLM(Scorer(model)).loglikelihood_rolling(requests, disable_tqdm=True)
     assert fast == pytest.approx(stock_lm(Scorer(model)).loglikelihood_rolling(requests, disable_tqdm=True), rel=1e-4)
+
+
+def test_the_older_triviaqa_is_right_where_an_answer_is_said_greedily(
+    tiny_model: Callable[[str], Model], tasks_dir: Path, tmp_path: Path
+) -> None:
+    """Written out: token by token, each must be the likeliest; the answers of half of the documents are made so."""
+    made = tiny_model("llama")
+    model = Model(made.network, deepcopy(made.tokenizer), made.name)
+    model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")  # no [SEP]
+
+    @torch.no_grad()
+    def said(question: str, answer: str) -> bool:
+        ids, whole = model.tokenizer([f"Question: {question}\nAnswer:{end}" for end in ("", f" {answer}")]).input_ids
+        for token in whole[len(ids) :]:
+            if int(model.network(torch.tensor([ids])).logits[0, -1].argmax()) != token:
+                return False
+            ids = [*ids, token]
+        return True
+
+    words = [word for word in model.tokenizer.get_vocab() if word.isalpha()]
+    asked = [json.loads(line) for line in (tasks_dir / "triviaqa" / "validation.jsonl").read_text().splitlines()]
+    for document in asked[::2]:
+        likeliest = next((word for word in words if said(document["question"], word)), None)
+        document["answer"]["aliases"] += [likeliest] if likeliest else []
+    expected = [any(said(one["question"], alias) for alias in one["answer"]["aliases"]) for one in asked]
+    assert set(expected) == {True, False}
+    (tmp_path / "triviaqa").mkdir()
+    (tmp_path / "triviaqa" / "validation.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+    for scoring in ("fast", "stock"):
+        found = Harness(["triviaqa_greedy"], data_dir=str(tmp_path), scoring=scoring).evaluate(Scorer(model))
+        assert found.items["correct"].to_list() == expected
+        assert found.metrics["triviaqa_greedy.exact_match"] == pytest.approx(sum(expected) / len(expected))
+        assert found.items["prompt"][0] == f"Question: {asked[0]['question']}\nAnswer:"
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "t5"])

@@ -13,7 +13,7 @@ from knowledge_compression.configuration import experiment_from
 CONF = Path(__file__).parent.parent / "conf"
 FOLDER = "forgotten_or_displaced"
 PRESETS = sorted(
-    path.stem for path in (CONF / "experiment" / FOLDER).glob("*.yaml") if not path.stem.startswith(("small", "best"))
+    path.stem for path in (CONF / "experiment" / FOLDER).glob("*.yaml") if not path.stem.startswith(("small", "best", "older"))
 )
 
 
@@ -58,6 +58,16 @@ def test_the_best_overlay_gives_back_the_methods_own_settings(preset, method):
         name: params[f"compression.{name}"] for name in PUBLISHED[method]
     }
     assert {name: plain[name] for name in PUBLISHED[method]} != PUBLISHED[method]
+
+
+def test_the_older_scoring_of_triviaqa_takes_the_place_of_todays():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        groups = [
+            compose("config", [f"+experiment=[{names}]"]).eval.nine_tasks.groups
+            for names in (f"{FOLDER}/table1_lora", f"{FOLDER}/table1_lora,{FOLDER}/older_triviaqa")
+        ]
+    before, after = ([task for group in one.values() for task in group] for one in groups)
+    assert [name.replace("triviaqa", "triviaqa_greedy") for name in before] == after and len(after) == 9
 
 
 def _first(values: str) -> str:

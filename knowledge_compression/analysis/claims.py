@@ -74,7 +74,7 @@ def _recovered(compression: str, recovery: str) -> dict[str, str]:
     return {"compression": compression, "recovery": recovery}
 
 
-WORLD = ("arc_easy", "arc_challenge", "sciq", "webqs", "triviaqa")
+WORLD = ("arc_easy", "arc_challenge", "sciq", "webqs", "triviaqa", "triviaqa_greedy")
 LANGUAGE = ("hellaswag", "lambada_openai", "winogrande")
 
 CLAIMS: tuple[Claim, ...] = (

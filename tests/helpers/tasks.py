@@ -51,4 +51,4 @@ def documents(task: str, i: int) -> dict[str, Any]:
             "distractor3": d,
         },
     }
-    return known[task]
+    return known[task.removesuffix("_greedy")]

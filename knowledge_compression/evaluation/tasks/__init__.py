@@ -158,7 +158,7 @@ def _stock(name: str, data_dir: str | None) -> dict[str, Any]:
         where = {split: str(Path(data_dir).expanduser() / path) for split, path in LOCAL[name]["files"].items()}
         settings |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": where}}
         settings |= {f"{split}_split": split if split in where else None for split in _SPLITS}
-    return settings
+    return settings | LOCAL[name].get("settings", {})
 
 
 def _own(name: str, folder: Path) -> dict[str, Any]:
