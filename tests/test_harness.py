@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 import torch
-from tokenizers.processors import TemplateProcessing
 
+from helpers.networks import without_special_tokens
 from helpers.tasks import ANIMALS, CITIES
 from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.evaluation.harness import Harness
@@ -146,9 +145,7 @@ def test_the_older_triviaqa_is_right_where_an_answer_is_said_greedily(
     tiny_model: Callable[[str], Model], tasks_dir: Path, tmp_path: Path
 ) -> None:
     """Written out: token by token, each must be the likeliest; the answers of half of the documents are made so."""
-    made = tiny_model("llama")
-    model = Model(made.network, deepcopy(made.tokenizer), made.name)
-    model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")  # no [SEP]
+    model = without_special_tokens(tiny_model("llama"))
 
     @torch.no_grad()
     def said(question: str, answer: str) -> bool:

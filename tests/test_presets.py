@@ -12,8 +12,9 @@ from knowledge_compression.configuration import experiment_from
 
 CONF = Path(__file__).parent.parent / "conf"
 FOLDER = "forgotten_or_displaced"
+OVERLAYS = ("small", "best", "older")
 PRESETS = sorted(
-    path.stem for path in (CONF / "experiment" / FOLDER).glob("*.yaml") if not path.stem.startswith(("small", "best", "older"))
+    path.stem for path in (CONF / "experiment" / FOLDER).glob("*.yaml") if not path.stem.startswith(OVERLAYS)
 )
 
 

@@ -116,6 +116,13 @@ def lower_cased(model: Model) -> Model:
     return model
 
 
+def without_special_tokens(model: Model) -> Model:
+    """The model with a tokenizer that adds nothing to a text, so that each text begins all that go on from it."""
+    model.tokenizer = deepcopy(model.tokenizer)
+    model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
+    return model
+
+
 def model_inputs(model: Model, batch: int = 2, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random token ids that ``model.network(**inputs)`` takes, decoder ids included for encoder-decoders."""
     generator = torch.Generator().manual_seed(seed)
