@@ -21,6 +21,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What every generator of random numbers takes: torch's, numpy's and Python's."""
 
 
+Positive = Annotated[int, Field(ge=1)]
+"""A count of what there must be at least one of."""
+
+
 def build(where: str, settings: Mapping[str, Any], kind: type | None = None) -> Any:
     """The part that plain data describes; every part inside it is made, and every value looked at, in the same way.
 

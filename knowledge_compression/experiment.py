@@ -276,7 +276,8 @@ class Experiment:
             evaluations = {}
             for name, suite in self.suites.items():
                 with cost.of(f"eval.{name}"):
-                    evaluations[name] = self._evaluate(name, suite, scorer, workplace)
+                    evaluation = self._evaluate(name, suite, scorer, workplace)
+                evaluations[name] = evaluation.void() if sick else evaluation
             report["eval"] = {
                 name: evaluation.description
                 | {"fingerprint": known_identity(self.suites[name]).get(CONTENT)}

@@ -74,7 +74,7 @@ def test_every_recovery_runs_in_every_type(folder: Path, data: Path, tmp_path: P
         assert restores_by(run) == run.report["recovery"]["restores_by"] == WAYS[name]
         assert run.environment["dtype"] == f"torch.{run.config['dtype']}"
         assert (run.report["recovery"]["trainable_parameters"] > 0) is (name != "none")
-        assert run.not_finite == {} and all(map(math.isfinite, run.metrics.values())), (name, run.config["dtype"])
+        assert run.void == {} and all(map(math.isfinite, run.metrics.values())), (name, run.config["dtype"])
         assert ("chosen_prompts" in run.items.columns) is (name == "idp")
         if name == "idp":
             assert run.items["chosen_prompts"].null_count() == 0

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 
+from helpers.networks import build_network
 from helpers.stores import bits, made_run
 from knowledge_compression.analysis.comparisons import compare
+from knowledge_compression.commands import main
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.calibration import Questions, answers_by_task
 from knowledge_compression.evaluation.cloze import MASK, Cloze
@@ -18,7 +23,10 @@ from knowledge_compression.evaluation.perplexity import Perplexity
 from knowledge_compression.evaluation.probe import Probe
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation, ask, item_table
-from knowledge_compression.results.summary import show
+from knowledge_compression.results.store import RunStore
+from knowledge_compression.results.summary import drop_table, show
+from knowledge_compression.results.wandb_tracker import _summary
+from trials.materials import prepare
 
 
 class Clozes:
@@ -96,13 +104,50 @@ def test_such_a_run_is_named_and_nothing_follows_from_it(capsys, tmp_path):
     broken.metrics = {"atlas.items": 4.0, "atlas.not_finite": 4.0}
     comparisons = compare([dense, small, broken])
     assert [run.id for run in comparisons.groups[0].runs] == [small.id]
-    assert comparisons.skipped == [(broken.id, "4 of its answers to atlas are not finite, so nothing follows")]
+    why = "4 of the answers to atlas are not finite"
+    assert comparisons.skipped == [(broken.id, f"{why}, so nothing follows from atlas")]
     for run in (dense, small, broken):
         run.report["model"]["note"] = ""
     show([small, broken], {small.id: dense, broken.id: dense}, tmp_path)
     said = " ".join(capsys.readouterr().out.split())
-    assert f"{broken.id[:8]}: 4 answers to atlas are not finite; it gives no figures" in said
+    assert f"{broken.id[:8]}: atlas gives no figures, as {why}" in said
     assert broken.id not in (tmp_path / "table.csv").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_of_a_model_with_broken_weights_says_so_wherever_it_is_shown(capfd, tmp_path, monkeypatch):
+    """In a row that no text of one part reads: every answer is finite, and none is worth anything."""
+    prepare(tmp_path)
+    network = build_network("bert")
+    network.bert.embeddings.token_type_embeddings.weight.data[1] = math.nan
+    network.save_pretrained(tmp_path / "bert")
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    arguments = "-m model=local model.path=bert eval=[lama] data_dir=data compression=none output.dir=out device=cpu"
+
+    def said(command, *given):
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr("sys.argv", ["kc", command, *given])
+        with suppress(SystemExit):
+            main()
+        told = capfd.readouterr()
+        return " ".join(f"{told.out} {told.err}".split())
+
+    why = "weights of the model are not finite (bert.embeddings.token_type_embeddings.weight)"
+    assert f"lama gives no figures, as {why}" in said("run", *arguments.split())
+    (run,) = RunStore("out")
+    assert run.metrics == {"lama.items": run.items.height} and run.items.height
+    assert run.items["correct"].null_count() == run.items.height
+    assert run.items["log_prob"].is_finite().all()
+    assert compare([run]).groups == [] and compare([run]).skipped == [(run.id, f"{why}, so nothing follows from lama")]
+    assert f"runs/{run.id}: {why}" in said("status", "out")
+    said("report", "out")
+    assert f"{run.id}</code>: {why}" in Path("report.html").read_text()
+    assert _summary(run)["lama/void"] == why
+
+    (run.folder / "metrics.json").write_text('{"lama.accuracy": 0.5}')  # as an earlier version wrote it
+    earlier = RunStore("out").find(run.id)
+    assert drop_table([earlier], {}).is_empty() and compare([earlier]).groups == []
 
 
 def test_a_padding_token_that_the_network_does_not_have_is_one_line(tiny_model):

@@ -194,8 +194,8 @@ def compare(runs: Sequence[Run]) -> Comparisons:
     skipped: list[tuple[str, str]] = []
     for run in runs:
         for suite in run.config["eval"]:
-            if count := run.not_finite.get(suite):
-                skipped.append((run.id, f"{count} of its answers to {suite} are not finite, so nothing follows"))
+            if why := run.void.get(suite):
+                skipped.append((run.id, f"{why}, so nothing follows from {suite}"))
                 continue
             deciding = _deciding(run, suite)
             asked = Asked(run.config["choices"]["model"], suite, _digest(deciding))

@@ -119,6 +119,7 @@ def _run(run: Run, metrics: Mapping[str, tuple[float, Estimate | None]]) -> dict
         "seed": run.config["seed"],
         "metrics": {name: [value, *(_told(e)[1:] if e else ())] for name, (value, e) in metrics.items()},
         "note": run.report["model"].get("note", ""),
+        "void": run.void,
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
         "environment": run.environment,
         "layers": _layers(run),

@@ -79,7 +79,7 @@ def similarity_by_layer(comparisons: Comparisons) -> Figure | None:
     """Cosine similarity to the dense model by layer, attention and activations of each compressed model (Figure 5)."""
     found: defaultdict[str, list[Run]] = defaultdict(list)
     for run in comparisons.runs:
-        if "similarity.attention" in run.metrics and not is_dense(run):
+        if "similarity.attention" in run.metrics and "similarity" not in run.void and not is_dense(run):
             found[label(run).removesuffix(recovery_name(run)).strip()].append(run)
     if not found:
         return None

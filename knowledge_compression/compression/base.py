@@ -110,7 +110,8 @@ class Method(Compression):
                 "choose target=att, or a method that writes weights, e.g. compression=rtn compression.bits=8"
             )
         self.check(targets)
-        check_finite(weights_of(model), model.name)
+        if targets:  # else nothing is made of them
+            check_finite(weights_of(model), model.name)
         report = CompressionReport(method=self.name, model_parameters=model.parameter_count())
         if any(layer.role == FINAL for layer in targets):
             model.untie_head()

@@ -48,6 +48,12 @@ class Evaluation:
     fallbacks: list[str] = field(default_factory=list)
     not_finite: int = 0
 
+    def void(self) -> Evaluation:
+        """The same answers, from which nothing follows: no metrics but counts, no item right or wrong."""
+        counts = {name: float(n) for name, n in (("items", self.items.height), ("not_finite", self.not_finite)) if n}
+        nothing = [pl.lit(None, dtype=ITEM_SCHEMA[name]).alias(name) for name in ("correct", "rank")]
+        return replace(self, metrics=counts, items=self.items.with_columns(nothing))
+
 
 def ask(suite: Suite, scorer: Scorer) -> Evaluation:
     """Ask a suite, and give what it found with what the scorer noted of its items.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
+from pydantic import Field
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -35,8 +36,8 @@ class Lora(OneAdapter):
     """
 
     rank: int = 4
-    alpha: float = 16.0
-    dropout: float = 0.0
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     roles: tuple[str, ...] = ROLES
     name = "lora"
     restores_by = RestoresBy.WEIGHTS

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from knowledge_compression.building import Positive
 from knowledge_compression.corpora.corpus import Corpus, digest_file
 from knowledge_compression.identity import PLACE
 from knowledge_compression.models import Model
@@ -29,7 +30,7 @@ class Tuned(Recovery):
     """
 
     training: TrainingSettings
-    epochs: int = field(default=16, kw_only=True)
+    epochs: Positive = field(default=16, kw_only=True)
     name: ClassVar[str]
 
     @property

@@ -83,13 +83,19 @@ class _Cost(TypedDict):
     seconds: NotRequired[dict[str, float]]
 
 
+class _Asked(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    not_finite: NotRequired[Count]
+
+
 class _Report(TypedDict):
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     model: _Model
-    eval: dict[str, dict[str, Any]]
+    eval: dict[str, _Asked]
     compression: NotRequired[_Compressed]
     recovery: NotRequired[_Recovered]
     cost: NotRequired[_Cost]
+    non_finite_weights: NotRequired[dict[str, Count]]
 
 
 class Layer(TypedDict):

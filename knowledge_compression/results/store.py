@@ -76,10 +76,20 @@ class Run:
         return replace(self, _items=self.scan_items().filter(condition))
 
     @property
-    def not_finite(self) -> dict[str, int]:
-        """By suite, how many of its answers are not finite; such a suite gives no figures. Empty where all are."""
+    def void(self) -> dict[str, str]:
+        """By suite, why nothing follows from its answers: they, or weights of the model, are not finite.
+
+        Such a suite gives no figures and is left out of whatever is concluded. Empty where all is finite.
+        """
+        if tensors := list(self.report.get("non_finite_weights", ())):
+            more = f" and {len(tensors) - 1} more tensors" if tensors[1:] else ""
+            return dict.fromkeys(self.config["eval"], f"weights of the model are not finite ({tensors[0]}{more})")
         told = self.report.get("eval", {})
-        return {suite: of["not_finite"] for suite, of in told.items() if of.get("not_finite")}
+        return {
+            suite: f"{of['not_finite']} of the answers to {suite} are not finite"
+            for suite, of in told.items()
+            if of.get("not_finite")
+        }
 
     @property
     def stored_mb(self) -> float:

@@ -42,8 +42,8 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
     if not console.is_terminal:
         console = Console(width=190)  # a log keeps whole rows
     for run in {run.id: run for run in [*baselines.values(), *runs]}.values():
-        for suite, count in run.not_finite.items():
-            console.print(f"[red]{run.id[:8]}: {count} answers to {suite} are not finite; it gives no figures[/red]")
+        for suite, why in run.void.items():
+            console.print(shown(f"{run.id[:8]}: {suite} gives no figures, as {why}"), style="red")
     if table.is_empty():
         console.print("these suites give no accuracy or perplexity to compare; their results are in each run's folder")
         return
@@ -113,7 +113,8 @@ def drop_table(runs: Sequence[Run], baselines: Mapping[str, Run]) -> pl.DataFram
         (run, baselines.get(run.id, run), suite, metric)
         for run in distinct
         for suite in run.config["eval"]
-        if (metric := next((name for name in HEADLINES if f"{suite}.{name}" in run.metrics), None))
+        if not {suite} & (run.void.keys() | baselines.get(run.id, run).void.keys())
+        and (metric := next((name for name in HEADLINES if f"{suite}.{name}" in run.metrics), None))
         and f"{suite}.{metric}" in baselines.get(run.id, run).metrics
     ]
     rows = [told[one[0].id] | _row(*one) | intervals for one, intervals in zip(asked, _intervals(asked), strict=True)]

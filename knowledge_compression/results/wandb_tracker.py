@@ -206,7 +206,8 @@ def _summary(run: Run) -> dict[str, Any]:
     reached = run.report.get("compression", {})
     told = {name.replace(".", "/"): value for name, value in run.metrics.items()}
     told |= {f"compression/{name}": v for name, v in reached.items() if isinstance(v, (int, float))}
-    return {name: value if math.isfinite(value) else _SPELT[str(value)] for name, value in told.items()}
+    void = {f"{suite}/void": why for suite, why in run.void.items()}
+    return {name: value if math.isfinite(value) else _SPELT[str(value)] for name, value in told.items()} | void
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:

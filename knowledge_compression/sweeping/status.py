@@ -76,9 +76,9 @@ def _status(outputs: Path, folder: Path, alive: set[str] | None) -> SweepStatus:
         if all(isinstance(one, Run) for one in found.values()):
             states.append(DONE)
             for one in found.values():
-                if isinstance(one, Run) and one.not_finite:
-                    suites = ", ".join(one.not_finite)
-                    troubled.append(Outcome(label, DONE, message=f"runs/{one.id}: answers to {suites} are not finite"))
+                if isinstance(one, Run) and one.void:
+                    why = "; ".join(dict.fromkeys(one.void.values()))
+                    troubled.append(Outcome(label, DONE, message=f"runs/{one.id}: {why}"))
         elif outcome is not None and outcome.status in (FAILED, BAD_INPUT):
             states.append(outcome.status)
             troubled.append(outcome)

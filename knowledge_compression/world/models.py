@@ -9,10 +9,12 @@ import shutil
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import Field
 
+from knowledge_compression.building import Positive
 from knowledge_compression.cache import cache_folder, cached_folder
 from knowledge_compression.corpora.world_text import sentence_windows
 from knowledge_compression.errors import BadInput
@@ -49,9 +51,9 @@ class Shape:
         heads: attention heads.
     """
 
-    width: int = 128
-    depth: int = 4
-    heads: int = 4
+    width: Positive = 128
+    depth: Positive = 4
+    heads: Positive = 4
 
     def config(self, family: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
         """The architecture of a family; the feed-forward widths make the blocks of all three hold alike much.
@@ -109,8 +111,8 @@ class WorldModel:
     world: WorldSettings = field(default_factory=WorldSettings)
     shape: Shape = field(default_factory=Shape)
     training: TrainingSettings = field(default_factory=lambda: TrainingSettings(steps=1000))
-    length: int = 12
-    recall: float = 0.99
+    length: Positive = 12
+    recall: Annotated[float, Field(ge=0, le=1)] = 0.99
 
     def __post_init__(self) -> None:
         """Refuse a family that does not exist."""

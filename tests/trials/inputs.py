@@ -119,6 +119,8 @@ _RUNNABLE: Mapping[str, Mapping[str, str]] = {
 }
 _VALUES = ("{a: 1}", "[1, x]", "null", "text", "-7", "2.5", "nan", "99999999999999999999999", "''", "true")
 
+_NEVER = ("-7", "99999999999999999999999")  # no number of any part is below zero, or longer than 64 bits
+
 
 def settings() -> Iterator[Trial]:
     """Every declared field of every part, with values of every kind but its own; and its own kind out of all range."""
@@ -139,7 +141,7 @@ def settings() -> Iterator[Trial]:
                     if fits is None:
                         continue
                     rest = tuple(one for one in command.split() if not one.startswith(f"{chosen.partition('=')[0]}="))
-                    must = EITHER if fits else REFUSE
+                    must = EITHER if fits and value not in _NEVER else REFUSE
                     yield Trial(f"{chosen}: {path}={value}", (*rest, chosen, f"++{path}={value}"), must=must)
 
 

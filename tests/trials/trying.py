@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from trials.materials import copy
@@ -90,6 +92,7 @@ class Tester:
         self._processes = multiprocessing.get_context("forkserver")
         self._processes.set_forkserver_preload(list(_PRELOADED))
         self._sound: dict[str, list[str]] = {}
+        self._alone = Lock()  # a start looks at all processes, and a status that two threads ask for is lost
 
     def all(self, trials: Sequence[Trial], at_once: int) -> Iterator[Ending]:
         """Every trial's ending as it comes, those with nothing wrong first: they say what the others may not be."""
@@ -103,11 +106,14 @@ class Tester:
         here = self.scratch / f"{abs(hash((trial.name, *trial.arguments))):x}"
         process = self._processes.Process(target=_try, args=(trial, str(self.good), str(here)))
         start = time.perf_counter()
-        process.start()
-        process.join(PATIENCE)
-        if process.is_alive():
-            process.kill()
+        with self._alone:
+            process.start()
+        hangs = not wait([process.sentinel], PATIENCE)
+        with self._alone:
+            if hangs:
+                process.kill()
             process.join()
+        if hangs:
             return Ending(trial, HANG, seconds=PATIENCE)
         ending = self._judged(trial, here, process.exitcode)
         ending.seconds = time.perf_counter() - start

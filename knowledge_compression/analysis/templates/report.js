@@ -231,6 +231,7 @@ const main = ({runs, points, measured, fates, names}, facts) => {
     const run = byId[choice.value], place = at("run-page");
     place.replaceChildren();
     if (!run) return;
+    for (const [suite, why] of Object.entries(run.void)) place.append(make("p", `${suite} gives no figures, as ${why}`, {class: "wrong"}));
     place.append(table(["metric", "value", "95 % interval"], Object.entries(run.metrics).map(([name, told]) => [name, [Number(told[0]).toPrecision(4), "number"], [within(told), "number"]])));
     if (run.layers.length) {
       const map = make("div", null, {class: "chart", id: "layer-map"}); place.append(make("h3", "Layer map: sparsity"), map);

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from knowledge_compression.building import Positive
 from knowledge_compression.compression.calibrated import SecondOrder, Solved
 from knowledge_compression.compression.solve.compensation import compensate
 from knowledge_compression.compression.solve.grid import (
@@ -46,7 +47,7 @@ class Gptq(SecondOrder):
     scale_bits: int = SCALE_BITS
     desc_act: bool = True
     static_groups: bool = True
-    block_size: int = field(default=128, metadata=SPEED)
+    block_size: Positive = field(default=128, metadata=SPEED)
     name = "gptq"
 
     @property

@@ -6,10 +6,13 @@ A file of our own: the published library swaps in layers without a floating ``.w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from knowledge_compression.building import Positive
 from knowledge_compression.compression.base import Layerwise
 from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.compression.solve.grid import SCALE_BITS, Grid
@@ -33,9 +36,9 @@ class Hqq(Layerwise):
     bits: int = 4
     group_size: int | None = 64
     p: float = 0.7
-    beta: float = 10.0
-    kappa: float = 1.01
-    iterations: int = 20
+    beta: Annotated[float, Field(gt=0)] = 10.0
+    kappa: Annotated[float, Field(gt=0)] = 1.01
+    iterations: Positive = 20
     name = "hqq"
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from knowledge_compression.building import Positive
 from knowledge_compression.compression.base import check_sparsity
 from knowledge_compression.compression.calibrated import SecondOrder, Solved
 from knowledge_compression.compression.solve.compensation import compensate
@@ -44,7 +45,7 @@ class SparseGpt(SecondOrder):
     symmetric: bool = False
     clip: str = "mse"
     scale_bits: int = SCALE_BITS
-    block_size: int = 128
+    block_size: Positive = 128
     refit: int = 3
     name = "sparsegpt"
 

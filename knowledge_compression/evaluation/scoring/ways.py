@@ -67,9 +67,13 @@ def ways_of(model: Model, scorer: Callable[[Ways], Scorer]) -> Ways:
     if kind not in _FOUND:
         if model.family == ENCODER_DECODER or not _is_plain(model):
             return FASTEST
-        tried = (FASTEST, Ways(False, True), Ways(False, False))
-        found = next((ways for ways in tried if _holds(model, scorer(ways))), None)
-        if found is None:
+        for found in (FASTEST, Ways(False, True), Ways(False, False)):
+            holds = _holds(model, scorer(found))
+            if holds is None:  # a broken network tells nothing of its kind
+                return FASTEST
+            if holds:
+                break
+        else:
             raise BadInput(
                 f"{model.name} ({config.model_type}) answers otherwise through the scoring core than by its own "
                 "forward pass, so nothing true could be said of it; this kind of network is not supported"
@@ -86,13 +90,15 @@ def _is_plain(model: Model) -> bool:
     return not (quantized or wrapped) and model.network.config._attn_implementation in ("sdpa", "eager")
 
 
-def _holds(model: Model, scorer: Scorer) -> bool:
-    """Whether a scorer gives the log-probabilities that the network gives to each text alone."""
+def _holds(model: Model, scorer: Scorer) -> bool | None:
+    """Whether a scorer answers as the network does to each text alone; None where those answers are no numbers."""
     try:
         found, expected = _answers(model, scorer)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:  # a mask of a shape it does not take
         log.debug("%s cannot be read so: %s", model.name, error)
         return False
+    if not expected.isfinite().all():
+        return None
     return bool(((found - expected).abs() <= _CLOSE.get(model.dtype, _NARROW)).all())
 
 
