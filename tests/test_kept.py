@@ -203,4 +203,4 @@ def test_what_cannot_be_kept_is_done_each_time(
     once, kept = Once(method, target), KeptModels(1.0)
     for _ in range(2):
         assert once.on(tiny_model("llama"), kept)[1] is False
-    assert once.count == 2 and "cannot be kept" in caplog.text and not list(cache.glob("[!.]*"))
+    assert once.count == 2 and "cannot be cached" in caplog.text and not list(cache.glob("[!.]*"))

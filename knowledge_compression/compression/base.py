@@ -1,11 +1,12 @@
 """Base classes of compression methods: each method is a frozen dataclass that does one thing to a layer.
 
 A method is one short file in ``methods/`` and one YAML under ``conf/compression/``; nothing is registered anywhere.
-Choose the base class by what the method needs to know of a layer:
+Choose the base class by what the method needs to know about a layer:
 
 - :class:`Layerwise`: the layer alone (``shrink``);
-- :class:`Ranked`: what each weight is worth beside the weights of all layers (``score``);
-- :class:`~knowledge_compression.compression.calibrated.Calibrated`: what the layer reads (``observe`` and ``solve``).
+- :class:`Ranked`: how each weight ranks among the weights of all layers (``score``);
+- :class:`~knowledge_compression.compression.calibrated.Calibrated`: the inputs that the layer reads (``observe`` and
+  ``solve``).
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ from knowledge_compression.models.targets import ReplacedLinear
 SCOPES = ("global", "layer")
 
 Walk = Callable[[], Iterable[TargetLayer]]
-"""Gives layers one after the other; only of the one just given are the weights in memory for certain."""
+"""Yields layers one at a time; only the weights of the current layer are certain to be in memory."""
 
 
 class Compression(ABC):
     """A way to make a model smaller.
 
     Attributes:
-        name: what reports call it, e.g. ``gptq``.
+        name: its name in reports, e.g. ``gptq``.
         calibrated: whether it needs calibration text.
-        modules: the modules that it puts in the place of linear layers; none where it changes weights alone.
-        takes_final: whether, where everything is compressed, it takes in the final layer too, as published.
+        modules: the classes of the modules that replace linear layers; empty if the method changes only weights.
+        takes_final: whether it also compresses the final layer when the target is the whole model, as published.
     """
 
     name: ClassVar[str]
@@ -52,11 +53,11 @@ class Compression(ABC):
 
     @property
     def parts(self) -> Sequence[Compression]:
-        """The methods that this one is made of, in their order: itself, unless it is a pipeline."""
+        """The methods that this one consists of, in order: itself, unless it is a pipeline."""
         return (self,)
 
     def multiplies_in(self, model: Model) -> str | None:
-        """The type of the products in its forward passes on calibration text, e.g. ``bfloat16``; None without such."""
+        """The dtype of the products in its forward passes on calibration text, e.g. ``bfloat16``; None without any."""
         return None
 
     @property
@@ -70,20 +71,20 @@ class Compression(ABC):
 
         Args:
             model: the model whose network is changed.
-            targets: the layers to touch; nothing else changes, but a tied head is untied first if it is among them.
+            targets: the layers to compress; nothing else changes, except that a tied head among them is untied first.
             calibration: token ids ``[samples, length]``, int64 on the CPU, where :attr:`calibrated`.
 
         Returns:
-            What was touched and reached.
+            Which layers were compressed, and what was achieved.
 
         Raises:
-            BadInput: the settings do not fit these layers or this model, a target is quantized already, or a weight of
-                the model is not finite; nothing has changed then.
+            BadInput: the settings do not fit these layers or this model, a target is already quantized, or a weight of
+                the model is not finite; the model is unchanged.
         """
 
 
 class Method(Compression):
-    """A compression of one step: it checks and changes layers, and the house measures what that took."""
+    """A compression of one step: the method checks and changes layers; this class measures time, memory and size."""
 
     def check(self, targets: Targets) -> None:
         """Refuse settings that do not fit these layers.
@@ -94,15 +95,15 @@ class Method(Compression):
 
     @abstractmethod
     def apply(self, model: Model, targets: Targets, calibration: LongTensor | None) -> list[LayerReport]:
-        """Compress the layers in place, and say what happened to each."""
+        """Compress the layers in place and report on each."""
 
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None = None) -> CompressionReport:
-        """Untie the head where it is among the targets, apply the method, and measure what that took."""
+        """Untie the head if it is a target, apply the method, and measure time, memory and size."""
         if self.takes_final and targets.takes_final_when_quantized:
             targets = targets.with_final()
         for layer in targets:
             if isinstance(layer.module, ReplacedLinear):
-                raise BadInput(f"{layer.path} is quantized already; quantization comes last, after pruning")
+                raise BadInput(f"{layer.path} is quantized already; quantize last, after pruning")
         if self.modules and (fixed := [layer for layer in targets if not layer.is_replaceable]):
             raise BadInput(
                 f"compression={self.name} puts modules of its own in the place of linear layers, which {len(fixed)} of "
@@ -127,20 +128,20 @@ class Method(Compression):
 
 
 class LayerByLayer(Method):
-    """A method that takes one layer after the other, with no text."""
+    """A method that compresses one layer at a time and needs no calibration text."""
 
     @abstractmethod
     def shrinker(self, targets: Targets, walk: Walk, state: Any = None) -> Shrinker:
-        """What compresses a layer, when all that it must know of the others is known.
+        """The function that compresses a layer, once everything it needs to know about the other layers is known.
 
         Args:
             targets: all layers.
-            walk: gives them one after the other, in their order, each time it is called.
-            state: of a shrinker that was interrupted; the new one goes on behind the layers that it did.
+            walk: yields them one at a time, in order, each time it is called.
+            state: the state of an interrupted shrinker; the new one continues after the layers that it finished.
         """
 
     def apply(self, model: Model, targets: Targets, calibration: LongTensor | None) -> list[LayerReport]:
-        """Compress the layers in their order."""
+        """Compress the layers in order."""
         shrinker = self.shrinker(targets, lambda: targets)
         return [shrinker(layer) for layer in targets]
 
@@ -150,8 +151,8 @@ class Shrinker:
     """Compresses a layer in place and times it.
 
     Attributes:
-        shrink: does it, and says what happened.
-        cut: where a ranking of all layers' weights cuts, None where each layer stands for itself.
+        shrink: compresses the layer and returns the report.
+        cut: the threshold of a ranking over all layers' weights; None if each layer is compressed on its own.
     """
 
     shrink: Callable[[TargetLayer], LayerReport]
@@ -171,29 +172,29 @@ class Shrinker:
 
 
 class Layerwise(LayerByLayer):
-    """A method that needs to know nothing but the layer: write :meth:`shrink`."""
+    """A method that needs to know only the layer itself: implement :meth:`shrink`."""
 
     @abstractmethod
     def shrink(self, layer: TargetLayer) -> LayerReport:
-        """Compress the layer: write into ``layer.weight`` (``[out_features, in_features]``), or put a module there.
+        """Compress the layer: write into ``layer.weight`` (``[out_features, in_features]``), or replace the module.
 
         Returns:
-            ``LayerReport.of(layer, ...)`` with what the method knows of bits and removed weights.
+            ``LayerReport.of(layer, ...)`` with the bits and the number of removed weights.
         """
 
     def shrinker(self, targets: Targets, walk: Walk, state: Any = None) -> Shrinker:
-        """Each layer stands for itself."""
+        """Each layer is compressed on its own."""
         return Shrinker(self.shrink)
 
 
 @dataclass(frozen=True)
 class Ranked(LayerByLayer):
-    """Set the weights of least worth to zero: write :meth:`score`.
+    """Set the weights with the lowest scores to zero: implement :meth:`score`.
 
     Attributes:
-        sparsity: share of the targets' weights to remove, in [0, 1); ``round(sparsity * weights)`` go, as in
+        sparsity: share of the targets' weights to remove, in [0, 1); ``round(sparsity * weights)`` are removed, as in
             ``torch.nn.utils.prune``.
-        scope: ``global`` ranks the weights of all targets together, ``layer`` each layer's for itself.
+        scope: ``global`` ranks the weights of all targets together, ``layer`` ranks each layer's weights separately.
         pattern: ``n:m``, e.g. ``2:4``: keep n of every m neighbouring inputs; the sparsity is then that of the pattern.
     """
 
@@ -202,7 +203,7 @@ class Ranked(LayerByLayer):
     pattern: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse settings that do not exist before anything is loaded."""
+        """Refuse invalid settings before anything is loaded."""
         check_sparsity(self.sparsity)
         if self.scope not in SCOPES:
             raise BadInput(f"scope={self.scope} does not exist; choose one of {', '.join(SCOPES)}")
@@ -211,18 +212,20 @@ class Ranked(LayerByLayer):
 
     @abstractmethod
     def score(self, layer: TargetLayer) -> Tensor:
-        """What each weight is worth, ``[out_features, in_features]``; the sign is ignored, the least goes first.
+        """The importance of each weight, ``[out_features, in_features]``; the sign is ignored, the lowest is removed
+        first.
 
-        Called more than once for a layer, it gives the same each time. Of equal scores the first in forward order go.
+        Repeated calls for a layer must return the same scores. Among equal scores the first in forward order are
+        removed.
         """
 
     def check(self, targets: Targets) -> None:
-        """Refuse a pattern that does not divide a layer's inputs."""
+        """Refuse a pattern that does not divide a layer's number of inputs."""
         if self.pattern is not None:
             Pattern.parse(self.pattern).check(targets)
 
     def shrinker(self, targets: Targets, walk: Walk, state: Any = None) -> Shrinker:
-        """Rank all weights where the scope is global."""
+        """Rank all weights if the scope is global."""
         if self.pattern is not None:
             pattern = Pattern.parse(self.pattern)
             return Shrinker(lambda layer: self._prune(layer, pattern.removes))
@@ -244,9 +247,9 @@ class Ranked(LayerByLayer):
 
 
 def check_sparsity(sparsity: float) -> None:
-    """Refuse a share of weights to remove that lies outside [0, 1)."""
+    """Refuse a sparsity outside [0, 1)."""
     if not 0.0 <= sparsity < 1.0:
-        raise BadInput(f"sparsity={sparsity} is not a share to remove; it must lie in [0, 1), e.g. sparsity=0.2")
+        raise BadInput(f"sparsity={sparsity} is not a share of the weights; it must lie in [0, 1), e.g. sparsity=0.2")
 
 
 def memory_bytes(network: nn.Module) -> int:

@@ -1,7 +1,8 @@
-"""Methods that look at what a layer reads: the walk, the bookkeeping and the measurements that all of them share.
+"""Methods that use a layer's inputs: the walk, the bookkeeping and the measurements that all of them share.
 
-A method writes :meth:`Calibrated.observe` (what to keep of a layer's inputs) and :meth:`Calibrated.solve` (what becomes
-of a weight, given that). Both compute in float32, whatever type the forward passes multiply in.
+A method implements :meth:`Calibrated.observe` (which statistics of a layer's inputs to keep) and
+:meth:`Calibrated.solve` (how a weight is compressed, given the statistics). Both compute in float32, whatever the dtype
+of the forward passes.
 """
 
 from __future__ import annotations
@@ -30,19 +31,20 @@ S = TypeVar("S", bound=Statistics)
 
 @dataclass(frozen=True)
 class Solved:
-    """What became of a weight ``[out_features, in_features]``; of weights, codes and modules a method gives one.
+    """The result for one weight ``[out_features, in_features]``; a method sets one of ``weight``, ``quantized`` and
+    ``module``.
 
     Attributes:
-        weight: the new values, float32; None leaves the old ones but for those removed.
-        quantized: the codes that the new values stand for.
-        module: makes, for each layer, the module that takes its place.
-        removed: which weights are set to zero, bool of the weight's shape.
-        plain: what plain rounding would have given, float32, against which the method's error is held; where weights
-            are removed it is the old weight without them.
-        bits: of a stored weight, where it is not stored as it was.
-        overhead_bits: bits for scales and the like, for each output row and for the whole layer.
-        damping: relative damping of the Hessian, where one was factored.
-        fallbacks: names of the fall-backs taken, e.g. ``dead_input``.
+        weight: the new values, float32; None keeps the old values except for those removed.
+        quantized: the integer codes of the new values.
+        module: builds the module that replaces a layer.
+        removed: which weights are set to zero, bool, of the weight's shape.
+        plain: the result of plain rounding, float32, with which the method's error is compared; if weights are removed,
+            the old weight with those set to zero.
+        bits: bits of one stored weight, if they differ from the original.
+        overhead_bits: bits for scales and zero points, per output row and for the whole layer.
+        damping: relative damping of the Hessian, if one was factored.
+        fallbacks: names of the fallbacks taken, e.g. ``dead_input``.
     """
 
     weight: Tensor | None = None
@@ -56,7 +58,7 @@ class Solved:
     fallbacks: Sequence[str] = ()
 
     def rows(self, start: int, end: int) -> Solved:
-        """The part of one layer, where the weights of several were solved as one."""
+        """The part that belongs to one layer, if the weights of several were stacked."""
 
         def part(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[start:end]
@@ -69,19 +71,19 @@ class Solved:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated(Method, Generic[S]):
-    """A method that compresses each layer on what it reads of the calibration text.
+    """A method that compresses each layer using its inputs on the calibration text.
 
     Attributes:
-        forward_dtype: type of the products in the forward passes of a float32 network: ``auto`` (see
+        forward_dtype: dtype of the matrix products in the forward passes of a float32 network: ``auto`` (see
             ``models.device``), ``bfloat16`` or ``float32``; everything else is computed in float32.
-        device: where blocks are computed, one at a time, e.g. ``cuda:0``; None where they lie.
+        device: where blocks are computed, one at a time, e.g. ``cuda:0``; None computes them where they are stored.
     """
 
     forward_dtype: str = "auto"
     device: str | None = field(default=None, metadata=SPEED)
     calibrated: ClassVar[bool] = True
 
-    # Whether it forms the second moments of the inputs and factors them, which is most of the work of methods that do.
+    # Whether it computes and factors the second moments of the inputs: most of the work of methods that do.
     second_order: ClassVar[bool] = False
 
     @property
@@ -91,30 +93,30 @@ class Calibrated(Method, Generic[S]):
 
     @abstractmethod
     def observe(self, in_features: int, device: torch.device) -> S:
-        """Empty statistics for inputs of this width; one is made for all linears that read the same tensor."""
+        """Empty statistics for inputs of this width; all linears that read the same tensor share one."""
 
     @abstractmethod
     def solve(self, weight: Tensor, statistics: S, heights: Sequence[int]) -> Solved:
-        """What becomes of the weights of linears that read the same inputs, stacked into one.
+        """Compress the stacked weights of linears that read the same inputs.
 
         Args:
-            weight: float32 ``[sum of heights, in_features]`` on the compute device; not to be written.
-            statistics: what was seen of the inputs.
-            heights: rows of each linear, for methods that give each its own share.
+            weight: float32 ``[sum of heights, in_features]`` on the compute device; must not be modified.
+            statistics: the statistics of the inputs.
+            heights: number of rows of each linear, for methods that treat each separately.
         """
 
     def multiplies_in(self, model: Model) -> str:
-        """As the user chose and the device and the network's type allow."""
+        """The user's choice, as far as the device and the network's dtype allow."""
         return str(self.walk.multiplied_in(model) or model.dtype).removeprefix("torch.")
 
     def apply(
         self, model: Model, targets: Targets, calibration: LongTensor | None, hold: Hold | None = None
     ) -> list[LayerReport]:
-        """Walk through the network and compress the layers on the way; ``hold`` as in :func:`compress_blocks`."""
+        """Walk through the network and compress its layers; for ``hold`` see :func:`compress_blocks`."""
         return compress_blocks(model, targets, calibration, self, self.walk, hold=hold)
 
     def shrink(self, layers: Sequence[TargetLayer], statistics: S) -> list[LayerReport]:
-        """Solve for linears that read the same inputs, install the results, and measure the errors."""
+        """Solve for linears that read the same inputs, install the results and measure the errors."""
         start = time.perf_counter()
         weights = [layer.weight for layer in layers]
         stacked = (weights[0] if len(weights) == 1 else torch.cat(weights)).float()
@@ -132,11 +134,11 @@ class Calibrated(Method, Generic[S]):
 
 @dataclass(frozen=True, kw_only=True)
 class SecondOrder(Calibrated[Hessian]):
-    """A method that makes up for its errors by the curvature of each layer's squared output error.
+    """A method that compensates for its errors using the curvature (Hessian) of each layer's squared output error.
 
     Attributes:
-        damping: what is added to the Hessian's diagonal, relative to its mean.
-        true_sequential, by_influence: see :class:`~knowledge_compression.compression.walk.blocks.WalkSettings`; only
+        damping: constant added to the Hessian's diagonal, relative to the diagonal's mean.
+        true_sequential, by_influence: see :class:`~knowledge_compression.compression.walk.blocks.WalkSettings`; at most
             one of them can be true.
     """
 
@@ -147,11 +149,11 @@ class SecondOrder(Calibrated[Hessian]):
 
     @property
     def walk(self) -> WalkSettings:
-        """As the user chose."""
+        """The user's settings."""
         return WalkSettings(self.true_sequential, self.by_influence, self.device, self.forward_dtype)
 
     def check(self, targets: Targets) -> None:
-        """Refuse a damping that cannot make a matrix more definite."""
+        """Refuse a damping that is not positive."""
         if self.damping <= 0:
             raise BadInput(f"compression.damping={self.damping} must be above 0, e.g. 0.01")
 
@@ -161,7 +163,7 @@ class SecondOrder(Calibrated[Hessian]):
 
 
 def _put(solved: Solved, layer: TargetLayer, old: Tensor, hessian: Tensor | None) -> LayerReport:
-    """Install a layer's result; its errors are measured first, as ``old`` may be the layer's own weight."""
+    """Install a layer's result; errors are measured first, because ``old`` may be the layer's own weight."""
     if solved.module is not None:
         module = solved.module(layer)
         report = LayerReport.of(layer, bits=module.bits, overhead_bits=module.overhead_bits)

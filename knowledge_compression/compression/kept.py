@@ -1,8 +1,8 @@
-"""Compressed models kept in the cache folder, so that runs which differ in nothing but what follows compress once.
+"""A cache of compressed models: runs that differ only in recovery or evaluation compress once.
 
-Kept is what a compression may change, which is the layers that its report names: their weights, the integers behind
-weights that were rounded to a grid, and the modules that took their places. All of it is copied into a model as it was
-loaded, which is then the compressed one, bit for bit.
+The cache holds what a compression may change, which is the layers that its report names: their weights, the integer
+codes of quantized weights, and the modules that replaced them. All of it is copied into a freshly loaded model, which
+is then bit for bit the compressed one.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from knowledge_compression.models.targets import ReplacedLinear, linear_layers
 
 log = logging.getLogger(__name__)
 
-_LEFT_FREE = 0.1  # of the disk, for what is not a cache
-FORMAT = 3  # raised when an old file would be read as another model
+_LEFT_FREE = 0.1  # of the disk, left free for everything else
+FORMAT = 3  # raised whenever an old file would be misread
 _FILE = "changes.safetensors"
 _GRID = ("scales", "zeros", "group_of")
 _SETTINGS = ("bits", "symmetric", "scale_bits")
 
 
 class _NotKept(Exception):
-    """It was compressed, and cannot be kept."""
+    """The model was compressed but cannot be stored."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class KeptModels:
     """The compressed models in the cache folder.
 
     Attributes:
-        gigabytes: most that all of them may take together; those that were not used for longest go first. They also
-            go while less than a tenth of the disk is free.
+        gigabytes: upper bound for all of them together; the least recently used are deleted first, also while less than
+            a tenth of the disk is free.
     """
 
     gigabytes: float
 
     def takes(self, size: float) -> bool:
-        """Whether a model whose compressed weights have so many bytes is kept at all."""
+        """Whether a model whose compressed weights take this many bytes is kept at all."""
         return size <= self.gigabytes * 1e9
 
     def compress(
@@ -69,20 +69,20 @@ class KeptModels:
         *,
         afresh: bool,
     ) -> tuple[CompressionReport, bool]:
-        """Compress a model as it was loaded, or make it what the same compression made of it before.
+        """Compress a freshly loaded model, or restore the result of the same compression from the cache.
 
-        Processes that want the same at once wait for the one that does it.
+        Processes that need the same compression at the same time wait for the one that does it.
 
         Args:
-            key: what decides the outcome, as a name for a folder.
-            model: as it was loaded.
-            targets: what is going to be compressed of it.
-            method: the compression, which says what modules it puts in.
-            compress: does it, in place.
-            afresh: do it again although it is kept.
+            key: identifies everything that decides the outcome; used as a folder name.
+            model: the freshly loaded model.
+            targets: the layers to be compressed.
+            method: the compression, which declares the modules it inserts.
+            compress: compresses in place.
+            afresh: compress again even if the result is cached.
 
         Returns:
-            The report of whoever did it, and whether it was done before.
+            The report of the compression, and whether it came from the cache.
         """
         if not self.takes(sum(layer.weight.nbytes for layer in targets)):
             return compress(), False
@@ -104,23 +104,23 @@ class KeptModels:
             try:
                 folder = cached_folder(name, make)
             except _NotKept as error:
-                log.warning("other runs will compress this model again: it cannot be kept (%s)", error)
+                log.warning("the compressed model cannot be cached (%s); other runs will compress it again", error)
                 return made[0], False
             if made:
                 self._make_room(folder)
                 return made[0], False
             try:
                 report = _restore(folder, model, kinds)
-            except (OSError, SafetensorError) as error:  # it has just been removed, or is broken
+            except (OSError, SafetensorError) as error:  # it has just been deleted, or is damaged
                 log.warning("%s cannot be read (%s); compressing again", folder, error)
                 discard(folder)
                 continue
             os.utime(folder)
-            log.info("this model was compressed before (%s)", folder)
+            log.info("the compressed model was read from the cache (%s)", folder)
             return report, True
 
     def _make_room(self, newest: Path) -> None:
-        """Discard what was not used for longest until the rest keeps to the bound and leaves room on the disk."""
+        """Delete the least recently used until the rest is within the bound and leaves room on the disk."""
         kept = [path for path in newest.parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
         sizes = {folder: _size(folder) for folder in sorted(kept, key=_last_used, reverse=True)}
         disk = shutil.disk_usage(newest)
@@ -132,7 +132,7 @@ class KeptModels:
 
 
 def code_of(compression: Compression) -> str:
-    """Digest of the code that a compression is made of: a method that was edited does not find what it made before."""
+    """Digest of the compression code, so that an edited method does not find results of the old code."""
     sha = hashlib.sha256(_our_code())
     kinds = {type(part) for part in (compression, *compression.parts)}
     files = {getattr(sys.modules.get(kind.__module__), "__file__", None) for kind in kinds}
@@ -151,7 +151,7 @@ def _our_code() -> bytes:
 def _size(folder: Path) -> int:
     try:
         return sum(path.stat().st_size for path in folder.iterdir())
-    except FileNotFoundError:  # another process has just discarded it
+    except FileNotFoundError:  # another process has just deleted it
         return 0
 
 
@@ -165,10 +165,10 @@ def _last_used(folder: Path) -> float:
 def _write(
     folder: Path, model: Model, report: CompressionReport, kinds: Sequence[type[ReplacedLinear]], *, untied: bool
 ) -> None:
-    """Write what became of the layers that the report names.
+    """Write the compressed state of the layers that the report names.
 
     Raises:
-        NotImplementedError: a module took a layer's place that the compression does not declare.
+        NotImplementedError: a layer was replaced by a module that the compression does not declare.
     """
     touched = {layer.path for layer in report.layers}
     tensors: dict[str, Tensor] = {}
@@ -183,7 +183,7 @@ def _write(
         elif isinstance(layer.module, ReplacedLinear):
             raise NotImplementedError(f"the {type(layer.module).__name__} at {layer.path} is not declared")
         elif layer.module._forward_hooks or layer.module._forward_pre_hooks:
-            raise NotImplementedError(f"{layer.path} has hooks, which no file holds")
+            raise NotImplementedError(f"{layer.path} has hooks, which cannot be stored")
         elif (weight := quantized_weight(layer)) is not None:
             codes[layer.path] = {name: getattr(weight.grid, name) for name in _SETTINGS}
             tensors[f"codes/{layer.path}/codes"] = weight.codes
@@ -196,10 +196,10 @@ def _write(
 
 
 def _restore(folder: Path, model: Model, kinds: Sequence[type[ReplacedLinear]]) -> CompressionReport:
-    """Bring a model to the state that another had when it was written.
+    """Restore a model to the stored compressed state.
 
     Raises:
-        OSError, SafetensorError: it is not there, or not whole.
+        OSError, SafetensorError: the file is missing or incomplete.
     """
     with safe_open(folder / _FILE, "pt") as file:
         about = json.loads(file.metadata()["about"])

@@ -1,4 +1,4 @@
-"""What a compression did, layer by layer, and what that adds up to."""
+"""What a compression did to each layer, and the totals."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from knowledge_compression.models.targets import TargetLayer
 
 @dataclass
 class LayerReport:
-    """What happened to one layer.
+    """The report on one layer.
 
     Attributes:
-        path, role: which layer.
+        path, role: the layer's module path and its role, e.g. ``ff``.
         parameters: number of weights in it.
-        removed: weights that the method set to zero (counted from its masks; a quantized zero is not a pruned one).
+        removed: number of weights that the method pruned (counted from its masks; a weight rounded to zero is not
+            pruned).
         bits: bits of one kept weight, e.g. 32.0, 16.0, 8.0, 3.0.
-        overhead_bits: bits for scales, zero points and the like over the whole layer.
-        error_before, error_after: mean squared error of the layer's output on the calibration text, by plain rounding
-            or masking and by the method itself, relative to the output's mean square; None where nothing was measured.
+        overhead_bits: bits for scales and zero points of the whole layer.
+        error_before, error_after: mean squared error of the layer's output on the calibration text relative to the
+            output's mean square, for plain rounding or masking and for the method itself; None if not measured.
         damping: relative damping of the Hessian that made it positive definite, if one was used.
-        fallbacks: names of fall-backs taken, e.g. ``dead_input``, ``damping_raised``; empty when all went as planned.
+        fallbacks: names of fallbacks taken, e.g. ``dead_input``, ``damping_raised``; empty if none was needed.
         seconds: time spent on the layer's algorithm.
-        removable: whether weights of it were asked to be removed, so that it counts for the sparsity; false where a
-            quantization behind a pruning takes in a layer that the pruning left out.
-        tokens: of an expert in a calibrated method, how many tokens of the calibration text the router sent to it.
+        removable: whether the layer was to be pruned and so counts towards the sparsity; false if a quantization after
+            a pruning includes a layer that the pruning left out.
+        tokens: for an expert and a calibrated method, the number of calibration tokens that the router sent to it.
     """
 
     path: str
@@ -46,7 +47,7 @@ class LayerReport:
 
     @classmethod
     def of(cls, layer: TargetLayer, **what: Any) -> LayerReport:
-        """Of a layer; its weights are told as they are stored, unless ``what`` says otherwise."""
+        """The report on a layer; bits are those of the stored weights unless ``what`` says otherwise."""
         as_stored = {"bits": 8.0 * layer.weight.element_size()}
         return cls(layer.path, layer.role, layer.parameters, **(as_stored | what))
 
@@ -57,7 +58,7 @@ class LayerReport:
 
     @property
     def stored_bits(self) -> int:
-        """Bits to store the layer: kept weights with a bitmask saying which, or all of them, whichever is smaller."""
+        """Bits to store the layer: kept weights with a bitmask of their positions, or all weights, if smaller."""
         whole = self.parameters * self.bits
         sparse = (self.parameters - self.removed) * self.bits + self.parameters if self.removed else whole
         return round(min(whole, sparse)) + self.overhead_bits
@@ -65,17 +66,17 @@ class LayerReport:
 
 @dataclass
 class CompressionReport:
-    """What a compression touched and reached.
+    """The report on a whole compression.
 
     Attributes:
         method: name of the method, e.g. ``magnitude``.
-        layers: one entry for each layer touched, in forward order.
+        layers: one entry per compressed layer, in forward order.
         model_parameters: distinct parameters of the whole model before compression.
         model_bytes_before, model_bytes_after: bytes of all parameters and buffers in memory.
         seconds: wall time of the whole compression.
-        peak_memory: bytes above the loaded model at the worst moment, None where it was not measured.
-        calibration: digest of the token ids that it was calibrated with, None where it needs none.
-        forward_dtype: type in which the forward passes on calibration text multiplied, None where there were none.
+        peak_memory: peak bytes above the loaded model; None if not measured.
+        calibration: digest of the calibration token ids; None if the method needs none.
+        forward_dtype: dtype of the matrix products in the forward passes on calibration text; None if there were none.
     """
 
     method: str
@@ -90,17 +91,17 @@ class CompressionReport:
 
     @property
     def parameters_touched(self) -> int:
-        """Weights in the touched layers."""
+        """Number of weights in the compressed layers."""
         return sum(layer.parameters for layer in self.layers)
 
     @property
     def removed(self) -> int:
-        """Weights set to zero."""
+        """Number of weights pruned."""
         return sum(layer.removed for layer in self.layers)
 
     @property
     def sparsity(self) -> float:
-        """Share that was removed of the weights in the layers that a removal was asked of."""
+        """Share of the weights removed, in the layers that were to be pruned."""
         asked = sum(layer.parameters for layer in self.layers if layer.removable)
         return self.removed / asked if asked else 0.0
 
@@ -111,24 +112,24 @@ class CompressionReport:
 
     @property
     def bits(self) -> float:
-        """Mean bits of a kept weight in the touched layers, without scales."""
+        """Mean bits of a kept weight in the compressed layers, without scales."""
         kept = sum(layer.parameters - layer.removed for layer in self.layers)
         return sum((layer.parameters - layer.removed) * layer.bits for layer in self.layers) / kept if kept else 0.0
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of a file that stores the touched layers at their bits and sparsity and the rest as it was."""
+        """Bytes of a file that stores the compressed layers at their bits and sparsity, and the rest unchanged."""
         untouched = self.model_parameters - self.parameters_touched
         dense_bytes = self.model_bytes_before / self.model_parameters if self.model_parameters else 0.0
         return round(max(untouched, 0) * dense_bytes + sum(layer.stored_bits for layer in self.layers) / 8)
 
     @property
     def fallbacks(self) -> dict[str, int]:
-        """How often each fall-back was taken."""
+        """How often each fallback was taken."""
         return dict(Counter(name for layer in self.layers for name in layer.fallbacks))
 
     def summary(self) -> dict[str, Any]:
-        """The figures that a table of runs shows, JSON-ready."""
+        """The figures shown in a table of runs, JSON-ready."""
         return {
             "method": self.method,
             "layers_touched": len(self.layers),
@@ -153,7 +154,7 @@ class CompressionReport:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> CompressionReport:
-        """The report that :meth:`to_json` was made of."""
+        """The report that :meth:`to_json` describes."""
         return cls(
             method=content["method"],
             layers=[LayerReport(**layer) for layer in content["layers"]],
@@ -168,7 +169,7 @@ class CompressionReport:
 
 
 def followed_by(first: CompressionReport, second: CompressionReport) -> CompressionReport:
-    """The report of two compressions done one after the other on the same model, e.g. prune, then quantize."""
+    """The combined report of two successive compressions of one model, e.g. prune, then quantize."""
     before = {layer.path: layer for layer in first.layers}
     merged: list[LayerReport] = []
     for layer in second.layers:
@@ -180,7 +181,7 @@ def followed_by(first: CompressionReport, second: CompressionReport) -> Compress
             layer.seconds += earlier.seconds
             layer.removable = earlier.removable or layer.removable
         else:
-            layer.removable = False  # the first one was not asked to touch it: published int8 takes in the final layer
+            layer.removable = False  # the pruning left it out: published int8 includes the final layer
         merged.append(layer)
     peaks: Sequence[int] = [r.peak_memory for r in (first, second) if r.peak_memory is not None]
     return CompressionReport(

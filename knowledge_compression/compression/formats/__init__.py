@@ -1,1 +1,1 @@
-"""How compressed weights are held and stored: integer layers, packed checkpoints."""
+"""Representations of compressed weights: integer layers, packed checkpoints."""

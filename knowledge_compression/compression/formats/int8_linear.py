@@ -1,9 +1,9 @@
-"""A linear layer whose weights are stored as 8-bit integers and whose inputs are quantized as they come.
+"""A linear layer whose weights are stored as 8-bit integers and whose inputs are quantized at run time.
 
-The products are products of integers, summed exactly, so that every device gives the same answer up to float rounding
-of the scales: where the device multiplies int8 (a CPU with VNNI, CUDA), it does, and where a GPU skips the zeros of 2:4
-weights faster, so (``two_of_four.py``); elsewhere by float products of the same integers, split so that no sum leaves
-the range in which float32 is exact.
+Products of integers are summed exactly, so that every device gives the same result up to the rounding of the scales.
+Devices with int8 units (a CPU with VNNI, CUDA) use them; a GPU may also skip the zeros of 2:4 weights
+(``two_of_four.py``); elsewhere the integers are multiplied as floats, split so that every sum stays in the range in
+which float32 is exact.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from knowledge_compression.models.device import DTYPES, Device
 from knowledge_compression.models.targets import ReplacedLinear
 
 GRANULARITIES = ("per_tensor", "per_channel")
-_SMALL = torch.finfo(torch.float32).eps  # least scale, as torch's observers have it
+_SMALL = torch.finfo(torch.float32).eps  # smallest scale, as in torch's observers
 
 
 class Int8Linear(ReplacedLinear):
-    """``y = x W^T + b`` in 8-bit integers, in the shape of ``nn.Linear``.
+    """``y = x W^T + b`` in 8-bit integers, with the interface of ``nn.Linear``.
 
     ``per_tensor``: one scale for the weight, and one scale and zero point for the whole input in 7 bits, as
-    ``torch.ao.quantization.quantize_dynamic`` does on a CPU (``reduce_range``). ``per_channel``: one scale an output
-    and one an input vector (token) in 8 bits, so that a row's answer does not depend on its batch.
+    ``torch.ao.quantization.quantize_dynamic`` does on a CPU (``reduce_range``). ``per_channel``: one scale per output
+    and one per input vector (token) in 8 bits, so that a row's result does not depend on its batch.
 
     Args:
         weight: ``[out_features, in_features]``, floating.
-        bias: ``[out_features]`` or None; kept as it is, the same object, so that a tied bias stays tied.
+        bias: ``[out_features]`` or None; the same object is kept, so that a tied bias stays tied.
         granularity: ``per_tensor`` or ``per_channel``.
 
     Attributes:
         weight_int8: buffer ``[out_features, in_features]``, int8.
         weight_scale: buffer ``[1]`` or ``[out_features]``, float32; a weight is its integer times its scale.
-        weight_sum: buffer ``[out_features]``, int32, what a zero point of one in the inputs adds to each output.
+        weight_sum: buffer ``[out_features]``, int32, the contribution of an input zero point of one to each output.
     """
 
     bits = 8.0
@@ -55,7 +55,7 @@ class Int8Linear(ReplacedLinear):
     weight_scale: torch.Tensor
     weight_sum: torch.Tensor
     bias: nn.Parameter | None
-    _tried: ReferenceType[torch.Tensor] | None = None  # the weight for which _sparse was found, or none
+    _tried: ReferenceType[torch.Tensor] | None = None  # the weight for which _sparse was chosen, or none
     _sparse: SparseProduct | None = None
 
     def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None, granularity: str = "per_channel") -> None:
@@ -79,17 +79,17 @@ class Int8Linear(ReplacedLinear):
 
     @property
     def overhead_bits(self) -> int:
-        """Bits of the scales."""
+        """Bits for the scales."""
         return 32 * self.weight_scale.numel()
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes this layer beside its buffers and its bias, JSON-ready."""
+        """The settings of this layer besides its buffers and its bias, JSON-ready."""
         return {"granularity": self.granularity, "dtype": str(self.dtype).removeprefix("torch.")}
 
     @classmethod
     def from_buffers(cls, buffers: Mapping[str, torch.Tensor], bias: Any, **settings: Any) -> Self:
-        """The layer that had these buffers, this bias and these :attr:`settings`."""
+        """Rebuild a layer from its buffers, its bias and its :attr:`settings`."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.granularity, layer.dtype, layer.bias = settings["granularity"], DTYPES[settings["dtype"]], bias
@@ -100,20 +100,20 @@ class Int8Linear(ReplacedLinear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weights that the integers stand for, ``[out_features, in_features]`` in the type they had."""
+        """The weights that the integers represent, ``[out_features, in_features]``, in their original dtype."""
         return (self.weight_int8 * self.weight_scale[:, None]).to(self.dtype)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``, in the input's floating type.
+        """Map ``[..., in_features]`` to ``[..., out_features]``, in the input's floating dtype.
 
         Gradients pass to the input as if nothing were rounded (straight through); the weights are frozen.
         """
         return _StraightThrough.apply(inputs, self)
 
     def multiply(self, integers: torch.Tensor) -> torch.Tensor:
-        """Exact products of int8 ``[rows, in_features]`` with the weight's integers, int32 ``[rows, out_features]``."""
+        """The exact product of int8 ``[rows, in_features]`` with the weight, int32 ``[rows, out_features]``."""
         weight = self.weight_int8
-        known = self._tried is not None and self._tried() is weight  # a layer that was moved has another
+        known = self._tried is not None and self._tried() is weight  # moving the layer replaces its buffers
         if not known and len(integers) >= WORTH_TRYING:
             dense = partial(integer_product, right=weight)
             self._sparse = faster_product(weight, integers, dense) if can_skip_zeros(weight) else None
@@ -121,22 +121,22 @@ class Int8Linear(ReplacedLinear):
         return self._sparse(integers) if known and self._sparse is not None else integer_product(integers, weight)
 
     def round_inputs(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Integers of float32 inputs ``[rows, in_features]`` with a scale each, or one scale and zero point for all."""
+        """The integers of float32 inputs ``[rows, in_features]``, with a scale per row or one scale and zero point."""
         return quantize_tensor(rows) if self.granularity == "per_tensor" else (*quantize_tokens(rows), None)
 
     def extra_repr(self) -> str:
-        """Shown in ``print(model)``."""
+        """What ``print(model)`` shows."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.granularity}"
 
 
 def check_granularity(granularity: str) -> None:
-    """Refuse a granularity that does not exist."""
+    """Refuse an unknown granularity."""
     if granularity not in GRANULARITIES:
         raise BadInput(f"granularity={granularity} does not exist; choose one of {', '.join(GRANULARITIES)}")
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Integer products forward, the gradient of the product with the rounded weights backward."""
+    """Forward, the integer product; backward, the gradient of the product with the rounded weights."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
@@ -165,8 +165,8 @@ class _StraightThrough(torch.autograd.Function):
 def quantize_weight(weight: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric int8 of a weight ``[out, in]``, and its scale, ``[1]`` or ``[out]``; zeros stay zero.
 
-    The scale is the largest magnitude over 127.5, as in torch's symmetric observers; and as torch does, weights are
-    multiplied by its reciprocal, which settles ties otherwise than a division.
+    The scale is the largest magnitude over 127.5, as in torch's symmetric observers. As in torch, weights are
+    multiplied by its reciprocal; a division would round some ties differently.
     """
     values = weight.float()
     largest = values.abs().amax(1) if granularity == "per_channel" else values.abs().amax()[None]
@@ -175,15 +175,15 @@ def quantize_weight(weight: torch.Tensor, granularity: str) -> tuple[torch.Tenso
 
 
 def quantize_tokens(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 of each row of ``[rows, features]`` by itself, and the scales ``[rows, 1]``."""
+    """Symmetric int8 of ``[rows, features]`` with one scale per row, and the scales ``[rows, 1]``."""
     scale = rows.abs().amax(1, keepdim=True).div_(127).clamp_min_(_SMALL)
     return (rows * scale.reciprocal()).round_().to(torch.int8), scale
 
 
 def quantize_tensor(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Integers 0 to 127, one scale and one zero point for the whole of ``rows``.
+    """The integers 0 to 127, with one scale and one zero point for all of ``rows``.
 
-    The range always takes in zero, and zero has an integer of its own.
+    The range always includes zero, and zero is exactly representable.
     """
     if not rows.numel():
         return rows.to(torch.int8), rows.new_ones(()), rows.new_zeros((), dtype=torch.int32)
@@ -206,7 +206,7 @@ def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def float_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The same as :func:`integer_product` by float32 products, exact because no partial sum reaches 2^24."""
+    """The same as :func:`integer_product` in float32, exact because no partial sum reaches 2^24."""
     step = (1 << 24) // (128 * 128) - 1
     total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.int32, device=left.device)
     for a, b in zip(left.split(step, 1), right.split(step, 1), strict=True):

@@ -1,4 +1,4 @@
-"""Quantized models in the packed format of GPTQ checkpoints, which transformers and GPTQModel load.
+"""Quantized models in the packed GPTQ checkpoint format, which transformers and GPTQModel load.
 
 Each quantized linear ``<path>`` is stored, instead of its weight, as
 
@@ -6,11 +6,12 @@ Each quantized linear ``<path>`` is stored, instead of its weight, as
 - ``qzeros``, int32 ``[groups, out_features * bits / 32]``: the zero points, packed along the outputs;
 - ``scales``, float16 ``[groups, out_features]``;
 - ``g_idx``, int32 ``[in_features]``: the group of each input;
-- ``bias``, float16, where there is one.
+- ``bias``, float16, if there is one.
 
 Packed codes are one stream of bits, the first code in the lowest bits of the first word; a 3-bit code may lie in two
-words. ``checkpoint_format=gptq`` holds every zero point less one, which for a zero point of 0 does not fit in its bits;
-asymmetric grids therefore go out as ``gptq_v2``, which holds them as they are. What is not quantized is in float16.
+words. ``checkpoint_format=gptq`` stores every zero point minus one, so that a zero point of 0 does not fit; asymmetric
+grids are therefore written as ``gptq_v2``, which stores zero points unchanged. Everything that is not quantized is
+stored in float16.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from knowledge_compression.models.targets import linear_layers
 
 
 def save_packed(model: Model, folder: Path) -> None:
-    """Save a model whose linears keep the integers they were quantized to, packed.
+    """Save a model with quantized linears in packed form.
 
     Args:
         model: quantized by ``gptq``, ``rtn`` or another method that leaves a
             :class:`~knowledge_compression.compression.solve.grid.QuantizedWeight` with its layers.
-        folder: where to; replaced if it is there.
+        folder: where to write; replaced if it exists.
 
     Raises:
-        BadInput: no layer has integers, their scales are wider than the format's, they are of several kinds or in
-            groups of two sizes, or a layer's size does not fill whole words.
+        BadInput: no layer is quantized to integers, the scales are wider than the format's, the layers differ in bits
+            or group size, or a layer's size does not fill whole words.
     """
     layers = linear_layers(model)
     packed = {layer: found for layer in layers if (found := quantized_weight(layer)) is not None}
@@ -74,15 +75,15 @@ def save_packed(model: Model, folder: Path) -> None:
 
 
 def packed_fields(path: str, weight: QuantizedWeight, *, zero_offset: int) -> dict[str, Tensor]:
-    """The tensors of one layer, without its bias.
+    """The tensors of one layer, except its bias.
 
     Args:
-        path: the layer's, for errors.
-        weight: its integers.
-        zero_offset: what is taken from every zero point before it is packed.
+        path: of the layer, for messages.
+        weight: the layer's integers.
+        zero_offset: subtracted from every zero point before packing.
 
     Raises:
-        BadInput: inputs or outputs do not fill whole 32-bit words.
+        BadInput: the inputs or outputs do not fill whole 32-bit words.
     """
     for name, count in zip(("outputs", "inputs"), weight.codes.shape, strict=True):
         if count * weight.grid.bits % 32:
@@ -96,8 +97,8 @@ def packed_fields(path: str, weight: QuantizedWeight, *, zero_offset: int) -> di
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes ``[count, columns]``, each column one stream of bits, as int32 ``[count * bits / 32, columns]``."""
-    run = math.lcm(32, bits) // bits  # codes that fill whole words together
+    """Pack each column of ``[count, columns]`` as one bit stream, int32 ``[count * bits / 32, columns]``."""
+    run = math.lcm(32, bits) // bits  # number of codes that together fill whole words
     groups = codes.to(torch.int64).unflatten(0, (-1, run))
     words = torch.zeros(len(groups), run * bits // 32, codes.shape[1], dtype=torch.int64)
     for i in range(run):

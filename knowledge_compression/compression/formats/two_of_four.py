@@ -1,7 +1,7 @@
-"""Products with int8 weights of which two in every four are zero, by the units that some GPUs have for them.
+"""Products with int8 weights of which two in every four are zero, on GPUs with units for this pattern.
 
-cuSPARSELt skips the zeros on GPUs of compute capability 8.0 and newer. Nothing is taken on trust: the first large
-product with a weight is done both ways, and the sparse way is kept only where it gave the same integers in less time.
+cuSPARSELt skips the zeros on GPUs of compute capability 8.0 and newer. The first large product with each weight is
+computed both ways, and the sparse way is used only if it gave the same integers in less time.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from knowledge_compression.timing import timed
 
 log = logging.getLogger(__name__)
 
-WORTH_TRYING = 64  # rows; a smaller product says nothing of larger ones
+WORTH_TRYING = 64  # rows; smaller products do not predict the time of larger ones
 _ROUNDS = 5
-_SIDES, _ROWS = 32, 16  # what the sides of a weight and the rows must be multiples of
+_SIDES, _ROWS = 32, 16  # the sides of a weight and the number of rows must be multiples of this
 
 
 def is_two_of_four(weight: Tensor) -> bool:
-    """Whether of every four consecutive inputs of ``[out_features, in_features]`` at least two are zero."""
+    """Whether at least two of every four consecutive inputs of ``[out_features, in_features]`` are zero."""
     return weight.shape[1] % 4 == 0 and bool((weight.unflatten(1, (-1, 4)).count_nonzero(2) <= 2).all())
 
 
@@ -47,7 +47,7 @@ class SparseProduct:
 
 
 def can_skip_zeros(weight: Tensor) -> bool:
-    """Whether this device has units for it, and the weight the pattern and the shape."""
+    """Whether this device has such units and the weight has the pattern and a suitable shape."""
     return (
         weight.is_cuda
         and torch.backends.cusparselt.is_available()
@@ -58,7 +58,7 @@ def can_skip_zeros(weight: Tensor) -> bool:
 
 
 def faster_product(weight: Tensor, rows: Tensor, dense: Callable[[Tensor], Tensor]) -> SparseProduct | None:
-    """The sparse product with a weight where it gives what ``dense`` gives for these rows in less time, else None."""
+    """The sparse product with a weight, if for these rows it equals ``dense`` and takes less time; otherwise None."""
     try:
         sparse = SparseProduct(weight)
         same = torch.equal(sparse(rows), dense(rows))  # and both are warm

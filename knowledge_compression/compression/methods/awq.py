@@ -1,4 +1,4 @@
-"""AWQ: weights that meet large activations are rounded on a finer grid (Lin et al. 2024)."""
+"""AWQ: weights that multiply large activations are rounded on a finer grid (Lin et al. 2024)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from knowledge_compression.models import Targets
 
 
 class InputSizes(Hessian):
-    """Second moments of the inputs, which weigh a layer's output error, and the mean magnitude of each channel."""
+    """Second moments of the inputs, which weight a layer's output error, and the mean magnitude of each channel."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
@@ -26,7 +26,7 @@ class InputSizes(Hessian):
         self._tokens = 0
 
     def update(self, inputs: LayerInputs) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         super().update(inputs)
         self._magnitudes += inputs.values.float().abs().sum(0)
         self._tokens += len(inputs.values)
@@ -39,15 +39,15 @@ class InputSizes(Hessian):
 
 @dataclass(frozen=True)
 class Awq(Calibrated[InputSizes]):
-    """Multiply each input channel's weights by a power of its mean activation, round, and divide again.
+    """Multiply each input channel's weights by a power of its mean activation, round, and divide by it again.
 
-    Linears that read the same inputs share the power, the one of ``steps`` between 0 (plain rounding) and 1 that makes
-    their outputs' error on the calibration text least (eq. 4 and 5). The factors could be folded into the norm before;
-    here the weights are divided by them, which is the same product.
+    Linears that read the same inputs share the power: of ``steps`` values between 0 (plain rounding) and 1, the one
+    with the least output error on the calibration text (eq. 4 and 5). The published code folds the factors into the
+    preceding norm; here the weights are divided by them, which gives the same product.
 
     Attributes:
         bits, group_size, symmetric: the grid (:class:`~knowledge_compression.compression.solve.grid.Grid`).
-        steps: powers tried.
+        steps: number of powers tried.
     """
 
     bits: int = 4
@@ -57,9 +57,9 @@ class Awq(Calibrated[InputSizes]):
     name = "awq"
 
     def __post_init__(self) -> None:
-        """Refuse an empty search."""
+        """Refuse a search over no powers."""
         if self.steps < 1:
-            raise BadInput(f"compression.steps={self.steps} tries nothing; choose e.g. 20")
+            raise BadInput(f"compression.steps={self.steps} is not a number of powers to try; choose e.g. 20")
 
     @property
     def grid(self) -> Grid:
@@ -67,7 +67,7 @@ class Awq(Calibrated[InputSizes]):
         return Grid(self.bits, self.group_size, self.symmetric)
 
     def check(self, targets: Targets) -> None:
-        """Refuse groups wider than a layer."""
+        """Refuse groups that do not fit a layer."""
         self.grid.check(targets, whole=False)
 
     def observe(self, in_features: int, device: torch.device) -> InputSizes:
@@ -75,7 +75,7 @@ class Awq(Calibrated[InputSizes]):
         return InputSizes(in_features, device)
 
     def solve(self, weight: Tensor, statistics: InputSizes, heights: Sequence[int]) -> Solved:
-        """Round the weight with the power that makes its outputs' error least."""
+        """Round the weight with the power that gives the least output error."""
         inputs = weight.shape[1]
         width = self.grid.width(inputs)
         dead = bool((statistics.magnitudes <= 0).any())
@@ -89,7 +89,7 @@ class Awq(Calibrated[InputSizes]):
         )
 
     def rounded(self, weight: Tensor, hessian: Tensor, magnitudes: Tensor) -> Tensor:
-        """The algorithm itself, which knows nothing of models.
+        """The algorithm itself, on tensors alone.
 
         Args:
             weight: float32 ``[out_features, in_features]``.

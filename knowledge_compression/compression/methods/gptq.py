@@ -1,4 +1,4 @@
-"""GPTQ: weights rounded column by column, later ones making up for the error of earlier (Frantar et al. 2023)."""
+"""GPTQ: weights rounded column by column, the later ones compensating for earlier errors (Frantar et al. 2023)."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ from knowledge_compression.models import Targets
 
 @dataclass(frozen=True)
 class Gptq(SecondOrder):
-    """Quantize with the curvature of each layer's output error on calibration text.
+    """Quantize using the curvature of each layer's output error on calibration text.
 
-    ``docs/calibrated-compression.md`` gives the reason for each default with its figures; the published script's are
-    ``clip=minmax desc_act=false``.
+    ``docs/calibrated-compression.md`` gives the reason for each default, with measurements; the published script's
+    settings are ``clip=minmax desc_act=false``.
 
     Attributes:
         bits, group_size, symmetric, clip, scale_bits: the grid
             (:class:`~knowledge_compression.compression.solve.grid.Grid`).
-        desc_act: round the columns in the order of falling second moment, not as they stand.
-        static_groups: choose every group's grid beforehand, from the columns as they stand, so that a group is a run of
-            neighbours whatever the order; else a group is a run of the order, its grid chosen when its turn comes.
-        block_size: columns whose errors are gathered before they move on; changes the speed only.
+        desc_act: round the columns in order of decreasing second moment rather than in their own order.
+        static_groups: fix every group's grid beforehand, so that a group consists of neighbouring columns whatever the
+            order of rounding; otherwise a group is a run of the rounding order, and its grid is chosen when it is
+            reached.
+        block_size: columns whose errors are accumulated before they are applied to later blocks; affects the speed
+            only.
     """
 
     bits: int = 4
@@ -56,26 +58,26 @@ class Gptq(SecondOrder):
         return Grid(self.bits, self.group_size, self.symmetric, self.clip, self.scale_bits)
 
     def check(self, targets: Targets) -> None:
-        """Refuse groups wider than a layer, too."""
+        """Also refuse groups that do not fit a layer."""
         super().check(targets)
         self.grid.check(targets, whole=False)
 
     def solve(self, weight: Tensor, statistics: Hessian, heights: Sequence[int]) -> Solved:
-        """Quantize the weight, with the curvature that the inputs give."""
+        """Quantize the weight, using the Hessian of its inputs."""
         quantized, damping, fallbacks = self.quantize(weight, statistics.matrix)
         plain = plainly_rounded(weight, replace(self.grid, clip="minmax")).dequantize().to(weight)
         return Solved(quantized=quantized, plain=plain, damping=damping, fallbacks=fallbacks)
 
     def quantize(self, weight: Tensor, hessian: Tensor) -> tuple[QuantizedWeight, float | None, list[str]]:
-        """The algorithm itself, which knows nothing of models.
+        """The algorithm itself, on tensors alone.
 
         Args:
             weight: float32 ``[out_features, in_features]``.
             hessian: mean second moments of the inputs, ``[in_features, in_features]``.
 
         Returns:
-            The quantized weight, the relative damping used (None where plain rounding had to do), and the names of the
-            fall-backs taken: ``dead_input``, ``damping_raised``, ``not_positive_definite``.
+            The quantized weight, the relative damping used (None if it fell back to plain rounding), and the names of
+            the fallbacks taken: ``dead_input``, ``damping_raised``, ``not_positive_definite``.
         """
         importance = hessian.diagonal()
         columns = torch.arange(len(hessian), device=hessian.device)

@@ -1,6 +1,6 @@
-"""HQQ: zero points fitted to the weights alone by half-quadratic splitting (Badri & Shaji 2023).
+"""HQQ: zero points fitted to the weights by half-quadratic splitting, without text (Badri & Shaji 2023).
 
-A file of our own: the published library swaps in layers without a floating ``.weight`` and wants a GPU for its kernels.
+Written here because the published library inserts layers without a floating-point ``.weight`` and needs a GPU.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from knowledge_compression.models import TargetLayer, Targets
 
 @dataclass(frozen=True)
 class Hqq(Layerwise):
-    """Round to a grid whose zero points, any real numbers, make the few large errors count less; needs no text.
+    """Round to a grid whose real-valued zero points minimise a norm that discounts outliers; needs no text.
 
-    Minimises ``sum |W - s (q - z)|^p`` with p < 1 over z: the errors are shrunk by the p-norm's proximal operator
-    (eq. 5), then z is the mean of what is left (eq. 8), with a penalty that grows by ``kappa`` each time.
+    Minimises ``sum |W - s (q - z)|^p`` with p < 1 over z: the errors are shrunk by the p-norm's proximal operator (eq.
+    5), then z is set to the mean of the remainder (eq. 8), and the penalty is multiplied by ``kappa``.
 
     Attributes:
         bits: 2, 3, 4 or 8.
         group_size: input columns that share a scale and a zero point; None takes the whole row.
-        p, beta, kappa, iterations: the solver's norm, first penalty, its growth, and the most steps.
+        p, beta, kappa, iterations: the solver's norm, initial penalty, growth of the penalty, and maximum number of
+            steps.
     """
 
     bits: int = 4
@@ -42,13 +43,13 @@ class Hqq(Layerwise):
     name = "hqq"
 
     def __post_init__(self) -> None:
-        """Refuse norms that have no such proximal operator."""
+        """Refuse norms without such a proximal operator."""
         if not 0.0 < self.p <= 1.0:
             raise BadInput(f"compression.p={self.p} is not a norm that HQQ solves for; it must lie in (0, 1], e.g. 0.7")
 
     @property
     def grid(self) -> Grid:
-        """The grid that was asked for, whose zero points are whole numbers no longer."""
+        """The grid that was asked for; its zero points become real numbers."""
         return Grid(self.bits, self.group_size)
 
     def check(self, targets: Targets) -> None:
@@ -64,9 +65,9 @@ class Hqq(Layerwise):
         return LayerReport.of(layer, bits=float(self.bits), overhead_bits=SCALE_BITS * scales_and_zeros)
 
     def rounded(self, weight: Tensor, grid: Grid) -> Tensor:
-        """The weight on its fitted grid; scale and zero point are one for each run of the last dimension.
+        """The weight on its fitted grid, with one scale and zero point for each vector along the last dimension.
 
-        The solver stops where a step no longer makes the error, summed over the whole weight, smaller.
+        The solver stops when a step no longer reduces the error summed over the whole weight.
         """
         low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
         span = high - low
@@ -86,6 +87,6 @@ class Hqq(Layerwise):
         return best
 
     def _shrunk(self, error: Tensor, beta: float) -> Tensor:
-        """The generalised soft threshold: what of each error is large enough to be left to the p-norm."""
+        """The generalised soft threshold: the proximal operator of the p-norm."""
         magnitude = error.abs()
         return error.sign() * torch.relu(magnitude - magnitude.clamp(min=1e-12).pow(self.p - 1) / beta)

@@ -1,4 +1,4 @@
-"""Dynamic int8 quantization: weights once, activations as they come (Namburi et al. 2023, section 3.2, PTDQ)."""
+"""Dynamic int8 quantization: weights beforehand, activations at run time (Namburi et al. 2023, section 3.2, PTDQ)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from knowledge_compression.models import TargetLayer
 
 @dataclass(frozen=True)
 class Int8Dynamic(Layerwise):
-    """Put int8 layers in the place of the targets; needs no text.
+    """Replace the targets by int8 layers; needs no text.
 
     Attributes:
-        granularity: ``per_tensor`` (the paper's ``torch.ao.quantization.quantize_dynamic``: one scale a weight and one
-            a batch of activations) or ``per_channel`` (one a weight row and one a token; independent of the batch).
+        granularity: ``per_tensor`` (the paper's ``torch.ao.quantization.quantize_dynamic``: one scale per weight matrix
+            and one per batch of activations) or ``per_channel`` (one per weight row and one per token; independent of
+            the batch).
     """
 
     granularity: str = "per_tensor"
@@ -25,7 +26,7 @@ class Int8Dynamic(Layerwise):
     takes_final = True
 
     def __post_init__(self) -> None:
-        """Refuse a granularity that does not exist before anything is loaded."""
+        """Refuse an unknown granularity before anything is loaded."""
         check_granularity(self.granularity)
 
     def shrink(self, layer: TargetLayer) -> LayerReport:

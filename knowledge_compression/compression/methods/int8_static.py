@@ -16,27 +16,27 @@ from knowledge_compression.models import TargetLayer
 
 
 class InputRange(Statistics):
-    """The least and the greatest input, of all channels together."""
+    """The smallest and the largest input over all channels."""
 
     def __init__(self, device: torch.device) -> None:
         self.least = torch.zeros((), device=device)
         self.greatest = torch.zeros((), device=device)
 
     def update(self, inputs: LayerInputs) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         least, greatest = torch.aminmax(inputs.values.float())
         self.least, self.greatest = torch.minimum(self.least, least), torch.maximum(self.greatest, greatest)
 
 
 class StaticInt8Linear(Int8Linear):
-    """An int8 layer that rounds its inputs to 7 bits over a range fixed beforehand, as torch's static layers do.
+    """An int8 layer that rounds its inputs to 7 bits over a fixed range, as torch's static layers do.
 
     Args:
         weight, bias, granularity: as :class:`Int8Linear` takes them; the granularity is that of the weights.
         least, greatest: the ends of the range, scalars; zero lies inside it.
 
     Attributes:
-        input_scale, input_zero: buffers, scalars: an input is ``input_scale * (integer - input_zero)``.
+        input_scale, input_zero: scalar buffers: an input is ``input_scale * (integer - input_zero)``.
     """
 
     input_scale: Tensor
@@ -56,20 +56,20 @@ class StaticInt8Linear(Int8Linear):
         return super().overhead_bits + 2 * 32
 
     def round_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Integers 0 to 127 of float32 inputs, and the scale and zero point, which are always the same."""
+        """The integers 0 to 127 of float32 inputs, and the fixed scale and zero point."""
         integers = (rows / self.input_scale).round_().add_(self.input_zero).clamp_(0, 127).to(torch.int8)
         return integers, self.input_scale, self.input_zero
 
 
 @dataclass(frozen=True)
 class Int8Static(Calibrated[InputRange]):
-    """Put int8 layers in the place of the targets that round their inputs to a range fixed beforehand.
+    """Replace the targets by int8 layers whose inputs are rounded over a range fixed by calibration.
 
-    The range of a layer's inputs is all that the calibration text shows of them, zero included; what lies outside later
-    is cut off. A row's answer does not depend on its batch.
+    The range of a layer's inputs spans everything seen on the calibration text, and zero; later inputs outside it are
+    clipped. A row's result does not depend on its batch.
 
     Attributes:
-        granularity: ``per_channel`` (one scale a weight row) or ``per_tensor`` (one a weight).
+        granularity: ``per_channel`` (one scale per weight row) or ``per_tensor`` (one per weight matrix).
     """
 
     granularity: str = "per_channel"
@@ -77,7 +77,7 @@ class Int8Static(Calibrated[InputRange]):
     modules = (StaticInt8Linear,)
 
     def __post_init__(self) -> None:
-        """Refuse a granularity that does not exist."""
+        """Refuse an unknown granularity."""
         check_granularity(self.granularity)
 
     def observe(self, in_features: int, device: torch.device) -> InputRange:

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go (Namburi et al. 2023, section 3.1: global L1-unstructured pruning)."""
+"""Magnitude pruning: remove the smallest weights (Namburi et al. 2023, section 3.1: global L1-unstructured pruning)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from knowledge_compression.models import TargetLayer
 
 @dataclass(frozen=True)
 class Magnitude(Ranked):
-    """Set the weights of smallest absolute value to zero; needs no text.
+    """Set the weights with the smallest absolute values to zero; needs no text.
 
-    With ``scope=global`` the same weights go as with ``torch.nn.utils.prune.global_unstructured(..., L1Unstructured)``,
-    without its copy of all weights.
+    With ``scope=global`` it removes the same weights as ``torch.nn.utils.prune.global_unstructured(...,
+    L1Unstructured)``, without copying all weights.
     """
 
     name = "magnitude"

@@ -1,7 +1,7 @@
 """NF4, the 4-bit grid of QLoRA whose levels are quantiles of the normal distribution (Dettmers et al. 2023, section 3).
 
-A file of our own: the one library that has it keeps packed bytes under ``.weight``, so its layers are no ``nn.Linear``
-for whoever reads that attribute (T5 does), nor can they be saved as plain floats.
+Written here because the one library that has it stores packed bytes in ``.weight``: code that reads this attribute
+(T5's does) then fails, and the weights cannot be saved as plain floats.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _SCALE_BITS, _DOUBLE_BLOCK = 32, 256
 
 @dataclass(frozen=True)
 class Nf4(Layerwise):
-    """Round weights, block by block, to sixteen levels times the block's largest magnitude; needs no text.
+    """Round each block of weights to sixteen levels times the block's largest magnitude; needs no text.
 
     Attributes:
-        block_size: neighbouring weights that share a scale; blocks run on over the ends of rows, as published.
-        double_quant: store the scales, less their mean, in 8 bits with one float a 256 of them (section 3, "Double
-            Quantization"; evenly spaced integers here where the published code has a dynamic 8-bit type).
+        block_size: number of neighbouring weights that share a scale; blocks continue across rows, as published.
+        double_quant: store the scales, minus their mean, in 8 bits with one float per 256 of them (section 3, "Double
+            Quantization"; here with evenly spaced integers, in the published code with a dynamic 8-bit type).
     """
 
     block_size: int = 64
@@ -69,8 +69,8 @@ class Nf4(Layerwise):
 def levels() -> Tensor:
     """The sixteen levels, float32, rising from -1 to 1 with an exact zero (appendix E).
 
-    Eight quantiles of the standard normal on the negative side and nine on the positive one, both with the zero and
-    evenly spaced in probability from 1/2 to the mean of 1 - 1/32 and 1 - 1/30, over the largest of them.
+    Eight quantiles of the standard normal on the negative side and nine on the positive side, both counting the zero,
+    evenly spaced in probability from 1/2 to the mean of 1 - 1/32 and 1 - 1/30, and divided by the largest.
     """
     outermost = (1 - 1 / 32 + 1 - 1 / 30) / 2
     up = torch.special.ndtri(torch.linspace(0.5, outermost, 9, dtype=torch.float64))
@@ -79,7 +79,7 @@ def levels() -> Tensor:
 
 
 def _in_eight_bits(scales: Tensor) -> Tensor:
-    """Scales ``[blocks, 1]`` less their mean, rounded to 255 even steps in runs of 256, never below zero."""
+    """Scales ``[blocks, 1]`` minus their mean, rounded to 255 even steps in runs of 256, never below zero."""
     mean = scales.mean()
     runs = torch.nn.functional.pad((scales - mean).flatten(), (0, -len(scales) % _DOUBLE_BLOCK)).view(-1, _DOUBLE_BLOCK)
     step = runs.abs().amax(1, keepdim=True) / 127

@@ -1,4 +1,4 @@
-"""No compression: the dense baseline that every comparison shares."""
+"""No compression: the dense baseline of every comparison."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from knowledge_compression.models import Model, Targets
 
 @dataclass(frozen=True)
 class NoCompression(Method):
-    """Leave the model as it is."""
+    """Leave the model unchanged."""
 
     name = "none"
     streams = False  # there is nothing to write

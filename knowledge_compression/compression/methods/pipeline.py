@@ -1,4 +1,4 @@
-"""Compressions one after the other on the same layers, e.g. prune, then quantize."""
+"""Several compressions in succession on the same layers, e.g. prune, then quantize."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Pipeline(Compression):
     """Several compressions in the order given.
 
     Attributes:
-        steps: the compressions; pruning goes before quantization, whose zeros stay zeros.
+        steps: the compressions; prune before quantizing, because quantization keeps zeros.
     """
 
     steps: Sequence[Compression]
@@ -46,5 +46,5 @@ class Pipeline(Compression):
         return [part for step in self.steps for part in step.parts]
 
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None = None) -> CompressionReport:
-        """Do every step in place and add up what they report."""
+        """Apply every step in place and combine the reports."""
         return reduce(followed_by, [step.compress(model, targets, calibration) for step in self.steps])

@@ -1,4 +1,4 @@
-"""Random pruning: the control that every other choice of weights must beat."""
+"""Random pruning: the control that every other pruning method must beat."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from knowledge_compression.models import TargetLayer
 
 @dataclass(frozen=True)
 class RandomPruning(Ranked):
-    """Set weights drawn by lot to zero; needs no text.
+    """Set randomly chosen weights to zero; needs no text.
 
     Attributes:
-        seed: of the draw; the same weights go on every device.
+        seed: of the random choice, which is the same on every device.
     """
 
     seed: Seed = 0
     name = "random"
 
     def score(self, layer: TargetLayer) -> Tensor:
-        """Uniform random numbers, float32, which the layer's path and the seed decide."""
+        """Uniform random numbers, float32, determined by the layer's path and the seed."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}:{layer.path}".encode()))
         return torch.rand(layer.weight.shape, generator=generator).to(layer.weight.device)

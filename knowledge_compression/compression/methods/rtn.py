@@ -1,4 +1,4 @@
-"""Round to nearest: the plain rounding of weights that every calibrated quantization is measured against."""
+"""Round to nearest: the plain rounding with which every calibrated quantization is compared."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Rtn(Layerwise):
         return Grid(self.bits, self.group_size, self.symmetric, self.clip, self.scale_bits)
 
     def check(self, targets: Targets) -> None:
-        """Refuse groups wider than a layer."""
+        """Refuse groups that do not fit a layer."""
         self.grid.check(targets, whole=False)
 
     def shrink(self, layer: TargetLayer) -> LayerReport:

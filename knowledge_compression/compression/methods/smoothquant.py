@@ -1,4 +1,4 @@
-"""SmoothQuant: int8 weights and activations, outlying channels moved into the weights (Xiao et al. 2023)."""
+"""SmoothQuant: int8 weights and activations, with outlier channels scaled into the weights (Xiao et al. 2023)."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class LargestInputs(Statistics):
         self.largest = torch.zeros(in_features, device=device)
 
     def update(self, inputs: LayerInputs) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         self.largest = torch.maximum(self.largest, inputs.values.float().abs().amax(0))
 
 
 class SmoothedInt8Linear(Int8Linear):
-    """An int8 layer whose inputs are divided, and whose weights multiplied, channel by channel.
+    """An int8 layer whose inputs are divided, and whose weights are multiplied, by a factor per channel.
 
     Args:
         weight, bias: as :class:`Int8Linear` takes them, before they are multiplied.
         divisor: float32 ``[in_features]``, positive.
 
     Attributes:
-        input_factor: buffer, one over the divisor.
+        input_factor: buffer, the reciprocal of the divisor.
     """
 
     input_factor: Tensor
@@ -47,29 +47,29 @@ class SmoothedInt8Linear(Int8Linear):
 
     @property
     def overhead_bits(self) -> int:
-        """Bits of the scales and the divisor."""
+        """Bits for the scales and the divisor."""
         return super().overhead_bits + 32 * self.in_features
 
     @property
     def weight(self) -> Tensor:
-        """The weights that the integers stand for, for inputs as they come, ``[out_features, in_features]``."""
+        """The weights that the integers represent, for undivided inputs, ``[out_features, in_features]``."""
         return (self.weight_int8 * self.weight_scale[:, None] * self.input_factor).to(self.dtype)
 
     def round_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Integers of the divided inputs, and a scale for each row."""
+        """The integers of the divided inputs, and a scale per row."""
         return *quantize_tokens(rows * self.input_factor), None
 
 
 @dataclass(frozen=True)
 class SmoothQuant(Calibrated[LargestInputs]):
-    """Put int8 layers in the place of the targets that divide their inputs, channel by channel, before they round them.
+    """Replace the targets by int8 layers that divide their inputs, channel by channel, before rounding them.
 
-    Linears that read the same inputs share one divisor, ``max|X_j|^alpha / max|W_j|^(1 - alpha)`` (eq. 4), so that it
-    could be folded into the norm before them; here each layer divides by it, which is the same product. Activations are
-    rounded token by token as they come (the paper's O1), weights row by row.
+    Linears that read the same inputs share one divisor, ``max|X_j|^alpha / max|W_j|^(1 - alpha)`` (eq. 4). The
+    published code folds it into the preceding norm; here each layer divides by it, which gives the same product.
+    Activations are rounded per token at run time (the paper's O1), weights per row.
 
     Attributes:
-        alpha: how much of the outliers moves into the weights, in [0, 1].
+        alpha: migration strength: how much of the outliers is moved into the weights, in [0, 1].
     """
 
     alpha: float = 0.5
@@ -77,16 +77,16 @@ class SmoothQuant(Calibrated[LargestInputs]):
     modules = (SmoothedInt8Linear,)
 
     def __post_init__(self) -> None:
-        """Refuse shares outside [0, 1]."""
+        """Refuse an alpha outside [0, 1]."""
         if not 0.0 <= self.alpha <= 1.0:
-            raise BadInput(f"compression.alpha={self.alpha} is not a share; it must lie in [0, 1], e.g. 0.5")
+            raise BadInput(f"compression.alpha={self.alpha} is out of range; it must lie in [0, 1], e.g. 0.5")
 
     def observe(self, in_features: int, device: torch.device) -> LargestInputs:
         """The channel maxima that all linears with one input share."""
         return LargestInputs(in_features, device)
 
     def solve(self, weight: Tensor, statistics: LargestInputs, heights: Sequence[int]) -> Solved:
-        """Replace the linears by int8 layers that divide by what suits all of them."""
+        """Replace the linears by int8 layers that share one divisor."""
         divisor, dead = self.divisor(weight, statistics.largest)
 
         def module(layer: TargetLayer) -> SmoothedInt8Linear:
@@ -95,14 +95,14 @@ class SmoothQuant(Calibrated[LargestInputs]):
         return Solved(module=module, fallbacks=["dead_input"] * dead)
 
     def divisor(self, weight: Tensor, largest: Tensor) -> tuple[Tensor, bool]:
-        """What the inputs are divided by.
+        """The divisor of each input channel.
 
         Args:
-            weight: of all linears that read these inputs, ``[out_features, in_features]``.
+            weight: the stacked weights of all linears that read these inputs, ``[out_features, in_features]``.
             largest: the largest magnitude of each input channel, ``[in_features]``.
 
         Returns:
-            The divisors, float32 ``[in_features]``, and whether a channel, being dead, was left as it is.
+            The divisors, float32 ``[in_features]``, and whether any channel is dead and so left undivided.
         """
         heaviest = weight.float().abs().amax(0)
         alive = (largest > 0) & (heaviest > 0)

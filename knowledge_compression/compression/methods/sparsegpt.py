@@ -1,4 +1,4 @@
-"""SparseGPT: weights removed column by column, the later ones making up for it (Frantar and Alistarh 2023)."""
+"""SparseGPT: weights removed column by column, the later ones compensating (Frantar and Alistarh 2023)."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from knowledge_compression.models import Targets
 
 @dataclass(frozen=True)
 class SparseGpt(SecondOrder):
-    """Prune with the curvature of each layer's output error on calibration text, and quantize in the same sweep.
+    """Prune using the curvature of each layer's output error on calibration text; can quantize in the same sweep.
 
-    ``docs/calibrated-compression.md`` gives the reason for each default with its figures; the published script's are
-    ``refit=0 true_sequential=false``.
+    ``docs/calibrated-compression.md`` gives the reason for each default, with measurements; the published script's
+    settings are ``refit=0 true_sequential=false``.
 
     Attributes:
         sparsity: share of each layer's weights to remove, in [0, 1).
         pattern: ``n:m``, e.g. ``2:4``: keep n of every m neighbouring inputs; the sparsity is then that of the pattern.
-        bits: width of the codes that the kept weights are rounded to as well; None leaves them as they are.
-        group_size, symmetric, clip, scale_bits: the grid, where ``bits`` is given.
-        block_size: columns among which the weights that go are chosen together (without a pattern).
-        refit: steps of conjugate gradients by which the kept weights are fitted together when it is settled which they
-            are; 0 leaves them as the sweep put them, and so do ``bits``, whose grid they would leave.
+        bits: width of the codes to which the kept weights are rounded; None does not quantize.
+        group_size, symmetric, clip, scale_bits: the grid, if ``bits`` is given.
+        block_size: number of columns among which the weights to remove are chosen jointly (without a pattern).
+        refit: conjugate-gradient steps that refit the kept weights jointly once the mask is fixed; 0 keeps the values
+            of the sweep. With ``bits`` there is no refit, as it would move the weights off the grid.
     """
 
     sparsity: float
@@ -73,27 +73,27 @@ class SparseGpt(SecondOrder):
             self.grid.check(targets, whole=False)
 
     def solve(self, weight: Tensor, statistics: Hessian, heights: Sequence[int]) -> Solved:
-        """Prune the weight, each layer in it to its own exact sparsity."""
+        """Prune the stacked weight, each layer in it to exactly the given sparsity."""
         return self.prune(weight, statistics.matrix, heights)
 
     def prune(self, weight: Tensor, hessian: Tensor, heights: Sequence[int] | None = None) -> Solved:
-        """The algorithm itself, which knows nothing of models.
+        """The algorithm itself, on tensors alone.
 
         Args:
             weight: float32 ``[out_features, in_features]``.
             hessian: mean second moments of the inputs, ``[in_features, in_features]``.
-            heights: rows of each of the layers stacked in ``weight``; each gets the sparsity for itself.
+            heights: number of rows of each layer stacked in ``weight``; each is pruned to the sparsity separately.
 
         Returns:
-            The new weight; on a Hessian that no damping made positive definite, one pruned by Wanda's score
-            (``not_positive_definite``).
+            The new weight; if no damping made the Hessian positive definite, it is pruned by Wanda's score instead
+            (fallback ``not_positive_definite``).
         """
         rows = list(heights or [len(weight)])
         columns = torch.arange(len(hessian), device=hessian.device)
         factor = inverse_factor(hessian, self.damping)
         upper = factor.upper if factor else torch.eye(len(hessian)).to(hessian)
         pivots = factor.pivots if factor else hessian.diagonal().clamp(min=1e-12).reciprocal()
-        worth = pivots.rsqrt()[:, None]  # Optimal Brain Surgeon: w² / [H⁻¹]ᵢᵢ of what is left
+        worth = pivots.rsqrt()[:, None]  # Optimal Brain Surgeon: w² / [H⁻¹]ᵢᵢ over the remaining columns
         turned = weight.T.clone(memory_format=torch.contiguous_format)
         mask = torch.zeros_like(turned, dtype=torch.bool)
         removed = [0] * len(rows)
@@ -103,7 +103,7 @@ class SparseGpt(SecondOrder):
             for j, (part, goes) in enumerate(zip(scores, mask[start:end].split(rows, dim=1), strict=True)):
                 if self.shape:
                     goes.copy_(self.shape.removes(part.T).T)
-                else:  # as many as are due by here, so that no rounding adds up
+                else:  # as many as are due up to here, so that rounding does not accumulate
                     count = round(self.sparsity * rows[j] * end) - removed[j]
                     goes.copy_(_smallest(part, count))
                     removed[j] += count

@@ -1,4 +1,4 @@
-"""Structured pruning: whole rows or columns go (Namburi et al. 2023, section 3.4: L1-structured of the head)."""
+"""Structured pruning: remove whole rows or columns (Namburi et al. 2023, section 3.4: L1-structured, of the head)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ NORMS = {"1": 1.0, "1.0": 1.0, "2": 2.0, "2.0": 2.0, "inf": math.inf}
 
 @dataclass(frozen=True)
 class Structured(Layerwise):
-    """Set the rows or columns of smallest norm to zero, in each layer the same share; needs no text.
+    """Set the rows or columns with the smallest norms to zero, the same share in every layer; needs no text.
 
-    The semantics are those of ``torch.nn.utils.prune.ln_structured``; a bias stays. Among equal norms the first go.
+    The semantics are those of ``torch.nn.utils.prune.ln_structured``; biases are kept. Among equal norms the first are
+    removed.
 
     Attributes:
-        sparsity: share of the rows or columns to remove, in [0, 1); ``round(sparsity * rows)`` go.
-        dim: 0 for outputs (rows; of the final layer these are words of the vocabulary), 1 for inputs (columns).
-        norm: 1, 2 or inf, the norm that a row or column is ranked by.
+        sparsity: share of the rows or columns to remove, in [0, 1); ``round(sparsity * rows)`` are removed.
+        dim: 0 for outputs (rows; in the final layer, tokens of the vocabulary), 1 for inputs (columns).
+        norm: 1, 2 or inf, the norm by which rows or columns are ranked.
     """
 
     sparsity: float
@@ -33,7 +34,7 @@ class Structured(Layerwise):
     name = "structured"
 
     def __post_init__(self) -> None:
-        """Refuse settings that do not exist before anything is loaded."""
+        """Refuse invalid settings before anything is loaded."""
         check_sparsity(self.sparsity)
         if self.dim not in (0, 1):
             raise BadInput(f"dim={self.dim} does not exist; choose 0 (rows: outputs) or 1 (columns: inputs)")

@@ -1,4 +1,4 @@
-"""Wanda: each output keeps the weights that, times the size of their inputs, are largest (Sun et al. 2024, eq. 1)."""
+"""Wanda: each output keeps the weights of largest magnitude times input norm (Sun et al. 2024, eq. 1)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class InputPower(Statistics):
         self._tokens = 0
 
     def update(self, inputs: LayerInputs) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         self._sum += inputs.values.float().square().sum(0)
         self._tokens += len(inputs.values)
 
@@ -35,7 +35,7 @@ class InputPower(Statistics):
 
 @dataclass(frozen=True)
 class Wanda(Calibrated[InputPower]):
-    """Remove the weights of least ``|w| ‖x‖`` from every output row; the rest stay as they are.
+    """Remove the weights with the smallest ``|w| ‖x‖`` from every output row; the others are unchanged.
 
     Attributes:
         sparsity: share of each row's weights to remove, in [0, 1).
@@ -62,12 +62,12 @@ class Wanda(Calibrated[InputPower]):
         return InputPower(in_features, device)
 
     def solve(self, weight: Tensor, statistics: InputPower, heights: Sequence[int]) -> Solved:
-        """Choose the weights that go by the norms of the inputs."""
+        """Choose the weights to remove, using the norms of the inputs."""
         power = statistics.mean
         return Solved(removed=self.removes(weight, power), fallbacks=["dead_input"] * bool((power == 0).any()))
 
     def removes(self, weight: Tensor, power: Tensor) -> Tensor:
-        """The algorithm itself: boolean mask ``[out, in]`` of what goes, given the inputs' mean squares ``[in]``."""
+        """The algorithm itself: the mask of removed weights, bool ``[out, in]``, from the mean squares ``[in]``."""
         scores = weight.float().abs() * power.sqrt()
         if self.shape:
             return self.shape.removes(scores)

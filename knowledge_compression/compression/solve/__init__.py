@@ -1,1 +1,1 @@
-"""The algorithms under the methods, which know tensors and nothing of models."""
+"""The algorithms that the methods use; they work on tensors and know nothing about models."""

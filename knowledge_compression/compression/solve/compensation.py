@@ -1,7 +1,7 @@
 """Project each column in turn; the columns after it compensate for its error.
 
-The step that GPTQ (Frantar et al. 2023, algorithm 1) and SparseGPT (Frantar and Alistarh 2023, algorithm 1) share; they
-differ only in where a column may be put.
+This is the step that GPTQ (Frantar et al. 2023, algorithm 1) and SparseGPT (Frantar and Alistarh 2023, algorithm 1)
+share; they differ only in the projection of a column.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_LEAF = 16  # columns that tell each other their errors one by one; runs of more do so in products of matrices
+_LEAF = 16  # columns whose errors are propagated one by one; for longer runs matrix products do it
 
 
 def compensate(
@@ -24,18 +24,20 @@ def compensate(
     unit: int = _LEAF,
     block_size: int = 128,
 ) -> None:
-    """Replace every column by its projection, and move its error onto the later ones as the Hessian says.
+    """Replace every column by its projection, and let the later columns compensate for its error as the Hessian
+    prescribes.
 
     Args:
-        columns: the weight transposed, float32 ``[in_features, out_features]`` and contiguous, so that a column of the
-            weight lies in one piece; changed in place.
+        columns: the transposed weight, float32 ``[in_features, out_features]``, contiguous, so that a column of the
+            weight is contiguous in memory; changed in place.
         upper: ``U`` of an :class:`~knowledge_compression.compression.solve.hessian.InverseFactor`, ``[in_features,
             in_features]``, in the order of ``columns``.
-        project: gives, for a column's index and its up-to-date values ``[out_features]``, a tensor of those it gets.
-        prepare: called with each ``[start, end)`` of ``unit`` columns when all that comes before them is made up for.
+        project: maps a column's index and its current values ``[out_features]`` to its new values.
+        prepare: called with each range ``[start, end)`` of ``unit`` columns once all errors before it have been
+            compensated for.
         unit: columns that are prepared together.
-        block_size: columns whose errors are gathered before they move on to the columns after the block, rounded to
-            whole units; it changes the speed and not the result.
+        block_size: columns whose errors are accumulated before they are applied to the columns after the block, rounded
+            to whole units; it affects the speed, not the result.
     """
     block_size = unit * max(1, block_size // unit)
     errors = columns.new_empty(block_size, columns.shape[1])
@@ -52,8 +54,8 @@ def compensate(
         for i, column, error, row in zip(range(start, end), part, errors_of(start, end), rows, strict=True):
             projected.append(project(i, column))
             torch.sub(column, projected[-1], out=error)
-            part.addr_(row, error, alpha=-1)  # a whole row, whose zeros leave what is done as it is, needs no slicing
-        torch.stack(projected, out=part)  # which the ones in the rows made it but for rounding
+            part.addr_(row, error, alpha=-1)  # unsliced: zeros leave finished columns as they are
+        torch.stack(projected, out=part)  # which it already is up to rounding, because of the ones on the diagonal
 
     def prepared(start: int, end: int) -> None:
         prepare(start, end)
@@ -68,7 +70,7 @@ def compensate(
 def _halve(
     start: int, end: int, whole: int, sweep: Callable[[int, int], None], move: Callable[[int, int, int], None]
 ) -> None:
-    """Sweep the first half, move its errors onto the second, sweep that; down to runs of ``whole`` columns."""
+    """Sweep the first half, apply its errors to the second, sweep that; recursively down to ``whole`` columns."""
     if end - start <= whole:
         sweep(start, end)
         return

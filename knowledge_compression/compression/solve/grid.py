@@ -17,19 +17,19 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.models.targets import TargetLayer
 
 CLIPS = ("minmax", "mse")
-_SHARES = [1 - step / 10 for step in range(8)]  # of the span, that `mse` tries
-_BETWEEN = 0.05  # and then as much above and below the best of them
+_SHARES = [1 - step / 10 for step in range(8)]  # shares of the span that `mse` tries
+_BETWEEN = 0.05  # and then as many above and below the best of them
 _SCALES = {16: torch.float16, 32: torch.float32}  # by their bits
 _IN_CACHE = 1 << 18  # values
-SCALE_BITS = 16  # of a float16, as packed checkpoints hold scales
+SCALE_BITS = 16  # float16, the type of scales in packed checkpoints
 
 
 @dataclass(frozen=True, eq=False)
 class FittedGrid:
-    """The grid that a weight was rounded to; everything on the CPU.
+    """The grid that a weight was rounded to; all tensors are on the CPU.
 
     Attributes:
-        scales: float32 ``[out_features, groups]``, every value exact in a float of ``scale_bits``.
+        scales: float32 ``[out_features, groups]``, every value exactly representable in a float of ``scale_bits``.
         zeros: uint8 ``[out_features, groups]``.
         group_of: int32 ``[in_features]``, the group of each input column (``g_idx`` of packed checkpoints).
         bits: width of a code.
@@ -45,16 +45,16 @@ class FittedGrid:
     scale_bits: int
 
     def codes(self, weight: Tensor) -> Tensor:
-        """The integers nearest to a weight ``[out_features, in_features]`` of any floating type, uint8 on the CPU.
+        """The codes nearest to a weight ``[out_features, in_features]`` of any floating dtype, uint8 on the CPU.
 
-        Of a float32 weight on the grid they are the very ones it was made of, as its quotient by the scale lies next to
-        a whole number.
+        For a float32 weight on the grid they are exactly the codes that it was made from, because its quotient by the
+        scale lies next to a whole number.
         """
         nearest = encoded(weight.to("cpu", torch.float32), *self._columns(), 2**self.bits - 1)
         return nearest.to(torch.uint8, memory_format=torch.contiguous_format)
 
     def read(self, codes: Tensor) -> Tensor:
-        """The weight that codes ``[out_features, in_features]`` stand for, float32."""
+        """The weight that codes ``[out_features, in_features]`` represent, float32."""
         return dequantized(codes, *self._columns())
 
     def _columns(self) -> tuple[Tensor, Tensor]:
@@ -66,12 +66,12 @@ class FittedGrid:
 
     @property
     def groups_alike(self) -> bool:
-        """Whether all groups have as many columns; else the last, or the ordering's last, has fewer."""
+        """Whether all groups have the same number of columns; otherwise the last one in the ordering has fewer."""
         return len(self.group_of.bincount().unique()) == 1
 
     @property
     def overhead_bits(self) -> int:
-        """Bits for scales and, where they vary, zero points."""
+        """Bits for scales and, if they vary, zero points."""
         return self.scales.numel() * (self.scale_bits + (0 if self.symmetric else self.bits))
 
 
@@ -80,8 +80,8 @@ class QuantizedWeight:
     """A weight as integer codes, from which a packed checkpoint is written.
 
     Attributes:
-        codes: uint8 ``[out_features, in_features]`` on the CPU, columns in the layer's own order.
-        grid: what they mean.
+        codes: uint8 ``[out_features, in_features]`` on the CPU, with columns in the layer's own order.
+        grid: the scales and zero points of the codes.
     """
 
     codes: Tensor
@@ -89,7 +89,7 @@ class QuantizedWeight:
 
     @classmethod
     def made(cls, codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, grid: Grid) -> QuantizedWeight:
-        """From tensors of any type and device."""
+        """Build one from tensors of any dtype and device."""
         fitted = FittedGrid(
             scales.to("cpu", torch.float32).contiguous(),
             zeros.to("cpu", torch.uint8).contiguous(),
@@ -101,25 +101,26 @@ class QuantizedWeight:
         return cls(codes.to("cpu", torch.uint8).contiguous(), fitted)
 
     def dequantize(self) -> Tensor:
-        """The weight that the codes stand for, float32 ``[out_features, in_features]``."""
+        """The weight that the codes represent, float32 ``[out_features, in_features]``."""
         return self.grid.read(self.codes)
 
     def rows(self, start: int, end: int) -> QuantizedWeight:
-        """The part of some output rows, of one layer where several were quantized as one weight."""
+        """The part of some output rows: one layer, if several were quantized as one weight."""
         return QuantizedWeight(self.codes[start:end], self.grid.rows(start, end))
 
     def put_into(self, layer: TargetLayer) -> None:
-        """Write the weight these codes stand for into the layer, and leave with its module what finds them again.
+        """Write the weight that these codes represent into the layer, and store with its module what is needed to
+        recover them.
 
-        That is the grid alone, but where the layer's type is too coarse to tell all its points apart.
+        That is the grid alone, unless the layer's dtype is too coarse to distinguish all its points.
         """
         layer.weight.copy_(self.dequantize())
         exact = layer.weight.dtype == torch.float32 or torch.equal(self.grid.codes(layer.weight), self.codes)
-        # Neither a parameter nor in the state dict.
+        # neither a parameter nor part of the state dict
         layer.notes["quantized_weight"] = self.grid if exact else self
 
     def report(self, layer: TargetLayer) -> LayerReport:
-        """What became of a layer that got these codes."""
+        """The report on a layer that was given these codes."""
         return LayerReport.of(
             layer,
             bits=float(self.grid.bits),
@@ -129,7 +130,7 @@ class QuantizedWeight:
 
 
 def quantized_weight(layer: TargetLayer) -> QuantizedWeight | None:
-    """The codes of a layer's weight; None if it has no codes or its weight has changed since."""
+    """The codes of a layer's weight; None if it was not quantized or its weight has changed since."""
     kept: FittedGrid | QuantizedWeight | None = layer.notes.get("quantized_weight")
     if isinstance(kept, FittedGrid):
         kept = QuantizedWeight(kept.codes(layer.weight), kept)
@@ -139,31 +140,31 @@ def quantized_weight(layer: TargetLayer) -> QuantizedWeight | None:
 
 
 def spread(values: Tensor, group_of: Tensor, dim: int) -> Tensor:
-    """Expand per-group values to columns; a single group is returned as it is, to broadcast."""
+    """Expand per-group values to columns; a single group is returned unchanged, to be broadcast."""
     return values if values.shape[dim] == 1 else values.index_select(dim, group_of)
 
 
 def encoded(weight: Tensor, scales: Tensor, zeros: Tensor, top: int) -> Tensor:
-    """Codes, from 0 to ``top``, of the nearest grid points, in the weight's own type; shapes broadcast."""
+    """Codes, from 0 to ``top``, of the nearest grid points, in the weight's dtype; shapes broadcast."""
     return (weight / scales).round_().add_(zeros).clamp_(0, top)
 
 
 def dequantized(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """``s (q - z)`` in the scales' type; shapes broadcast."""
+    """``s (q - z)`` in the scales' dtype; shapes broadcast."""
     return scales * (codes.to(scales.dtype) - zeros.to(scales.dtype))
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The choice of a grid; methods hold one and fit it to the weights.
+    """The settings of a grid; methods hold one and fit it to the weights.
 
     Attributes:
         bits: 2, 3, 4 or 8.
         group_size: input columns that share a scale; None takes the whole row (per channel).
         symmetric: whether the zero point is fixed at the middle of the range.
-        clip: ``minmax`` (the grid spans all values) or ``mse`` (it may cut off extremes where that makes the squared
-            rounding error smaller, as a finer grid then serves the rest).
-        scale_bits: 16 or 32, the width of the floating numbers that scales are; packed checkpoints hold 16.
+        clip: ``minmax`` (the grid spans all values) or ``mse`` (it clips extreme values if the finer grid for the rest
+            then makes the squared rounding error smaller).
+        scale_bits: 16 or 32, the width of the scales as floating-point numbers; packed checkpoints hold 16.
     """
 
     bits: int
@@ -183,7 +184,7 @@ class Grid:
         if self.clip not in CLIPS:
             raise BadInput(f"compression.clip={self.clip} does not exist; choose one of {', '.join(CLIPS)}")
         if self.scale_bits not in _SCALES:
-            raise BadInput(f"compression.scale_bits={self.scale_bits} is no width of a scale; choose 16 or 32")
+            raise BadInput(f"compression.scale_bits={self.scale_bits} is not a width of scales; choose 16 or 32")
 
     @property
     def top(self) -> int:
@@ -191,11 +192,11 @@ class Grid:
         return 2**self.bits - 1
 
     def check(self, layers: Sequence[TargetLayer], *, whole: bool = True) -> None:
-        """Refuse a group size that is more than the input width of a layer, or does not divide it.
+        """Refuse a group size that exceeds a layer's number of inputs, or does not divide it.
 
         Args:
-            layers: what is to be quantized.
-            whole: whether every group must be of full size; else the last one may be shorter.
+            layers: the layers to quantize.
+            whole: whether every group must have the full size; otherwise the last may be shorter.
         """
         for layer in layers:
             width = layer.weight.shape[1]
@@ -206,7 +207,7 @@ class Grid:
                 )
 
     def width(self, in_features: int) -> int:
-        """Columns of one group for a layer with this many inputs."""
+        """The number of columns in a group, for a layer with this many inputs."""
         return self.group_size or in_features
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -214,14 +215,14 @@ class Grid:
 
         Args:
             weight: float32 ``[..., columns]``.
-            importance: how much the squared error of each column counts for ``mse``, ``[columns]``; alike if None.
+            importance: weight of each column's squared error for ``mse``, ``[columns]``; equal weights if None.
 
         Returns:
             Scales and zero points, float32 ``[..., 1]``.
         """
         low, high = weight.amin(-1, keepdim=True).clamp(max=0), weight.amax(-1, keepdim=True).clamp(min=0)
         if self.clip == "mse":
-            rows = max(1, _IN_CACHE // weight[0].numel())  # a few rows at a time stay in cache through all the tries
+            rows = max(1, _IN_CACHE // weight[0].numel())  # few enough rows to stay in the processor's cache
             shares = torch.cat(
                 [
                     self._best_shares(*parts, importance)
@@ -232,7 +233,7 @@ class Grid:
         return self._spanning(low, high)
 
     def _best_shares(self, weight: Tensor, low: Tensor, high: Tensor, importance: Tensor | None) -> Tensor:
-        """The shares of the spans that round with the least squared error, of those that are tried."""
+        """The shares of the spans with the least squared rounding error among those tried."""
         best, least = torch.ones_like(low), torch.full_like(low, torch.inf)
 
         def attempt(shares: Tensor | float) -> None:
@@ -249,14 +250,14 @@ class Grid:
         return best
 
     def _error(self, weight: Tensor, scales: Tensor, zeros: Tensor, importance: Tensor | None) -> Tensor:
-        # In steps of the grid, which saves looking at each value twice more, and from its lowest point, as bounds that
+        # In units of the grid step, which saves two passes over the values, and from its lowest point, as bounds that
         # are tensors would take as long as all the rest.
         wanted = (weight * scales.reciprocal()).add_(zeros)
         error = wanted.round().clamp_(0, self.top).sub_(wanted).square_()
         return (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True).mul_(scales.square())
 
     def encode(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-        """Codes of the nearest grid points, in the weight's own type; shapes broadcast."""
+        """Codes of the nearest grid points, in the weight's dtype; shapes broadcast."""
         return encoded(weight, scales, zeros, self.top)
 
     def round(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -264,9 +265,10 @@ class Grid:
         return dequantized(self.encode(weight, scales, zeros), scales, zeros)
 
     def nearest(self, weight: Tensor) -> Tensor:
-        """The nearest grid points of ``[out_features, in_features]``, each group on a grid of its own, in its type.
+        """The nearest grid points of ``[out_features, in_features]``, each group on its own grid, in the weight's
+        dtype.
 
-        The last group has fewer columns where the size of a group does not divide the inputs.
+        The last group has fewer columns if the group size does not divide the number of inputs.
         """
         width = self.width(weight.shape[1])
         whole = weight.shape[1] - weight.shape[1] % width
@@ -283,17 +285,17 @@ class Grid:
 
 
 def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest scales above zero that a floating type holds; a row of zeros gets 1."""
+    """The nearest positive scales that a floating dtype can represent; a row of zeros gets 1."""
     limits = torch.finfo(dtype)
     nearest = scales.to(dtype).to(scales).clamp(min=limits.smallest_normal * limits.eps, max=limits.max)
     return torch.where(scales > 0, nearest, torch.ones_like(scales))
 
 
 class GroupedColumns:
-    """The grids of a weight's groups, while its columns are rounded in some order.
+    """The grids of a weight's groups while its columns are rounded in some order.
 
     Args:
-        grid: the kind of grid.
+        grid: the settings of the grids.
         rows: output features.
         group_of: the group of each column, in the order in which they are rounded, int64 ``[in_features]``.
     """
@@ -320,7 +322,7 @@ class GroupedColumns:
         return (column / scales).round_().clamp_(lowest, highest).mul_(scales)  # in place: there are many columns
 
     def quantized(self, columns: Tensor, order: Tensor) -> QuantizedWeight:
-        """The codes of columns that were all rounded, put back from ``order``."""
+        """The codes of all columns, once rounded, rearranged from ``order`` to the layer's own order."""
         scales, zeros = (spread(values, self._group_of, 0) for values in (self._scales, self._zeros))
         back = torch.argsort(order)
         codes = self.grid.encode(columns, scales, zeros)[back].T

@@ -1,4 +1,4 @@
-"""Second moments of a layer's inputs: the curvature of its squared output error, and how it is inverted safely."""
+"""Second moments of a layer's inputs: the curvature of its squared output error, and a safe way to invert it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 
 from knowledge_compression.compression.walk.blocks import LayerInputs, Statistics
 
-STRIPS = 12  # parts in which a triangle is multiplied: 13/24 of the work of the whole matrix
+STRIPS = 12  # parts in which a triangle is multiplied: 13/24 of the work for the whole matrix
 _LEAF = 128  # rows of a triangle that is inverted at once
-_PIECE = 1 << 18  # numbers that are turned at once
-LADDER = 4  # times the damping is raised tenfold before a layer falls back
+_PIECE = 1 << 18  # numbers reversed at once
+LADDER = 4  # how often the damping is raised tenfold before a layer falls back
 
 
 class Hessian(Statistics):
     """``H = mean of x xᵀ`` over the tokens of the calibration text (GPTQ, Frantar et al. 2023, eq. 1 without the 2).
 
-    Where the walk tells the influence of each token, the mean is weighted by it: the error that counts is then that of
-    the block's output, to first order, and not that of the layer's.
+    If the walk measures the influence of each token, the mean is weighted by it: the error is then, to first order,
+    that of the block's output rather than of the layer's.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -30,9 +30,9 @@ class Hessian(Statistics):
         self._complete = False
 
     def update(self, inputs: LayerInputs) -> None:
-        """Add a batch; only before the matrix is read."""
+        """Add a batch; not allowed once the matrix has been read."""
         if self._complete:
-            raise RuntimeError("the sum of second moments has become their mean already")
+            raise RuntimeError("the sum of second moments has already been turned into their mean")
         values, weighted = inputs.values.float(), inputs.values.float()
         if inputs.influence is not None:
             weighted = values * inputs.influence[:, None]
@@ -42,15 +42,15 @@ class Hessian(Statistics):
 
     @property
     def matrix(self) -> Tensor:
-        """``H``, float32 ``[in_features, in_features]``, in the place of the sum."""
+        """``H``, float32 ``[in_features, in_features]``; overwrites the sum."""
         matrix = self._sum
         if not self._complete:
             self._complete = True
             matrix /= self._weight or 1.0
-            for start, end in _strips(len(matrix)):  # what was summed above the diagonal, turned over
+            for start, end in _strips(len(matrix)):  # the sums above the diagonal, mirrored
                 matrix[end:, start:end] = matrix[start:end, end:].T
                 square = matrix[start:end, start:end]
-                square.copy_((square + square.T).mul_(0.5))  # influence may round its two halves differently
+                square.copy_((square + square.T).mul_(0.5))  # with influence the two halves may round differently
         return matrix
 
     @property
@@ -70,11 +70,11 @@ class InverseFactor:
     """``H⁻¹ = Uᵀ D U`` of a damped Hessian: ``U`` upper triangular with ones on its diagonal, ``D`` diagonal.
 
     Attributes:
-        upper: ``U``, float32 ``[n, n]``: what an error of one in an input does to the later ones that make up for it.
-        pivots: the diagonal of ``D``, ``[n]``: that of the inverse Hessian of an input and all that come after it.
-        damping: what was added to the diagonal, relative to its mean.
-        fallbacks: ``dead_input`` where an input never varies from zero, ``damping_raised`` where the first damping was
-            too little.
+        upper: ``U``, float32 ``[n, n]``: how the later inputs change to compensate for a unit error in an input.
+        pivots: the diagonal of ``D``, ``[n]``: for each input, its diagonal entry in the inverse of the Hessian of that
+            input and all later ones.
+        damping: constant added to the diagonal, relative to its mean.
+        fallbacks: ``dead_input`` if an input is always zero, ``damping_raised`` if the first damping was too small.
     """
 
     upper: Tensor
@@ -86,16 +86,16 @@ class InverseFactor:
 def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None) -> InverseFactor | None:
     """Factor the inverse of a Hessian, raising the damping tenfold until it is positive definite.
 
-    One Cholesky factorisation of the matrix turned about both axes and one triangular inverse give ``U`` without
-    forming the inverse itself, which would be less exact. All of it happens in one matrix beside the Hessian.
+    One Cholesky factorisation of the matrix with both axes reversed and one triangular inverse give ``U`` without
+    forming the inverse itself, which would be less accurate. Only one matrix is needed besides the Hessian.
 
     Args:
-        hessian: symmetric ``[n, n]``; left as it is.
+        hessian: symmetric ``[n, n]``; not modified.
         damping: first damping, relative to the mean of the diagonal.
-        order: the order in which the factor takes the inputs, int64 ``[n]``; as they stand if None.
+        order: the order of the inputs in the factor, int64 ``[n]``; their own order if None.
 
     Returns:
-        The factor; None where no damping of the ladder helped.
+        The factor; None if no damping that was tried was enough.
     """
     fallbacks = []
     diagonal = hessian.diagonal()
@@ -112,7 +112,7 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
             torch.index_select(rows, 1, backwards, out=factor[start:end])
         factor.diagonal().copy_(torch.where(dead, mean, diagonal).add_(relative * mean)[backwards])
         failed = hessian.new_zeros((), dtype=torch.int32)
-        by_columns = factor.mT  # as LAPACK has matrices, so that none is copied
+        by_columns = factor.mT  # column-major, as LAPACK expects, so that nothing is copied
         torch.linalg.cholesky_ex(by_columns, upper=True, out=(by_columns, failed))
         if not int(failed):
             _turn(factor)
@@ -125,7 +125,7 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
 
 
 def _turn(matrix: Tensor) -> None:
-    """Turn a matrix about both axes, in place: its numbers from the last to the first."""
+    """Reverse both axes of a matrix in place, so that its last number comes first."""
     numbers = matrix.view(-1)
     half = len(numbers) // 2
     for start in range(0, half, _PIECE):
@@ -137,7 +137,7 @@ def _turn(matrix: Tensor) -> None:
 
 
 def _invert(upper: Tensor) -> None:
-    """Invert an upper triangle in place: its quarter above the diagonal, then each half of the diagonal."""
+    """Invert an upper triangular matrix in place: its off-diagonal quarter, then each half of the diagonal."""
     size = len(upper)
     if size <= _LEAF:
         upper.copy_(torch.linalg.solve_triangular(upper, torch.eye(size).to(upper), upper=True))
@@ -152,7 +152,7 @@ def _invert(upper: Tensor) -> None:
 
 
 def relative_errors(weight: Tensor, approximations: Sequence[Tensor], hessian: Tensor) -> list[float]:
-    """Mean square of a layer's output error over that of its output, ``tr(D H Dᵀ) / tr(W H Wᵀ)``, of each."""
+    """Mean square of the output error over that of the output, ``tr(D H Dᵀ) / tr(W H Wᵀ)``, for each layer."""
     power = max(_power(weight, hessian), 1e-30)
     return [_power(weight - approximation.to(weight), hessian) / power for approximation in approximations]
 

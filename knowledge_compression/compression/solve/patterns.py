@@ -1,4 +1,4 @@
-"""Patterns n:m of weights that stay among neighbouring inputs, e.g. 2:4, which GPUs can multiply faster."""
+"""n:m sparsity patterns, e.g. 2:4, which some GPUs multiply faster: n of m neighbouring weights are kept."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from knowledge_compression.models import TargetLayer
 
 @dataclass(frozen=True)
 class Pattern:
-    """``keep`` weights of every ``of`` neighbours along the inputs."""
+    """Keep ``keep`` of every ``of`` neighbouring weights along the inputs."""
 
     keep: int
     of: int
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """Read ``2:4``.
+        """Parse a pattern such as ``2:4``.
 
         Raises:
-            BadInput: it is not two numbers n:m with 0 < n < m.
+            BadInput: the text is not of the form n:m with 0 < n < m.
         """
         keep, colon, of = str(text).partition(":")
         if not (colon and keep.isdecimal() and of.isdecimal() and 0 < int(keep) < int(of)):
@@ -32,17 +32,17 @@ class Pattern:
         return cls(int(keep), int(of))
 
     def check(self, layers: Iterable[TargetLayer]) -> None:
-        """Refuse layers whose number of inputs the pattern does not divide."""
+        """Refuse layers whose number of inputs is not a multiple of m."""
         for layer in layers:
             if (inputs := layer.weight.shape[1]) % self.of:
                 raise BadInput(f"pattern={self} does not divide the {inputs} inputs of {layer.path}")
 
     def removes(self, scores: Tensor) -> Tensor:
-        """Boolean mask ``[out, in]`` of what goes: of every group the ``of - keep`` least, among equals the first."""
+        """Mask of what to remove, bool ``[out, in]``: the ``of - keep`` lowest of a group, the first among equals."""
         groups = scores.abs().unflatten(1, (-1, self.of))
         order = groups.argsort(dim=-1, stable=True)[..., : self.of - self.keep]
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).flatten(1)
 
     def __str__(self) -> str:
-        """As the user types it."""
+        """The pattern as the user types it."""
         return f"{self.keep}:{self.of}"

@@ -1,4 +1,4 @@
-"""The exact k-th smallest magnitude of many tensors, in memory that does not grow with them.
+"""The exact k-th smallest magnitude of many tensors, in constant memory.
 
 The bits of a non-negative IEEE float, read as an integer, are in the float's order. So the k-th smallest magnitude is
 found by radix selection: one pass counts the upper half of the bits, which names the bucket the k-th value lies in,
@@ -14,15 +14,15 @@ import torch
 from knowledge_compression.errors import BadInput
 
 Walk = Callable[[], Iterable[torch.Tensor]]
-"""Gives the same tensors in the same order each time it is called, e.g. from the shards of a checkpoint."""
+"""Yields the same tensors in the same order each time it is called, e.g. from the shards of a checkpoint."""
 
-_PIECE = 1 << 20  # values looked at together: a few megabytes of scratch, which stay in cache
+_PIECE = 1 << 20  # values processed together: a few megabytes of scratch memory, which stay in the processor's cache
 _HALF = 16
 _LOW = (1 << _HALF) - 1
 
 
 class Cut:
-    """The k smallest magnitudes of a walk: all below a threshold, and of those equal to it the first few met.
+    """The k smallest magnitudes of a walk: all below a threshold, and the first few of those equal to it.
 
     Attributes:
         threshold: the k-th smallest magnitude; -1.0 where k is 0.
@@ -36,18 +36,18 @@ class Cut:
 
     @property
     def state(self) -> tuple[int, int]:
-        """What a cut that goes on from here is made of: ``Cut(*state)``."""
+        """The state from which a cut can continue: ``Cut(*state)``."""
         return self._bits, self._ties_left
 
     @property
     def threshold(self) -> float:
-        """The threshold as a number."""
+        """The threshold as a floating-point number."""
         return float(torch.tensor(self._bits, dtype=torch.int32).view(torch.float32)) if self._bits >= 0 else -1.0
 
     def removes(self, piece: torch.Tensor) -> torch.Tensor:
-        """Boolean mask, of the piece's shape, of what lies among the k smallest.
+        """Boolean mask, of the piece's shape, of the values among the k smallest.
 
-        Pieces must come in the order of the walk, each once: a tie goes to the piece that comes first.
+        Pieces must be passed once each, in the order of the walk: of equal values the first are among the k.
         """
         bits = _magnitude_bits(piece)
         mask = bits < self._bits
@@ -62,15 +62,15 @@ class Cut:
 
 
 def smallest(walk: Walk, k: int) -> Cut:
-    """Where to cut so that exactly the ``k`` smallest magnitudes of all the walk's values lie below.
+    """The cut that separates exactly the ``k`` smallest magnitudes of all the walk's values.
 
     Args:
-        walk: called three times at most; floating tensors of any shape and device, float32 or narrower.
+        walk: called at most three times; yields floating-point tensors of any shape and device, float32 or narrower.
         k: how many values to cut off, 0 to the number of values.
 
     Raises:
         ValueError: there are fewer than ``k`` values.
-        BadInput: the tensors are of a type wider than float32, whose order 32 bits cannot hold.
+        BadInput: the tensors' dtype is wider than float32, so that 32 bits cannot rank them.
     """
     if k == 0:
         return Cut(-1, 0)

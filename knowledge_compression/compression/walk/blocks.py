@@ -1,10 +1,10 @@
-"""The block-by-block walk under every calibrated method: inputs in, one block compressed, its outputs go on.
+"""The block-by-block walk of every calibrated method: observe a block's inputs, compress it, pass its outputs on.
 
 The network's own forward pass is run once for each batch of calibration text and *suspended* at every block (and at
-every chosen linear that lies outside the blocks). While all batches stand before the same block, its linears' inputs
-are observed, the block is compressed, and the batches go on with the compressed block's outputs. Whatever a network
-does between its blocks (masks, positions, rotary embeddings, the way from encoder to decoder) is thus done by the
-network itself, and nothing here knows an architecture.
+every chosen linear that lies outside the blocks). While all batches are suspended before the same block, its linears'
+inputs are observed, the block is compressed, and the batches resume with the compressed block's outputs. Whatever a
+network does between its blocks (masks, positions, rotary embeddings, passing from encoder to decoder) is thus done by
+the network itself, and nothing here depends on an architecture.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from knowledge_compression.models.targets import TargetLayer
 from knowledge_compression.progress import bars
 
 TOKENS_PER_BATCH = 4096
-FEWEST_TOKENS = 16  # of an expert that is compressed on what it reads
-TOKENS_PER_BATCH_CPU = 1024  # as fast there, and what a forward pass leaves in between is less
+FEWEST_TOKENS = 16  # for an expert to be compressed on its own inputs
+TOKENS_PER_BATCH_CPU = 1024  # as fast there, and a forward pass needs less memory
 
 
 __all__ = ["BlockMethod", "LayerInputs", "Statistics", "WalkSettings", "compress_blocks"]
@@ -56,17 +56,17 @@ def compress_blocks(
     hold: Hold | None = None,
     tokens_per_batch: int | None = None,
 ) -> list[LayerReport]:
-    """Compress the target layers block by block, each on the inputs that the compressed blocks before it give.
+    """Compress the target layers block by block, each on the inputs that it gets from the compressed blocks before it.
 
-    A block that is used many times (ALBERT) is observed over all its uses and compressed after the last.
+    A block that is used several times (ALBERT) is observed over all its uses and compressed after the last.
 
     Args:
         model: the model; its network is changed in place.
-        targets: the layers to compress; a block with none of them is only run.
-        calibration: token ids ``[samples, length]``. An encoder-decoder reads the first half of each window and its
-            decoder says the second.
-        method: what to observe and what to do with it. Whatever type the forward passes multiply in, it is called
-            outside that context, so its own products are what they look like.
+        targets: the layers to compress; a block without any is only run.
+        calibration: token ids ``[samples, length]``. In an encoder-decoder, the encoder reads the first half of each
+            window and the decoder the second.
+        method: what to observe and how to compress. It is called outside the forward passes' autocast context, so its
+            own products are computed in the dtype of their operands.
         settings: how to walk.
         hold: brings a block to the compute device and back; by default its parameters are moved.
         tokens_per_batch: tokens in one forward pass; 1,024 on a CPU and 4,096 elsewhere if None.
@@ -75,18 +75,18 @@ def compress_blocks(
         One report for each target layer, in forward order.
 
     Raises:
-        BadInput: no calibration text, windows longer than the model's positions, a target that never runs, or
-            ``by_influence`` together with ``true_sequential``.
+        BadInput: no calibration text, windows longer than the model's positions, a target that the forward pass never
+            reaches, or ``by_influence`` together with ``true_sequential``.
     """
     if settings.by_influence and settings.true_sequential:
         raise BadInput(
-            "compression.by_influence=true looks at whole blocks and compression.true_sequential=true never does; "
+            "compression.by_influence=true needs whole blocks, which compression.true_sequential=true never runs; "
             "set one of them to false"
         )
     windows = _checked(model, calibration)
     place, narrower = settings.computed_on(model).place, settings.multiplied_in(model)
     walk = _Walk(model, targets, method, settings, place, narrower, hold or partial(_moved, device=place))
-    # The first batch is one window, which shows at little cost what reads what.
+    # The first batch is one window, which shows cheaply which linears read the same tensor.
     tokens = tokens_per_batch or (TOKENS_PER_BATCH_CPU if place.type == "cpu" else TOKENS_PER_BATCH)
     rest = windows[1:].split(max(1, tokens // windows.shape[1]))
     with torch.no_grad(), one_expert_after_the_other(model.network):
@@ -119,7 +119,7 @@ def _checked(model: Model, calibration: LongTensor | None) -> Tensor:
 
 @dataclass
 class _Group(Generic[S]):
-    """Linears of a block that read the same tensor, with its statistics; the first of them observes for all."""
+    """Linears of a block that read the same tensor, and its statistics; only the first of them observes it."""
 
     statistics: S
     layers: list[TargetLayer] = field(default_factory=list)
@@ -130,7 +130,7 @@ class _Group(Generic[S]):
 class _Walk(Generic[S]):
     """The state of one walk through the network.
 
-    A *unit* is a block, or a target linear outside the blocks; forward passes are suspended before each.
+    A *unit* is a block, or a target linear outside the blocks; forward passes are suspended before each unit.
     """
 
     model: Model
@@ -138,7 +138,7 @@ class _Walk(Generic[S]):
     method: BlockMethod[S]
     settings: WalkSettings
     device: torch.device
-    narrower: torch.dtype | None  # of the forward passes' products, if not the network's own
+    narrower: torch.dtype | None  # of the products in forward passes, if not the network's own
     hold: Hold
 
     def __post_init__(self) -> None:
@@ -152,7 +152,7 @@ class _Walk(Generic[S]):
         self.reports: dict[str, LayerReport] = {}
 
     def run(self, batches: Sequence[Tensor]) -> list[LayerReport]:
-        """Walk until every target is compressed; more than once only where a block is used many times."""
+        """Walk until every target is compressed; more than once only if a block is used several times."""
         total = sum(map(len, self.pending.values()))
         with bars() as progress:
             bar = progress.add_task("compressing", total=total)
@@ -166,7 +166,7 @@ class _Walk(Generic[S]):
         return list(self.reports.values())
 
     def _pass(self, batches: Sequence[Tensor]) -> Iterator[str]:
-        """Run all batches abreast until nothing is pending, or a block used many times has been compressed."""
+        """Run all batches in step until nothing is pending or a block that is used several times is compressed."""
         groups: dict[str, list[_Group[S]]] = defaultdict(list)
         calls: Counter[str] = Counter()
         forwards = [SuspendedForward(partial(self._forward, batch), self._multiplying) for batch in batches]
@@ -188,7 +188,7 @@ class _Walk(Generic[S]):
                             calls[unit] += 1
                             if calls[unit] == uses:
                                 self._compress(unit, groups.pop(unit))
-                                if uses > 1:  # its earlier uses must be run anew
+                                if uses > 1:  # its earlier uses must be run again
                                     return
                         yield unit
                         if not self.pending:
@@ -197,7 +197,7 @@ class _Walk(Generic[S]):
                             with self._multiplying():
                                 output = self._run(self.network.get_submodule(unit), forward)
                             forward.give(output)
-                for unit, seen in groups.items():  # used less often than the configuration says
+                for unit, seen in groups.items():  # used fewer times than the configuration says
                     with self.hold(unit, self.network.get_submodule(unit), self.reports):
                         self._compress(unit, seen)
             finally:
@@ -205,7 +205,7 @@ class _Walk(Generic[S]):
                     forward.cancel()
 
     def _multiplying(self) -> AbstractContextManager[Any]:
-        """Lies around every forward pass and nothing else: what a method computes is not narrowed."""
+        """The context of every forward pass and of nothing else: a method's own products keep their dtype."""
         return multiplied_in(self.narrower, self.device)
 
     def _forward(self, ids: Tensor) -> None:
@@ -221,21 +221,22 @@ class _Walk(Generic[S]):
             self.network(input_ids=text, decoder_input_ids=said, use_cache=False)
 
     def _run(self, module: Callable[..., Any], forward: SuspendedForward) -> Any:
-        """Call the module, before which ``forward`` is suspended, with its own arguments, on the compute device."""
+        """Call the module before which ``forward`` is suspended, with that pass's arguments, on the compute device."""
         home = first_tensor(forward.args, forward.kwargs).device
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(self.device), (forward.args, forward.kwargs))
         return tree_map_only(Tensor, lambda t: t.to(home), module(*args, **kwargs))
 
     def _one_by_one(self, unit: str, forwards: Sequence[SuspendedForward]) -> None:
-        """Run all batches through the unit, stopping before each linear to compress it on what it is about to read.
+        """Run all batches through the unit, stopping before each linear to compress it on the inputs that it is about
+        to read.
 
-        Batches may take different paths through the unit (experts): those waiting at the earliest layer resume first.
+        Batches may take different paths through the unit (experts): those suspended at the earliest layer resume first.
         """
         layers = {layer.path: layer for layer in self.pending[unit]}
         inputs, _ = self._read(unit, forwards[0])
         together = {path: group for group in sharing(inputs) for path in group}
         ran = dict.fromkeys([*inputs, *layers])  # in this order
-        del inputs  # what they read is looked at no more
+        del inputs  # their inputs are no longer observed
         stops: dict[str, list[TargetLayer]] = {}
         for path in ran:
             stops.setdefault(layers[path].holder, []).append(layers[path])
@@ -267,7 +268,7 @@ class _Walk(Generic[S]):
         self._finish(unit)
 
     def _bank(self, path: str, forwards: Sequence[SuspendedForward], layers: Sequence[TargetLayer]) -> None:
-        """Compress the experts of the bank before which the passes stand, one of its tensors after the other."""
+        """Compress the experts of the bank before which the passes are suspended, one tensor of the bank at a time."""
         run = partial(self._run, self.network.get_submodule(path))
         for name in dict.fromkeys(layer.weight_name for layer in layers):
             part = {layer.path: layer for layer in layers if layer.weight_name == name}
@@ -283,7 +284,7 @@ class _Walk(Generic[S]):
                 self._shrink(group)
 
     def _observe(self, unit: str, forwards: Sequence[SuspendedForward], groups: list[_Group[S]]) -> None:
-        """Run all batches through the unit; its groups, which the first batch finds, take in their inputs."""
+        """Run all batches through the unit; its groups, found in the first batch, observe their inputs."""
         layers = {layer.path: layer for layer in self.pending[unit]}
         for forward in forwards:
             inputs, influence = self._read(unit, forward)  # in the order in which the layers ran
@@ -301,7 +302,7 @@ class _Walk(Generic[S]):
                 group.tokens += len(values)
 
     def _read(self, unit: str, forward: SuspendedForward) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Run the unit; what each of its pending layers read and, where wanted, the influence of each token."""
+        """Run the unit; return the inputs of its pending layers and, if wanted, the influence of each token."""
         run = partial(self._run, self.network.get_submodule(unit), forward)
         layers = {layer.path: layer for layer in self.pending[unit]}
         with self._multiplying():
@@ -319,9 +320,9 @@ class _Walk(Generic[S]):
             self.reports[report.path] = report
 
     def _of_nothing(self, layer: TargetLayer) -> S:
-        """Statistics of inputs of which nothing is known: every feature by itself, and all as strong as each other.
+        """Statistics for unknown inputs: all features uncorrelated and of equal magnitude.
 
-        With them GPTQ rounds to the nearest, and SparseGPT and Wanda remove the smallest weights.
+        With these, GPTQ rounds to nearest, and SparseGPT and Wanda remove the smallest weights.
         """
         width = layer.weight.shape[1]
         statistics = self.method.observe(width, self.device)
@@ -335,7 +336,7 @@ class _Walk(Generic[S]):
         self._finish(unit)
 
     def _finish(self, unit: str) -> None:
-        """Strike the unit off the list; experts to which no token was sent are compressed without any."""
+        """Mark the unit as done; experts to which the router sent no token are compressed without statistics."""
         left = [layer for layer in self.pending.pop(unit) if layer.path not in self.reports]
         for layer in left:
             if layer.role == EXPERTS:

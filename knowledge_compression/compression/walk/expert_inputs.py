@@ -1,4 +1,4 @@
-"""What each expert of a bank reads: transformers keeps those of a block in one tensor, which no module hooks see."""
+"""The inputs of each expert of a bank, which transformers keeps in one tensor that no module hook sees."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch.overrides import TorchFunctionMode
 
 from knowledge_compression.models.targets import TargetLayer
 
-# Products of inputs and a weight, in the ways in which networks of transformers write them.
+# The functions by which networks of transformers multiply inputs by a weight.
 _PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
 
 
 class ExpertInputs(TorchFunctionMode):
-    """While it is active, finds products with a part of a bank by where that part lies in memory.
+    """While it is active, recognizes products with a part of a bank by that part's address in memory.
 
     Attributes:
-        inputs: what each expert layer read, ``[tokens, in_features]``, by path, in the order in which they ran; an
-            expert that got no token is not among them.
+        inputs: the inputs of each expert layer, ``[tokens, in_features]``, by path, in the order in which they ran; an
+            expert that got no token is absent.
     """
 
     def __init__(self, layers: Sequence[TargetLayer], on_output: Callable[[str, Tensor], Tensor] | None = None) -> None:
@@ -40,7 +40,7 @@ class ExpertInputs(TorchFunctionMode):
             self._banks[place].append((int(tensor.storage_offset()), tensor.stride(0), numbers))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function, and see whether it multiplied by an expert."""
+        """Run the function, and record its inputs if it multiplied by an expert."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if getattr(func, "__name__", "") not in _PRODUCTS:
@@ -52,7 +52,7 @@ class ExpertInputs(TorchFunctionMode):
         first, paths = numbers
         if weight.dim() == 2 and first in paths and values.numel():
             return self._saw(paths[first], values.reshape(-1, values.shape[-1]), output)
-        if weight.dim() == 3:  # the whole bank at once; a token that is not for an expert comes to it as zeros
+        if weight.dim() == 3:  # the whole bank at once; tokens that were not sent to an expert arrive as zeros
             for number, path in paths.items():
                 routed = values[number][values[number].ne(0).any(dim=-1)]
                 if len(routed):
@@ -65,7 +65,7 @@ class ExpertInputs(TorchFunctionMode):
         return output if self._on_output is None or output is None else self._on_output(path, output)
 
     def _numbers(self, weight: object) -> tuple[int, dict[int, str]] | None:
-        """Number of the tensor's first expert, and the paths of its bank's layers; None if it belongs to no bank."""
+        """The index of the tensor's first expert and the paths of its bank's layers; None if it belongs to no bank."""
         if not isinstance(weight, Tensor) or weight.is_meta:
             return None
         for start, stride, paths in self._banks.get(weight.untyped_storage().data_ptr(), ()):
@@ -77,7 +77,7 @@ class ExpertInputs(TorchFunctionMode):
 
 @contextmanager
 def one_expert_after_the_other(network: nn.Module) -> Iterator[None]:
-    """Let the experts of a bank be multiplied one by one, and not by a kernel that takes all of them at once."""
+    """Multiply by the experts of a bank one at a time rather than by a kernel that takes all of them at once."""
     configs = {
         id(config): config
         for module in network.modules()

@@ -1,4 +1,4 @@
-"""What chosen layers of a module read while it runs, and how much each token counts for its output."""
+"""The inputs of chosen layers of a module while it runs, and each token's influence on its output."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from knowledge_compression.models.targets import TargetLayer
 def reading(
     layers: Mapping[str, TargetLayer], run: Callable[[], Any], *, by_influence: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Run a module and look at what these layers in it read.
+    """Run a module and record the inputs of these layers in it.
 
     Args:
         layers: the layers, by path.
-        run: runs the module and gives its output.
-        by_influence: whether to tell how far an error at each token moves that output (one backward pass).
+        run: runs the module and returns its output.
+        by_influence: whether to measure how far an error at each token moves that output (one backward pass).
 
     Returns:
-        What each layer read, in the order in which they ran, and the influence of each token on each (empty unless
-        asked for). An expert that got no token is not among them.
+        The inputs of each layer, in the order in which they ran, and the influence of each token on each (empty unless
+        asked for). An expert that got no token is absent.
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -38,7 +38,7 @@ def reading(
             inputs[path] = values.detach()
 
     def seen(path: str, output: Tensor) -> Tensor:
-        # Where the graph begins it begins at a leaf, and the network gets a copy that it may write into.
+        # The graph must begin at a leaf, and the network gets a copy that it may modify in place.
         outputs[path] = output if output.requires_grad else output.detach().requires_grad_()
         return output if output.requires_grad else outputs[path].clone()
 
@@ -63,24 +63,24 @@ def reading(
 
 
 def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a module reads: the first tensor that it is called with."""
+    """A module's input: the first tensor that it is called with."""
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 def finite(path: str, values: Tensor) -> Tensor:
-    """The values themselves.
+    """Return the values themselves.
 
     Raises:
-        BadInput: some are not finite; ``path`` reads them.
+        BadInput: some are not finite; the message names ``path``, whose inputs they are.
     """
-    # A sum is finite only where all its terms are, and is had several times as fast as a look at each of them.
+    # A sum is finite only if all its terms are, and is several times as fast as checking each of them.
     if not (bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())):
         raise BadInput(f"{path} reads values that are not finite on the calibration text; try dtype=float32")
     return values
 
 
 def sharing(inputs: Mapping[str, Tensor]) -> list[list[str]]:
-    """The layers that read the very same tensor, together; all tensors are held, so that no address comes twice."""
+    """Group the layers that read the very same tensor; all tensors are kept alive, so that no address is reused."""
     groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for path, values in inputs.items():
         groups[values.data_ptr(), values.shape, values.stride(), values._version].append(path)
@@ -88,7 +88,8 @@ def sharing(inputs: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def _influence(result: Any, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """How far a small error at each token of each layer's output moves the block's output, relative to its size there.
+    """How far a small error at each token of each layer's output moves the block's output, relative to that output's
+    size.
 
     With ``J`` the derivative of the block's output, each token of it divided by its root mean square, by a layer's
     output at one token, this is ``‖J‖²``, estimated without bias by the squared gradient of a randomly signed sum

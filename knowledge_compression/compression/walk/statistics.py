@@ -1,4 +1,4 @@
-"""What a walk gives to a calibrated method, what the method keeps of it, and how the walk goes."""
+"""What a walk passes to a calibrated method, the statistics that the method keeps, and the settings of the walk."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from knowledge_compression.models.targets import TargetLayer
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What one batch brings to a layer.
+    """A layer's inputs in one batch.
 
     Attributes:
-        values: the inputs ``[tokens, in_features]`` in the precision of the forward pass, on the compute device.
+        values: the inputs ``[tokens, in_features]`` in the dtype of the forward pass, on the compute device.
         influence: how far an error in the layer's output at each token moves the output of its block, relative to that
             output's size, summed over the linears that read the tensor; float32 ``[tokens]``, None unless asked for.
     """
@@ -31,7 +31,7 @@ class LayerInputs:
 
 
 class Statistics(ABC):
-    """What a method keeps of a layer's inputs; one is made for all linears that read the same tensor."""
+    """The statistics that a method keeps of a layer's inputs; all linears that read the same tensor share one."""
 
     @abstractmethod
     def update(self, inputs: LayerInputs) -> None:
@@ -39,7 +39,7 @@ class Statistics(ABC):
 
     @property
     def second_moments(self) -> Tensor | None:
-        """``mean of x xᵀ``, float32 ``[in_features, in_features]``, where it is kept: it tells output errors."""
+        """``mean of x xᵀ``, float32 ``[in_features, in_features]``, if it is kept: it gives output errors."""
         return None
 
 
@@ -47,33 +47,33 @@ S = TypeVar("S", bound=Statistics)
 
 
 class BlockMethod(Protocol[S]):
-    """What a calibrated method gives to :func:`compress_blocks`."""
+    """What :func:`compress_blocks` needs from a calibrated method."""
 
     def observe(self, in_features: int, device: torch.device) -> S:
         """Empty statistics for inputs of this width."""
         ...
 
     def shrink(self, layers: Sequence[TargetLayer], statistics: S) -> list[LayerReport]:
-        """Compress, in place, linears that read the same inputs; may also put other modules in their places.
+        """Compress, in place, linears that read the same inputs; may also replace their modules.
 
         Returns:
-            One report for each layer, in their order.
+            One report per layer, in order.
         """
         ...
 
 
 @dataclass(frozen=True)
 class WalkSettings:
-    """How a walk goes through the blocks.
+    """The settings of a walk through the blocks.
 
     Attributes:
-        true_sequential: observe and compress the linears of a block in the order in which they run, each on what those
-            before it now give; then every linear is run only once. Else all are observed on the block as it was. A
-            block that is used many times is always observed whole.
-        by_influence: tell the method, too, how far an error at each token moves the block's output (one backward pass
-            through each block, which must be whole).
-        device: where blocks are computed, one at a time, e.g. ``cuda:0``; None where they lie.
-        forward_dtype: type of the products in the forward passes of a float32 network: ``auto`` (see
+        true_sequential: observe and compress the linears of a block in the order in which they run, each on the outputs
+            of the compressed ones before it, so that every linear runs only once. Otherwise all are observed on the
+            uncompressed block. A block that is used several times is always observed whole.
+        by_influence: also pass the method the influence of each token: how far an error there moves the block's output
+            (one backward pass through each block, which must be whole).
+        device: where blocks are computed, one at a time, e.g. ``cuda:0``; None computes them where they are stored.
+        forward_dtype: dtype of the matrix products in the forward passes of a float32 network: ``auto`` (see
             ``models.device``), ``bfloat16`` or ``float32``.
     """
 
@@ -83,20 +83,20 @@ class WalkSettings:
     forward_dtype: str = "auto"
 
     def computed_on(self, model: Model) -> Device:
-        """Where blocks are computed."""
+        """The device on which blocks are computed."""
         return Device.named(self.device) if self.device else Device.of(model.device)
 
     def multiplied_in(self, model: Model) -> torch.dtype | None:
-        """The type of the forward passes' products, None for the network's own.
+        """The dtype of the products in the forward passes, None for the network's own.
 
         Raises:
-            BadInput: there is no such choice.
+            BadInput: ``forward_dtype`` is not one of the choices.
         """
         return self.computed_on(model).product_dtype(self.forward_dtype, model.dtype, "compression.forward_dtype")
 
     @property
     def text_passes(self) -> int:
-        """How often the calibration text runs through each block, which is what a forecast counts."""
+        """How often the calibration text runs through each block; used by the forecast."""
         if self.true_sequential:
             return 1  # every linear is compressed on the way
         return 3 if self.by_influence else 2  # to observe (perhaps backwards too), and to run the compressed block

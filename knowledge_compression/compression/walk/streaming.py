@@ -1,8 +1,8 @@
-"""Compressing a checkpoint that does not fit in memory: from shards to shards, unit by unit.
+"""Compression of a checkpoint that does not fit in memory: from shards to shards, unit by unit.
 
-A *unit* is a block of the network, or a linear layer outside the blocks that is compressed; what is left is the *rest*.
+A *unit* is a block of the network, or a target linear layer outside the blocks; everything else is the *rest*.
 Only one unit's weights are in memory at a time (with a calibrated method, the rest and the activations too). A run that
-was cut off at any moment goes on behind the last unit that was written and gives the same files.
+was interrupted at any moment resumes after the last unit that was written and produces the same files.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def compress_streamed(
 
     Args:
         compression: a method that works layer by layer or block by block and leaves linear layers linear layers.
-        model: the model.
+        model: the model, whose weights are read from its folder.
         targets: the layers to compress.
         calibration: token ids ``[samples, length]`` where the method is calibrated.
-        folder: where the copy is made; what an earlier call finished there is kept.
+        folder: where the copy is written; units that an earlier call finished there are kept.
 
     Raises:
         BadInput: the method cannot be streamed, or the disk is full.
@@ -89,7 +89,7 @@ class _Stream:
         self.copy = ShardedCopy(self.folder, [REST, *self.units])
         self.notes = {unit: self.copy.note(unit) for unit in self.units if self.copy.is_finished(unit)}
         if self.notes:
-            log.info("%d of %d blocks are finished already", len(self.notes), len(self.units))
+            log.info("%d of %d blocks were finished by an earlier run", len(self.notes), len(self.units))
         self.pending = [layer for layer in self.targets if self.unit_of[layer.path] not in self.notes]
 
     def write_rest(self) -> None:
@@ -101,14 +101,14 @@ class _Stream:
             self._write(REST, {name: self.model.read(name) for name in names}, None)
 
     def write_untouched(self) -> None:
-        """Copy the blocks in which nothing is compressed and which no forward pass went through."""
+        """Copy the blocks that hold no target and that no forward pass went through."""
         for unit in self.units:
             if not self.copy.is_finished(unit):
                 with self.hold(unit, self.model.network.get_submodule(unit), {}):
                     pass
 
     def compress(self, calibration: LongTensor | None) -> None:
-        """Compress what is pending, block by block on text or layer by layer without."""
+        """Compress what is pending, block by block on calibration text or, without it, layer by layer."""
         method = self.compression
         method.check(self.targets)
         if isinstance(method, LayerByLayer):
@@ -121,7 +121,7 @@ class _Stream:
 
     def _block_by_block(self, method: Calibrated[Any], calibration: LongTensor | None) -> None:
         blocks = self.model.architecture.block_paths(self.model.network)
-        shared: dict[str, Tensor] = {}  # one copy of what is tied
+        shared: dict[str, Tensor] = {}  # one copy of tied weights
         for name in self.model.names_outside(blocks):
             source = self.model.source[name]
             shared.setdefault(source, self.model.read(name))
@@ -137,7 +137,7 @@ class _Stream:
                 reports |= {layer.path: shrinker(layer) for layer in self.pending if self.unit_of[layer.path] == unit}
 
     def _reading(self) -> Iterator[TargetLayer]:
-        """Give all targets, one after the other, each with its weights as they are stored."""
+        """Yield all targets, one at a time, each with its stored weights."""
         for layer in shown(self.targets, "ranking"):
             name = layer.weight_name
             with self.model.holding({name: self.model.read(name)}):
@@ -145,7 +145,7 @@ class _Stream:
 
     @contextmanager
     def hold(self, unit: str, module: nn.Module, reports: Mapping[str, LayerReport]) -> Iterator[None]:
-        """Put a unit's weights into the network; afterwards write it, unless it is written already."""
+        """Load a unit's weights into the network; on exit write the unit, unless it has been written already."""
         finished = self.copy.is_finished(unit)
         names = self.model.names_inside(unit)
         if finished:
@@ -178,7 +178,7 @@ class _Stream:
         self.copy.write(unit, {self.model.stored_as[name]: tensor for name, tensor in weights.items()}, note)
 
     def report(self, seconds: float) -> CompressionReport:
-        """What all the units' notes say, and this call's seconds."""
+        """The report put together from the notes of all units, with this call's seconds."""
         parameters = {p.data_ptr() or id(p): p for p in self.model.network.parameters()}
         size = sum(p.numel() for p in parameters.values()) * self.model.stored.itemsize
         order = {layer.path: i for i, layer in enumerate(self.targets)}

@@ -1,4 +1,4 @@
-"""Forward passes that stop before chosen modules and wait to be told how to go on."""
+"""Forward passes that are suspended before chosen modules and resumed by the caller."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import nn
 
 
 class SuspendedForward:
-    """One forward pass of the network that stops at every marked module and waits to be told how to go on.
+    """One forward pass of the network that is suspended before every marked module until the caller resumes it.
 
     A greenlet rather than a thread, so that torch's thread-local modes and thread pools are the caller's.
 
     Args:
         run: the forward pass.
-        around: gives the context in which the pass runs, and in which whoever waits for it does not: torch's modes
-            belong to the thread, so one that the pass opened by itself would stay open while it is suspended.
+        around: returns the context in which the pass runs but its caller does not: torch's modes belong to the thread,
+            so a mode that the pass opened itself would stay active while the pass is suspended.
 
     Attributes:
-        unit: path of the module before which it stands; None at the end.
-        args, kwargs: what that module was called with.
+        unit: path of the module before which the pass is suspended; None once it has finished.
+        args, kwargs: the arguments of the call to that module.
     """
 
     def __init__(self, run: Callable[[], None], around: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -36,17 +36,18 @@ class SuspendedForward:
         """Run on to the next marked module.
 
         Args:
-            answer: gives the waiting module's output, from its own ``forward`` if it likes; none at the start.
+            answer: returns the output to use for the suspended module; it may call that module's own ``forward``. None
+                at the start.
         """
         with self._around():
             self.unit, self.args, self.kwargs = self._greenlet.switch(*answer) or (None, (), {})
 
     def give(self, output: Any) -> None:
-        """Give the waiting module's output and run on to the next marked module."""
+        """Return the suspended module's output and run on to the next marked module."""
         self.resume(lambda _forward: output)
 
     def cancel(self) -> None:
-        """Leave the forward pass where it stands."""
+        """Abandon the forward pass."""
         if self._greenlet:
             self._greenlet.throw(GreenletExit)
 
