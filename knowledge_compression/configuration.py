@@ -163,7 +163,7 @@ def put_together(settings: Mapping[str, Any], made_of: Callable[[str], Any], cho
     made = {name: made_of(name) for name in GROUPS}
     values = values_of(settings)
     if not made["eval"] and not getattr(made["model"], "stream", False):
-        raise BadInput("eval=[] asks nothing; choose at least one suite, e.g. eval=[atlas]")
+        raise BadInput("eval=[] evaluates nothing; choose at least one suite, e.g. eval=[atlas]")
     return Experiment(
         source=made["model"],
         target=made["target"],

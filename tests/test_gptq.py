@@ -184,7 +184,7 @@ def test_rtn_is_the_published_rounding(tiny_model) -> None:
         scale = (high - low) / 7
         zero = torch.round(-low / scale)
         assert torch.equal(layer.weight, scale * (torch.clamp(torch.round(weight / scale) + zero, 0, 7) - zero))
-    with pytest.raises(BadInput, match=r"compression\.scale_bits=8 is no width of a scale; choose 16 or 32"):
+    with pytest.raises(BadInput, match=r"compression\.scale_bits=8 is not a width of scales; choose 16 or 32"):
         Rtn(3, scale_bits=8).compress(model, targets, None)
 
 

@@ -219,7 +219,7 @@ def test_each_item_tells_which_prompt_it_chose(tiny_model, selection):
     scorer.generate(list(ids.values()), 3, lambda _: False, [(f"said {text}",) for text in texts])
     for text in texts:
         for way in ("likelihood", "blank", "said"):
-            assert scorer.noted[f"{way} {text}"] == {"chosen_prompts": expected[text]}, (way, text)
+            assert scorer.notes.of(f"{way} {text}") == {"chosen_prompts": expected[text]}, (way, text)
 
 
 def test_of_an_item_of_several_texts_the_choice_of_the_first_is_noted(tiny_model):
@@ -231,7 +231,7 @@ def test_of_an_item_of_several_texts_the_choice_of_the_first_is_noted(tiny_model
         scorer.log_likelihoods([Question(context, [[9]], ("one",)) for context in order])
         with torch.no_grad():
             model.network(input_ids=torch.tensor([order[0]]))
-        assert scorer.noted["one"]["chosen_prompts"] == prompted.last_choices[0].tolist()
+        assert scorer.notes.of("one")["chosen_prompts"] == prompted.last_choices[0].tolist()
 
 
 class Days:

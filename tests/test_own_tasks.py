@@ -149,7 +149,7 @@ def test_more_examples_than_documents_are_one_line(tasks: Path, tiny_model: Call
     files = {"data_files": {"train": "documents.jsonl", "test": "documents.jsonl"}}
     train = {"dataset_kwargs": files, "training_split": "train", "fewshot_split": "train"}
     assert asked(6, **train).items.height == 6
-    with pytest.raises(BadInput, match=r"few has 6 documents to take examples from, and 7 are wanted; .*num_fewshot=6"):
+    with pytest.raises(BadInput, match=r"few has 6 documents for few-shot examples, but 7 are needed; .*num_fewshot=6"):
         asked(7, **train)
     assert asked(5, fewshot_split="test").items.height == 6
     with pytest.raises(BadInput, match="few has 5 documents"):  # the one that is asked is none of them

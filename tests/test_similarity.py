@@ -81,7 +81,7 @@ def test_prompts_change_attention_and_leave_the_answer_as_it_was(tiny_model, sui
 
 
 def test_what_cannot_be_compared_says_so(tiny_model, suite):
-    with pytest.raises(BadInput, match="nothing here can load it"):
+    with pytest.raises(BadInput, match="which cannot be loaded here"):
         suite.evaluate(Scorer(tiny_model("llama")))
     with pytest.raises(BadInput, match=r"eval\.similarity.corpus=books does not exist; choose one of wikitext, c4"):
         Similarity(corpus="books")

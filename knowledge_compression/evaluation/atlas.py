@@ -1,6 +1,6 @@
-"""The embedded probe: about a thousand facts that a small model may know, in several wordings, for all families.
+"""The embedded fact probe: about a thousand facts that a small model may know, in several wordings, for all families.
 
-The facts lie beside this file in LAMA's layout (``atlas_facts/``): one file a relation with ``sub_label`` and
+The facts are stored beside this file in LAMA's layout (``atlas_facts/``): one file per relation with ``sub_label`` and
 ``obj_label``, and ``relations.jsonl`` with the templates. They were written for this project from common knowledge.
 """
 
@@ -30,13 +30,13 @@ class Atlas:
     """The embedded probe as a suite.
 
     Attributes:
-        relations: the relations to ask; None is all.
-        wordings: ``rotate`` asks every fact once, in the relation's wordings that end in the object by turns, the
-            same questions for all families; ``all`` asks every fact in every wording.
-        candidates, calibrate, top_k: as in :class:`Probe`. By default the relation's own objects are ranked and each
-            one's mean subtracted, which even a model with a weak head can do.
-        limit: a sample of at most so many questions. What is asked is asked as if all were: with ``calibrate`` the
-            other prompts of its relation and wording are read too, so that a small sample is not much faster.
+        relations: the relations to ask; None asks all.
+        wordings: ``rotate`` asks every fact once, cycling through those wordings of its relation that end in the
+            object, the same questions for all families; ``all`` asks every fact in every wording.
+        candidates, calibrate, top_k: as in :class:`Probe`. By default the relation's own objects are ranked, calibrated
+            by their means, which works even for a model with a weak head.
+        limit: a random sample of at most this many questions, with the same answers as in the whole: with ``calibrate``
+            the other prompts of their relations and wordings are read too, so a small sample is not much faster.
     """
 
     relations: Sequence[str] | None = None
@@ -47,11 +47,11 @@ class Atlas:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse relations, wordings and candidates that do not exist."""
+        """Refuse unknown relations, wordings and candidates."""
         if self.wordings not in WORDINGS:
             raise BadInput(f"atlas.wordings='{self.wordings}' does not exist; choose one of {', '.join(WORDINGS)}")
         if self.candidates == "common":
-            raise BadInput("atlas.candidates=common: the atlas brings no list of common words; choose full or typed")
+            raise BadInput("atlas.candidates=common: the atlas has no list of common words; choose full or typed")
         there = [relation["relation"] for relation in atlas_relations()]
         if unknown := sorted(set(self.relations or ()) - set(there)):
             raise BadInput(f"atlas has no relation '{unknown[0]}'; relations: {', '.join(there)}")
@@ -59,14 +59,14 @@ class Atlas:
         sampled([], self.limit)
 
     def fingerprint(self) -> str:
-        """Digest of the embedded facts, and of how a sample of them is drawn and calibrated."""
+        """Digest of the embedded facts and of the way in which a sample is drawn and calibrated."""
         digest = hashlib.sha256(SAMPLING if self.limit is not None else b"")
         for path in sorted(_FOLDER.glob("*.jsonl")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()[:16]
 
     def clozes(self) -> list[Cloze]:
-        """The questions, in the order of the relations and of the facts in their files."""
+        """The questions, in the order of relations and of facts in their files."""
         return [
             cloze
             for relation in atlas_relations()
@@ -75,7 +75,7 @@ class Atlas:
         ]
 
     def questions(self, model: Model) -> Questions:
-        """The questions put to any model."""
+        """The questions for any model."""
         return Questions.sample(self.clozes(), self.limit)
 
     def evaluate(self, scorer: Scorer) -> Evaluation:

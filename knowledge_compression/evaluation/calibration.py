@@ -1,7 +1,7 @@
-"""What a cloze suite asks of its clozes, and what the others are read for: calibration by the mean over prompts.
+"""Which clozes a suite asks, and which others it reads only to calibrate by the mean over prompts.
 
-An answer's calibrated score is its log-probability less its mean over all prompts of the relation in the same wording.
-A sample of the questions is calibrated as the whole would be: the prompts that are not asked are read all the same.
+An answer's calibrated score is its log-probability minus its mean over all prompts of the relation in the same wording.
+A sample of the questions is calibrated like the whole: the prompts that are not asked are read as well.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.cloze import Cloze
 
-Group = tuple[str, str]  # a relation and a wording
-SAMPLING = b"sample 2"  # how samples are drawn and calibrated; raised when they would be others
-ENOUGH = 128  # prompts of a group that calibration averages over where only a sample of its questions is asked
+Group = tuple[str, str]  # relation and wording
+SAMPLING = b"sample 2"  # version of sampling and calibration; raised when results would change
+ENOUGH = 128  # prompts of a group over which calibration averages if only a sample of its questions is asked
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What a suite asks.
+    """The questions of a suite.
 
     Attributes:
         asked: the clozes that are asked.
         answers: the distinct answers of each task.
-        every: all clozes of the suite, where only a sample of them is asked; calibration reads them too, so that an
-            answer is calibrated alike whether its neighbours are asked or not. Empty where all are asked.
+        every: all clozes of the suite if only a sample is asked; calibration reads them too, so that an answer is
+            calibrated the same way whether its neighbours are asked or not. Empty if all are asked.
     """
 
     asked: Sequence[Cloze]
@@ -39,13 +39,13 @@ class Questions:
 
     @classmethod
     def sample(cls, clozes: Sequence[Cloze], limit: int | None) -> Questions:
-        """At most ``limit`` of the clozes, see :func:`sampled`."""
+        """At most ``limit`` of the clozes; see :func:`sampled`."""
         return cls(sampled(clozes, limit), answers_by_task(clozes), clozes)
 
     def calibrating(self) -> list[Cloze]:
         """The clozes that are read to calibrate those asked: all of the same relation and wording.
 
-        Of a group that is larger than 128 and not asked whole, a sample of 128 is read beside those asked.
+        From a group of more than 128 that is not asked completely, a sample of 128 is read besides those asked.
         """
         asked = {cloze.id for cloze in self.asked}
         groups: defaultdict[Group, list[Cloze]] = defaultdict(list)
@@ -60,20 +60,20 @@ class Questions:
 def sampled(clozes: Sequence[Cloze], limit: int | None, seed: int = 0) -> list[Cloze]:
     """At most ``limit`` clozes from all parts of the list, in its order; the same ones for every model.
 
-    The list is cut into as many stretches, and one cloze is drawn from each, so that no rhythm of the list (its
-    wordings take turns) meets that of the sample. The list is a circle whose cuts are drawn too: over all seeds every
-    cloze is as likely as any.
+    The list is cut into as many stretches, and one cloze is drawn at random from each, so that no period in the list
+    (its wordings alternate) matches that of the sample. The list is treated as a circle and its cuts are random too, so
+    over all seeds every cloze is equally likely.
 
     Args:
-        clozes: what there is.
+        clozes: the clozes to choose from.
         limit: how many to take; None takes all.
-        seed: of the draw.
+        seed: of the random draw.
 
     Raises:
         BadInput: ``limit`` is below one.
     """
     if limit is not None and limit < 1:
-        raise BadInput(f"limit={limit} asks nothing; give a number from 1, or null for all")
+        raise BadInput(f"limit={limit} asks no questions; give a number from 1, or null for all")
     count = len(clozes)
     if limit is None or limit >= count:
         return list(clozes)
@@ -93,12 +93,12 @@ def answers_by_task(clozes: Iterable[Cloze]) -> dict[str, list[str]]:
 
 @dataclass
 class GroupMean:
-    """The mean over a group's prompts: those asked, and some others that were read for it.
+    """The mean over a group's prompts: those asked, and some others that were read.
 
     Attributes:
-        total: sum of the scores of the prompts that were read, ``[candidates]``.
-        read: how many those are.
-        size: prompts of the group.
+        total: sum of the scores over the prompts that were read, ``[candidates]``.
+        read: number of prompts that were read.
+        size: number of prompts in the group.
     """
 
     total: Tensor
@@ -106,7 +106,7 @@ class GroupMean:
     size: int
 
     def of(self, own: Tensor) -> Tensor:
-        """The mean as one of the prompts sees it: itself for one, and the mean of the others read for all others."""
+        """The mean for one prompt: its own score counts once, and the mean of the others read stands for all others."""
         if self.read == self.size:
             return self.total / self.size
         others = (self.total - own) / (self.read - 1)
@@ -119,9 +119,9 @@ def group_means(
     """Mean log-probability of each candidate over the prompts of each relation and wording.
 
     Args:
-        clozes: those that were read.
-        scores: of each, ``[candidates of its task]``.
-        sizes: how many prompts each group has, read or not.
+        clozes: the clozes that were read.
+        scores: the scores of each, ``[candidates of its task]``.
+        sizes: number of prompts in each group, read or not.
     """
     rows: defaultdict[Group, list[Tensor]] = defaultdict(list)
     for cloze, row in zip(clozes, scores, strict=True):
@@ -135,7 +135,7 @@ def group_of(cloze: Cloze) -> Group:
 
 
 def without_company(clozes: Sequence[Cloze], reasons: Sequence[str | None]) -> list[str | None]:
-    """The reasons, with one for clozes that are the only ones of their group that can be asked."""
+    """The reasons to leave clozes out, including that of being the only one of a group that can be asked."""
     company = Counter(group_of(cloze) for cloze, reason in zip(clozes, reasons, strict=True) if reason is None)
     return [
         "no_other_prompt_to_calibrate_with" if reason is None and company[group_of(cloze)] == 1 else reason
@@ -144,7 +144,7 @@ def without_company(clozes: Sequence[Cloze], reasons: Sequence[str | None]) -> l
 
 
 def group_sizes(questions: Questions, read: Sequence[Cloze], askable: Sequence[bool]) -> dict[Group, int]:
-    """Prompts of each group that can be asked; of one that was not read whole, told from the share of those read."""
+    """Number of prompts of each group that can be asked; estimated for groups that were not read completely."""
     whole = Counter(map(group_of, questions.every or questions.asked))
     seen = Counter(map(group_of, read))
     fit = Counter(group_of(cloze) for cloze, fits in zip(read, askable, strict=True) if fits)

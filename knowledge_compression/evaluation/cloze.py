@@ -1,8 +1,8 @@
-"""Cloze questions: a sentence with one blank, as each family of language model can be asked for it.
+"""Cloze questions: a sentence with one blank, in the form that each family of language models can answer.
 
-Encoders are asked for a masked token; T5 for what belongs to the sentinel ``<extra_id_0>``; BART to go on from where
-the mask stands; decoders for what follows the words before the blank. Answers of several tokens, and blanks in the
-middle of a decoder's sentence, are scored as whole answers.
+Encoders predict a masked token; T5 predicts the text of the sentinel ``<extra_id_0>``; BART continues from the position
+of the mask; decoders continue the words before the blank. Answers of several tokens, and blanks in the middle of a
+decoder's sentence, are scored as whole answers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from knowledge_compression.models.families import DECODER, ENCODER
 
 MASK = "[MASK]"
 _SENTINEL = "<extra_id_{}>"
-_REPEATS_THE_SENTENCE = ("bart",)  # fills a mask by saying the whole sentence again
+_REPEATS_THE_SENTENCE = ("bart",)  # fills a mask by repeating the whole sentence
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Cloze:
 
     Attributes:
         task: the relation, e.g. ``TREx.P19``.
-        id: stable name of this fact in this wording.
-        fact: stable name of the fact, whatever the wording.
-        subject, gold: what it is about, and the right answer.
-        sentence: has a ``[MASK]``, or several.
-        wording: which template, or ``sentence``; calibration averages over prompts of one wording.
-        mask: which of its masks is asked for, from 0; others than the first can be asked of encoders alone.
+        id: stable identifier of this fact in this wording.
+        fact: stable identifier of the fact in any wording.
+        subject, gold: the subject and the right answer.
+        sentence: contains one ``[MASK]`` or several.
+        wording: the template, or ``sentence``; calibration averages over prompts of one wording.
+        mask: index of the mask that is asked, from 0; only encoders can be asked others than the first.
     """
 
     task: str
@@ -59,35 +59,35 @@ class Cloze:
 
     @property
     def ends_in_blank(self) -> bool:
-        """Whether nothing but punctuation follows the blank."""
+        """Whether only punctuation follows the blank."""
         return not any(character.isalnum() for character in self.after)
 
     @property
     def glued(self) -> bool:
-        """Whether the blank follows its left neighbour without a space, or opens the sentence."""
+        """Whether the blank follows its left neighbour without a space, or begins the sentence."""
         return not self.before[-1:].isspace()
 
 
 def fill(template: str, subject: str) -> str:
-    """A LAMA template (``[X] is the capital of [Y].``) about a subject, its object masked, no letter changed."""
+    """Fill a subject into a LAMA template (``[X] is the capital of [Y].``) and mask the object; letter case is kept."""
     return template.replace("[X]", subject).replace("[Y]", MASK)
 
 
 def opened(sentence: str) -> str:
-    """A sentence with a large first letter, unless its first word has large letters of its own (``iOS``)."""
+    """Capitalise a sentence, unless its first word contains capital letters of its own (``iOS``)."""
     word = sentence.split(maxsplit=1)[0]
     return sentence if any(letter.isupper() for letter in word) else sentence[0].upper() + sentence[1:]
 
 
 class Reader:
-    """How one model reads clozes and answers; made by :func:`reader_of`.
+    """The form in which one model reads clozes and answers; made by :func:`reader_of`.
 
     Args:
         scorer: scores with the model, of any family.
-        max_tokens: sentences are cut there; None is the model's own limit.
+        max_tokens: sentences are truncated to this length; None uses the model's own limit.
 
     Attributes:
-        needs_blank: whether a cloze without a blank (its mask was cut off) cannot be asked at all.
+        needs_blank: whether a cloze whose mask was cut off cannot be asked.
     """
 
     needs_blank = True
@@ -98,11 +98,11 @@ class Reader:
         self.tokenizer = scorer.model.tokenizer
         limits = [limit for limit in (max_tokens, scorer.max_positions) if limit is not None]
         self.limit = min(limits) if limits else None
-        # Byte-level tokenizers write a word after a space with another token than the same word alone.
+        # Byte-level tokenizers use different tokens for a word after a space and for the word alone.
         self._space_matters = self._ids(["the the"])[0][-1:] != self._ids(["the"])[0][-1:]
 
     def answer_ids(self, answers: Sequence[str], *, glued: bool = False) -> list[tuple[int, ...]]:
-        """Token ids of each answer as it stands in a blank; empty where the tokenizer does not know it."""
+        """Token ids of each answer as it appears in a blank; empty if the tokenizer does not know it."""
         lead = " " if self._space_matters and not glued else ""
         unknown = self.tokenizer.unk_token_id
         return [
@@ -111,11 +111,11 @@ class Reader:
         ]
 
     def blanks(self, clozes: Sequence[Cloze]) -> list[Blank | None]:
-        """Where one token is asked for; None where the model cannot be asked in this way."""
+        """The blank to predict; None if the model cannot be asked in this way."""
         raise NotImplementedError
 
     def add_long_answers(self, scorer: Scorer, asked: Sequence[Asked], candidates: Candidates) -> None:
-        """Put in the scores of answers that one blank cannot score."""
+        """Add the scores of answers that a single blank cannot score."""
         raise NotImplementedError
 
     def _ids(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
@@ -126,10 +126,10 @@ class Reader:
 
 
 class Candidates:
-    """The answers that each task's clozes are ranked among, as one model's tokens.
+    """The answers among which each task's clozes are ranked, as one model's tokens.
 
     Args:
-        reader: whose tokens.
+        reader: the reader of that model.
         answers: the distinct answers of each task.
     """
 
@@ -139,21 +139,21 @@ class Candidates:
         self._tokens: dict[tuple[str, bool], list[tuple[int, ...]]] = {}
 
     def tokens(self, cloze: Cloze) -> list[tuple[int, ...]]:
-        """Token ids of every answer of the cloze's task as it stands in that blank."""
+        """Token ids of every answer of the cloze's task as it appears in that blank."""
         key = (cloze.task, cloze.glued)
         if key not in self._tokens:
             self._tokens[key] = self._reader.answer_ids(self.answers[cloze.task], glued=cloze.glued)
         return self._tokens[key]
 
     def of_length(self, cloze: Cloze, length: int) -> tuple[list[int], list[tuple[int, ...]]]:
-        """Places among the candidates, and tokens, of the answers of ``length`` tokens."""
+        """Indices among the candidates, and tokens, of the answers of ``length`` tokens."""
         places = [i for i, ids in enumerate(self.tokens(cloze)) if len(ids) == length]
         return places, [self.tokens(cloze)[i] for i in places]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A cloze on its way through a model: its blank, if it has one, and the scores of its candidates so far."""
+    """A cloze being scored: its blank, if it has one, and the scores of its candidates so far."""
 
     cloze: Cloze
     blank: Blank | None
@@ -165,18 +165,18 @@ def candidate_scores(
 ) -> list[Tensor]:
     """Log-probability of each candidate in each blank.
 
-    A candidate of one token is read off one next-token (masked-token) distribution, which all of them share. Longer
-    ones are scored whole: encoders by one mask a token, each token's log-probability with all of them masked, summed;
-    the others by the log-likelihood of the tokens (and, for decoders, of the rest of the sentence).
+    Candidates of one token are read from a single next-token (masked-token) distribution. Longer ones are scored as a
+    whole: for encoders by one mask per token, summing each token's log-probability with all of them masked; for the
+    others by the log-likelihood of the tokens (and, for decoders, of the rest of the sentence).
 
     Args:
-        reader: how the model reads them.
-        clozes: what is asked.
+        reader: the reader of the model.
+        clozes: the clozes to ask.
         blanks: :meth:`Reader.blanks` of the clozes.
         candidates: the answers to score.
 
     Returns:
-        One float64 tensor ``[candidates of its task]`` a cloze, on the CPU; -inf for answers that the tokenizer does
+        One float64 tensor ``[candidates of its task]`` per cloze, on the CPU; -inf for answers that the tokenizer does
         not know.
     """
     scorer = reader.scorer
@@ -198,7 +198,7 @@ def candidate_scores(
 
 
 def distributions(scorer: Scorer, blanks: Sequence[Blank]) -> Iterator[tuple[list[int], Tensor]]:
-    """:meth:`Scorer.distributions` with a progress bar where somebody watches."""
+    """:meth:`Scorer.distributions` with a progress bar if the output is a terminal."""
     with tqdm(total=len(blanks), desc="cloze", unit="blank", leave=False, disable=None) as bar:
         for batch, log_probs in scorer.distributions(blanks):
             yield batch, log_probs
@@ -219,7 +219,7 @@ class _EncoderReader(Reader):
 
     def add_long_answers(self, scorer: Scorer, asked: Sequence[Asked], candidates: Candidates) -> None:
         blanks: list[Blank] = []
-        targets: list[tuple[Tensor, list[int], list[int]]] = []  # scores, places among the candidates, token ids
+        targets: list[tuple[Tensor, list[int], list[int]]] = []  # scores, indices among the candidates, token ids
         for one in asked:
             blank = one.blank
             assert blank is not None and blank.position is not None  # it needs one
@@ -238,17 +238,17 @@ class _EncoderReader(Reader):
 
 
 class _GeneratorReader(Reader):
-    """What decoders and encoder-decoders share: long answers are continuations of a context."""
+    """The common part of decoders and encoder-decoders: long answers are continuations of a context."""
 
     def question(self, cloze: Cloze, blank: Blank | None, answers: Sequence[tuple[str, tuple[int, ...]]]) -> Question:
-        """The continuations of ``answers``, and the empty answer last where there is something to say before it."""
+        """The continuations of ``answers``, and last the empty answer if some text must come before an answer."""
         raise NotImplementedError
 
     def add_long_answers(self, scorer: Scorer, asked: Sequence[Asked], candidates: Candidates) -> None:
         questions, targets = [], []
         for one in asked:
             tokens, answers = candidates.tokens(one.cloze), candidates.answers[one.cloze.task]
-            shortest = 1 if one.blank is None else 2  # one blank has scored the single tokens
+            shortest = 1 if one.blank is None else 2  # the blank has already scored answers of one token
             if places := [p for p, ids in enumerate(tokens) if len(ids) >= shortest]:
                 questions.append(self.question(one.cloze, one.blank, [(answers[p], tokens[p]) for p in places]))
                 targets.append((one.scores, places))
@@ -288,13 +288,13 @@ class _DecoderReader(_GeneratorReader):
         ]
 
     def _opening(self) -> int:
-        """What stands before the first word: the BOS token, or the end of another text."""
+        """The token before the first word: the BOS token, or the token that ends a text."""
         begin = self.tokenizer.bos_token_id
         return begin if begin is not None else self.tokenizer.eos_token_id
 
 
 class _SentinelReader(_GeneratorReader):
-    """T5: the decoder says what belongs to ``<extra_id_0>`` (Raffel et al. 2020, span corruption)."""
+    """T5: the decoder predicts the text of ``<extra_id_0>`` (Raffel et al. 2020, span corruption)."""
 
     def blanks(self, clozes: Sequence[Cloze]) -> list[Blank | None]:
         first = self.tokenizer.convert_tokens_to_ids(_SENTINEL.format(0))
@@ -317,7 +317,7 @@ class _SentinelReader(_GeneratorReader):
 
 
 class _RepeatingReader(_SentinelReader):
-    """BART: the decoder says the sentence up to the mask, then what stands in its place (Lewis et al. 2020)."""
+    """BART: the decoder repeats the sentence up to the mask, then predicts the masked text (Lewis et al. 2020)."""
 
     def blanks(self, clozes: Sequence[Cloze]) -> list[Blank | None]:
         mask, start = self.tokenizer.mask_token_id, self.model.network.config.decoder_start_token_id
@@ -329,10 +329,10 @@ class _RepeatingReader(_SentinelReader):
 
 
 def reader_of(scorer: Scorer, max_tokens: int | None = None) -> Reader:
-    """The way to ask the model of ``scorer``, by its family.
+    """The reader for the model of ``scorer``, by its family.
 
     Raises:
-        BadInput: its tokenizer has no token that stands for what is asked.
+        BadInput: its tokenizer has no token for a blank.
     """
     if scorer.model.family == DECODER:
         return _DecoderReader(scorer, max_tokens)

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness tasks by name, with their own prompts and metrics, scored by our core or by lm-eval's."""
+"""lm-evaluation-harness tasks by name, with their own prompts and metrics, scored by our core or by lm-eval's own."""
 
 from __future__ import annotations
 
@@ -30,28 +30,31 @@ log = logging.getLogger(__name__)
 FEWSHOT_SEED = 1234  # lm-eval's own
 SCORINGS = ("fast", "stock")
 EXTRA_COLUMNS: Mapping[str, pl.DataType] = {
-    "gold_index": pl.Int64(),  # place of the right choice; null where answers are not ranked
-    "correct_norm": pl.Boolean(),  # by log-probability per character (lm-eval's acc_norm); null where not defined
-    "share": pl.Float64(),  # what an item gives where it is neither right nor wrong, e.g. a share of probability
+    "gold_index": pl.Int64(),  # index of the right choice; null if answers are not ranked
+    "correct_norm": pl.Boolean(),  # by log-probability per character (lm-eval's acc_norm); null if not defined
+    "share": pl.Float64(),  # the value of an item that is neither right nor wrong, e.g. a share of probability
     "filters": pl.List(pl.Struct({"filter": pl.String(), "prediction": pl.String(), "correct": pl.Boolean()})),
-}  # filters: the answer under each filter, where a task has several; the other columns are of the first
-_JUDGES = ("acc", "exact_match")  # the metrics that say whether an answer is right; else the task's own first one
+}  # filters: the answer under each filter, if a task has several; the other columns belong to the first
+_JUDGES = (
+    "acc",
+    "exact_match",
+)  # the metrics that decide whether an answer is right; otherwise the task's first metric
 
 
 @dataclass(frozen=True)
 class Harness:
-    """Tasks of lm-evaluation-harness, zero-shot unless said otherwise.
+    """Tasks of lm-evaluation-harness, zero-shot by default.
 
     Attributes:
-        tasks: task names; None takes those of ``groups``.
-        limit: the first N items of each task, as lm-eval takes them; None takes all.
-        num_fewshot: examples before each question; None takes each task's own number.
+        tasks: task names; None uses those of ``groups``.
+        limit: the first N items of each task, as in lm-eval; None uses all.
+        num_fewshot: number of examples before each question; None uses each task's own number.
         data_dir: local files instead of the hub, in the layout of ``tasks/local.yaml``.
         scoring: ``fast`` (our core) or ``stock`` (lm-eval's own ``HFLM``); both give the same answers.
-        groups: names of groups of tasks, whose mean accuracies are given beside the mean over all tasks.
-        allow_code: whether a task file of the user's own may name functions, which run.
-        skip_missing: leave out (and name) tasks whose local files are not there, instead of refusing.
-        name: what its items are filed under.
+        groups: named groups of tasks, whose mean accuracies are reported besides the mean over all tasks.
+        allow_code: whether a user's own task file may name functions, which are then executed.
+        skip_missing: leave out, and name, tasks whose local files are missing, instead of refusing to run.
+        name: the suite's name in the item table.
     """
 
     tasks: Sequence[str] | None = None
@@ -80,7 +83,7 @@ class Harness:
         return list(dict.fromkeys(asked))
 
     def fingerprint(self) -> str:
-        """Digest of the local files; ``hub`` where there are none."""
+        """Digest of the local files; ``hub`` if there are none."""
         return fingerprint(self._asked, self.data_dir, skip_missing=self.skip_missing, allow_code=self.allow_code)
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
@@ -88,23 +91,23 @@ class Harness:
 
         Raises:
             BadInput: the model is an encoder, or a task is unknown.
-            DataUnavailable: a task's documents are not to be had.
+            DataUnavailable: a task's documents cannot be obtained.
         """
         return self.joined({name: part.evaluate(scorer) for name, part in self.parts().items()})
 
     def parts(self) -> dict[str, Suite]:
-        """One suite a task; all of them are found before the first is asked."""
+        """One suite per task; all of them are located before the first is asked."""
         loaded = load_tasks(self._available(), self.data_dir, allow_code=self.allow_code)
         return {name: _OneTask(self, name, task) for name, task in loaded.items()}
 
     def joined(self, parts: Mapping[str, Evaluation]) -> Evaluation:
-        """What the parts found, with the means over them."""
+        """The results of the parts, with the means over them."""
         items = pl.concat([part.items for part in parts.values()])
         metrics = _accuracies(items)
         for part in parts.values():
             metrics |= part.metrics
         not_finite = sum(part.not_finite for part in parts.values())
-        if not_finite:  # no mean over what is left of the tasks
+        if not_finite:  # no mean over an incomplete set of tasks
             sound = [part.metrics for part in parts.values() if not part.not_finite]
             metrics = {"items": float(items.height), "not_finite": float(not_finite)}
             metrics |= {name: value for part in sound for name, value in part.items()}
@@ -123,7 +126,7 @@ class Harness:
         return Evaluation(metrics, items, described, fallbacks, not_finite)
 
     def _means(self, parts: Mapping[str, Evaluation], metrics: Mapping[str, float]) -> dict[str, float]:
-        """Over all items and over the groups of tasks, of the tasks that have right answers."""
+        """The means over all items and over the groups of tasks, for tasks with right answers."""
         means: dict[str, float] = {}
         sizes = {f"{name}.majority": part.items.height for name, part in parts.items()}
         if guessed := {key: size for key, size in sizes.items() if key in metrics}:
@@ -152,7 +155,7 @@ class Harness:
 
 @dataclass(frozen=True)
 class _OneTask:
-    """One task of a suite, asked by itself; its description is what the suite's says of it."""
+    """One task of a suite, asked on its own; its description is the suite's entry for it."""
 
     suite: Harness
     name: str
@@ -169,7 +172,7 @@ class _OneTask:
                 "choose eval=atlas, eval=lama or eval=perplexity"
             )
         results = self._run(scorer)
-        by_document: dict[Any, list[Mapping[str, Any]]] = {}  # a sample for each filter
+        by_document: dict[Any, list[Mapping[str, Any]]] = {}  # one sample per filter
         for sample in results["samples"][self.name]:
             by_document.setdefault(sample["doc_id"], []).append(sample)
         with of_the_task(self.name):
@@ -197,11 +200,11 @@ class _OneTask:
         from knowledge_compression.evaluation.lm import ScorerLM, stock_lm
 
         own, asked = self.task.get_config("num_fewshot"), self.suite.num_fewshot
-        if own is None or (own != 0 and asked is not None):  # a task's own 0 is never overruled
+        if own is None or (own != 0 and asked is not None):  # a task's own 0 is never overridden
             self.task.set_config("num_fewshot", asked or 0)
         self.task.set_fewshot_seed(FEWSHOT_SEED)
         self._check_fewshot()
-        for step in ("build_all_requests", "apply_filters", "process_results"):  # the task's own, and not the model's
+        for step in ("build_all_requests", "apply_filters", "process_results"):  # the task's own limit, not the model's
             setattr(self.task, step, of_the_task(self.name)(getattr(self.task, step)))
         self.task._aggregation_list = {
             name: of_the_task(self.name)(_without_overflow(aggregate))
@@ -217,22 +220,22 @@ class _OneTask:
                 log_samples=True,
                 confirm_run_unsafe_code=self.suite.allow_code,
             )
-        assert found is not None  # it is, on every rank but the first of a distributed run
+        assert found is not None  # it is None on every rank but the first of a distributed run
         return found
 
     def _check_fewshot(self) -> None:
-        """Refuse more examples than there are documents to take them from."""
+        """Refuse more few-shot examples than there are documents."""
         wanted = self.task.get_config("num_fewshot") or 0
         if not wanted:
             return
         with of_the_task(self.name):
             there = len(list(self.task.fewshot_docs() or []))
         config = self.task.config
-        if (config.fewshot_split or "") == config.test_split:  # the document that is asked is no example of itself
+        if (config.fewshot_split or "") == config.test_split:  # the document that is asked cannot be its own example
             there -= 1
         if wanted > there:
             raise BadInput(
-                f"task {self.name} has {max(there, 0)} documents to take examples from, and {wanted} are wanted; "
+                f"task {self.name} has {max(there, 0)} documents for few-shot examples, but {wanted} are needed; "
                 f"give eval.{self.suite.name}.num_fewshot={max(there, 0)} or fewer"
             )
 
@@ -251,7 +254,7 @@ class _OneTask:
 
 
 def _without_overflow(aggregate: Callable[[Any], float]) -> Callable[[Any], float]:
-    """A metric of lm-eval that is infinite where it is too large for a float."""
+    """A metric of lm-eval; infinite if it is too large for a float."""
 
     @wraps(aggregate)
     def bounded(values: Any) -> float:
@@ -264,7 +267,7 @@ def _without_overflow(aggregate: Callable[[Any], float]) -> Callable[[Any], floa
 
 
 def _accuracies(items: pl.DataFrame) -> dict[str, float]:
-    """Accuracies over the tasks whose items are right or wrong, or give shares; none where there are none."""
+    """Accuracies over the tasks whose items are right or wrong or give shares; empty if there are no such tasks."""
     judged = items.with_columns(value=pl.coalesce(pl.col("correct").cast(pl.Float64), "share"))
     judged = judged.filter(pl.col("value").is_not_null())
     metrics = {"items": float(items.height)}
@@ -275,11 +278,11 @@ def _accuracies(items: pl.DataFrame) -> dict[str, float]:
     return metrics | {f"{task}.accuracy": float(value) for task, value in by_task.iter_rows()}
 
 
-Judge = tuple[str, str]  # a metric, and the column that its value goes to: correct, or share
+Judge = tuple[str, str]  # a metric, and the column for its value: correct, or share
 
 
 def _judge(task: Task, samples: Sequence[Mapping[str, Any]]) -> Judge | None:
-    """The metric that is in [0, 1] for every item: whether it is right or, where some lie between, how far."""
+    """The metric that is in [0, 1] for every item: right or wrong or, if some values lie between, a share."""
     means = [name for name, how in task.aggregation().items() if getattr(how, "__name__", "") == "mean"]
     for name in (*_JUDGES, *means):
         values = [float(sample[name]) for sample in samples if isinstance(sample.get(name), Real)]
@@ -305,7 +308,7 @@ def _filtered(sample: Mapping[str, Any], judge: Judge | None) -> dict[str, Any]:
 
 
 def _answer(task: Task, sample: Mapping[str, Any], judge: Judge | None) -> dict[str, Any]:
-    """The answer columns of one document, from what lm-eval logged of it."""
+    """The answer columns of one document, from lm-eval's log of it."""
     contexts = [str(arguments[0]) for arguments in sample["arguments"]]
     row: dict[str, Any] = {
         # A task with several inputs (WinoGrande) writes its choices into the context and asks for one continuation.
@@ -321,7 +324,9 @@ def _answer(task: Task, sample: Mapping[str, Any], judge: Judge | None) -> dict[
     scores = [float(score) for score, _ in answers]
     best = max(range(len(scores)), key=scores.__getitem__)
     choices = [arguments[1].strip() for arguments in sample["arguments"]]
-    if task.OUTPUT_TYPE != "multiple_choice" or isinstance(target, list):  # any of these, said greedily or not at all
+    if task.OUTPUT_TYPE != "multiple_choice" or isinstance(
+        target, list
+    ):  # any of these, generated greedily or not at all
         said = next((choice for choice, (_, greedy) in zip(choices, answers, strict=True) if greedy), None)
         return row | {"gold": choices[best], "prediction": said, "log_prob": scores[best]}
     if task.multiple_input:
@@ -330,7 +335,7 @@ def _answer(task: Task, sample: Mapping[str, Any], judge: Judge | None) -> dict[
     row |= {"prediction": choices[best], "prediction_log_prob": scores[best], "choices": len(choices)}
     if gold_index is None:
         return row
-    if judge is None:  # none of its metrics says it, such as Matthews' correlation
+    if judge is None:  # none of its metrics is per item, e.g. Matthews' correlation
         row["correct"] = best == gold_index
     wrong = [score for i, score in enumerate(scores) if i != gold_index]
     return row | {
@@ -349,7 +354,7 @@ def _margin(score: float, wrong: Sequence[float]) -> float | None:
 
 
 def _place(target: Any, choices: Sequence[str]) -> int | None:
-    """Which choice is right; None where the document names none of them, which lm-eval counts as wrong."""
+    """The index of the right choice; None if the document names none of them, which lm-eval counts as wrong."""
     if isinstance(target, str):
         return choices.index(target.strip()) if target.strip() in choices else None
     return int(target) if isinstance(target, int) and 0 <= target < len(choices) else None

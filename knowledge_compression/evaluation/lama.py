@@ -33,18 +33,18 @@ from knowledge_compression.identity import PLACE
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER
 
-READING = b"lama 2"  # how files become questions; raised when they would be others
+READING = b"lama 2"  # version of the way from files to questions; raised when it changes
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How facts are asked.
+    """A protocol for asking facts.
 
     Attributes:
-        by_template: the data sets that are asked by template, the others by masked sentences.
-        distinct: of the same sentence only the first is asked, whatever its answer.
-        every_mask: each mask of a sentence is a question, where the model is an encoder; else the first.
-        asked_as: the fields of :class:`Probe` that differ from its own defaults.
+        by_template: the data sets that are asked by template; the others are asked by masked sentences.
+        distinct: of identical sentences only the first is asked, whatever its answer.
+        every_mask: each mask of a sentence is a question if the model is an encoder; otherwise only the first is.
+        asked_as: the fields of :class:`Probe` that differ from its defaults.
     """
 
     by_template: Sequence[str] = ()
@@ -56,7 +56,7 @@ class Protocol:
 PROTOCOLS: Mapping[str, Protocol] = {
     "template": Protocol(("TREx",)),
     "sentence": Protocol(),
-    # What the counts of the first paper's Table 3 can only come from (Namburi et al. 2023; docs/reproduction.md).
+    # The only protocol that gives the counts in the first paper's Table 3 (Namburi et al. 2023; docs/reproduction.md).
     "paper": Protocol(
         ("TREx", "Google_RE"),
         distinct=True,
@@ -71,19 +71,18 @@ class Lama:
     """LAMA as a suite.
 
     Attributes:
-        data_dir: a folder with ``lama/`` inside; None takes the hub.
-        datasets: which of TREx, Google_RE, Squad, ConceptNet to ask. Those that are not there are named in the
-            result; it is an error only where none is.
+        data_dir: a folder that contains ``lama/``; None uses the hub.
+        datasets: which of TREx, Google_RE, Squad, ConceptNet to ask. The result names those that are missing; it is an
+            error only if all are.
         protocol: ``template`` asks T-REx by the templates of ``relations.jsonl`` and the others by their masked
-            sentences; ``sentence`` asks all by masked sentences, of each fact the first that has a mask; ``paper`` is
-            the first paper's: T-REx and Google-RE by LAMA's templates, the others by masked sentences, cut at 128
-            tokens, the full vocabulary, predictions and answers lower-cased, the same sentence asked once with the
-            answer that comes first, every mask of a sentence a question of its own (of encoders), objects of several
-            tokens counted as wrong, accuracy over all items alike.
-        candidates, calibrate, top_k: as in :class:`Probe`; ``common`` reads ``lama/common_vocab_cased.txt``.
-        limit: a sample of at most so many questions, from all parts of the data sets. With ``calibrate`` up to 128
-            prompts of each relation among them are read too, so that a sample is calibrated as the whole is.
-        hub_id, revision: where the hub keeps it.
+            sentences; ``sentence`` asks all by masked sentences, using the first sentence of each fact that has a mask;
+        ``paper`` is the first paper's: T-REx and Google-RE by LAMA's templates, the others by masked sentences,
+        truncated to 128 tokens, full vocabulary, predictions and answers lower-cased, identical sentences asked once
+        with the first answer, every mask of a sentence a separate question (for encoders), objects of several tokens
+        counted as wrong, accuracy over all items. candidates, calibrate, top_k: as in :class:`Probe`; ``common`` reads
+        ``lama/common_vocab_cased.txt``. limit: a random sample of at most this many questions, from all parts of the
+        data sets. With ``calibrate`` up to 128 prompts of each relation among them are read too, so that a sample is
+        calibrated like the whole. hub_id, revision: the data set on the hub.
     """
 
     data_dir: str | None = field(default=None, metadata=PLACE)
@@ -97,7 +96,7 @@ class Lama:
     revision: str = HUB_REVISION
 
     def __post_init__(self) -> None:
-        """Refuse what does not exist or does not go together."""
+        """Refuse unknown settings and combinations that contradict one another."""
         if self.protocol not in PROTOCOLS:
             raise BadInput(f"lama.protocol='{self.protocol}' does not exist; choose one of {', '.join(PROTOCOLS)}")
         if self.protocol == "paper" and (self.candidates in CANDIDATES[1:] or self.calibrate):
@@ -108,7 +107,7 @@ class Lama:
         sampled([], self.limit)
 
     def fingerprint(self) -> str:
-        """Digest of the files that are read, or the hub's id and revision; broken files are refused here."""
+        """Digest of the files that are read, or the hub's id and revision; damaged files are refused here."""
         if self.data_dir is None:
             how = READING + (SAMPLING if self.limit is not None else b"")
             return f"{self.hub_id}@{self.revision}:{how.decode()}"
@@ -122,20 +121,20 @@ class Lama:
         """The questions in the order of the data sets, their files and lines.
 
         Raises:
-            DataUnavailable: none of the data sets is there.
-            BadInput: a line is not what LAMA has; its file and number are named.
+            DataUnavailable: none of the data sets is available.
+            BadInput: a line is not in LAMA's format; the message names its file and number.
         """
         return self._questions[0]
 
     def questions(self, model: Model) -> Questions:
-        """What is asked of a model: of an encoder by every mask, where the protocol has it so."""
+        """The questions for a model: for an encoder every mask, if the protocol says so."""
         clozes = self.clozes()
         if PROTOCOLS[self.protocol].every_mask and model.family == ENCODER:
             clozes = [one for cloze in clozes for one in _of_every_mask(cloze)]
         return Questions.sample(clozes, self.limit)
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
-        """Ask everything that is there."""
+        """Ask every fact that is available."""
         _, duplicates = self._questions
         common = self._source.common_words() if self.candidates == "common" else ()
         evaluation = self._probe().ask("lama", scorer, self.questions(scorer.model), common)
@@ -162,7 +161,7 @@ class Lama:
 
     @cached_property
     def _questions(self) -> tuple[list[Cloze], int]:
-        """The questions, and how many duplicates were dropped on the way to them."""
+        """The questions, and the number of duplicates dropped."""
         protocol = PROTOCOLS[self.protocol]
         templates: dict[str, Mapping[str, str]] = {}
         for name in set(protocol.by_template) & set(self._found):
@@ -185,10 +184,10 @@ def _cloze(fact: Fact, templates: Mapping[str, str] | None) -> Cloze:
     key = f"{fact.task}/{fact.id}"
     if templates is None:
         if not fact.sentence:
-            raise BadInput(f"lama: {key} has no evidence to ask by; take protocol=template")
+            raise BadInput(f"lama: {key} has no evidence sentence; choose protocol=template")
         return Cloze(fact.task, f"{key}/sentence", key, fact.subject, fact.gold, fact.sentence, "sentence")
     if fact.relation not in templates:
-        raise BadInput(f"lama has no template for {fact.task} (relations.jsonl); add it, or take protocol=sentence")
+        raise BadInput(f"lama has no template for {fact.task} (relations.jsonl); add it, or choose protocol=sentence")
     sentence = fill(templates[fact.relation], fact.subject)
     return Cloze(fact.task, f"{key}/template", key, fact.subject, fact.gold, sentence, "template")
 

@@ -1,4 +1,4 @@
-"""Where LAMA's facts come from: a folder in the original layout, or the hub."""
+"""Sources of LAMA's facts: a folder in the original layout, or the hub."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.evaluation.cloze import MASK
 from knowledge_compression.reading import objects, text_of
 
-# The files of each data set, as the authors' data.zip has them.
+# The files of each data set, as in the authors' data.zip.
 LAYOUT: Mapping[str, str] = {
     "TREx": "TREx/*.jsonl",
     "Google_RE": "Google_RE/*_test.jsonl",
     "Squad": "Squad/test.jsonl",
     "ConceptNet": "ConceptNet/test.jsonl",
 }
-# The templates by which the authors ask Google-RE, which no file of theirs holds (Petroni et al. 2019, their code).
+# The authors' templates for Google-RE, which are in their code and in no file (Petroni et al. 2019).
 GOOGLE_RE = {
     "place_of_birth": "[X] was born in [Y] .",
     "date_of_birth": "[X] (born [Y]).",
     "place_of_death": "[X] died in [Y] .",
 }
 _WANTED = "LAMA has one object a line"
-_MASKS = re.compile(r"\[mask\]|<mask>|<extra_id_\d+>", re.IGNORECASE)  # as BERT, RoBERTa and BART, and T5 write it
+_MASKS = re.compile(
+    r"\[mask\]|<mask>|<extra_id_\d+>", re.IGNORECASE
+)  # the mask of BERT, of RoBERTa and BART, and of T5
 HUB_ID = "facebook/lama"
-HUB_REVISION = "refs/convert/parquet"  # the data as Parquet; the main branch is a script, which nobody should run
+HUB_REVISION = "refs/convert/parquet"  # the data as Parquet; the main branch is a script, which must not be run
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,10 @@ class Fact:
 
     Attributes:
         dataset, relation: e.g. ``TREx`` and ``P19``; the relation is empty where a data set is not divided.
-        id: its name in the files.
+        id: its identifier in the files.
         subject, gold: labels of the subject and of the object.
-        sentence: the first of its sentences that has a ``[MASK]`` (or another model's mask, which is written so); empty
-            where it has none at all (T-REx without evidences can still be asked by template).
+        sentence: the first of its sentences with a ``[MASK]`` (other models' masks are rewritten to it); empty if there
+            is none (T-REx without evidences can still be asked by template).
     """
 
     dataset: str
@@ -53,7 +55,7 @@ class Fact:
 
     @property
     def task(self) -> str:
-        """The relation's name over all data sets."""
+        """The relation's name, unique over all data sets."""
         return f"{self.dataset}.{self.relation}" if self.relation else self.dataset
 
 
@@ -64,7 +66,7 @@ class LamaFolder:
     folder: Path
 
     def has(self, dataset: str) -> bool:
-        """Whether a data set's files are there."""
+        """Whether a data set's files exist."""
         return any(self.folder.glob(LAYOUT[dataset]))
 
     def why_nothing(self, datasets: Sequence[str]) -> str:
@@ -81,7 +83,7 @@ class LamaFolder:
         return [path for path in beside if path.is_file()] + facts
 
     def facts(self, dataset: str) -> Iterator[Fact]:
-        """The facts of a data set, file by file.
+        """Yield the facts of a data set, file by file.
 
         Raises:
             BadInput: a line is not JSON, lacks a field, or its sentences have no mask.
@@ -90,7 +92,7 @@ class LamaFolder:
 
     def _rows(self, dataset: str) -> Iterator[_Row]:
         for path in sorted(self.folder.glob(LAYOUT[dataset])):
-            # Google-RE and T-REx have a file a relation; the other two are one file.
+            # Google-RE and T-REx have one file per relation; the other two are one file.
             relation = path.stem.removesuffix("_test") if "*" in LAYOUT[dataset] else ""
             for number, record in objects(path, _WANTED):
                 yield _Row(relation, record, f"{path}:{number}", number)
@@ -108,7 +110,7 @@ class LamaFolder:
         return templates
 
     def common_words(self) -> list[str]:
-        """The words that all of LAMA's original models have."""
+        """The words in the vocabularies of all of LAMA's original models."""
         path = self.folder / "common_vocab_cased.txt"
         if not path.is_file():
             raise DataUnavailable(
@@ -125,7 +127,7 @@ class LamaHub:
     revision: str
 
     def has(self, dataset: str) -> bool:
-        """Whether the hub (or the cache) gives a data set."""
+        """Whether the hub, or its cache, has a data set."""
         return dataset in self._tables
 
     def why_nothing(self, datasets: Sequence[str]) -> str:
@@ -136,7 +138,7 @@ class LamaHub:
         )
 
     def facts(self, dataset: str) -> Iterator[Fact]:
-        """The facts of a data set, whose rows hold an evidence each."""
+        """Yield the facts of a data set, whose rows hold one evidence each."""
         return _facts(dataset, self._rows(dataset))
 
     def _rows(self, dataset: str) -> Iterator[_Row]:
@@ -151,13 +153,13 @@ class LamaHub:
         return {str(record["predicate_id"]): str(record["template"]) for record in self._tables["TREx"]}
 
     def common_words(self) -> list[str]:
-        """Not on the hub."""
+        """Raise: the hub does not have them."""
         raise DataUnavailable(
             "eval=lama: candidates=common reads lama/common_vocab_cased.txt, which the hub lacks; give data_dir=DIR"
         )
 
     def files(self, datasets: Sequence[str]) -> list[Path]:
-        """No local files decide the questions."""
+        """Empty: no local files decide the questions."""
         return []
 
     @cached_property
@@ -169,7 +171,7 @@ class LamaHub:
             where = f"hf://datasets/{self.hub_id}@{self.revision.replace('/', '%2F')}/{dataset.lower()}/*/*.parquet"
             try:
                 tables[dataset] = load_dataset("parquet", data_files=where, split="train")
-            except Exception as error:  # the hub client raises a dozen kinds; all mean that it cannot be had
+            except Exception as error:  # the hub client raises a dozen kinds of error; all mean that it is unavailable
                 refused = next(iter(str(error).splitlines()), "") or type(error).__name__
         return tables, refused[:160]
 
@@ -184,7 +186,7 @@ class LamaHub:
 
 @dataclass(frozen=True)
 class _Row:
-    """A line or a row, the relation it belongs to, its place for messages, and its number there."""
+    """A line or row, its relation, its place for messages, and its number there."""
 
     relation: str
     record: Mapping[str, Any]
@@ -193,14 +195,14 @@ class _Row:
 
 
 def _facts(dataset: str, rows: Iterable[_Row]) -> Iterator[Fact]:
-    """The facts in the order in which they first appear.
+    """Yield the facts in the order in which they first appear.
 
-    Where rows hold a ``masked_sentence`` each, those of one id are the evidences of one fact.
+    If rows hold one ``masked_sentence`` each, rows with the same id are the evidences of one fact.
 
     Raises:
-        BadInput: a row lacks a field, or there are sentences without any mask.
+        BadInput: a row lacks a field, or none of its sentences has a mask.
     """
-    waiting: dict[tuple[str, str], tuple[_Row, str]] = {}  # facts whose sentences lie in several rows
+    waiting: dict[tuple[str, str], tuple[_Row, str]] = {}  # facts whose sentences are spread over several rows
     for row in rows:
         sentences = _sentences(row)
         masked = next((sentence for sentence in sentences if MASK in sentence), "")
@@ -215,10 +217,10 @@ def _facts(dataset: str, rows: Iterable[_Row]) -> Iterator[Fact]:
 
 
 def _sentences(row: _Row) -> list[str]:
-    """The masked sentences of a row, wherever its data set keeps them, their masks written alike.
+    """The masked sentences of a row, from the field that its data set uses, with one kind of mask.
 
     Raises:
-        BadInput: they are not kept as any data set keeps them.
+        BadInput: no field is one that a data set uses.
     """
     record = row.record
     try:

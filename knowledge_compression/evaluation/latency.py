@@ -1,4 +1,4 @@
-"""How long a model takes to read a batch and to say one token more, and what memory that needs.
+"""The time to read a batch and to generate one more token, and the memory needed.
 
 The second paper compares prompts with LoRA at batch 16 and 1,024 tokens (Hoang et al., section 3.3).
 """
@@ -31,19 +31,19 @@ PREFILL, DECODE = "prefill", "decode"
 
 @dataclass(frozen=True)
 class Latency:
-    """Warm inference time on random tokens: the median over repeats, and their spread.
+    """Inference time on random tokens after warm-up: median and spread over repeats.
 
-    *Prefill* reads the batch and gives the logits of each row's last token (encoders: of all), filling the cache where
-    there is one. *Decode* then says ``decode_tokens`` more tokens, one by one, through the cache; its time is that of
-    one token for the whole batch. Encoders have no decode.
+    *Prefill* reads the batch and computes the logits of each row's last token (encoders: of all tokens), filling the
+    cache if there is one. *Decode* then generates ``decode_tokens`` more tokens, one at a time, using the cache; its
+    time is that of one token for the whole batch. Encoders have no decode.
 
     Attributes:
-        batch: rows.
-        length: tokens in a row.
-        decode_tokens: tokens said after each prefill.
-        repeats: measured repeats.
-        warmup: repeats before them that are not measured.
-        seed: of the random tokens.
+        batch: number of rows.
+        length: tokens per row.
+        decode_tokens: tokens generated after each prefill.
+        repeats: number of measured repeats.
+        warmup: number of unmeasured repeats before them.
+        seed: for the random tokens.
     """
 
     batch: int = 16
@@ -54,7 +54,7 @@ class Latency:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
+        """Refuse numbers below their minimum."""
         for name, least in (("batch", 1), ("length", 1), ("decode_tokens", 1), ("repeats", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise BadInput(f"eval.latency.{name}={getattr(self, name)} must be at least {least}")
@@ -93,7 +93,7 @@ class Latency:
         if model.family == DECODER:
             said = "input_ids"
             if "logits_to_keep" in inspect.signature(network.forward).parameters:
-                fields["logits_to_keep"] = 1  # what generation asks for
+                fields["logits_to_keep"] = 1  # as in generation
             prefill, output = timed(model.device, lambda: network(input_ids=ids, **fields))
         else:
             said = "decoder_input_ids"

@@ -1,9 +1,9 @@
-"""Where in its depth a model has an answer: the logit lens over the clozes of another suite.
+"""At which depth a model has an answer: the logit lens over the clozes of another suite.
 
-The state at the blank, before the first block and after each, goes through what comes after the last block (norm and
-head), as if the rest of the network were not there (nostalgebraist, "interpreting GPT: the logit lens", 2020). Held
-against the dense model's, it tells a fact that a compressed model still found and then lost in its last layers from one
-that it never found.
+The hidden state at the blank, before the first block and after each, is passed through what comes after the last block
+(norm and head), as if the remaining blocks did not exist (nostalgebraist, "interpreting GPT: the logit lens", 2020).
+Compared with the dense model's, it distinguishes a fact that a compressed model still finds and then loses in its last
+layers from one that it never finds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ClozeSuite(Protocol):
     """A suite whose questions are clozes."""
 
     def questions(self, model: Model) -> Questions:
-        """What it asks of ``model``."""
+        """The questions for ``model``."""
         ...
 
 
@@ -50,17 +50,16 @@ EXTRA_COLUMNS = {"depth_rank": pl.List(pl.Int32()), "depth_log_prob": pl.List(pl
 class LogitLens:
     """Rank and log-probability of the right answer's first token at every depth.
 
-    Answers are ranked by their first tokens, among the distinct first tokens of their relation's answers, so that the
-    same question is asked of every model and at every depth.
+    Answers are ranked by their first tokens, among the distinct first tokens of their relation's answers, so that every
+    model is asked the same question at every depth.
 
     Attributes:
-        of: whose questions: ``atlas``, ``world`` or ``lama``, with that suite's own settings; run that suite beside
-            this one and its items are the same facts.
+        of: the suite whose questions are asked: ``atlas``, ``world`` or ``lama``, with its own settings; its items in
+            the same run are the same facts.
         calibrate: subtract each candidate's mean log-probability over the relation's prompts in the same wording, at
-            the same depth. None does as the suite does by itself (the atlas calibrates, LAMA and the world do not), so
-            that at the last depth both rank alike.
-        limit: at most so many questions (of the atlas and LAMA), see ``calibration.sampled``.
-        data_dir: local files of LAMA instead of the hub.
+            the same depth. None follows the suite's own default (the atlas calibrates, LAMA and the world do not), so
+        that the ranks at the last depth agree with the suite's. limit: maximum number of questions (for the atlas and
+        LAMA), see ``calibration.sampled``. data_dir: local files of LAMA instead of the hub.
     """
 
     of: str = "atlas"
@@ -80,15 +79,15 @@ class LogitLens:
         return suite.fingerprint() if isinstance(suite, Atlas | Lama) else None
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
-        """Look into every depth at every question.
+        """Rank the answers of every question at every depth.
 
         Returns:
             Items with the ids of the suite that is asked, ``rank``, ``log_prob`` and ``choices`` at the last depth, and
             the lists ``depth_rank`` and ``depth_log_prob`` over all depths, the first before the first block. They have
-            no ``correct``: the suite itself says that. Metrics ``first.0`` ...: the share ranked first by depth.
+            no ``correct``, which the suite itself reports. Metrics ``first.0`` ...: share ranked first, by depth.
 
         Raises:
-            BadInput: none of the questions ends in a blank that one token fills.
+            BadInput: no question ends in a blank that a single token can fill.
         """
         suite = self._suite()
         calibrate = getattr(suite, "calibrate", False) if self.calibrate is None else self.calibrate
@@ -133,28 +132,28 @@ class LogitLens:
         sizes: Mapping[tuple[str, str], int],
         wanted: Collection[str],
     ) -> list[dict[str, Any]]:
-        """The rows of one task's questions.
+        """The item rows for one task's questions.
 
         Args:
             scorer: reads the blanks.
-            read: the task's clozes, with those that only calibrate.
+            read: the task's clozes, including those that only calibrate.
             candidates: the answers.
-            sizes: prompts of each relation and wording; empty calibrates nothing.
-            wanted: ids of the clozes that are asked.
+            sizes: number of prompts of each relation and wording; empty if not calibrated.
+            wanted: ids of the clozes to report.
         """
         firsts = [_first_tokens(candidates, cloze) for cloze, _ in read]
         scores: list[Tensor] = [torch.empty(0)] * len(read)  # [depths, distinct first tokens] each
         for batch, log_probs in scorer.distributions_by_depth([blank for _, blank in read]):
             for i, states in zip(batch, log_probs, strict=True):
                 scores[i] = states[:, firsts[i][0]].cpu()
-        alike: dict[tuple[str, bool], list[Tensor]] = defaultdict(list)  # first tokens depend on what stands before
+        alike: dict[tuple[str, bool], list[Tensor]] = defaultdict(list)  # first tokens depend on the text before them
         for (cloze, _), row in zip(read, scores, strict=True):
             alike[cloze.wording, cloze.glued].append(row)
         wordings = Counter(cloze.wording for cloze, _ in read)
         rows = []
         for (cloze, _), (tokens, gold), raw in zip(read, firsts, scores, strict=True):
             of = alike[cloze.wording, cloze.glued]
-            if cloze.id not in wanted or (sizes and len(of) == 1):  # one by itself has nothing to be calibrated with
+            if cloze.id not in wanted or (sizes and len(of) == 1):  # a single prompt cannot be calibrated
                 continue
             calibrated = raw
             if sizes:
@@ -170,7 +169,7 @@ class LogitLens:
 
 
 def _first_tokens(candidates: Candidates, cloze: Cloze) -> tuple[list[int], int]:
-    """The distinct first tokens of a cloze's candidates, and the place of the right answer's among them."""
+    """The distinct first tokens of a cloze's candidates, and the index of the right answer's among them."""
     tokens = candidates.tokens(cloze)
     distinct = sorted({ids[0] for ids in tokens if ids})
     return distinct, distinct.index(tokens[candidates.answers[cloze.task].index(cloze.gold)][0])

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's model interface over the scoring core."""
+"""lm-evaluation-harness's model interface, on top of the scoring core."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from knowledge_compression.evaluation.tokens import encode
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER_DECODER
 
-STOCK_BATCH = 16  # the best of 1, 4, 8, 16, 32, 64 for stock HFLM on two cores; see docs/performance.md
+STOCK_BATCH = 16  # the fastest of 1, 4, 8, 16, 32, 64 for stock HFLM on two cores; see docs/performance.md
 
 
 def stock_lm(scorer: Scorer, batch_size: int | str = STOCK_BATCH) -> HFLM:
-    """lm-eval's own ``HFLM`` around the model of ``scorer``, for anyone in doubt.
+    """lm-eval's own ``HFLM`` around the model of ``scorer``, to verify results.
 
     Raises:
-        BadInput: the input chooses among prompts, and ``HFLM`` cannot say where the answers begin that it must not see.
+        BadInput: the input selects among prompts, and ``HFLM`` cannot tell where the answers begin, which must not take
+            part.
     """
     if scorer.prompts.choosing is not None:
         raise BadInput(
@@ -37,13 +38,13 @@ def stock_lm(scorer: Scorer, batch_size: int | str = STOCK_BATCH) -> HFLM:
 
 
 def item_id(place: int, document: Any) -> str:
-    """The id of a task's document: its place among them, and the beginning of the hash that lm-eval logs of it."""
+    """The id of a task's document: its index and the beginning of its hash in lm-eval's log."""
     text = json.dumps(document, indent=2, default=handle_non_serializable, ensure_ascii=False)
     return f"{place}:{hash_string(text)[:12]}"
 
 
 class ScorerLM(HFLM):
-    """``HFLM`` with lm-eval's own way from text to tokens, and the log-probabilities from :class:`Scorer`.
+    """``HFLM`` with lm-eval's own tokenization and the log-probabilities of :class:`Scorer`.
 
     Args:
         scorer: scores with a decoder or an encoder-decoder; its network may be wrapped by a recovery.
@@ -51,14 +52,14 @@ class ScorerLM(HFLM):
 
     def __init__(self, scorer: Scorer) -> None:
         with _weights_left_alone(scorer.model):
-            # All rolling windows go to the core at once: it makes its own batches.
+            # All rolling windows are passed to the core at once; it forms its own batches.
             super().__init__(**_arguments(scorer), batch_size=1 << 30)
         self.scorer = scorer
         self._ids: dict[tuple[str, bool | None], list[int]] = {}
-        self._items: list[str] = []  # of the requests that are answered just now
+        self._items: list[str] = []  # of the requests being answered
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihood and greedy flag of each request's continuation; all texts are tokenized in one go."""
+        """Log-likelihood and greedy flag of each request's continuation; all texts are tokenized in one call."""
         pairs = [request.args for request in requests]
         if self.backend == "causal":
             self._encode(None, [text for c, a in pairs if c for text in (c.rstrip(), c + a)])
@@ -74,12 +75,12 @@ class ScorerLM(HFLM):
             self._items.clear()
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Token ids as ``HFLM`` gives them; looked up where they were made beforehand."""
+        """Token ids as from ``HFLM``; looked up if they were tokenized ahead."""
         ids = self._ids.get((string, add_special_tokens)) if not options else None
         return super().tok_encode(string, add_special_tokens, **options) if ids is None else ids
 
     def _encode(self, special_tokens: bool | None, texts: list[str]) -> None:
-        """Tokenize ahead; texts that begin with the prefix token are left to ``HFLM``, which treats them apart."""
+        """Tokenize ahead; texts that begin with the prefix token are left to ``HFLM``, which treats them specially."""
         prefix = self.tokenizer.decode(self.prefix_token_id)
         distinct = [text for text in dict.fromkeys(texts) if not text.startswith(prefix)]
         rows = encode(self.tokenizer, distinct, special_tokens=special_tokens)
@@ -91,7 +92,7 @@ class ScorerLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood and greedy flag of each ``(text, context tokens, continuation tokens)``, in their order."""
+        """Log-likelihood and greedy flag of each ``(text, context tokens, continuation tokens)``, in order."""
         questions, places = self.questions_of(requests)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for rows, likelihoods in zip(places, self.scorer.log_likelihoods(questions), strict=True):
@@ -102,12 +103,14 @@ class ScorerLM(HFLM):
     def questions_of(
         self, requests: Sequence[tuple[Any, list[int], list[int]]]
     ) -> tuple[list[Question], list[list[int]]]:
-        """Tokenized requests put together by context, and for each question which requests its continuations are."""
+        """Group tokenized requests by context; also return, for each question, the indices of its requests."""
         places: dict[tuple[int, ...], list[int]] = {}
         cut = [self._fit(context, continuation) for _, context, continuation in requests]
         for i, (context, _) in enumerate(cut):
             places.setdefault(tuple(context), []).append(i)
-        items = self._items if len(self._items) == len(requests) else [""] * len(requests)  # rolling windows have none
+        items = (
+            self._items if len(self._items) == len(requests) else [""] * len(requests)
+        )  # rolling windows have no document
         questions = [
             Question(context, [cut[i][1] for i in rows], tuple(dict.fromkeys(items[i] for i in rows if items[i])))
             for context, rows in places.items()
@@ -115,7 +118,7 @@ class ScorerLM(HFLM):
         return questions, list(places.values())
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Text that the model says after each request's context, up to a stop sequence."""
+        """The text generated after each request's context, up to a stop sequence."""
         if self.scorer.soft_prompted or not _plain_greedy(self.model.generation_config):
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
         texts: dict[int, str] = {}
@@ -136,7 +139,9 @@ class ScorerLM(HFLM):
         stops, most = handle_stop_sequences(options["until"], eos=eos), options["max_gen_toks"]
         room = self.max_length - (most if self.backend == "causal" else 0)
         if room < 1:
-            raise BadInput(f"the model has {self.max_length} positions, too few to say {most} tokens (max_gen_toks)")
+            raise BadInput(
+                f"the model has {self.max_length} positions, too few to generate {most} tokens (max_gen_toks)"
+            )
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
 
@@ -149,7 +154,7 @@ class ScorerLM(HFLM):
         return [postprocess_generated_text(self.tok_decode(ids), stops, None) for ids in said]
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[Sequence[int], Sequence[int]]:
-        """Cut from the left what the model has no positions for, as stock does (the last token is not read)."""
+        """Truncate from the left to the model's positions, as stock lm-eval does (the last token is not read)."""
         if self.backend == "seq2seq":
             return context[-self.max_length :], continuation[-self.max_length :]
         surplus = max(0, len(context) + len(continuation) - (self.max_length + 1))
@@ -157,7 +162,7 @@ class ScorerLM(HFLM):
 
 
 def _plain_greedy(config: Any) -> bool:
-    """Whether a model's generation settings leave greedy decoding as it is: no beams, penalties or forced tokens."""
+    """Whether a model's generation settings amount to plain greedy decoding: no beams, penalties or forced tokens."""
     neutral: dict[str, tuple[Any, ...]] = {
         "num_beams": (None, 1),
         "repetition_penalty": (None, 1.0),
@@ -189,7 +194,7 @@ def _arguments(scorer: Scorer) -> dict[str, Any]:
 
 @contextmanager
 def _weights_left_alone(model: Model) -> Iterator[None]:
-    """``HFLM`` ties the weights of its network, but a compressed head must stay as it is."""
+    """Prevent ``HFLM`` from tying the network's weights: a compressed head must stay unchanged."""
     logger = logging.getLogger("lm_eval.models.huggingface")
     level = logger.level
     logger.setLevel(logging.ERROR)

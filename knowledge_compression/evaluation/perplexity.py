@@ -23,10 +23,10 @@ from knowledge_compression.identity import PLACE
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 
-# Which split of which corpus: GPTQ and SparseGPT report WikiText-2's test text and C4's validation shard.
+# The split of each corpus: GPTQ and SparseGPT report WikiText-2's test text and C4's validation shard.
 _TEXTS: Mapping[str, tuple[Callable[..., TextCorpus], str]] = {"wikitext": (WikiText, TEST), "c4": (C4, VALIDATION)}
-# How documents become one text. ``text``: as the corpus stands (the rows of WikiText-2 are its lines, less the blank
-# ones' content; pages of C4 are parted by an empty line). ``gptq``: as the published scripts of GPTQ and SparseGPT do.
+# How documents are joined to one text. ``text``: as in the corpus (the rows of WikiText-2 are its lines, blank ones
+# emptied; pages of C4 are separated by an empty line). ``gptq``: as in the published scripts of GPTQ and SparseGPT.
 _JOINS: Mapping[tuple[str, str], Callable[[Sequence[str]], str]] = {
     ("wikitext", "text"): lambda lines: "".join(line or " \n" for line in lines),
     ("wikitext", "gptq"): "\n\n".join,
@@ -34,7 +34,7 @@ _JOINS: Mapping[tuple[str, str], Callable[[Sequence[str]], str]] = {
     ("c4", "gptq"): lambda pages: " ".join(pages[:1100]),
 }
 JOINS = ("text", "gptq")
-_LARGEST = math.log(sys.float_info.max)  # nats; a perplexity of more is no float
+_LARGEST = math.log(sys.float_info.max)  # nats; the perplexity of more exceeds a float
 EXTRA_COLUMNS: Mapping[str, pl.DataType] = {"tokens": pl.Int64(), "nll": pl.Float64()}
 
 
@@ -42,18 +42,19 @@ EXTRA_COLUMNS: Mapping[str, pl.DataType] = {"tokens": pl.Int64(), "nll": pl.Floa
 class Perplexity:
     """Perplexity in fixed windows, as GPTQ and SparseGPT report it; pseudo-perplexity for encoders.
 
-    The text is tokenized once without special tokens and cut into windows that share nothing; what is left over at the
-    end is dropped. Decoders are scored on every token of a window but its first. Encoders predict each token from the
-    rest of its window with that token masked [Salazar et al., 2020, eq. 1], between the tokenizer's own special tokens.
+    The text is tokenized once without special tokens and cut into disjoint windows; the remainder at the end is
+    dropped. Decoders are scored on every token of a window except its first. Encoders predict each token from the rest
+    of its window with that token masked [Salazar et al., 2020, eq. 1], between the tokenizer's own special tokens.
     Encoder-decoders read the first half of a window and are scored on the second.
 
     Attributes:
         corpus: ``wikitext`` (WikiText-2 raw, test) or ``c4`` (validation).
-        join: ``text`` (the corpus as it stands) or ``gptq`` (with what the scripts of GPTQ and SparseGPT put
-            between documents, for comparison with published figures).
-        window: tokens in a window; shortened to the model's positions where those are fewer.
-        limit: N evenly spaced windows, the i-th starting at window ``floor(i * windows / N)``; None takes all.
-        masked_per_window: encoders only: N evenly spaced positions of each window; None masks each in turn.
+        join: ``text`` (as in the corpus) or ``gptq`` (with the separators of the scripts of GPTQ and SparseGPT, for
+            comparison with published figures).
+        window: tokens in a window; at most the model's positions.
+        limit: use N evenly spaced windows, the i-th being window ``floor(i * windows / N)``; None uses all.
+        masked_per_window: encoders only: mask N evenly spaced positions of each window; None masks every position in
+            turn.
         data_dir: local files instead of the hub.
     """
 
@@ -65,7 +66,7 @@ class Perplexity:
     data_dir: str | None = field(default=None, metadata=PLACE)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be scored."""
+        """Refuse invalid settings."""
         for option, known in (("corpus", tuple(_TEXTS)), ("join", JOINS)):
             if getattr(self, option) not in known:
                 raise BadInput(
@@ -77,7 +78,7 @@ class Perplexity:
                 raise BadInput(f"eval.perplexity.{option}={value} is not a whole number from {least} on")
 
     def fingerprint(self) -> str:
-        """Digest of the text, or the hub's name for it."""
+        """Digest of the text, or its id on the hub."""
         return (
             self._source().fingerprint()
             if self.data_dir is None
@@ -89,7 +90,7 @@ class Perplexity:
 
         Raises:
             BadInput: the text is shorter than one window.
-            DataUnavailable: the text is not to be had.
+            DataUnavailable: the text cannot be obtained.
         """
         windows, total = self.windows(scorer)
         ids = [f"{windows.shape[1]}:{place}" for place in self._places(total)]
@@ -109,7 +110,7 @@ class Perplexity:
         return Evaluation(_metrics(items["nll"]), items, self._description(scorer.model, windows, total))
 
     def windows(self, scorer: Scorer) -> tuple[LongTensor, int]:
-        """The windows to score, int64 ``[N, window]``, and how many the text has.
+        """The windows to score, int64 ``[N, window]``, and the number of windows in the text.
 
         Raises:
             BadInput: the text is shorter than one window.
@@ -131,7 +132,7 @@ class Perplexity:
         return _TEXTS[self.corpus][0](data_dir=self.data_dir)
 
     def text(self) -> str:
-        """The whole text that is scored, its documents joined as ``join`` says."""
+        """The whole text, its documents joined as set by ``join``."""
         documents = self._source().documents(_TEXTS[self.corpus][1])
         return _JOINS[self.corpus, self.join](documents.texts)
 
@@ -160,7 +161,7 @@ _PROTOCOL = {
 }
 
 
-Scored = list[tuple[float, int]]  # log-probability of the scored tokens of each window, and how many they are
+Scored = list[tuple[float, int]]  # the log-probability of the scored tokens of each window, and their number
 
 
 def _score_decoder(scorer: Scorer, windows: LongTensor, ids: Sequence[str], _: int | None) -> Scored:
@@ -203,7 +204,7 @@ def _score_encoder(scorer: Scorer, windows: LongTensor, names: Sequence[str], ma
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and after a text."""
+    """The special tokens that the tokenizer adds before and after a text."""
     empty, some = tokenizer("")["input_ids"], tokenizer(tokenizer.mask_token)["input_ids"]
     before = next((i for i, (a, b) in enumerate(zip(empty, some, strict=False)) if a != b), len(empty))
     return empty[:before], empty[before:]
@@ -213,9 +214,9 @@ _SCORED = {DECODER: _score_decoder, ENCODER: _score_encoder, ENCODER_DECODER: _s
 
 
 def _metrics(nll: pl.Series) -> dict[str, float]:
-    """Perplexity, nats a token, and the standard error over windows of both (of perplexity by the delta method).
+    """Perplexity, nats per token, and the standard errors of both over windows (of perplexity by the delta method).
 
-    A perplexity that is too large for a float is infinite.
+    A perplexity too large for a float is infinite.
     """
     mean = float(nll.mean())  # type: ignore[arg-type]
     perplexity = math.exp(mean) if mean < _LARGEST else math.inf if mean > 0 else math.nan

@@ -1,4 +1,4 @@
-"""How clozes are asked and answers are ranked: what LAMA and the atlas have in common."""
+"""Asking clozes and ranking their answers: the common part of LAMA and the atlas."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ EXTRA_COLUMNS = {"subject": pl.String(), "fact": pl.String(), "wording": pl.Stri
 
 @dataclass(frozen=True)
 class Ranking:
-    """Where the gold answer of one cloze came.
+    """The rank of one cloze's gold answer.
 
     Attributes:
-        log_prob: its natural log-probability, before any calibration; None where the model cannot say it.
-        margin: its score minus the best wrong answer's (after calibration); None where there is no wrong answer.
-        rank: 1 + the number of wrong answers that it does not beat, so that a tie counts as lost.
-        choices: number of answers it was ranked among.
-        prediction: gold where it won, else the best wrong answer.
-        prediction_log_prob: its natural log-probability, before any calibration.
+        log_prob: its natural log-probability before calibration; None if the model cannot produce it.
+        margin: its score minus the best wrong answer's (after calibration); None if there is no wrong answer.
+        rank: 1 + the number of wrong answers whose score is not lower, so a tie counts as wrong.
+        choices: number of answers among which it was ranked.
+        prediction: the gold answer if it ranks first, otherwise the best wrong answer.
+        prediction_log_prob: the prediction's natural log-probability before calibration.
     """
 
     log_prob: float | None
@@ -61,27 +61,27 @@ class Ranking:
 
     @property
     def correct(self) -> bool:
-        """Whether the gold answer beat every other."""
+        """Whether the gold answer ranks first."""
         return self.rank == 1
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A way to ask clozes.
+    """The settings for asking clozes.
 
     Attributes:
-        candidates: ``full`` (the model's vocabulary: every id that its tokenizer has a token for, and none of those
-            that only make its embeddings larger), ``common`` (a list of words) or ``typed`` (the relation's own
-            objects; objects of several tokens are ranked too).
-        calibrate: subtract each candidate's mean log-probability over the prompts of the relation in the same
-            wording, so that what is likely after any subject gains nothing by it (contextual calibration in the
-            spirit of Zhao et al. 2021, with the other prompts in the place of content-free ones). A prompt without
-            another one beside it would be calibrated against itself, where all answers tie; it is left out.
+        candidates: ``full`` (the model's vocabulary: every id for which its tokenizer has a token, without ids that
+            only pad the embeddings), ``common`` (a list of words) or ``typed`` (the relation's own objects, including
+            those of several tokens).
+        calibrate: subtract each candidate's mean log-probability over the prompts of the relation in the same wording,
+            so that answers likely after any subject have no advantage (contextual calibration as in Zhao et al. 2021,
+            with the other prompts in place of content-free ones). The only prompt of a relation and wording would be
+            calibrated against itself, making all answers tie; it is left out.
         top_k: the k of the top-k metrics.
-        lower_case: an answer is right when it is the gold one after lower-casing both (the first paper).
-        keep_long: objects that are not one token stay in, as wrong, where only single tokens are ranked (the first
-            paper); else they are left out and counted.
-        max_tokens: sentences are cut there; None is the model's own limit.
+        lower_case: whether answers are compared after lower-casing (the first paper).
+        keep_long: if only single tokens are ranked, whether objects of several tokens count as wrong (the first paper);
+            otherwise they are left out and counted.
+        max_tokens: sentences are truncated to this length; None uses the model's own limit.
     """
 
     candidates: str = "typed"
@@ -92,7 +92,7 @@ class Probe:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse candidates and top-k that do not exist."""
+        """Refuse unknown candidates and invalid top-k."""
         if self.candidates not in CANDIDATES:
             raise BadInput(f"candidates='{self.candidates}' does not exist; choose one of {', '.join(CANDIDATES)}")
         if wrong := [k for k in self.top_k if not isinstance(k, int) or k < 1]:
@@ -102,17 +102,17 @@ class Probe:
         """Ask every cloze.
 
         Args:
-            suite: the name for the item table.
+            suite: the suite's name in the item table.
             scorer: scores with the model, of any family.
-            questions: what is asked, and the answers of each task, for ``typed``.
-            common: the words of the common vocabulary, for ``common``.
+            questions: the clozes, and the answers of each task, for ``typed``.
+            common: the list of words, for ``common``.
 
         Returns:
-            One item a cloze that could be asked; ``description["left_out"]`` counts the others by reason and task,
+            One item per cloze that could be asked; ``description["left_out"]`` counts the others by reason and task,
             ``description["objects_of_several_tokens"]`` counts those by task, left out or not.
 
         Raises:
-            BadInput: not one of them can be asked of this model.
+            BadInput: none of them can be asked of this model.
         """
         reader, model = reader_of(scorer, self.max_tokens), scorer.model
         clozes = questions.calibrating() if self.calibrate else list(questions.asked)
@@ -162,7 +162,7 @@ class Probe:
     def _cannot(
         self, reader: Reader, cloze: Cloze, blank: Blank | None, gold: tuple[int, ...], allowed: Tensor | None
     ) -> str | None:
-        """Why a cloze cannot be asked, if it cannot."""
+        """Why a cloze cannot be asked; None if it can."""
         single = self.candidates != "typed"
         reasons = {
             "mask_cut_off": blank is None and reader.needs_blank,
@@ -183,7 +183,7 @@ class Probe:
         count: int,
         sizes: Mapping[Group, int],
     ) -> list[Ranking]:
-        """Rank the first ``count`` clozes among their relation's answers; the others calibrate."""
+        """Rank the first ``count`` clozes among their relation's answers; the others only calibrate."""
         scores = candidate_scores(reader, clozes, blanks, candidates)
         means = group_means(clozes, scores, sizes) if self.calibrate else {}
         return [
@@ -208,9 +208,9 @@ class Probe:
         allowed: Tensor | None,
         sizes: Mapping[Group, int],
     ) -> list[Ranking]:
-        """Rank among all tokens, or the allowed ones; ``gold`` holds the token ids that count as right.
+        """Rank among all tokens, or the allowed ones; ``gold`` holds the ids of the right tokens of each cloze.
 
-        The clozes without a place in ``gold`` are not ranked; they calibrate.
+        Clozes beyond the length of ``gold`` are not ranked; they only calibrate.
         """
         scorer = reader.scorer
         means = _vocabulary_means(scorer, blanks, clozes, sizes) if self.calibrate else {}
@@ -229,7 +229,7 @@ class Probe:
                 outside[allowed.to(scores.device)] = False
                 scores = scores.masked_fill(outside, -torch.inf)
             rows, which = real.nonzero(as_tuple=True)
-            scores[rows, right[rows, which]] = -torch.inf  # what is left is wrong
+            scores[rows, right[rows, which]] = -torch.inf  # the remaining tokens are wrong
             place = likeliest(scores)
             best = scores.gather(1, place[:, None])[:, 0]
             best_wrong = log_probs.gather(1, place[:, None])[:, 0]
@@ -244,7 +244,7 @@ class Probe:
             choices = scores.shape[1] if allowed is None else len(allowed)
             numbers = [column.tolist() for column in (said, gold_scores - best, ahead, best_wrong)]
             for b, word, log_prob, margin, ahead_of_it, of_word in zip(batch, words, *numbers, strict=True):
-                if not gold[b]:  # the model has no token for it
+                if not gold[b]:  # the model has no token for the gold answer
                     rankings[b] = Ranking(None, None, None, choices, self._shown(word), of_word)
                     continue
                 rank = 1 + ahead_of_it
@@ -260,15 +260,15 @@ class Probe:
 
 
 def cloze_metrics(items: pl.DataFrame, top_k: Iterable[int]) -> dict[str, float]:
-    """Accuracy as every suite has it; top-k and mean reciprocal rank, micro and macro over relations; chance.
+    """Accuracy as in every suite; top-k and mean reciprocal rank, micro and macro over relations; chance level.
 
-    An answer without a rank (the model has no token for it) counts as not found.
+    An answer without a rank (the model has no token for it) counts as wrong.
     """
     found = {"mrr": (1 / pl.col("rank")).fill_null(0.0)} | {
         f"top{k}": (pl.col("rank") <= k).fill_null(value=False).cast(pl.Float64) for k in top_k
     }
     columns = items.select("task", chance=1 / pl.col("choices"), **found)
-    by_task = columns.group_by("task").mean().sort("task")  # in one order, in which sums are rounded alike
+    by_task = columns.group_by("task").mean().sort("task")  # in a fixed order, so that sums round the same way
     metrics = accuracy_metrics(items)
     for name in ("chance", *found):
         metrics[name] = float(columns[name].mean() or 0.0)  # type: ignore[arg-type]
@@ -285,17 +285,17 @@ def _row(suite: str, cloze: Cloze, ranking: Ranking) -> dict[str, Any]:
 def rank_among(
     gold: str, names: Sequence[str], tokens: Sequence[Sequence[int]], raw: Tensor, mean: Tensor | None = None
 ) -> Ranking:
-    """Where the gold answer comes among candidates.
+    """The rank of the gold answer among candidates.
 
     Args:
         gold: the right answer, one of ``names``.
-        names, tokens: the candidates and their token ids; one that the tokenizer does not know has none and is passed
-            over, one that reads like the gold answer is not wrong.
+        names, tokens: the candidates and their token ids; a candidate without tokens is skipped, and one with the gold
+            answer's text is not counted as wrong.
         raw: log-probability of each, float64 ``[candidates]``.
-        mean: what calibration subtracts, ``[candidates]``; None subtracts nothing.
+        mean: subtracted by calibration, ``[candidates]``; None subtracts nothing.
 
     Raises:
-        BadInput: the right answer is not among them.
+        BadInput: the right answer is not among the candidates.
     """
     if gold not in names:
         raise BadInput(f"the right answer '{gold}' is not among the {len(names)} it is ranked with; add it to them")
@@ -327,7 +327,7 @@ def _vocabulary_means(
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of token ids as one int64 ``[rows, longest]`` (at least one wide), and which of its entries are real."""
+    """Pad token ids to int64 ``[rows, longest]``, at least one wide; also return which entries are real."""
     width = max(1, *map(len, rows))
     ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
     real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows], device=device)
@@ -348,21 +348,23 @@ def _single_tokens(reader: Reader, words: Sequence[str]) -> Tensor:
 
 
 def _ids_of_tokens(model: Model) -> Tensor | None:
-    """The ids that stand for a token, int64 ``[tokens]``; None where all rows of the embeddings have one."""
+    """The ids that have a token, int64 ``[tokens]``; None if all rows of the embeddings do."""
     rows = model.network.config.vocab_size
     ids = sorted(i for i in set(model.tokenizer.get_vocab().values()) if i < rows)
     return torch.tensor(ids, dtype=torch.long) if len(ids) < rows else None
 
 
 def _readings(reader: Reader, clozes: Sequence[Cloze]) -> list[list[int]]:
-    """The tokens that read like the gold answer once both are lower-cased."""
+    """The tokens whose lower-cased text equals the lower-cased gold answer."""
     tokens = _lower_cased(reader.tokenizer)
     return [tokens.get(cloze.gold.strip().lower(), []) for cloze in clozes]
 
 
-@lru_cache(maxsize=4)  # a tokenizer is asked by many suites and runs, and reading it whole takes a third of a second
+@lru_cache(
+    maxsize=4
+)  # many suites and runs use a tokenizer, and reading its whole vocabulary takes a third of a second
 def _lower_cased(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, list[int]]:
-    """The tokens of a vocabulary by what they read like in lower case."""
+    """The tokens of a vocabulary by their lower-cased text."""
     tokens: defaultdict[str, list[int]] = defaultdict(list)
     for token, word in enumerate(tokenizer.batch_decode([[token] for token in range(len(tokenizer))])):
         tokens[word.strip().lower()].append(token)

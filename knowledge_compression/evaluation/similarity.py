@@ -1,8 +1,8 @@
-"""How far each layer's attention and activations turned from the dense model's (Hoang et al., Figure 5).
+"""Cosine similarity of each layer's attention and activations to the dense model's (Hoang et al., Figure 5).
 
-Both networks read the same windows of text. Attention is what each input token pays to the input tokens it may see,
-compared head by head; what it pays to a prompt is left out, which scales a row and so does not change its cosine.
-Activations are the outputs of the blocks, compared token by token.
+Both networks read the same windows of text. Attention is that of each input token to the input tokens it may see,
+compared per head; attention to a prompt is left out, which scales a row and so does not change its cosine. Activations
+are the outputs of the blocks, compared per token.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from knowledge_compression.progress import shown
 ATTENTION, ACTIVATION = "attention", "activation"
 _TEXTS: Mapping[str, tuple[Callable[..., TextCorpus], str]] = {"wikitext": (WikiText, TEST), "c4": (C4, VALIDATION)}
 Seen = dict[tuple[str, str], Tensor]  # rows whose directions are compared, by kind and layer
-_OBSERVED = "observed"  # the attention function that looks on while another one answers
+_OBSERVED = "observed"  # the attention function that records weights while another one computes
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Similarity:
     data_dir: str | None = field(default=None, metadata=PLACE)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be compared."""
+        """Refuse invalid settings."""
         if self.corpus not in _TEXTS:
             raise BadInput(f"eval.similarity.corpus={self.corpus} does not exist; choose one of {', '.join(_TEXTS)}")
         for name, least in (("windows", 1), ("length", 2)):
@@ -62,17 +62,17 @@ class Similarity:
                 raise BadInput(f"eval.similarity.{name}={getattr(self, name)} must be at least {least}")
 
     def fingerprint(self) -> str:
-        """Digest of the corpus, or the hub's name for it."""
+        """Digest of the corpus, or its id on the hub."""
         return _TEXTS[self.corpus][0](data_dir=self.data_dir).fingerprint()
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
-        """Compare the model with what it was loaded as.
+        """Compare the model with the dense model.
 
         Raises:
-            BadInput: the text is shorter than the windows, or nobody can load the dense model.
+            BadInput: the text is shorter than the windows, or the dense model cannot be loaded.
         """
         if scorer.original is None:
-            raise BadInput("eval=similarity compares with the dense model, and nothing here can load it")
+            raise BadInput("eval=similarity compares with the dense model, which cannot be loaded here")
         dense, model = scorer.original(), scorer.model
         windows = self._windows(scorer)
         cosines: dict[tuple[str, str], list[float]] = {}
@@ -106,7 +106,7 @@ def observe(model: Model, ids: LongTensor) -> Seen:
     seen: Seen = {}
     ids = ids.to(model.device)  # type: ignore[assignment]
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.family == ENCODER_DECODER:  # the decoder reads the text too, as if it had said it
+    if model.family == ENCODER_DECODER:  # the decoder reads the text too, as if it had generated it
         inputs["decoder_input_ids"] = ids
     with ExitStack() as stack:
         stack.enter_context(_observed_attention(model.network, seen))
@@ -118,7 +118,7 @@ def observe(model: Model, ids: LongTensor) -> Seen:
 
 
 def _add(seen: Seen, kind: str, path: str, rows: Tensor) -> None:
-    """Keep rows under the module's path, numbered where a shared module is passed more than once (ALBERT)."""
+    """Store rows under the module's path, numbered if a shared module is used more than once (ALBERT)."""
     use = sum(1 for other, name in seen if other == kind and name.startswith(f"{path}#"))
     seen[kind, f"{path}#{use}"] = rows.flatten(0, -2).float()
 
@@ -133,7 +133,7 @@ def _keep(seen: Seen, path: str) -> Any:
 
 @contextmanager
 def _observed_attention(network: Any, seen: Seen) -> Iterator[None]:
-    """Let every attention answer as before while its weights over the input are kept."""
+    """Record attention weights over the input, without changing what attention computes."""
     paths = {module: path for path, module in network.named_modules()}
     name = network.config._attn_implementation
     answer = ALL_ATTENTION_FUNCTIONS[name]
@@ -154,7 +154,7 @@ def _observed_attention(network: Any, seen: Seen) -> Iterator[None]:
 
 
 def _weights(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, given: Mapping[str, Any]) -> Tensor:
-    """Attention weights ``[rows, heads, queries, keys]`` in float32, as the fused kernels never show them."""
+    """Attention weights ``[rows, heads, queries, keys]`` in float32, which fused kernels do not return."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scale = given.get("scaling")
     scores = (query @ key.transpose(-1, -2)).float() * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
@@ -169,7 +169,7 @@ def _weights(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None,
 
 
 def _evaluation(cosines: Mapping[tuple[str, str], list[float]], description: dict[str, Any]) -> Evaluation:
-    """Metrics ``attention``, ``activation`` (means over layers) and ``attention.0`` ... by layer in forward order.
+    """Metrics ``attention`` and ``activation`` (means over layers), and ``attention.0`` ... by layer in forward order.
 
     Items hold the mean cosine of each layer in each window of text.
     """

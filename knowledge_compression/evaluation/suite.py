@@ -1,4 +1,4 @@
-"""What every evaluation suite is, and the item table that all of them fill."""
+"""The interface of evaluation suites, and the item table that all of them fill."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ import polars as pl
 
 from knowledge_compression.evaluation.scoring import Scorer
 
-# One row per fact or question. A suite may add columns of its own after these.
+# One row per fact or question. A suite may add its own columns after these.
 ITEM_SCHEMA: Mapping[str, pl.DataType] = {
     "suite": pl.String(),  # atlas, lama, harness, perplexity, world, ...
-    "task": pl.String(),  # the relation or task inside the suite
-    "id": pl.String(),  # stable over runs and models: the same fact in the same wording has the same id
-    "prompt": pl.String(),  # what the model was asked
+    "task": pl.String(),  # the relation or task within the suite
+    "id": pl.String(),  # stable across runs and models: the same fact in the same wording has the same id
+    "prompt": pl.String(),  # the question to the model
     "gold": pl.String(),  # the right answer
     "prediction": pl.String(),  # the model's answer
     "correct": pl.Boolean(),
     "log_prob": pl.Float64(),  # natural log-probability (or score) of the gold answer
-    "prediction_log_prob": pl.Float64(),  # the same of the model's answer; null where answers are not ranked
-    "margin": pl.Float64(),  # gold's score minus the best wrong one's; negative where the model is wrong
-    "rank": pl.Int64(),  # 1 = the gold answer came first; null where answers are not ranked
-    "choices": pl.Int64(),  # number of answers it was ranked among; null where not ranked
+    "prediction_log_prob": pl.Float64(),  # the same for the model's answer; null if answers are not ranked
+    "margin": pl.Float64(),  # the gold answer's score minus the best wrong one's; negative if the model is wrong
+    "rank": pl.Int64(),  # 1 = the gold answer ranks first; null if answers are not ranked
+    "choices": pl.Int64(),  # number of answers among which it was ranked; null if not ranked
 }
 
 
 @dataclass
 class Evaluation:
-    """What a suite found.
+    """The results of a suite.
 
     Attributes:
-        metrics: flat names to numbers; ``accuracy`` or ``perplexity`` is the headline, ``<task>.accuracy`` its parts,
+        metrics: numbers by flat names; ``accuracy`` or ``perplexity`` is the headline, ``<task>.accuracy`` its parts,
             ``majority`` the accuracy of always giving the most frequent answer.
         items: one row per item, :data:`ITEM_SCHEMA` first.
-        description: what was asked, JSON-ready: data sets found and missing, their digest, protocol, counts of what
-            was left out and why. Runs are only compared where this agrees.
-        fallbacks: what could not be done as it was meant, e.g. smaller batches for want of memory.
-        not_finite: how many answers are not finite, of which nothing follows; there are no metrics then.
+        description: what was asked, JSON-ready: data sets found and missing, their digest, protocol, counts of items
+            left out by reason. Runs are compared only if this agrees.
+        fallbacks: deviations to be recorded, e.g. smaller batches for lack of memory.
+        not_finite: number of answers that are not finite; if there are any, there are no metrics.
     """
 
     metrics: dict[str, float]
@@ -56,17 +56,17 @@ class Evaluation:
 
 
 def ask(suite: Suite, scorer: Scorer) -> Evaluation:
-    """Ask a suite, and give what it found with what the scorer noted of its items.
+    """Ask a suite, and return its results together with the scorer's notes about its items.
 
-    Where an answer is not finite (a NaN or an infinity among the numbers of an item, or in what it was read off), the
-    suite has no metrics but how many items it asked and how many of their answers are not finite; those items are
+    If an answer is not finite (a NaN or an infinity among the numbers of an item, or in the logits behind it), the
+    suite's only metrics are the number of items asked and the number of answers that are not finite; those items are
     neither right nor wrong.
 
     Raises:
         BadInput: the suite does not fit the model's family, or its data is not there.
     """
     found = suite.evaluate(scorer)
-    noted = [scorer.noted.get(item, {}) for item in found.items["id"]]
+    noted = [scorer.notes.of(item) for item in found.items["id"]]
     items = found.items
     if scorer.prompts.choosing is not None:
         chosen = [of.get("chosen_prompts") for of in noted]
@@ -82,7 +82,7 @@ def ask(suite: Suite, scorer: Scorer) -> Evaluation:
         cleared = [pl.when(pl.col(name).is_finite()).then(pl.col(name)).alias(name) for name in numbers]
         verdicts = [pl.when(fine).then(pl.col(name)).alias(name) for name in ("correct", "rank")]
         items = items.with_columns(*cleared, *verdicts)
-    elif not all(map(math.isfinite, metrics.values())):  # of numbers each of which is finite, as a large perplexity
+    elif not all(map(math.isfinite, metrics.values())):  # computed from finite numbers, e.g. a large perplexity
         count = items.height
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
     metrics = metrics | ({"not_finite": float(count)} if count else {})
@@ -91,17 +91,17 @@ def ask(suite: Suite, scorer: Scorer) -> Evaluation:
 
 
 class Suite(Protocol):
-    """A way to ask a model what it knows; one file beside this one and one YAML under ``conf/eval/``.
+    """A way to test what a model knows; one file beside this one and one YAML under ``conf/eval/``.
 
     A suite whose questions come from files may have a method ``fingerprint() -> str``, the digest of those files; it
-    enters the run's hash in the place of their path.
+    enters the run's identity in place of their path.
     """
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
-        """Ask everything and give the items and the metrics.
+        """Ask all questions and return the items and the metrics.
 
         Args:
-            scorer: the model to ask, and how it is read now; its questions carry the ids of their items.
+            scorer: scores with the model to ask; questions carry the ids of their items.
 
         Raises:
             BadInput: the suite does not fit the model's family, or its data is not there.
@@ -111,19 +111,19 @@ class Suite(Protocol):
 
 @runtime_checkable
 class DividedSuite(Suite, Protocol):
-    """A suite of parts that are asked one by one, so that a run which dies among them has lost only the last."""
+    """A suite of parts that are asked separately, so that an interrupted run loses only the current part."""
 
     def parts(self) -> Mapping[str, Suite]:
-        """Its parts by name, in the order in which to ask them."""
+        """The parts by name, in the order in which they are asked."""
         ...
 
     def joined(self, parts: Mapping[str, Evaluation]) -> Evaluation:
-        """The suite's own answer from those of all its parts."""
+        """The suite's result from those of its parts."""
         ...
 
 
 def item_table(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, pl.DataType] | None = None) -> pl.DataFrame:
-    """Rows as a table in the item schema; columns that a row lacks are null."""
+    """Build a table in the item schema; columns that a row lacks are null."""
     schema = dict(ITEM_SCHEMA) | dict(extra or {})
     return pl.DataFrame({name: [row.get(name) for row in rows] for name in schema}, schema=schema)
 

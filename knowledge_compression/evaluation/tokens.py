@@ -1,4 +1,4 @@
-"""Texts to token ids, once for each tokenizer and set of texts, kept in the user's cache."""
+"""Tokenization, done once for each tokenizer and set of texts and kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from knowledge_compression.cache import cached_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_WORTH_KEEPING = 200_000  # characters; less is tokenized again as fast as it is read
+_WORTH_KEEPING = 200_000  # characters; tokenizing less is as fast as reading it from the cache
 
 
 def encode(
@@ -28,10 +28,10 @@ def encode(
     """Token ids of each text.
 
     Args:
-        tokenizer: any; fast ones take all texts at once.
-        texts: what to encode.
-        special_tokens: whether to add the tokenizer's special tokens; None does as the tokenizer is set.
-        most: tokens to cut a text to; None leaves it whole.
+        tokenizer: any tokenizer; fast ones encode all texts in one call.
+        texts: the texts to encode.
+        special_tokens: whether to add the tokenizer's special tokens; None uses the tokenizer's default.
+        most: maximum number of tokens of a text; None does not truncate.
     """
     options: dict[str, Any] = {} if special_tokens is None else {"add_special_tokens": special_tokens}
     if most is not None:
@@ -54,13 +54,13 @@ def encode(
     return [part.tolist() for part in np.split(ids, ends[:-1])]
 
 
-@lru_cache(maxsize=4)  # writing a tokenizer out takes as long as encoding hundreds of sentences
+@lru_cache(maxsize=4)  # serializing a tokenizer takes as long as encoding hundreds of sentences
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Hash of all that decides a fast tokenizer's ids; None for a slow one."""
+    """Hash of everything that decides a fast tokenizer's ids; None for a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    backend.no_truncation()  # what the last call left there; every call sets its own
+    backend.no_truncation()  # left by the last call; every call sets its own
     backend.no_padding()
     return hashlib.sha256(backend.to_str().encode()).hexdigest()
 

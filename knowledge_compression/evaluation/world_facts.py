@@ -1,4 +1,4 @@
-"""What a model knows of the controlled world it was trained on."""
+"""What a model knows about the controlled world on which it was trained."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _BINS, _WORDINGS = ("head", "middle", "tail"), ("seen", "held_out")
 
 @dataclass(frozen=True)
 class WorldProbes:
-    """Recall of the world's facts, by relation, by how often training said them, and by wording.
+    """Recall of the world's facts, by relation, by frequency in the training text, and by wording.
 
-    The headline ranks the answers of the relation's kind, which is the same question for all three families. The
+    The headline metric ranks all answers of the relation's kind, which is the same question for all three families. The
     ``native`` metrics let the model answer with any token of its vocabulary in its family's own way: an encoder fills
-    its mask, an encoder-decoder its sentinel, a decoder goes on.
+    its mask, an encoder-decoder its sentinel, a decoder continues.
 
     Attributes:
-        native: whether to ask in the family's own way too.
+        native: whether to ask in the family's own way as well.
     """
 
     native: bool = True
 
     def questions(self, model: Model) -> Questions:
-        """What is asked of a model of the world; the answers of a relation are all of its kind.
+        """The questions for a model of the world; the answers of a relation are all of its kind.
 
         Raises:
             BadInput: the model was not trained on a controlled world.
@@ -52,8 +52,8 @@ class WorldProbes:
 
         Returns:
             Items with the columns ``frequency`` (sentences in one reading of the training text), ``bin`` (``head``,
-            ``middle``, ``tail``), ``asked_as`` (``seen``, ``held_out``) and, where asked, ``native_correct`` and
-            ``native_prediction``. Metrics as every cloze suite has them, and recall by bin and wording:
+            ``middle``, ``tail``), ``asked_as`` (``seen``, ``held_out``) and, if asked, ``native_correct`` and
+            ``native_prediction``. Metrics as in every cloze suite, and recall by bin and wording:
             ``head``, ``held_out``, ``head.held_out`` and so on; all of them again under ``native``.
 
         Raises:
@@ -86,7 +86,7 @@ def _facts_of(model: Model) -> list[dict[str, Any]]:
 
 
 def _probes_of(model: Model) -> Path:
-    """The probes of the world that a model was trained on."""
+    """The probes of the world on which a model was trained."""
     folder = model.provenance.get("world")
     if folder is None:
         raise BadInput(
@@ -115,7 +115,7 @@ def _cloze(line: Mapping[str, Any]) -> Cloze:
 
 
 def _recall(items: pl.DataFrame, column: str) -> dict[str, float]:
-    """Share of right answers by bin, by wording, and by both; those of which there are none are left out."""
+    """Share of right answers by bin, by wording, and by both; empty combinations are left out."""
     choices = {name: pl.col("bin") == name for name in _BINS} | {name: pl.col("asked_as") == name for name in _WORDINGS}
     choices |= {f"{b}.{w}": (pl.col("bin") == b) & (pl.col("asked_as") == w) for b, w in product(_BINS, _WORDINGS)}
     shares = {name: items.filter(choice)[column].mean() for name, choice in choices.items()}

@@ -1,1 +1,1 @@
-"""Recovery strategies, one file each: what brings lost facts back."""
+"""Recovery strategies, one file each: ways to bring lost facts back."""

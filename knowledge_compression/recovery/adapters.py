@@ -1,4 +1,4 @@
-"""Trains a recovery's adapters once: each is cached by what made it and belongs to one base model."""
+"""Training of a recovery's adapters; each is cached under everything that decides it, and belongs to one base model."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from knowledge_compression.training import LogCallback, TrainingReport, Training
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of an adapter; raised when an old one would mean something else
+FORMAT = 2  # of an adapter; raised whenever an old one would be misread
 _CHUNK = 1 << 26  # bytes hashed at a time
 
 
 class FrozenBase:
-    """The weights of a network before anything is added to it: they get no gradient, and can be checked later.
+    """The frozen weights of a network before anything is added to it, so that they can be verified later.
 
     Args:
         network: its parameters stop requiring gradients.
@@ -49,16 +49,16 @@ class FrozenBase:
         self.digest = self._digest()
 
     def check(self, network: nn.Module) -> None:
-        """Make sure that every weight is still in ``network``, bit for bit: zeros stay zero, integers stay integers.
+        """Verify that every weight is still in ``network``, bit for bit: zeros stay zero, integers stay integers.
 
         Raises:
-            RuntimeError: a weight was exchanged or changed, which no recovery may do.
+            RuntimeError: a weight was replaced or changed, which no recovery may do.
         """
         there = {id(tensor) for tensor in chain(network.parameters(), network.buffers())}
         if gone := [name for name, tensor in self._tensors.items() if id(tensor) not in there]:
-            raise RuntimeError(f"recovery took {gone[0]} and {len(gone) - 1} more weights out of the compressed model")
+            raise RuntimeError(f"recovery took {gone[0]} and {len(gone) - 1} more weights from the compressed model")
         if self._digest() != self.digest:
-            raise RuntimeError("recovery changed weights of the compressed model, which have to stay as they are")
+            raise RuntimeError("recovery changed weights of the compressed model, which must stay unchanged")
 
     def _digest(self) -> str:
         sha = hashlib.sha256()
@@ -71,13 +71,13 @@ class FrozenBase:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Trained parameters, beside the model that they belong to.
+    """Trained parameters, kept separate from the model that they belong to.
 
     Attributes:
         tensors: by name.
-        report: of the training that made them.
-        file: where they lie.
-        found: whether an earlier run had made them.
+        report: the report of their training.
+        file: where they are stored.
+        found: whether an earlier run trained them.
     """
 
     tensors: dict[str, Tensor]
@@ -88,12 +88,12 @@ class Adapter:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """How the adapters of a run are trained.
+    """The settings for training the adapters of a run.
 
     Attributes:
         training: budget and optimizer.
-        epochs: most passes over the corpus that the budget may take.
-        report_to: is told the loss as it goes.
+        epochs: maximum number of passes over the corpus that the budget may take.
+        report_to: called with the training loss during training.
     """
 
     training: TrainingSettings
@@ -110,19 +110,21 @@ class Tuning:
         trainable: Callable[[], nn.Module],
         reserved: int = 0,
     ) -> Adapter:
-        """Train the parameters that ``trainable`` adds, or take those that an earlier run trained in the same way.
+        """Train the parameters that ``trainable`` adds, or use those that an earlier run trained in the same way.
 
         Args:
-            model: what they are added to.
-            base: its weights.
-            corpus: the text.
-            kind: what is trained, JSON-ready, e.g. ``{"adapter": "lora", "rank": 2}``; with the base, the text and the
-                settings it decides which adapter this is.
-            trainable: gives the network to train; just the new parameters require gradients. Drawn from the seed.
-            reserved: positions that a prompt takes from every window.
+            model: the model that they are added to.
+            base: its frozen weights.
+            corpus: the training text.
+            kind: what is trained, JSON-ready, e.g. ``{"adapter": "lora", "rank": 2}``; together with the base, the text
+                and the settings it identifies the adapter.
+            trainable: returns the network to train, in which only the new parameters require gradients; they are
+                initialised from the seed.
+            reserved: number of positions that a prompt occupies in every window.
 
         Raises:
-            BadInput: too little text, too long windows, layers without gradients, or a loss that is no number.
+            BadInput: too little text, windows that are too long, layers without gradients, or a loss that is not
+                finite.
         """
         check_gradients(model)
         windows = self._windows(model, corpus, reserved)
@@ -155,7 +157,7 @@ class Tuning:
 
         file = cached_folder(f"adapters/{key}", make) / "adapter.safetensors"
         if found:
-            log.info("%s: an earlier run trained it (%s)", label, file)
+            log.info("%s: trained by an earlier run (%s)", label, file)
         return read_adapter(file, base, kind, found=found)
 
     def _windows(self, model: Model, corpus: Corpus, reserved: int) -> LongTensor:
@@ -183,13 +185,13 @@ def read_adapter(file: Path, base: FrozenBase, kind: Mapping[str, Any], *, found
     """Read an adapter that was trained for this base.
 
     Args:
-        file: written by :meth:`Tuning.adapter`.
-        base: the model it is to be added to.
-        kind: what it has to be.
-        found: whether an earlier run made it.
+        file: a file written by :meth:`Tuning.adapter`.
+        base: the weights of the model that it is added to.
+        kind: the expected kind.
+        found: whether an earlier run trained it.
 
     Raises:
-        BadInput: it cannot be read, is of another kind, or was trained for another base model.
+        BadInput: the file cannot be read, is of another kind, or was trained for another base model.
     """
     try:
         with safe_open(file, "pt") as opened:
@@ -200,19 +202,19 @@ def read_adapter(file: Path, base: FrozenBase, kind: Mapping[str, Any], *, found
     if not {"base", "kind", "report", "content"} <= about.keys():
         raise BadInput(f"{file} is not an adapter of this project; give an adapter.safetensors that a run has written")
     if about["content"] != _content(tensors):
-        raise BadInput(f"the adapter {file} is not what was written there; leave recovery.adapter out to train one")
+        raise BadInput(f"the adapter {file} has changed since it was written; leave recovery.adapter out to train one")
     if about["base"] != base.digest:
         raise BadInput(
             f"the adapter {file} was trained for another base model (weights {about['base'][:12]}, here "
             f"{base.digest[:12]}); leave recovery.adapter out to train one for this model"
         )
     if json.loads(about["kind"]) != dict(kind):
-        raise BadInput(f"the adapter {file} is {about['kind']}, not the {json.dumps(dict(kind))} that was asked for")
+        raise BadInput(f"the adapter {file} is {about['kind']}, but {json.dumps(dict(kind))} was asked for")
     return Adapter(tensors, TrainingReport(**json.loads(about["report"])), file, found)
 
 
 def _content(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of tensors with their names, types and shapes: what an adapter says it holds is held against it."""
+    """Digest of tensors with their names, dtypes and shapes, with which an adapter file is verified."""
     digest = xxh3_128()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
@@ -222,10 +224,10 @@ def _content(tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_gradients(model: Model) -> None:
-    """Refuse networks in which a linear layer passes no gradient back, as integer kernels of other libraries do.
+    """Refuse networks with a linear layer that passes no gradient back, such as other libraries' integer kernels.
 
     Raises:
-        BadInput: names such a layer, and what has gradients.
+        BadInput: there is such a layer; the message names it and an alternative with gradients.
     """
     without: list[str] = []
     network = model.network

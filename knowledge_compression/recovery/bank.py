@@ -1,4 +1,4 @@
-"""Prompts as cached keys and values, computed once for any input that follows."""
+"""Prompts as cached keys and values, computed once for all inputs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ KeysValues = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class PromptBank:
-    """The keys and values of several prompts in every layer, computed once.
+    """The keys and values of several prompts in every layer.
 
     Attributes:
-        lengths: tokens of each prompt.
-        keys, values: for each layer ``[prompts, key heads, longest, width]``; a shorter prompt stands at the end.
-        bias: ``[prompts, 1, 1, longest]``, 0 where there is a token and -inf where a shorter prompt has none.
+        lengths: number of tokens of each prompt.
+        keys, values: for each layer ``[prompts, key heads, longest, width]``; shorter prompts are padded on the left.
+        bias: ``[prompts, 1, 1, longest]``, 0 for tokens and -inf for padding.
     """
 
     lengths: tuple[int, ...]
@@ -34,7 +34,7 @@ class PromptBank:
 
     @classmethod
     def stack(cls, prompts: Sequence[Sequence[KeysValues]]) -> PromptBank:
-        """A bank from prompts given as keys and values by layer."""
+        """Build a bank from prompts given as keys and values per layer."""
         lengths = tuple(prompt[0][0].shape[1] for prompt in prompts)
         longest = max(lengths)
 
@@ -55,15 +55,15 @@ class PromptBank:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
+        """Number of tokens of the longest prompt."""
         return max(self.lengths)
 
 
 def bank_of(model: Model, prompts: Sequence[Tensor]) -> PromptBank:
-    """Run soft prompts through the decoder, each by itself, and keep their keys and values.
+    """Run each soft prompt through the decoder on its own and keep its keys and values.
 
     Args:
-        model: the decoder, not prompted yet.
+        model: the decoder, without prompts.
         prompts: embeddings ``[tokens, width]`` of each prompt.
     """
     check_decoder(model)
@@ -87,30 +87,30 @@ def check_decoder(model: Model) -> None:
         and window < (model.max_positions or window)
     ):
         raise BadInput(
-            f"{model.name} attends within windows of {window} tokens, where a prompt drops out of sight; "
+            f"{model.name} attends within windows of {window} tokens, so later tokens do not see a prompt; "
             "recovery=lora fits it, prompts need full attention"
         )
 
 
 def check_positions(model: Model, prompt: int) -> None:
-    """Refuse a prompt that leaves the input no position."""
+    """Refuse a prompt that leaves no positions for the input."""
     limit = model.max_positions
     if limit is not None and prompt >= limit:
         raise BadInput(f"a prompt of {prompt} tokens leaves none of the {limit} positions of {model.name} to the input")
 
 
 def has_rotary_positions(model: Model) -> bool:
-    """Whether only distances between positions count (LLaMA, GPT-NeoX), not places in a table (OPT, GPT-2)."""
+    """Whether positions are relative (rotary: LLaMA, GPT-NeoX) rather than entries of a table (OPT, GPT-2)."""
     return getattr(model.network.config, "rope_parameters", None) is not None
 
 
 def embedding_width(model: Model) -> int:
-    """Width of the vectors that a network reads."""
+    """Width of a network's input embeddings."""
     return int(cast(Tensor, model.network.get_input_embeddings().weight).shape[1])
 
 
 def key_shape(model: Model) -> tuple[int, int]:
-    """Key heads of a decoder's layers and their width."""
+    """Number of key heads in a decoder's layers, and their width."""
     heads, _, each = _keys_values(model, torch.zeros(1, embedding_width(model)), None)[0][0].shape
     return heads, each
 

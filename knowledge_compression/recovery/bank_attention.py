@@ -1,6 +1,6 @@
 """Attention together with the log-sum-exp of its scores, by PyTorch's fused kernels.
 
-With it, attention to two sets of keys can be put together exactly from the attention to each.
+With the log-sum-exp, attention to the union of two sets of keys follows exactly from the attention to each.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def attend(
         key, value: ``[rows, key heads, keys, width]``; each key head serves ``heads / key heads`` consecutive heads.
         scale: factor on the dot products.
         bias: added to the scaled dot products, broadcastable to ``[rows, heads, queries, keys]``, or None.
-        causal: query i sees keys 0..i only; then there is no bias.
+        causal: query i sees only keys 0..i; not allowed together with a bias.
 
     Returns:
         The attended values ``[rows, heads, queries, width]`` and the natural log of the sum of the exponentiated scores
         ``[rows, heads, queries]`` in float32.
     """
     kernel = _KERNELS.get(query.device.type, attend_plainly)
-    # Under autocast they come in different types, and these kernels are not brought together by it.
+    # Under autocast their dtypes can differ, and autocast does not cast the arguments of these kernels.
     key, value = key.to(query.dtype), value.to(query.dtype)
     bias = None if bias is None else bias.to(query.dtype)
     return kernel(query, key, value, scale=scale, bias=bias, causal=causal)
@@ -36,7 +36,7 @@ def attend(
 def attend_plainly(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, bias: Tensor | None = None, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The same as :func:`attend` by the definition, on any device and with gradients."""
+    """The same as :func:`attend`, computed from the definition, on any device and with gradients."""
     key, value = _every_head(key, query), _every_head(value, query)
     scores = (query @ key.transpose(-1, -2)).float() * scale
     if bias is not None:
@@ -58,7 +58,7 @@ def _attend_on_cuda(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, bias: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
     key, value = _every_head(key, query), _every_head(value, query)
-    if bias is not None:  # the kernel wants rows of the bias to start at multiples of 16 elements
+    if bias is not None:  # the kernel needs rows of the bias to start at multiples of 16 elements
         keys = key.shape[2]
         bias = functional.pad(bias.expand(*query.shape[:3], keys), (0, -keys % 16))[..., :keys]
     fused = torch.ops.aten._scaled_dot_product_efficient_attention

@@ -1,4 +1,4 @@
-"""What every recovery is: it says how it restores, what it trains with, and what it reports."""
+"""The base class of recoveries, which declare how they restore facts, and their report."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class RestoresBy(StrEnum):
-    """How a recovery brings a fact back (Hoang et al., 2024, section 2.2).
+    """The way in which a recovery restores facts (Hoang et al., 2024, section 2.2).
 
-    A fact that only comes back by ``WEIGHTS`` was forgotten and is learned again; one that comes back by
-    ``REDIRECTION``, with the weights as they are and something else before the input, was displaced.
+    A fact that comes back only by ``WEIGHTS`` was forgotten and has been relearned. One that comes back by
+    ``REDIRECTION``, with the weights unchanged and something placed before the input, was displaced.
     """
 
     NOTHING = "nothing"
@@ -33,15 +33,15 @@ class RestoresBy(StrEnum):
 
 @dataclass
 class RecoveryReport:
-    """What a recovery trained and reached.
+    """The report on a recovery.
 
     Attributes:
         strategy: e.g. ``lora``.
-        trainable_parameters: parameters that were trained (or would be carried beside the model).
-        tokens: tokens seen in training.
-        loss_before, loss_after: mean training loss (nats a token) on the first and last tenth of the budget.
+        trainable_parameters: number of parameters that were trained and are stored beside the model.
+        tokens: number of training tokens.
+        loss_before, loss_after: mean training loss (nats per token) over the first and the last tenth of the budget.
         seconds: wall time.
-        details: what else is worth keeping, JSON-ready (rank, prompt lengths, selection, resumed at step ...).
+        details: further facts, JSON-ready (rank, prompt lengths, selection, resumed at step ...).
     """
 
     strategy: str
@@ -54,7 +54,7 @@ class RecoveryReport:
 
     @classmethod
     def of(cls, strategy: str, adapters: Sequence[Adapter], settings: Mapping[str, Any]) -> RecoveryReport:
-        """The report of a strategy that trained these adapters, or found them."""
+        """The report of a strategy on its adapters, whether it trained or found them."""
         reports = [adapter.report for adapter in adapters]
         found = [adapter.file.parent.name for adapter in adapters if adapter.found]
         resumed = [report.resumed_at for report in reports if report.resumed_at is not None]
@@ -78,11 +78,11 @@ class RecoveryReport:
 
 @dataclass(frozen=True)
 class Recovered:
-    """What a recovery gives: its report, and how the model is read from now on.
+    """The result of a recovery: its report, and the prompts through which the model is read from now on.
 
     Attributes:
-        report: what was trained and reached.
-        prompts: what stands before every input now.
+        report: the report.
+        prompts: the prompts before every input; None if there are none.
     """
 
     report: RecoveryReport
@@ -92,20 +92,20 @@ class Recovered:
 class Recovery(ABC):
     """A way to bring lost facts back; one short file beside this one and one YAML under ``conf/recovery/``.
 
-    A subclass declares ``restores_by``, which a run writes into its report; the fact ledger files what came back by it.
-    One that trains derives from :class:`~knowledge_compression.recovery.tuned.Tuned`.
+    A subclass declares ``restores_by``, which a run writes into its report; the fact ledger sorts recovered facts by
+    it. One that trains derives from :class:`~knowledge_compression.recovery.tuned.Tuned`.
 
     Attributes:
-        restores_by: by new weights, by redirecting the input, or by nothing.
+        restores_by: new weights, redirection of the input, or nothing.
     """
 
     restores_by: RestoresBy
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
-        """Refuse a recovery that does not say how it restores.
+        """Refuse a recovery class that does not declare how it restores.
 
         Raises:
-            BadInput: ``restores_by`` is not declared, or is none of :class:`RestoresBy`.
+            BadInput: ``restores_by`` is not declared, or is not a :class:`RestoresBy`.
         """
         declared = getattr(cls, "restores_by", None)
         if not isinstance(declared, RestoresBy):
@@ -118,7 +118,7 @@ class Recovery(ABC):
 
     @property
     def budget(self) -> TrainingSettings | None:
-        """What it trains with; None where it trains nothing and so needs no text."""
+        """The training settings; None if the recovery trains nothing and so needs no text."""
         return None
 
     @property
@@ -128,16 +128,16 @@ class Recovery(ABC):
 
     @abstractmethod
     def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> Recovered:
-        """Recover ``model`` in place; the base weights stay as they are, bit for bit.
+        """Recover ``model`` in place; the base weights stay unchanged, bit for bit.
 
-        The network stays the object it was, with its configuration and module paths: adapters are put inside it,
-        prompts before what it reads.
+        The network remains the same object, with its configuration and module paths: adapters are inserted into it,
+        prompts are placed before its input.
 
         Args:
-            model: what the compression left.
-            corpus: text to train on, the same that the compression was calibrated with; None where nothing is trained.
-            report_to: is told the training loss as it goes.
+            model: the compressed model.
+            corpus: text to train on, the same as for calibration; None if nothing is trained.
+            report_to: called with the training loss during training.
 
         Returns:
-            The report, and the prompts that stand before every input where it put some.
+            The report and, if it placed any before every input, the prompts.
         """

@@ -1,4 +1,4 @@
-"""Prompts simply joined into one: the naive rival of Inference-time Dynamic Prompting (Hoang et al., Table 3)."""
+"""Prompts concatenated into one: the simple baseline for Inference-time Dynamic Prompting (Hoang et al., Table 3)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from knowledge_compression.recovery.several_prompts import SeveralPrompts
 
 @dataclass(frozen=True)
 class Concat(SeveralPrompts):
-    """Prompts trained one by one and put one after the other before every input."""
+    """Prompts that are trained separately and concatenated before every input."""
 
     name = "concat"
 
     @property
     def positions(self) -> int:
-        """All of them, one after the other."""
+        """The length of all prompts together."""
         return sum(self.prompts)
 
     def put(self, model: Model, prompts: Sequence[Tensor]) -> Prompts:
-        """As one prompt."""
+        """Place them as one prompt."""
         return Prompted(model, bank_of(model, [torch.cat(list(prompts))])).prompts

@@ -1,4 +1,4 @@
-"""Inference-time Dynamic Prompting: several prompts, and the input picks (Hoang et al., section 3.1.1)."""
+"""Inference-time Dynamic Prompting: the input selects one of several prompts (Hoang et al., section 3.1.1)."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from knowledge_compression.recovery.several_prompts import SeveralPrompts
 
 @dataclass(frozen=True)
 class Idp(SeveralPrompts):
-    """Prompts of several lengths, trained one by one as ``recovery=prompt`` trains them; the input picks one.
+    """Prompts of several lengths, each trained as by ``recovery=prompt``, of which the input selects one.
 
-    The prompts do not attend to each other and their keys and values are computed once. Picked is the prompt to which
-    the input pays the most attention (mean over heads, input tokens and the prompt's tokens), never the answer that is
-    being scored.
+    The prompts do not attend to each other, and their keys and values are computed once. The prompt that gets the most
+    attention from the input (mean over heads, input tokens and the prompt's tokens) is selected; the answer being
+    scored has no say.
 
     Attributes:
-        selection: ``per_layer`` (each attention layer picks, as the paper words it) or ``once`` (the first layer picks
-            for all).
+        selection: ``per_layer`` (each attention layer selects, as in the paper's wording) or ``once`` (the first layer
+            selects for all).
     """
 
     selection: str = PER_LAYER
     name = "idp"
 
     def __post_init__(self) -> None:
-        """Refuse a selection that does not exist."""
+        """Refuse an unknown selection."""
         super().__post_init__()
         if self.selection not in SELECTIONS:
             raise BadInput(f"recovery.selection={self.selection} does not exist; choose one of {', '.join(SELECTIONS)}")
 
     @property
     def positions(self) -> int:
-        """Those of the longest."""
+        """The length of the longest prompt."""
         return max(self.prompts)
 
     def put(self, model: Model, prompts: Sequence[Tensor]) -> Prompts:
-        """Side by side, for the input to choose from."""
+        """Place them as alternatives for the input to choose from."""
         return Prompted(model, bank_of(model, prompts), self.selection).prompts
 
     def details(self) -> dict[str, Any]:
-        """How one is chosen."""
+        """The way of selecting."""
         return {"selection": self.selection}

@@ -1,7 +1,7 @@
-"""A soft prompt read together with the input, for stacks that read in both directions (encoders, T5's encoder).
+"""A soft prompt read together with the input, for bidirectional stacks (encoders, T5's encoder).
 
-Every prompt token sees the input there, so nothing can be cached. A masked language model's head meets the positions of
-the input and no others; the decoder of an encoder-decoder attends to the prompt's outputs too (Lester et al., 2021).
+There, every prompt token sees the input, so nothing can be cached. A masked language model's head sees only the
+positions of the input; the decoder of an encoder-decoder also attends to the prompt's outputs (Lester et al., 2021).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER
 from knowledge_compression.recovery.bank import check_positions
 
-NAME = "soft_prompt"  # of the parameter that the network gets
+NAME = "soft_prompt"  # name of the parameter added to the network
 
 
 def join_prompt(model: Model, prompt: Tensor) -> nn.Module:
-    """Put a soft prompt before everything that the model's encoder reads.
+    """Place a soft prompt before every input of the model's encoder.
 
     Args:
-        model: an encoder or encoder-decoder; its network gets the parameter ``soft_prompt``.
+        model: an encoder or encoder-decoder; the parameter ``soft_prompt`` is added to its network.
         prompt: embeddings ``[tokens, width]``.
 
     Returns:
@@ -41,7 +41,7 @@ def join_prompt(model: Model, prompt: Tensor) -> nn.Module:
 
 
 class _Before:
-    """Turns ids into embeddings behind the prompt, and widens the masks over it."""
+    """Turns ids into embeddings after the prompt, and extends the masks to cover it."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -71,7 +71,7 @@ def _cut(tokens: int) -> Any:
 
 
 def _uncover(tokens: int) -> Any:
-    """Lets a decoder see the prompt's outputs, which the input's mask does not cover."""
+    """Extends the mask so that a decoder sees the prompt's outputs."""
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")

@@ -1,4 +1,4 @@
-"""LoRA: low-rank matrices added to the projections (Hu et al., 2021); forgotten knowledge is relearned by them."""
+"""LoRA: low-rank matrices added to the projections (Hu et al., 2021), by which forgotten knowledge is relearned."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ ROLES = (ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT, FF)
 
 @dataclass(frozen=True)
 class Lora(OneAdapter):
-    """Train low-rank additions to every attention and feed-forward projection; they stay beside the base weights.
+    """Train low-rank additions to every attention and feed-forward projection; they are not merged into the weights.
 
     Attributes:
-        rank: of the additions; the paper's are 2, 3 and 4.
-        alpha: they are scaled by ``alpha / rank``.
-        dropout: on their input, in training.
-        roles: which linear layers get one.
+        rank: of the additions; the paper uses 2, 3 and 4.
+        alpha: the additions are scaled by ``alpha / rank``.
+        dropout: on the additions' input, during training.
+        roles: roles of the linear layers that get one.
     """
 
     rank: int = 4
@@ -53,7 +53,7 @@ class Lora(OneAdapter):
         return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "roles": list(self.roles)}
 
     def trainable(self, model: Model) -> nn.Module:
-        """The network with untrained additions."""
+        """Return the network with untrained additions."""
         return add_lora(model, self)
 
     def put(self, model: Model, adapter: Adapter) -> Prompts:
@@ -69,14 +69,14 @@ class Lora(OneAdapter):
 
 
 def add_lora(model: Model, settings: Lora) -> nn.Module:
-    """Put untrained additions into the network; gives the network.
+    """Insert untrained additions into the network and return it.
 
     Raises:
-        BadInput: the model has no linear layer of the roles.
+        BadInput: the model has no linear layer with these roles.
     """
     layers = [layer for layer in linear_layers(model) if layer.role in settings.roles]
     if not layers:
-        raise BadInput(f"{model.name} has no linear layer of the roles {', '.join(settings.roles)}")
+        raise BadInput(f"{model.name} has no linear layer with the roles {', '.join(settings.roles)}")
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]

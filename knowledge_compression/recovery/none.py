@@ -1,4 +1,4 @@
-"""No recovery: what the compression left."""
+"""No recovery: the compressed model itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from knowledge_compression.training import LogCallback
 
 @dataclass(frozen=True)
 class NoRecovery(Recovery):
-    """Leave the compressed model as it is."""
+    """Leave the compressed model unchanged."""
 
     restores_by = RestoresBy.NOTHING
 

@@ -24,7 +24,7 @@ class Prefix(OneAdapter):
     """Train the keys and values of a prefix in every layer of a decoder.
 
     Attributes:
-        tokens: its length; the paper's are 26, 50 and 100.
+        tokens: length of the prefix; the paper uses 26, 50 and 100.
     """
 
     tokens: int = 50
@@ -46,22 +46,22 @@ class Prefix(OneAdapter):
         return self.tokens
 
     def check(self, model: Model) -> None:
-        """Refuse all but decoders that see the prefix from everywhere, and have positions to spare."""
+        """Refuse models that are not decoders with full attention and enough positions."""
         check_decoder(model)
         check_positions(model, self.tokens)
 
     def trainable(self, model: Model) -> nn.Module:
-        """The network with an untrained prefix."""
+        """Return the network with an untrained prefix."""
         config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=self.tokens)
         return get_peft_model(model.network, config)
 
     def put(self, model: Model, adapter: Adapter) -> Prompts:
-        """Put the prefix before what the model reads."""
+        """Place the prefix before the model's input."""
         return Prompted(model, prefix_bank(model, adapter)).prompts
 
 
 def prefix_bank(model: Model, adapter: Adapter) -> PromptBank:
-    """The trained keys and values as a bank of one prompt; peft has ``[tokens, layers * 2 * heads * width]``."""
+    """The trained keys and values as a bank of one prompt; peft stores ``[tokens, layers * 2 * heads * width]``."""
     (trained,) = adapter.tensors.values()
     heads, width = key_shape(model)
     layers = trained.to(model.device, model.dtype).view(len(trained), -1, 2, heads, width).permute(1, 2, 3, 0, 4)

@@ -1,4 +1,4 @@
-"""Prompt tuning: trained embeddings before the input (Lester et al., 2021); displaced knowledge comes back by it."""
+"""Prompt tuning: trained embeddings before the input (Lester et al., 2021), by which displaced knowledge returns."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Prompt(OneAdapter):
     """Train one soft prompt; at inference its keys and values are computed once.
 
     Attributes:
-        tokens: its length; the paper's are 26, 50 and 100.
+        tokens: length of the prompt; the paper uses 26, 50 and 100.
         init: ``vocabulary`` (embeddings of random tokens) or ``random`` (standard normal, peft's default).
     """
 
@@ -45,7 +45,7 @@ class Prompt(OneAdapter):
 
     @property
     def kind(self) -> Mapping[str, Any]:
-        """Its length and how it began."""
+        """The prompt's length and initialisation."""
         return {"tokens": self.tokens, "init": self.init}
 
     @property
@@ -54,20 +54,20 @@ class Prompt(OneAdapter):
         return self.tokens
 
     def check(self, model: Model) -> None:
-        """Refuse a prompt that leaves the input no position."""
+        """Refuse a prompt that leaves no positions for the input."""
         check_positions(model, self.tokens)
 
     def trainable(self, model: Model) -> nn.Module:
-        """The network with an untrained prompt."""
+        """Return the network with an untrained prompt."""
         return _trainable(model, self.tokens, self.init)
 
     def put(self, model: Model, adapter: Adapter) -> Prompts:
-        """Put the prompt before what the model reads."""
+        """Place the prompt before the model's input."""
         embeddings = prompt_embeddings(adapter)
         prompts = Prompts(self.tokens)
         if model.family == DECODER:
             prompts = Prompted(model, bank_of(model, [embeddings])).prompts
-        elif adapter.found:  # else it is in its place since it was trained
+        elif adapter.found:  # otherwise it has been in place since training
             join_prompt(model, embeddings)
         model.network.requires_grad_(False)
         return prompts
@@ -76,7 +76,7 @@ class Prompt(OneAdapter):
 def check_prompt(tokens: int, init: str = "vocabulary") -> None:
     """Refuse empty prompts and unknown ways to begin."""
     if tokens < 1:
-        raise BadInput(f"a prompt of {tokens} tokens redirects nothing; give at least 1, e.g. 26, 50 or 100")
+        raise BadInput(f"a prompt needs at least 1 token, not {tokens}; the paper uses 26, 50 and 100")
     if init not in INITS:
         raise BadInput(f"recovery.init={init} does not exist; choose one of {', '.join(INITS)}")
 
@@ -84,7 +84,7 @@ def check_prompt(tokens: int, init: str = "vocabulary") -> None:
 def prompt_adapter(
     model: Model, base: FrozenBase, corpus: Corpus, tuning: Tuning, *, tokens: int, init: str
 ) -> Adapter:
-    """Train one soft prompt for ``model``, or take the one that an earlier run trained; a decoder stays as it was."""
+    """Train one soft prompt for ``model``, or use the one that an earlier run trained; a decoder is left unchanged."""
     check_positions(model, tokens)
     kind = {"adapter": Prompt.name, "tokens": tokens, "init": init}
     return tuning.adapter(model, base, corpus, kind, trainable=lambda: _trainable(model, tokens, init), reserved=tokens)
@@ -97,7 +97,7 @@ def prompt_embeddings(adapter: Adapter) -> Tensor:
 
 
 def _trainable(model: Model, tokens: int, init: str) -> nn.Module:
-    """The network with an untrained prompt: peft's where it has a class for it, else joined in the stack itself."""
+    """The network with an untrained prompt: by peft if it supports the network, otherwise joined inside the stack."""
     embeddings = model.network.get_input_embeddings()
     width = embedding_width(model)
     if model.family == DECODER:

@@ -1,9 +1,9 @@
-"""A decoder that reads everything after a cached prompt, and chooses among several prompts by what it reads.
+"""A decoder that reads every input after a cached prompt, and selects among several prompts by the input.
 
-This is the inference side of prompt tuning, prefix tuning, joined prompts and Inference-time Dynamic Prompting (Hoang
-et al., "Do Compressed LLMs Forget Knowledge?", section 3.1.1). The network stays the object it was: its attention
-function is exchanged and a hook on its stack of blocks moves the positions, so ``generate``, caches, custom masks and
-whoever calls an inner module keep working.
+This is the inference side of prompt tuning, prefix tuning, concatenated prompts and Inference-time Dynamic Prompting
+(Hoang et al., "Do Compressed LLMs Forget Knowledge?", section 3.1.1). The network remains the same object: its
+attention function is replaced and a hook on its stack of blocks shifts the positions, so ``generate``, caches, custom
+masks and calls to inner modules keep working.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _FirstLayerChose(Exception):
 
 
 class _Probe(Reading):
-    """A reading that stops as soon as the first layer has chosen."""
+    """Stops a forward pass as soon as the first layer has selected."""
 
     def attend_to_prompt(self, layer: int, query: Tensor, own_sum: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         super().attend_to_prompt(layer, query, own_sum, scale)
@@ -36,17 +36,18 @@ class _Probe(Reading):
 
 
 class Prompted:
-    """Puts a bank of prompts before everything that a decoder reads.
+    """Places a bank of prompts before every input of a decoder.
 
-    Every prompt ends right before the input: its token j of n stands at position ``start - n + j`` and the input starts
-    at ``start``. With rotary positions only distances count, so ``start`` is the longest prompt's length for every row
-    and each prompt is exactly where prompt tuning had it. Learned positions are absolute: there the first layer chooses
-    with the input behind the longest prompt, and then each row's input starts where its chosen prompt ends.
+    Every prompt ends right before the input: its token j of n is at position ``start - n + j`` and the input starts at
+    ``start``. With rotary positions only distances matter, so ``start`` is the length of the longest prompt for every
+    row, and each prompt is at the same distance as in prompt tuning. Learned positions are absolute: there the first
+    layer selects with the input after the longest prompt, and then each row's input starts where its selected prompt
+    ends.
 
     Args:
         model: a decoder; it is changed in place.
         bank: the prompts, e.g. from :func:`~knowledge_compression.recovery.bank.bank_of`.
-        selection: ``per_layer`` (each layer chooses) or ``once`` (the first layer chooses for all).
+        selection: ``per_layer`` (each layer selects) or ``once`` (the first layer selects for all).
     """
 
     def __init__(self, model: Model, bank: PromptBank, selection: str = PER_LAYER) -> None:
@@ -72,11 +73,11 @@ class Prompted:
 
     @property
     def prompts(self) -> Prompts:
-        """How the decoder is read from now on."""
+        """The prompts through which the decoder is read from now on."""
         return Prompts(self.bank.longest, self.choosing if len(self.bank.lengths) > 1 else None)
 
     def remove(self) -> None:
-        """Give the model back as it was."""
+        """Restore the model to its original state."""
         for hook in self._hooks:
             hook.remove()
         self.model.network.set_attn_implementation(self._attention_before)
@@ -116,7 +117,7 @@ class Prompted:
             reading.choices = dict.fromkeys(range(len(self.bank.keys)), _all_rows(self.forced, rows, tokens.device))
         elif seen:
             if cache not in self._choices_of_cache:
-                raise ValueError("this cache was not filled by the prompted network, so no prompt was chosen for it")
+                raise ValueError("this cache was not filled by the prompted network, so no prompt was selected for it")
             reading.choices = self._choices_of_cache[cache]
         else:
             reading.context = _context(lengths, mask, rows, length, tokens.device)
@@ -125,7 +126,7 @@ class Prompted:
         return (), kwargs
 
     def _start(self, reading: Reading, kwargs: dict[str, Any], positions: Tensor) -> Tensor | int:
-        """Where the input starts, ``[rows, 1]`` or one number; with absolute positions it follows the first choice."""
+        """Where the input starts, ``[rows, 1]`` or a number; absolute positions depend on the first selection."""
         longest, lengths = self.bank.longest, self.bank.lengths
         if has_rotary_positions(self.model):
             return longest
@@ -169,7 +170,7 @@ def _context(
         return torch.ones(rows, length, device=device)
     if mask.dim() == 2:
         return mask[:, -length:].float()
-    raise ValueError("with a mask of its own shape a pass has to say what its context is (Prompted.choosing)")
+    raise ValueError("a pass with a custom mask must declare its context (Prompted.choosing)")
 
 
 def _all_rows(prompt: int, rows: int, device: torch.device) -> Tensor:

@@ -1,8 +1,8 @@
-"""What a decoder attends to when cached prompts stand before its input, as an attention function of transformers.
+"""Attention of a decoder with cached prompts before its input, as an attention function for transformers.
 
-Attention to the input and to a prompt are computed apart and put together exactly, so no mask over prompts and input is
-ever made and the causal kernel stays in use. Their log-sum-exps are also all that Inference-time Dynamic Prompting
-needs to see how much attention the input pays to each prompt.
+Attention to the input and to a prompt are computed separately and combined exactly, so that no mask over prompts and
+input is needed and the causal kernel can be used. Their log-sum-exps also give Inference-time Dynamic Prompting the
+attention that the input pays to each prompt.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from knowledge_compression.recovery.bank import PromptBank
 from knowledge_compression.recovery.bank_attention import attend
 
-PROMPTED = "prompted"  # the name under which transformers finds the attention function below
+PROMPTED = "prompted"  # the name under which the attention function below is registered with transformers
 PER_LAYER, ONCE = "per_layer", "once"
 SELECTIONS = (PER_LAYER, ONCE)
 
@@ -31,8 +31,9 @@ class Reading:
     Attributes:
         bank: the prompts.
         selection: ``per_layer`` or ``once``.
-        context: float ``[rows, tokens]``, 1 for the input tokens whose attention chooses; None once all is chosen.
-        choices: prompt of each row by layer, ``[rows]`` each; filled as the layers are passed.
+        context: float ``[rows, tokens]``, 1 for the input tokens whose attention selects; None once all layers have
+            selected.
+        choices: for each layer, the index of each row's prompt, ``[rows]``; filled layer by layer.
     """
 
     bank: PromptBank
@@ -41,7 +42,7 @@ class Reading:
     choices: dict[int, Tensor] = field(default_factory=dict)
 
     def attend_to_prompt(self, layer: int, query: Tensor, own_sum: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Attend to the prompt that each row uses in this layer, choosing it first where it is not chosen yet.
+        """Attend to the prompt that each row uses in this layer, after selecting it if necessary.
 
         Args:
             layer: index of the layer.
@@ -91,18 +92,18 @@ def prompted_attention(  # noqa: PLR0917 - transformers passes these by position
     reading: Reading | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of transformers' interface in which every token also sees the cached prompt that its row chose.
+    """Attention, by transformers' interface, in which every token also sees the cached prompt selected for its row.
 
     Args:
-        module: the attention module; its ``layer_idx`` says which of the cached keys and values are its own.
-        query, key, value: as :func:`attend` takes them, rotated where the architecture rotates them.
-        attention_mask: None (causal), or what may be seen as booleans or as additive floats; prompts are not in it.
-        scaling: factor on the dot products; ``width ** -0.5`` where it is None.
-        reading: the forward pass in which this happens; without it, transformers' own attention answers.
-        **kwargs: what other attention functions take; handed on where ``reading`` is None.
+        module: the attention module; its ``layer_idx`` is its index into the cached keys and values.
+        query, key, value: as for :func:`attend`, after rotary embedding if the architecture has it.
+        attention_mask: None (causal), a boolean mask of what may be seen, or additive floats; without the prompts.
+        scaling: factor on the dot products; ``width ** -0.5`` if None.
+        reading: the current forward pass; if None, transformers' own attention is used.
+        **kwargs: arguments of other attention functions; passed on if ``reading`` is None.
 
     Returns:
-        ``[rows, queries, heads, width]``, and None in the place of attention weights.
+        ``[rows, queries, heads, width]``, and None instead of attention weights.
     """
     if reading is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

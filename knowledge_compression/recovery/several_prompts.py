@@ -1,4 +1,4 @@
-"""What strategies with several prompts share: each prompt is trained by itself, as ``recovery=prompt`` trains it."""
+"""The base of strategies with several prompts; each prompt is trained separately, as by ``recovery=prompt``."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from knowledge_compression.training import LogCallback
 
 @dataclass(frozen=True)
 class SeveralPrompts(Tuned):
-    """Prompts of several lengths before what a decoder reads; subclasses say how they stand there.
+    """Prompts of several lengths before a decoder's input; subclasses decide how they are placed.
 
     Attributes:
-        prompts: the length of each, in their order.
-        init: how each prompt begins, see :class:`~knowledge_compression.recovery.prompt.Prompt`.
+        prompts: the length of each, in order.
+        init: the initialisation of each prompt, see :class:`~knowledge_compression.recovery.prompt.Prompt`.
     """
 
     prompts: Sequence[int] = (50, 100)
@@ -35,7 +35,7 @@ class SeveralPrompts(Tuned):
     restores_by = RestoresBy.REDIRECTION
 
     def __post_init__(self) -> None:
-        """Refuse no prompts, empty ones, and the same one twice."""
+        """Refuse an empty list, empty prompts, and duplicates."""
         if not self.prompts:
             raise BadInput("recovery.prompts=[] names no prompt; give their lengths, e.g. recovery.prompts=[26,100]")
         for tokens in self.prompts:
@@ -46,7 +46,7 @@ class SeveralPrompts(Tuned):
             )
 
     def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> Recovered:
-        """Train the prompts that earlier runs did not, and put them before what the model reads."""
+        """Train the prompts that no earlier run has trained, and place all of them before the model's input."""
         assert corpus is not None
         check_decoder(model)
         check_positions(model, self.positions)
@@ -63,12 +63,12 @@ class SeveralPrompts(Tuned):
     @property
     @abstractmethod
     def positions(self) -> int:
-        """Positions that the prompts take before any input."""
+        """Number of positions that the prompts occupy before an input."""
 
     @abstractmethod
     def put(self, model: Model, prompts: Sequence[Tensor]) -> Prompts:
-        """Put the trained prompts ``[tokens, width]`` before what ``model`` reads; gives how it is read then."""
+        """Place the trained prompts ``[tokens, width]`` before the input of ``model``, and return them as placed."""
 
     def details(self) -> dict[str, Any]:
-        """What the report says beside the prompts."""
+        """Details for the report besides the prompts."""
         return {}

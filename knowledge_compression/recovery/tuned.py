@@ -1,4 +1,4 @@
-"""Recoveries that train: the budget that they share, and the way of those that train one adapter."""
+"""Recoveries that train: their common budget, and the base class of those that train one adapter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Tuned(Recovery):
 
     Attributes:
         training, epochs: see :class:`~knowledge_compression.recovery.adapters.Tuning`.
-        name: of the strategy, e.g. ``lora``.
+        name: name of the strategy, e.g. ``lora``.
     """
 
     training: TrainingSettings
@@ -35,30 +35,30 @@ class Tuned(Recovery):
 
     @property
     def budget(self) -> TrainingSettings:
-        """What it trains with."""
+        """The training settings."""
         return self.training
 
     def tuning(self, report_to: LogCallback | None) -> Tuning:
-        """How its adapters are trained."""
+        """The settings for training its adapters."""
         return Tuning(training=self.training, epochs=self.epochs, report_to=report_to)
 
 
 @dataclass(frozen=True)
 class OneAdapter(Tuned):
-    """A recovery that trains one adapter and puts it into the model, or takes one that an earlier run trained.
+    """A recovery that trains one adapter, or uses one that an earlier run trained, and adds it to the model.
 
     Attributes:
-        adapter: file of an adapter that an earlier run wrote, taken instead of training one.
+        adapter: file of an adapter written by an earlier run, used instead of training one.
     """
 
     adapter: str | None = field(default=None, kw_only=True, metadata=PLACE)
 
     def fingerprint(self) -> str | None:
-        """Digest of the adapter that is taken, which enters the run's hash in the place of its path."""
+        """Digest of the given adapter, which enters the run's identity in place of its path."""
         return digest_file(Path(self.adapter)) if self.adapter is not None else None
 
     def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> Recovered:
-        """Train the adapter, or read it, and put it into the model."""
+        """Train or read the adapter and add it to the model."""
         assert corpus is not None
         self.check(model)
         base = FrozenBase(model.network)
@@ -76,15 +76,15 @@ class OneAdapter(Tuned):
     @property
     @abstractmethod
     def kind(self) -> Mapping[str, Any]:
-        """What decides the adapter beside the base model, the text and the training, JSON-ready, e.g. its rank."""
+        """What identifies the adapter besides the base model, the text and the training, JSON-ready, e.g. its rank."""
 
     @property
     def positions(self) -> int:
-        """Positions that it takes from every input."""
+        """Number of positions that it occupies in every input."""
         return 0
 
     def check(self, model: Model) -> None:
-        """Refuse what it does not fit.
+        """Refuse models that this recovery does not fit.
 
         Raises:
             BadInput: the model is of a family, or too short, for it.
@@ -92,12 +92,12 @@ class OneAdapter(Tuned):
 
     @abstractmethod
     def trainable(self, model: Model) -> nn.Module:
-        """The network to train, in which just the new parameters require gradients."""
+        """Return the network to train, in which only the new parameters require gradients."""
 
     @abstractmethod
     def put(self, model: Model, adapter: Adapter) -> Prompts:
-        """Put the trained parameters into the model; where ``adapter.found`` is false, :meth:`trainable` was called.
+        """Add the trained parameters to the model; unless ``adapter.found``, :meth:`trainable` has been called.
 
         Returns:
-            What stands before every input by it.
+            The prompts before every input; None if there are none.
         """

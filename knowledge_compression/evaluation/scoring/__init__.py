@@ -1,4 +1,4 @@
-"""The one scoring core under every suite: log-probabilities of blanks and of continuations, for all three families."""
+"""The scoring core of every suite: log-probabilities of blanks and of continuations, for all three families."""
 
 from knowledge_compression.evaluation.scoring.heads import head_at, likeliest
 from knowledge_compression.evaluation.scoring.questions import Blank, Likelihood, Question

@@ -1,4 +1,4 @@
-"""How much goes into one forward pass."""
+"""The budget of one forward pass: how many tokens and logits."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from knowledge_compression.timing import timed
 log = logging.getLogger(__name__)
 
 _CACHE = 2 << 20  # bytes that stay in a CPU core's cache
-_ON_CPU = (1024, 4096)  # padded tokens in a pass on a CPU, least and most
-_UNPROBED = 4096  # on other devices, for work too small to be worth probing
-_FIRST, _LAST = 2048, 262_144  # what is tried there
+_ON_CPU = (1024, 4096)  # padded tokens in a pass on a CPU, minimum and maximum
+_UNPROBED = 4096  # on other devices, if there is too little work to be worth probing
+_FIRST, _LAST = 2048, 262_144  # sizes tried there
 _WORTH_PROBING = 65_536  # tokens of work
-_GAIN = 1.05  # twice the tokens must be this much faster by the token
-_ROW = 128  # tokens in a row while probing
-_LOGIT_BYTES = 256 << 20  # logits of one pass, so that a large vocabulary does not fill the memory
+_GAIN = 1.05  # doubling the tokens must be this much faster per token
+_ROW = 128  # tokens per row while probing
+_LOGIT_BYTES = 256 << 20  # bytes of logits in one pass, so that a large vocabulary does not fill the memory
 
 
 class Budget:
-    """Tokens and logits in one forward pass of a model on its device.
+    """The number of tokens and logits in one forward pass of a model on its device.
 
     Args:
-        model: what is scored with.
-        tokens: padded tokens; None takes what suits the device.
+        model: the model that scores.
+        tokens: padded tokens; None chooses what suits the device.
 
     Attributes:
         tokens: padded tokens in one pass.
-        reads: positions whose logits one pass may give.
-        rows: of logits to work on at a time, so that what lies between two looks at a row stays in a CPU's cache.
-        fallbacks: what could not be done as it was meant, for the record: smaller passes for want of memory.
-        pairs_per_token: query-key pairs of attention that cost as much as all else that one token costs.
+        reads: maximum number of positions whose logits one pass computes.
+        rows: rows of logits processed at a time, few enough to stay in a CPU's cache.
+        fallbacks: deviations to be recorded: smaller passes for lack of memory.
+        pairs_per_token: number of query-key pairs of attention that cost as much as everything else for one token.
     """
 
     def __init__(self, model: Model, tokens: int | None = None) -> None:
@@ -53,10 +53,10 @@ class Budget:
         self.pairs_per_token = body / (2 * config.num_hidden_layers * config.hidden_size)
 
     def settle(self, work: int) -> None:
-        """Find the number of tokens that suits the device, once for each model and device, where ``work`` is worth it.
+        """Find the number of tokens that suits the device, once for each model and device, if ``work`` is large enough.
 
         Args:
-            work: tokens that are about to be read.
+            work: number of tokens about to be read.
         """
         if self._settled or work < _WORTH_PROBING:
             return
@@ -64,7 +64,7 @@ class Budget:
         self._settled = True
 
     def halve(self) -> None:
-        """Step back after a pass that did not fit."""
+        """Reduce the budget after a pass that did not fit in memory."""
         self.tokens = max(1, self.tokens // 2)
         self.reads = max(1, self.reads // 2)
         self._settled = True
@@ -73,19 +73,19 @@ class Budget:
 
 
 def _tokens_on_cpu(model: Model) -> int:
-    """As many tokens as one state of them stays in the cache: 1,024 for wide networks, more where calls cost most."""
+    """As many tokens as keep one hidden state in the cache: 1,024 for wide networks, more where calls dominate."""
     least, most = _ON_CPU
     return min(most, max(least, _CACHE // (4 * model.network.config.hidden_size)))
 
 
 def probe(seconds: Callable[[int], float]) -> int:
-    """The number of tokens from which on more make a pass no faster by the token.
+    """The number of tokens beyond which larger passes are no faster per token.
 
     Args:
         seconds: time of one pass over a number of tokens; raises ``torch.OutOfMemoryError`` where it does not fit.
 
     Returns:
-        The least of the doublings that is not clearly beaten by the next one.
+        The smallest of the sizes, each twice the last, that the next one does not clearly beat.
     """
     tokens, rate = _FIRST, 0.0
     while tokens <= _LAST:
@@ -100,7 +100,7 @@ def probe(seconds: Callable[[int], float]) -> int:
 
 
 def _kept_probe(model: Model) -> int:
-    """What :func:`probe` found for this kind of model on this kind of device, kept in the user's cache."""
+    """The result of :func:`probe` for this kind of model on this kind of device, kept in the user's cache."""
     place = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
     told = [model.network.config.to_dict(), str(model.dtype), place, torch.__version__, type(model.network).__name__]
 
@@ -114,7 +114,7 @@ def _kept_probe(model: Model) -> int:
 
 @torch.inference_mode()
 def _seconds(model: Model, tokens: int) -> float:
-    """Least time of three passes over rows of random tokens, without the head."""
+    """The shortest of three passes over rows of random tokens, without the head."""
     network: Any = model.network
     body = network.get_encoder() if model.family == ENCODER_DECODER else network.base_model
     ids = torch.randint(model.network.config.vocab_size, (tokens // _ROW, _ROW), device=model.device)

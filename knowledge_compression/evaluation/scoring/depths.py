@@ -1,4 +1,4 @@
-"""The vocabulary projection after every block: the logit lens (nostalgebraist, 2020)."""
+"""The logit lens: the vocabulary projection after every block (nostalgebraist, 2020)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from knowledge_compression.models.families import architecture_of
 
 @contextmanager
 def head_at_every_depth(network: nn.Module, rows: Tensor, positions: Tensor, width: int) -> Iterator[None]:
-    """Let what comes after the blocks see chosen positions as they were before and after every block.
+    """Apply what comes after the blocks to chosen positions as they were before the first block and after each.
 
     The logits, ``[any, any, vocabulary]``, then begin with those of the first chosen position at every depth, in turn,
     then those of the second, and so on. Everything after the last block (norm, transform, head, scalings) works
-    position by position in every network, so it is left to the network itself, with whatever was put in its place: the
-    last block's output gives way to the states of all depths, packed into the shape that the network expects.
+    position by position in every network, so it is left to the network itself, including any modules that replaced its
+    own: the last block's output is replaced by the states of all depths, packed into the shape that the network
+    expects.
 
     Args:
         network: a network with its head; adapters may be wrapped around it.
         rows, positions: which row and which of its tokens, int64 ``[chosen]`` each.
-        width: tokens in a row of input ids; what a block gives beyond it are soft prompts in front of the input.
+        width: tokens in a row of input ids; what a block outputs beyond it belongs to soft prompts before the input.
     """
     blocks, uses = _last_stack(network)
     states: list[Tensor] = []
@@ -56,12 +57,12 @@ def head_at_every_depth(network: nn.Module, rows: Tensor, positions: Tensor, wid
 
 
 def depths(network: nn.Module) -> int:
-    """How many depths there are: before the first block, and after each."""
+    """The number of depths: before the first block, and after each."""
     return 1 + _last_stack(network)[1]
 
 
 def _last_stack(network: nn.Module) -> tuple[list[nn.Module], int]:
-    """The blocks that the head comes after, under any wrapper of adapters, and how often a forward pass uses one."""
+    """The blocks before the head, under any wrapper of adapters, and how often a forward pass uses each."""
     inner = without_adapters(network)
     architecture = architecture_of(inner)
     stack = architecture.stacks[-1]

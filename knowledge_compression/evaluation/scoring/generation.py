@@ -1,4 +1,4 @@
-"""Greedy continuation of many prompts: alike in length together, each leaving the batch when it is done."""
+"""Greedy decoding of many prompts: prompts of similar length share a batch, and each leaves it when it is done."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Done = Callable[[Sequence[int]], bool]
 
 @dataclass
 class Said:
-    """What a model said after a prompt.
+    """The text that a model generated after a prompt.
 
     Attributes:
-        tokens: what it said, the token that ended it included.
-        chosen: the soft prompt that each layer chose for it; None where nothing is chosen.
-        finite: whether every distribution that it said a token by was finite.
+        tokens: the generated tokens, including the one that ended generation.
+        chosen: the soft prompt that each layer selected; None if there is no selection.
+        finite: whether every distribution from which a token was taken was finite.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -38,21 +38,21 @@ class Said:
 def generate(
     model: Model, prompts: Sequence[Sequence[int]], most: int, done: Done, *, rows: int, soft: Prompts = NO_PROMPTS
 ) -> list[Said]:
-    """What the model says after each prompt, by greedy decoding.
+    """Generate after each prompt by greedy decoding.
 
     Args:
         model: a decoder or an encoder-decoder.
         prompts: token ids of each prompt (for encoder-decoders: the encoder's whole input).
-        most: tokens to say at most.
-        done: whether what was said so far is enough.
-        rows: prompts that are continued side by side.
-        soft: what stands before every prompt.
+        most: maximum number of tokens to generate.
+        done: tells whether the tokens so far are enough.
+        rows: number of prompts in a batch.
+        soft: soft prompts before every prompt.
 
     Returns:
-        What was said for each prompt, in their order.
+        The text generated for each prompt, in order.
 
     Raises:
-        BadInput: the tokenizer's padding token is none of the network's.
+        BadInput: the tokenizer's padding token has no embedding in the network.
     """
     said = [Said() for _ in prompts]
     choose = soft.choosing or _nothing_chosen
@@ -71,7 +71,7 @@ def generate(
             open_ = [place for place, i in enumerate(going) if not done(said[i].tokens)]
             if not open_:
                 break
-            if len(open_) < len(going) and soft.choosing is None:  # a choice of prompts is kept by row
+            if len(open_) < len(going) and soft.choosing is None:  # the selection of prompts is stored by row
                 going = [going[place] for place in open_]
                 state.keep(torch.tensor(open_, device=model.device))
     return said
@@ -79,14 +79,14 @@ def generate(
 
 @dataclass
 class _State:
-    """A batch under way.
+    """A batch during generation.
 
     Attributes:
-        tokens: what is read next, int64 ``[rows, tokens]``.
+        tokens: the tokens to read next, int64 ``[rows, tokens]``.
         mask: 1 for each token read so far that is not padding, int64 ``[rows, seen]``; of the encoder's input for
             encoder-decoders.
         encoded: the encoder's output, or None for decoders.
-        cache: keys and values of what was read, or None before the first pass.
+        cache: keys and values of the tokens read so far; None before the first pass.
     """
 
     tokens: Tensor
@@ -95,14 +95,14 @@ class _State:
     cache: Any = None
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some rows only."""
+        """Continue with some rows only."""
         self.tokens, self.mask = self.tokens[rows], self.mask[rows]
         if self.encoded is not None:
             self.encoded = self.encoded[rows]
         self.cache.batch_select_indices(rows)
 
     def inputs(self) -> dict[str, Any]:
-        """What the network is given."""
+        """The arguments for the network."""
         shared = {"attention_mask": self.mask, "past_key_values": self.cache, "use_cache": True}
         if self.encoded is not None:
             return shared | {"encoder_outputs": BaseModelOutput(self.encoded), "decoder_input_ids": self.tokens}
@@ -127,9 +127,9 @@ def _start(model: Model, prompts: Sequence[Sequence[int]]) -> _State:
 def _steps(
     model: Model, state: _State, most: int, choose: Callable[[None], AbstractContextManager[Choices]]
 ) -> Iterator[tuple[list[int], list[bool], Choices]]:
-    """The likeliest next token of each row, again and again; the caller may drop rows of ``state`` in between.
+    """Yield the most likely next token of each row, step by step; the caller may drop rows of ``state`` in between.
 
-    With it whether the row's logits were finite, and the soft prompts that the rows chose when they were first read.
+    With it come whether the row's logits were finite, and the soft prompts selected when the rows were first read.
     """
     for _ in range(most):
         count, width = state.tokens.shape
@@ -144,10 +144,10 @@ def _steps(
 
 
 def pad_id(model: Model) -> int:
-    """The token that fills rows up; 0 where the tokenizer has none, as nobody attends to it.
+    """The token that pads rows; 0 if the tokenizer has none, because no token attends to padding.
 
     Raises:
-        BadInput: the network has no embedding for it.
+        BadInput: the network has no embedding for that token.
     """
     embeddings: Any = model.network.get_input_embeddings()
     pad, rows = model.tokenizer.pad_token_id or 0, embeddings.weight.shape[0]

@@ -1,4 +1,4 @@
-"""The vocabulary projection, and what comes before it, only where a log-probability is needed."""
+"""The vocabulary projection, computed only at positions where a log-probability is needed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from math import isqrt
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from knowledge_compression.models.families import ENCODER, architecture_of
@@ -15,19 +17,18 @@ from knowledge_compression.models.families import ENCODER, architecture_of
 
 @contextmanager
 def head_at(network: nn.Module, rows: Tensor, positions: Tensor, width: int, *, early: bool = True) -> Iterator[None]:
-    """Let the vocabulary head see only chosen positions, so that the logits are ``[1, chosen, vocabulary]``.
+    """Restrict the vocabulary head to chosen positions, so that the logits are ``[1, chosen, vocabulary]``.
 
     The head comes after the body (or the decoder) in every network, so a hook on the body's output serves all of them,
-    with whatever was put in the place of their layers, and leaves scalings and caps of logits to the network itself.
-    Where the last block ends in a part that treats each position by itself (encoders that norm last), the other
-    positions are let go before that part.
+    including networks with replaced layers, and leaves scaling and capping of logits to the network itself. If the last
+    block ends in a pointwise part (encoders that normalise last), the other positions are dropped before that part.
 
     Args:
         network: a network with its head; adapters may be wrapped around it.
         rows, positions: which row and which of its tokens, int64 ``[chosen]`` each.
-        early: let the other positions go before the last block's pointwise part, where it has one; not behind a prompt
-            that is cut off the body's output.
-        width: tokens in a row of input ids; what the body gives beyond it are soft prompts in front of the input.
+        early: drop the other positions before the last block's pointwise part, if it has one; not possible with a
+            prompt that is cut off the body's output.
+        width: tokens in a row of input ids; what the body outputs beyond it belongs to soft prompts before the input.
     """
 
     def chosen(hidden: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def head_at(network: nn.Module, rows: Tensor, positions: Tensor, width: int, *, 
         handle = part.register_forward_pre_hook(narrow_inputs)
     else:
         body: nn.Module = inner.base_model if architecture.family == ENCODER else inner.get_decoder()
-        if body is inner:  # as Llama 4's says of itself: the blocks' own parent gives the hidden states
+        if body is inner:  # as Llama 4's does: the parent of the blocks outputs the hidden states
             body = inner.get_submodule(architecture.stacks[-1].blocks.rpartition(".")[0])
         handle = body.register_forward_hook(narrow_output)
     try:
@@ -58,9 +59,10 @@ def head_at(network: nn.Module, rows: Tensor, positions: Tensor, width: int, *, 
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """``logits.argmax(-1)`` of ``[rows, vocabulary]``, the first of equals: int64 ``[rows]``.
+    """``logits.argmax(-1)`` of ``[rows, vocabulary]``, the first among equals: int64 ``[rows]``.
 
-    In two steps, the best block of tokens and the best in it, because a CPU finds maxima many times faster than places.
+    In two steps, the best block of tokens and the best token in it, because a CPU finds maxima much faster than their
+    indices.
     """
     vocabulary = logits.shape[-1]
     width = isqrt(vocabulary)
@@ -73,7 +75,34 @@ def likeliest(logits: Tensor) -> Tensor:
     return tokens.gather(1, logits.gather(1, tokens).argmax(1, keepdim=True))[:, 0]
 
 
+def read_off(
+    logits: Tensor, of_read: NDArray[np.int64], targets: NDArray[np.int64], at_a_time: int
+) -> tuple[Tensor, Tensor]:
+    """The log-probability of each target, and whether it is the most likely token, ``[reads]`` each.
+
+    Args:
+        logits: ``[positions, vocabulary]``.
+        of_read: for each read, its row in ``logits``.
+        targets: for each read, the token whose log-probability is wanted.
+        at_a_time: number of rows of logits to process at a time.
+    """
+    rows, wanted = (torch.from_numpy(array).to(logits.device) for array in (of_read, targets))
+    sums, best = (torch.cat(column) for column in zip(*map(_log_sums, logits.split(at_a_time)), strict=True))
+    return logits[rows, wanted].float() - sums[rows], best[rows] == wanted
+
+
+def _log_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp of each row, float32 ``[rows]``, and its most likely token, int64 ``[rows]``.
+
+    The sum is computed from ``log_softmax``, which on a CPU processes a row while it is in cache, unlike ``logsumexp``.
+    """
+    best = likeliest(logits)
+    at = best[:, None]
+    log_probs = torch.log_softmax(logits.float(), -1)
+    return (logits.gather(1, at).float() - log_probs.gather(1, at))[:, 0], best
+
+
 def without_adapters(network: nn.Module) -> Any:
-    """The network under peft's wrapper, or itself where there is none."""
+    """The network inside peft's wrapper, or the network itself without one."""
     unwrap = getattr(network, "get_base_model", None)  # of peft's wrapper
     return unwrap() if callable(unwrap) else network

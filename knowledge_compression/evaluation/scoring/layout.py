@@ -1,7 +1,7 @@
-"""How the texts of one forward pass lie in its input: rows of equal length, or end to end in one row.
+"""The layout of texts in the input of a forward pass: rows of equal length, or end to end in one row.
 
-Rows are padded to the longest. End to end there is no padding, so that embeddings, norms and linear layers, which treat
-each token by itself, read what is there and nothing else; only attention has to know where a text ends.
+Rows are padded to the longest. End to end there is no padding, so embeddings, norms and linear layers, which treat each
+token separately, do no superfluous work; only attention must know where a text ends.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from knowledge_compression.evaluation.scoring.trees import attention_masks
 
 
 class Layout:
-    """Where each text of a forward pass lies.
+    """The place of each text in the input of a forward pass.
 
     Attributes:
-        lengths: tokens of each text, ``[texts]``.
-        runs: the texts by length, in their order.
-        starts: first cell of each text, ``[texts]``, counted through all rows.
-        rows, width: of the input.
+        lengths: number of tokens of each text, ``[texts]``.
+        runs: groups of consecutive texts of equal length.
+        starts: index of the first cell of each text, ``[texts]``, counted over all rows.
+        rows, width: shape of the input.
         has_own_places: whether positions and masks must be given although no text has branches.
     """
 
@@ -39,24 +39,24 @@ class Layout:
     has_own_places: bool
 
     def lay(self, numbers: NDArray[np.int64], fill: int = 0) -> NDArray[np.int64]:
-        """A number for each token, text after text, as ``[rows, width]``, with ``fill`` where padding is."""
+        """Arrange one number per token, text after text, as ``[rows, width]``, with ``fill`` as padding."""
         raise NotImplementedError
 
     def read(self, network: nn.Module, inputs: Mapping[str, Any]) -> Any:
-        """What the network says to inputs that lie so."""
+        """Run the network on inputs in this layout."""
         raise NotImplementedError
 
     def masks(self, ends: Tensor, depths: Tensor, dtype: torch.dtype, window: int | None) -> Tensor:
-        """What each token sees, as numbers to add to attention scores.
+        """The attention mask, as numbers to add to attention scores.
 
         Args:
-            ends, depths: ``[rows, width]``, laid; see :func:`~.trees.attention_masks`.
+            ends, depths: ``[rows, width]``, in this layout; see :func:`~.trees.attention_masks`.
             dtype: the model's.
             window: tokens that a sliding window spans, or None.
 
         Returns:
-            ``[rows, 1, cells, longest]``, where keys are counted from the first cell of the query's text; end to end
-            only the cells of runs that are masked.
+            ``[rows, 1, cells, longest]``, with keys counted from the first cell of the query's text; end to end, only
+            the cells of runs that need a mask.
         """
         longest = max((run.length for run in self.runs if run.masked), default=1)
         parts = [torch.empty(0, longest, dtype=dtype, device=ends.device)]
@@ -69,7 +69,7 @@ class Layout:
 
 
 class Rows(Layout):
-    """A row for each text, padded to the longest."""
+    """One row per text, padded to the longest."""
 
     has_own_places = False
 
@@ -94,8 +94,8 @@ class EndToEnd(Layout):
     """One row for all texts.
 
     Args:
-        lengths: tokens of each text; those of one length beside each other are attended to together.
-        masked: whether it needs a mask to tell what its tokens see, for each text.
+        lengths: number of tokens of each text; neighbours of equal length share one call of attention.
+        masked: for each text, whether it needs a mask beyond the causal one.
     """
 
     has_own_places = True
@@ -111,7 +111,7 @@ class EndToEnd(Layout):
         return numbers[None]
 
     def read(self, network: nn.Module, inputs: Mapping[str, Any]) -> Any:
-        """See :meth:`Layout.read`; attention is told where each text ends."""
+        """See :meth:`Layout.read`; attention is informed where each text ends."""
         with told_of(network, self.runs) as runs:
             return network(**inputs, **runs)
 

@@ -1,6 +1,6 @@
-"""Attention in a row in which several texts lie end to end: each text attends to itself alone.
+"""Attention in a row that holds several texts end to end: each text attends only to itself.
 
-It is a function for transformers' ``AttentionInterface``, put in the place of PyTorch's own for one forward pass.
+It is a function for transformers' ``AttentionInterface`` and replaces PyTorch's own for one forward pass.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from knowledge_compression.evaluation.scoring.heads import without_adapters
 
-_WITHIN = "sdpa"  # what attends within a text
+_WITHIN = "sdpa"  # the attention function within a text
 _END_TO_END = "end_to_end"
 _PIECE = 64  # queries
-_IN_PIECES = range(160, 768)  # lengths of texts on a CPU for which that is faster (docs/performance.md)
+_IN_PIECES = range(160, 768)  # text lengths for which that is faster on a CPU (docs/performance.md)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Texts that lie beside each other and have as many cells each.
+    """Consecutive texts of equal length.
 
     Attributes:
-        texts: how many.
-        length: cells of each.
-        masked: whether a mask tells what its tokens see; if not, they see what the layer lets them see in any text.
+        texts: number of texts.
+        length: number of cells of each.
+        masked: whether they need a mask beyond the layer's own.
     """
 
     texts: int
@@ -40,23 +40,23 @@ class Run:
 
     @property
     def cells(self) -> int:
-        """How many they have together."""
+        """The number of their cells."""
         return self.texts * self.length
 
     @property
     def masked_cells(self) -> int:
-        """How many of them a mask has something to say of."""
+        """The number of their cells that need a mask."""
         return self.cells if self.masked else 0
 
     def apart(self, states: Tensor) -> Tensor:
-        """Its texts one by one: from ``[any, cells, any]`` to ``[texts, any, length, any]``."""
+        """Separate its texts: from ``[any, cells, any]`` to ``[texts, any, length, any]``."""
         return states.unflatten(1, (self.texts, self.length)).transpose(0, 1)
 
 
 def can_lie_end_to_end(network: nn.Module) -> bool:
-    """Whether attention in this network can be told where a text ends.
+    """Whether attention in this network can be informed where a text ends.
 
-    It can where transformers lets its attention function be exchanged, and where that is PyTorch's own.
+    It can if transformers lets its attention function be replaced and that function is PyTorch's own.
     """
     inner = without_adapters(network)
     replaceable = getattr(inner, "_supports_attention_backend", False)
@@ -65,7 +65,7 @@ def can_lie_end_to_end(network: nn.Module) -> bool:
 
 @contextmanager
 def told_of(network: nn.Module, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    """Let attention know where texts end; for one forward pass, with the inputs that this gives beside its own."""
+    """Inform attention where texts end during one forward pass; yields the additional arguments of that pass."""
     config = without_adapters(network).config
     config._attn_implementation = _END_TO_END
     try:
@@ -77,17 +77,17 @@ def told_of(network: nn.Module, runs: Sequence[Run]) -> Iterator[dict[str, Any]]
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, masks: Tensor, *, runs: Sequence[Run], **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention of each text of a row to itself, by the function that attends within texts.
+    """Attention of each text of a row to itself, by the attention function within texts.
 
     Args:
         module: the attention layer.
         query, key, value: ``[1, heads, cells, size]`` (keys and values may have fewer heads).
-        masks: ``[1, 1, masked cells, longest]``, see :meth:`Layout.masks`.
+        masks: ``[1, 1, cells with a mask, longest]``, see :meth:`Layout.masks`.
         runs: the texts.
-        options: for the function within texts.
+        options: for the attention function within texts.
 
     Returns:
-        ``[1, cells, heads, size]``, and no weights.
+        ``[1, cells, heads, size]``, and None instead of attention weights.
     """
     cells = [run.cells for run in runs]
     states = zip(*(every[0].split(cells, 1) for every in (query, key, value)), strict=True)
@@ -103,7 +103,7 @@ def _attention(
 def _within(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> Tensor:
-    """Attention of texts of one length, each to itself, ``[texts, length, heads, size]``."""
+    """Attention of texts of equal length, each to itself, ``[texts, length, heads, size]``."""
     in_pieces = query.device.type == "cpu" and query.shape[2] in _IN_PIECES
     if in_pieces and mask is None and getattr(module, "is_causal", False):
         return causal_attention_in_pieces(query, key, value, options.get("scaling")).transpose(1, 2)
@@ -112,20 +112,20 @@ def _within(
 
 
 def causal_attention_in_pieces(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Causal attention, some queries at a time to those keys alone that one of them may see.
+    """Causal attention for some queries at a time, with only those keys that at least one of them may see.
 
-    PyTorch's kernel for CPUs takes keys 512 at a time, whether a query may see them or not.
+    PyTorch's CPU kernel processes keys in blocks of 512, whether a query may see them or not.
 
     Args:
         query: ``[texts, heads, length, size]``.
-        key, value: the same with as many heads, or fewer that as many consecutive heads of the query share.
+        key, value: the same, with as many heads or with fewer, each shared by consecutive heads of the query.
         scale: factor on the dot products; None takes one over the square root of the size.
 
     Returns:
         ``[texts, heads, length, size]``.
     """
     length = query.shape[2]
-    before = (length - 1) // _PIECE * _PIECE  # where the last piece starts; masks of the others are cut off its own
+    before = (length - 1) // _PIECE * _PIECE  # start of the last piece; the masks of the others are parts of its mask
     hidden = query.new_full((_PIECE, before + _PIECE), -torch.inf).triu(before + 1)
     parts = []
     for start in range(0, length, _PIECE):

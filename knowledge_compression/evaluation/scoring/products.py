@@ -1,7 +1,7 @@
-"""Float32 products of a scoring pass by oneDNN, on processors on which that is the faster of PyTorch's two libraries.
+"""Float32 products of a scoring pass by oneDNN, on processors where that is the faster of PyTorch's two libraries.
 
-PyTorch multiplies float32 matrices on a CPU by MKL, whose best kernels are for Intel's processors. On AMD's with AVX512
-oneDNN, which PyTorch carries too, is faster (docs/performance.md); the answers differ by float32 rounding.
+PyTorch multiplies float32 matrices on a CPU with MKL, whose best kernels are for Intel processors. On AMD processors
+with AVX512, oneDNN, which PyTorch also includes, is faster (docs/performance.md); results differ by float32 rounding.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from knowledge_compression.models.device import Device
 
-_NARROWEST = 256  # inputs; below it a call costs more than the product
+_NARROWEST = 256  # input features; below this a call costs more than the product
 
 
 def linears_for_onednn(network: nn.Module) -> list[nn.Linear]:
-    """The plain linear layers of a network whose products oneDNN does faster; none on other devices and processors."""
+    """The plain linear layers of a network that oneDNN multiplies faster; none on other devices and processors."""
     if not Device.of(torch.device("cpu")).onednn_products:
         return []
     return [module for module in network.modules() if type(module) is nn.Linear and _suits(module)]
@@ -33,7 +33,7 @@ def _suits(linear: nn.Linear) -> bool:
 
 @contextmanager
 def multiplied_by_onednn(linears: Sequence[nn.Linear]) -> Iterator[None]:
-    """Let these layers multiply by oneDNN, without gradients, until the end of the context."""
+    """Use oneDNN for these layers' products, without gradients, until the end of the context."""
     for linear in linears:
         linear.forward = partial(onednn_product, linear)  # type: ignore[method-assign]
     try:
@@ -44,7 +44,7 @@ def multiplied_by_onednn(linears: Sequence[nn.Linear]) -> Iterator[None]:
 
 
 def onednn_product(linear: nn.Linear, states: Tensor) -> Tensor:
-    """What the layer gives for ``[..., in_features]`` on a CPU; other types than float32 go the layer's own way."""
+    """The layer's output for ``[..., in_features]`` on a CPU; dtypes other than float32 use the layer's own forward."""
     if states.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return nn.Linear.forward(linear, states)
     return onednn_linear(states, linear.weight, linear.bias)

@@ -1,4 +1,4 @@
-"""What the scoring core is asked, and what it answers."""
+"""The questions and answers of the scoring core."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Blank:
-    """A place where one token is asked for.
+    """A position at which one token is predicted.
 
     Attributes:
-        ids: token ids of the whole input (encoder, encoder-decoder) or of what comes before the blank (decoder).
+        ids: token ids of the whole input (encoder, encoder-decoder) or of the text before the blank (decoder).
         position: index of the masked token in ``ids``; only for encoders.
-        decoder_ids: what the decoder has said so far, e.g. ``[start, <extra_id_0>]``; only for encoder-decoders.
-        items: ids of the items that it is asked for; what is noted of the answer is noted of them.
+        decoder_ids: the decoder's input so far, e.g. ``[start, <extra_id_0>]``; only for encoder-decoders.
+        items: ids of the items that it belongs to; notes about the answer are filed under them.
     """
 
     ids: Sequence[int]
@@ -25,12 +25,12 @@ class Blank:
 
 @dataclass(frozen=True)
 class Question:
-    """A context and the continuations to compare; at least one token in each.
+    """A context and the continuations to compare, each of at least one token.
 
     Attributes:
         context: token ids of the context (for encoder-decoders: the encoder's whole input).
-        continuations: token ids of each answer (for encoder-decoders: what the decoder should say).
-        items: ids of the items that it is asked for; what is noted of the answers is noted of them.
+        continuations: token ids of each answer (for encoder-decoders: the decoder's output).
+        items: ids of the items that it belongs to; notes about the answers are filed under them.
     """
 
     context: Sequence[int]
@@ -40,7 +40,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What a model thinks of a continuation: summed log-probability (nats), and whether greedy decoding gives it."""
+    """A continuation's score: its summed log-probability (nats), and whether greedy decoding produces it."""
 
     log_prob: float
     greedy: bool

@@ -1,8 +1,8 @@
-"""Scores blanks and continuations with one model, sharing whatever can be shared."""
+"""The scorer: log-probabilities of blanks and continuations, with shared beginnings computed once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain, islice, pairwise
@@ -18,8 +18,9 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring.budget import Budget
 from knowledge_compression.evaluation.scoring.depths import depths, head_at_every_depth
 from knowledge_compression.evaluation.scoring.generation import Done, generate, pad_id
-from knowledge_compression.evaluation.scoring.heads import head_at, likeliest
+from knowledge_compression.evaluation.scoring.heads import head_at, read_off
 from knowledge_compression.evaluation.scoring.layout import EndToEnd, Layout, Rows
+from knowledge_compression.evaluation.scoring.notes import Notes
 from knowledge_compression.evaluation.scoring.packed_attention import can_lie_end_to_end
 from knowledge_compression.evaluation.scoring.products import linears_for_onednn, multiplied_by_onednn
 from knowledge_compression.evaluation.scoring.questions import Blank, Likelihood, Question
@@ -32,12 +33,12 @@ from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECO
 from knowledge_compression.models.prompts import NO_PROMPTS, Choices, Prompts
 from knowledge_compression.progress import shown
 
-_TOKENS_A_STEP = 32  # of the budget for each prompt that is continued: keys and values count, not only tokens
+_TOKENS_A_STEP = 32  # of the budget per prompt in generation, as its keys and values count too
 _MOST_PADDING = 0.08  # of a batch's tokens
-_PROMPTED = "prompted"  # of a decoder that a recovery put prompts before
+_PROMPTED = "prompted"  # the attention function of a decoder with prompts
 _BRANCHING_ATTENTION = ("sdpa", "eager", _PROMPTED)  # attention functions that take a mask of any shape
 
-# What is read off one forward pass: log-probabilities and greedy hits, and the continuations they belong to.
+# The result of one forward pass: the continuations of the reads, their log-probabilities and greedy hits.
 _Reads = tuple[NDArray[np.int64], Tensor, Tensor]
 
 
@@ -46,19 +47,19 @@ class Scorer:
 
     Args:
         model: any family; its network may carry adapters, prompts or quantized modules.
-        tokens_per_batch: padded tokens in one forward pass; None takes what was found best for this model and device.
-        prompts: what a recovery put before every input.
-        dtype: type of the products that score (see ``models.device``); None for the model's own.
-        original: loads the model as it was before anything was done to it, for suites that compare with it.
-        ways: how texts may share a pass; None takes the fastest that are right for this network (see ``ways.py``).
+        tokens_per_batch: padded tokens in one forward pass; None uses the best size found for this model and device.
+        prompts: the prompts that a recovery placed before every input.
+        dtype: dtype of the matrix products (see ``models.device``); None for the model's own.
+        original: loads the dense model, for suites that compare with it.
+        ways: how texts may share a forward pass; None uses the fastest correct ways for this network (see ``ways.py``).
 
     Raises:
-        BadInput: the model reads prompts, and ``prompts`` does not say which.
+        BadInput: the model has prompts but ``prompts`` was not given.
 
     Attributes:
-        noted: what was noted of each item that was asked by its id: ``chosen_prompts``, one index a layer (of the first
-            of its texts, where it has several), and ``finite`` (false) where what it was answered by is not finite.
-        tokens_read, tokens_padded: tokens of all forward passes so far, and how many of them were padding.
+        notes: notes about items by id: ``chosen_prompts``, one index per layer (of the item's first text, if it has
+            several), and ``finite`` (false) if its answer depends on values that are not finite.
+        tokens_read, tokens_padded: number of tokens in all forward passes so far, and of padding among them.
     """
 
     def __init__(
@@ -80,8 +81,7 @@ class Scorer:
         self.prompts = prompts
         self.dtype = dtype
         self.original = original
-        self.noted: dict[str, dict[str, Any]] = {}
-        self._orders: dict[tuple[str, str], int] = {}
+        self.notes = Notes()
         self.ways = ways or ways_of(model, lambda ways: Scorer(model, 256, ways=ways))
         self.budget = Budget(model, tokens_per_batch)
         self._linears = linears_for_onednn(model.network) if dtype is None else []
@@ -90,21 +90,21 @@ class Scorer:
 
     @property
     def max_positions(self) -> int | None:
-        """Longest input in tokens beside what prompts take, or None where positions have no end (T5)."""
+        """Longest input in tokens besides the prompts; None if positions are unlimited (T5)."""
         limit = self.model.max_positions
         return None if limit is None else limit - self.prompts.positions
 
     @property
     def fallbacks(self) -> list[str]:
-        """What could not be done as it was meant, for the record."""
+        """Deviations to be recorded, e.g. smaller batches for lack of memory."""
         return self.budget.fallbacks
 
     @property
     def branches(self) -> bool:
         """Whether the choices of a question can be branches of one row.
 
-        They cannot where an attention function makes its own mask, and where peft puts a soft prompt before the input
-        and so takes no mask of ours. Then every distinct text is a row of its own.
+        They cannot if the attention function builds its own mask, or if peft places a soft prompt before the input and
+        so accepts no mask of ours. Then every distinct text is a separate row.
         """
         takes_masks = self.model.network.config._attn_implementation in _BRANCHING_ATTENTION
         return self.ways.branching and takes_masks and not self.soft_prompted
@@ -113,7 +113,7 @@ class Scorer:
     def end_to_end(self) -> bool:
         """Whether texts can lie end to end in one row, without padding, see :class:`EndToEnd`.
 
-        They cannot where a prompt is put before each row, as each text needs its own.
+        They cannot if prompts are placed before each row, because each text needs its own.
         """
         prompted = self.soft_prompted or self.prompts.positions > 0
         able = self.model.family != ENCODER_DECODER and not prompted
@@ -121,14 +121,14 @@ class Scorer:
 
     @property
     def soft_prompted(self) -> bool:
-        """Whether peft puts a soft prompt before the input, inside a wrapper around the network."""
+        """Whether peft places a soft prompt before the input, in a wrapper around the network."""
         return bool(getattr(getattr(self.model.network, "active_peft_config", None), "is_prompt_learning", False))
 
     def distributions(self, blanks: Sequence[Blank]) -> Iterator[tuple[list[int], Tensor]]:
         """Log-probabilities over the vocabulary at each blank.
 
         Yields:
-            Batches in the engine's own order: the indices into ``blanks`` and float32 log-probabilities
+            Batches in an order of the scorer's choice: the indices into ``blanks`` and float32 log-probabilities
             ``[len(indices), vocabulary]`` on the model's device. Reduce each batch before asking for the next.
         """
         lengths = [len(blank.ids) for blank in blanks]
@@ -142,7 +142,7 @@ class Scorer:
                 for rows in logits.split(self.budget.rows):
                     log_probs = torch.log_softmax(rows.float(), dim=-1)
                     batch_of_rows = list(islice(indices, len(rows)))
-                    self._note_finite([blanks[i].items for i in batch_of_rows], log_probs[:, 0])
+                    self.notes.add_finite([blanks[i].items for i in batch_of_rows], log_probs[:, 0])
                     yield batch_of_rows, log_probs
 
     def distributions_by_depth(self, blanks: Sequence[Blank]) -> Iterator[tuple[list[int], Tensor]]:
@@ -162,17 +162,17 @@ class Scorer:
                 yield part, torch.log_softmax(states.float(), dim=-1)
 
     def log_likelihoods(self, questions: Sequence[Question]) -> list[list[Likelihood]]:
-        """The likelihood of every continuation of every question, in their order (decoders and encoder-decoders)."""
+        """The likelihood of every continuation of every question, in order (decoders and encoder-decoders)."""
         score = self._decoder_reads if self.model.family == DECODER else self._encoder_decoder_reads
         counts = [len(question.continuations) for question in questions]
         totals = np.zeros(sum(counts))
         greedy = np.ones(sum(counts), dtype=bool)
-        for slots, log_probs, hits in list(score(questions)):  # the device is waited for once, after the last batch
+        for slots, log_probs, hits in list(score(questions)):  # waits for the device only once, after the last batch
             np.add.at(totals, slots, log_probs.double().cpu().numpy())
             np.logical_and.at(greedy, slots, hits.cpu().numpy())
         ends = np.cumsum([0, *counts])
         items = [question.items for question in questions for _ in question.continuations]
-        self._note_finite(items, torch.from_numpy(totals))
+        self.notes.add_finite(items, torch.from_numpy(totals))
         return [
             [Likelihood(float(totals[i]), bool(greedy[i])) for i in range(start, end)] for start, end in pairwise(ends)
         ]
@@ -184,18 +184,18 @@ class Scorer:
 
         Args:
             prompts, most, done: as there.
-            items: for each prompt the ids of the items that it is asked for.
+            items: for each prompt, the ids of the items that it belongs to.
         """
         rows = max(1, self.budget.tokens // _TOKENS_A_STEP)
         with self.products():
             said = generate(self.model, prompts, most, done, rows=rows, soft=self.prompts)
         for one, of in zip(said, items or (), strict=False):
-            self._note(of, {"chosen_prompts": one.chosen} if one.chosen else {})
-            self._note(of, {} if one.finite else {"finite": False})
+            self.notes.add(of, {"chosen_prompts": one.chosen} if one.chosen else {})
+            self.notes.add(of, {} if one.finite else {"finite": False})
         return [one.tokens for one in said]
 
     def trees_of(self, questions: Sequence[Question]) -> list[Tree]:
-        """The rows that a decoder reads to answer the questions, see :func:`~.trees.plant`."""
+        """The rows that a decoder reads to score the questions, see :func:`~.trees.plant`."""
         return plant(
             questions,
             pairs_per_token=self.budget.pairs_per_token,
@@ -213,7 +213,7 @@ class Scorer:
                 *found, choices = reads
                 for tree, chosen in zip([trees[i] for i in part], choices, strict=False):
                     for question in tree.questions:
-                        self._note(questions[question].items, {"chosen_prompts": chosen}, order=question)
+                        self.notes.add(questions[question].items, {"chosen_prompts": chosen}, order=question)
                 yield tuple(found)
 
     @torch.inference_mode()
@@ -231,40 +231,26 @@ class Scorer:
         with self._choosing([tree.context for tree in trees]) as choices, at:
             logits = layout.read(self.model.network, inputs).logits[0]
         targets, slots = (np.concatenate([getattr(tree, name) for tree in trees]) for name in ("targets", "slots"))
-        return slots, *_read(logits, of_read, targets, self.budget.rows), choices
+        return slots, *read_off(logits, of_read, targets, self.budget.rows), choices
 
     def _choosing(self, context: Sequence[int]) -> AbstractContextManager[Choices]:
-        """Let the rows of a pass choose among the prompts, where there is a choice, by so many tokens of each."""
+        """Let each row of a pass select among the prompts, if there is a choice, by this many of its first tokens."""
         return nullcontext([]) if self.prompts.choosing is None else self.prompts.choosing(context)
 
-    def _note(self, items: Sequence[str], found: Mapping[str, Any], order: int = 0) -> None:
-        """Note something of items; of several things of one name that with the least order stays."""
-        for item in items:
-            noted = self.noted.setdefault(item, {})
-            for name, value in found.items():
-                if order <= self._orders.get((item, name), order):
-                    noted[name] = value
-                    self._orders[item, name] = order
-
-    def _note_finite(self, items: Sequence[Sequence[str]], values: Tensor) -> None:
-        """Note of which items the values are not finite, ``[items]``; one of a row that is not finite shows it."""
-        for place in (~values.isfinite()).nonzero()[:, 0].tolist():
-            self._note(items[place], {"finite": False})
-
     def _layout(self, lengths: Sequence[int], branching: Sequence[bool]) -> Layout:
-        """End to end where attention can be told where a text ends, else a row for each text."""
+        """End to end if attention can be informed where a text ends, otherwise one row per text."""
         if not self.end_to_end:
             return Rows(lengths)
         window = getattr(self.model.network.config, "sliding_window", None) or max(lengths)
         return EndToEnd(lengths, [b or length > window for b, length in zip(branching, lengths, strict=True)])
 
     def _laid(self, layout: Layout, ids: NDArray[np.int64]) -> Tensor:
-        laid = layout.lay(ids, self._pad_id)
+        laid = layout.lay(ids, pad_id(self.model))
         self._count(laid.size, len(ids))
         return torch.from_numpy(laid).to(self.model.device)
 
     def _places(self, layout: Layout, depths: NDArray[np.int64], ends: NDArray[np.int64]) -> dict[str, Any]:
-        """Positions, and masks for tokens that do not see all that is before them; padding sees itself alone."""
+        """Positions, and masks for tokens that do not see everything before them; padding sees only itself."""
         config, device = self.model.network.config, self.model.device
         places, until = (torch.from_numpy(layout.lay(values)).to(device) for values in (depths, ends))
         window = getattr(config, "sliding_window", None)
@@ -297,10 +283,10 @@ class Scorer:
 
     @torch.inference_mode()
     def _read_answers(self, questions: Sequence[Question], starts: Sequence[int]) -> _Reads:
-        """One pass of the encoder over each context, one row of the decoder for each distinct beginning."""
+        """One encoder pass over each context, and one decoder row per distinct beginning."""
         network = self.model.network
         rows: dict[tuple[int, tuple[int, ...]], int] = {}
-        reads: list[tuple[int, int, int, int]] = []  # row, position in it, token asked for, continuation
+        reads: list[tuple[int, int, int, int]] = []  # row, position in it, target token, continuation
         for q, (question, start) in enumerate(zip(questions, starts, strict=True)):
             for c, answer in enumerate(question.continuations):
                 row = rows.setdefault((q, (network.config.decoder_start_token_id, *answer[:-1])), len(rows))
@@ -309,7 +295,7 @@ class Scorer:
         said, _ = self._pad([beginning for _, beginning in rows])
         of_question = torch.tensor([q for q, _ in rows], device=ids.device)
         inputs = {"attention_mask": mask[of_question], "decoder_input_ids": said, "use_cache": False}
-        if self.soft_prompted:  # the prompt is put before the encoder's input inside the wrapper
+        if self.soft_prompted:  # the wrapper places the prompt before the encoder's input
             inputs["input_ids"] = ids[of_question]
         else:
             encoded = network.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -319,13 +305,13 @@ class Scorer:
         flat = torch.from_numpy(wanted).to(ids.device)
         with head_at(network, flat // said.shape[1], flat % said.shape[1], said.shape[1]):
             logits = network(**inputs).logits[0]
-        return slots, *_read(logits, of_read, targets, self.budget.rows)
+        return slots, *read_off(logits, of_read, targets, self.budget.rows)
 
     def _batches(self, lengths: Sequence[int], reads: Sequence[int]) -> Iterator[list[int]]:
-        """Indices in batches, longest first so that what does not fit in memory shows at once.
+        """Indices in batches, longest first, so that running out of memory shows at once.
 
-        A batch keeps to the budgets of tokens, padding with them, and of logits; once it is worth a pass of its own, it
-        ends rather than be padded by more than a few per cent.
+        A batch keeps to the budgets of tokens, including padding, and of logits; once it is large enough, it ends
+        rather than be padded by more than a few per cent.
         """
         batch: list[int] = []
         real = read = 0
@@ -343,7 +329,7 @@ class Scorer:
             yield batch
 
     def _fitting(self, batch: list[int], score: Callable[[list[int]], Any]) -> Iterator[tuple[list[int], Any]]:
-        """Score a batch; where memory does not suffice, score its halves and keep to half the budget from then on."""
+        """Score a batch; if memory does not suffice, score its halves and use half the budget from then on."""
         try:
             with self.products():
                 scored = score(batch)
@@ -358,7 +344,7 @@ class Scorer:
 
     @contextmanager
     def products(self) -> Iterator[None]:
-        """Let the network multiply as it does for scoring: in the type chosen for it, float32 by the faster library."""
+        """The context in which the network scores: products in the chosen dtype, float32 by the faster library."""
         with multiplied_by_onednn(self._linears), multiplied_in(self.dtype, self.model.device):
             yield
 
@@ -383,7 +369,7 @@ class Scorer:
         ):
             logits: Tensor = self.model.network(**inputs).logits.flatten(0, 1)
         for blank, chosen in zip(blanks, choices, strict=False):
-            self._note(blank.items, {"chosen_prompts": chosen})
+            self.notes.add(blank.items, {"chosen_prompts": chosen})
         return logits
 
     def _blank_logits_end_to_end(
@@ -399,15 +385,11 @@ class Scorer:
         with at(self.model.network, flat // layout.width, flat % layout.width, layout.width):
             return layout.read(self.model.network, inputs).logits.flatten(0, 1)
 
-    @property
-    def _pad_id(self) -> int:
-        return pad_id(self.model)
-
     def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Rows padded on the right and their masks, int64 ``[rows, longest]`` each."""
         lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
         real = np.arange(lengths.max()) < lengths[:, None]
-        ids = np.full(real.shape, self._pad_id)
+        ids = np.full(real.shape, pad_id(self.model))
         ids[real] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum()))
         self._count(ids.size, int(lengths.sum()))
         padded, mask = (torch.from_numpy(array).to(self.model.device) for array in (ids, real.astype(np.int64)))
@@ -416,30 +398,3 @@ class Scorer:
     def _count(self, tokens: int, real: int) -> None:
         self.tokens_read += tokens
         self.tokens_padded += tokens - real
-
-
-def _read(
-    logits: Tensor, of_read: NDArray[np.int64], targets: NDArray[np.int64], at_a_time: int
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and whether it is the likeliest token, ``[reads]`` each.
-
-    Args:
-        logits: ``[positions, vocabulary]``.
-        of_read: for each read its row in ``logits``.
-        targets: for each read the token asked for.
-        at_a_time: rows of logits to go over at a time.
-    """
-    rows, wanted = (torch.from_numpy(array).to(logits.device) for array in (of_read, targets))
-    sums, best = (torch.cat(column) for column in zip(*map(_looked_at, logits.split(at_a_time)), strict=True))
-    return logits[rows, wanted].float() - sums[rows], best[rows] == wanted
-
-
-def _looked_at(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logarithm of the sum of exponentials of each row, float32 ``[rows]``, and the likeliest token, int64 ``[rows]``.
-
-    The sum is read off ``log_softmax``, which on a CPU goes over a row while it is in cache; ``logsumexp`` does not.
-    """
-    best = likeliest(logits)
-    at = best[:, None]
-    log_probs = torch.log_softmax(logits.float(), -1)
-    return (logits.gather(1, at).float() - log_probs.gather(1, at))[:, 0], best

@@ -1,7 +1,7 @@
-"""Token trees: everything that several texts share is read once.
+"""Token trees: beginnings that several texts share are read once.
 
-The tokens of a tree are laid into one row in depth-first order. Then a token sees exactly those tokens before it whose
-subtree it lies in, so that one number a token, the end of its subtree, tells the whole attention mask.
+The tokens of a tree are arranged in one row in depth-first order. A token then sees exactly those earlier tokens whose
+subtree contains it, so one number per token, the end of its subtree, determines the whole attention mask.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import Tensor
 
 from knowledge_compression.evaluation.scoring.questions import Question
 
-_SHORTEST_SHARE = 8  # tokens; questions that share less than this are not worth a common row
+_SHORTEST_SHARE = 8  # tokens; questions that share fewer than this do not share a row
 
 
 @dataclass
 class Tree:
-    """Texts with a common beginning, in one row.
+    """Texts with a common beginning, arranged in one row.
 
     Attributes:
         ids: token ids in depth-first order, ``[tokens]``.
-        depths: place of each token in its text, ``[tokens]``.
-        ends: for each token the index behind the last token of its subtree, ``[tokens]``.
-        nodes, targets, slots: what is read off: the prediction after token ``nodes[i]`` gives the log-probability of
+        depths: position of each token in its text, ``[tokens]``.
+        ends: for each token, one past the index of the last token of its subtree, ``[tokens]``.
+        nodes, targets, slots: the predictions to read: the one after token ``nodes[i]`` gives the log-probability of
             ``targets[i]``, which belongs to continuation ``slots[i]``; ``[reads]`` each.
-        context: tokens at its start that no continuation is part of.
-        questions: indices of the questions that its texts belong to, in order.
+        context: number of tokens at its start that belong to no continuation.
+        questions: indices of the questions of its texts, in order.
     """
 
     ids: NDArray[np.int64]
@@ -44,18 +44,18 @@ class Tree:
     questions: Sequence[int]
 
     def __len__(self) -> int:
-        """Tokens in the row."""
+        """Number of tokens in the row."""
         return len(self.ids)
 
     @property
     def is_chain(self) -> bool:
-        """Whether it has no branches, so that it is read as any text."""
+        """Whether it has no branches and so can be read like an ordinary text."""
         return bool(self.depths[-1] == len(self) - 1)
 
 
 @dataclass
 class _Text:
-    """One continuation behind its context, as the model reads it: the last token is only predicted."""
+    """One continuation after its context, as the model reads it: the last token is only predicted."""
 
     ids: tuple[int, ...]
     context: int
@@ -73,18 +73,18 @@ class _Group:
 def plant(
     questions: Sequence[Question], *, pairs_per_token: float, longest: int, branches: bool = True, across: bool = True
 ) -> list[Tree]:
-    """Trees that hold every continuation of every question once.
+    """Trees that contain every continuation of every question once.
 
-    Continuations of a question share its context and whatever they begin with in common, in several trees where there
-    are so many that attention between them would cost more than reading the context again. Different questions share a
-    tree where that saves more than the larger attention area costs, as few-shot examples and WinoGrande's halves do.
+    Continuations of a question share its context and any common beginning; if there are so many that attention between
+    them would cost more than reading the context again, they form several trees. Different questions share a tree if
+    that saves more than the larger attention matrix costs, as with few-shot examples and WinoGrande's halves.
 
     Args:
-        questions: slots are numbered through them in order, continuation by continuation.
-        pairs_per_token: how many query-key pairs of attention cost as much as all else that a token costs.
-        longest: tokens a tree of several texts may have.
-        branches: whether a row may have branches; without, only texts that are read alike share a row.
-        across: whether different questions may share a tree at all.
+        questions: slots are numbered over all of them in order, continuation by continuation.
+        pairs_per_token: number of query-key pairs of attention that cost as much as everything else for one token.
+        longest: maximum number of tokens in a tree of several texts.
+        branches: whether a row may have branches; if not, only identical inputs share a row.
+        across: whether different questions may share a tree.
     """
     groups: list[_Group] = []
     slots = count()
@@ -102,16 +102,17 @@ def plant(
 
 
 def attention_masks(ends: Tensor, depths: Tensor, dtype: torch.dtype, window: int | None) -> Tensor:
-    """What each token of each row sees, as numbers to add to attention scores.
+    """The attention mask of each row, as numbers to add to attention scores.
 
     Args:
-        ends: ``[rows, tokens]``, see :class:`Tree`; 0 where padding is, which sees itself alone.
+        ends: ``[rows, tokens]``, see :class:`Tree`; 0 for padding, which sees only itself.
         depths: ``[rows, tokens]``.
         dtype: the model's.
         window: tokens that a sliding window spans, or None.
 
     Returns:
-        ``[rows, 1, tokens, tokens]``: 0 where the query (third axis) sees the key (fourth), else the least number.
+        ``[rows, 1, tokens, tokens]``: 0 where the query (third axis) sees the key (fourth), else the dtype's lowest
+        number.
     """
     index = torch.arange(ends.shape[1], device=ends.device)
     ends = torch.maximum(ends, index + 1)
@@ -123,10 +124,10 @@ def attention_masks(ends: Tensor, depths: Tensor, dtype: torch.dtype, window: in
 
 
 def _cut(texts: Iterable[_Text], pairs_per_token: float, longest: int) -> Iterator[_Group]:
-    """A question's texts in as few trees as pay: siblings do not see each other, but attention computes their pairs.
+    """Split a question's texts into trees: siblings do not see each other, but attention computes their pairs.
 
-    With s tokens a tree, reading a context of c anew for each costs c / s a token and attention s / pairs_per_token, so
-    that s = sqrt(c pairs_per_token) is best.
+    With s tokens per tree, rereading a context of c tokens costs c / s per token and attention costs s /
+    pairs_per_token, so s = sqrt(c pairs_per_token) is best.
     """
     current = _Group()
     for text in texts:
@@ -142,7 +143,7 @@ def _cut(texts: Iterable[_Text], pairs_per_token: float, longest: int) -> Iterat
 
 
 def _merged(groups: Iterable[_Group], pairs_per_token: float, longest: int) -> Iterable[_Group]:
-    """Neighbours in the order of their texts, put together where it pays."""
+    """Merge neighbours in the order of their texts where that saves work."""
     current: _Group | None = None
     for group in sorted(groups, key=lambda group: group.texts[0].ids):
         if current is None:

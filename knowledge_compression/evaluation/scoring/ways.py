@@ -1,9 +1,9 @@
-"""Whether a network supports the fast ways of scoring, found by trying them: there is no list of architectures.
+"""Which fast ways of scoring a network supports, found by trying them rather than from a list of architectures.
 
-Texts that lie end to end in one row, and choices that branch off one context, need a network that takes masks and
-positions as they are given. One with masks of its own (attention in chunks), with recurrent state, or with an attention
-function that reads no mask would answer wrongly without a word. So a few tokens are read in each way and one by one,
-and a way that gives other answers is not taken.
+Texts end to end in one row, and choices that branch from one context, need a network that obeys the masks and positions
+that it is given. A network with its own masks (chunked attention), with recurrent state, or with an attention function
+that ignores masks would silently give wrong answers. A few tokens are therefore read in each way and separately, and a
+way that gives different answers is not used.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_CLOSE = {torch.float32: 1e-3}  # nats over a few tokens; a mask that is not obeyed costs tenths or more
+_CLOSE = {torch.float32: 1e-3}  # nats over a few tokens; an ignored mask changes tenths or more
 _NARROW = 0.2  # for narrower types
 _CONTEXTS, _FIRST_ID = (48, 20, 33), 5
 
 
 class Ways(NamedTuple):
-    """How texts may be read.
+    """The ways in which texts may share a forward pass.
 
     Attributes:
         end_to_end: in one row, without padding.
@@ -46,21 +46,21 @@ class Ways(NamedTuple):
 
 
 FASTEST = Ways(end_to_end=True, branching=True)
-_FOUND: dict[str, Ways] = {}  # by class and configuration of a network: what they are decides, weights do not
+_FOUND: dict[str, Ways] = {}  # by class and configuration of a network, which decide; weights do not
 
 
 def ways_of(model: Model, scorer: Callable[[Ways], Scorer]) -> Ways:
-    """The fastest ways in which a network answers as it does to each text by itself.
+    """The fastest ways in which a network gives the same answers as for each text separately.
 
-    Found once in a process for each kind of network. One whose layers have been quantized or that reads prompts answers
-    by other rules too, so it is taken to be as it was when a run asked for its ways, before anything was done to it.
+    Determined once per process for each kind of network, before it is compressed or recovered: quantized layers and
+    prompts change the answers for other reasons.
 
     Args:
         model: any family.
-        scorer: gives one that takes the ways that it is told.
+        scorer: builds a scorer that uses the given ways.
 
     Raises:
-        BadInput: no way gives the answers of the network's own forward pass.
+        BadInput: no way reproduces the answers of the network's own forward pass.
     """
     config = model.network.config
     kind = f"{type(model.network).__name__}:{hashlib.sha256(config.to_json_string().encode()).hexdigest()}"
@@ -69,32 +69,34 @@ def ways_of(model: Model, scorer: Callable[[Ways], Scorer]) -> Ways:
             return FASTEST
         for found in (FASTEST, Ways(False, True), Ways(False, False)):
             holds = _holds(model, scorer(found))
-            if holds is None:  # a broken network tells nothing of its kind
+            if holds is None:  # a damaged network says nothing about its kind
                 return FASTEST
             if holds:
                 break
         else:
             raise BadInput(
-                f"{model.name} ({config.model_type}) answers otherwise through the scoring core than by its own "
-                "forward pass, so nothing true could be said of it; this kind of network is not supported"
+                f"{model.name} ({config.model_type}) gives other answers through the scoring core than by its "
+                "own forward pass, so no result would be valid; this kind of network is not supported"
             )
         if found != FASTEST:
-            log.warning("%s is read text by text: it does not answer alike when texts share a pass", model.name)
+            log.warning(
+                "%s is scored one text at a time: its answers change when texts share a forward pass", model.name
+            )
         _FOUND[kind] = found
     return _FOUND[kind]
 
 
 def _is_plain(model: Model) -> bool:
     quantized = any(isinstance(module, ReplacedLinear) for module in model.network.modules())
-    wrapped = not isinstance(model.network, PreTrainedModel)  # by peft, which puts soft prompts before the input
+    wrapped = not isinstance(model.network, PreTrainedModel)  # by peft, which places soft prompts before the input
     return not (quantized or wrapped) and model.network.config._attn_implementation in ("sdpa", "eager")
 
 
 def _holds(model: Model, scorer: Scorer) -> bool | None:
-    """Whether a scorer answers as the network does to each text alone; None where those answers are no numbers."""
+    """Whether a scorer gives the same log-probabilities as the network for each text; None if those are not finite."""
     try:
         found, expected = _answers(model, scorer)
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:  # a mask of a shape it does not take
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:  # this mask is refused
         log.debug("%s cannot be read so: %s", model.name, error)
         return False
     if not expected.isfinite().all():
@@ -122,9 +124,9 @@ def _answers(model: Model, scorer: Scorer) -> tuple[Tensor, Tensor]:
             rows |= dict(zip(indices, part.cpu(), strict=True))
         found = torch.stack([rows[i] for i in range(len(blanks))])
         likely = torch.stack([alone(list(blank.ids))[len(blank.ids) // 2] for blank in blanks])
-        best = likely.topk(min(5, words)).indices  # far tails differ by rounding alone
+        best = likely.topk(min(5, words)).indices  # far tails differ by rounding
         return found.gather(1, best), likely.gather(1, best)
-    scorer.budget.pairs_per_token = float("inf")  # so that all that can branch does
+    scorer.budget.pairs_per_token = float("inf")  # so that everything that can branch does
     questions = [Question(context, [ids(3), ids(3), ids(1)]) for context in map(ids, _CONTEXTS)]
     found = torch.tensor([one.log_prob for answers in scorer.log_likelihoods(questions) for one in answers])
     expected = []

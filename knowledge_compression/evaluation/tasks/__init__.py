@@ -26,11 +26,12 @@ LOCAL: Mapping[str, Mapping[str, Any]] = yaml.safe_load(files(__package__).joinp
 
 
 def load_tasks(names: Sequence[str], data_dir: str | None, *, allow_code: bool = False) -> dict[str, Task]:
-    """The stock tasks, reading their documents from ``data_dir`` or, where that is None, from the hub.
+    """The stock tasks, with documents from ``data_dir`` or, if that is None, from the hub.
 
     Raises:
-        BadInput: a name is unknown, a local file is not what the task's prompts read, or holds code unasked.
-        DataUnavailable: a local file is not there, or the hub did not answer.
+        BadInput: a name is unknown, a local file lacks what the task's prompts need, or it holds code that is not
+            allowed.
+        DataUnavailable: a local file is missing, or the hub did not answer.
     """
     if data_dir is not None:
         for name in names:
@@ -47,10 +48,12 @@ def load_tasks(names: Sequence[str], data_dir: str | None, *, allow_code: bool =
                     loaded |= manager.load([name])["tasks"]
             except BadInput:
                 raise
-            except Exception as error:  # datasets and the hub raise a hundred kinds of it; all mean: no documents
+            except (
+                Exception
+            ) as error:  # datasets and the hub raise many kinds of error; all mean that there are no documents
                 line = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
                 raise DataUnavailable(
-                    f"task {name}: its documents could not be had ({line}); give local files with data_dir=DIR"
+                    f"task {name}: its documents could not be loaded ({line}); give local files with data_dir=DIR"
                 ) from error
     return loaded
 
@@ -60,7 +63,7 @@ def local_files(name: str, data_dir: str, *, allow_code: bool = False) -> list[P
 
     Raises:
         BadInput: the task has no local form, or a line is not JSON or lacks a column.
-        DataUnavailable: the folder or a file is not there.
+        DataUnavailable: the folder or a file is missing.
     """
     root = Path(data_dir).expanduser()
     if not root.is_dir():
@@ -78,10 +81,10 @@ def local_files(name: str, data_dir: str, *, allow_code: bool = False) -> list[P
 
 
 def own_task(name: str, folder: Path) -> Path:
-    """The file ``NAME.yaml`` somewhere under ``folder`` that defines a task of the user's own, as lm-eval writes them.
+    """The file ``NAME.yaml``, anywhere under ``folder``, that defines a user's own task in lm-eval's format.
 
     Raises:
-        BadInput: there is none.
+        BadInput: there is no such file.
     """
     for path in sorted(folder.rglob("*.yaml")):
         if path.stem == name:
@@ -90,11 +93,11 @@ def own_task(name: str, folder: Path) -> Path:
 
 
 def _own_documents(definition: Path, settings: Mapping[str, Any]) -> dict[str, Path]:
-    """Each split's file of a task of the user's own: beside its definition, and nowhere above it.
+    """The file of each split of a user's own task: beside its definition or below.
 
     Raises:
-        BadInput: the definition names no files, or files elsewhere.
-        DataUnavailable: a file is not there.
+        BadInput: the definition names no files, or files outside its folder.
+        DataUnavailable: a file is missing.
     """
     kwargs = settings.get("dataset_kwargs")
     named = kwargs.get("data_files") if isinstance(kwargs, Mapping) else None
@@ -113,7 +116,7 @@ def _own_documents(definition: Path, settings: Mapping[str, Any]) -> dict[str, P
 def fingerprint(
     names: Sequence[str], data_dir: str | None, *, skip_missing: bool = False, allow_code: bool = False
 ) -> str:
-    """Digest of the local files of the tasks; ``hub`` where there are none."""
+    """Digest of the local files of the tasks; ``hub`` if there are none."""
     if data_dir is None:
         return "hub"
     sha = hashlib.sha256()
@@ -128,13 +131,13 @@ def fingerprint(
 
 
 def unknown_task(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """One line for a task that does not exist: near names, or all of a short list."""
+    """The message for an unknown task: similar names, or a short list."""
     near = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
     return f"task {name} is not known; " + (f"near it are: {', '.join(near)}" if near else f"try {', '.join(LOCAL)}")
 
 
 def _manager(names: Sequence[str], data_dir: str | None, folder: Path) -> TaskManager:
-    """A task manager that knows ``names``; lm-eval's whole index (6-9 s) is read only where it is needed."""
+    """A task manager that knows ``names``; lm-eval's whole index (6-9 s) is read only if needed."""
     from lm_eval.tasks import TaskManager
 
     if data_dir is None and any(name not in LOCAL for name in names):
@@ -150,7 +153,7 @@ def _manager(names: Sequence[str], data_dir: str | None, folder: Path) -> TaskMa
 
 
 def _stock(name: str, data_dir: str | None) -> dict[str, Any]:
-    """A stock task's settings; with ``data_dir``, its documents from there."""
+    """A stock task's settings; with ``data_dir``, its documents come from there."""
     import lm_eval
 
     settings: dict[str, Any] = {"include": str(Path(lm_eval.__file__).parent / "tasks" / LOCAL[name]["stock"])}
@@ -162,9 +165,9 @@ def _stock(name: str, data_dir: str | None) -> dict[str, Any]:
 
 
 def _own(name: str, folder: Path) -> dict[str, Any]:
-    """The settings of a task of the user's own, its documents read from beside it wherever we were started."""
+    """The settings of a user's own task; its documents are read from beside it, whatever the working directory."""
     definition = own_task(name, folder)
-    settings, _ = files_of(definition, allow_code=True)  # looked at already, by local_files
+    settings, _ = files_of(definition, allow_code=True)  # already checked, by local_files
     documents = {split: str(path.resolve()) for split, path in _own_documents(definition, settings).items()}
     kwargs = {"data_files": documents}
     return {"include": str(definition.resolve()), "dataset_path": "json", "dataset_kwargs": kwargs}
@@ -181,7 +184,7 @@ def _check_lines(path: Path, fields: Sequence[str]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's remarks on every task's defaults, and the progress bars of small files, out of the terminal."""
+    """Keep lm-eval's remarks about every task's defaults, and progress bars for small files, out of the terminal."""
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 
     logger = logging.getLogger("lm_eval")

@@ -1,4 +1,4 @@
-"""Task files of a user's own: data, whatever they include. Code in them is refused unless the user allows it."""
+"""A user's own task files are data, whatever they include: code in them is refused unless the user allows it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from knowledge_compression.reading import text_of
 
 _ALLOWED = "code is off unless eval.harness.allow_code=true"
 _DEEPEST = 20  # includes of includes
-# Keys by which lm-eval imports something that is not in it: a class, a dataset's or a prompt's own program.
+# Keys by which lm-eval imports code from elsewhere: a class, or a dataset's or prompt's own program.
 _CODE_KEYS = ("class", "custom_dataset", "use_prompt", "unsafe_code")
 
 
 class _CodeInYaml(yaml.YAMLError):
-    """A ``!function``, or another tag that makes objects."""
+    """A ``!function``, or another tag that constructs objects."""
 
 
 class _Data(yaml.SafeLoader):
-    """YAML without code."""
+    """A YAML loader that refuses code."""
 
 
 class _DataAndCode(yaml.SafeLoader):
-    """YAML in which code is a mere note; lm-eval imports it later."""
+    """A YAML loader that reads code as text; lm-eval imports it later."""
 
 
 def _refuse(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
@@ -40,17 +40,17 @@ _DataAndCode.add_constructor("!function", lambda loader, node: str(node.value))
 
 
 def files_of(definition: Path, *, allow_code: bool) -> tuple[dict[str, Any], list[Path]]:
-    """What a task file says with all it includes, and the files it was read from.
+    """The settings of a task file with everything it includes, and the files that were read.
 
-    What lm-eval ships may be included and is trusted as the installed package that it is.
+    Files shipped with lm-eval may be included and are trusted like any installed package.
 
     Args:
         definition: the task file.
-        allow_code: whether it may name functions, which run.
+        allow_code: whether it may name functions, which are then executed.
 
     Raises:
-        BadInput: a file is no YAML mapping, includes itself, or holds code that is not allowed.
-        DataUnavailable: an included file is not there.
+        BadInput: a file is not a YAML mapping, includes itself, or holds code that is not allowed.
+        DataUnavailable: an included file is missing.
     """
     files: list[Path] = []
     merged = _merged(definition, files, (), allow_code)
@@ -92,7 +92,7 @@ def _read(path: Path, loader: type[yaml.SafeLoader]) -> dict[str, Any]:
 
 
 def _check_settings(definition: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse what would have lm-eval import, or download and run, what is not in it."""
+    """Refuse settings that make lm-eval import, or download and run, code from elsewhere."""
     import lm_eval.api.metrics  # noqa: F401 - fills the registry
     from lm_eval.api.registry import metric_registry
 
@@ -113,7 +113,7 @@ def _check_settings(definition: Path, settings: Mapping[str, Any]) -> None:
 
 @contextmanager
 def sandboxed() -> Iterator[None]:
-    """Have lm-eval render templates in jinja2's sandbox, in which they reach documents and not Python."""
+    """Make lm-eval render templates in jinja2's sandbox, where they can access documents but not Python."""
     from jinja2 import BaseLoader, StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from lm_eval import utils
@@ -131,10 +131,10 @@ def sandboxed() -> Iterator[None]:
 
 @contextmanager
 def of_the_task(name: str) -> Iterator[None]:
-    """Whatever a task's own templates, documents or metrics raise, as one line."""
+    """Turn whatever a task's own templates, documents or metrics raise into one line."""
     try:
         yield
     except BadInput:
         raise
-    except Exception as error:  # a task is the user's: its templates and documents can raise anything
+    except Exception as error:  # the user's templates and documents can raise anything
         raise BadInput(f"task {name} cannot be asked ({type(error).__name__}: {first_line(error)})") from error
