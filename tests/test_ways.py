@@ -53,7 +53,7 @@ def test_unusual_networks_answer_as_to_each_text_alone(kind: str, caplog: pytest
     found = [one.log_prob for answers in scorer.log_likelihoods(questions) for one in answers]
     assert found == pytest.approx(plain(model, questions), abs=1e-3)
     if scorer.ways != FASTEST:
-        assert "scored text by text" in caplog.text
+        assert "scored one text at a time" in caplog.text
     wrong = [one.log_prob for answers in _forced(model, questions) for one in answers]
     assert (wrong == pytest.approx(found, abs=1e-3)) == (scorer.ways == FASTEST)  # so it was needed where it was done
 
