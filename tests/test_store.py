@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
+import signal
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -74,6 +78,61 @@ def test_a_forced_run_replaces_the_one_that_was_there(tmp_path: Path) -> None:
     store.write(made(x=1.0))
     store.write(made(x=2.0))
     assert [run.metrics for run in store] == [{"x": 2.0}]
+    assert [path.name for path in store.runs_folder.iterdir()] == ["a1"]
+
+
+def _replace(folder: str, step: int) -> None:
+    """Put another run in the place of ``a1``; killed before the step of that number that makes, moves or removes a file."""
+    steps = itertools.count()
+
+    def kill(event: str, _: Any) -> None:
+        if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree") and next(steps) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(kill)
+    RunStore(folder).write(made(x=2.0))
+
+
+@pytest.mark.slow
+def test_whenever_a_forced_run_is_killed_the_one_before_it_or_its_own_is_there(tmp_path: Path, processes: Any) -> None:
+    store, seen = RunStore(tmp_path / "outputs"), []
+    for step in itertools.count():
+        store.write(made(x=1.0))
+        replacing = processes.Process(target=_replace, args=(str(store.folder), step))
+        replacing.start()
+        replacing.join(60)
+        found = store.find("a1")
+        assert found is not None and found.items.equals(ITEMS), step
+        assert [(run.id, run.metrics) for run in store] == [("a1", found.metrics)], step
+        seen.append(found.metrics["x"])
+        with store.claim("a1"):  # as the next start of the run does
+            again = store.find("a1")
+            assert again is not None and again.metrics == found.metrics, step
+            assert [path.name for path in store.runs_folder.iterdir()] == ["a1"], step
+        if replacing.exitcode == 0:
+            break
+        assert replacing.exitcode == -signal.SIGKILL
+    assert seen == sorted(seen) and len(seen) > 8 and seen.count(2.0) > 2
+
+
+def test_a_replacement_that_cannot_take_its_place_leaves_the_run_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RunStore(tmp_path)
+    store.write(made(x=1.0))
+    rename = Path.rename
+
+    def refuse(path: Path, to: Path) -> Path:
+        if Path(to).name == "a1":
+            raise OSError(28, "No space left on device")
+        return rename(path, to)
+
+    with monkeypatch.context() as broken, pytest.raises(BadInput, match="cannot be written"):
+        broken.setattr(Path, "rename", refuse)
+        store.write(made(x=2.0))
+    assert [run.metrics for run in store] == [{"x": 1.0}]
+    store.write(made(x=3.0))
+    assert [run.metrics for run in store] == [{"x": 3.0}]
     assert [path.name for path in store.runs_folder.iterdir()] == ["a1"]
 
 

@@ -32,6 +32,7 @@ from knowledge_compression.results.workplace import Workplace, discard
 log = logging.getLogger(__name__)
 
 LAYERS = "layers.json"
+_ASIDE = ".old"  # ends the hidden name of a run that another one takes the place of
 _DEEPEST = 100  # levels of settings
 _TOP_LEVEL = re.compile(r"^(?=[^\s\-#])", re.MULTILINE)  # where a key of no indentation begins
 FORMAT = 2  # of a run folder; raised when a reader of old folders would misread new ones
@@ -205,6 +206,8 @@ class RunStore:
                 stack.enter_context(leased(self.layout.lease(run_id), self.lease))
                 for scratch in self.runs_folder.glob(f".{run_id}-*"):
                     shutil.rmtree(scratch)
+                if (aside := self._aside(run_id)).is_dir():  # whoever put it there was killed
+                    shutil.rmtree(aside) if self._path(run_id).is_dir() else aside.rename(self._path(run_id))
                 if afresh:
                     discard(folder)
             yield Workplace(folder)
@@ -226,12 +229,15 @@ class RunStore:
 
     def look_up(self, run_id: str) -> Run | str | None:
         """The finished run of that hash, or why it cannot be read, or None where it is not there."""
-        if not (self.runs_folder / run_id).is_dir():
-            return None
-        try:
-            return self._read(self.runs_folder / run_id)
-        except Unreadable as error:
-            return str(error)
+        # A run that is being replaced lies aside for an instant, or since its replacer was killed; it is there again
+        # when it has just left that place.
+        for folder in (self._path(run_id), self._aside(run_id), self._path(run_id)):
+            if folder.is_dir():
+                try:
+                    return self._read(run_id, folder)
+                except Unreadable as error:
+                    return str(error)
+        return None
 
     def __iter__(self) -> Iterator[Run]:
         """Every finished run that can be read, by hash; see :meth:`scan` for the others."""
@@ -242,16 +248,12 @@ class RunStore:
 
         A run writes its folder whole, so what lacks a file was copied by halves.
         """
-        runs: list[Run] = []
-        skipped: list[tuple[str, str]] = []
-        folders = sorted(self.runs_folder.iterdir()) if self.runs_folder.is_dir() else []
-        for folder in folders:
-            if folder.is_dir() and not folder.name.startswith("."):
-                try:
-                    runs.append(self._read(folder))
-                except Unreadable as error:
-                    skipped.append((folder.name, str(error)))
-        return runs, skipped
+        folders = [path.name for path in self.runs_folder.iterdir()] if self.runs_folder.is_dir() else []
+        aside = {name[1 : -len(_ASIDE)] for name in folders if name.startswith(".") and name.endswith(_ASIDE)}
+        ids = sorted(aside.union(name for name in folders if not name.startswith(".")))
+        found = {run_id: self.look_up(run_id) for run_id in ids}
+        runs = [run for run in found.values() if isinstance(run, Run)]
+        return runs, [(run_id, why) for run_id, why in found.items() if isinstance(why, str)]
 
     def __contains__(self, run_id: str) -> bool:
         """Whether the run of that hash is there and can be read."""
@@ -260,23 +262,26 @@ class RunStore:
     def write(self, run: Run, extra_files: Mapping[str, bytes] | None = None) -> Run:
         """Write a run under a temporary name and rename it, so that no half-written folder is ever seen.
 
+        One that it replaces is found until then, and whenever this process is killed one of the two is.
+
         Raises:
             BadInput: the folder cannot be written.
         """
-        target = self.runs_folder / run.id
+        target, aside = self._path(run.id), self._aside(run.id)
         with self._writing():
             self.runs_folder.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(prefix=f".{run.id}-", dir=self.runs_folder))
             try:
                 self._fill(scratch, run, extra_files or {})
                 if target.exists():  # a forced run, or another process that lost its claim, was there
-                    target.rename(scratch.with_suffix(".old"))
+                    shutil.rmtree(aside, ignore_errors=True)
+                    target.rename(aside)
                 scratch.rename(target)
                 _flush(self.runs_folder)
                 discard(self.workplace(run.id))  # not before: until here it is what a killed run goes on from
+                shutil.rmtree(aside, ignore_errors=True)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
-                shutil.rmtree(scratch.with_suffix(".old"), ignore_errors=True)
         run.folder = target
         return run
 
@@ -302,7 +307,13 @@ class RunStore:
                 _flush(path)
         scratch.chmod(0o755)
 
-    def _read(self, folder: Path) -> Run:
+    def _path(self, run_id: str) -> Path:
+        return self.runs_folder / run_id
+
+    def _aside(self, run_id: str) -> Path:
+        return self.runs_folder / f".{run_id}{_ASIDE}"
+
+    def _read(self, run_id: str, folder: Path) -> Run:
         if missing := [name for name in (*_FILES, ITEMS) if not (folder / name).is_file()]:
             raise Unreadable(f"half-copied: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there")
         content: dict[str, Any] = {}
@@ -326,7 +337,7 @@ class RunStore:
         with _named(LAYERS):
             if (folder / LAYERS).is_file() and (not isinstance(digests, Mapping) or LAYERS not in digests):
                 checked(LAYERS, read_json(folder / LAYERS))
-        return Run(id=folder.name, folder=folder, **content)
+        return Run(id=run_id, folder=folder, **content)
 
 
 @contextmanager
