@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from helpers.networks import VOCABULARY, build_network, make_tokenizer
 from knowledge_compression.errors import BadInput, ModelUnavailable
+from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
 from knowledge_compression.models import Model, Target
+from knowledge_compression.models.families import ENCODER
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.soundness import check_finite, non_finite, shown, weights_of
 
@@ -136,6 +138,34 @@ def test_a_token_that_was_added_beyond_the_embeddings_is_let_through(folder: Pat
     tokenizer.add_special_tokens({"pad_token": "[MORE]"})
     tokenizer.save_pretrained(folder)
     assert LocalModel("mine", str(folder)).load("cpu").tokenizer.pad_token_id == len(make_tokenizer())
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama", "t5", "bart"])
+def test_a_text_with_a_token_that_was_added_beyond_the_embeddings_is_one_line(
+    architecture: str, tmp_path: Path
+) -> None:
+    build_network(architecture, vocab_size=len(make_tokenizer())).save_pretrained(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["[MORE]"])
+    tokenizer.save_pretrained(tmp_path)
+    model = LocalModel("mine", str(tmp_path)).load("cpu")
+    sound, beyond = tokenizer(["paris is in france", "paris is [MORE]"], add_special_tokens=False)["input_ids"]
+    scorer = Scorer(model)
+
+    def asked(ids: list[int]) -> None:
+        if model.family == ENCODER:
+            list(scorer.distributions([Blank(ids, 0)]))
+            return
+        scorer.generate([ids, sound], 2, lambda _: False)
+        scorer.log_likelihoods([Question(sound, [ids, sound])])
+
+    asked(sound)
+    said = r"the token '\[MORE\]', which was added to the tokenizer of mine with the id \d+, .* the ids 0 to \d+; give"
+    with pytest.raises(BadInput, match=said):
+        asked(beyond)
+    if model.family != ENCODER:
+        with pytest.raises(BadInput, match=said):
+            scorer.log_likelihoods([Question(beyond, [sound])])
 
 
 def test_a_weight_of_integers_is_refused(folder: Path) -> None:

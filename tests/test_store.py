@@ -82,7 +82,7 @@ def test_a_forced_run_replaces_the_one_that_was_there(tmp_path: Path) -> None:
 
 
 def _replace(folder: str, step: int) -> None:
-    """Put another run in the place of ``a1``; killed before the step of that number that makes, moves or removes a file."""
+    """Put another run in the place of ``a1``; killed before it makes, moves or removes the file of that number."""
     steps = itertools.count()
 
     def kill(event: str, _: Any) -> None:

@@ -368,7 +368,9 @@ def _streamed(folder: Path, name: str, device: str, dtype: str, **hub: Any) -> S
         network.tie_weights()  # making parameters empty has parted those that are one
         tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
         checkpoint = Checkpoint(folder)
-        return StreamedModel(network.eval(), tokenizer, name, checkpoint=checkpoint, place=place, stored=chosen)
+        model = StreamedModel(network.eval(), tokenizer, name, checkpoint=checkpoint, place=place, stored=chosen)
+        check_tokenizer(model)
+    return model
 
 
 def _configuration(where: str, **hub: Any) -> Any:

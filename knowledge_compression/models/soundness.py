@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,21 +62,37 @@ def check_loaded(network: PreTrainedModel, missing: Iterable[str], left_over: It
 def check_tokenizer(model: Model) -> None:
     """Refuse a tokenizer whose own ids lie beyond the embeddings, as that of another model.
 
-    Tokens that were added to it may: they are refused where a text has them.
+    Tokens that were added to it may: the network refuses them from now on where a text has them.
 
     Raises:
         BadInput: names a token and both sizes.
     """
-    rows: int = model.network.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
-    tokenizer = model.tokenizer
+    embeddings = cast(nn.Embedding, model.network.get_input_embeddings())
+    rows, tokenizer = embeddings.weight.shape[0], model.tokenizer
     tokenizer(["a text"])  # what its settings make it raise is raised here
     added = set(getattr(tokenizer, "added_tokens_decoder", ()))
-    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows and i not in added}
-    if beyond:
+    unknown = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
+    if unknown:
+        refuse = partial(_refuse_beyond, model.name, {i: token for token, i in unknown.items()})
+        for module in model.network.modules():
+            if isinstance(module, nn.Embedding) and module.weight is embeddings.weight:
+                module.register_forward_pre_hook(refuse)
+    if beyond := {token: i for token, i in unknown.items() if i not in added}:
         token = min(beyond, key=lambda one: beyond[one])
         raise BadInput(
             f"its tokenizer gives '{token}' the number {beyond[token]} and its embeddings have {rows} rows; give "
             "weights and tokenizer of one model"
+        )
+
+
+def _refuse_beyond(name: str, unknown: Mapping[int, str], embeddings: nn.Module, given: tuple[Tensor, ...]) -> None:
+    """Before an embedding looks ids up that it may lack; on a GPU such an id would end the process."""
+    largest, rows = int(given[0].max()), cast(nn.Embedding, embeddings).weight.shape[0]
+    if largest >= rows:
+        raise BadInput(
+            f"a text has the token '{unknown.get(largest, largest)}', which was added to the tokenizer of {name} with "
+            f"the id {largest}, and its network has embeddings for the ids 0 to {rows - 1}; give a checkpoint whose "
+            "embeddings were resized, or the tokenizer that it was trained with"
         )
 
 
