@@ -142,6 +142,82 @@ def test_layers_choose_by_mean_attention_as_written_out(tiny_model):
     assert (ours - theirs).abs().max() < 1e-5
 
 
+def rotated(x, positions, base):
+    """Rotary positions of ``[heads, tokens, width]``."""
+    width = x.shape[-1]
+    angles = (positions[:, None] / base ** (torch.arange(0, width, 2) / width)).repeat(1, 2)
+    halves = torch.cat([-x[..., width // 2 :], x[..., : width // 2]], -1)
+    return x * angles.cos() + halves * angles.sin()
+
+
+def normed(x, norm):
+    return norm.weight * x * (x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+
+
+def attended(query, keys, values, width):
+    """Causal attention, the keys of what stands before the queries first."""
+    scores = query @ keys.transpose(1, 2) / width**0.5
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + keys.shape[1] - query.shape[1])
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1), values
+
+
+def after(block, x, weights_and_values):
+    """A block's output from its input and its attention."""
+    weights, values = weights_and_values
+    x = x + (weights @ values).transpose(0, 1).flatten(1) @ block.self_attn.o_proj.weight.T
+    y, mlp = normed(x, block.post_attention_layernorm), block.mlp
+    return (
+        x + (torch.nn.functional.silu(y @ mlp.gate_proj.weight.T) * (y @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T
+    )
+
+
+@torch.no_grad()
+def idp_by_hand(network, prompts, ids):
+    """A LLaMA that reads one text behind several prompts, as the paper words it, from its weights alone.
+
+    In each block every prompt is read by itself; one softmax goes over all prompts and the text; the prompt with the
+    largest mean attention over heads, the text's tokens and its own tokens is kept, and the text attends to it alone.
+    """
+    width, groups = network.config.head_dim, network.config.num_attention_heads // network.config.num_key_value_heads
+    base, longest = network.config.rope_parameters["rope_theta"], max(map(len, prompts))
+    prompts, text, choices = list(prompts), network.model.embed_tokens.weight[ids], []
+    for block in network.model.layers:
+
+        def read(x, start, block=block):
+            """Queries, keys and values of what starts at a position; each prompt ends where the text begins."""
+            at, x = torch.arange(start, start + len(x)), normed(x, block.input_layernorm)
+            parts = (getattr(block.self_attn, f"{name}_proj").weight for name in "qkv")
+            query, key, value = ((x @ part.T).view(len(x), -1, width).transpose(0, 1) for part in parts)
+            key, value = (rotated(key, at, base).repeat_interleave(groups, 0), value.repeat_interleave(groups, 0))
+            return rotated(query, at, base), key, value
+
+        kept = [read(prompt, longest - len(prompt)) for prompt in prompts]
+        prompts = [
+            after(block, prompt, attended(*of_prompt, width)) for prompt, of_prompt in zip(prompts, kept, strict=True)
+        ]
+        query, key, value = read(text, longest)
+        weights, _ = attended(query, torch.cat([*(keys for _, keys, _ in kept), key], 1), value, width)
+        shares = [part.mean() for part in weights.split([*map(len, prompts), len(text)], -1)[:-1]]
+        choices.append(shares.index(max(shares)))
+        _, keys, values = kept[choices[-1]]
+        text = after(block, text, attended(query, torch.cat([keys, key], 1), torch.cat([values, value], 1), width))
+    return normed(text, network.model.norm) @ network.lm_head.weight.T, choices
+
+
+@pytest.mark.parametrize("lengths", [(3, 6), (4, 4, 9), (2, 11)])
+def test_choices_and_logits_are_those_of_a_plain_rewrite(lengths, tiny_model):
+    model = tiny_model("llama")
+    prompts = soft_prompts(model, lengths)
+    ids, _ = inputs(rows=12, length=10, seed=3)
+    expected = [idp_by_hand(model.network, prompts, row) for row in ids]
+    prompted = Prompted(model, bank_of(model, prompts), PER_LAYER)
+    with torch.no_grad():
+        ours = model.network(input_ids=ids).logits
+    assert prompted.last_choices.tolist() == [choices for _, choices in expected]
+    assert len(prompted.last_choices.unique()) > 1, "a test in which only one prompt is ever chosen shows nothing"
+    assert (ours - torch.stack([logits for logits, _ in expected])).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
 def test_prompts_do_not_see_each_other(tiny_model, architecture):
     model = tiny_model(architecture)
