@@ -212,26 +212,64 @@ def test_the_hubs_rows_are_the_same_facts(monkeypatch, bert_tiny):
     assert "\n" not in str(refusal.value)
 
 
+def published_loop(lama, model):
+    """Facts in their order, LAMA's templates or its sentences, each once; the best token at each mask, lower-cased."""
+    questions, asked = [], set()
+    templates = {row["relation"]: row["template"] for row in read(lama / "relations.jsonl")}
+    for row in read(lama / "TREx" / "P138.jsonl"):
+        sentence = templates["P138"].replace("[X]", row["sub_label"]).replace("[Y]", "[MASK]")
+        questions.append(("TREx", sentence, row["obj_label"]))
+    for row in read(lama / "Google_RE" / "place_of_death_test.jsonl"):
+        questions.append(("Google_RE", f"{row['sub_label']} died in [MASK] .", row["obj_label"]))
+    questions += [
+        ("Squad", row["masked_sentences"][0], row["obj_label"]) for row in read(lama / "Squad" / "test.jsonl")
+    ]
+    tokenizer = model.tokenizer
+    for data_set, sentence, gold in questions:
+        if (data_set, sentence) in asked:
+            continue
+        asked.add((data_set, sentence))
+        encoded = tokenizer(sentence, truncation=True, max_length=128, return_tensors="pt")
+        logits = model.network(**encoded).logits[0]
+        for place in (encoded["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten().tolist():
+            yield data_set, sentence, gold.lower(), tokenizer.decode([int(logits[place].argmax())]).strip().lower()
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 @pytest.mark.data
 @torch.no_grad()
-def test_real_lama_against_the_papers_plain_loop(data_dir, bert_tiny):
-    """Every sentence by itself, logits at every position, the first mask's best token, lower-cased."""
-    suite = Lama(str(data_dir), protocol="paper", limit=60)
-    tokenizer = bert_tiny.tokenizer
-    evaluation = suite.evaluate(Scorer(bert_tiny))
-    assert evaluation.description["data_sets"] == ["TREx", "Google_RE", "Squad"]
+def test_real_lama_is_asked_and_answered_as_the_published_loop_does(data_dir, tmp_path, bert_tiny):
+    for name in ("relations.jsonl", "TREx/P138.jsonl", "Google_RE/place_of_death_test.jsonl", "Squad/test.jsonl"):
+        (tmp_path / "lama" / name).parent.mkdir(parents=True, exist_ok=True)
+        first = (data_dir / "lama" / name).read_text().splitlines(keepends=True)[:300]
+        (tmp_path / "lama" / name).write_text("".join(first))
+    evaluation = Lama(str(tmp_path), protocol="paper").evaluate(Scorer(bert_tiny))
     assert evaluation.description["data_sets_missing"] == ["ConceptNet"]
-    for row in evaluation.items.to_dicts():
+    expected = list(published_loop(tmp_path / "lama", bert_tiny))
+    items = evaluation.items.to_dicts()
+    ours = [(row["task"].split(".")[0], row["prompt"], row["gold"].lower(), row["prediction"]) for row in items]
+    assert ours == expected
+    assert len(expected) > 850
+    right = {data_set: [gold == said for of, _, gold, said in expected if of == data_set] for data_set, *_ in expected}
+    assert evaluation.metrics["accuracy"] == pytest.approx(sum(map(sum, right.values())) / len(expected))
+    for data_set, correct in right.items():
+        assert evaluation.metrics[f"{data_set}.accuracy"] == pytest.approx(sum(correct) / len(correct))
+
+
+@pytest.mark.data
+@torch.no_grad()
+def test_ranks_and_log_probabilities_of_real_lama_are_those_of_each_sentence_by_itself(data_dir, bert_tiny):
+    tokenizer = bert_tiny.tokenizer
+    for row in Lama(str(data_dir), protocol="paper", limit=60).evaluate(Scorer(bert_tiny)).items.to_dicts():
         ids = tokenizer(row["prompt"], truncation=True, max_length=128, padding="max_length", return_tensors="pt")
-        logits = bert_tiny.network(**ids).logits[0]
         places = [n for n, token in enumerate(ids["input_ids"][0].tolist()) if token == tokenizer.mask_token_id]
-        position = places[int(row["id"].partition("#")[2] or 1) - 1]
-        word = tokenizer.decode([int(logits[position].argmax())]).strip().lower()
-        assert row["prediction"] == word
-        assert row["correct"] == (word == row["gold"].lower())
         gold = tokenizer(row["gold"], add_special_tokens=False)["input_ids"]
         if len(gold) == 1:
-            scores = logits[position].log_softmax(-1)
+            place = places[int(row["id"].partition("#")[2] or 1) - 1]
+            scores = bert_tiny.network(**ids).logits[0, place].log_softmax(-1)
             assert row["log_prob"] == pytest.approx(float(scores[gold[0]]), abs=1e-4)
             assert row["rank"] == pytest.approx(int((scores > scores[gold[0]]).sum()) + 1, abs=2)
 
