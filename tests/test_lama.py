@@ -321,22 +321,6 @@ CONCEPTNET = [  # the columns of the authors' file
 ]
 
 
-def test_conceptnet_in_its_true_layout_on_disk_and_on_the_hub(small, monkeypatch):
-    import datasets
-
-    lines(small / "lama" / "ConceptNet" / "test.jsonl", CONCEPTNET)
-    on_disk = Lama(str(small), ["ConceptNet"]).clozes()
-    assert [cloze.sentence for cloze in on_disk] == [row["masked_sentences"][0] for row in CONCEPTNET]
-    assert [cloze.subject for cloze in on_disk] == ["alive", "sky"]
-    names = ("uuid", "sub", "obj", "pred", "obj_label")
-    rows = [
-        {name: row[name] for name in names} | {"masked_sentence": row["masked_sentences"][0], "negated": ""}
-        for row in CONCEPTNET
-    ]
-    monkeypatch.setattr(datasets, "load_dataset", lambda kind, data_files, split: datasets.Dataset.from_list(rows))
-    assert Lama(datasets=["ConceptNet"]).clozes() == on_disk
-
-
 def test_the_paper_asks_each_mask_of_an_encoder_and_each_sentence_once(small, bert_tiny, tiny_model):
     twice = CONCEPTNET[1] | {"uuid": "same", "obj_label": "grey"}
     lines(small / "lama" / "ConceptNet" / "test.jsonl", [*CONCEPTNET, twice])
@@ -362,17 +346,19 @@ def test_the_papers_protocol_asks_as_many_as_its_table_counts(data_dir, bert_tin
 
 
 def test_every_value_of_table_3_is_a_share_of_those_counts():
-    """And of 11,329 for ConceptNet, which is not here; of T-REx's 31,468 three of the 70 are not."""
+    """And of 11,329 for ConceptNet, which is not here, and of 31,468 for T-REx but for three of its 70."""
     with (EXPERIMENTS / "cost_of_compression" / "published" / "table3.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    wrong = {}
-    for data_set, of in {"Squad": 308, "GoogleRe": 5510, "Conceptnet": 11329, "TRex": 31468}.items():
-        printed = [
-            float(row[key]) for row in rows if row["dataset"] == data_set for key in row.keys() - {"model", "dataset"}
-        ]
-        assert len(printed) == 70
-        wrong[data_set] = sum(round(100 * round(value * of / 100) / of, 3) != value for value in printed)
-    assert wrong == {"Squad": 0, "GoogleRe": 0, "Conceptnet": 0, "TRex": 3}
+    counts = {"Squad": 308, "GoogleRe": 5510, "Conceptnet": 11329, "TRex": 31468}
+    wrong = set()
+    for row in rows:
+        of = counts[row["dataset"]]
+        for key in row.keys() - {"model", "dataset"}:
+            if round(100 * round(float(row[key]) * of / 100) / of, 3) != float(row[key]):
+                wrong.add((row["model"], row["dataset"], key))
+    assert len(rows) == 28
+    unexplained = (("BERT", "baseline"), ("RoBERTa", "baseline"), ("RoBERTa", "att_gpq_40"))
+    assert wrong == {(f"{model}-base", "TRex", key) for model, key in unexplained}
 
 
 def test_subjects_keep_their_letters_in_lamas_templates(small):

@@ -13,7 +13,7 @@ from knowledge_compression.analysis import figures, published, tables
 from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.report import main
 from knowledge_compression.results.store import RunStore
-from knowledge_compression.sweeping.cli import CONF
+from knowledge_compression.sweeping import cli
 
 STUDY = ({"compression": "none"}, {"compression": "int8_dynamic"})
 
@@ -315,10 +315,33 @@ def test_published_figures_stand_beside_any_model_of_that_name_or_hub_id(given, 
     assert row.get("baseline_published") == (pytest.approx(0.3027) if ours == "bert_base" else None)
 
 
+@pytest.mark.slow
+def test_a_local_model_of_a_published_name_has_the_published_figures_from_the_command_line(
+    tiny_folder, tmp_path, monkeypatch
+):
+    (tmp_path / "lama" / "Squad").mkdir(parents=True)
+    squad = '{"id": "s", "obj_label": "gold", "masked_sentences": ["the metal is [MASK] ."]}\n'
+    (tmp_path / "lama" / "Squad" / "test.jsonl").write_text(squad)
+    arguments = ["model=local", f"model.path={tiny_folder}", "model.name=BERT-large", "compression=int8_dynamic"]
+    arguments += ["target=att,ff", "eval=[lama]", f"data_dir={tmp_path}", f"output.dir={tmp_path / 'outputs'}"]
+    monkeypatch.setattr("sys.argv", ["run.py", "-m", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    main([str(tmp_path / "outputs"), "-o", str(tmp_path / "report.html"), "--figures", str(tmp_path / "figures")])
+    (row,) = pl.read_csv(tmp_path / "figures" / "cost_of_compression.csv").to_dicts()
+    assert (row["model"], row["data_set"]) == ("BERT-large", "Squad")
+    (theirs,) = (
+        one for one in published._rows(published.COST, 3) if (one["model"], one["dataset"]) == ("BERT-large", "Squad")
+    )
+    for column in ("baseline", "att_gq", "ff_gpq_40"):
+        assert row[f"{column}_published"] == pytest.approx(float(theirs[column]) / 100)
+
+
 def test_every_shipped_model_of_the_papers_is_known_by_its_hub_id():
     for name in {*published._MODELS, *published._RECOVERED_MODELS.values()}:
         run = made_run(bits("1"))
-        run.config["model"] = {"hub_id": yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())["hub_id"]}
+        run.config["model"] = {"hub_id": yaml.safe_load((cli.CONF / "model" / f"{name}.yaml").read_text())["hub_id"]}
         assert published.model_of(run) == name
 
 

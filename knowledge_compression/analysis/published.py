@@ -92,7 +92,7 @@ def cost_of(model: str, data_set: str) -> dict[str, float]:
     for number in (3, 4, 5):
         for row in _rows(COST, number):
             if (row["model"], row["dataset"]) == (_MODELS.get(model), _DATA.get(data_set)):
-                return {key: float(row[key]) / scale for key in row.keys() - {"model", "dataset"}}
+                return {key: round(float(row[key]) / scale, 6) for key in row.keys() - {"model", "dataset"}}
     return {}
 
 
@@ -132,7 +132,7 @@ def treated(run: Run) -> Treated:
 
 def _shares(row: Mapping[str, str]) -> dict[str, float]:
     columns = NINE_TASKS | {name: name for name in AVERAGES}
-    return {ours: float(row[theirs]) / 100 for ours, theirs in columns.items()}
+    return {ours: round(float(row[theirs]) / 100, 6) for ours, theirs in columns.items()}
 
 
 def _rows(study: str, number: int) -> list[dict[str, str]]:
