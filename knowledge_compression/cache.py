@@ -1,13 +1,13 @@
-"""The user's cache of things that are made once: converted models, trained worlds, tokenized tasks, digests of files.
+"""The user's cache of results that are computed once: converted models, trained worlds, tokenized tasks, file digests.
 
-Nothing in it is believed unseen. A folder is taken only where it was made under its very name and every byte of its
-files is the one that was written; what is broken is made again.
+Its content is verified. A folder is used only if it was made under its own name and every byte of its files is as
+written; otherwise it is made again.
 
-A file is read once for its digest. That is kept, and believed for as long as the file has the same path, size, inode
-and times; the time of its last change of status is among them, which cannot be set back, so an edit that restores the
-time of modification is seen too. What is not seen: a write through a memory map that the system has not noted yet, and
-a change within a moment of the reading on a file server whose clock is behind this machine's. The hash (XXH3 of 128
-bits) is made against accidents, not against someone who builds two files of one digest.
+A file is read once for its digest, which is reused as long as the file has the same path, size, inode and times. These
+include the time of its last status change, which cannot be set back, so an edit that restores the modification time is
+noticed too. Not noticed are a write through a memory map that the system has not recorded yet, and a change within a
+moment of the reading on a file server whose clock is behind this machine's. The hash (128-bit XXH3) protects against
+accidents, not against someone who constructs two files with one digest.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from knowledge_compression.errors import BadInput
 
 log = logging.getLogger(__name__)
 
-MADE = ".made.json"  # in a folder of the cache: under which name it was made, and the digest of each of its files
-_PART = 2 << 20  # bytes read at a time: what the processor's own cache holds
-_SETTLED = 2.0  # seconds, within which a second write may leave a file's times as they are
-_LONG = 10 << 30  # bytes whose reading is announced
+MADE = ".made.json"  # in a folder of the cache: the name under which it was made, and the digest of each of its files
+_PART = 2 << 20  # bytes read at a time, which fit in the processor's cache
+_SETTLED = 2.0  # seconds, within which a second write may leave a file's times unchanged
+_LONG = 10 << 30  # bytes from which on reading is announced
 
 
 def cache_folder() -> Path:
@@ -46,10 +46,10 @@ def cache_folder() -> Path:
 
 
 def check_cache() -> None:
-    """Refuse a cache folder that cannot be written, before anything is begun that needs it.
+    """Refuse a cache folder that cannot be written, before anything needs it.
 
     Raises:
-        BadInput: what is wrong, and how to choose another.
+        BadInput: it cannot be written; the message says why and how to choose another.
     """
     folder = cache_folder()
     try:
@@ -64,14 +64,14 @@ def check_cache() -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file beside ``path``, so that one process makes it while the others wait."""
+    """Hold the lock file beside ``path``, so that one process creates it while the others wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         yield
 
 
 def kept_finding(name: str, of: Any, find: Callable[[], Any]) -> Any:
-    """What ``find`` finds out about ``of``, as plain data; found once, then kept in the cache."""
+    """The result of ``find`` for ``of``, as plain data; computed once, then kept in the cache."""
     key = hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def make(folder: Path) -> None:
@@ -81,10 +81,9 @@ def kept_finding(name: str, of: Any, find: Callable[[], Any]) -> Any:
 
 
 def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
-    """The cache's folder ``name``; where it is not there, ``make`` fills a temporary one that is then renamed.
+    """The cache's folder ``name``; if it does not exist, ``make`` fills a temporary one that is then renamed.
 
-    A folder that is there and is not what was made is made again. Safe against other processes doing the same, and
-    against dying half-way.
+    A damaged folder is made again. Safe against other processes doing the same, and against interruption.
     """
     folder = cache_folder() / name
     if _is_as_made(folder, name):
@@ -95,7 +94,7 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
             if folder.is_dir():
                 log.warning("%s in the cache is damaged; making it again", name)
                 discard(folder)
-            for left in folder.parent.glob(f".{folder.name}-*"):  # left by a process that died half-way
+            for left in folder.parent.glob(f".{folder.name}-*"):  # left by an interrupted process
                 shutil.rmtree(left, ignore_errors=True)
             scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             try:
@@ -108,7 +107,7 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def _is_as_made(folder: Path, name: str) -> bool:
-    """Whether a folder of the cache was made under that name and holds what was written."""
+    """Whether a folder of the cache was made under that name and is undamaged."""
     try:
         return bool(json.loads((folder / MADE).read_bytes()) == {"name": name, "files": _digests(folder)})
     except (OSError, ValueError):
@@ -121,7 +120,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder atomically, so that nobody finds half of it."""
+    """Remove a folder atomically, so that no process finds half of it."""
     rubbish = folder.with_name(f".{folder.name}-gone-{os.getpid()}")
     try:
         folder.rename(rubbish)
@@ -153,7 +152,7 @@ def file_digest(path: Path) -> str:
 
 
 def _identity(path: Path) -> dict[str, Any]:
-    """What tells a file from itself before a change; the same on every host that shares it."""
+    """What changes when a file is modified; the same on every host that shares it."""
     found = path.stat()
     times = {"modified": found.st_mtime_ns, "changed": found.st_ctime_ns}
     return {"path": str(path), "size": found.st_size, "inode": found.st_ino} | times
@@ -179,13 +178,13 @@ def _known(record: Path) -> dict[str, Any]:
 
 
 def _keep(record: Path, known: Mapping[str, Any]) -> None:
-    """Keep what is known of a file, whole or not at all."""
+    """Store the facts of a file, completely or not at all."""
     scratch = record.with_name(f".{record.name}-{os.getpid()}-{threading.get_ident()}")
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_text(json.dumps(known))
         scratch.rename(record)
-    except OSError as error:  # it is read again the next time
+    except OSError as error:  # it will be read again next time
         with suppress(OSError):
             scratch.unlink()
-        log.info("the digest of %s is not kept (%s)", known["file"]["path"], error.strerror)
+        log.info("the digest of %s cannot be stored (%s)", known["file"]["path"], error.strerror)

@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at its worst moment, above what was in use when it began."""
+"""Peak memory of a piece of work, above what was in use when it began."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-_KEPT = 1 << 30  # bytes that the allocator keeps for the next tensors
-_MAPPED = 1 << 25  # bytes from which on a block is mapped by itself; the most that glibc takes
+_KEPT = 1 << 30  # bytes that the allocator retains for the next tensors
+_MAPPED = 1 << 25  # bytes from which on a block is mapped separately; the maximum in glibc
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -23,23 +23,23 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass
 class Peak:
-    """The worst moment.
+    """Peak memory.
 
     Attributes:
-        bytes: above the start; None while unknown or where the system does not tell.
+        bytes: peak above the start; None while unknown or if the system does not report it.
         source: what was measured.
     """
 
     bytes: int | None = None
-    source: str = "not told by this system"
+    source: str = "not reported by this system"
 
 
 @lru_cache(maxsize=1)
 def reuse_freed_memory() -> None:
-    """Have the C library keep what tensors on a CPU leave, up to a gigabyte, for the next ones; once for the process.
+    """Make the C library retain up to a gigabyte of freed CPU tensors for the next ones; once per process.
 
-    glibc hands freed blocks of some megabytes back, and the system clears every page of them anew before the next use.
-    Other C libraries are left as they are.
+    glibc returns freed blocks of some megabytes to the system, which clears every page before the next use. Other C
+    libraries are left unchanged.
     """
     if (libc := _glibc()) is not None:
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
@@ -55,7 +55,7 @@ def _glibc() -> ctypes.CDLL | None:
 def peak_memory(device: torch.device) -> Iterator[Peak]:
     """Measure the body: a GPU's allocated memory, or the process's resident memory on Linux.
 
-    Resident memory counts everything in the process, with the scratch of its libraries. Where measurements are nested,
+    Resident memory counts everything in the process, including libraries' scratch memory. If measurements are nested,
     an outer one sees only what came after the inner one began.
     """
     peak = Peak()
@@ -66,8 +66,8 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         peak.bytes, peak.source = torch.cuda.max_memory_allocated(device) - before, "allocated on the device"
     elif device.type == "cpu" and os.access(_CLEAR, os.W_OK):
         if (libc := _glibc()) is not None:
-            libc.malloc_trim(0)  # what is merely kept is not in use
-        _CLEAR.write_text("5")  # sets the high-water mark back to what is resident now
+            libc.malloc_trim(0)  # retained memory is not in use
+        _CLEAR.write_text("5")  # resets the high-water mark to what is resident now
         before = _high_water()
         yield peak
         peak.bytes, peak.source = _high_water() - before, "resident in the process"
@@ -76,7 +76,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 
 def peak_of_process(device: torch.device) -> int:
-    """Bytes at the worst moment so far: allocated on a GPU, else resident with all libraries."""
+    """Peak bytes so far: allocated on a GPU, otherwise resident, including libraries."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -89,5 +89,5 @@ def _high_water() -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the processor's allocator, had no room."""
+    """Whether an error means that a device or the CPU's allocator is out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

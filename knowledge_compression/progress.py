@@ -1,4 +1,4 @@
-"""Progress on the terminal: on the error stream, gone when it is over, and nothing where there is no terminal."""
+"""Progress bars on the error stream: removed when finished, and absent without a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def bars(*columns: ProgressColumn) -> Progress:
-    """A display of bars, as a context; rich's own columns where none are given."""
+    """A display of bars, as a context; with rich's default columns if none are given."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -21,6 +21,6 @@ def bars(*columns: ProgressColumn) -> Progress:
 
 
 def shown(items: Iterable[T], what: str) -> Iterator[T]:
-    """The items, one after the other, with a bar that says how far they are."""
+    """Yield the items while a bar shows the progress."""
     with bars() as display:
         yield from display.track(items, description=what)

@@ -1,4 +1,4 @@
-"""Text and JSON from files of the user's: what cannot be read is one line that names the file and what is wrong."""
+"""Reading the user's text and JSON files; a failure is one line that names the file and what is wrong."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from knowledge_compression.errors import BadInput, DataUnavailable, first_line
 
 
 def text_of(path: Path, wanted: str) -> str:
-    """A UTF-8 file as text, without the mark that some editors set before it.
+    """A UTF-8 file as text, without a byte-order mark.
 
     Args:
         path: the file.
-        wanted: what it should be, for the message, e.g. ``a text file``.
+        wanted: the expected content, for the message, e.g. ``a text file``.
 
     Raises:
         DataUnavailable: there is no such file, or it may not be read.
@@ -30,15 +30,15 @@ def text_of(path: Path, wanted: str) -> str:
 
 
 def parsed(text: str, where: str, wanted: str) -> Any:
-    """What JSON says.
+    """Parse JSON.
 
     Args:
         text: the JSON.
-        where: its place, for the message, e.g. a file and a line's number.
-        wanted: what it should be, e.g. ``one object a line``.
+        where: its place, for the message, e.g. a file and a line number.
+        wanted: the expected content, e.g. ``one object per line``.
 
     Raises:
-        BadInput: it is not JSON, or lies deeper or has longer numbers than Python reads.
+        BadInput: it is not JSON, or is nested more deeply or has longer numbers than Python reads.
     """
     try:
         return json.loads(text)
@@ -49,17 +49,17 @@ def parsed(text: str, where: str, wanted: str) -> Any:
 
 
 def numbered_lines(path: Path, wanted: str) -> Iterator[tuple[int, str]]:
-    """The lines of a file that are not empty, each with its number from 1.
+    """The non-empty lines of a file, each with its number from 1.
 
     Raises:
         DataUnavailable, BadInput: as :func:`text_of`.
     """
-    lines = text_of(path, wanted).split("\n")  # and not at whatever else ends a line, which JSON may hold
+    lines = text_of(path, wanted).split("\n")  # and not at other line separators, which JSON strings may contain
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def objects(path: Path, wanted: str = "one JSON object a line is read") -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file that has one a line, each with its line's number.
+def objects(path: Path, wanted: str = "expected one JSON object per line") -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file with one JSON object per line, each with its line number.
 
     Raises:
         DataUnavailable, BadInput: as :func:`text_of`; or a line is not a JSON object.

@@ -1,7 +1,7 @@
-"""Paired tests and intervals on items, pooled over seeds; scipy and statsmodels do the arithmetic.
+"""Paired tests and intervals over items, pooled over seeds, computed by scipy and statsmodels.
 
-What resamples comes for one figure (``drop``) and for many at once (``drops``): many of as many items share their
-resamples, which is what takes time.
+Bootstrap functions exist for one figure (``drop``) and for many (``drops``): figures over equally many items share
+their resamples, which take most of the time.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
 
 CONFIDENCE = 0.95
-# Resamples of a bootstrap. With several seeds the p-value is theirs, and what is corrected for a hundred comparisons
-# must still be able to be small. With one seed only the ends of an interval are, placed by 2,000 to 1.5 % of its width.
+# Resamples of a bootstrap. With several seeds they also give the p-value, which must be able to be small after a
+# correction for a hundred comparisons. With one seed they give only the ends of an interval, which 2,000 place to
+# within 1.5 % of its width.
 RESAMPLES, RESAMPLES_OF_ONE_SEED = 9_999, 1_999
-FLIPS = 100_000  # of a permutation test, for the same reason
-_BATCH = 250_000  # items drawn at a time: what stays in a processor's cache is counted fastest
-_ANSWERS = 10_000_000  # looked at under the same resamples: 80 MB
-_SEED = 0  # resampling is part of the analysis, not of a run: the same store gives the same intervals
+FLIPS = 100_000  # permutations of a test, for the same reason
+_BATCH = 250_000  # items drawn at a time, which fit in a processor's cache
+_ANSWERS = 10_000_000  # processed under the same resamples: 80 MB
+_SEED = 0  # resampling belongs to the analysis, not to a run: the same store gives the same intervals
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its interval and, where it is a difference, the probability of one as large by chance.
+    """A figure with its confidence interval and, for a difference, its p-value.
 
     Attributes:
         value, low, high: the figure and its 95 % confidence interval.
-        p: two-sided p-value against zero; None for a figure that is no difference.
-        n: number of items it rests on.
+        p: two-sided p-value against zero; None if the figure is not a difference.
+        n: number of items behind it.
     """
 
     value: float
@@ -51,13 +52,14 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     def through(self, function: Callable[[float], float]) -> Estimate:
-        """What a rising or a falling function makes of the figure and of its interval."""
+        """Apply a monotonic function to the figure and its interval."""
         low, high = sorted((function(self.low), function(self.high)))
         return replace(self, value=function(self.value), low=low, high=high)
 
 
 def accuracy(correct: NDArray[np.bool_], confidence: float = CONFIDENCE) -> Estimate:
-    """Share of items answered right: Wilson's interval, or a bootstrap over items and seeds where there are several.
+    """Share of items answered right, with Wilson's interval, or a bootstrap over items and seeds if there are several
+    seeds.
 
     Args:
         correct: ``[items]`` or ``[seeds, items]``.
@@ -69,7 +71,7 @@ def accuracy(correct: NDArray[np.bool_], confidence: float = CONFIDENCE) -> Esti
 def accuracies(correct: Sequence[NDArray[np.bool_]], confidence: float = CONFIDENCE) -> list[Estimate]:
     """:func:`accuracy` of each."""
     tables = [np.atleast_2d(one) for one in correct]
-    # Of answers that are all right, or all wrong, there is nothing to resample, however many seeds there are.
+    # If all answers are right, or all wrong, there is nothing to resample, whatever the number of seeds.
     several = [place for place, table in enumerate(tables) if len(table) > 1 and np.unique(table).size > 1]
     found = [proportion(int(table[0].sum()), table.shape[1], confidence) for table in tables]
     for place, ends in zip(several, _bootstrap([[tables[p][None]] for p in several], _itself, confidence), strict=True):
@@ -80,12 +82,12 @@ def accuracies(correct: Sequence[NDArray[np.bool_]], confidence: float = CONFIDE
 def proportion(right: int, n: int, confidence: float = CONFIDENCE) -> Estimate:
     """``right`` of ``n`` with Wilson's interval."""
     low, high = proportion_confint(right, n, alpha=1 - confidence, method="wilson")
-    # By Wilson's formula none right ends at 0 and all right at 1, which its sums miss by rounding.
+    # By Wilson's formula, the interval ends at 0 if none is right and at 1 if all are; its sums miss that by rounding.
     return Estimate(right / n, float(low) if right else 0.0, float(high) if right < n else 1.0, n)
 
 
 def mcnemar(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> float:
-    """Exact McNemar test on the same items: p-value of as uneven a split of the flips by chance.
+    """Exact McNemar test on the same items: the p-value of a split of the flips at least as uneven.
 
     Args:
         before, after: ``[items]`` whether each was right.
@@ -102,8 +104,8 @@ def drop(dense: NDArray[np.bool_], compressed: NDArray[np.bool_]) -> Estimate:
 
     Returns:
         The drop with a paired bootstrap interval over items (and seeds); its p-value is McNemar's exact one, or the
-        bootstrap's where there are several seeds. Where no item differs, the interval is of the share that could. nan
-        where the dense model knows nothing or there is one item.
+        bootstrap's if there are several seeds. If no item differs, the interval is that of the share that could. nan if
+        the dense model has no item right or there is only one item.
     """
     return drops([(dense, compressed)])[0]
 
@@ -120,8 +122,8 @@ def mean_drops(by_set: Sequence[Sequence[Pair]]) -> list[Estimate]:
     """Mean over data sets of :func:`drop`, as the first paper averages it, of each.
 
     Args:
-        by_set: for each figure the pair of every data set, with the same seeds in all. Sets of which the dense model
-            knows nothing have no drop and are left out.
+        by_set: for each figure, the pair of every data set, with the same seeds in all. Sets of which the dense model
+            has no item right have no drop and are left out.
     """
     found = []
     able: dict[int, list[NDArray[np.bool_]]] = {}
@@ -152,7 +154,7 @@ def mean_difference(per_item: NDArray[np.float64]) -> Estimate:
             is the bootstrap's.
 
     Returns:
-        Where no item differs, the interval is of the share that could, by 1 each. nan where there is one item.
+        If no item differs, the interval is that of the share that could, by 1 each. nan if there is only one item.
     """
     return mean_differences([per_item])[0]
 
@@ -176,7 +178,7 @@ def difference_of_means(one: NDArray[np.float64], other: NDArray[np.float64]) ->
     """Mean of one sample minus that of another, independent one, such as timings, by Welch's t-test.
 
     Returns:
-        With its interval and p-value; nan and 1 where either has fewer than two values.
+        The difference with its interval and p-value; nan and 1 if either sample has fewer than two values.
     """
     n, value = min(len(one), len(other)), float(one.mean() - other.mean())
     if n < 2:
@@ -191,7 +193,7 @@ def mean(values: NDArray[np.float64], of_mean: Callable[..., Any] | None = None)
 
     Args:
         values: ``[items]``.
-        of_mean: what is wanted of the mean, e.g. ``np.exp`` for the perplexity of mean negative log-likelihoods.
+        of_mean: applied to the mean, e.g. ``np.exp`` for the perplexity of mean negative log-likelihoods.
     """
     return means([values], of_mean)[0]
 
@@ -207,7 +209,7 @@ def means(values: Sequence[NDArray[np.float64]], of_mean: Callable[..., Any] | N
 
 
 def medians(values: Sequence[NDArray[np.float64]]) -> list[Estimate]:
-    """The median of each, such as of a timing's repeats ``[repeats]``, with a bootstrap interval."""
+    """The median of each, e.g. of a timing's repeats ``[repeats]``, with a bootstrap interval."""
     found = []
     for one in values:
         low = high = np.nan
@@ -225,7 +227,7 @@ def medians(values: Sequence[NDArray[np.float64]]) -> list[Estimate]:
 
 
 def mean_t(values: NDArray[np.float64]) -> Estimate | None:
-    """A mean of many different values, such as log-probabilities, with Student's interval; None of fewer than two."""
+    """A mean of many different values, e.g. log-probabilities, with Student's interval; None for fewer than two."""
     if len(values) < 2:
         return None
     low, high = DescrStatsW(values).tconfint_mean(1 - CONFIDENCE)
@@ -239,7 +241,7 @@ def macro_accuracy(correct: Sequence[NDArray[np.bool_]]) -> Estimate:
         correct: for each task ``[items]`` or ``[seeds, items]``, with the same seeds in all.
 
     Returns:
-        Without an interval (nan) where a task has but one item, which tells nothing of how items vary.
+        The mean; without an interval (nan) if a task has only one item, which does not show how items vary.
     """
     return macro_accuracies([correct])[0]
 
@@ -256,12 +258,12 @@ def macro_accuracies(correct: Sequence[Sequence[NDArray[np.bool_]]]) -> list[Est
 
 
 def corrected(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction over several comparisons, in their order."""
+    """Holm's correction over several comparisons, in order."""
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []
 
 
 def _could_differ(n: int) -> float:
-    """The largest share of items that may well differ where none of ``n`` did: resampling them would not show it."""
+    """The upper bound on the share of items that differ when none of ``n`` did, which resampling would not show."""
     return proportion(0, n).high
 
 
@@ -276,14 +278,14 @@ def _relative_drop(reference: NDArray[np.float64], kept: NDArray[np.float64]) ->
 
 @dataclass(frozen=True)
 class _Ends:
-    """Of an interval, and a two-sided p-value against zero."""
+    """The alternatives of an interval and of a two-sided p-value against zero."""
 
     low: float
     high: float
     p: float
 
     def around(self, value: float, n: int) -> Estimate:
-        """The figure with these ends; where all resamples are alike they miss it by rounding, and are the figure."""
+        """The figure with these ends; if all resamples are equal, ends that miss it by rounding are set to it."""
         low, high = (value if math.isclose(end, value, rel_tol=1e-12) else end for end in (self.low, self.high))
         return Estimate(value, low, high, n)
 
@@ -295,14 +297,15 @@ def _bootstrap(
 ) -> list[_Ends]:
     """Percentile intervals by ``scipy.stats.bootstrap`` over items and, where there are several, seeds.
 
-    Items and seeds are crossed (every seed answers every item), so both are drawn anew in each resample, independently
-    of each other and alike in all that is compared (Owen, 2007, "The pigeonhole bootstrap"), which errs on the wide
-    side: to scipy they are two independent samples, of the numbers of the items and of the seeds. How often each was
-    drawn is counted, and one matrix product takes the means of all figures under it.
+    Items and seeds are crossed (every seed answers every item), so both are redrawn in each resample, independently of
+    each other and identically for everything compared (Owen, 2007, "The pigeonhole bootstrap"), which is conservative:
+    scipy sees two independent samples, the indices of the items and of the seeds. The number of draws of each is
+    counted, and one matrix product then computes the means of all figures.
 
     Args:
-        figures: of each, a table ``[samples, seeds, items]`` for each set of items that is drawn by itself.
-        statistic: of the means of a set's samples, elementwise; what several sets give is averaged.
+        figures: for each figure, a table ``[samples, seeds, items]`` for each set of items that is resampled
+            separately.
+        statistic: function of the means of a set's samples, elementwise; results of several sets are averaged.
         confidence: of the two-sided intervals.
     """
     alike: defaultdict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
@@ -319,7 +322,7 @@ def _bootstrap(
 
 
 def _portions(alike: Mapping[tuple[tuple[int, ...], ...], list[int]]) -> Iterator[list[int]]:
-    """Figures of one shape, as many at a time as memory is given to."""
+    """Figures of one shape, as many at a time as the memory limit allows."""
     for shapes, places in alike.items():
         most = max(1, _ANSWERS // sum(map(math.prod, shapes)))
         yield from (places[start : start + most] for start in range(0, len(places), most))
@@ -330,7 +333,7 @@ def _resampled(tables: Sequence[NDArray[Any]], statistic: Callable[..., NDArray[
     figures, samples, seeds, _ = tables[0].shape
     columns = [table.reshape(-1, table.shape[-1]).T.astype(np.float64) for table in tables]
     lengths = [seeds, *map(len, columns)]
-    drawn_of = [place for place, length in enumerate(lengths) if length > 1]  # of one there is nothing to draw
+    drawn_of = [place for place, length in enumerate(lengths) if length > 1]  # with one there is nothing to draw
 
     def of_drawn(*drawn: NDArray[np.int64], axis: int) -> NDArray[np.float64]:
         shares: list[NDArray[np.float64]] = [np.ones((1, 1))] * len(lengths)
@@ -345,7 +348,9 @@ def _resampled(tables: Sequence[NDArray[Any]], statistic: Callable[..., NDArray[
 
     if not drawn_of:
         return of_drawn(axis=-1)
-    with warnings.catch_warnings():  # a resample without a known fact has no drop; the others' ends are taken above
+    with (
+        warnings.catch_warnings()
+    ):  # a resample without a right dense answer has no drop; the ends come from the others
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         result = stats.bootstrap(
             [np.arange(lengths[place]) for place in drawn_of],
@@ -361,13 +366,13 @@ def _resampled(tables: Sequence[NDArray[Any]], statistic: Callable[..., NDArray[
 
 
 def _counts(drawn: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-    """How often each of ``n`` was drawn in each resample: ``[resamples, n]`` of the numbers ``[resamples, draws]``."""
+    """How often each of ``n`` was drawn in each resample: ``[resamples, n]`` from indices ``[resamples, draws]``."""
     apart = drawn + n * np.arange(len(drawn))[:, None]
     return np.bincount(apart.ravel(), minlength=n * len(drawn)).reshape(len(drawn), n)
 
 
 def _sign_flips(per_item: NDArray[np.float64]) -> float:
-    """Two-sided p-value of a mean against zero where each difference could as well have the other sign.
+    """Two-sided p-value of a mean against zero, if each difference could equally have the other sign.
 
     How many of the items with one size of difference turn out positive is binomial, so scipy's test draws kinds, not
     items.
@@ -377,7 +382,7 @@ def _sign_flips(per_item: NDArray[np.float64]) -> float:
     rng = np.random.default_rng(_SEED)
 
     def total(positives: NDArray[Any], axis: int) -> NDArray[np.float64]:
-        # What adds up in another order differs in the last digits, and would not count as equal.
+        # Sums in another order differ in the last digits and would not count as equal.
         return np.round((2 * positives - counts) @ sizes, 9)
 
     flips = stats.monte_carlo_test(
@@ -392,7 +397,7 @@ def _sign_flips(per_item: NDArray[np.float64]) -> float:
 
 
 def _two_sided(values: NDArray[np.float64]) -> float:
-    """Twice the smaller share of resamples on either side of zero, the data themselves counted as one of them."""
-    told = np.round(values[np.isfinite(values)], 9)  # what adds up to nothing in another order is nothing, too
+    """Twice the smaller share of resamples on either side of zero, counting the data themselves as one of them."""
+    told = np.round(values[np.isfinite(values)], 9)  # what sums to zero in another order is zero too
     tail = min((told <= 0).sum(), (told >= 0).sum())
     return float(min(1.0, 2 * (1 + tail) / (1 + len(told))))

@@ -1,4 +1,4 @@
-"""How a process of ours ends when it is told to: in order the first time, at once the second, and with its parent.
+"""Stopping a process: in order at the first signal, at once at the second, and together with its parent.
 
 Only the standard library is imported here, so that a command can be stopped from its first moment.
 """
@@ -15,13 +15,13 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-GRACE = 40.0  # seconds in which a process that was told to end has to end by itself; a tracker may take 30 of them
+GRACE = 40.0  # seconds in which a process that was told to stop must end by itself; a tracker may take 30 of them
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Stopped(KeyboardInterrupt):
-    """The process was told to end; raised in the main thread wherever that is."""
+    """The process was told to stop; raised in the main thread wherever it is."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
@@ -35,17 +35,16 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable(grace: float = GRACE) -> Iterator[None]:
-    """Inside, Ctrl-C, SIGTERM and SIGHUP end the process in order, whatever they interrupt.
+    """A context in which Ctrl-C, SIGTERM and SIGHUP end the process in order, whatever they interrupt.
 
     :class:`Stopped` is raised in the main thread. Python drops an exception that is raised in a finalizer or in a
-    callback of C code; it is raised again then. Code that swallows it is given ``grace`` seconds, after which the
-    process ends all the same. A second Ctrl-C ends it at once. That may be anywhere: what a run keeps is whole at every
-    moment.
+    callback of C code; it is then raised again. Code that swallows it has ``grace`` seconds, after which the process
+    ends anyway. A second Ctrl-C ends it at once, which is safe anywhere: a run's files are complete at every moment.
 
     Raises:
         SystemExit: the process was stopped; status 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
     """
-    if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
+    if threading.current_thread() is not threading.main_thread():  # signals can only be handled there
         yield
         return
     stopper = _Stopper(grace)
@@ -64,13 +63,13 @@ def stoppable(grace: float = GRACE) -> Iterator[None]:
 
 
 class _Stopper:
-    """Handles the signals, and sees to it that the process ends."""
+    """Handles the signals and makes sure that the process ends."""
 
     def __init__(self, grace: float) -> None:
         self.grace, self.report = grace, sys.unraisablehook
         self.ended = threading.Event()
-        self.asked: int | None = None  # the signal that told this process to end
-        self.again = False  # whether it is we who repeat it
+        self.asked: int | None = None  # the signal that told this process to stop
+        self.again = False  # whether we repeat it ourselves
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.again and self.asked is not None:
@@ -102,15 +101,15 @@ class _Stopper:
 
 
 def end_with_parent() -> None:
-    """Have this process ended when its parent ends, even by ``kill -9``; only Linux can."""
+    """End this process when its parent ends, even by ``kill -9``; only possible on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def end_when_closed(pipe: int) -> None:
-    """End this process when the other end of a pipe is closed, as it is when the process that holds it ends.
+    """End this process when the other end of a pipe is closed, e.g. because the process that holds it has ended.
 
-    A thread sees to it, so on any system; but it may have to wait for C code that keeps the interpreter to itself.
+    A thread does this, so it works on any system, but it may have to wait for C code that holds the interpreter lock.
     """
 
     def wait() -> None:
@@ -122,6 +121,6 @@ def end_when_closed(pipe: int) -> None:
 
 
 def _say(line: str) -> None:
-    """Write to the terminal from a signal handler, where the buffers of ``sys.stderr`` may be in use."""
+    """Write to the terminal from a signal handler, in which the buffers of ``sys.stderr`` may be in use."""
     with suppress(OSError):
         os.write(2, line.encode())

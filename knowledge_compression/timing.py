@@ -1,4 +1,4 @@
-"""How long a piece of work takes on a device."""
+"""Timing of work on a device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def timed(device: torch.device, work: Callable[[], Result]) -> tuple[float, Result]:
-    """Seconds that ``work`` takes from an idle device until everything it started there is done, and its result."""
+    """The seconds that ``work`` takes on an idle device, until everything it started has finished, and its result."""
     _wait_for(device)
     start = time.perf_counter()
     result = work()

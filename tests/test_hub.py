@@ -76,7 +76,7 @@ def test_a_good_download_refusals_a_transfer_cut_off_and_then_no_server(
     assert good["provenance"] == {"hub_id": "me/tiny", "revision": "main", "commit": COMMIT}
     assert good["fingerprint"] == f"me/tiny@{COMMIT}"  # and not that of a branch, which moves
     for refused, name in zip(failed, ("locked/tiny", "me/nothing", "me/cut"), strict=True):
-        assert refused["line"].startswith(f"model=tiny: '{name}' is not cached and the hub did not give it (")
+        assert refused["line"].startswith(f"model=tiny: '{name}' is not cached and could not be downloaded (")
         assert "model=local model.path=DIR" in refused["line"] and "\n" not in refused["line"]
     assert not list(tmp_path.rglob("models--me--cut/snapshots/*/model.safetensors"))  # nothing half
 

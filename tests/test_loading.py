@@ -73,7 +73,7 @@ def test_auto_is_float32_on_a_cpu_and_the_checkpoints_own_on_a_gpu() -> None:
     assert resolve_dtype("auto", torch.device("cuda")) == "auto"
     with pytest.raises(BadInput, match="dtype=int4 does not exist; choose one of auto, float32, bfloat16, float16"):
         resolve_dtype("int4", torch.device("cpu"))
-    with pytest.raises(BadInput, match=r"device=tpu9 is not to be had here .*; try device=auto"):
+    with pytest.raises(BadInput, match=r"device=tpu9 is not available .*; try device=auto"):
         resolve_device("tpu9")
 
 
@@ -104,7 +104,7 @@ def shards(folder: Path) -> list[Path]:
 def test_a_missing_shard_is_named_and_pickles_are_not_advised(folder: Path, shards: list[Path], allowed: bool) -> None:
     LocalModel("mine", str(folder)).load("cpu")
     shards[1].unlink()
-    with pytest.raises(ModelUnavailable, match=rf"lacks {shards[1].name}, one of the files of its weights") as error:
+    with pytest.raises(ModelUnavailable, match=rf"lacks {shards[1].name}, one of its weight files") as error:
         LocalModel("mine", str(folder), allow_pickle=allowed).load("cpu")
     assert "pickle" not in str(error.value) and "\n" not in str(error.value)
 

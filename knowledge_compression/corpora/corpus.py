@@ -230,7 +230,7 @@ def hub_texts(repository: str, split: str, *, config: str | None = None, files: 
         return load_dataset(repository, config, data_files={split: files} if files else None, split=split)["text"]
     except (OSError, ValueError, DatasetsError) as error:
         raise DataUnavailable(
-            f"the data set '{repository}' is not cached and the hub did not give it ({first_line(error)}); give local "
+            f"the data set '{repository}' is not cached and could not be downloaded ({first_line(error)}); give local "
             "files with data_dir=DIR, a text file with corpus=text corpus.path=FILE, or corpus=self, which needs none"
         ) from None
 

@@ -1,4 +1,4 @@
-"""What a model folder holds: the files that decide what the model says, and the digest of all their bytes."""
+"""The content of a model folder: the files that decide the model's answers, and the digest of all their bytes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from xxhash import xxh3_128
 from knowledge_compression.cache import file_digest
 from knowledge_compression.errors import ModelUnavailable
 
-INDEX_ENDING = ".index.json"  # of a file that says which weights lie in which other file
+INDEX_ENDING = ".index.json"  # of a file that maps weights to the files that hold them
 
-# What lies in model folders and is never read by ``from_pretrained``: notes and pictures, weights of other programs,
-# and the state of a training.
+# Files in model folders that ``from_pretrained`` never reads: notes and pictures, weights for other programs, and
+# training states.
 _NOT_READ = {
     *(".md", ".rst", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp"),
     *(".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".pt", ".pth", ".log", ".lock"),
@@ -23,10 +23,11 @@ _NOT_READ = {
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Digest of a model folder, wherever it lies: names and bytes of all files that may decide what the model says.
+    """Digest of a model folder, independent of its path: names and bytes of all files that may affect the model's
+    answers.
 
-    Those are the files directly in the folder and those that an index of weights names, without hidden ones and without
-    what no loader reads; a file of an unknown kind counts.
+    Those are the files directly in the folder and those named by an index of weights, except hidden files and files
+    that no loader reads; a file of an unknown kind counts.
 
     Raises:
         ModelUnavailable: one cannot be read.
@@ -41,10 +42,10 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def check_shards(folder: Path) -> None:
-    """Refuse a folder whose index of weights names files outside of it, or safetensors that are read and not there.
+    """Refuse a folder whose index of weights names files outside the folder or missing safetensors files.
 
     Raises:
-        ModelUnavailable: it does; the message names the file.
+        ModelUnavailable: there is such an entry; the message names the file.
     """
     for index in sorted(folder.glob(f"*{INDEX_ENDING}")):
         read = index.name == "model.safetensors.index.json" and not (folder / "model.safetensors").is_file()
@@ -52,13 +53,11 @@ def check_shards(folder: Path) -> None:
             if Path(name).name != name:
                 raise ModelUnavailable(f"{index} names a file outside its folder: {name}")
             if read and not (folder / name).is_file():
-                raise ModelUnavailable(
-                    f"{folder} lacks {name}, one of the files of its weights; copy it beside the others"
-                )
+                raise ModelUnavailable(f"{folder} lacks {name}, one of its weight files; copy it there")
 
 
 def files_fingerprint(files: Iterable[Path], folder: Path | None = None) -> str:
-    """Digest of files' bytes and of their names: as seen from ``folder``, or the last part alone.
+    """Digest of the files' bytes and of their names, relative to ``folder`` or the last component alone.
 
     Raises:
         ModelUnavailable: one cannot be read.

@@ -1,8 +1,8 @@
-"""Which language models of the installed transformers are placed: every type at its default size, on the meta device.
+"""Which language models of the installed transformers can be placed, at their default sizes, on the meta device.
 
     python -m knowledge_compression.models.coverage docs/models.md
 
-writes the table as Markdown; ``--only llama,t5`` looks at those types alone. It takes one to three minutes.
+writes the table as Markdown; ``--only llama,t5`` examines only those types. It takes one to three minutes.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ _COLUMNS = {"attention": (ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT)} | {
 
 @dataclass(frozen=True)
 class Coverage:
-    """What became of one model type of one table.
+    """The result for one model type of one table.
 
     Attributes:
         table: ``decoder``, ``encoder`` or ``encoder_decoder``: the table of transformers.
         type: the model type.
-        weights: numbers in the blocks' matrices, by role; those around the blocks under ``transform`` and ``final``.
-        left_out: numbers in other parameters of the blocks, by what they are.
-        outside: parts that are not the language model.
-        trouble: why it does not build, or is not placed; empty where it is.
+        weights: number of weights in the blocks' matrices, by role; those around the blocks under ``transform`` and
+            ``final``.
+        left_out: number of entries in other parameters of the blocks, by kind.
+        outside: parts that do not belong to the language model.
+        trouble: why it does not build or cannot be placed; empty if it is placed.
         builds: whether transformers builds it from its default configuration.
     """
 
@@ -56,16 +57,16 @@ class Coverage:
 
     @property
     def in_blocks(self) -> int:
-        """All numbers of the blocks in parameters of two or more dimensions."""
+        """Number of entries in the blocks' parameters of two or more dimensions."""
         matrices = sum(count for role, count in self.weights.items() if role not in (TRANSFORM, FINAL))
         return matrices + sum(self.left_out.values())
 
 
 def cover(only: Iterable[str] = ()) -> Iterator[Coverage]:
-    """Look at every type of the three tables, or at some of them.
+    """Examine every type of the three tables, or some of them.
 
     Raises:
-        BadInput: one of those is in no table.
+        BadInput: a type is in none of the tables.
     """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
     from transformers.models.auto import modeling_auto as auto
@@ -90,7 +91,7 @@ def _one(table: str, name: str, kind: type) -> Coverage:
         config = AutoConfig.for_model(name)
         with torch.device("meta"):
             network = kind.from_config(config)  # type: ignore[attr-defined]
-    except Exception as error:  # whatever another library raises over its own defaults is what there is to tell
+    except Exception as error:  # whatever another library raises about its own defaults is the reason to report
         return Coverage(table, name, trouble=f"{type(error).__name__}: {error}".split("\n")[0], builds=False)
     model = Model(network, None, name)  # type: ignore[arg-type]  # a skeleton reads no text
     try:
@@ -106,7 +107,7 @@ def _one(table: str, name: str, kind: type) -> Coverage:
 
 
 def as_markdown(found: Sequence[Coverage]) -> str:
-    """The page: how many are placed, a table for each family, and what is not placed and why."""
+    """The page: how many types are placed, a table for each family, and the types not placed, with reasons."""
     import transformers
 
     built = [one for one in found if one.builds]

@@ -1,8 +1,8 @@
-"""What a machine can do that decides how a run computes on it, and what ``auto`` means for a floating-point type.
+"""The capabilities of a machine that decide how a run computes on it, and the meaning of ``auto`` for dtypes.
 
-A run has four choices of type: of the weights (``dtype``), and of the products in scoring (``scoring_dtype``), in
-calibration (``compression.forward_dtype``) and in training (``recovery.training.precision``). All of them are settled
-here, by one rule each for weights and for products; ``docs/devices.md`` has the table.
+A run has four dtype settings: of the weights (``dtype``), and of the matrix products in scoring (``scoring_dtype``), in
+calibration (``compression.forward_dtype``) and in training (``recovery.training.precision``). All of them are resolved
+here, by one rule for weights and one for products; ``docs/devices.md`` has the table.
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRODUCT_DTYPES = ("auto", "bfloat16", "float32")
 _CPU_INFO = Path("/proc/cpuinfo")
-_KIND = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")  # lines that tell processors apart
-_SIDE, _REPEATS = 1024, 7  # of the matrix product that measures a device's rate
-_CLEARLY = 1.25  # times as fast, so that what goes around the products does not eat the gain
+_KIND = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")  # lines that distinguish processors
+_SIDE, _REPEATS = 1024, 7  # size of the matrix product that measures a device's rate
+_CLEARLY = 1.25  # times as fast, so that the work around the products does not consume the gain
 
 
 @dataclass(frozen=True)
 class Device:
-    """A place to compute and what it can do.
+    """A device and its capabilities.
 
-    :meth:`of` finds this out once for each place; a test that hands in another value with :attr:`known` makes any
-    machine take the way of any other.
+    :meth:`of` determines them once per device; a test that sets another value in :attr:`known` makes any machine take
+    any other's path.
 
     Attributes:
-        place: where tensors lie, e.g. ``cuda:0``.
-        name: of the processor or card, for the record.
-        int8_products: whether torch multiplies int8 matrices there; float32 products of the same integers do else.
-        onednn_products: whether oneDNN multiplies float32 faster there than torch's first choice, MKL: so measured on
-            AMD processors with AVX512 (docs/performance.md).
-        bfloat16_gain: how many times faster it multiplies bfloat16 than float32; None is measured when it is asked for.
+        place: the torch device, e.g. ``cuda:0``.
+        name: name of the processor or card, for the record.
+        int8_products: whether torch multiplies int8 matrices there; otherwise the same integers are multiplied as
+            float32.
+        onednn_products: whether oneDNN multiplies float32 faster there than torch's default, MKL, as measured on AMD
+            processors with AVX512 (docs/performance.md).
+        bfloat16_gain: speed of bfloat16 products relative to float32 products; None until it is first needed and
+            measured.
     """
 
     place: torch.device
@@ -57,7 +59,7 @@ class Device:
 
     @classmethod
     def of(cls, place: torch.device) -> Device:
-        """What is to be known of a place, found out once."""
+        """The capabilities of a device, determined once."""
         if place not in cls.known:
             cls.known[place] = cls(place, _name(place), _multiplies_int8(place), _onednn_is_faster(place))
         return cls.known[place]
@@ -74,16 +76,16 @@ class Device:
         return gain > _CLEARLY
 
     def product_dtype(self, choice: str, stored: torch.dtype, setting: str) -> torch.dtype | None:
-        """The type in which products of a network are done here, the one rule for scoring, calibration and training.
+        """The dtype of a network's products on this device: the one rule for scoring, calibration and training.
 
         Args:
-            choice: ``float32`` (or ``model``: the network's own type), ``bfloat16``, or ``auto``: bfloat16 where the
+            choice: ``float32`` (or ``model``: the network's own dtype), ``bfloat16``, or ``auto``: bfloat16 if the
                 device multiplies it clearly faster.
-            stored: type of the network's weights; a narrower one than float32 stays as it is.
-            setting: what the user calls the choice, for the message.
+            stored: dtype of the network's weights; if narrower than float32, it is kept.
+            setting: the name of the setting, for the message.
 
         Returns:
-            ``torch.bfloat16``, or None: the network's own.
+            ``torch.bfloat16``, or None for the network's own dtype.
 
         Raises:
             BadInput: there is no such choice.
@@ -96,10 +98,10 @@ class Device:
 
 
 def resolve_device(choice: str) -> torch.device:
-    """A torch device from what the user typed; ``auto`` is the GPU when there is one.
+    """The torch device that the user named; ``auto`` is the GPU if there is one.
 
     Raises:
-        BadInput: it is not to be had here.
+        BadInput: the device is not available.
     """
     if choice == "auto":
         if torch.cuda.is_available():
@@ -109,12 +111,12 @@ def resolve_device(choice: str) -> torch.device:
         resolved = torch.device(choice)
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"device={choice} is not to be had here ({first_line(error)}); try device=auto") from None
+        raise BadInput(f"device={choice} is not available ({first_line(error)}); try device=auto") from None
     return resolved
 
 
 def resolve_dtype(choice: str, place: torch.device) -> torch.dtype | str:
-    """The type of the weights; ``auto`` is float32 on a CPU and the checkpoint's own (``"auto"``) elsewhere.
+    """The dtype of the weights; ``auto`` is float32 on a CPU and the checkpoint's own (``"auto"``) elsewhere.
 
     Raises:
         BadInput: there is no such choice.
@@ -127,16 +129,16 @@ def resolve_dtype(choice: str, place: torch.device) -> torch.dtype | str:
 
 
 def multiplied_in(dtype: torch.dtype | None, place: torch.device) -> AbstractContextManager[Any]:
-    """Products of float32 networks in another type until the end of the context; all else stays as it is.
+    """Compute products of float32 networks in another dtype until the end of the context; nothing else changes.
 
-    Weights are turned anew for each product: they take no memory beside those that are there, and one that was
-    compressed in between is not used as it was before.
+    Weights are cast again for each product: the casts take no lasting memory, and a weight that was compressed in
+    between is never used in its old form.
     """
     return nullcontext() if dtype is None else torch.autocast(place.type, dtype, cache_enabled=False)
 
 
 def processor() -> dict[str, str]:
-    """What Linux tells of the first processor's kind, e.g. ``vendor_id``; elsewhere what Python knows."""
+    """What Linux reports about the first processor, e.g. ``vendor_id``; elsewhere what Python reports."""
     if not _CPU_INFO.is_file():
         return {"model name": platform.processor() or platform.machine()}
     lines = _CPU_INFO.read_text().split("\n\n")[0].splitlines()
@@ -145,7 +147,7 @@ def processor() -> dict[str, str]:
 
 
 def measured_bfloat16_gain(device: Device) -> float:
-    """How many times faster than float32 a device multiplies bfloat16; measured once, kept in the user's cache."""
+    """Speed of a device's bfloat16 products relative to float32; measured once, kept in the user's cache."""
     place = device.place
     kind = device.name if place.type == "cuda" else [place.type, processor()]
 
@@ -158,7 +160,7 @@ def measured_bfloat16_gain(device: Device) -> float:
 
 
 def products_a_second(place: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a square matrix product, median of a few."""
+    """Floating-point operations per second of a square matrix product, the median of a few runs."""
     a = torch.ones(_SIDE, _SIDE, device=place, dtype=dtype)
     seconds = [timed(place, lambda: a @ a)[0] for _ in range(_REPEATS + 1)]  # the first one warms up
     return 2 * _SIDE**3 / statistics.median(seconds[1:])

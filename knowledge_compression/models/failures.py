@@ -1,4 +1,4 @@
-"""Turns every failure to load a model into one line."""
+"""Turning every failure to load a model into one line."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _SHARD = re.compile(r"[\w.-]+-\d+-of-\d+\.safetensors")
 
 @contextmanager
 def one_line_failures(where: str, name: str, allow_pickle: bool) -> Iterator[None]:
-    """Turn every way that loading fails into one line: what is inside are libraries that read the user's files."""
+    """Turn every failure into one line; the body calls libraries that read the user's files."""
     try:
         yield
     except ModelUnavailable:
         raise
     except BadInput as error:
         raise BadInput(f"model={name}: {where} cannot be used: {error}") from None
-    except Exception as error:  # a library may raise anything over a file that is not what it expects
+    except Exception as error:  # a library may raise anything for a file that it does not expect
         log.debug("loading %s failed", where, exc_info=True)
         raise ModelUnavailable(_why_unavailable(where, name, error, allow_pickle)) from error
 
@@ -39,26 +39,26 @@ def _why_unavailable(where: str, name: str, error: Exception, allow_pickle: bool
             f"model={name}: '{where}' is not cached and the hub does not answer; "
             "give a local copy with model=local model.path=DIR"
         )
-    if shard := _SHARD.search(message):  # some of the weights are there, and pickles would be no remedy
-        return f"model={name}: {where} lacks {shard[0]}, one of the files of its weights; copy it beside the others"
+    if shard := _SHARD.search(message):  # some of the weights are there, so allowing pickles would not help
+        return f"model={name}: {where} lacks {shard[0]}, one of its weight files; copy it there"
     if not allow_pickle and ("safetensors" in message and not isinstance(error, SafetensorError)):
         return (
             f"model={name}: {where} has no safetensors weights; a pickle checkpoint can run code and is refused "
             "unless model.allow_pickle=true"
         )
     if "trust_remote_code" in message:
-        return f"model={name}: {where} wants to run code of its own, which is off unless model.trust_remote_code=true"
+        return f"model={name}: {where} needs to run its own code, which is refused unless model.trust_remote_code=true"
     if local:
         return f"model={name}: {where} cannot be read ({said(error)}); give a folder saved by save_pretrained"
     return (
-        f"model={name}: '{where}' is not cached and the hub did not give it ({said(error)}); "
+        f"model={name}: '{where}' is not cached and could not be downloaded ({said(error)}); "
         "give a local copy with model=local model.path=DIR"
     )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own bars and reports: what matters of them is raised, and bars are ours."""
+    """Silence transformers' own progress bars and reports: what matters is raised, and the bars are ours."""
     from transformers.utils import logging as their_logging
 
     verbosity, bars = their_logging.get_verbosity(), their_logging.is_progress_bar_enabled()
@@ -73,7 +73,7 @@ def quiet() -> Iterator[None]:
 
 
 def said(error: Exception) -> str:
-    """What a library says was wrong, on one line and not too long, with its kind where that is no usual one."""
+    """A library's error message as one short line, with the error's class if that is unusual."""
     line = first_line(error)
     if line.endswith(":"):  # what is wrong follows
         line = first_line(ValueError(" ".join(str(error).split())))

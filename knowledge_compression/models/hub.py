@@ -1,4 +1,4 @@
-"""Whether there is a model hub to ask, found out once and quickly."""
+"""Whether the model hub answers, determined once and quickly."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PATIENCE = 3.0  # seconds; the hub's own client tries six times over half a minu
 
 @cache
 def hub_answers() -> bool:
-    """Whether the hub (``HF_ENDPOINT``, else huggingface.co) answers at all; False where ``HF_HUB_OFFLINE`` is set.
+    """Whether the hub (``HF_ENDPOINT``, else huggingface.co) answers at all; False if ``HF_HUB_OFFLINE`` is set.
 
-    Any answer counts, a refusal too. Asked once a process.
+    Any answer counts, even a refusal. Asked once per process.
     """
     from huggingface_hub import constants, get_session
 
@@ -25,18 +25,18 @@ def hub_answers() -> bool:
         return False
     try:
         get_session().head(constants.ENDPOINT, timeout=PATIENCE)
-    except Exception as error:  # whatever the HTTP library of the day raises: no answer is no answer
-        log.info("%s does not answer (%s); only what is cached can be loaded", constants.ENDPOINT, error)
+    except Exception as error:  # any error of the HTTP library means that there is no answer
+        log.info("%s does not answer (%s); only cached models and data can be loaded", constants.ENDPOINT, error)
         return False
     return True
 
 
 @contextmanager
 def cache_alone_where_no_hub_answers() -> Iterator[None]:
-    """If the hub does not answer, make its client use the local cache alone.
+    """If the hub does not answer, make its client use only the local cache.
 
-    So a machine without a network neither waits nor fails for what it has. Every library that goes by
-    ``huggingface_hub`` obeys this switch; ``local_files_only`` of ``from_pretrained`` still looks for a few files.
+    A machine without a network then neither waits nor fails for cached files. Every library that uses
+    ``huggingface_hub`` obeys this switch; ``local_files_only`` of ``from_pretrained`` still requests a few files.
     """
     from huggingface_hub import constants
 
@@ -50,22 +50,22 @@ def cache_alone_where_no_hub_answers() -> Iterator[None]:
 
 @cache
 def commit_of(repository: str, revision: str) -> str | None:
-    """The commit that a model's revision stands for: on the hub, or where that does not say, in the local cache.
+    """The commit of a model's revision on the hub or, if the hub does not answer, in the local cache.
 
-    Asked once a process, so that all runs of one process mean the same weights.
+    Asked once per process, so that all runs of one process use the same weights.
     """
     from huggingface_hub import HfApi
 
     if hub_answers():
         try:
             return HfApi().model_info(repository, revision=revision).sha
-        except Exception as error:  # refused, or whatever the HTTP library of the day raises
-            log.info("the hub does not say what %s@%s is (%s)", repository, revision, error)
+        except Exception as error:  # refused, or any error of the HTTP library
+            log.info("the hub does not give the commit of %s@%s (%s)", repository, revision, error)
     return cached_commit(repository, revision)
 
 
 def cached_commit(repository: str, revision: str) -> str | None:
-    """The commit that a model's revision stands for in the local cache; None where it is not there."""
+    """The commit of a model's revision in the local cache; None if it is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
     file = try_to_load_from_cache(repository, "config.json", revision=revision)

@@ -1,4 +1,4 @@
-"""The soft prompts before every input of a model, whichever recovery put them there."""
+"""The soft prompts before every input of a model, whichever recovery placed them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-# The choices that one forward pass made: for each row one prompt a layer. Filled when the pass is over.
+# The selections of one forward pass: for each row, one prompt per layer. Filled when the pass has finished.
 Choices = list[list[int]]
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts before every input, as whoever runs the model has to know of them; by default there are none.
+    """What code that runs a model must know about the prompts before every input; by default there are none.
 
     Attributes:
-        positions: positions that they take from every input.
-        choosing: a context manager for one forward pass, where each row chooses among several prompts. It takes how
-            many tokens at the start of each row are context (the rest are answers, which the choice must not see), or
-            None where all tokens that the mask shows are; it gives the choices of the pass. None where nothing is
-            chosen.
+        positions: number of positions that they occupy in every input.
+        choosing: a context manager for one forward pass in which each row selects among several prompts. It takes the
+            number of tokens at the start of each row that are context (the rest are answers, which must not influence
+            the selection), or None if all tokens under the mask are; it yields the selections of the pass. None if
+            there is no selection.
     """
 
     positions: int = 0

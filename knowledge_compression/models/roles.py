@@ -1,7 +1,7 @@
-"""What part a matrix has in a block, read from the names and classes of the modules around it.
+"""The role of a matrix in its block, read from the names and classes of the modules around it.
 
-The rules are data. They are tried from the innermost module outwards, at each module in their order, on its own name
-and on the name of its class; the first that matches decides. What no rule explains is an error that names it.
+The rules are data. They are tried from the innermost module outwards, at each module in order, on its own name and on
+the name of its class; the first match decides. A matrix that no rule explains is an error that names it.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _RULES: Sequence[tuple[str, str, str]] = (
     ),
 )
 
-# Matrices that lie in the block itself, or in modules that are named for the place and not for the part.
+# Matrices directly in the block, or in modules whose name says nothing about the role.
 _PLAIN = {
     FF: r"(intermediate|output|ffn|pwff)(\.\w+)*|fc_?\d|lin\d|linear\d|ffn_output|wi(_\d)?|wo|w\d|up_proj|down_proj"
     r"|gate_proj|dense_(h_to_4h|4h_to_h)"
 }
 
-# Why a parameter of a block that is no matrix of a linear layer is left out: by the class it is in, or by its name.
+# Why a block's parameter that is not a linear layer's matrix is left out: by its module's class, or by its name.
 _REASONS: Sequence[tuple[str, str, str]] = (
     ("convolution", r".*conv(olution)?(\dd?)?", r"conv\w*"),
     ("embedding", r".*embedding\w*", r".*(embed|position|rel_pos|table)\w*"),
@@ -58,12 +58,12 @@ _REASONS: Sequence[tuple[str, str, str]] = (
 
 
 def role_of(inside: str, classes: Sequence[str], siblings: Sequence[frozenset[str]], own_class: str) -> str | None:
-    """The role of a matrix, or None where no rule explains it.
+    """The role of a matrix, or None if no rule explains it.
 
     Args:
         inside: path of its module inside the block.
         classes: class of each module on that path, without the family's own name.
-        siblings: names of the modules beside each module on that path.
+        siblings: names of the siblings of each module on that path.
         own_class: class of the block itself.
     """
     names = inside.split(".")
@@ -87,19 +87,19 @@ def _matching(name: str, kind: str) -> str | None:
 
 
 def reason_of(name: str, kind: str) -> str | None:
-    """Why a parameter that is no matrix of a linear layer is left out, by its name and its module's class."""
+    """Why a parameter that is not a linear layer's matrix is left out, by its name and its module's class."""
     return next((reason for reason, classes, names in _REASONS if _is(classes, kind) or _is(names, name)), None)
 
 
 def class_of(module: nn.Module, family: str) -> str:
-    """Name of a module's class without what it has in common with ``family``, the name of the configuration's class."""
+    """A module's class name without the prefix shared with ``family``, the name of the configuration's class."""
     name = type(module).__name__
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(name, family, strict=False)))
     return name[common:] if common > 2 else name
 
 
 def excepted(exceptions: Mapping[str, str], inside: str) -> str | None:
-    """What a table of exceptions, patterns with ``*`` for one path component, says of a path."""
+    """The entry for a path in a table whose keys are patterns with ``*`` for one path component."""
     return next((what for pattern, what in exceptions.items() if matches(pattern, inside)), None)
 
 

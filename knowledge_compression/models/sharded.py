@@ -1,6 +1,7 @@
 """A checkpoint that is written unit by unit and resumes after an interruption.
 
-One shard a unit, under a temporary name until it is whole and on the disk, so that a shard that is there is finished.
+There is one shard per unit, under a temporary name until it is complete and on disk, so a shard under its own name is
+finished.
 """
 
 from __future__ import annotations
@@ -21,32 +22,32 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.models.saving import check_finite, keep_scaling
 from knowledge_compression.models.streamed import INDEX, StreamedModel
 
-NOTES = "units.json"  # what was noted of each unit, once all are written
+NOTES = "units.json"  # the notes about all units, once all are written
 
 
 @dataclass(frozen=True)
 class ShardedCopy:
-    """A model folder in the making.
+    """A model folder being written.
 
     Attributes:
-        folder: where it is made.
-        units: names of all the units, in the order of their shards.
+        folder: where it is written.
+        units: names of all units, in the order of their shards.
     """
 
     folder: Path
     units: Sequence[str]
 
     def is_finished(self, unit: str) -> bool:
-        """Whether the unit is written."""
+        """Whether the unit has been written."""
         return self._shard(unit).is_file()
 
     def read(self, unit: str) -> dict[str, Tensor]:
-        """The weights of a unit that is written, by name, backed by their file."""
+        """The weights of a written unit, by name, memory-mapped from its file."""
         with safe_open(self._shard(unit), "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
 
     def note(self, unit: str) -> Any:
-        """What was noted when the unit was written."""
+        """The note written with the unit."""
         whole = self.folder / NOTES
         return json.loads(whole.read_text())[unit] if whole.is_file() else json.loads(self._note(unit).read_text())
 
@@ -54,7 +55,7 @@ class ShardedCopy:
         """Write a unit, and a JSON-ready note beside it.
 
         Raises:
-            BadInput: a weight is not finite, or the disk does not take it; the unit is not there then.
+            BadInput: a weight is not finite, or writing fails; the unit then does not exist.
         """
         check_finite(weights)
         path, scratch = self._shard(unit), self._shard(unit).with_suffix(".partial")
@@ -68,7 +69,7 @@ class ShardedCopy:
             raise BadInput(f"{path} cannot be written ({error})") from None
 
     def finish(self, model: StreamedModel) -> None:
-        """Add index, configuration and tokenizer, now that every unit is written, and put the notes into one file."""
+        """Add index, configuration and tokenizer once every unit is written, and combine the notes into one file."""
         weight_map: dict[str, str] = {}
         size = 0
         for unit in self.units:

@@ -1,4 +1,4 @@
-"""Whether what was loaded is a model that can be asked: its configuration, its weights, and one pass through it."""
+"""Checks that a loaded model is usable: its configuration, its weights, and one forward pass."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ from knowledge_compression.models.model import Model
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_DEEPEST = 4096  # blocks: no network has as many, and one of a thousand million would be built for ever
-_DEPTHS = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")  # transformers' names, whatever the file has
-_SHOWN = 3  # tensors that a message names
+_DEEPEST = 4096  # blocks: no network has as many, and building a billion of them would never end
+_DEPTHS = (
+    "num_hidden_layers",
+    "num_decoder_layers",
+    "decoder_layers",
+)  # transformers' own names, whatever the file uses
+_SHOWN = 3  # tensors named in a message
 
 
 def check_configuration(config: PretrainedConfig) -> None:
-    """Refuse a configuration of no blocks, or of more than a network can have.
+    """Refuse a configuration with no blocks, or with more than a network can have.
 
     Raises:
-        BadInput: names the value.
+        BadInput: there is such a value; the message names it.
     """
     for name in _DEPTHS:
         depth = getattr(config, name, None)
@@ -35,15 +39,15 @@ def check_configuration(config: PretrainedConfig) -> None:
 
 
 def check_loaded(network: PreTrainedModel, missing: Iterable[str], left_over: Iterable[str]) -> None:
-    """Refuse a network that is not what its files hold.
+    """Refuse a network that does not match its files.
 
     Args:
         network: as it was loaded.
-        missing: weights of the network that no file holds.
-        left_over: what the files hold and no weight of the network took.
+        missing: weights of the network that are in no file.
+        left_over: tensors in the files that no weight of the network uses.
 
     Raises:
-        BadInput: weights would be random, or whole blocks would be left out.
+        BadInput: weights would be random, or whole blocks left out.
     """
     if names := sorted(missing):
         raise BadInput(
@@ -60,16 +64,16 @@ def check_loaded(network: PreTrainedModel, missing: Iterable[str], left_over: It
 
 
 def check_tokenizer(model: Model) -> None:
-    """Refuse a tokenizer whose own ids lie beyond the embeddings, as that of another model.
+    """Refuse a tokenizer whose own ids exceed the embeddings, as another model's would.
 
-    Tokens that were added to it may: the network refuses them from now on where a text has them.
+    Added tokens may exceed them: from now on the network refuses a text that contains one.
 
     Raises:
-        BadInput: names a token and both sizes.
+        BadInput: there is such an id; the message names a token and both sizes.
     """
     embeddings = cast(nn.Embedding, model.network.get_input_embeddings())
     rows, tokenizer = embeddings.weight.shape[0], model.tokenizer
-    tokenizer(["a text"])  # what its settings make it raise is raised here
+    tokenizer(["a text"])  # errors caused by its settings appear here
     added = set(getattr(tokenizer, "added_tokens_decoder", ()))
     unknown = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
     if unknown:
@@ -86,7 +90,7 @@ def check_tokenizer(model: Model) -> None:
 
 
 def _refuse_beyond(name: str, unknown: Mapping[int, str], embeddings: nn.Module, given: tuple[Tensor, ...]) -> None:
-    """Before an embedding looks ids up that it may lack; on a GPU such an id would end the process."""
+    """Refuse ids that an embedding lacks before it looks them up; on a GPU such an id would end the process."""
     largest, rows = int(given[0].max()), cast(nn.Embedding, embeddings).weight.shape[0]
     if largest >= rows:
         raise BadInput(
@@ -98,11 +102,11 @@ def _refuse_beyond(name: str, unknown: Mapping[int, str], embeddings: nn.Module,
 
 @torch.inference_mode()
 def check_it_runs(model: Model) -> None:
-    """Send a few tokens through the network, so that one which cannot be run says so before anything else is done.
+    """Run the network on a few tokens, so that one which cannot run fails before anything else is done.
 
     Raises:
-        Exception: whatever its modules raise.
-        BadInput: it gives no logits of the vocabulary's size.
+        Exception: any error that its modules raise.
+        BadInput: its logits do not have the vocabulary's size.
     """
     ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
     decoder = {"decoder_input_ids": ids} if model.family == ENCODER_DECODER else {}
@@ -112,16 +116,16 @@ def check_it_runs(model: Model) -> None:
 
 
 def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-    """How many values of each tensor are NaN or infinite; tensors of finite values alone are left out.
+    """The number of NaN or infinite values in each tensor; tensors without any are left out.
 
-    Costs one reading of the tensors; those on the meta device hold nothing.
+    Costs one pass over the tensors; those on the meta device have no values.
     """
     floating = ((name, tensor) for name, tensor in tensors if tensor.is_floating_point() and not tensor.is_meta)
     return {name: count for name, tensor in floating if (count := _non_finite_in(tensor))}
 
 
 def weights_of(model: Model) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and kept buffer of a model by name, each once."""
+    """Every parameter and persistent buffer of a model by name, each once."""
     seen = set[int]()
     for name, tensor in model.network.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
@@ -130,24 +134,24 @@ def weights_of(model: Model) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], of: str) -> None:
-    """Refuse weights with NaN or infinity in them, before something is made of them that looks sound.
+    """Refuse NaN or infinite weights, before compression turns them into something that looks valid.
 
     Args:
         tensors: the weights by name, e.g. :func:`weights_of` a model.
-        of: what they belong to, for the message.
+        of: the name of their model, for the message.
 
     Raises:
-        BadInput: names the tensors.
+        BadInput: there are such weights; the message names the tensors.
     """
     if found := non_finite(tensors):
         raise BadInput(
-            f"{of} has weights that are not finite ({shown(found)}), so nothing true can be said of it once it is "
-            "compressed; give a sound checkpoint, or compression=none to ask it as it is"
+            f"{of} has weights that are not finite ({shown(found)}), so a compressed version would be "
+            "meaningless; give a sound checkpoint, or compression=none to evaluate it unchanged"
         )
 
 
 def shown(found: Mapping[str, int]) -> str:
-    """What :func:`non_finite` found, for one line."""
+    """The result of :func:`non_finite` as part of a line."""
     first = [f"{name}: {count}" for name, count in list(found.items())[:_SHOWN]]
     return ", ".join(first + ([f"and {len(found) - _SHOWN} more tensors"] if len(found) > _SHOWN else []))
 
@@ -156,7 +160,7 @@ def _non_finite_in(tensor: Tensor) -> int:
     if type(tensor) not in (Tensor, nn.Parameter):  # another library's packed weight
         tensor = tensor.dequantize()
     if tensor.itemsize < 4:
-        tensor = tensor.float()  # sums of narrow types overflow, or do not exist
-    if bool(tensor.sum().isfinite()):  # one reading without a copy; a sum that is not finite says nothing yet
+        tensor = tensor.float()  # sums of narrow dtypes overflow, or are not implemented
+    if bool(tensor.sum().isfinite()):  # one pass without a copy; a sum that is not finite is not conclusive
         return 0
     return int((~tensor.isfinite()).sum())
