@@ -134,7 +134,7 @@ def test_code_of_the_checkpoints_own_is_not_run(folder: Path) -> None:
     (folder / "config.json").write_text(
         json.dumps(config | {"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config"}})
     )
-    with pytest.raises(ModelUnavailable, match=r"run code of its own, which is off unless model.trust_remote"):
+    with pytest.raises(ModelUnavailable, match=r"run its own code, which is refused unless model.trust_remote"):
         LocalModel("mine", str(folder)).load("cpu")
     assert not Path("ran").exists()
 
