@@ -24,9 +24,10 @@ from knowledge_compression.errors import BadInput  # noqa: E402
 from knowledge_compression.results.store import RunStore  # noqa: E402
 from knowledge_compression.sweeping import status  # noqa: E402
 from knowledge_compression.sweeping.cli import CONF  # noqa: E402
+from knowledge_compression.sweeping.launching import Job  # noqa: E402
 from knowledge_compression.sweeping.local import LocalLauncher  # noqa: E402
 from knowledge_compression.sweeping.plan import Outcome, PlannedRun, labels, write_plan  # noqa: E402
-from knowledge_compression.sweeping.slurm import SlurmLauncher  # noqa: E402
+from knowledge_compression.sweeping.slurm import HandedIn, SlurmLauncher  # noqa: E402
 from sweep_chores import chore  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -92,22 +93,68 @@ def test_launchers_refuse_what_they_cannot_do(monkeypatch: pytest.MonkeyPatch) -
         SlurmLauncher().check()
 
 
-class Handle:
-    def __init__(self, job_id: str) -> None:
-        self.job_id = job_id
-
-
-def test_a_job_that_slurm_lost_is_over_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alive = tmp_path / "alive"  # what squeue lists
-    for name, does in (("squeue", f"cat {alive}"), ("sacct", "echo OUT_OF_MEMORY")):
+@pytest.fixture
+def alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with the jobs that a SLURM of three lines has; whatever it is handed becomes job 9."""
+    alive = tmp_path / "alive"
+    does = {"squeue": f"cat {alive}", "sacct": "echo OUT_OF_MEMORY", "sbatch": "echo Submitted batch job 9", "srun": ""}
+    for name, line in does.items():
         command = tmp_path / "bin" / name
         command.parent.mkdir(exist_ok=True)
-        command.write_text(f"#!/bin/sh\n{does}\n")
+        command.write_text(f"#!/bin/sh\n{line}\n")
         command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    return alive
+
+
+def test_a_second_start_waits_for_what_an_earlier_one_handed_in(
+    tmp_path: Path, alive: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    first, second = (tmp_path / "sweeps" / name for name in ("first", "second"))
+    runs = [PlannedRun([f"sparsity=0.{i}", "target=att"], f"run{i}", "dense") for i in range(5)]
+    for folder, planned in ((first, runs[:4]), (second, runs[::-1])):
+        folder.mkdir(parents=True)
+        write_plan(folder, planned, at_once=2)
+    for i, job_id in enumerate(("7_0", "7_1", "7_2")):  # of the fourth nothing is noted yet
+        HandedIn(job_id, f"{i}.log", first / str(i)).write(first / str(i))
+    alive.write_text("7_0\n7_1\n8\n")  # the third is over
+
+    def started(force: bool = False) -> dict[int, HandedIn]:
+        launcher = SlurmLauncher()
+        settings = {"output": {"dir": str(tmp_path)}, "run": {"force": force}}
+        launcher.config = OmegaConf.create(settings | {"hydra": {"sweep": {"dir": str(second)}}})
+        jobs = [Job(None, print, None, run.overrides, i, run.overrides[0]) for i, run in enumerate(runs[::-1])]
+        for job in jobs:
+            job.config = launcher.config
+        found = dict(launcher.start(jobs))
+        assert {number: HandedIn.of(second / str(number)).job_id for number in found} == {
+            number: handed_in.job_id for number, handed_in in found.items()
+        }
+        return found
+
+    found = started()
+    assert [found[i].job_id for i in range(5)] == ["9_0", "9_1", "9_2", "7_1", "7_0"]
+    assert [found[i].folder for i in (2, 3, 4)] == [second / "2", first / "1", first / "0"]
+    said = " ".join(caplog.messages)
+    assert "2 runs are queued or running already, as job array 7: sparsity=0.1, sparsity=0.0" in said
+    assert "submitted 3 runs as job array 9" in said
+
+    launcher = SlurmLauncher()
+    launcher.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(second)}}})
+    alive.write_text("7_0\n")
+    Outcome("sparsity=0.1", "done", "run1", "dense").write(first / "1")
+    assert list(launcher.ended({3: found[3], 4: found[4]})) == [3]
+    assert Outcome.read(second / "3") == Outcome.read(first / "1")
+
+    alive.write_text("7_0\n7_1\n")
+    assert {handed_in.array for handed_in in started(force=True).values()} == {"9"}
+
+
+def test_a_job_that_slurm_lost_is_over_after_a_while(tmp_path: Path, alive: Path) -> None:
     launcher = SlurmLauncher()
     launcher.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
-    handles = {0: Handle("7_0"), 1: Handle("7_1")}
+    handles = {i: HandedIn(f"7_{i}", "log", tmp_path / str(i)) for i in range(2)}
     alive.write_text("7_0\n7_1\n")
     assert launcher.ended(handles) == {}
     alive.write_text("7_1\n")

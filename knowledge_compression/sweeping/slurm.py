@@ -10,15 +10,55 @@ import getpass
 import logging
 import shutil
 import subprocess
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.results.layout import Layout
 from knowledge_compression.sweeping.launching import Job, ProcessLauncher
-from knowledge_compression.sweeping.plan import OUTCOME
+from knowledge_compression.sweeping.plan import PLAN, Outcome, PlannedRun, read_plan
 
 log = logging.getLogger(__name__)
+
+_SHOWN = 5  # runs that a line names
+NOTE = "slurm_job"  # in a job's folder: which job of SLURM's it is, and where that one's log is
+
+
+@dataclass(frozen=True)
+class HandedIn:
+    """A job of SLURM's that does a run, whichever sweep handed it in.
+
+    Attributes:
+        job_id: SLURM's name for it.
+        log: the file with what it prints.
+        folder: where its outcome will lie.
+    """
+
+    job_id: str
+    log: str
+    folder: Path
+
+    @property
+    def array(self) -> str:
+        """The job array that it is a task of."""
+        return self.job_id.partition("_")[0]
+
+    @classmethod
+    def of(cls, folder: Path) -> HandedIn | None:
+        """What was handed in for the job of that folder, if anything was."""
+        try:
+            job_id, log, *_ = (folder / NOTE).read_text().split("\n")
+        except (OSError, ValueError):
+            return None
+        return cls(job_id, log, folder)
+
+    def write(self, folder: Path) -> None:
+        """Note it in the folder of a job that it does."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / NOTE).write_text(f"{self.job_id}\n{self.log}\n")
 
 
 class SlurmLauncher(ProcessLauncher):
@@ -81,7 +121,46 @@ class SlurmLauncher(ProcessLauncher):
             )
 
     def start(self, jobs: Sequence[Job]) -> Mapping[int, Any]:
-        """Hand all of them in as one array."""
+        """Hand those in, as one array, that no job does which an earlier start handed in; such a job is waited for."""
+        held = {} if self.config.run.force else self._held(jobs)
+        handed_in = held | self._submitted([job for job in jobs if job.number not in held])
+        for job in jobs:
+            handed_in[job.number].write(job.folder)
+        return handed_in
+
+    def _held(self, jobs: Sequence[Job]) -> dict[int, HandedIn]:
+        """By a job's number, the waiting or running job of SLURM's that does the same run with the same settings."""
+        if not jobs:
+            return {}
+        here = Path(self.config.hydra.sweep.dir)
+        others = [path.parent for path in Layout(Path(self.config.output.dir)).sweeps_with(PLAN)]
+        others = [folder for folder in others if folder.absolute() != here.absolute()]
+        if not others:
+            return {}
+        alive = living_jobs()
+        doing: dict[Any, HandedIn] = {}
+        for folder in others:
+            try:
+                planned, _ = read_plan(folder)
+            except BadInput as error:
+                log.warning("%s", error)
+                continue
+            for number, run in enumerate(planned):
+                handed_in = HandedIn.of(folder / str(number))
+                if handed_in is not None and handed_in.job_id in alive:
+                    doing[_what(run)] = handed_in
+        runs, _ = read_plan(here)
+        held = {job.number: found for job in jobs if (found := doing.get(_what(runs[job.number]))) is not None}
+        by_array = defaultdict(list)
+        for job in jobs:
+            if job.number in held:
+                by_array[held[job.number].array].append(job.label)
+        for array, labels in by_array.items():
+            shown = ", ".join(labels[:_SHOWN]) + (", ..." if labels[_SHOWN:] else "")
+            log.info("%d runs are queued or running already, as job array %s: %s", len(labels), array, shown)
+        return held
+
+    def _submitted(self, jobs: Sequence[Job]) -> dict[int, HandedIn]:
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError
 
@@ -96,13 +175,14 @@ class SlurmLauncher(ProcessLauncher):
                 handed_in = [executor.submit(job) for job in jobs]
         except FailedJobError as error:
             raise BadInput(f"SLURM refused the jobs: {' '.join(str(error).split())[:300]}") from None
-        for job, handle in zip(jobs, handed_in, strict=True):
-            job.folder.mkdir(parents=True, exist_ok=True)
-            (job.folder / "slurm_job").write_text(f"{handle.job_id}\n{handle.paths.stderr}\n")
-        log.info("submitted %d runs as job array %s", len(jobs), handed_in[0].job_id.partition("_")[0])
-        return {job.number: handle for job, handle in zip(jobs, handed_in, strict=True)}
+        found = {
+            job.number: HandedIn(handle.job_id, str(handle.paths.stderr), job.folder)
+            for job, handle in zip(jobs, handed_in, strict=True)
+        }
+        log.info("submitted %d runs as job array %s", len(jobs), found[jobs[0].number].array)
+        return found
 
-    def ended(self, handles: Mapping[int, Any]) -> Mapping[int, str]:
+    def ended(self, handles: Mapping[int, HandedIn]) -> Mapping[int, str]:
         """Those that told their outcome, and those that SLURM has not known for a while: they were killed."""
         try:
             alive = living_jobs()
@@ -112,15 +192,22 @@ class SlurmLauncher(ProcessLauncher):
         over = {}
         for number, handle in handles.items():
             self._unseen[number] = 0 if handle.job_id in alive else self._unseen.get(number, 0) + 1
-            told = (Path(self.config.hydra.sweep.dir) / str(number) / OUTCOME).is_file()
+            told = Outcome.read(handle.folder)
             if self._unseen[number] and (told or self._unseen[number] > 3):  # a shared file may be late
+                if told:  # maybe to another sweep
+                    told.write(Path(self.config.hydra.sweep.dir) / str(number))
                 over[number] = f"ended by SLURM without a result ({how_it_ended(handle.job_id)})"
                 del self._unseen[number]
         return over
 
-    def log_of(self, handle: Any) -> str:
+    def log_of(self, handle: HandedIn) -> str:
         """What it printed."""
-        return str(handle.paths.stderr)
+        return handle.log
+
+
+def _what(run: PlannedRun) -> tuple[str, str, frozenset[str]]:
+    """What a job does and how, whichever sweep it is of."""
+    return run.run_id, run.baseline_id, frozenset(run.overrides)
 
 
 def living_jobs() -> set[str]:

@@ -101,15 +101,15 @@ def _status(outputs: Path, folder: Path, alive: set[str] | None) -> SweepStatus:
 
 def _lost(job: Path, label: str, alive: set[str] | None) -> Outcome | None:
     """What became of a job that was handed in to SLURM, if SLURM does not know it any more."""
-    note = job / "slurm_job"
-    if alive is None or not note.is_file():
+    if alive is None:
         return None
-    from knowledge_compression.sweeping.slurm import how_it_ended
+    from knowledge_compression.sweeping.slurm import HandedIn, how_it_ended
 
-    job_id, log = note.read_text().split("\n")[:2]
-    if job_id in alive:
+    handed_in = HandedIn.of(job)
+    if handed_in is None or handed_in.job_id in alive:
         return None
-    return Outcome(label, FAILED, message=f"ended by SLURM without a result ({how_it_ended(job_id)})", log=log)
+    why = f"ended by SLURM without a result ({how_it_ended(handed_in.job_id)})"
+    return Outcome(label, FAILED, message=why, log=handed_in.log)
 
 
 def _living_jobs() -> set[str] | None:
