@@ -113,7 +113,7 @@ class Method(Compression):
         self.check(targets)
         if targets:  # else nothing is made of them
             check_finite(weights_of(model), model.name)
-        report = CompressionReport(method=self.name, model_parameters=model.parameter_count())
+        report = CompressionReport(method=self.name, model_parameters=model.parameter_count(), stored=model.on_disk)
         if any(layer.role == FINAL for layer in targets):
             model.untie_head()
         report.model_bytes_before = memory_bytes(model.network)

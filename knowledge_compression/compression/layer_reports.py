@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from knowledge_compression.models.checkpoints.base import StoredAs
 from knowledge_compression.models.targets import TargetLayer
 
 
@@ -77,6 +78,7 @@ class CompressionReport:
         peak_memory: peak bytes above the loaded model; None if not measured.
         calibration: digest of the calibration token ids; None if the method needs none.
         forward_dtype: dtype of the matrix products in the forward passes on calibration text; None if there were none.
+        stored: how the model was stored before, if in a compressed format.
     """
 
     method: str
@@ -88,6 +90,7 @@ class CompressionReport:
     peak_memory: int | None = None
     calibration: str | None = None
     forward_dtype: str | None = None
+    stored: StoredAs | None = None
 
     @property
     def parameters_touched(self) -> int:
@@ -112,15 +115,20 @@ class CompressionReport:
 
     @property
     def bits(self) -> float:
-        """Mean bits of a kept weight in the compressed layers, without scales."""
+        """Mean bits of a kept weight in the compressed layers, without scales; without any, of those stored."""
+        if not self.layers and self.stored is not None:
+            return self.stored.bits
         kept = sum(layer.parameters - layer.removed for layer in self.layers)
         return sum((layer.parameters - layer.removed) * layer.bits for layer in self.layers) / kept if kept else 0.0
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of a file that stores the compressed layers at their bits and sparsity, and the rest unchanged."""
+        if not self.layers and self.stored is not None:
+            return self.stored.bytes
         untouched = self.model_parameters - self.parameters_touched
-        dense_bytes = self.model_bytes_before / self.model_parameters if self.model_parameters else 0.0
+        before = self.stored.bytes if self.stored is not None else self.model_bytes_before
+        dense_bytes = before / self.model_parameters if self.model_parameters else 0.0
         return round(max(untouched, 0) * dense_bytes + sum(layer.stored_bits for layer in self.layers) / 8)
 
     @property
@@ -148,7 +156,8 @@ class CompressionReport:
 
     def to_json(self) -> dict[str, Any]:
         """The summary and every layer, JSON-ready."""
-        told = {"calibration": self.calibration, "forward_dtype": self.forward_dtype}
+        told: dict[str, Any] = {"calibration": self.calibration, "forward_dtype": self.forward_dtype}
+        told["stored"] = None if self.stored is None else asdict(self.stored)
         calibration = {name: value for name, value in told.items() if value is not None}
         return self.summary() | {"layers": [asdict(layer) for layer in self.layers]} | calibration
 
@@ -165,6 +174,7 @@ class CompressionReport:
             peak_memory=content["peak_memory"],
             calibration=content.get("calibration"),
             forward_dtype=content.get("forward_dtype"),
+            stored=StoredAs(**content["stored"]) if content.get("stored") else None,
         )
 
 
@@ -193,4 +203,5 @@ def followed_by(first: CompressionReport, second: CompressionReport) -> Compress
         seconds=first.seconds + second.seconds,
         peak_memory=max(peaks, default=None),
         forward_dtype=first.forward_dtype or second.forward_dtype,
+        stored=first.stored,
     )

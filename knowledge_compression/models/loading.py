@@ -20,6 +20,9 @@ from knowledge_compression.cache import cached_folder
 from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
 from knowledge_compression.identity import LABEL, PLACE, SPEED
 from knowledge_compression.memory import reuse_freed_memory
+from knowledge_compression.models.checkpoints.gguf import GgufFile
+from knowledge_compression.models.checkpoints.recognised import stored_at
+from knowledge_compression.models.checkpoints.stored import Stored
 from knowledge_compression.models.content import check_shards, files_fingerprint, folder_fingerprint
 from knowledge_compression.models.device import DTYPES, resolve_device, resolve_dtype
 from knowledge_compression.models.failures import one_line_failures, quiet
@@ -30,6 +33,8 @@ from knowledge_compression.models.soundness import check_configuration, check_it
 from knowledge_compression.models.streamed import Checkpoint, StreamedModel, check_kinds
 
 log = logging.getLogger(__name__)
+
+ADAPTER = "adapter_config.json"  # what makes a folder one of peft's
 
 
 class ModelSource(Protocol):
@@ -139,7 +144,7 @@ class HubModel:
 
 @dataclass(frozen=True)
 class LocalModel:
-    """Any folder that ``from_pretrained`` reads."""
+    """Any folder that ``from_pretrained`` reads, and compressed checkpoints: docs/formats.md lists their formats."""
 
     name: str = field(metadata=LABEL)
     path: str = field(metadata=PLACE)
@@ -149,47 +154,73 @@ class LocalModel:
     stream: bool = field(default=False, metadata=SPEED)  # a run that streams says so itself
 
     def fingerprint(self) -> str:
-        """Digest of every byte that decides what the model says, wherever the folder lies."""
-        return folder_fingerprint(self._folder())
+        """Digest of every byte that decides what the model says, wherever the folder or file lies."""
+        place, stored = self._found()
+        return files_fingerprint(stored.files) if isinstance(stored, GgufFile) else folder_fingerprint(place)
 
     def skeleton(self) -> Model:
-        """The network's shape from the folder's configuration."""
-        return _skeleton(str(self._folder()), self.name, trust_remote_code=self.trust_remote_code)
+        """The network's shape from the folder's configuration, or the file's settings."""
+        place, stored = self._found()
+        return _skeleton(str(place), self.name, stored, trust_remote_code=self.trust_remote_code)
 
     def load(self, device: str = "auto", dtype: str = "auto") -> Model:
-        """Load from the folder."""
-        folder = self._folder()
+        """Load from the folder or file."""
+        place, stored = self._found()
         model = _from_pretrained(
-            str(folder),
+            str(place),
             self.name,
             device,
             dtype,
+            stored=stored,
             allow_pickle=self.allow_pickle,
             trust_remote_code=self.trust_remote_code,
         )
-        model.provenance = {"path": str(folder), "fingerprint": self.fingerprint()}
+        model.provenance = {"path": str(place), "fingerprint": self.fingerprint()}
         model.note = self.note
         return model
 
     def streamed(self, device: str = "auto", dtype: str = "auto") -> StreamedModel:
         """The folder's weights stay where they are."""
-        folder = self._folder()
+        folder, stored = self._found()
+        if stored is not None:
+            raise BadInput(
+                f"model.path={self.path} is compressed already ({stored.record().format}) and is decoded as a whole; "
+                "choose model.stream=false"
+            )
         model = _streamed(folder, self.name, device, dtype, trust_remote_code=self.trust_remote_code)
         model.provenance = {"path": str(folder), "fingerprint": self.fingerprint()}
         model.note = self.note
         return model
 
-    def _folder(self) -> Path:
-        folder = Path(self.path).expanduser()
+    def _found(self) -> tuple[Path, Stored | None]:
+        """The folder or file, and how it is compressed where that is known here.
+
+        Raises:
+            ModelUnavailable: it is not there, or no model.
+            BadInput: it is an adapter, or compressed in a way that is not read.
+        """
+        place = Path(self.path).expanduser()
         try:
-            there, whole = (folder / "config.json").is_file(), folder.resolve()
+            there, whole = place.is_file() or (place / "config.json").is_file(), place.resolve()
+            adapter = not there and (place / ADAPTER).is_file()
         except (OSError, RuntimeError, ValueError) as error:  # not to be entered, a link to itself, no path at all
             raise ModelUnavailable(f"model.path={self.path} cannot be read ({first_line(error)})") from None
-        if not there:
-            raise ModelUnavailable(
-                f"model.path={self.path} holds no config.json; give a folder saved by save_pretrained"
+        if adapter:
+            raise BadInput(
+                f"model.path={self.path} is an adapter, which needs the model that it was trained on: type "
+                f"model.path=BASE recovery=adapter recovery.path={self.path}"
             )
-        return whole
+        with one_line_failures(self.path, self.name, allow_pickle=False):
+            stored = stored_at(whole)
+        if stored is None and place.is_file():
+            raise ModelUnavailable(
+                f"model.path={self.path} is a file, and no GGUF file; give that, or a folder saved by save_pretrained"
+            )
+        if stored is None and not there:
+            raise ModelUnavailable(
+                f"model.path={self.path} holds no config.json; give a folder saved by save_pretrained, or a GGUF file"
+            )
+        return whole, stored
 
 
 @dataclass(frozen=True)
@@ -314,9 +345,16 @@ def _package_folder(package: str, requirement: str) -> Path:
 
 
 def _from_pretrained(
-    where: str, name: str, device: str, dtype: str, *, allow_pickle: bool = False, **hub: Any
+    where: str,
+    name: str,
+    device: str,
+    dtype: str,
+    *,
+    stored: Stored | None = None,
+    allow_pickle: bool = False,
+    **hub: Any,
 ) -> Model:
-    """Load configuration, network and tokenizer."""
+    """Load configuration, network and tokenizer; what is stored compressed is decoded."""
     from transformers import AutoTokenizer
 
     place = resolve_device(device)
@@ -325,19 +363,23 @@ def _from_pretrained(
     if Path(where).is_dir():
         check_shards(Path(where))
     with one_line_failures(where, name, allow_pickle), quiet():
-        config = _configuration(where, **hub)
-        network, loaded = auto_class(config).from_pretrained(
-            where,
-            config=config,
-            dtype=resolve_dtype(dtype, place),
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-            **hub,
-        )
+        config = _configuration(where, stored, **hub)
+        if stored is not None:
+            network, loaded = stored.network(auto_class(config), config, resolve_dtype(dtype, place))
+        else:
+            network, loaded = auto_class(config).from_pretrained(
+                where,
+                config=config,
+                dtype=resolve_dtype(dtype, place),
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+                **hub,
+            )
         check_loaded(network, loaded["missing_keys"], loaded["unexpected_keys"])
-        check_kinds(network, Path(where))
-        tokenizer = AutoTokenizer.from_pretrained(where, **hub)
-        model = Model(network.to(place).eval(), tokenizer, name)
+        if stored is None:
+            check_kinds(network, Path(where))
+        tokenizer = stored.tokenizer(**hub) if stored is not None else AutoTokenizer.from_pretrained(where, **hub)
+        model = Model(network.to(place).eval(), tokenizer, name, on_disk=stored.record() if stored else None)
         if not model.head_is_tied:  # T5 calls its head tied even where the checkpoint holds one
             model.keep_head_untied()
         check_tokenizer(model)
@@ -345,9 +387,9 @@ def _from_pretrained(
     return model
 
 
-def _skeleton(where: str, name: str, **hub: Any) -> Model:
+def _skeleton(where: str, name: str, stored: Stored | None = None, **hub: Any) -> Model:
     with one_line_failures(where, name, allow_pickle=False):
-        config = _configuration(where, **hub)
+        config = _configuration(where, stored, **hub)
         with torch.device("meta"):
             network = auto_class(config).from_config(config)
     return Model(network, None, name)  # type: ignore[arg-type]  # a skeleton reads no text
@@ -373,10 +415,10 @@ def _streamed(folder: Path, name: str, device: str, dtype: str, **hub: Any) -> S
     return model
 
 
-def _configuration(where: str, **hub: Any) -> Any:
+def _configuration(where: str, stored: Stored | None = None, **hub: Any) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(where, **hub)
+    config = stored.configuration(**hub) if stored is not None else AutoConfig.from_pretrained(where, **hub)
     check_configuration(config)
     # Gemma 3 also sees; its text part is the language model.
     return config.get_text_config() if config.model_type == "gemma3" else config

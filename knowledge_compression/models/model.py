@@ -13,6 +13,8 @@ from knowledge_compression.models.families import Architecture, architecture_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from knowledge_compression.models.checkpoints.base import StoredAs
+
 
 @dataclass
 class Model:
@@ -26,6 +28,7 @@ class Model:
         note: what a reader must know of this baseline, e.g. that it was stored in 4 bits; may be empty.
         objective: what it was trained to do, and a recovery trains it to do again; None takes what suits its family
             (see ``objectives.objective_for``).
+        on_disk: how its weights are stored where they were read from, if that is a compressed format.
     """
 
     network: PreTrainedModel
@@ -34,6 +37,7 @@ class Model:
     provenance: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     objective: Any = field(default=None, repr=False)
+    on_disk: StoredAs | None = None
 
     @property
     def architecture(self) -> Architecture:

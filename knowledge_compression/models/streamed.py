@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +22,45 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 INDEX, SINGLE = _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Described:
+    """A tensor of a safetensors file, from its header.
+
+    Attributes:
+        shape: its sizes.
+        dtype: as the file names it, e.g. ``F16``, ``I32``, ``F8_E4M3``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def floats(self) -> bool:
+        """Whether it holds floating-point numbers."""
+        return "F" in self.dtype  # F32, BF16, F8_E4M3, ...
+
+    @property
+    def count(self) -> int:
+        """How many numbers."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all its numbers."""
+        width = re.search(r"\d+", self.dtype)
+        return self.count * (int(width[0]) if width else 8) // 8  # BOOL has no number
+
+    def matrix(self, name: str) -> tuple[int, int]:
+        """Its two sizes.
+
+        Raises:
+            BadInput: it has more or fewer, or one of them is 0.
+        """
+        if len(self.shape) != 2 or 0 in self.shape:
+            raise BadInput(f"{name} has the shape {list(self.shape)}, and a linear layer's has two sizes")
+        return self.shape[0], self.shape[1]
 
 
 class Checkpoint:
@@ -42,7 +83,7 @@ class Checkpoint:
                 with safe_open(folder / SINGLE, "pt") as file:
                     self.file_of = dict.fromkeys(file.keys(), SINGLE)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ModelUnavailable(f"{folder} holds no safetensors weights that could be streamed ({error})") from None
+            raise ModelUnavailable(f"{folder} holds no safetensors weights that can be read ({error})") from None
         if outside := [name for name in self.file_of.values() if not isinstance(name, str) or Path(name).name != name]:
             raise ModelUnavailable(f"{folder / INDEX} names a file outside its folder: {outside[0]}")
 
@@ -52,11 +93,26 @@ class Checkpoint:
         Raises:
             ModelUnavailable: its file is not there, or not whole.
         """
-        with self._opened(self.file_of[name]) as file:
-            return file.get_tensor(name)
+        return self.read_all([name])[name]
 
-    def described(self) -> dict[str, tuple[tuple[int, ...], bool]]:
-        """Shape of each tensor, and whether it holds floating-point numbers, from the files' headers alone.
+    def read_all(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some tensors, as :meth:`read` gives them; each file is opened once."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.file_of[name], []).append(name)
+        found: dict[str, Tensor] = {}
+        for path, inside in by_file.items():
+            with self._opened(path) as file:
+                found |= {name: file.get_tensor(name) for name in inside}
+        return found
+
+    @property
+    def bytes(self) -> int:
+        """Size of all its files."""
+        return sum((self.folder / name).stat().st_size for name in set(self.file_of.values()))
+
+    def described(self) -> dict[str, Described]:
+        """Shape and type of each tensor, from the files' headers alone.
 
         Raises:
             ModelUnavailable: a file is not there, not whole, or lacks a tensor that the index finds in it.
@@ -66,7 +122,7 @@ class Checkpoint:
             with self._opened(path) as file:
                 for name in (name for name, its in self.file_of.items() if its == path):
                     part = file.get_slice(name)
-                    found[name] = tuple(part.get_shape()), "F" in part.get_dtype()  # F32, BF16, F8_E4M3, ...
+                    found[name] = Described(tuple(part.get_shape()), part.get_dtype())
         return found
 
     @contextmanager
@@ -101,7 +157,7 @@ class StreamedModel(Model):
         if self.architecture.shared_depth:
             raise BadInput(f"{self.name} uses one block many times, so there is nothing to stream; load it whole")
         names, tied = self.network.state_dict().keys(), self.network.all_tied_weights_keys
-        stored = _names_in_files(self.network, self.checkpoint.file_of)
+        stored = names_in_files(self.network, self.checkpoint.file_of)
         self.stored_as = {name: stored.get(name, name) for name in names}
         # A tied weight is stored once, under the name of what it is tied to.
         self.source = {name: name if name in stored else tied.get(name, name) for name in names}
@@ -115,7 +171,7 @@ class StreamedModel(Model):
         """Refuse weights that are not those of the network; one by one, they would be written as they are."""
         there, needed = self.checkpoint.described(), self.network.state_dict()
         for name, source in self.source.items():
-            shape, floats = there[self.stored_as[source]]
+            shape, floats = there[self.stored_as[source]].shape, there[self.stored_as[source]].floats
             wanted = tuple(needed[name].shape)
             if shape != wanted or (needed[name].is_floating_point() and not floats):
                 kind = "" if floats else " of integers"
@@ -174,12 +230,12 @@ def check_kinds(network: PreTrainedModel, folder: Path) -> None:
         return
     there = Checkpoint(folder).described()
     needed = network.state_dict()
-    for name, key in _names_in_files(network, there).items():
-        if name in needed and needed[name].is_floating_point() and not there[key][1]:
+    for name, key in names_in_files(network, there).items():
+        if name in needed and needed[name].is_floating_point() and not there[key].floats:
             raise BadInput(f"it holds {key} as integers without a quantization_config that says what they stand for")
 
 
-def _names_in_files(network: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+def names_in_files(network: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """For each weight of the network, its name in the files, where transformers has renamed it since."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key

@@ -1,0 +1,242 @@
+"""GGUF files, split ones too, of every architecture and type that the installed transformers and gguf know.
+
+The library gguf decodes the blocks; transformers' tables say what the tensors of an architecture are called, and undo
+what the conversion from transformers did to some (the rows of LLaMA's queries and keys, norms stored as ``w + 1``). A
+chat template in the file is left where it is: it is a program of whoever made the file.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType, dequantize
+from torch import Tensor
+
+from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
+from knowledge_compression.models.checkpoints.base import Coded, StoredAs
+from knowledge_compression.models.checkpoints.gguf_header import MAGIC, GgufHeader, GgufTensor
+from knowledge_compression.models.checkpoints.stored import Later, Stored
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells of every file that it writes
+
+_SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_PLAIN = {kind for kind, (block, _) in GGML_QUANT_SIZES.items() if block == 1} | {GGMLQuantizationType.BF16}
+_TERNARY = {GGMLQuantizationType.TQ1_0: 1.625}  # five ternary digits a byte, and what is left over
+
+
+@dataclass(frozen=True)
+class GgufFile(Stored):
+    """A GGUF file.
+
+    Attributes:
+        files: its parts in their order; one, where it is not split.
+    """
+
+    files: Sequence[Path]
+
+    @classmethod
+    def at(cls, path: Path) -> GgufFile | None:
+        """The file, if it begins as one; any part of a split one stands for all.
+
+        Raises:
+            ModelUnavailable: it is one of several parts, of which another is not there.
+        """
+        try:
+            with path.open("rb") as file:
+                if file.read(4) != MAGIC:
+                    return None
+        except OSError as error:
+            raise ModelUnavailable(f"{path} cannot be read ({error.strerror})") from None
+        if not (split := _SPLIT.fullmatch(path.name)):
+            return cls((path,))
+        count = int(split["count"])
+        parts = [path.with_name(f"{split['stem']}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
+        if missing := [part.name for part in parts if not part.is_file()]:
+            raise ModelUnavailable(f"{path.parent} lacks {missing[0]}, one of the {count} parts of this GGUF file")
+        return cls(tuple(parts))
+
+    @property
+    def architecture(self) -> str:
+        """What the file calls its architecture."""
+        return str(self._headers[0].settings.get("general.architecture"))
+
+    @cached_property
+    def described(self) -> list[tuple[GgufTensor, Path]]:
+        """Every tensor, and the part that holds it.
+
+        Raises:
+            BadInput: a part is damaged, or not one of this file.
+        """
+        told = self._headers[0].settings.get("split.tensors.count")
+        found = [(tensor, header.path) for header in self._headers for tensor in header.tensors]
+        if len({tensor.name for tensor, _ in found}) < len(found) or told not in (None, len(found)):
+            raise BadInput(f"its {len(self.files)} parts hold {len(found)} tensors; they are not parts of one model")
+        return found
+
+    def configuration(self, **hub: Any) -> PretrainedConfig:
+        """What transformers makes of the file's settings."""
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(**self._settings)
+
+    def tokenizer(self, **hub: Any) -> PreTrainedTokenizerBase:
+        """What transformers makes of the file's vocabulary, without a chat template."""
+        from transformers import PreTrainedTokenizerFast
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer, get_gguf_tokenizer
+
+        architecture, vocabulary, settings = get_gguf_tokenizer(str(self.files[0]))
+        made, more = convert_gguf_tokenizer(architecture, vocabulary)
+        settings.pop("chat_template", None)
+        return PreTrainedTokenizerFast(tokenizer_object=made, **(settings | more))
+
+    def weights(self, skeleton: PreTrainedModel) -> dict[str, Later]:
+        """Each weight of the network, from the one tensor or the several that make it."""
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+        processor = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=self._settings)
+        names: dict[str, str] = get_gguf_hf_weights_map(_Outline(skeleton), processor)
+        sources: dict[str, list[tuple[GgufTensor, Path]]] = {}
+        for tensor, path in self.described:
+            # A bank of experts is a parameter of its own, which has no ending.
+            if target := names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight")):
+                sources.setdefault(target, []).append((tensor, path))
+        return {
+            target: Later(partial(_made, target, of, processor=processor, names=names))
+            for target, of in sources.items()
+        }
+
+    def record(self) -> StoredAs:
+        """From the headers."""
+        rest: Counter[str] = Counter()
+        coded: list[tuple[Coded, int]] = []
+        for tensor, _ in self.described:
+            if tensor.kind in _PLAIN:
+                rest[tensor.kind.name] += tensor.parameters
+            elif "blk." in tensor.name:
+                coded.append((_coded(tensor), tensor.bytes))
+            else:  # embeddings and head, mostly stored in more bits than the layers
+                rest[tensor.kind.name] += tensor.parameters
+        settings = self._headers[0].settings
+        told = (settings.get(f"general.{name}") for name in ("quantized_by", "author", "organization"))
+        return StoredAs.of(
+            f"gguf {_file_type(settings.get('general.file_type'))}".strip(),
+            coded,
+            rest,
+            tensors=sum(tensor.bytes for tensor, _ in self.described),
+            files=sum(path.stat().st_size for path in self.files),
+            made_by=next((str(one) for one in told if one), ""),
+        )
+
+    @cached_property
+    def _headers(self) -> list[GgufHeader]:
+        return [GgufHeader.of(path) for path in self.files]
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """What transformers' tables make of the file's settings, and of which tensors it holds.
+
+        Raises:
+            BadInput: it is of an architecture that transformers does not read from GGUF files.
+        """
+        from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, load_gguf_checkpoint
+
+        with TemporaryDirectory() as folder:
+            brief = Path(folder) / "brief.gguf"
+            self._write_brief(brief)
+            try:
+                settings: dict[str, Any] = load_gguf_checkpoint(str(brief))["config"]
+            except (ValueError, KeyError) as error:
+                known = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer"})
+                if "not supported" not in str(error):
+                    raise BadInput(f"its settings do not describe a model ({first_line(error)})") from None
+                raise BadInput(
+                    f"it is a GGUF file of the architecture {self.architecture}; transformers reads {', '.join(known)}"
+                ) from None
+        return settings
+
+    def _write_brief(self, path: Path) -> None:
+        """Write a file that says what this one says of the model, all parts together, without vocabulary and weights.
+
+        Transformers reads a file's settings with gguf's reader, which takes seconds for a vocabulary and believes every
+        length.
+        """
+        first = self._headers[0]
+        writer = GGUFWriter(path, self.architecture)
+        for key, value in first.settings.items():
+            if key == "general.architecture" or key.startswith("tokenizer."):
+                continue
+            if isinstance(value, list) and value:
+                writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=first.kinds[key])
+            elif isinstance(value, str) or not (isinstance(value, list) or first.kinds[key] == GGUFValueType.STRING):
+                writer.add_key_value(key, value, first.kinds[key])
+        for name in ("bos", "eos", "unknown", "padding"):
+            key = f"tokenizer.ggml.{name}_token_id"
+            if key in first.settings:
+                writer.add_key_value(key, first.settings[key], first.kinds[key])
+        words, size = first.settings.get("tokenizer.ggml.tokens"), f"{self.architecture}.vocab_size"
+        if isinstance(words, int) and size not in first.settings:
+            writer.add_key_value(size, words, GGUFValueType.UINT32)
+        for tensor, _ in self.described:
+            writer.add_tensor(tensor.name, np.zeros(1, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+class _Outline:
+    """The names of a network's weights, as transformers looks at them to find those of a GGUF file.
+
+    It looks at every module inside every other, and builds its table anew for each; whatever needs no prefix is found
+    in the network itself or one module below.
+    """
+
+    def __init__(self, network: Any, depth: int = 1) -> None:
+        self.config, self._network, self._depth = network.config, network, depth
+
+    def state_dict(self) -> Any:
+        return self._network.state_dict()
+
+    def named_children(self) -> list[tuple[str, Any]]:
+        inside = self._network.named_children() if self._depth else ()
+        return [(name, _Outline(child, self._depth - 1)) for name, child in inside if hasattr(child, "config")]
+
+
+def _made(target: str, of: Sequence[tuple[GgufTensor, Path]], *, processor: Any, names: dict[str, str]) -> Tensor:
+    """The weight that some tensors make, as transformers' processors of an architecture put it together."""
+    made: dict[str, Any] = {"tensors": {}}
+    for tensor, path in of:
+        values = dequantize(tensor.read(path), tensor.kind)
+        result = processor.process(weights=values, name=tensor.name, tensor_key_mapping=names, parsed_parameters=made)
+        if result.name is not None:
+            made["tensors"][target] = torch.from_numpy(np.require(result.weights, requirements=["C", "W", "O"]))
+    whole: Tensor = made["tensors"][target]
+    return whole
+
+
+def _coded(tensor: GgufTensor) -> Coded:
+    block, _ = GGML_QUANT_SIZES[tensor.kind]
+    digit = re.search(r"\d", tensor.kind.name)
+    bits = _TERNARY.get(tensor.kind) or float(digit[0] if digit else 8)
+    return Coded(tensor.shape, bits, block, tensor.kind.name)
+
+
+def _file_type(number: Any) -> str:
+    """What llama.cpp calls a mixture of types, e.g. ``Q4_K_M``; empty where the file does not say."""
+    try:
+        return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    except ValueError:
+        return ""

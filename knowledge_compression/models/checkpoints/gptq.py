@@ -1,0 +1,110 @@
+"""GPTQ checkpoints, versions 1 and 2: the layout of AutoGPTQ, GPTQModel and this program's own packed output.
+
+Each linear layer is ``qweight`` int32 ``[in * bits / 32, out]`` (codes packed along the inputs), ``qzeros`` int32
+``[groups, out * bits / 32]``, ``scales`` ``[groups, out]`` and ``g_idx`` int32 ``[in]``, the group of each input. A
+weight is ``scale * (code - zero)``. Version 1 stores every zero point less one, modulo ``2 ** bits``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models.checkpoints.base import Coded, Format, fits, needed, number
+from knowledge_compression.models.checkpoints.codes import unpacked
+from knowledge_compression.models.streamed import Described
+
+BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class Gptq(Format):
+    """GPTQ, see the module.
+
+    Attributes:
+        bits: of a code, where the layer's own tensors do not say it.
+        group_size: neighbouring inputs of one group, where the layer holds no ``g_idx``; -1 for all.
+        zero_offset: what was taken from every zero point before it was stored.
+        quantizer: who made the file, by its own word.
+    """
+
+    bits: int
+    group_size: int
+    zero_offset: int
+    quantizer: str = ""
+
+    name = "gptq"
+    methods = ("gptq",)
+    mark = ".qweight"
+    endings = (".qweight", ".qzeros", ".scales", ".g_idx")
+    layouts: ClassVar[Mapping[str, int]] = {"gptq": 1, "gptq_v2": 0}
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Gptq:
+        """The layout from ``checkpoint_format``, version 1 where it is not named."""
+        layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+        if layout not in cls.layouts or settings.get("is_marlin_format"):
+            named = "marlin" if settings.get("is_marlin_format") else layout
+            raise BadInput(f"it is a GPTQ checkpoint in the layout {named}; read are {', '.join(cls.layouts)}")
+        if (words := settings.get("pack_dtype", "int32")) != "int32":
+            raise BadInput(f"it is a GPTQ checkpoint packed in {words}; read is int32")
+        bits, size = number(settings, "bits", 4), number(settings, "group_size", -1)
+        meta = settings.get("meta")
+        made_by = meta.get("quantizer") if isinstance(meta, Mapping) else None
+        told = ", ".join(map(str, made_by)) if isinstance(made_by, list) else str(made_by or "")
+        return cls(bits or 4, size or -1, cls.layouts[layout], told)
+
+    @property
+    def made_by(self) -> str:
+        """What ``meta.quantizer`` says."""
+        return self.quantizer
+
+    def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
+        """Bits and inputs from ``qweight`` and ``g_idx``."""
+        needed(layer, parts, ".qweight", ".qzeros", ".scales")
+        rows, outputs = parts[".qweight"].matrix(f"{layer}.qweight")
+        groups, _ = parts[".scales"].matrix(f"{layer}.scales")
+        bits, inputs = self._width(layer, rows, parts[".g_idx"].count if ".g_idx" in parts else None)
+        fits(layer, ".scales", parts[".scales"].shape, (groups, outputs))
+        fits(layer, ".qzeros", parts[".qzeros"].shape, (groups, outputs * bits // 32))
+        if ".g_idx" not in parts and self._run(inputs) * groups != inputs:
+            raise BadInput(f"{layer} has {groups} groups and {inputs} inputs, and its groups have {self.group_size}")
+        return Coded((outputs, inputs), bits, inputs // groups)
+
+    def decode(self, layer: str, parts: Mapping[str, Tensor]) -> Tensor:
+        """``scale * (code - zero)``, of which every product is exact in float32."""
+        words, scales = parts[".qweight"], parts[".scales"].float()
+        places = parts.get(".g_idx")
+        bits, inputs = self._width(layer, len(words), None if places is None else len(places))
+        groups, outputs = scales.shape
+        if places is None:
+            places = torch.arange(inputs) // self._run(inputs)
+        if len(places) and not (int(places.min()) >= 0 and int(places.max()) < groups):
+            raise BadInput(f"{layer}.g_idx names group {int(places.max())}, and there are {groups}")
+        zeros = unpacked(parts[".qzeros"], bits, outputs) + self.zero_offset & (1 << bits) - 1
+        weight = unpacked(words.T, bits, inputs).float()
+        weight -= zeros.float().T[:, places.long()]
+        weight *= scales.T[:, places.long()]
+        return weight
+
+    def _width(self, layer: str, rows: int, inputs: int | None) -> tuple[int, int]:
+        """Bits of a code and number of inputs, which ``g_idx`` tells where there is one."""
+        if inputs is None:
+            bits, inputs = self.bits, rows * 32 // self.bits
+        else:
+            bits, left = divmod(rows * 32, max(1, inputs))
+            if left:
+                raise BadInput(
+                    f"{layer}.qweight has {rows} words for {inputs} inputs, which no number of bits explains"
+                )
+        if bits not in BITS:
+            raise BadInput(f"{layer} has codes of {bits} bits; a GPTQ checkpoint has {', '.join(map(str, BITS))}")
+        return bits, inputs
+
+    def _run(self, inputs: int) -> int:
+        return inputs if self.group_size < 1 else self.group_size

@@ -1,0 +1,90 @@
+"""A compressed checkpoint on the disk, and the network that its weights stand for.
+
+The weights are handed to transformers' own loader as values that are read and decoded when they are asked for, one at a
+time, so that its names, ties and conversions hold for compressed files too, and memory holds the decoded network and
+one layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from knowledge_compression.models.checkpoints.base import StoredAs
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_one_at_a_time = Lock()
+
+
+class Later:
+    """A weight that is made when the loader asks for all of it, as it asks for a slice of a safetensors file."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make = make
+
+    def __getitem__(self, everything: Any) -> Tensor:
+        """The whole weight; the loader's threads take turns, so that one is decoded at a time."""
+        with _one_at_a_time:
+            return self._make()
+
+
+class Stored(ABC):
+    """A compressed checkpoint on the disk: what it is, and what loading needs of it.
+
+    Attributes:
+        files: everything that decides what the model says.
+    """
+
+    files: Iterable[Path]
+
+    @abstractmethod
+    def configuration(self, **hub: Any) -> PretrainedConfig:
+        """The network's configuration, as if it had never been compressed."""
+
+    @abstractmethod
+    def tokenizer(self, **hub: Any) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+
+    @abstractmethod
+    def weights(self, skeleton: PreTrainedModel) -> Mapping[str, Later]:
+        """Every weight by the name that transformers' loader knows it under.
+
+        Args:
+            skeleton: the network on the meta device.
+
+        Raises:
+            BadInput: what is stored does not fit the network, or itself.
+        """
+
+    @abstractmethod
+    def record(self) -> StoredAs:
+        """What the file is.
+
+        Raises:
+            BadInput: what is stored does not fit itself.
+        """
+
+    def network(self, kind: Any, config: PretrainedConfig, dtype: torch.dtype | str) -> tuple[Any, Mapping[str, Any]]:
+        """The decoded network, and what transformers says of its loading.
+
+        Args:
+            kind: the auto class of such networks.
+            config: as :meth:`configuration` gave it.
+            dtype: of its weights; ``auto`` is the configuration's own.
+        """
+        with torch.device("meta"):
+            skeleton = kind.from_config(config)
+        if dtype == "auto":
+            dtype = config.dtype or torch.float16
+        loaded: Any = type(skeleton).from_pretrained(
+            None, config=config, state_dict=dict(self.weights(skeleton)), dtype=dtype, output_loading_info=True
+        )
+        return loaded[0], loaded[1]

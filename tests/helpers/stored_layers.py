@@ -1,0 +1,306 @@
+"""Layers as compressed files store them, made with numpy from random codes, beside the weights that they stand for.
+
+Nothing here is shared with the product: a stream of bits is numpy's ``packbits``, 4-bit floats are spelled from
+their bits, and every weight is computed from its definition.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Made:
+    """One stored layer.
+
+    Attributes:
+        tensors: by the endings of their names.
+        weight: what they stand for, ``[out, in]``, or as the network's parameter is.
+        settings: the ``quantization_config`` of a checkpoint of such layers.
+        bits: of a code.
+        group: how many weights share one scale.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    weight: Floats
+    settings: Mapping[str, Any]
+    bits: float
+    group: int
+    kind: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def stream(codes: NDArray[Any], bits: int) -> torch.Tensor:
+    """Rows of codes as rows of int32 words: one stream of bits each, filled up with zeros."""
+    rows = np.asarray(codes, dtype=np.uint8)
+    single = (rows[..., None] >> np.arange(bits)) & 1
+    flat = single.reshape(len(rows), -1)
+    flat = np.pad(flat, ((0, 0), (0, -flat.shape[1] % 32)))
+    return torch.from_numpy(np.packbits(flat.astype(np.uint8), axis=1, bitorder="little").view(np.int32).copy())
+
+
+def fp4_value(code: int) -> float:
+    """Sign, two bits of exponent, one of mantissa."""
+    exponent, mantissa = code >> 1 & 3, code & 1
+    size = mantissa * 0.5 if exponent == 0 else 2.0 ** (exponent - 1) * (1 + mantissa / 2)
+    return -size if code & 8 else size
+
+
+def e4m3_value(code: int) -> float:
+    """Sign, four bits of exponent less 7, three of mantissa; all ones are no number."""
+    exponent, mantissa = code >> 3 & 15, code & 7
+    size = mantissa / 8 * 2.0**-6 if exponent == 0 else 2.0 ** (exponent - 7) * (1 + mantissa / 8)
+    return float("nan") if code & 127 == 127 else -size if code & 128 else size
+
+
+E4M3 = np.array([e4m3_value(code) for code in range(256)], dtype=np.float32)
+
+
+def float8(codes: NDArray[Any]) -> torch.Tensor:
+    """Bytes as the numbers that torch reads in them."""
+    return torch.from_numpy(codes.astype(np.uint8)).view(torch.float8_e4m3fn)
+
+
+def finite_codes(rng: np.random.Generator, *shape: int) -> NDArray[Any]:
+    """Bytes of E4M3 that are numbers."""
+    codes = rng.integers(0, 256, shape)
+    return np.where(codes & 127 == 127, 0, codes)
+
+
+FP4 = np.array([fp4_value(code) for code in range(16)], dtype=np.float32)
+
+
+def halves(codes: NDArray[Any], low_first: bool = True) -> torch.Tensor:
+    """Rows of 4-bit codes, two a byte."""
+    pairs = np.asarray(codes, dtype=np.uint8).reshape(*codes.shape[:-1], -1, 2)
+    low, high = (pairs[..., 0], pairs[..., 1]) if low_first else (pairs[..., 1], pairs[..., 0])
+    return torch.from_numpy(low | high << 4)
+
+
+def gptq(
+    rng: np.random.Generator,
+    out: int,
+    inputs: int,
+    *,
+    bits: int = 4,
+    group: int = 32,
+    version: int = 1,
+    act_order: bool = False,
+    with_groups: bool = True,
+) -> Made:
+    """GPTQ, version 1 or 2."""
+    groups = inputs // group
+    places = np.arange(inputs) // group
+    if act_order:
+        rng.shuffle(places)
+    codes = rng.integers(0, 2**bits, (out, inputs))
+    zeros = rng.integers(0, 2**bits, (out, groups))
+    scales = rng.uniform(0.001, 0.1, (out, groups)).astype(np.float16)
+    stored_zeros = (zeros - 1) % 2**bits if version == 1 else zeros
+    weight = scales.astype(np.float64)[:, places] * (codes - zeros[:, places])
+    tensors = {
+        ".qweight": stream(codes, bits).T.contiguous(),
+        ".qzeros": stream(stored_zeros.T, bits),
+        ".scales": torch.from_numpy(scales.T.copy()),
+    }
+    if with_groups:
+        tensors[".g_idx"] = torch.from_numpy(places.astype(np.int32))
+    settings = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act_order, "sym": False}
+    settings |= {"checkpoint_format": "gptq" if version == 1 else "gptq_v2", "meta": {"quantizer": ["numpy:1"]}}
+    return Made(tensors, weight.astype(np.float32), settings, bits, group)
+
+
+def awq(rng: np.random.Generator, out: int, inputs: int, *, group: int = 32) -> Made:
+    """AWQ, gemm: of eight neighbouring outputs, a word holds numbers 0, 2, 4, 6, 1, 3, 5, 7, lowest first."""
+    groups = inputs // group
+    codes, zeros = rng.integers(0, 16, (inputs, out)), rng.integers(0, 16, (groups, out))
+    scales = rng.uniform(0.001, 0.1, (groups, out)).astype(np.float16)
+
+    def words(table: NDArray[Any]) -> torch.Tensor:
+        packed = np.zeros((len(table), out // 8), dtype=np.uint32)
+        for word in range(out // 8):
+            for place, column in enumerate([0, 2, 4, 6, 1, 3, 5, 7]):
+                packed[:, word] |= table[:, 8 * word + column].astype(np.uint32) << np.uint32(4 * place)
+        return torch.from_numpy(packed.view(np.int32))
+
+    each = np.repeat(np.arange(groups), group)
+    weight = scales.astype(np.float64)[each] * (codes - zeros[each])
+    tensors = {".qweight": words(codes), ".qzeros": words(zeros), ".scales": torch.from_numpy(scales)}
+    settings = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
+    return Made(tensors, weight.T.astype(np.float32), settings, 4, group)
+
+
+def packed(
+    rng: np.random.Generator,
+    out: int,
+    inputs: int,
+    *,
+    bits: int = 4,
+    group: int = 32,
+    symmetric: bool = True,
+    order: bool = False,
+    whole: bool = False,
+    scale_type: torch.dtype = torch.bfloat16,
+) -> Made:
+    """compressed-tensors, pack-quantized; ``whole`` packs only whole codes into a word, as early versions did."""
+    groups, half = inputs // group, 2 ** (bits - 1)
+    places = np.arange(inputs) // group
+    if order:
+        rng.shuffle(places)
+    codes = rng.integers(-half, half, (out, inputs))
+    zeros = np.zeros((out, groups), dtype=int) if symmetric else rng.integers(-half, half, (out, groups))
+    scales = torch.from_numpy(rng.uniform(0.001, 0.1, (out, groups))).to(scale_type)
+    weight = scales.double().numpy()[:, places] * (codes - zeros[:, places])
+    rows = codes + half
+    if whole:
+        run = 32 // bits
+        filled = np.pad(rows, ((0, 0), (0, -inputs % run))).reshape(-1, run)
+        words = stream(filled, bits).reshape(out, -1)
+    else:
+        words = stream(rows, bits)
+    tensors = {".weight_packed": words, ".weight_scale": scales, ".weight_shape": torch.tensor([out, inputs])}
+    if not symmetric:
+        tensors[".weight_zero_point"] = stream((zeros + half).T, bits).T.contiguous()
+    if order:
+        tensors[".weight_g_idx"] = torch.from_numpy(places.astype(np.int32))
+    weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": group, "symmetric": symmetric}
+    return Made(tensors, weight.astype(np.float32), _groups("pack-quantized", weights), bits, group)
+
+
+def plain(
+    rng: np.random.Generator, out: int, inputs: int, *, kind: str = "int", strategy: str = "channel", zero: bool = False
+) -> Made:
+    """compressed-tensors, int-quantized and float-quantized: by tensor, by output, by group or by block."""
+    shape = {
+        "tensor": (1,),
+        "channel": (out, 1),
+        "group": (out, inputs // 16),
+        "block": (-(-out // 24), -(-inputs // 40)),
+    }
+    cells = shape[strategy]
+    scales = rng.uniform(0.001, 0.1, cells).astype(np.float32)
+    if kind == "int":
+        codes: NDArray[Any] = rng.integers(-128, 128, (out, inputs)).astype(np.int8)
+        stored = torch.from_numpy(codes)
+    else:
+        codes = finite_codes(rng, out, inputs)
+        stored, codes = float8(codes), E4M3[codes]
+    rows, columns = {"tensor": (out, inputs), "channel": (1, inputs), "group": (1, 16), "block": (24, 40)}[strategy]
+    grid = np.broadcast_to(scales.reshape(1, 1), (1, 1)) if strategy == "tensor" else scales
+    each = np.repeat(np.repeat(grid, rows, 0), columns, 1)[:out, :inputs]
+    tensors = {".weight": stored, ".weight_scale": torch.from_numpy(scales)}
+    values = codes.astype(np.float32)
+    if zero:
+        zeros = rng.integers(-20, 20, cells).astype(np.int8)
+        tensors[".weight_zero_point"] = torch.from_numpy(zeros)
+        values = values - np.repeat(np.repeat(zeros.astype(np.float32), rows, 0), columns, 1)[:out, :inputs]
+    weights: dict[str, Any] = {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": not zero}
+    if strategy == "block":
+        weights["block_structure"] = [24, 40]
+    settings = _groups(f"{kind}-quantized", weights, activations={"num_bits": 8, "type": kind})
+    return Made(tensors, values * each, settings, 8, rows * columns)
+
+
+def nvfp4(rng: np.random.Generator, out: int, inputs: int) -> Made:
+    """compressed-tensors, nvfp4-pack-quantized."""
+    codes = rng.integers(0, 16, (out, inputs))
+    scales = rng.integers(8, 126, (out, inputs // 16))  # bytes of positive numbers
+    whole = np.float32(rng.uniform(100, 3000))
+    each = np.repeat(E4M3[scales] / whole, 16, 1)
+    tensors = {
+        ".weight_packed": halves(codes),
+        ".weight_scale": float8(scales),
+        ".weight_global_scale": torch.tensor([whole]),
+    }
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+    return Made(tensors, FP4[codes] * each, _groups("nvfp4-pack-quantized", weights), 4, 16)
+
+
+def mxfp4_packed(rng: np.random.Generator, out: int, inputs: int) -> Made:
+    """compressed-tensors, mxfp4-pack-quantized."""
+    codes, steps = rng.integers(0, 16, (out, inputs)), rng.integers(110, 140, (out, inputs // 32))
+    each = np.repeat(np.ldexp(np.float32(1), steps - 127), 32, 1).astype(np.float32)
+    tensors = {".weight_packed": halves(codes), ".weight_scale": torch.from_numpy(steps.astype(np.uint8))}
+    weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
+    return Made(tensors, FP4[codes] * each, _groups("mxfp4-pack-quantized", weights), 4, 32)
+
+
+def four_bit(
+    rng: np.random.Generator, out: int, inputs: int, *, kind: str = "nf4", run: int = 64, nested: bool = False
+) -> Made:
+    """bitsandbytes: NF4 or FP4, the scales quantized too where ``nested``."""
+    count = out * inputs
+    codes, values = rng.integers(0, 16, count), np.sort(rng.uniform(-1, 1, 16)).astype(np.float32)
+    runs = -(-count // run)
+    state: dict[str, Any] = {"quant_type": kind, "blocksize": run, "dtype": "bfloat16", "shape": [out, inputs]}
+    tensors = {
+        ".weight": halves(np.pad(codes, (0, count % 2))[None], low_first=False).reshape(-1, 1),
+        ".weight.quant_map": torch.from_numpy(values),
+    }
+    if nested:
+        table = np.sort(rng.uniform(-1, 1, 256)).astype(np.float32)
+        places, blocks = rng.integers(0, 256, runs), rng.uniform(0.1, 1, -(-runs // 256)).astype(np.float32)
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.25}
+        tensors[".weight.absmax"] = torch.from_numpy(places.astype(np.uint8))
+        tensors[".weight.nested_absmax"] = torch.from_numpy(blocks)
+        tensors[".weight.nested_quant_map"] = torch.from_numpy(table)
+        scales = table[places] * np.repeat(blocks, 256)[:runs] + np.float32(0.25)
+    else:
+        scales = rng.uniform(0.01, 1, runs).astype(np.float32)
+        tensors[".weight.absmax"] = torch.from_numpy(scales)
+    told = np.frombuffer(json.dumps(state).encode(), dtype=np.uint8).copy()
+    tensors[f".weight.quant_state.bitsandbytes__{kind}"] = torch.from_numpy(told)
+    weight = values[codes] * np.repeat(scales, run)[:count]
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    return Made(tensors, weight.reshape(out, inputs), settings, 4, run, kind.upper())
+
+
+def eight_bit(rng: np.random.Generator, out: int, inputs: int) -> Made:
+    """bitsandbytes: LLM.int8()."""
+    codes, scales = rng.integers(-127, 128, (out, inputs)).astype(np.int8), rng.uniform(0.1, 4, out).astype(np.float32)
+    tensors = {".weight": torch.from_numpy(codes), ".SCB": torch.from_numpy(scales)}
+    tensors[".weight_format"] = torch.tensor(0, dtype=torch.uint8)
+    weight = (codes.astype(np.float32) * scales[:, None]) * np.float32(1 / 127)
+    return Made(tensors, weight, {"quant_method": "bitsandbytes", "load_in_8bit": True}, 8, inputs)
+
+
+def block_fp8(rng: np.random.Generator, out: int, inputs: int, *, block: tuple[int, int] = (24, 40)) -> Made:
+    """Block FP8 with blocks that need not divide the layer."""
+    codes = finite_codes(rng, out, inputs)
+    scales = rng.uniform(0.001, 0.1, (-(-out // block[0]), -(-inputs // block[1]))).astype(np.float32)
+    each = np.repeat(np.repeat(scales, block[0], 0), block[1], 1)[:out, :inputs]
+    tensors = {
+        ".weight": float8(codes),
+        ".weight_scale_inv": torch.from_numpy(scales),
+    }
+    settings = {"quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic"}
+    return Made(tensors, E4M3[codes] * each, settings, 8, block[0] * block[1])
+
+
+def experts(rng: np.random.Generator, count: int, out: int, inputs: int) -> Made:
+    """MXFP4 of gpt-oss: a bank of experts."""
+    codes = rng.integers(0, 16, (count, out, inputs // 32, 32))
+    steps = rng.integers(110, 140, (count, out, inputs // 32))
+    values = FP4[codes] * np.ldexp(np.float32(1), steps - 127)[..., None]
+    tensors = {"_blocks": halves(codes), "_scales": torch.from_numpy(steps.astype(np.uint8))}
+    weight = values.reshape(count, out, inputs).transpose(0, 2, 1).astype(np.float32)
+    return Made(tensors, np.ascontiguousarray(weight), {"quant_method": "mxfp4"}, 4, 32)
+
+
+def _groups(layout: str, weights: dict[str, Any], activations: Any = None) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "format": layout}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "config_groups": {"group_0": group},
+        "version": "0.20",
+    }

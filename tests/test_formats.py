@@ -1,0 +1,269 @@
+"""Compressed checkpoints of every format, against decoders in numpy that share nothing with the product."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+from helpers import stored_layers as made_of
+from helpers.networks import build_network
+from helpers.stored_layers import Made
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models.checkpoints.folder import FORMATS, QuantizedFolder
+from knowledge_compression.models.loading import LocalModel
+
+Maker = Callable[..., Made]
+LAYERS: dict[str, Maker] = {
+    **{f"gptq-v{v}-{b}": partial(made_of.gptq, bits=b, version=v) for v in (1, 2) for b in (2, 3, 4, 8)},
+    "gptq-act-order": partial(made_of.gptq, act_order=True),
+    "gptq-3-bits-act-order": partial(made_of.gptq, bits=3, act_order=True, version=2),
+    "gptq-no-g-idx": partial(made_of.gptq, with_groups=False),
+    "awq": made_of.awq,
+    **{f"ct-packed-{b}": partial(made_of.packed, bits=b) for b in (2, 3, 4, 5, 6, 8)},
+    "ct-packed-asymmetric": partial(made_of.packed, symmetric=False),
+    "ct-packed-3-asymmetric": partial(made_of.packed, bits=3, symmetric=False),
+    "ct-packed-ordered": partial(made_of.packed, order=True, symmetric=False),
+    "ct-packed-3-whole-codes": partial(made_of.packed, bits=3, whole=True),
+    **{f"ct-int-{s}": partial(made_of.plain, strategy=s) for s in ("tensor", "channel", "group", "block")},
+    **{f"ct-float-{s}": partial(made_of.plain, kind="float", strategy=s) for s in ("tensor", "channel", "block")},
+    "ct-int-zero": partial(made_of.plain, zero=True),
+    "ct-nvfp4": made_of.nvfp4,
+    "ct-mxfp4": made_of.mxfp4_packed,
+    **{f"bnb-{k}": partial(made_of.four_bit, kind=k) for k in ("nf4", "fp4")},
+    "bnb-nf4-nested": partial(made_of.four_bit, nested=True),
+    "bnb-int8": made_of.eight_bit,
+    "fp8": made_of.block_fp8,
+}
+PACKED_EVENLY = {"gptq", "awq"}  # formats whose outputs and inputs fill whole words
+# MXFP4 has blocks of 32; 48 codes of 3 bits fill five words either way, and are read as they are packed today.
+NOT_ODD = {"ct-mxfp4", "ct-packed-3-whole-codes"}
+
+
+def format_of(made: Made) -> Any:
+    settings = made.settings
+    method = settings["quant_method"]
+    if method == "bitsandbytes":
+        method += "_8bit" if settings.get("load_in_8bit") else "_4bit"
+    return next(one for one in FORMATS if method in one.methods).of(settings)
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (64, 32), (96, 160)], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_reads_as_the_floats_that_it_stands_for(name: str, shape: tuple[int, int]) -> None:
+    made = LAYERS[name](np.random.default_rng(0), *shape)
+    form = format_of(made)
+    weight = form.decode("layer", {end: made.tensors[end] for end in form.endings if end in made.tensors})
+    assert weight.dtype == torch.float32 and weight.shape == made.weight.shape
+    assert np.array_equal(weight.numpy(), made.weight)
+
+
+@pytest.mark.parametrize("shape", [(7, 48), (5, 16), (13, 208)], ids=str)
+@pytest.mark.parametrize("name", [n for n in LAYERS if n.partition("-")[0] not in PACKED_EVENLY and n not in NOT_ODD])
+def test_odd_shapes(name: str, shape: tuple[int, int]) -> None:
+    maker = LAYERS[name]
+    made = maker(np.random.default_rng(1), *shape, **({"group": 16} if "packed" in name else {}))
+    form = format_of(made)
+    weight = form.decode("layer", {end: made.tensors[end] for end in form.endings if end in made.tensors})
+    assert np.array_equal(weight.numpy(), made.weight)
+
+
+def test_a_bank_of_experts() -> None:
+    made = made_of.experts(np.random.default_rng(0), 3, 10, 64)
+    weight = format_of(made).decode("bank", made.tensors)
+    assert np.array_equal(weight.numpy(), made.weight)
+
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "tie_word_embeddings": False}
+
+
+@pytest.fixture
+def stored(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., tuple[Path, dict[str, Made]]]:
+    """``stored(maker)`` makes a folder of a small LLaMA whose block linears are stored so, and gives what it made."""
+
+    def make(maker: Maker, architecture: str = "llama", **wide: Any) -> tuple[Path, dict[str, Made]]:
+        network = build_network(architecture, **(wide or WIDE))
+        folder = tmp_path / "stored"
+        network.half().save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        state = load_file(folder / "model.safetensors")
+        rng, layers = np.random.default_rng(3), {}
+        for name in list(state):
+            turned = architecture == "gpt2"
+            block = ".layers." in name or ".h." in name
+            if block and name.endswith(".weight") and state[name].dim() == 2:
+                shape = tuple(state.pop(name).shape)
+                made = maker(rng, *(shape[::-1] if turned else shape))
+                path = name.removesuffix(".weight")
+                state |= {path + end: tensor.contiguous() for end, tensor in made.tensors.items()}
+                layers[path] = made
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        write_settings(folder, next(iter(layers.values())).settings)
+        return folder, layers
+
+    return make
+
+
+def write_settings(folder: Path, settings: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+
+
+WHOLE = ["gptq-v1-4", "gptq-act-order", "awq", "ct-packed-asymmetric", "ct-float-channel", "ct-nvfp4", "ct-mxfp4"]
+WHOLE += ["bnb-nf4-nested", "bnb-int8", "fp8"]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_folder_loads_as_the_model_that_it_stands_for(
+    name: str, stored: Callable[..., tuple[Path, dict[str, Made]]]
+) -> None:
+    folder, layers = stored(LAYERS[name])
+    model = LocalModel("local", str(folder)).load("cpu", "float32")
+    state = model.network.state_dict()
+    assert len(layers) == 14
+    for path, made in layers.items():
+        assert np.array_equal(state[f"{path}.weight"].numpy(), made.weight), path
+    plain = load_file(folder / "model.safetensors")
+    norm = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(state[norm], plain[norm].float())
+    told, one = model.on_disk, next(iter(layers.values()))
+    assert told is not None and told.bits == one.bits
+    assert told.bytes == (folder / "model.safetensors").stat().st_size
+    held = sum(
+        t.numel() * t.element_size() for m in layers.values() for e, t in m.tensors.items() if e != ".weight_format"
+    )
+    weights = sum(made.weight.size for made in layers.values())
+    assert told.layer_bits == pytest.approx(8 * held / weights)
+    assert sum(told.weights.values()) == model.parameter_count()
+
+
+def test_a_transposed_layer_is_turned(stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:
+    folder, layers = stored(LAYERS["gptq-v2-4"], "gpt2", n_embd=64)
+    state = LocalModel("local", str(folder)).load("cpu", "float32").network.state_dict()
+    for path, made in layers.items():
+        assert np.array_equal(state[f"{path}.weight"].numpy(), made.weight.T), path
+
+
+def test_settings_beside_the_configuration_are_found(stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:
+    folder, layers = stored(LAYERS["gptq-v1-4"])
+    settings = dict(next(iter(layers.values())).settings)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"], settings["quant_method"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    model = LocalModel("local", str(folder)).load("cpu", "float32")
+    assert model.on_disk is not None and (model.stored_as.format, model.stored_as.made_by) == ("gptq", "numpy:1")
+
+
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "marlin": ("gptq-v1-4", {"checkpoint_format": "marlin"}, "in the layout marlin; read are gptq, gptq_v2"),
+    "gemv": ("awq", {"version": "gemv"}, "in the layout gemv; read is gemm"),
+    "awq-3": ("awq", {"bits": 3}, "of 3 bits; the gemm layout has 4"),
+    "words": ("gptq-v1-4", {"bits": "four"}, "bits='four', which should be a whole number"),
+    "groups": ("ct-int-channel", {"config_groups": {}}, "has no config_groups"),
+    "sparse": (
+        "ct-int-channel",
+        {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        "sparse layout sparse-24-bitmask",
+    ),
+    "blocks": ("fp8", {"weight_block_size": [0, 1]}, "should be two sizes"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_settings_that_are_not_read_are_one_line(
+    name: str, stored: Callable[..., tuple[Path, dict[str, Made]]]
+) -> None:
+    layer, changes, message = WRONG[name]
+    folder, layers = stored(LAYERS[layer])
+    write_settings(folder, dict(next(iter(layers.values())).settings) | changes)
+    with pytest.raises(BadInput, match=message) as caught:
+        LocalModel("local", str(folder)).skeleton()
+    assert "\n" not in str(caught.value)
+
+
+DAMAGE: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor | None], str]] = {
+    "scales": ("gptq-v1-4", ".scales", lambda t: t[:, :-1].clone(), r"\.scales has the shape|\.qzeros has the shape"),
+    "zeros": ("gptq-v1-4", ".qzeros", lambda t: None, r"and not .*\.qzeros, without which"),
+    "words": ("gptq-v1-4", ".qweight", lambda t: t[:-1].clone(), "which no number of bits explains"),
+    "groups": ("gptq-act-order", ".g_idx", lambda t: t + 7, r"\.g_idx names group"),
+    "awq": ("awq", ".qzeros", lambda t: t[:, :-1].clone(), r"\.qzeros has the shape"),
+    "shape": ("ct-packed-4", ".weight_shape", lambda t: t * 2, r"\.weight_packed has .* words a row"),
+    "dense": ("ct-int-channel", ".weight", lambda t: t.half(), "so it is not compressed yet"),
+    "global": ("ct-nvfp4", ".weight_global_scale", lambda t: None, r"and not .*\.weight_global_scale"),
+    "state": ("bnb-nf4", ".weight.quant_state.bitsandbytes__nf4", lambda t: t[:9].clone(), "is not what bitsandbytes"),
+    "bytes": ("bnb-nf4", ".weight", lambda t: t[:-1].clone(), "bytes, and its settings say"),
+    "int8": ("bnb-int8", ".SCB", lambda t: t[:-1].clone(), r"\.SCB has the shape"),
+    "cells": ("fp8", ".weight_scale_inv", lambda t: t[:-1].clone(), r"\.weight_scale_inv has the shape"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_tensors_that_do_not_fit_are_one_line(name: str, stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:
+    layer, ending, change, message = DAMAGE[name]
+    folder, layers = stored(LAYERS[layer])
+    state = load_file(folder / "model.safetensors")
+    key = next(iter(layers)) + ending
+    changed = change(state.pop(key))
+    save_file(state if changed is None else state | {key: changed}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match=message) as caught:
+        LocalModel("local", str(folder)).load("cpu", "float32")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_layer_of_another_network_is_one_line(stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:
+    folder, _ = stored(LAYERS["gptq-v1-4"])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    with pytest.raises(
+        BadInput, match=r"stands for weights of shape \[64, 96\], and the configuration describes \[64, 128\]"
+    ):
+        LocalModel("local", str(folder)).load("cpu", "float32")
+
+
+def test_a_file_that_is_cut_short_is_one_line(stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:
+    folder, _ = stored(LAYERS["awq"])
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadInput, match="holds no safetensors weights that can be read"):
+        LocalModel("local", str(folder)).load("cpu", "float32")
+
+
+def test_unknown_formats_are_left_to_transformers(stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:
+    folder, _ = stored(LAYERS["awq"])
+    write_settings(folder, {"quant_method": "no-such-method"})
+    assert QuantizedFolder.at(folder) is None
+    with pytest.raises(BadInput) as caught:
+        LocalModel("local", str(folder)).load("cpu", "float32")
+    assert "\n" not in str(caught.value)
+
+
+def test_memory_holds_the_model_and_one_layer(
+    stored: Callable[..., tuple[Path, dict[str, Made]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader's threads run ahead, but no two layers are decoded at a time."""
+    folder, _ = stored(LAYERS["gptq-v1-4"])
+    decoding, most = 0, 0
+    from knowledge_compression.models.checkpoints.gptq import Gptq
+
+    before = Gptq.decode
+
+    def counted(self: Gptq, layer: str, parts: Any) -> torch.Tensor:
+        nonlocal decoding, most
+        decoding += 1
+        most = max(most, decoding)
+        weight = before(self, layer, parts)
+        decoding -= 1
+        return weight
+
+    monkeypatch.setattr(Gptq, "decode", counted)
+    LocalModel("local", str(folder)).load("cpu", "float32")
+    assert most == 1
