@@ -160,7 +160,7 @@ def test_settings_beside_the_configuration_are_found(stored: Callable[..., tuple
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "quantize_config.json").write_text(json.dumps(settings))
     model = LocalModel("local", str(folder)).load("cpu", "float32")
-    assert model.on_disk is not None and (model.stored_as.format, model.stored_as.made_by) == ("gptq", "numpy:1")
+    assert model.on_disk is not None and (model.on_disk.format, model.on_disk.made_by) == ("gptq", "numpy:1")
 
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
