@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import polars as pl
 import torch
@@ -38,6 +38,7 @@ from knowledge_compression.recovery.base import Recovery
 from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results.environment import environment
 from knowledge_compression.results.layer_map import layer_map
+from knowledge_compression.results.secrets import hidden
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.results.tracker import Tracker
 from knowledge_compression.results.workplace import Workplace
@@ -172,11 +173,11 @@ class Experiment:
         """The parts as plain data: what ``config.yaml`` keeps, trackers show and tables name.
 
         ``choices`` has what each part is called, ``identity`` what of all this decides; a run in which nothing is drawn
-        has no ``seed``.
+        has no ``seed``. What looks like a secret is left out.
         """
         parts = {"model": self.source, "target": self.target, "compression": self.compression}
         parts |= {"recovery": self.recovery, "corpus": self.corpus}
-        return {
+        told = {
             "choices": self.choices,
             **{name: plain(part) for name, part in parts.items()},
             "eval": {name: plain(suite) for name, suite in self.suites.items()},
@@ -188,6 +189,7 @@ class Experiment:
             "scoring_dtype": self.scoring_dtype,
             "identity": self.identity,
         }
+        return cast(dict[str, Any], hidden(told))
 
     @cached_property
     def scored_in(self) -> torch.dtype | None:

@@ -14,7 +14,7 @@ import knowledge_compression
 from helpers.experiments import SUITE, made
 from knowledge_compression.compression.kept import KeptModels
 from knowledge_compression.results.environment import environment
-from knowledge_compression.results.secrets import is_secret, without_secrets
+from knowledge_compression.results.secrets import hidden, is_secret, without_secrets
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.tracker import NoTracker
 
@@ -50,6 +50,36 @@ def test_secrets_are_known_by_name_by_shape_and_by_the_environment(monkeypatch: 
         is_secret("model_hub_token", 1) and is_secret("a", TOKEN) and is_secret("a", "x9") and is_secret("a", "0f" * 20)
     )
     assert not is_secret("tokens", 7) and not is_secret("a", "0f" * 32)  # a digest of another length
+
+
+def test_settings_lose_their_secrets_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "x9")
+    monkeypatch.setenv("OTHER_TOKEN", "8")
+    commit = "0a" * 20
+    sound = {
+        "model": {"revision": commit, "path": f"/hub/snapshots/{commit}", "content": f"a/b@{commit}", "stream": True}
+    }
+    sound |= {"tokens": 7, "eval": [{"limit": 8, "name": None}], "text": "a key: word", "digest": "0f" * 8}
+    assert hidden(sound) == sound
+    told = {"hub_token": 5, "deep": [{"api_key": "k", "ways": ["x9", TOKEN]}], "address": "https://me:mypass@host/x"}
+    told |= {"setup": [f"export HF_TOKEN={TOKEN}", "export MY_PASSWORD='open sesame'; run", commit]}
+    assert hidden(told) == {
+        "hub_token": "***",
+        "deep": [{"api_key": "***", "ways": ["***", "***"]}],
+        "address": "https://***@host/x",
+        "setup": ["export HF_TOKEN=***", "export MY_PASSWORD=***; run", "***"],
+    }
+
+
+def test_config_yaml_keeps_no_secret(tmp_path: Path, tiny_folder: Path) -> None:
+    folder = tmp_path / f"of-{TOKEN}"
+    folder.symlink_to(tiny_folder)
+    experiment = made(folder, {"a": SUITE})
+    run = experiment.run(RunStore(tmp_path / "outputs"), NoTracker())
+    assert run.folder is not None
+    assert all(TOKEN.encode() not in path.read_bytes() for path in run.folder.iterdir())
+    assert "of-***" in (run.folder / "config.yaml").read_text()
+    assert run.id == made(tiny_folder, {"a": SUITE}).id
 
 
 def test_nothing_in_the_package_reads_or_writes_a_pickle() -> None:

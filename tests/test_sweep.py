@@ -184,3 +184,11 @@ def test_a_plan_from_the_command_line(command: Any, tmp_path: Path) -> None:
     status, said = command("target=all", "sparsity=0.2", "run.plan=true")
     assert status == 0 and "2 runs to do" in said
     assert not (tmp_path / "outputs").exists()
+
+
+def test_what_a_sweep_keeps_holds_no_secret(command: Any, tmp_path: Path) -> None:
+    status, _ = command("-m", "target=all", "sparsity=0.2,0.3", "+hydra.job.env_set.HUB_TOKEN=opensesame")
+    assert status == 0
+    kept = [path for path in (tmp_path / "outputs").rglob("*") if path.is_file()]
+    assert {"multirun.yaml", "plan.json", "config.yaml"} <= {path.name for path in kept}
+    assert not [path for path in kept if b"opensesame" in path.read_bytes()]

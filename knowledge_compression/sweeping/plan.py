@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from knowledge_compression.errors import BadInput, first_line
+from knowledge_compression.results.secrets import hidden
 
 DONE, FAILED, BAD_INPUT = "done", "failed", "bad input"
 
@@ -121,5 +122,5 @@ _SWEEP, _OUTCOME = TypeAdapter(_Plan), TypeAdapter(Outcome)
 
 def _write(path: Path, content: object) -> None:
     scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    scratch.write_text(json.dumps(hidden(content), indent=1, ensure_ascii=False) + "\n")
     scratch.rename(path)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from knowledge_compression.cache import check_cache
 from knowledge_compression.configuration import Values, settings_of, values_of
 from knowledge_compression.errors import BadInput
+from knowledge_compression.results.secrets import hidden
 from knowledge_compression.sweeping.cli import EXIT_STATUS, one_line, settled_by_classes
 from knowledge_compression.sweeping.combinations import combinations
 from knowledge_compression.sweeping.launching import ProcessLauncher
@@ -153,7 +155,8 @@ class PlannedSweeper(Sweeper):
         names = labels([run.overrides for run in planned])
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(self.config, folder / "multirun.yaml")
+            told = hidden(OmegaConf.to_container(self.config, enum_to_str=True))
+            (folder / "multirun.yaml").write_text(yaml.safe_dump(told, sort_keys=False, allow_unicode=True))
             write_plan(folder, planned, self.config.hydra.launcher.get("at_once", 1))
         except OSError as error:
             raise BadInput(f"output.dir={self.config.output.dir} cannot be written ({error.strerror})") from None
