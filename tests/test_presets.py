@@ -19,14 +19,14 @@ PRESETS = sorted(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("small", ["small_smollm2", "small_world"])
+@pytest.mark.parametrize("small", ["small_smollm2", "small_study", "small_world"])
 def test_every_preset_has_a_small_form(small):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for preset in PRESETS:
             chosen = f"+experiment=[{FOLDER}/{preset},{FOLDER}/{small}]"
             config = compose("config", [chosen], return_hydra_config=True)
             params = config.hydra.sweeper.params
-            assert params.model == {"small_smollm2": "smollm2", "small_world": "world_decoder_long"}[small]
+            assert params.model == ("world_decoder_long" if small == "small_world" else "smollm2")
             first = [f"{key}={_first(str(value))}" for key, value in params.items()]
             job = compose("config", [chosen, *first, "data_dir=somewhere"], return_hydra_config=True)
             experiment = experiment_from(job, job.hydra.runtime.choices)
