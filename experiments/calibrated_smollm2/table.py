@@ -8,7 +8,8 @@
 DIR holds local data (docs/data.md). Calibration: 32 windows of 512 tokens of C4, seed 0 (or 1, 2 where a row says so);
 perplexity: WikiText-2 raw test in windows of 512, 74 evenly spaced. ``run.py target=all corpus=c4 corpus.samples=32
 corpus.length=512 eval=[perplexity] eval.perplexity.window=512 eval.perplexity.limit=74 data_dir=DIR compression=gptq
-compression.bits=3`` is one row of it. The references' figures were measured with their own code under this protocol.
+compression.bits=3`` is one row of it. The references' figures were measured once, with their own code
+under this protocol; that script is not kept.
 """
 
 from __future__ import annotations
