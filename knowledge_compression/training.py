@@ -1,7 +1,7 @@
 """The project's one training loop: the controlled world's models, LoRA and soft prompts all go through :func:`train`.
 
-What happens in a step (which windows, which masks, which dropout) is decided by its number and the seed alone, so a
-checkpoint needs no generator states, and an interrupted training goes on to the very result it would have had.
+Everything random in a step (windows, masks, dropout) is determined by its number and the seed, so a checkpoint needs no
+generator states, and an interrupted training resumes to exactly the result of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -33,28 +33,30 @@ from knowledge_compression.progress import bars
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of a checkpoint; raised when an old one would be continued wrongly
+FORMAT = 1  # of a checkpoint; raised whenever an old one would be resumed wrongly
 LogCallback = Callable[[Mapping[str, float], int], None]
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How long and how to train; the budget is given in steps or in tokens.
+    """The training settings; the budget is given in steps or in tokens.
 
     Attributes:
         steps: optimizer steps.
-        tokens: tokens to see (window length times windows), rounded up to whole steps; instead of ``steps``.
-        batch_size: windows in one forward pass.
-        accumulate: forward passes in one optimizer step.
-        learning_rate: highest learning rate of AdamW.
-        weight_decay: its decoupled weight decay, on matrices only (norms and biases are left alone).
+        tokens: number of training tokens (window length times windows), rounded up to whole steps; instead of
+            ``steps``.
+        batch_size: windows per forward pass.
+        accumulate: forward passes per optimizer step.
+        learning_rate: peak learning rate of AdamW.
+        weight_decay: its decoupled weight decay, on matrices only (not on norms and biases).
         betas: its averaging rates.
         warmup: share of the steps over which the learning rate rises linearly.
         schedule: ``linear`` (falls to zero after the warm-up) or ``constant``.
-        clip: largest norm of the gradient; 0 leaves it as it is.
-        precision: of the products of a float32 network: ``auto`` (see ``models.device``), ``float32`` or ``bfloat16``.
+        clip: maximum norm of the gradient; 0 does not clip.
+        precision: dtype of the products of a float32 network: ``auto`` (see ``models.device``), ``float32`` or
+            ``bfloat16``.
         checkpoint_every: steps between checkpoints.
-        seed: decides order, masks and dropout.
+        seed: determines order, masks and dropout.
     """
 
     steps: int | None = None
@@ -72,7 +74,7 @@ class TrainingSettings:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot be meant."""
+        """Refuse invalid settings."""
         if (self.steps is None) == (self.tokens is None):
             raise BadInput("training needs a budget: give either steps or tokens")
         for name in ("steps", "tokens", "batch_size", "accumulate", "checkpoint_every"):
@@ -85,7 +87,7 @@ class TrainingSettings:
                 raise BadInput(f"training: {name}={value} does not exist; choose one of {', '.join(choices)}")
 
     def steps_over(self, length: int) -> int:
-        """Optimizer steps for windows of ``length`` tokens."""
+        """Number of optimizer steps for windows of ``length`` tokens."""
         if self.steps is not None:
             return self.steps
         assert self.tokens is not None
@@ -101,18 +103,17 @@ class TrainingSettings:
 
 @dataclass
 class TrainingReport:
-    """What a training did.
+    """The report on a training.
 
     Attributes:
         steps: optimizer steps.
-        tokens: tokens seen.
-        parameters: parameters trained.
-        loss_before, loss_after: mean loss (nats a predicted token) over the first and the last tenth of the steps.
-        seconds: wall time, that before an interruption included.
-        resumed_at: step at which it went on after an interruption, None where there was none.
-        multiplied_in: type of the products, e.g. ``bfloat16`` (see ``models.device``).
-        windows_at_once: windows in one forward pass after memory had not sufficed for ``batch_size`` of them, None
-            where it did.
+        tokens: number of training tokens.
+        parameters: number of trained parameters.
+        loss_before, loss_after: mean loss (nats per predicted token) over the first and the last tenth of the steps.
+        seconds: wall time, including the time before an interruption.
+        resumed_at: step at which it resumed after an interruption; None if there was none.
+        multiplied_in: dtype of the products, e.g. ``bfloat16`` (see ``models.device``).
+        windows_at_once: windows per forward pass if memory did not suffice for ``batch_size`` of them; otherwise None.
     """
 
     steps: int
@@ -127,7 +128,7 @@ class TrainingReport:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens seen a second."""
+        """Training tokens per second."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -149,17 +150,18 @@ def train(
 
     Args:
         network: on its device already; left in evaluation mode.
-        windows: token ids ``[windows, length]`` on the CPU; each epoch sees all of them in another order.
-        objective: gives the summed loss of a batch and the number of tokens it predicted. Its masks come from torch's
-            global generators, which are seeded for every step and put back at the end.
+        windows: token ids ``[windows, length]`` on the CPU; each epoch uses all of them in a different order.
+        objective: returns the summed loss of a batch and the number of tokens that it predicted. Its masks come from
+            torch's global generators, which are seeded for every step and restored at the end.
         settings: budget and optimizer.
-        checkpoint: file to keep the state in (safetensors). One that is there and belongs to this very training is
-            gone on from; any other is written over.
-        report_to: called every ten steps with loss, learning rate and tokens a second, and the step.
-        label: what the progress bar says.
+        checkpoint: file for the training state (safetensors). An existing checkpoint of the same training is resumed;
+            any other is overwritten.
+        report_to: called every ten steps with loss, learning rate, tokens per second, and the step.
+        label: label of the progress bar.
 
     Raises:
-        BadInput: nothing to train, no window, or a loss that is no number (the last good checkpoint stays).
+        BadInput: there is nothing to train, there is no window, or the loss is not finite (the last good checkpoint
+            stays).
     """
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     if not parameters:
@@ -168,7 +170,7 @@ def train(
         raise BadInput(f"{label}: there is no window of text to train on; give more text or shorter windows")
 
     device = next(iter(parameters.values())).device
-    # What is trained may be float32 beside narrower weights, which stay as they are.
+    # Trained parameters may be float32 while the other weights are narrower and stay unchanged.
     floats = [p for p in network.parameters() if p.is_floating_point()]
     stored = next((p.dtype for p in floats if not p.requires_grad), floats[0].dtype)
     narrower = Device.of(device).product_dtype(settings.precision, stored, "training: precision")
@@ -240,9 +242,9 @@ def _step(
     *,
     narrower: torch.dtype | None,
 ) -> float:
-    """One optimizer step; gives the mean loss of its predicted tokens, and takes no step where that is no number.
+    """Take one optimizer step and return the mean loss of its predicted tokens; if that is not finite, take no step.
 
-    Products are done in ``narrower`` where that is given.
+    Products are computed in ``narrower`` if it is given.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
@@ -250,7 +252,7 @@ def _step(
     for part in parts:
         with multiplied_in(narrower, device):
             loss, count = objective(network, cast("LongTensor", part.to(device)))
-        (loss / size).backward()  # about a mean; made exact below, when all parts have been counted
+        (loss / size).backward()  # approximately a mean; corrected below, once all parts have been counted
         total += loss.detach()
         tokens += count
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -266,7 +268,7 @@ def _step(
 
 
 def _batch(windows: LongTensor, settings: TrainingSettings, step: int) -> LongTensor:
-    """The windows of a step: epoch after epoch, each in an order of its own."""
+    """The windows of a step: epoch after epoch, each in a different order."""
     size = settings.batch_size * settings.accumulate
     places = range(step * size, (step + 1) * size)
     count = len(windows)
@@ -307,7 +309,7 @@ def _progress() -> Progress:
 
 
 def _identity(parameters: Mapping[str, nn.Parameter], windows: Tensor, settings: TrainingSettings) -> str:
-    """Digest of what a checkpoint must share with the training that resumes from it."""
+    """Digest of everything that a checkpoint must share with the training that resumes from it."""
     sha = hashlib.sha256()
     deciding = {key: value for key, value in asdict(settings).items() if key != "checkpoint_every"}
     shapes = {name: [str(p.dtype), *p.shape] for name, p in parameters.items()}
@@ -317,11 +319,11 @@ def _identity(parameters: Mapping[str, nn.Parameter], windows: Tensor, settings:
 
 
 class _State:
-    """Where a training stands; on disk one safetensors file with the figures in its header."""
+    """The state of a training; on disk, one safetensors file with the figures in its header."""
 
     def __init__(self, identity: str, windows_at_once: int) -> None:
         self.identity = identity
-        self.windows_at_once = windows_at_once  # in one forward pass; it decides masks, so it is gone on with
+        self.windows_at_once = windows_at_once  # per forward pass; it affects the masks, so it is kept on resuming
         self.step = 0
         self.seconds = 0.0
         self.losses: list[float] = []
@@ -341,14 +343,14 @@ class _State:
     def resume(
         self, path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, label: str
     ) -> None:
-        """Take over the state at ``path``, if it is there, whole, and of this very training."""
+        """Restore the state at ``path``, if it exists, is complete, and belongs to the same training."""
         if not path.is_file():
             return
         try:
             with safe_open(path, "pt") as file:
                 found = json.loads(file.metadata()["state"])
                 if found["identity"] != self.identity:
-                    log.warning("%s: %s is of another training and is not used", label, path.name)
+                    log.warning("%s: %s belongs to another training and is not used", label, path.name)
                     return
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError):

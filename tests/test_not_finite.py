@@ -105,7 +105,7 @@ def test_such_a_run_is_named_and_nothing_follows_from_it(capsys, tmp_path):
     comparisons = compare([dense, small, broken])
     assert [run.id for run in comparisons.groups[0].runs] == [small.id]
     why = "4 of the answers to atlas are not finite"
-    assert comparisons.skipped == [(broken.id, f"{why}, so nothing follows from atlas")]
+    assert comparisons.skipped == [(broken.id, f"{why}, so atlas has no valid result")]
     for run in (dense, small, broken):
         run.report["model"]["note"] = ""
     show([small, broken], {small.id: dense, broken.id: dense}, tmp_path)
@@ -139,7 +139,7 @@ def test_a_run_of_a_model_with_broken_weights_says_so_wherever_it_is_shown(capfd
     assert run.metrics == {"lama.items": run.items.height} and run.items.height
     assert run.items["correct"].null_count() == run.items.height
     assert run.items["log_prob"].is_finite().all()
-    assert compare([run]).groups == [] and compare([run]).skipped == [(run.id, f"{why}, so nothing follows from lama")]
+    assert compare([run]).groups == [] and compare([run]).skipped == [(run.id, f"{why}, so lama has no valid result")]
     assert f"runs/{run.id}: {why}" in said("status", "out")
     said("report", "out")
     assert f"{run.id}</code>: {why}" in Path("report.html").read_text()

@@ -210,7 +210,7 @@ def test_an_adapter_fits_its_own_base_only(tiny_model, text, strategy, name, tmp
     Magnitude(sparsity=0.5).compress(pruned, Target("ff", ["ff"]).select(pruned), None)
     with pytest.raises(BadInput, match=r"trained for another base model \(weights [0-9a-f]{12}, here [0-9a-f]{12}\)"):
         given.recover(pruned, text)
-    with pytest.raises(BadInput, match="not the"):
+    with pytest.raises(BadInput, match="was asked for"):
         (replace(given, rank=3) if name == "lora" else replace(given, tokens=6)).recover(tiny_model("llama"), text)
     with pytest.raises(BadInput, match="cannot be read"):
         replace(given, adapter=str(file.with_name("gone.safetensors"))).recover(tiny_model("llama"), text)
@@ -267,13 +267,13 @@ def test_a_changed_base_is_noticed(tiny_model):
     ("make", "why"),
     [
         (lambda: Lora(SHORT, rank=0), "recovery.rank=0 adds nothing"),
-        (lambda: Prompt(SHORT, tokens=0), "a prompt of 0 tokens"),
+        (lambda: Prompt(SHORT, tokens=0), "a prompt needs at least 1 token, not 0"),
         (lambda: Prompt(SHORT, init="text"), "recovery.init=text does not exist; choose one of vocabulary, random"),
-        (lambda: Prefix(SHORT, tokens=-1), "a prompt of -1 tokens"),
+        (lambda: Prefix(SHORT, tokens=-1), "a prompt needs at least 1 token, not -1"),
         (lambda: Idp(SHORT, prompts=[]), "names no prompt"),
         (lambda: Idp(SHORT, prompts=[5, 5]), "names a prompt twice"),
         (lambda: Idp(SHORT, selection="best"), "recovery.selection=best does not exist"),
-        (lambda: Concat(SHORT, prompts=[0]), "a prompt of 0 tokens"),
+        (lambda: Concat(SHORT, prompts=[0]), "a prompt needs at least 1 token, not 0"),
     ],
 )
 def test_settings_that_cannot_be_say_so(make, why):

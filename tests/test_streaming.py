@@ -310,5 +310,5 @@ def test_the_command_line_streams(
 
 
 def test_the_models_own_samples_need_it_whole(saved: Callable[..., LocalModel]) -> None:
-    with pytest.raises(BadInput, match="corpus=self is written by the whole model"):
+    with pytest.raises(BadInput, match="corpus=self needs the whole model"):
         OwnSamples(length=16).prepared(saved("llama").streamed("cpu"))

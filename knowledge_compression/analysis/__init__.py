@@ -1,1 +1,1 @@
-"""Analysis: what a store of runs says – fact by fact, with its uncertainty."""
+"""Analysis of a store of runs, fact by fact, with intervals."""

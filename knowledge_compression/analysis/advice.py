@@ -1,4 +1,4 @@
-"""What to use and what to run next: the smallest setting that keeps enough, the front of size against knowledge."""
+"""Advice on what to use and what to run next: the smallest setting that keeps enough, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from knowledge_compression.statistics import CONFIDENCE, accuracy
 
 @dataclass(frozen=True)
 class Kept:
-    """How much of what the dense model knew a run still knows.
+    """How much of the dense model's knowledge a run keeps.
 
     Attributes:
         run: the run.
-        share: of the facts that the dense model answers right, those that this run answers right.
+        share: of the facts that the dense model answers right, the share that this run answers right.
         at_least: lower bound of that share with 95 % confidence (one-sided; Wilson, or over seeds too where there are
             several).
         size_mb: stored size in 10^6 bytes, with what a recovery trained.
@@ -39,7 +39,7 @@ def kept(group: Group) -> list[Kept]:
     """Every run of a group, the dense one first, smallest last.
 
     Returns:
-        Empty where the dense model knows nothing.
+        Empty if the dense model answers nothing right.
     """
     known = group.correct(group.dense)
     if not known.any():
@@ -52,7 +52,7 @@ def kept(group: Group) -> list[Kept]:
 
 
 def front(rows: Sequence[Kept]) -> list[Kept]:
-    """The Pareto front: settings that no other beats in both size and knowledge kept, largest first."""
+    """The Pareto front: settings that no other setting beats in both size and knowledge kept, largest first."""
     best: list[Kept] = []
     for row in sorted(rows, key=lambda row: (row.size_mb, -row.share)):
         if not best or row.share > best[-1].share:
@@ -67,7 +67,7 @@ def smallest(rows: Sequence[Kept], keep: float) -> Kept | None:
 
 
 def run_next(verdicts: Sequence[Verdict], comparisons: Comparisons) -> list[str]:
-    """What would settle the undecided claims: the missing runs, or how many items the present ones would need."""
+    """What would decide the undecided claims: the missing runs, or the number of items needed."""
     advice = []
     told = sum(len(verdict.findings) for verdict in verdicts)
     for verdict in verdicts:
@@ -88,7 +88,7 @@ def run_next(verdicts: Sequence[Verdict], comparisons: Comparisons) -> list[str]
 
 
 def _needed(finding: Finding, told: int) -> int | None:
-    """How many items would decide an effect of the size that was found, one of so many findings; None if none would."""
+    """How many items would decide an effect of this size among this many findings; None if no number would."""
     effect, claim = finding.effect, finding.claim
     bounds = [-claim.margin, claim.margin] if claim.alike else [-claim.margin]
     away = min(abs(effect.value - bound) for bound in bounds)
@@ -105,7 +105,7 @@ _TWO_SIZES = {"prompt": " recovery.tokens=26,100", "idp": " 'recovery.prompts=[1
 
 
 def _commands(claim: Claim, comparisons: Comparisons) -> Iterator[str]:
-    """What would make the runs that a claim lacks: one command for the models that were asked the same suites."""
+    """The commands that would make a claim's missing runs, one for the models that were asked the same suites."""
     asked: defaultdict[str, set[str]] = defaultdict(set)
     for group in [*comparisons.groups, *comparisons.measured]:
         if group.dense.report["model"].get("family") not in claim.families:

@@ -1,4 +1,4 @@
-"""The claims of the two papers as data: what is compared with what, at which settings, and which way it should go."""
+"""The claims of the two papers as data: the settings compared, and the direction claimed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FIRST = "The Cost of Compression (Namburi et al., 2023)"
 SECOND = "Do Compressed LLMs Forget Knowledge? (Hoang et al., 2024)"
 ALL_FAMILIES = (ENCODER, ENCODER_DECODER, DECODER)
 PRUNING = "magnitude"
-EVERYTHING = ("all", "overall")  # targets that a claim about all of a model is held against
+EVERYTHING = ("all", "overall")  # the targets of a claim about the whole model
 LOW, MEDIUM = (0.1, 0.3), (0.3, 0.5)  # the first paper's levels, section 3
 
 
@@ -27,16 +27,17 @@ class Claim:
         better, worse: settings (``compression``, its ``bits``, ``target``, ``recovery``, ``level`` of sparsity) of the
             run that should keep more, and of the one that should keep less; ``answers: majority`` is no run but always
             giving a task's most frequent answer.
-        families: where it is claimed.
-        sparsity: closed range of sparsities at which pairs are formed; None takes every pair that is there.
-        suites: the suites it is claimed for; empty takes all that have right answers.
-        tasks: tasks it is claimed for; empty takes all.
-        margin: how much less (in accuracy) the better one may keep and still be as good; 0 claims a real difference.
-        alike: with a margin: neither may keep less than the other by more than it.
-        parameters: pairs are formed where what the better one trained, over what the other trained, lies in this range.
-        gain_over: settings of a third run for each of the two, alike in all else; what each keeps beyond its own third
-            run is compared, instead of what it keeps.
-        measure: what of the items is compared.
+        families: the families for which it is claimed.
+        sparsity: closed range of sparsities at which pairs are formed; None uses every available pair.
+        suites: the suites for which it is claimed; empty means all that have right answers.
+        tasks: the tasks for which it is claimed; empty means all.
+        margin: how much less (in accuracy) the better one may keep and still count as equally good; 0 claims a
+            difference.
+        alike: with a margin: neither may keep less than the other by more than the margin.
+        parameters: range of the ratio of trained parameters, better over worse, in which pairs are formed.
+        gain_over: settings of a reference run for each of the two, otherwise identical; the gains over the reference
+            runs are compared instead of the values themselves.
+        measure: the measure that is compared.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""A store's runs beside their dense baselines; only runs of one protocol are compared."""
+"""A store's runs with their dense baselines; only runs of the same protocol are compared."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _PLACES = ("path", "data_dir", "adapter")  # in runs of format 1: what lies ther
 
 @dataclass(frozen=True)
 class Asked:
-    """What makes two results comparable: one model, asked the same questions in the same way.
+    """What makes two results comparable: the same model, asked the same questions in the same way.
 
     Attributes:
         model: its name.
         suite: e.g. ``atlas``.
         protocol: short hash of the model's identity, dtype, and the suite's settings and data digests.
-        differs: where the store has the same model and suite under several protocols, what is particular to this one,
-            e.g. ``limit=100``; empty where there is one.
+        differs: if the store has the same model and suite under several protocols, what distinguishes this one, e.g.
+            ``limit=100``; otherwise empty.
     """
 
     model: str
@@ -41,20 +41,20 @@ class Asked:
 
     @property
     def name(self) -> str:
-        """The suite, with what is particular about how it was asked."""
+        """The suite, with what distinguishes its protocol."""
         return f"{self.suite} ({self.differs})" if self.differs else self.suite
 
 
 @dataclass
 class Group:
-    """All runs that may be compared with one dense baseline, for one suite.
+    """All runs that can be compared with one dense baseline, for one suite.
 
     Attributes:
-        asked: what they share.
+        asked: the protocol that they share.
         dense: the baseline.
-        measure: what of an item is compared.
-        runs: one run for each setting: of several seeds, the one with the least.
-        seeds: by the id of a run above, that run and the others that differ from it in nothing but the seed.
+        measure: the measure that is compared.
+        runs: one run for each setting: of several seeds, the one with the lowest.
+        seeds: by the id of a run above, that run and those that differ from it only in the seed.
     """
 
     asked: Asked
@@ -71,9 +71,9 @@ class Group:
 
     @cached_property
     def majority(self) -> NDArray[np.bool_] | None:
-        """Whether always giving a task's most frequent answer is right: ``[items]``; None where no answers are kept."""
+        """Whether a task's most frequent answer is right for each item: ``[items]``; None if no answers are stored."""
         items = items_of(self.dense, self.asked.suite)
-        if "gold_index" in items.collect_schema():  # of choices that are new in each question, which place is right
+        if "gold_index" in items.collect_schema():  # if each question has its own choices, the index of the right one
             items = items.with_columns(pl.coalesce(pl.col("gold_index").cast(pl.String), "gold").alias("gold"))
         gold = items.select(*KEY, "gold").collect()
         if gold["gold"].null_count():
@@ -84,13 +84,13 @@ class Group:
 
     @cached_property
     def data_sets(self) -> list[tuple[str, NDArray[np.bool_]]]:
-        """The data sets of the suite: name and mask over its items (LAMA's relations by the set they belong to)."""
+        """The data sets of the suite: name and mask over its items (LAMA's relations grouped by data set)."""
         tasks = self.items["task"].str.split(".").list.first()
         return [(name, (tasks == name).to_numpy()) for name in tasks.unique(maintain_order=True)]
 
     @property
     def averaged_over(self) -> list[NDArray[np.bool_]]:
-        """The items of each data set where the suite says that it is made of several, else all items."""
+        """The items of each data set, if the suite consists of several; otherwise all items."""
         several = {"data_sets", "tasks"} & self.dense.report["eval"][self.asked.suite].keys()
         return [mask for _, mask in self.data_sets] if several else [np.ones(self.items.height, bool)]
 
@@ -124,7 +124,7 @@ class Group:
         return [member for run in self.settings for member in self.seeds.get(run.id, [run])]
 
     def correct(self, run: Run) -> NDArray[np.bool_]:
-        """Whether each item was right in ``run``: ``[items]``, in the order of :attr:`items`.
+        """Whether ``run`` answers each item right: ``[items]``, in the order of :attr:`items`.
 
         Raises:
             ValueError: the run lacks items that its baseline has.
@@ -132,7 +132,7 @@ class Group:
         return self._values(run).astype(bool)
 
     def gains(self, run: Run) -> NDArray[np.float64]:
-        """What :attr:`measure` makes of each item of ``run``, the more the better: ``[items]``."""
+        """The value of :attr:`measure` for each item of ``run``, higher is better: ``[items]``."""
         return self.measure.gain(self._values(run))
 
     def _values(self, run: Run) -> NDArray[Any]:
@@ -146,12 +146,12 @@ class Group:
         return self._read[run.id]
 
     def under(self, run: Run, seed: int | None) -> Run:
-        """The member of a setting with that seed, where it was run with it, else its first."""
+        """The run of a setting with that seed, or its first run if there is none."""
         members = {member.config["seed"]: member for member in self.seeds.get(run.id, [run])}
         return members.get(seed, run)
 
     def seeds_of(self, run: Run) -> list[int | None]:
-        """The seeds that a setting was run with; None for one in which nothing is drawn by lot."""
+        """The seeds with which a setting was run; None for a setting without randomness."""
         return [member.config["seed"] for member in self.seeds.get(run.id, [run])]
 
     def answers(self, run: Run) -> NDArray[np.bool_]:
@@ -165,12 +165,12 @@ class Group:
 
 @dataclass
 class Comparisons:
-    """Everything that can be compared in a store, and what cannot, with the reason.
+    """Everything in a store that can be compared, and what cannot, with reasons.
 
     Attributes:
-        groups: one for each model, suite and protocol that has a dense run and questions with right answers.
-        measured: the same for suites without right answers, whose items have values.
-        skipped: run id and why it is left out.
+        groups: one for each model, suite and protocol with a dense run and questions with right answers.
+        measured: the same for suites whose items have values instead of right answers.
+        skipped: ids of the runs left out, with reasons.
         runs: all runs given, for statements about single runs.
     """
 
@@ -195,7 +195,7 @@ def compare(runs: Sequence[Run]) -> Comparisons:
     for run in runs:
         for suite in run.config["eval"]:
             if why := run.void.get(suite):
-                skipped.append((run.id, f"{why}, so nothing follows from {suite}"))
+                skipped.append((run.id, f"{why}, so {suite} has no valid result"))
                 continue
             deciding = _deciding(run, suite)
             asked = Asked(run.config["choices"]["model"], suite, _digest(deciding))
@@ -211,7 +211,7 @@ def compare(runs: Sequence[Run]) -> Comparisons:
         if not dense:
             why = f"no dense run of {named.model} with the same {named.suite} settings{_in_brackets(named.differs)}"
             skipped += [(run.id, why) for run in members]
-        elif measure := _measure_of(dense[0], asked.suite):  # else nothing of it is compared item by item, e.g. lens
+        elif measure := _measure_of(dense[0], asked.suite):  # otherwise it is not compared item by item, e.g. lens
             group = Group(named, dense[0], measure, seeds={dense[0].id: dense})
             skipped += _fill(group, [run for run in members if not is_dense(run)])
             (groups if measure is ANSWERS else measured).append(group)
@@ -219,22 +219,22 @@ def compare(runs: Sequence[Run]) -> Comparisons:
 
 
 def is_dense(run: Run) -> bool:
-    """Whether nothing was done to the model."""
+    """Whether the model is unchanged."""
     choices = run.config["choices"]
     return choices["compression"] == "none" and choices["recovery"] == "none"
 
 
 def items_of(run: Run, suite: str) -> pl.LazyFrame:
-    """A suite's items that have a right answer, not yet read: only the columns asked for leave the disk."""
+    """A suite's items that have a right answer, as a lazy table: only the columns used are read."""
     return run.scan_items().filter((pl.col("suite") == suite) & pl.col("correct").is_not_null())
 
 
 def _fill(group: Group, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
-    """Put runs into a group by setting; gives those that cannot be compared, and why."""
+    """Group runs by setting; return those that cannot be compared, with reasons."""
     settings: dict[tuple[str, int], Run] = {}
-    twins: Counter[tuple[str, int]] = Counter()  # of one seed, e.g. on another device: a setting of their own
+    twins: Counter[tuple[str, int]] = Counter()  # of the same seed, e.g. on another device: a separate setting
     for run in runs:
-        if not _as_many_items(run, group.dense, group.asked.suite):  # else there is no need to read them here
+        if not _as_many_items(run, group.dense, group.asked.suite):  # otherwise they need not be read here
             try:
                 group.gains(run)
             except ValueError as error:
@@ -249,13 +249,13 @@ def _fill(group: Group, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
 
 
 def _as_many_items(run: Run, dense: Run, suite: str) -> bool:
-    """Whether both say that they answered equally many questions; of one protocol these are the same ones."""
+    """Whether both report the same number of questions; under one protocol these are the same questions."""
     count = run.metrics.get(f"{suite}.items")
     return count is not None and count == dense.metrics.get(f"{suite}.items")
 
 
 def _setting(run: Run) -> str:
-    """What was done to the model, whatever the seed."""
+    """What was done to the model, apart from the seed."""
     if (deciding := run.config.get("identity")) is not None:
         did = {part: deciding.get(part) for part in ("target", "compression", "recovery", "corpus")}
     else:
@@ -278,7 +278,7 @@ def _deciding(run: Run, suite: str) -> dict[str, Any]:
 
 
 def _asked_how(run: Run, suite: str) -> dict[str, Any]:
-    """The settings of a suite that decide what it asks."""
+    """The settings of a suite that decide its questions."""
     if (deciding := run.config.get("identity")) is not None:
         return dict(deciding["eval"][suite])
     settings = {key: value for key, value in run.config["eval"][suite].items() if key not in _PLACES}
@@ -286,13 +286,13 @@ def _asked_how(run: Run, suite: str) -> dict[str, Any]:
 
 
 def _scored_in(run: Run) -> dict[str, Any]:
-    """The type of the products that scored the model, where it was not the model's own."""
+    """The dtype of the products in scoring, if it was not the model's own."""
     scored_in = run.environment.get("scored_in")
     return {"scored_in": scored_in} if scored_in else {}
 
 
 def _machine(run: Run, suite: str) -> dict[str, Any]:
-    """Where time was measured, for a suite that says on which device it did."""
+    """The device on which time was measured, for a suite that records it."""
     asked, environment = run.report["eval"][suite], run.environment
     if "device" not in asked:
         return {}
@@ -339,7 +339,7 @@ def _measure_of(run: Run, suite: str) -> Measure | None:
 
 
 def _measured(run: Run, suite: str, measure: Measure) -> pl.LazyFrame:
-    """Keys and values of a suite's items, not yet read."""
+    """Keys and values of a suite's items, as a lazy table."""
     column = pl.col(measure.column)
     there = run.scan_items().filter((pl.col("suite") == suite) & column.is_not_null())
     if measure.item is None:

@@ -1,4 +1,4 @@
-"""The ledger in numbers: shares of facts by fate, frequency, relation, recovery and depth, each with its interval."""
+"""Statistics of the ledger: shares of facts by fate, frequency, relation, recovery and depth, with intervals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WENT = (TO_THE_END, LATE, EARLY, NEVER_THERE)
 RESTORED = (BY_REDIRECTION, BY_WEIGHTS, BY_BOTH, BY_NEITHER)
 OVERALL = "all facts"
 _UNFILED = "unknown whether by weights or by redirection; left out"
-# Columns of items by which facts are told apart, and what they are called.
+# Columns of items by which facts are grouped, and the names of the groupings.
 CATEGORIES = {"task": "relation", "bin": "frequency"}
 
 Row = dict[str, Any]
@@ -55,7 +55,7 @@ def shares_of_fates(group: Group, run: Run) -> list[Row]:
         ``lost`` (of the facts that the dense model knew) and ``gained`` (of those that it did not); and of the lost
         facts how far the right answer sank: its ``rank`` now (geometric mean: of a few lost facts one may rank in the
         thousands), and by how many nats its log-probability ``fell``.
-        An :class:`Estimate` each, None where there are no such facts.
+        Each is an :class:`Estimate`, or None if there are no such facts.
     """
     extra = [column for column in _categories(group) if column != "task"]
     ledger = fates(group.dense, run, group.asked.suite, by=extra)
@@ -73,7 +73,7 @@ def shares_of_fates(group: Group, run: Run) -> list[Row]:
 
 
 def shares_by_setting(group: Group, restored: Sequence[Row]) -> list[Row]:
-    """What became of the facts under every setting beside the others, pooled over its seeds.
+    """The fates of the facts under every setting, pooled over its seeds.
 
     Args:
         group: the runs.
@@ -105,7 +105,7 @@ def shares_by_setting(group: Group, restored: Sequence[Row]) -> list[Row]:
 
 
 def shares_restored(group: Group) -> list[Row]:
-    """What brought back the facts that each compression lost, where a recovery of it is in the store.
+    """Which recoveries restored the facts that each compression lost, if the store has such recoveries.
 
     Returns:
         Rows with ``compressed`` (run id), ``tried`` (names of the recoveries; one that does not say how it restores is
@@ -187,7 +187,7 @@ def _subsets(group: Group) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
 
 
 def _rates(right: Sequence[NDArray[np.bool_]]) -> Sequence[Estimate | None]:
-    """The share that is right of each; None of no facts."""
+    """The share right of each; None if there are no facts."""
     return accuracies(right) if right and right[0].size else [None] * len(right)
 
 
@@ -198,7 +198,7 @@ def _share(such: int, others: int) -> Estimate | None:
 def _treatment(run: Run) -> str:
     """What was done to the model before any recovery."""
     config = run.config
-    if (deciding := config.get("identity")) is not None:  # with the seeds that it draws by
+    if (deciding := config.get("identity")) is not None:  # with the seeds of its random draws
         done = {key: deciding.get(key) for key in ("target", "compression")}
     else:
         done = {key: seedless(config.get(key)) for key in ("target", "compression", "sparsity", "reading")}
@@ -208,7 +208,7 @@ def _treatment(run: Run) -> str:
 
 
 def _named(recovered: list[Run]) -> dict[str, Run]:
-    """Runs by their recovery, with its size, corpus and the run's id as far as it takes to tell them apart."""
+    """Runs by recovery, with size, corpus and run id as far as needed to distinguish them."""
     ways: list[Callable[[Run], str]] = [
         lambda run: run.config["choices"]["recovery"],
         recovery_name,

@@ -1,4 +1,4 @@
-"""The figures of both papers from any store of runs, as SVG and PDF; here the drops of the first one."""
+"""The figures of both papers from any store of runs, as SVG and PDF; this module has the first paper's drops."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class DropFigure:
     """A figure of The Cost of Compression: relative drop by target.
 
     Attributes:
-        name: of the file.
-        published: which figures of the paper it stands for.
-        families: whose models it shows.
-        compressions: one line or bar group each.
+        name: name of the file.
+        published: the corresponding figures of the paper.
+        families: the families whose models it shows.
+        compressions: one line or group of bars each.
         targets: one colour each.
-        by_data_set: one panel a data set instead of the average over all items.
+        by_data_set: one panel per data set instead of the average over all items.
     """
 
     name: str
@@ -72,7 +72,7 @@ def draw(comparisons: Comparisons, folder: Path, *, per_parameter: bool = False)
 
     Args:
         comparisons: the store's runs beside their baselines.
-        folder: where the files go, made when the first one is written.
+        folder: where the files are written; created with the first one.
         per_parameter: divide each drop by the share of the model's parameters that was touched.
     """
     with literal_text():
@@ -96,11 +96,11 @@ def _draw(comparisons: Comparisons, folder: Path, per_parameter: bool) -> list[P
 
 
 def drop_figure(comparisons: Comparisons, wanted: DropFigure, *, per_parameter: bool = False) -> Figure | None:
-    """One panel a model and suite (and data set), drop against sparsity, one line a compression and target.
+    """One panel per model and suite (and data set): drop against sparsity, one line per compression and target.
 
-    A suite of several data sets is averaged over them, each as much as the other. The band is the 95 % interval of the
-    paired bootstrap; dashed, the drop of always giving the most frequent answer (divided for each line as the line is,
-    in its colour). None where the store has no runs for it.
+    A suite of several data sets is averaged over them with equal weights. The band is the 95 % interval of the paired
+    bootstrap; the dashed line is the drop of always giving the most frequent answer (divided like each line, in its
+    colour). None if the store has no runs for it.
     """
     found = list(_panels(comparisons, wanted))
     if not found:
@@ -154,7 +154,7 @@ def _drops(group: Group, runs: Sequence[Run], sets: Sequence[NDArray[np.bool_]])
 
 
 def _majority(group: Group, sets: Sequence[NDArray[np.bool_]]) -> Estimate | None:
-    """The drop of always giving the most frequent answer; None where no answers are kept, or none is known."""
+    """The drop of always giving the most frequent answer; None without stored answers or dense accuracy."""
     known = group.correct(group.dense)
     if group.majority is None or not any(known[mask].any() for mask in sets):
         return None

@@ -1,4 +1,4 @@
-"""Each claim of the papers checked on a store of runs: supported, contradicted or undecided, with the evidence."""
+"""Each claim of the papers, checked on a store of runs: supported, contradicted or undecided, with the evidence."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, corrected, difference_of_means, mean_differences
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
-MAJORITY = "majority"  # stands in a pair for always giving a task's most frequent answer
+MAJORITY = "majority"  # in a pair: always giving a task's most frequent answer
 ALPHA = 0.05
 _UNKNOWN = Estimate(np.nan, np.nan, np.nan, 0)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim held against one model and suite.
+    """A claim checked for one model and suite.
 
     Attributes:
-        claim: what was claimed.
+        claim: the claim.
         model, suite: where it was checked.
         status: ``supported``, ``contradicted`` or ``undecided``.
         effect: gain (:class:`~.measures.Measure`, for answers accuracy) under the supposedly better setting minus the
             other's, averaged over the pairs, by item.
         p: of the effect, after Holm's correction over all findings of the store.
-        pairs: the run ids compared, better first (:data:`MAJORITY` is none); of several seeds, those with the least.
-        seeds: how many seeds the effect is averaged over, those that all its runs share.
+        pairs: the run ids compared, better first (or :data:`MAJORITY`); of several seeds, those with the lowest.
+        seeds: number of seeds over which the effect is averaged, those shared by all its runs.
     """
 
     claim: Claim
@@ -48,7 +48,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim over all models: supported where some model supports it and none contradicts it, and the reverse."""
+    """A claim over all models: supported if some model supports it and none contradicts it, and conversely."""
 
     claim: Claim
     status: str
@@ -56,10 +56,10 @@ class Verdict:
 
 
 def check(comparisons: Comparisons, claims: Sequence[Claim] = CLAIMS) -> list[Verdict]:
-    """Hold every claim against everything in the store that can be compared.
+    """Check every claim against everything in the store that can be compared.
 
     Returns:
-        One verdict a claim, in the claims' order; a claim with no pair of runs to rest on is undecided with no finding.
+        One verdict per claim, in order; a claim without a pair of runs is undecided and has no finding.
     """
     groups = [*comparisons.groups, *comparisons.measured]
     drafts = [draft for claim in claims for group in groups for draft in _find(claim, group)]
@@ -74,7 +74,7 @@ Draft = tuple[Finding, NDArray[np.float64], NDArray[np.float64]]
 
 
 def _effects(drafts: Sequence[Draft]) -> list[Estimate]:
-    """The estimates: of paired differences where the items are the same ones, else of two samples' means."""
+    """The estimates: of paired differences if the items are the same, otherwise of two samples' means."""
     paired = [better - worse for finding, better, worse in drafts if finding.claim.measure.paired]
     differences = iter(mean_differences(paired))
     return [
@@ -84,7 +84,7 @@ def _effects(drafts: Sequence[Draft]) -> list[Estimate]:
 
 
 def _find(claim: Claim, group: Group) -> Iterable[Draft]:
-    """A finding whose effect is yet to be estimated, and both sides' gains averaged over pairs: ``[seeds, items]``."""
+    """A finding without its effect, and both sides' gains averaged over pairs: ``[seeds, items]``."""
     if claim.measure is not group.measure or (claim.suites and group.asked.suite not in claim.suites):
         return
     if group.dense.report["model"].get("family") not in claim.families:
@@ -106,7 +106,7 @@ def _find(claim: Claim, group: Group) -> Iterable[Draft]:
 
 
 def _pairs(claim: Claim, group: Group) -> list[tuple[Run | None, Run]]:
-    """The runs to compare, the supposedly better one first; None stands for always giving the most frequent answer."""
+    """The runs to compare, the supposedly better one first; None means always giving the most frequent answer."""
     everything = group.settings
     worse = [run for run in everything if _fits(run, claim.worse, claim.sparsity)]
     if claim.better == {"answers": MAJORITY}:
@@ -121,7 +121,7 @@ def _pairs(claim: Claim, group: Group) -> list[tuple[Run | None, Run]]:
 
 
 def _gains(claim: Claim, group: Group, run: Run | None, seed: int) -> NDArray[np.float64]:
-    """What a side of a pair is worth, by itself or over its third run: ``[items]``."""
+    """The value of one side of a pair, absolute or relative to its reference run: ``[items]``."""
     if run is None:
         assert group.majority is not None
         return group.majority.astype(float)
@@ -132,7 +132,7 @@ def _gains(claim: Claim, group: Group, run: Run | None, seed: int) -> NDArray[np
 
 
 def _before(run: Run, wanted: Mapping[str, str], group: Group) -> Run | None:
-    """The run that has the settings wanted and is like ``run`` in all else."""
+    """The run that has the wanted settings and otherwise equals ``run``."""
     shared = [key for key in _SHARED if key not in (*wanted, "size")]
     for other in group.runs:
         if _fits(other, wanted, None) and all(_setting(other, key) == _setting(run, key) for key in shared):
@@ -141,7 +141,7 @@ def _before(run: Run, wanted: Mapping[str, str], group: Group) -> Run | None:
 
 
 def _common_seeds(group: Group, runs: Iterable[Run]) -> list[int]:
-    """The seeds that all settings were run with; where there are none, one, under which each gives its first."""
+    """The seeds shared by all settings; if there are none, one for which each setting's first run is used."""
     each = [{seed for seed in group.seeds_of(run) if seed is not None} for run in runs if run is not group.dense]
     drawn = [seeds for seeds in each if seeds]
     if not drawn:  # no setting depends on the seed
@@ -170,7 +170,7 @@ _SHARED = ("compression", "settings", "target", "recovery", "size", "corpus", "s
 
 
 def _alike(better: Run, worse: Run, claim: Claim) -> bool:
-    """Whether two runs differ only in what the claim is about, and what follows from that."""
+    """Whether two runs differ only in what the claim is about and its consequences."""
     differs = {key for key in {*claim.better, *claim.worse} if claim.better.get(key) != claim.worse.get(key)}
     if "level" in differs:
         differs.add("sparsity")
@@ -196,7 +196,7 @@ def _setting(run: Run, key: str) -> Any:
         return run.config[key]
     if key == "size":
         return recovery_size(run)
-    if key == "settings":  # of the compression, such as bits; without sparsity, which is compared by itself
+    if key == "settings":  # of the compression, such as bits; without sparsity, which is compared separately
         return seedless({k: v for k, v in run.config["compression"].items() if k not in ("sparsity", "steps")})
     if key == "corpus" and not run.report["compression"].get("calibration"):
         return None  # no text decided what was compressed

@@ -10,7 +10,7 @@ from knowledge_compression.analysis.comparisons import KEY, items_of
 from knowledge_compression.results.store import Run
 
 REDIRECTION, WEIGHTS, UNKNOWN = "redirection", "weights", "unknown"
-# How the strategies of this project restore, for runs that were recorded before a run's report said it.
+# How the strategies of this project restore, for runs older than that entry of the report.
 _BY_STRATEGY = dict.fromkeys(("prompt", "prefix", "idp", "concat"), REDIRECTION) | {"lora": WEIGHTS, "none": "nothing"}
 
 KEPT, LOST, GAINED, NEVER_KNOWN = "kept", "lost", "gained", "never known"
@@ -19,10 +19,10 @@ BY_REDIRECTION, BY_WEIGHTS, BY_BOTH, BY_NEITHER = "by redirection", "by weights"
 
 
 def restores_by(run: Run) -> str:
-    """How a run's recovery restores, as its class declares it: by ``weights``, ``redirection`` or ``nothing``.
+    """How a run's recovery restores, as declared by its class: by ``weights``, ``redirection`` or ``nothing``.
 
-    Of runs older than that entry of ``report.json`` the recorded strategy decides; ``unknown`` where it is none of this
-    project's. Names of configuration files decide nothing.
+    For runs older than that entry of ``report.json`` the recorded strategy decides; ``unknown`` if it is not one of
+    this project's. Names of configuration files have no influence.
     """
     recovery = run.report.get("recovery", {})
     return str(recovery.get("restores_by") or _BY_STRATEGY.get(recovery.get("strategy"), UNKNOWN))

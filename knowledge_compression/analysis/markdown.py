@@ -15,7 +15,7 @@ from knowledge_compression.statistics import Estimate
 
 
 def report(comparisons: Comparisons, verdicts: Sequence[Verdict]) -> str:
-    """Everything below, one section after the other; a section with nothing to say is left out."""
+    """All sections below; empty ones are left out."""
     sections = {
         "Findings": findings(verdicts),
         "Accuracy and what was lost": fates(comparisons),
@@ -26,16 +26,16 @@ def report(comparisons: Comparisons, verdicts: Sequence[Verdict]) -> str:
 
 
 def findings(verdicts: Sequence[Verdict]) -> list[str]:
-    """A row a claim and model: how much better the setting does that is said to, and what follows."""
+    """One row per claim and model: how much better the claimed setting does, and the verdict."""
     rows = [_finding(verdict.claim, finding) for verdict in verdicts for finding in verdict.findings]
     heads = ["", "claim", "model", "suite", "effect, 95 %", "p (Holm)", "items", "seeds", "pairs of runs"]
     silent = sum(not verdict.findings for verdict in verdicts)
-    note = ["", f"{silent} of {len(verdicts)} claims have no runs to rest on here."] if silent else []
+    note = ["", f"{silent} of {len(verdicts)} claims have no runs in this store."] if silent else []
     return [*table(heads, rows), *note] if rows else []
 
 
 def fates(comparisons: Comparisons) -> list[str]:
-    """A row a setting: accuracy, drop, and the share of the known facts lost, by frequency where the items tell it."""
+    """One row per setting: accuracy, drop, and the share of known facts lost, by frequency if the items have it."""
     rows = []
     frequencies: list[str] = []
     for group in comparisons:
@@ -54,7 +54,7 @@ def fates(comparisons: Comparisons) -> list[str]:
 
 
 def restored(comparisons: Comparisons) -> list[str]:
-    """A row a compressed model that was recovered: what brought back the facts it had lost."""
+    """One row per recovered model: what restored the facts that it had lost."""
     rows = []
     for group in comparisons:
         names = {run.id: label(run) for run in group.members}
@@ -78,12 +78,12 @@ def _finding(claim: Claim, finding: Finding) -> list[str]:
     ]
 
 
-# What Markdown would read as more than text. An underscore inside a word is one, wherever Markdown is read.
+# Characters that Markdown interprets. An underscore inside a word is plain text in every Markdown dialect.
 _MARKS = re.compile(r"[\\`*\[\]~$#|&<>@]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
 
 def plain(text: str) -> str:
-    """Text of a store as Markdown that shows it as it stands: no markup, no link, no new line."""
+    """Text from a store as Markdown that shows it literally: no markup, no link, no new line."""
     return _MARKS.sub(lambda mark: f"&#{ord(mark[0])};", "".join(c if c.isprintable() else " " for c in text))
 
 
@@ -117,6 +117,6 @@ def points(estimate: Estimate) -> str:
 
 
 def write_below(marker: str, lines: Iterable[str], page: Path) -> None:
-    """Replace what a page says below a marker line; what was written by hand above it stays."""
+    """Replace the part of a page below a marker line; the handwritten part above it stays."""
     by_hand = page.read_text(encoding="utf-8").partition(f"{marker}\n")[0]
     page.write_text("\n".join([f"{by_hand}{marker}", "", *lines, ""]), encoding="utf-8")

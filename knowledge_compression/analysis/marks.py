@@ -1,4 +1,4 @@
-"""What the figures are drawn with: panels, lines and bars that always carry their intervals."""
+"""Drawing primitives for the figures: panels, lines and bars, always with their intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from knowledge_compression.statistics import Estimate
 
 
 def panels(count: int, width: float = 4.2, height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels, at most four in a row; sizes in inches, of one panel."""
+    """A figure with this many panels, at most four per row; sizes are in inches per panel."""
     columns = min(count, 4)
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
@@ -22,7 +22,7 @@ def panels(count: int, width: float = 4.2, height: float = 3.4) -> tuple[Figure,
     for axes in grid:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[count:]:
-        axes.set_visible(False)  # places of the last row that no panel takes
+        axes.set_visible(False)  # unused places of the last row
     return figure, grid[:count]
 
 
@@ -46,7 +46,7 @@ def bars(axes: Axes, label: str, values: Sequence[Estimate], x: Sequence[float],
 
 
 def level(axes: Axes, label: str, value: Estimate, color: Any = "grey") -> None:
-    """What the other marks are to be held against: a dashed line over the whole width, its interval as a band."""
+    """A reference for the other marks: a dashed line over the whole width, its interval as a band."""
     axes.axhline(value.value, color=color, linestyle="--", linewidth=0.8, label=label)
     across = axes.get_yaxis_transform()  # x runs from 0 to 1 over the panel, whatever the other marks need
     axes.fill_between([0, 1], value.low, value.high, color=color, alpha=0.1, linewidth=0, transform=across)

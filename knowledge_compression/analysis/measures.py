@@ -1,4 +1,4 @@
-"""What of an item is compared: whether it was right or, where nothing is right or wrong, a value it has."""
+"""What is compared of an item: whether it is right or, if items are not right or wrong, a value."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from knowledge_compression.statistics import Estimate
 
 @dataclass(frozen=True)
 class Measure:
-    """A column of the item table, and how differences in it are estimated and told.
+    """A column of the item table, and how differences in it are estimated and reported.
 
     Attributes:
-        column: of the items.
-        gain: what of its values is better where it is more, and may be subtracted and averaged.
-        told: converts a mean difference in gain to the number shown; a monotonic function.
-        unit: of that.
-        items: what an item is.
-        item: its name within its task; of several rows of one name the mean is taken.
-        suite: the suite that measures it; empty where many do.
-        metric: the suite's metric of it that a reader is shown first.
-        paired: whether the items of two runs are the same ones; else two samples are compared.
+        column: the column.
+        gain: converts its values to numbers that are better when higher and can be subtracted and averaged.
+        told: converts a mean difference in gain to the number shown; monotonic.
+        unit: the unit of that number.
+        items: the name of its items, in the plural.
+        item: identifies an item within its task; rows with the same identifier are averaged.
+        suite: the suite that measures it; empty if several do.
+        metric: the suite's metric of it that is shown first.
+        paired: whether two runs have the same items; otherwise two samples are compared.
     """
 
     column: str
@@ -77,7 +77,7 @@ SIMILARITY = Measure(
     _hundredfold,
     "hundredths of cosine",
     items="windows of text",
-    item=pl.col("id").str.split(":").list.last(),  # layers of one window are no independent evidence
+    item=pl.col("id").str.split(":").list.last(),  # layers of one window are not independent
     suite="similarity",
     metric="attention",
 )

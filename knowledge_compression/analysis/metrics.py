@@ -1,4 +1,4 @@
-"""The metrics of runs with the interval of each that is an estimate, from the items that it was computed from."""
+"""The metrics of runs, with intervals for those that are estimates, computed from their items."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from knowledge_compression.statistics import Estimate, accuracies, macro_accurac
 Estimates = Callable[[Sequence[Any]], list[Estimate]]
 _perplexities: Estimates = partial(means, of_mean=np.exp)
 
-# By the name of a metric within its suite: the columns it is made of, what of them, and how.
+# By the name of a metric within its suite: its columns, the values taken from them, and the kind of estimate.
 _MADE_OF: Mapping[str, tuple[list[str], Callable[[pl.DataFrame], Any], Estimates]] = {
     "accuracy": (["correct"], lambda items: items["correct"].to_numpy(), accuracies),
     "accuracy_macro": (["correct", "task"], lambda items: _by_task(items, pl.col("correct")), macro_accuracies),
@@ -39,9 +39,9 @@ _PARTS = {"head": "bin", "middle": "bin", "tail": "bin", "seen": "asked_as", "he
 
 
 def with_intervals(runs: Sequence[Run]) -> dict[str, dict[str, tuple[float, Estimate | None]]]:
-    """The metrics of runs (those of single tasks and layers left out) and, where they are estimates, their intervals.
+    """The metrics of runs (without those of single tasks and layers) and, for estimates, their intervals.
 
-    What is no estimate has none: counts, chance and majority, which follow from the questions alone.
+    Counts, chance and majority, which follow from the questions alone, have no interval.
 
     Returns:
         By run id, then by metric.
@@ -82,7 +82,9 @@ def _made(run: Run, suite: str, name: str, there: set[str]) -> tuple[Estimates, 
     if values_of is None or not there.issuperset(columns):
         return None
     items = run.scan_items().filter(condition).select(columns).collect()
-    if columns[0] != "rank":  # without a rank the answer was not found; without a right answer there is no item
+    if (
+        columns[0] != "rank"
+    ):  # without a rank, the answer was not found; without a right answer, the item does not count
         items = items.drop_nulls(columns[0])
     return (estimates, values_of(items)) if items.height else None
 

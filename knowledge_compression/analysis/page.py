@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 _SHOWN = ("prediction", "correct", "log_prob", "rank")  # of an answer, in the fact explorer
 _OF_ANSWER = "prediction_log_prob"  # the runs of early versions lack it
-LARGEST = 24_000_000  # bytes of a page; above it the fact explorer holds fewer facts, and says so
+LARGEST = 24_000_000  # bytes of a page; above this the fact explorer holds fewer facts, and says so
 
 
 def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
@@ -56,7 +56,7 @@ def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
     comparisons = compare(runs)
     verdicts = check(comparisons)
     metrics = with_intervals(runs)
-    # Every value is escaped, whatever the template is called; only the scripts are ours, and known by their hashes.
+    # Every value is escaped, whatever the template's file name; the scripts are ours and identified by their hashes.
     templates = Environment(loader=PackageLoader("knowledge_compression.analysis", "templates"), autoescape=True)
     scripts = [get_plotlyjs(), templates.get_template("report.js").render()]
     around = partial(
@@ -106,7 +106,7 @@ def _counts(runs: Sequence[Run], comparisons: Comparisons, verdicts: Sequence[Ve
 
 
 def _run(run: Run, metrics: Mapping[str, tuple[float, Estimate | None]]) -> dict[str, Any]:
-    """What the page shows of one run by itself."""
+    """What the page shows about a single run."""
     compression = run.report.get("compression", {})
     return {
         "id": run.id,
@@ -127,7 +127,7 @@ def _run(run: Run, metrics: Mapping[str, tuple[float, Estimate | None]]) -> dict
 
 
 def _layers(run: Run) -> list[dict[str, Any]]:
-    """What the layer map shows; nothing where a store's file of layers is not one."""
+    """The data of the layer map; empty if the store's file of layers is invalid."""
     try:
         layers = run.layers
     except (OSError, ValueError, RecursionError) as error:
@@ -163,7 +163,7 @@ def _interval(estimate: Estimate | None) -> list[float] | None:
 
 
 def _fates(group: Group) -> dict[str, Any]:
-    """What became of the facts under each run, what brought them back, and where in the depth they went."""
+    """The fates of the facts under each run, what restored them, and the depth at which they were lost."""
 
     def told(row: dict[str, Any]) -> dict[str, Any]:
         return {key: _told(value) for key, value in row.items()}
@@ -191,7 +191,7 @@ def _told(value: Any) -> Any:
 
 
 def _facts(group: Group, every: int) -> dict[str, Any]:
-    """Every (or every so-manieth) item of a group with each run's answer, as indices into one list of strings."""
+    """Every item of a group, or every n-th, with each run's answer, as indices into one list of strings."""
     items = items_of(group.dense, group.asked.suite).select(*KEY, "prompt", "gold").collect().gather_every(every)
     strings: dict[str, int] = {}
     answers = {}
@@ -227,7 +227,7 @@ def _rounded(values: pl.Series) -> list[float | None]:
 
 
 def _ranks_by_depth(run: Run, suite: str, items: pl.DataFrame) -> list[list[int] | None] | None:
-    """The right answer's rank by depth for each item, where the lens was held over the suite."""
+    """The right answer's rank by depth for each item, if the lens was applied to the suite."""
     if not looked_into(run, suite):
         return None
     seen = run.scan_items().filter(pl.col("suite") == "lens").select(*KEY, "depth_rank").collect()
@@ -255,7 +255,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 
 
 def write(html: str, path: Path) -> None:
-    """Write the page whole or not at all."""
+    """Write the page completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.part")
     scratch.write_text(html, encoding="utf-8")

@@ -12,7 +12,7 @@ from knowledge_compression.results.store import Run
 EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
 COST, FORGOTTEN = "cost_of_compression", "forgotten_or_displaced"
 
-# The Cost of Compression: which of our models and tasks its tables call what, and which they print in percent.
+# The Cost of Compression: our models and tasks by the names in its tables, and the columns printed in percent.
 _MODELS = {
     "bert_base": "BERT-base",
     "bert_large": "BERT-large",
@@ -28,7 +28,7 @@ _MODELS = {
     "lamini_flan_t5_248m": "Lamini-Flan-T5-248M",
     "lamini_flan_t5_783m": "Lamini-Flan-T5-783M",
 }
-# By what else each of these models is known: the last part of its ids on the hub, from whoever keeps a copy there.
+# Other names of these models: the last part of their ids on the hub, including those of copies.
 _ALSO = {
     "bert_base": ("bert-base-uncased",),
     "bert_large": ("bert-large-uncased",),
@@ -43,10 +43,10 @@ _ALSO = {
 _PERCENT = {"TREx": "TRex", "Google_RE": "GoogleRe", "Squad": "Squad", "ConceptNet": "Conceptnet"}
 _DATA = _PERCENT | {"boolq": "Boolq", "piqa": "Piqa", "winogrande": "Winogrande"}
 
-# Do Compressed LLMs Forget Knowledge?: what its tables compressed how far, and what their rows and columns are called.
+# Do Compressed LLMs Forget Knowledge?: the compressions of its tables, and the names of their rows and columns.
 _TREATMENTS: Mapping[int, tuple[str, float]] = {1: ("gptq", 3.0), 2: ("sparsegpt", 0.5)}
 _RECOVERED_MODELS = {"Llama-7b": "llama_7b", "OPT-6.7b": "opt_6_7b"}
-_SIZES: Mapping[str, tuple[str, tuple[tuple[int, ...], ...]]] = {  # those of one type stand in rising order
+_SIZES: Mapping[str, tuple[str, tuple[tuple[int, ...], ...]]] = {  # those of one type are in ascending order
     "none": ("none", ((),)),
     "lora": ("lora", ((2,), (3,), (4,))),
     "prompt": ("prompt", ((26,), (50,), (100,))),
@@ -66,9 +66,9 @@ Treated = tuple[str, str, float, str, tuple[int, ...]]
 
 
 def model_of(run: Run) -> str:
-    """Our name for a run's model, if its given name or its id on the hub is one that a published model has.
+    """Our name for a run's model, if its given name or its hub id matches a published model.
 
-    Names are compared by their letters and digits, ids by their last part; a model known by neither keeps its name.
+    Names are compared by their letters and digits, ids by their last part; other models keep their names.
     """
     given = str(run.config["choices"]["model"])
     hub_id = run.config.get("model", {}).get("hub_id") or run.report["model"].get("hub_id") or ""

@@ -19,7 +19,7 @@ from knowledge_compression.analysis.naming import label, reading_order, recovery
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, drops, mean, means
 
-# Figure 1: the compressions it shows, and what is turned up in each.
+# Figure 1: the compressions it shows, and the setting that varies in each.
 _TURNED = {"gptq": "bits", "sparsegpt": "sparsity"}
 _NOT_RECOVERED = "not recovered"
 _COLOURS = {"lora": "C0", "prompt": "C1", "prefix": "C2", "idp": "C3", "concat": "C4", "none": "grey"}
@@ -44,7 +44,7 @@ def accuracy_by_compression(comparisons: Comparisons) -> Figure | None:
 
 
 def accuracy_by_prompt_size(comparisons: Comparisons) -> Figure | None:
-    """Average accuracy of IDP against the mean length of the prompts it picks among (Figure 6)."""
+    """Average accuracy of IDP against the mean length of its prompts (Figure 6)."""
     found = [(group, bare, runs) for group, bare, runs in _recovered(comparisons, "idp") if len(runs) > 1]
     if not found:
         return None
@@ -57,7 +57,7 @@ def accuracy_by_prompt_size(comparisons: Comparisons) -> Figure | None:
 
 
 def improvement_by_data_set(comparisons: Comparisons) -> Figure | None:
-    """What prompts, joined or picked among, add to a compressed model in % of its accuracy, by data set (Figure 7)."""
+    """The gain from joined or selected prompts, in % of the compressed accuracy, by data set (Figure 7)."""
     found = list(_recovered(comparisons, "prompt", "concat", "idp"))
     if not found:
         return None
@@ -96,9 +96,9 @@ def similarity_by_layer(comparisons: Comparisons) -> Figure | None:
 def _scatter(
     comparisons: Comparisons, figure: str, x_label: str, x_of: Callable[[Run], Estimate | None], *, log: bool = False
 ) -> Figure | None:
-    """Average accuracy against something else of the same run (Figures 2 and 4).
+    """Average accuracy against another quantity of the same run (Figures 2 and 4).
 
-    One panel a compressed model, one colour a recovery, its size beside each mark.
+    One panel per compressed model, one colour per recovery, with its size beside each mark.
     """
     found = [
         (group, bare, marks)
@@ -152,7 +152,7 @@ RECOVERY_FIGURES: Mapping[str, Callable[[Comparisons], Figure | None]] = {
 
 
 def _recovered(comparisons: Comparisons, *strategies: str) -> Iterator[tuple[Group, Run, dict[str, Run]]]:
-    """Compressed runs, the first seed of each, with those of their recoveries that are of these strategies."""
+    """Compressed runs (the first seed of each) with their recoveries by these strategies."""
     for group in comparisons:
         for bare, recovered in recoveries(group):
             runs = {name: run for name, run in recovered.items() if run.config["choices"]["recovery"] in strategies}

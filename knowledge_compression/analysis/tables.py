@@ -1,4 +1,4 @@
-"""The tables of both papers from any store of runs, the published figures beside ours where there are some."""
+"""The tables of both papers from any store of runs, with published figures beside ours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from knowledge_compression.analysis.naming import recovery_name, recovery_size
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, accuracy, macro_accuracy
 
-# Columns of Tables 3-5 of The Cost of Compression: heading, compression, targets that stand for it, sparsity asked.
+# Columns of Tables 3-5 of The Cost of Compression: heading, compression, our targets for it, requested sparsity.
 OVERALL, ATT, FF = ("overall", "all"), ("att",), ("ff",)
 COST_COLUMNS: tuple[tuple[str, str, tuple[str, ...], float | None], ...] = (
     ("overall_gq", "int8_dynamic", OVERALL, None),
@@ -31,7 +31,7 @@ COST_COLUMNS: tuple[tuple[str, str, tuple[str, ...], float | None], ...] = (
     ("ff_gpq_40", "prune_int8", FF, 0.4),
 )
 
-# Columns of Table 2: what our targets are called there.
+# Columns of Table 2: the names of our targets there.
 PARAMETER_COLUMNS = {"all": "overall", "att": "att", "ff": "ff", "final": "final", "overall": "total"}
 
 
@@ -40,9 +40,9 @@ class PaperTable:
     """A table ready to be written.
 
     Attributes:
-        name: of the files.
-        caption: what it shows.
-        rows: one dictionary a row, the same keys in each; figures with intervals are :class:`Estimate`.
+        name: name of the files.
+        caption: the caption.
+        rows: one dictionary per row, all with the same keys; figures with intervals are :class:`Estimate`.
     """
 
     name: str
@@ -81,7 +81,7 @@ def cost_table(comparisons: Comparisons) -> PaperTable:
 
 
 def parameters_table(comparisons: Comparisons) -> PaperTable:
-    """Table 2 of The Cost of Compression: the weights that each target takes, of what the runs of a model touched."""
+    """Table 2 of The Cost of Compression: the number of weights in each target, for the targets in the store."""
     touched: dict[tuple[str, str, int], dict[str, int]] = {}
     names = {group.asked.model: published.model_of(group.dense) for group in comparisons}
     for group in comparisons:
@@ -96,11 +96,11 @@ def parameters_table(comparisons: Comparisons) -> PaperTable:
         row: dict[str, Any] = {"model": model, "reading": reading, "distinct_parameters": parameters}
         row |= {name: found.get(target) for target, name in PARAMETER_COLUMNS.items()}
         rows.append(row | {f"{name}_published": theirs[name] for name in PARAMETER_COLUMNS.values() if theirs})
-    return PaperTable("parameters", "Weights that each target takes: counted, so without intervals.", rows)
+    return PaperTable("parameters", "Number of weights in each target; counts have no intervals.", rows)
 
 
 def recovery_table(comparisons: Comparisons) -> PaperTable:
-    """Tables 1-3 of Do Compressed LLMs Forget Knowledge?: what each recovery gives, by task, group and on average."""
+    """Tables 1-3 of Do Compressed LLMs Forget Knowledge?: accuracy after each recovery, by task and group."""
     known = published.recoveries()
     rows = []
     for group in comparisons:
@@ -126,7 +126,7 @@ def recovery_table(comparisons: Comparisons) -> PaperTable:
             if theirs := known.get(published.treated(run), {}) if group.asked.suite == "nine_tasks" else {}:
                 tasks = [name for name in published.NINE_TASKS if name in by_task]
                 columns = {published.NINE_TASKS[name] for name in tasks}
-                whole = columns == set(published.NINE_TASKS.values())  # means over fewer tasks are other means
+                whole = columns == set(published.NINE_TASKS.values())  # means over fewer tasks are not comparable
                 row |= {f"{name}_published": theirs[name] for name in [*tasks, *(published.AVERAGES if whole else ())]}
             rows.append(row)
     caption = (
@@ -139,7 +139,7 @@ def recovery_table(comparisons: Comparisons) -> PaperTable:
 
 
 def fates_table(comparisons: Comparisons) -> PaperTable:
-    """What became of the facts by target and method, of all facts and by how often training said them."""
+    """The fates of the facts by target and method, for all facts and by frequency in training."""
     rows = []
     for group in comparisons:
         settings = {run.id: run for run in group.runs}
@@ -159,12 +159,12 @@ def fates_table(comparisons: Comparisons) -> PaperTable:
             row |= {"lost_of_known": told["lost"], "gained_of_unknown": told["gained"]}
             back = told["restored"] or [None] * len(RESTORED)
             rows.append(row | {f"restored {how}": share for how, share in zip(RESTORED, back, strict=True)})
-    caption = "Facts by what became of them against the dense model, with 95 % intervals of the shares."
+    caption = "Facts by fate relative to the dense model, with 95 % intervals of the shares."
     return PaperTable("fates", caption, rows)
 
 
 def write(table: PaperTable, folder: Path) -> list[Path]:
-    """Write a table as CSV and LaTeX; nothing where it has no rows."""
+    """Write a table as CSV and LaTeX, unless it has no rows."""
     if not table.rows:
         return []
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def _flat(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _number(value: float | None) -> str | None:
-    """What is no share, to one decimal where it is not whole."""
+    """A number that is not a share, with one decimal unless it is whole."""
     return None if value is None else f"{value:.1f}".removesuffix(".0")
 
 
@@ -221,6 +221,6 @@ _LATEX = {
 
 
 def _escaped(text: str) -> str:
-    """Text of a store as LaTeX that says it, and nothing more: no command, no group, no new line."""
+    """Text from a store as LaTeX that shows it literally: no command, no group, no new line."""
     told = "".join(_LATEX.get(c, c if c.isprintable() else " ") for c in text)
     return "{}" + told if told.startswith(("[", "*")) else told  # else an argument of the row's end before it

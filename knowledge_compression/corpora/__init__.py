@@ -1,1 +1,1 @@
-"""Corpora: the text that compression is calibrated on and recovery trains on."""
+"""Corpora: the text for calibrating compression and for training recoveries."""

@@ -1,4 +1,4 @@
-"""C4, the cleaned web text that GPTQ, SparseGPT and Wanda are calibrated on [Raffel et al., 2020]."""
+"""C4, the cleaned web text used to calibrate GPTQ, SparseGPT and Wanda [Raffel et al., 2020]."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class C4(PublishedCorpus):
         return list(hub_texts(HUB_ID, split, files=HUB_FILES[part])[:HUB_DOCUMENTS])
 
     def choose_file(self, folder: Path, split: str) -> Path:
-        """The file named after the split, else the only one there is."""
+        """The file named after the split, or else the only file."""
         files = sorted(folder.glob("c4/*.jsonl"))
         wanted = (TRAIN,) if split == TRAIN else (split, "validation", "test")
         named = [path for name in wanted for path in files if name in path.name]
         unnamed = [path for path in files if not any(name in path.name for name in (TRAIN, "validation", "test"))]
         if not named and not unnamed:
             raise DataUnavailable(
-                f"data_dir={self.data_dir}: no *.jsonl for {split} under {folder / 'c4'}; give one document a line"
+                f"data_dir={self.data_dir}: no *.jsonl for {split} under {folder / 'c4'}; give one document per line"
             )
         if not named and split != TRAIN:
             log.warning(

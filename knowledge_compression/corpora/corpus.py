@@ -1,4 +1,4 @@
-"""Calibration, tuning and perplexity text: what every corpus is, and how windows are drawn from it."""
+"""Calibration, tuning and perplexity text: the interface of a corpus, and how windows are drawn from it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Corpus(Protocol):
         name: what the user types.
         samples: number of calibration windows.
         length: tokens in one window.
-        seed: what the drawing starts from.
+        seed: for drawing the windows.
     """
 
     @property
@@ -50,21 +50,21 @@ class Corpus(Protocol):
         ...
 
     def token_stream(self, model: Model) -> LongTensor:
-        """All its text as one row of token ids ``[tokens]``, for tuning; long enough for several epochs of windows."""
+        """All its text as one row of token ids ``[tokens]``, for tuning; enough for several epochs of windows."""
         ...
 
     def prepared(self, model: Model) -> Corpus:
-        """The corpus after whatever has to be done while ``model`` is still as it was loaded."""
+        """The corpus after any preparation that needs ``model`` in its uncompressed state."""
         ...
 
     def fingerprint(self) -> str:
-        """What tells this text from other text; it enters the run's hash in the place of the text's path."""
+        """A digest that identifies the text; it enters the run's identity in place of the text's path."""
         ...
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts and how a model reads them; the shared part of corpora that are made of text."""
+    """Texts and how a model reads them; the common part of corpora made of text."""
 
     name: str
     texts: Sequence[str]
@@ -75,7 +75,7 @@ class Documents:
         return torch.tensor(encoded["input_ids"], dtype=torch.long)  # type: ignore[return-value]
 
     def draw(self, model: Model, samples: int, length: int, seed: int) -> LongTensor:
-        """Windows at random starts, drawn as the published GPTQ and SparseGPT scripts draw them.
+        """Windows at random starts, drawn as in the published GPTQ and SparseGPT scripts.
 
         Returns:
             Token ids ``[samples, length]``.
@@ -97,7 +97,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Windowed:
-    """What is asked of every corpus.
+    """The settings of every corpus.
 
     Attributes:
         name, samples, length, seed: see :class:`Corpus`.
@@ -112,27 +112,27 @@ class Windowed:
         """Refuse window counts and lengths below one."""
         for name in ("samples", "length"):
             if getattr(self, name) < 1:
-                raise BadInput(f"corpus.{name}={getattr(self, name)} leaves no calibration text; it must be at least 1")
+                raise BadInput(f"corpus.{name}={getattr(self, name)} is too small; it must be at least 1")
 
 
 @dataclass(frozen=True)
 class TextCorpus(Windowed, ABC):
-    """The shared part of corpora that are made of text; each says where its documents come from."""
+    """The common part of corpora made of text; subclasses provide the documents."""
 
     @abstractmethod
     def documents(self, split: str = TRAIN) -> Documents:
         """The texts of ``train`` (calibration and tuning), ``validation`` or ``test`` (perplexity).
 
         Raises:
-            DataUnavailable: that split is not to be had.
+            DataUnavailable: that split is not available.
         """
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Digest of the training text, or the hub's name for it."""
+        """Digest of the training text, or its id on the hub."""
 
     def windows(self, model: Model) -> LongTensor:
-        """Calibration windows ``[samples, length]``, drawn as :meth:`Documents.draw` says."""
+        """Calibration windows ``[samples, length]``, drawn by :meth:`Documents.draw`."""
         return self.documents().draw(model, self.samples, self.length, self.seed)
 
     def token_stream(self, model: Model) -> LongTensor:
@@ -162,7 +162,7 @@ class PublishedCorpus(TextCorpus):
         )
 
     def fingerprint(self) -> str:
-        """Digest of the local file with the training text, or the hub's name for it."""
+        """Digest of the local file with the training text, or its id on the hub."""
         return self.hub_name if self.data_dir is None else digest_file(self._file(TRAIN))
 
     def _file(self, split: str) -> Path:
@@ -195,7 +195,7 @@ def read_texts(path: Path) -> list[str]:
     """The documents of a file: the ``text`` of each line of a ``.jsonl``, or the whole of any other file.
 
     Raises:
-        DataUnavailable: there is no such file, or nothing in it.
+        DataUnavailable: the file does not exist or is empty.
         BadInput: it is not UTF-8, or a line is not a JSON object with a ``text``.
     """
     content = text_of(path, "a text file or a .jsonl")
@@ -204,7 +204,7 @@ def read_texts(path: Path) -> list[str]:
     else:
         texts = [content]
     if not any(text.strip() for text in texts):
-        raise DataUnavailable(f"{path} holds no text; calibration needs some")
+        raise DataUnavailable(f"{path} holds no text, which calibration needs")
     return texts
 
 
@@ -218,10 +218,10 @@ def _text_of(line: str, path: Path, number: int) -> str:
 
 
 def hub_texts(repository: str, split: str, *, config: str | None = None, files: str | None = None) -> Any:
-    """The ``text`` column of a data set on the hub (or in its local cache), one entry a row.
+    """The ``text`` column of a data set on the hub (or in its local cache), one entry per row.
 
     Raises:
-        DataUnavailable: the hub did not give it and it is not cached.
+        DataUnavailable: it is not cached and could not be downloaded.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -248,5 +248,5 @@ def digest_file(path: Path) -> str:
 
 
 def digest(windows: LongTensor) -> str:
-    """Short hash of token ids; it enters the run's hash so that other text is another run."""
+    """Short hash of token ids; it enters the run's identity."""
     return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""A text of the user's own: any text file, or a jsonl with a ``text`` in each line."""
+"""A user's own text: any text file, or a jsonl file with a ``text`` in each line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from knowledge_compression.identity import LABEL, PLACE
 
 @dataclass(frozen=True)
 class TextFile(TextCorpus):
-    """One file, which is every split.
+    """One file, used for every split.
 
     Attributes:
         path: a ``.jsonl`` (one document a line) or any other UTF-8 file (one document).

@@ -1,4 +1,4 @@
-"""WikiText-2, unprocessed [Merity et al., 2017]: the text of reported perplexities, and a second calibration text."""
+"""Raw WikiText-2 [Merity et al., 2017]: the text of published perplexities, and a second calibration text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HUB_ID, HUB_CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
 class WikiText(PublishedCorpus):
     """WikiText-2 from the hub, or from ``<data_dir>/wikitext2/<split>.raw.txt`` (or ``<split>.*.txt``).
 
-    Its documents are the lines of a split, an empty string for each empty line, as the hub's rows are.
+    Its documents are the lines of a split, with an empty string for each empty line, like the hub's rows.
     """
 
     name: str = field(default="wikitext", metadata=LABEL)
@@ -36,7 +36,7 @@ class WikiText(PublishedCorpus):
         return [line if line.strip() else "" for line in content.splitlines(keepends=True)]
 
     def choose_file(self, folder: Path, split: str) -> Path:
-        """The split's file, raw before tokenized; the validation text where there is no training text."""
+        """The split's file, preferably raw rather than tokenized; the validation text if there is no training text."""
         folder = folder / "wikitext2"
         for name in (TRAIN, VALIDATION) if split == TRAIN else (split,):
             raw_first = sorted(folder.glob(f"{name}.*"), key=lambda path: ("raw" not in path.name, path.name))

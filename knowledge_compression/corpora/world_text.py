@@ -23,18 +23,19 @@ from knowledge_compression.models.families import ENCODER, ENCODER_DECODER
 class WorldText(Windowed):
     """The recovery corpus of the world that the model was trained on; it names no subject that a probe asks about.
 
-    Its windows are such as the model was trained on: whole sentences, as many as fit, framed as its family has them.
+    Its windows are like those in the model's training: as many whole sentences as fit, with its family's special
+    tokens.
     """
 
     name: str = field(default="world", metadata=LABEL)
     length: int = 11
 
     def fingerprint(self) -> str:
-        """Nothing of its own: the model's fingerprint names the world, and with it the text."""
+        """Empty: the model's fingerprint identifies the world and so the text."""
         return "of the model's world"
 
     def prepared(self, model: Model) -> WorldText:
-        """Itself: the text does not depend on what is done to the model.
+        """Itself: the text does not depend on changes to the model.
 
         Raises:
             BadInput: the model was not trained on a controlled world.
@@ -47,7 +48,7 @@ class WorldText(Windowed):
         return sentence_windows(model, self._sentences(model), self.length, self.samples, self.seed)
 
     def token_stream(self, model: Model) -> LongTensor:
-        """One window after the other, as many as hold every sentence."""
+        """Windows, concatenated, enough to contain every sentence."""
         sentences = self._sentences(model)
         a_window = max(1, self.length // (max(map(len, sentences)) + 2))
         windows = sentence_windows(model, sentences, self.length, ceil(len(sentences) / a_window), self.seed)
@@ -70,14 +71,14 @@ class WorldText(Windowed):
 def sentence_windows(
     model: Model, sentences: Sequence[Sequence[int]], length: int, count: int, seed: int
 ) -> LongTensor:
-    """Windows of whole shuffled sentences, each reading of them shuffled anew, padded on the right.
+    """Windows of whole shuffled sentences, reshuffled in every epoch, padded on the right.
 
     Args:
-        model: whose tokenizer and family say what begins and ends a window.
+        model: its tokenizer and family determine how a window begins and ends.
         sentences: token ids.
         length: tokens in a window.
-        count: windows.
-        seed: of the shuffling.
+        count: number of windows.
+        seed: for shuffling.
 
     Returns:
         Token ids ``[count, length]``.

@@ -1,1 +1,1 @@
-"""The controlled world: generated facts, and three small models of like size that were trained to know them."""
+"""The controlled world: generated facts, and three small models of similar size that are trained to know them."""

@@ -39,9 +39,9 @@ metadata:
 
 
 def write(world: World, folder: Path) -> None:
-    """Write everything that the world gives; the same world gives the same bytes.
+    """Write all files of the world; the same world gives the same bytes.
 
-    The folder then holds ``world.json`` (the settings), ``training.txt`` and ``recovery.txt`` (a sentence a line),
+    The folder then holds ``world.json`` (the settings), ``training.txt`` and ``recovery.txt`` (one sentence per line),
     ``facts.jsonl``, ``lama/`` (LAMA's layout; every line has its ``frequency``, ``bin`` and ``wording`` beside LAMA's
     own fields) and ``choices/`` (a task of lm-evaluation-harness with its documents).
     """
@@ -59,7 +59,7 @@ def write(world: World, folder: Path) -> None:
         _write_lines(path, (probe for fact in asked for probe in _probes(world, fact)))
     documents = folder / CHOICES / "world_choices.jsonl"
     _write_lines(documents, _choices(world))
-    # lm-eval itself reads data_files from where it is started; eval=harness with data_dir finds them beside the task.
+    # lm-eval resolves data_files against the working directory; eval=harness with data_dir finds them beside the task.
     _write(folder / CHOICES / "world_choices.yaml", _TASK.format(task="world_choices", file=documents.name))
 
 
@@ -98,7 +98,7 @@ def _bin(world: World, fact: Fact) -> str:
 
 
 def _probes(world: World, fact: Fact) -> Iterator[dict[str, Any]]:
-    """A fact in the wording that training uses most for it, and in one that it never uses for it."""
+    """A fact in the wording most used for it in training, and in one never used for it."""
     for wording, place in ((SEEN, fact.seen[0]), (HELD_OUT, fact.held_out[0])):
         template = fact.relation.wordings[place]
         yield {

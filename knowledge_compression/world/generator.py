@@ -1,4 +1,4 @@
-"""A world of facts from a seed: what there is, what is true of it, how often it is said and in which words."""
+"""A world of facts from a seed: entities, their facts, and how often and in which words each is stated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from knowledge_compression.building import Seed
 from knowledge_compression.errors import BadInput
 from knowledge_compression.world.schema import DISTRACTORS, ONE_TO_ONE, RELATIONS, SUBJECTS, TWO_WORDS, Relation
 
-FORMAT = 2  # raised when the same settings would give another world
+FORMAT = 2  # raised whenever the same settings would give another world
 
 _ONSETS = "b br d dr f fl g gr h k kl kr l m n p pl pr r s sk st t tr v w z".split()  # noqa: SIM905
 _VOWELS = ["a", "e", "i", "o", "u", "ai", "au", "ei", "io", "oa"]
@@ -23,19 +23,20 @@ _CODAS = ["", "", "", "l", "m", "n", "r", "s", "th", "x", "rn", "nd", "sk"]
 
 @dataclass(frozen=True)
 class WorldSettings:
-    """How large the world is, and how its facts are spread.
+    """The size of the world and the distribution of its facts.
 
     Attributes:
-        people, works, firms, towns, countries: numbers of entities that facts are about.
+        people, works, firms, towns, countries: numbers of entities that have facts.
         professions, languages, instruments, genres, years: numbers of other answers.
-        relations: names of the relations to have; None has all.
-        probed: share of the subjects of each kind whose facts are asked about; the others make the recovery corpus.
-        held_out: wordings of every probed fact that training never uses for it.
-        mean_frequency: how often a fact is said on average in one reading of the training text.
+        relations: names of the relations to include; None includes all.
+        probed: share of the subjects of each kind whose facts are probed; the facts of the others form the recovery
+            corpus.
+        held_out: number of wordings of every probed fact that training never uses for it.
+        mean_frequency: how often a fact is stated on average in one epoch of the training text.
         exponent: of the Zipf-Mandelbrot law ``1 / (rank + shift) ** exponent`` of fact frequency; 0 makes all equal.
-        shift: its shift as a share of the number of facts; a small one makes the head steeper.
-        distractors: sentences without a fact, as a share of those with one.
-        seed: what everything is drawn from.
+        shift: its shift as a share of the number of facts; a smaller shift makes the head steeper.
+        distractors: number of sentences without a fact, relative to those with one.
+        seed: for all random draws.
     """
 
     people: int = 260
@@ -58,7 +59,7 @@ class WorldSettings:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        """Refuse worlds that cannot be."""
+        """Refuse impossible worlds."""
         if self.relations is not None:
             object.__setattr__(self, "relations", tuple(self.relations))
             if unknown := set(self.relations) - {relation.name for relation in RELATIONS}:
@@ -68,9 +69,13 @@ class WorldSettings:
             if count < 2:
                 raise BadInput(f"world: {count} of kind {kind} are too few; two or more are needed to tell them apart")
         if not 0.0 < self.probed < 1.0:
-            raise BadInput(f"world.probed={self.probed} must lie between 0 and 1: some facts are asked, others train")
+            raise BadInput(
+                f"world.probed={self.probed} must lie between 0 and 1: some facts are probed, others are for training"
+            )
         if not 0 < self.held_out < min(len(relation.wordings) for relation in RELATIONS):
-            raise BadInput(f"world.held_out={self.held_out} must leave at least one wording to learn from and hold one")
+            raise BadInput(
+                f"world.held_out={self.held_out} must leave at least one wording for training and hold out at least one"
+            )
         if self.mean_frequency < 1 or self.exponent < 0 or self.shift <= 0 or self.distractors < 0:
             raise BadInput("world: mean_frequency >= 1, exponent >= 0, shift > 0 and distractors >= 0 are needed")
         for relation in self.schema:
@@ -87,7 +92,7 @@ class WorldSettings:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many entities of each kind there are; kinds that belong to one owner each come in the owner's number."""
+        """Number of entities of each kind; kinds with one owner each are as many as their owners."""
         return {
             "person": self.people,
             "work": self.works,
@@ -105,23 +110,22 @@ class WorldSettings:
         }
 
     def digest(self) -> str:
-        """Hash of the settings and of the generator's version; the world's name."""
+        """Hash of the settings and of the generator's version, which identifies the world."""
         content = json.dumps([FORMAT, asdict(self)], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that is true in the world.
+    """A fact of the world.
 
     Attributes:
-        relation: what kind of fact.
-        subject, object: who or what it relates.
-        frequency: how often one reading of the training text says it.
-        probed: whether it is asked about; then nothing about its subject is in the recovery corpus.
-        seen: places of the wordings that training uses for it, in the order it takes them; a rare fact is not said in
-            all that it might be.
-        held_out: places of the wordings that training never uses for it by design; empty where it is not probed.
+        relation: name of the relation.
+        subject, object: names of the entities that it relates.
+        frequency: how often one epoch of the training text states it.
+        probed: whether it is probed; nothing about its subject is then in the recovery corpus.
+        seen: indices of the wordings that training uses for it, in order; a rare fact does not appear in all of them.
+        held_out: indices of the wordings that training never uses for it by design; empty if it is not probed.
     """
 
     relation: Relation
@@ -138,24 +142,24 @@ class Fact:
         return f"{self.relation.name}/{self.subject}"
 
     def sentence(self, wording: int) -> str:
-        """The fact in the wording at a place."""
+        """The fact in the wording with this index."""
         return say(self.relation.wordings[wording], self.subject, self.object)
 
 
 def say(template: str, subject: str, object_: str) -> str:
-    """A template with its two names."""
+    """A template with both names filled in."""
     return template.replace("[X]", subject).replace("[Y]", object_)
 
 
 @dataclass(frozen=True)
 class World:
-    """Entities and facts, all from the settings alone.
+    """Entities and facts, determined by the settings.
 
     Attributes:
-        settings: what it was made from.
+        settings: the settings.
         names: names of the entities of each kind.
         facts: everything that is true, by relation and subject.
-        probed: the subjects that are asked about.
+        probed: the subjects whose facts are probed.
     """
 
     settings: WorldSettings
@@ -165,7 +169,7 @@ class World:
 
     @cached_property
     def questions(self) -> list[Fact]:
-        """The facts that are asked about."""
+        """The probed facts."""
         return [fact for fact in self.facts if fact.probed]
 
     @cached_property
@@ -182,11 +186,11 @@ class World:
         return frequencies[(len(frequencies) - 1) // 2]
 
     def training_text(self) -> list[str]:
-        """One reading of the training text: every fact as often as its frequency says, and distractors, shuffled."""
+        """One epoch of the training text: every fact as often as its frequency, and distractors, shuffled."""
         return self._text(self.facts, self.settings.seed + 1, frozenset())
 
     def recovery_text(self) -> list[str]:
-        """The recovery corpus: facts and distractors of the other entities; it names no subject that is asked about."""
+        """The recovery corpus: facts and distractors about the other entities; it names no probed subject."""
         others = [fact for fact in self.facts if not fact.probed and fact.object not in self.probed]
         return self._text(others, self.settings.seed + 2, self.probed)
 
@@ -201,7 +205,7 @@ class World:
         while wanted > 0:
             subject_kind, object_kind, template = generator.choice(DISTRACTORS)
             subject, object_ = generator.choice(names[subject_kind]), generator.choice(names[object_kind])
-            if (subject, object_) not in true:  # a distractor states no fact, nor does it name a true pair
+            if (subject, object_) not in true:  # a distractor states no fact and does not name a true pair
                 sentences.append(say(template, subject, object_))
                 wanted -= 1
         generator.shuffle(sentences)
@@ -226,7 +230,7 @@ def generate(settings: WorldSettings) -> World:
             chosen = [generator.choice(objects) for _ in subjects]
         pairs += [(relation, subject, object_) for subject, object_ in zip(subjects, chosen, strict=True)]
     frequencies = _frequencies(len(pairs), settings)
-    generator.shuffle(frequencies)  # so that frequency says nothing of relation or subject
+    generator.shuffle(frequencies)  # so that frequency is independent of relation and subject
     facts = []
     for (relation, subject, object_), frequency in zip(pairs, frequencies, strict=True):
         asked = subject in probed
@@ -238,7 +242,7 @@ def generate(settings: WorldSettings) -> World:
 
 
 def _frequencies(count: int, settings: WorldSettings) -> list[int]:
-    """Frequencies by rank after Zipf and Mandelbrot, at least one each."""
+    """Frequencies by rank, by the Zipf-Mandelbrot law, each at least one."""
     shift = settings.shift * count
     weights = [1.0 / (rank + shift) ** settings.exponent for rank in range(1, count + 1)]
     scale = settings.mean_frequency * count / sum(weights)
@@ -246,7 +250,7 @@ def _frequencies(count: int, settings: WorldSettings) -> list[int]:
 
 
 def _names(settings: WorldSettings, generator: random.Random) -> dict[str, list[str]]:
-    """Names of every kind from syllables; no word names two things, in any case."""
+    """Names of every kind, from syllables; no word, whatever its case, names two things."""
     taken: set[str] = set()
 
     def word() -> str:
@@ -261,7 +265,9 @@ def _names(settings: WorldSettings, generator: random.Random) -> dict[str, list[
     names: dict[str, list[str]] = {}
     for kind, count in settings.counts.items():
         if kind in TWO_WORDS:
-            half = 2 + round((2 * count) ** 0.5)  # twice as many pairs as are needed, so that no word gives one away
+            half = 2 + round(
+                (2 * count) ** 0.5
+            )  # twice as many pairs as needed, so that one word does not reveal the other
             firsts, lasts = ([word().capitalize() for _ in range(half)] for _ in range(2))
             pairs = [f"{first} {last}" for first in firsts for last in lasts]
             names[kind] = generator.sample(pairs, count)

@@ -1,4 +1,4 @@
-"""Three small models of like size that know the same world: made on first use, then read from the cache."""
+"""Three small models of similar size that know the same world: trained on first use, then read from the cache."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of a cached model; raised when the same recipe would give another one
+FORMAT = 2  # of a cached model; raised whenever the same recipe would give another one
 FAMILIES = (ENCODER, ENCODER_DECODER, DECODER)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of a network.
+    """The size of a network.
 
     Attributes:
         width: of the residual stream.
-        depth: blocks; an encoder-decoder has half of them on each side.
-        heads: attention heads.
+        depth: number of blocks; an encoder-decoder has half of them on each side.
+        heads: number of attention heads.
     """
 
     width: Positive = 128
@@ -56,7 +56,8 @@ class Shape:
     heads: Positive = 4
 
     def config(self, family: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-        """The architecture of a family; the feed-forward widths make the blocks of all three hold alike much.
+        """The configuration of a family; the feed-forward widths give the blocks of all three the same number of
+        weights.
 
         With width d, attention holds 4 d^2 a block, and so the feed-forward layers get 8 d^2 of an encoder (BERT: two
         matrices) and of a decoder (LLaMA: three). An encoder-decoder has half the blocks a side and attends twice in
@@ -97,13 +98,13 @@ class WorldModel:
     """A small model that was trained from scratch until it knows a generated world.
 
     Attributes:
-        name: what it is shown under.
+        name: the name shown to users.
         family: ``encoder`` (BERT-shaped), ``encoder_decoder`` (T5-shaped) or ``decoder`` (LLaMA-shaped).
-        world: what it knows.
-        shape: how large it is.
-        training: how it is trained.
-        length: tokens in a training window.
-        recall: share of the head facts that it must recall in held-out wordings; a model below is not given out.
+        world: the world that it knows.
+        shape: its size.
+        training: its training settings.
+        length: number of tokens in a training window.
+        recall: share of the head facts that it must recall in held-out wordings; a model below this is refused.
     """
 
     name: str = field(metadata=LABEL)
@@ -115,13 +116,13 @@ class WorldModel:
     recall: Annotated[float, Field(ge=0, le=1)] = 0.99
 
     def __post_init__(self) -> None:
-        """Refuse a family that does not exist."""
+        """Refuse an unknown family."""
         if self.family not in FAMILIES:
             raise BadInput(f"model.family={self.family} does not exist; choose one of {', '.join(FAMILIES)}")
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What made it, JSON-ready; the recall that is asked for does not change the weights and is left out."""
+        """The recipe, JSON-ready, without the required recall, which does not change the weights."""
         training = {key: value for key, value in asdict(self.training).items() if key != "checkpoint_every"}
         recipe = {
             "format": FORMAT,
@@ -134,7 +135,7 @@ class WorldModel:
         return json.loads(json.dumps(recipe))
 
     def fingerprint(self) -> str:
-        """Hash of the recipe that made it."""
+        """Hash of the recipe."""
         return hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()[:16]
 
     def skeleton(self) -> Model:
@@ -142,10 +143,10 @@ class WorldModel:
         return Model(*_skeleton(self.world, self.shape, self.family), self.name)
 
     def load(self, device: str = "auto", dtype: str = "auto") -> Model:
-        """Read it from the cache, training it first where it is not there.
+        """Read it from the cache, training it first if necessary.
 
         Raises:
-            BadInput: the world is too large: the trained model does not recall what was asked.
+            BadInput: the world is too large: the trained model does not reach the required recall.
         """
         folder = self.folder(device)
         model = LocalModel(self.name, str(folder)).load(device, dtype)
@@ -155,7 +156,7 @@ class WorldModel:
         return replace(model, provenance=provenance, objective=_objective(self.family, model.tokenizer))
 
     def folder(self, device: str = "auto") -> Path:
-        """Its folder in the cache: a saved model, ``world/`` (what it knows) and ``made.json`` (how it came about)."""
+        """Its folder in the cache: a saved model, ``world/`` (its facts) and ``made.json`` (how it was trained)."""
         name = f"worlds/{self.name}-{self.fingerprint()}"
         there = cache_folder() / name
         if there.is_dir() and not self._is_whole(there):
@@ -210,8 +211,8 @@ class WorldModel:
         if reached < self.recall:
             raise BadInput(
                 f"model={self.name}: this world of {facts} facts is too large for it: after {steps} steps it recalls "
-                f"{reached:.1%} of the head facts in held-out wordings and {self.recall:.1%} was asked; take a smaller "
-                "world (model.world.people=...), more model.training.steps or a wider model.shape.width"
+                f"{reached:.1%} of the head facts in held-out wordings, but {self.recall:.1%} is required; choose "
+                "a smaller world (model.world.people=...), more model.training.steps or a wider model.shape.width"
             )
 
 
@@ -230,7 +231,7 @@ def _network(config: PretrainedConfig, device: str) -> Any:
 
 
 def _objective(family: str, tokenizer: PreTrainedTokenizerBase) -> Objective:
-    """The family's objective; answers, on which all sentences end, are hidden far more often than other words."""
+    """The family's objective; answers, which end all sentences, are masked far more often than other words."""
     if family == DECODER:
         return NextToken(tokenizer.pad_token_id)
     noise = LastWords(tokenizer.get_vocab()[STOP], specials=tuple(tokenizer.all_special_ids))

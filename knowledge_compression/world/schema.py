@@ -1,7 +1,7 @@
-"""What there is in the world: kinds of entities, relations between them, and the wordings of each, as data.
+"""The schema of the world: kinds of entities, relations between them, and the wordings of each, as data.
 
 Every wording names the subject before the object and ends with the object and a full stop, so that models of all three
-families can be asked in the same words. ``1-1`` relations give every subject an object of its own; in ``N-1`` relations
+families can be asked in the same words. In ``1-1`` relations every subject has a different object; in ``N-1`` relations
 many subjects share one (the types of LAMA's relations).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ONE_TO_ONE, MANY_TO_ONE = "1-1", "N-1"
-STOP = "."  # a word of its own, after the object
+STOP = "."  # a separate word, after the object
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def _relation(name: str, subject: str, object_: str, kind: str, *wordings: str) 
     return Relation(name, subject, object_, kind, tuple(f"[X] {wording} [Y] {STOP}" for wording in wordings))
 
 
-# Kinds whose names have two words, so that few words name many entities; the others have one.
+# Kinds whose names have two words, so that few words name many entities; the others' names have one word.
 TWO_WORDS = ("person", "work")
 SUBJECTS = ("person", "work", "firm", "town", "country")
 

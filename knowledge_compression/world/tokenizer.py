@@ -1,4 +1,4 @@
-"""One vocabulary for the three families, made from a world's own words."""
+"""One vocabulary for the three families, built from a world's own words."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 SENTINELS = tuple(f"<extra_id_{i}>" for i in range(16))
 _PAD, _UNKNOWN, _BEGIN, _END, _MASK = "<pad>", "<unk>", "<s>", "</s>", "[MASK]"
 _SPECIALS = [_PAD, _UNKNOWN, _BEGIN, _END, _MASK, *SENTINELS]
-# What each family's inputs begin and end with.
+# The tokens at the beginning and end of each family's inputs.
 _FRAMES = {ENCODER: f"{_BEGIN} $A {_END}", ENCODER_DECODER: f"$A {_END}", DECODER: f"{_BEGIN} $A"}
 
 
 def train_tokenizer(world: World, family: str) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over everything the world can say; the ids are the same for every family."""
+    """A word-level tokenizer for all of the world's words; ids are the same for every family."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel(unk_token=_UNKNOWN))
