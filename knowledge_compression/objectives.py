@@ -199,7 +199,7 @@ def objective_for(model: Model, *, rate: float = 0.15) -> Objective:
     known = tuple(i for i in sentinels if i is not None and i != tokenizer.unk_token_id)
     if not known:
         raise BadInput(f"{model.name}: its tokenizer has no sentinels (<extra_id_0>), so spans cannot be trained on")
-    start = model.network.config.decoder_start_token_id
+    start = model.decoder_start
     spans = RandomSpans(rate, 3.0, specials)
     return SpanCorruption(known, start, tokenizer.eos_token_id, tokenizer.pad_token_id, spans)
 

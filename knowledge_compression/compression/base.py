@@ -27,8 +27,8 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.memory import peak_memory
 from knowledge_compression.models import Model, TargetLayer, Targets
 from knowledge_compression.models.families import FINAL
+from knowledge_compression.models.replaced import ReplacedLinear
 from knowledge_compression.models.soundness import check_finite, weights_of
-from knowledge_compression.models.targets import ReplacedLinear
 
 SCOPES = ("global", "layer")
 
@@ -107,8 +107,8 @@ class Method(Compression):
         if self.modules and (fixed := [layer for layer in targets if not layer.is_replaceable]):
             raise BadInput(
                 f"compression={self.name} puts modules of its own in the place of linear layers, which {len(fixed)} of "
-                f"the {len(targets)} targets are not, e.g. {fixed[0].path}: experts kept in one tensor, or routers; "
-                "choose target=att, or a method that writes weights, e.g. compression=rtn compression.bits=8"
+                f"the {len(targets)} targets are not, e.g. {fixed[0].path}; choose a target without it, or a method "
+                "that writes weights, e.g. compression=rtn compression.bits=8"
             )
         self.check(targets)
         if targets:  # else nothing is made of them

@@ -24,7 +24,7 @@ from knowledge_compression.compression.walk.blocks import Hold, Statistics, Walk
 from knowledge_compression.errors import BadInput
 from knowledge_compression.identity import SPEED
 from knowledge_compression.models import Model, TargetLayer, Targets
-from knowledge_compression.models.targets import ReplacedLinear
+from knowledge_compression.models.replaced import ReplacedLinear
 
 S = TypeVar("S", bound=Statistics)
 

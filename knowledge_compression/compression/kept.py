@@ -29,7 +29,8 @@ from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.layer_reports import CompressionReport
 from knowledge_compression.compression.solve.grid import FittedGrid, QuantizedWeight, quantized_weight
 from knowledge_compression.models import Model, Targets
-from knowledge_compression.models.targets import ReplacedLinear, linear_layers
+from knowledge_compression.models.replaced import ReplacedLinear
+from knowledge_compression.models.targets import linear_layers
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +215,7 @@ def _restore(folder: Path, model: Model, kinds: Sequence[type[ReplacedLinear]]) 
         prefix = f"module/{path}/"
         names = [name for name in tensors if name.startswith(prefix)]
         buffers = {name.removeprefix(prefix): tensors[name].to(model.device) for name in names}
-        layers[path].replace(kind_of[kind].from_buffers(buffers, layers[path].module.bias, **settings))
+        layers[path].replace(kind_of[kind].from_buffers(buffers, layers[path].bias_parameter, **settings))
     with torch.no_grad():
         for path, settings in about["codes"].items():
             grid = FittedGrid(**{name: tensors[f"codes/{path}/{name}"] for name in _GRID}, **settings)

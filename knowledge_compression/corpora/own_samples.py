@@ -174,11 +174,11 @@ def _continue(model: Model, sampler: _Sampler, rows: int, length: int) -> Tensor
 
 def _fill_blanks(model: Model, sampler: _Sampler, rows: int, length: int) -> Tensor:
     """Grow texts by letting an encoder-decoder fill the blank at their end, again and again."""
-    device, tokenizer, config = model.device, model.tokenizer, model.network.config
+    device, tokenizer = model.device, model.tokenizer
     sentinel = tokenizer.convert_tokens_to_ids("<extra_id_0>")
     has_sentinel = sentinel is not None and sentinel != tokenizer.unk_token_id
     blank = sentinel if has_sentinel else tokenizer.mask_token_id
-    said_first = [config.decoder_start_token_id, *([sentinel] if has_sentinel else [])]
+    said_first = [model.decoder_start, *([sentinel] if has_sentinel else [])]
     texts = sampler.any(rows)[:, None].tolist()
     while min(map(len, texts)) < length:
         inputs = [

@@ -298,7 +298,7 @@ class _SentinelReader(_GeneratorReader):
 
     def blanks(self, clozes: Sequence[Cloze]) -> list[Blank | None]:
         first = self.tokenizer.convert_tokens_to_ids(_SENTINEL.format(0))
-        start = self.model.network.config.decoder_start_token_id
+        start = self.model.decoder_start
         rows = self._inputs([self._with_sentinels(cloze.sentence) for cloze in clozes])
         return [
             Blank(ids, decoder_ids=(start, first), items=(cloze.id,)) if first in ids else None
@@ -320,7 +320,7 @@ class _RepeatingReader(_SentinelReader):
     """BART: the decoder repeats the sentence up to the mask, then predicts the masked text (Lewis et al. 2020)."""
 
     def blanks(self, clozes: Sequence[Cloze]) -> list[Blank | None]:
-        mask, start = self.tokenizer.mask_token_id, self.model.network.config.decoder_start_token_id
+        mask, start = self.tokenizer.mask_token_id, self.model.decoder_start
         rows = self._inputs([cloze.sentence.replace(MASK, self.tokenizer.mask_token) for cloze in clozes])
         return [
             Blank(ids, decoder_ids=(start, *ids[: ids.index(mask)]), items=(cloze.id,)) if mask in ids else None

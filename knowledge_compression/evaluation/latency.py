@@ -97,7 +97,7 @@ class Latency:
             prefill, output = timed(model.device, lambda: network(input_ids=ids, **fields))
         else:
             said = "decoder_input_ids"
-            start = torch.full_like(ids[:, :1], network.config.decoder_start_token_id)
+            start = torch.full_like(ids[:, :1], model.decoder_start)
             prefill, output = timed(model.device, lambda: network(input_ids=ids, decoder_input_ids=start, **fields))
             fields["encoder_outputs"] = (output.encoder_last_hidden_state,)
 

@@ -349,7 +349,7 @@ def _single_tokens(reader: Reader, words: Sequence[str]) -> Tensor:
 
 def _ids_of_tokens(model: Model) -> Tensor | None:
     """The ids that have a token, int64 ``[tokens]``; None if all rows of the embeddings do."""
-    rows = model.network.config.vocab_size
+    rows = model.text_config.vocab_size
     ids = sorted(i for i in set(model.tokenizer.get_vocab().values()) if i < rows)
     return torch.tensor(ids, dtype=torch.long) if len(ids) < rows else None
 

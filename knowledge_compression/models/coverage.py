@@ -21,14 +21,12 @@ import torch
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.models.model import Model
-from knowledge_compression.models.roles import CROSS_ATT, DECODER_SELF_ATT, ENCODER_ATT, FINAL, ROLES, TRANSFORM
+from knowledge_compression.models.roles import CROSS_ATT, DECODER_SELF_ATT, ENCODER_ATT, FINAL, ROLES
 from knowledge_compression.models.targets import placed
 
 _TABLES = {DECODER: "Causal", ENCODER: "Masked", ENCODER_DECODER: "Sequence to sequence"}
 _COLUMNS = {"attention": (ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT)} | {
-    role.replace("_", " "): (role,)
-    for role in ROLES
-    if role not in (ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT, TRANSFORM, FINAL)
+    role.replace("_", " "): (role,) for role in ROLES if role not in (ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT, FINAL)
 }
 
 
@@ -39,8 +37,7 @@ class Coverage:
     Attributes:
         table: ``decoder``, ``encoder`` or ``encoder_decoder``: the table of transformers.
         type: the model type.
-        weights: number of weights in the blocks' matrices, by role; those around the blocks under ``transform`` and
-            ``final``.
+        weights: number of weights in the blocks' matrices, by role.
         left_out: number of entries in other parameters of the blocks, by kind.
         outside: parts that do not belong to the language model.
         trouble: why it does not build or cannot be placed; empty if it is placed.
@@ -58,8 +55,7 @@ class Coverage:
     @property
     def in_blocks(self) -> int:
         """Number of entries in the blocks' parameters of two or more dimensions."""
-        matrices = sum(count for role, count in self.weights.items() if role not in (TRANSFORM, FINAL))
-        return matrices + sum(self.left_out.values())
+        return sum(self.weights.values()) + sum(self.left_out.values())
 
 
 def cover(only: Iterable[str] = ()) -> Iterator[Coverage]:
@@ -99,7 +95,7 @@ def _one(table: str, name: str, kind: type) -> Coverage:
     except BadInput as error:
         return Coverage(table, name, trouble=str(error))
     weights, left_out = Counter[str](), Counter[str]()
-    for layer in everything.layers:
+    for layer in (layer for layer in everything.layers if layer.path not in everything.around):
         weights[layer.role] += layer.parameters
     for _, _, count, reason in everything.others:
         left_out[reason] += count

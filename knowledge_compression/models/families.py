@@ -303,17 +303,20 @@ def _read(network: Any) -> Architecture:
     head = network.get_output_embeddings()
     if head is None:
         raise BadInput(f"a network of type '{config.model_type}' has no projection onto the vocabulary")
-    body, outside = _body(network, paths), exceptions.outside
+    halves = [network.get_encoder(), network.get_decoder()] if family == ENCODER_DECODER else [network]
+    bodies, outside = tuple(_body(half, paths) for half in halves), exceptions.outside
     lists = exceptions.blocks or tuple(
         path
         for path in _lists(network)
-        if f"{path}.".startswith(body) and not any(f"{path}.".startswith(f"{part}.") for part in outside)
+        if f"{path}.".startswith(bodies) and not any(f"{path}.".startswith(f"{part}.") for part in outside)
     )
-    if not lists:
-        raise BadInput(f"a network of type '{config.model_type}' has no list of blocks")
-    others = {part for part in _lists(network) if not f"{part}.".startswith(body)} if not exceptions.blocks else set()
-    encoder = _encoder(network, paths) if family == ENCODER_DECODER else None
-    of_encoder = {path: encoder is not None and f"{path}.".startswith(f"{encoder}.") for path in lists}
+    others = {part for part in _lists(network) if not f"{part}.".startswith(bodies)} if not exceptions.blocks else set()
+    encoder = f"{paths[halves[0]]}." if family == ENCODER_DECODER else None
+    of_encoder = {path: encoder is not None and f"{path}.".startswith(encoder) for path in lists}
+    if not lists or (family == ENCODER_DECODER and len(set(of_encoder.values())) < 2):
+        raise BadInput(
+            f"a network of type '{config.model_type}' has no list of blocks{' in one of its halves' if lists else ''}"
+        )
     stacks = [
         Stack(path, ENCODER_ATT if family == ENCODER or of_encoder[path] else DECODER_SELF_ATT)
         for path in sorted(lists, key=lambda path: not of_encoder[path])  # an encoder runs first
@@ -339,16 +342,16 @@ def _is_list_of_lists(child: nn.Module) -> bool:
     return isinstance(child, nn.ModuleList)
 
 
-def _body(network: Any, paths: Mapping[nn.Module, str]) -> str:
-    """Prefix of the paths of the language model: the nearest module around the input embeddings that holds blocks."""
-    embeddings, lists = paths.get(network.get_input_embeddings(), ""), list(_lists(network))
-    while embeddings:
-        embeddings = embeddings.rpartition(".")[0]
-        if any(path.startswith(f"{embeddings}.") for path in lists):
-            return f"{embeddings}." if embeddings else ""
-    return ""
+def _body(half: Any, paths: Mapping[nn.Module, str]) -> str:
+    """Prefix of the paths of what reads text in a network, or in one half of an encoder-decoder.
 
-
-def _encoder(network: Any, paths: Mapping[nn.Module, str]) -> str:
-    """Path of the encoder of an encoder-decoder."""
-    return paths[network.get_encoder()]
+    The nearest module around its input embeddings that holds blocks; the whole where the embeddings lie elsewhere.
+    """
+    whole = paths[half]
+    lists = [".".join(filter(None, (whole, path))) for path in _lists(half)]
+    around = paths.get(half.get_input_embeddings(), "")
+    while around.startswith(f"{whole}." if whole else "") and around:
+        around = around.rpartition(".")[0]
+        if around and any(path.startswith(f"{around}.") for path in lists):
+            return f"{around}."
+    return f"{whole}." if whole else ""

@@ -420,8 +420,7 @@ def _configuration(where: str, stored: Stored | None = None, **hub: Any) -> Any:
 
     config = stored.configuration(**hub) if stored is not None else AutoConfig.from_pretrained(where, **hub)
     check_configuration(config)
-    # Gemma 3 also sees; its text part is the language model.
-    return config.get_text_config() if config.model_type == "gemma3" else config
+    return config
 
 
 def auto_class(config: Any) -> Any:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from knowledge_compression.models.families import Architecture, architecture_of
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models.families import ENCODER_DECODER, Architecture, architecture_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,11 +61,36 @@ class Model:
         return next(self.network.get_input_embeddings().parameters()).dtype
 
     @property
+    def text_config(self) -> Any:
+        """The configuration of what reads text, which a network that also sees has inside its own; of what says text
+        in an encoder-decoder."""
+        config = self.network.config
+        return config.get_text_config(decoder=True) if self.family == ENCODER_DECODER else config.get_text_config()
+
+    @property
+    def decoder_start(self) -> int:
+        """The token before everything that an encoder-decoder says, found as transformers' own generation finds it.
+
+        Raises:
+            BadInput: its settings name none.
+        """
+        settings = self.network.generation_config, self.network.config, self.text_config
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            for where in settings:
+                if (token := getattr(where, name, None)) is not None:
+                    return int(token)
+        raise BadInput(
+            f"{self.name} does not say with which token its decoder begins; set decoder_start_token_id in its "
+            "config.json (of a translator that is the token of the language)"
+        )
+
+    @property
     def max_positions(self) -> int | None:
         """Longest input in tokens, or None where positions have no end (T5)."""
-        limit = getattr(self.network.config, "max_position_embeddings", None)
+        config = self.network.config if self.family == ENCODER_DECODER else self.text_config
+        limit = getattr(config, "max_position_embeddings", None)
         if limit is None:
-            limit = getattr(self.network.config, "n_positions", None) if self.family != "encoder_decoder" else None
+            limit = getattr(config, "n_positions", None) if self.family != ENCODER_DECODER else None
         return None if limit is None else limit - self.first_position
 
     @property
@@ -80,9 +106,10 @@ class Model:
 
     @property
     def head_is_tied(self) -> bool:
-        """Whether the final layer's weight is that of the input embeddings."""
+        """Whether the final layer's weight is that of embeddings: of the input, or of what a decoder has said."""
         head = self.network.get_submodule(self.architecture.final)
-        return isinstance(head, nn.Linear) and head.weight is self.network.get_input_embeddings().weight
+        embeddings = (module for module in self.network.modules() if isinstance(module, nn.Embedding))
+        return isinstance(head, nn.Linear) and any(head.weight is module.weight for module in embeddings)
 
     def untie_head(self) -> None:
         """Give the final layer a weight of its own, so that compressing it leaves the embeddings alone.

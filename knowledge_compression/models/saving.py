@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.model import Model
-from knowledge_compression.models.targets import ReplacedLinear
+from knowledge_compression.models.replaced import ReplacedExperts, ReplacedLinear
 
 log = logging.getLogger(__name__)
 
@@ -105,14 +105,20 @@ def _with_float_weights(network: PreTrainedModel) -> dict[str, Tensor]:
     if not ours:
         return state
     log.warning("saving float weights for %d int8 layers; a plain model does not round its activations", len(ours))
+    banks = {path: module for path, module in network.named_modules() if isinstance(module, ReplacedExperts)}
+    of_banks = {f"{path}.{number}" for path, bank in banks.items() for number in range(len(bank))}
     with torch.device("meta"):
         plain = type(network)(network.config)
     for path, module in ours.items():
         for name in module.state_dict():
             if name != "bias":
                 del state[f"{path}.{name}"]
-        weight: Tensor = module.weight
-        state[f"{path}.weight"] = weight.T.contiguous() if isinstance(plain.get_submodule(path), Conv1D) else weight
+        if path not in of_banks:
+            weight: Tensor = module.weight
+            state[f"{path}.weight"] = weight.T.contiguous() if isinstance(plain.get_submodule(path), Conv1D) else weight
+    for path, bank in banks.items():
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{path}.")}
+        state[path] = bank.weight
     return state
 
 
@@ -125,4 +131,5 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
 
 def _ties_head(network: nn.Module) -> bool:
     head = network.get_output_embeddings()  # type: ignore[operator]
-    return head is not None and head.weight is network.get_input_embeddings().weight  # type: ignore[operator]
+    embeddings = (module for module in network.modules() if isinstance(module, nn.Embedding))
+    return head is not None and any(head.weight is module.weight for module in embeddings)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,44 +18,10 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.identity import LABEL
 from knowledge_compression.models.families import FINAL, ROLES, TRANSFORM
 from knowledge_compression.models.model import Model
+from knowledge_compression.models.replaced import ReplacedExperts, ReplacedLinear
 
 READINGS = ("module", "paper")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-
-
-class ReplacedLinear(nn.Module):
-    """What a compression puts in the place of a linear layer, and what is taken for one everywhere.
-
-    Attributes:
-        in_features, out_features: as ``nn.Linear`` has them.
-        bias: ``[out_features]`` or None.
-        bits: of one stored weight.
-    """
-
-    in_features: int
-    out_features: int
-    bias: nn.Parameter | None
-    bits: float
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight that the stored numbers stand for, ``[out_features, in_features]``; a copy, not to be written."""
-        raise NotImplementedError
-
-    @property
-    def overhead_bits(self) -> int:
-        """Bits for scales and the like, over the whole layer."""
-        raise NotImplementedError
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What makes this layer beside its buffers and its bias, JSON-ready."""
-        raise NotImplementedError
-
-    @classmethod
-    def from_buffers(cls, buffers: Mapping[str, torch.Tensor], bias: Any, **settings: Any) -> Self:
-        """The layer that had these buffers, this bias and these :attr:`settings`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,16 +62,23 @@ class TargetLayer:
         """The weight ``[out_features, in_features]`` as a view that can be written in place, for GPT-2's Conv1D too."""
         module = self.module
         if self.expert:
-            bank: torch.Tensor = getattr(module, self.expert.parameter).data
-            return bank[self.expert.number].T if self.expert.transposed else bank[self.expert.number]
+            bank = getattr(module, self.expert.parameter)
+            if isinstance(bank, ReplacedExperts):  # others of the bank have been replaced
+                return bank.get_submodule(str(self.expert.number)).weight.detach()  # type: ignore[operator]
+            return bank.data[self.expert.number].T if self.expert.transposed else bank.data[self.expert.number]
         weight: torch.Tensor = module.weight.data  # type: ignore[assignment]
         return weight.T if isinstance(module, Conv1D) else weight
 
     @property
     def bias(self) -> torch.Tensor | None:
         """The bias ``[out_features]``, if the layer has one of its own."""
-        bias: nn.Parameter | None = None if self.expert else getattr(self.module, "bias", None)
+        bias = self.bias_parameter
         return bias.data if bias is not None else None
+
+    @property
+    def bias_parameter(self) -> nn.Parameter | None:
+        """The same as the module holds it. The biases of a bank of experts are the bank's, and are added by it."""
+        return None if self.expert else getattr(self.module, "bias", None)
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -123,10 +96,12 @@ class TargetLayer:
     @property
     def is_replaceable(self) -> bool:
         """Whether another module can take its place: not where the network reads its weight otherwise."""
-        return self.expert is None and is_linear(self.module)
+        return self.expert is not None or is_linear(self.module)
 
     def replace(self, module: ReplacedLinear) -> None:
         """Put another module in this layer's place."""
+        if self.expert:
+            ReplacedExperts.in_place_of(self.module, self.expert.parameter, self.expert.transposed)
         self.network.set_submodule(self.path, module)
 
 
@@ -275,19 +250,21 @@ class Placed:
         layers: the matrices, in forward order of their definition.
         others: other parameters of two or more dimensions in the blocks: name, role of the part in which they lie,
             how many numbers, and what they are.
+        around: paths of the matrices that lie outside the blocks.
     """
 
     layers: list[TargetLayer]
     others: list[tuple[str, str | None, int, str]]
+    around: frozenset[str]
 
     def without(self, roles: Collection[str]) -> list[LeftOut]:
         """What of the blocks layers of these roles leave out, one entry for what differs in numbers only."""
         rest = [
             (layer.weight_name, layer.role, layer.parameters, "role")
             for layer in self.layers
-            if layer.role not in {*roles, TRANSFORM, FINAL}
+            if layer.role not in roles and layer.path not in self.around
         ]
-        whole = sum(layer.parameters for layer in self.layers if layer.role not in (TRANSFORM, FINAL))
+        whole = sum(layer.parameters for layer in self.layers if layer.path not in self.around)
         whole += sum(parameters for _, _, parameters, _ in self.others)
         sizes: Counter[tuple[str, str | None, str]] = Counter()
         for path, role, parameters, reason in [*rest, *self.others]:
@@ -311,7 +288,7 @@ def placed(model: Model, reading: str = "module") -> Placed:
     """
     network, config, architecture = model.network, model.network.config, model.architecture
     depth = getattr(config, architecture.shared_depth) if architecture.shared_depth else 1
-    hidden = getattr(config.get_text_config(), "hidden_size", 0)
+    hidden = getattr(model.text_config, "hidden_size", 0)
     roles = architecture.roles(network, reading)
     layers: list[TargetLayer] = []
     others: list[tuple[str, str | None, int, str]] = []
@@ -345,7 +322,7 @@ def placed(model: Model, reading: str = "module") -> Placed:
             f"{model.name} ({config.model_type}) has parameters of unknown role: {', '.join(named)} "
             "(docs/extending.md says how to name one)"
         )
-    return Placed(layers, others)
+    return Placed(layers, others, frozenset(layer.path for layer in layers if not roles.block_of(layer.holder)))
 
 
 def _pattern(path: str) -> str:

@@ -80,12 +80,9 @@ def check_decoder(model: Model) -> None:
             f"{model.name} ({model.family}) reads in both directions, so a prompt's keys and values depend on the "
             "input and cannot be cached; recovery=prompt and recovery=lora fit, idp, concat and prefix need a decoder"
         )
-    window = getattr(model.network.config, "sliding_window", None)
-    if (
-        window
-        and getattr(model.network.config, "use_sliding_window", True)
-        and window < (model.max_positions or window)
-    ):
+    config = model.text_config
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True) and window < (model.max_positions or window):
         raise BadInput(
             f"{model.name} attends within windows of {window} tokens, so later tokens do not see a prompt; "
             "recovery=lora fits it, prompts need full attention"
@@ -101,7 +98,7 @@ def check_positions(model: Model, prompt: int) -> None:
 
 def has_rotary_positions(model: Model) -> bool:
     """Whether positions are relative (rotary: LLaMA, GPT-NeoX) rather than entries of a table (OPT, GPT-2)."""
-    return getattr(model.network.config, "rope_parameters", None) is not None
+    return getattr(model.text_config, "rope_parameters", None) is not None
 
 
 def embedding_width(model: Model) -> int:

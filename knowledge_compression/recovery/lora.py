@@ -16,7 +16,8 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import CROSS_ATT, DECODER_SELF_ATT, ENCODER_ATT, FF
 from knowledge_compression.models.prompts import NO_PROMPTS, Prompts
-from knowledge_compression.models.targets import ReplacedLinear, linear_layers
+from knowledge_compression.models.replaced import ReplacedLinear
+from knowledge_compression.models.targets import linear_layers
 from knowledge_compression.recovery.adapters import Adapter
 from knowledge_compression.recovery.base import RestoresBy
 from knowledge_compression.recovery.tuned import OneAdapter

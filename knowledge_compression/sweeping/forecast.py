@@ -143,9 +143,7 @@ class Forecaster:
                 continue
             forecast.macs += multiply_adds(skeleton, work.tokens)
             forecast.disk += work.items * _ITEM_BYTES
-            forecast.memory = max(
-                forecast.memory, before + size + 8.0 * work.widest * skeleton.network.config.vocab_size
-            )
+            forecast.memory = max(forecast.memory, before + size + 8.0 * work.widest * skeleton.text_config.vocab_size)
         forecast.seconds += forecast.macs / self.rate_of(experiment, skeleton)
         return forecast
 

@@ -25,7 +25,7 @@ from knowledge_compression.compression.formats.two_of_four import (
 )
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.device import DTYPES, Device
-from knowledge_compression.models.targets import ReplacedLinear
+from knowledge_compression.models.replaced import ReplacedLinear
 
 GRANULARITIES = ("per_tensor", "per_channel")
 _SMALL = torch.finfo(torch.float32).eps  # smallest scale, as in torch's observers

@@ -51,7 +51,7 @@ def save_packed(model: Model, folder: Path) -> None:
             f"{model.name} has no layer with integers behind its weights to pack; output.save_model=packed takes "
             "compression=gptq or rtn as the last step"
         )
-    if fused := [layer.path for layer in packed if not layer.is_replaceable]:
+    if fused := [layer.path for layer in packed if layer.expert or not layer.is_replaceable]:
         raise BadInput(
             f"a packed checkpoint holds linear layers, and {fused[0]} is one of {len(fused)} experts or routers that "
             "are none; choose output.save_model=true, or a target without them, e.g. target=att"

@@ -31,7 +31,7 @@ class Int8Dynamic(Layerwise):
 
     def shrink(self, layer: TargetLayer) -> LayerReport:
         """Replace the layer in the network."""
-        quantized = Int8Linear.of(layer.module, self.granularity)
+        quantized = Int8Linear(layer.weight, layer.bias_parameter, self.granularity)
         report = LayerReport.of(layer, bits=quantized.bits, overhead_bits=quantized.overhead_bits)
         layer.replace(quantized)
         return report

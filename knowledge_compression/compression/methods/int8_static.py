@@ -89,6 +89,6 @@ class Int8Static(Calibrated[InputRange]):
         seen = statistics.least, statistics.greatest
 
         def module(layer: TargetLayer) -> StaticInt8Linear:
-            return StaticInt8Linear(layer.weight, layer.module.bias, self.granularity, *seen)
+            return StaticInt8Linear(layer.weight, layer.bias_parameter, self.granularity, *seen)
 
         return Solved(module=module)

@@ -90,7 +90,7 @@ class SmoothQuant(Calibrated[LargestInputs]):
         divisor, dead = self.divisor(weight, statistics.largest)
 
         def module(layer: TargetLayer) -> SmoothedInt8Linear:
-            return SmoothedInt8Linear(layer.weight, layer.module.bias, divisor.to(layer.weight.device))
+            return SmoothedInt8Linear(layer.weight, layer.bias_parameter, divisor.to(layer.weight.device))
 
         return Solved(module=module, fallbacks=["dead_input"] * dead)
 

@@ -216,7 +216,7 @@ class _Walk(Generic[S]):
             self.network(input_ids=ids, use_cache=False)
         else:
             text, said = ids.tensor_split(2, dim=1)
-            start = torch.full_like(said[:, :1], self.network.config.decoder_start_token_id)
+            start = torch.full_like(said[:, :1], self.model.decoder_start)
             said = torch.cat([start, said[:, :-1]], dim=1)
             self.network(input_ids=text, decoder_input_ids=said, use_cache=False)
 
@@ -309,11 +309,11 @@ class _Walk(Generic[S]):
             return reading(layers, run, by_influence=self.settings.by_influence)
 
     def _shrink(self, group: _Group[S]) -> None:
-        expert = group.layers[0].role == EXPERTS
-        few = expert and group.tokens < FEWEST_TOKENS
+        routed = group.layers[0].role == EXPERTS
+        few = group.tokens < FEWEST_TOKENS if routed else group.tokens == 0
         statistics = self._of_nothing(group.layers[0]) if few else group.statistics
         for report in self.method.shrink(group.layers, statistics):
-            if expert:
+            if routed or few:
                 report.tokens = group.tokens
             if few:
                 report.fallbacks.append("few_tokens" if group.tokens else "no_tokens")
@@ -336,10 +336,11 @@ class _Walk(Generic[S]):
         self._finish(unit)
 
     def _finish(self, unit: str) -> None:
-        """Mark the unit as done; experts to which the router sent no token are compressed without statistics."""
-        left = [layer for layer in self.pending.pop(unit) if layer.path not in self.reports]
-        for layer in left:
-            if layer.role == EXPERTS:
+        """Mark the unit as done; what ran in none of its passes is compressed without statistics.
+
+        Those are experts to which the router sent no token, and layers for tokens that no text here has (LED's global
+        attention).
+        """
+        for layer in self.pending.pop(unit):
+            if layer.path not in self.reports:
                 self._shrink(_Group(self.method.observe(layer.weight.shape[1], self.device), [layer]))
-        if missing := [layer.path for layer in left if layer.role != EXPERTS]:
-            raise BadInput(f"the forward pass on calibration text never runs {', '.join(missing)}")

@@ -41,7 +41,7 @@ class Budget:
     """
 
     def __init__(self, model: Model, tokens: int | None = None) -> None:
-        config = model.network.config
+        config = model.text_config
         self._model = model
         self.fallbacks: list[str] = []
         self._settled = tokens is not None or model.device.type == "cpu"
@@ -75,7 +75,7 @@ class Budget:
 def _tokens_on_cpu(model: Model) -> int:
     """As many tokens as keep one hidden state in the cache: 1,024 for wide networks, more where calls dominate."""
     least, most = _ON_CPU
-    return min(most, max(least, _CACHE // (4 * model.network.config.hidden_size)))
+    return min(most, max(least, _CACHE // (4 * model.text_config.hidden_size)))
 
 
 def probe(seconds: Callable[[int], float]) -> int:
@@ -117,5 +117,5 @@ def _seconds(model: Model, tokens: int) -> float:
     """The shortest of three passes over rows of random tokens, without the head."""
     network: Any = model.network
     body = network.get_encoder() if model.family == ENCODER_DECODER else network.base_model
-    ids = torch.randint(model.network.config.vocab_size, (tokens // _ROW, _ROW), device=model.device)
+    ids = torch.randint(model.text_config.vocab_size, (tokens // _ROW, _ROW), device=model.device)
     return min(timed(model.device, lambda: body(input_ids=ids))[0] for _ in range(3))

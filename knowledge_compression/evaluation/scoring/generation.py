@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring.heads import head_at
@@ -91,21 +90,21 @@ class _State:
 
     tokens: Tensor
     mask: Tensor
-    encoded: Tensor | None = None
+    encoded: Any = None
     cache: Any = None
 
     def keep(self, rows: Tensor) -> None:
         """Continue with some rows only."""
         self.tokens, self.mask = self.tokens[rows], self.mask[rows]
         if self.encoded is not None:
-            self.encoded = self.encoded[rows]
+            self.encoded["last_hidden_state"] = self.encoded.last_hidden_state[rows]
         self.cache.batch_select_indices(rows)
 
     def inputs(self) -> dict[str, Any]:
         """The arguments for the network."""
         shared = {"attention_mask": self.mask, "past_key_values": self.cache, "use_cache": True}
         if self.encoded is not None:
-            return shared | {"encoder_outputs": BaseModelOutput(self.encoded), "decoder_input_ids": self.tokens}
+            return shared | {"encoder_outputs": self.encoded, "decoder_input_ids": self.tokens}
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -self.tokens.shape[1] :]
         return shared | {"input_ids": self.tokens, "position_ids": positions}
 
@@ -118,8 +117,8 @@ def _start(model: Model, prompts: Sequence[Sequence[int]]) -> _State:
     if model.family != ENCODER_DECODER:
         return _State(ids, mask)
     with torch.inference_mode():
-        encoded = model.network.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-    begin = torch.full((len(prompts), 1), model.network.config.decoder_start_token_id, device=model.device)
+        encoded = model.network.get_encoder()(input_ids=ids, attention_mask=mask)
+    begin = torch.full((len(prompts), 1), model.decoder_start, device=model.device)
     return _State(begin, mask, encoded)
 
 

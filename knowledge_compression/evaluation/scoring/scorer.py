@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring.budget import Budget
@@ -241,7 +240,7 @@ class Scorer:
         """End to end if attention can be informed where a text ends, otherwise one row per text."""
         if not self.end_to_end:
             return Rows(lengths)
-        window = getattr(self.model.network.config, "sliding_window", None) or max(lengths)
+        window = getattr(self.model.text_config, "sliding_window", None) or max(lengths)
         return EndToEnd(lengths, [b or length > window for b, length in zip(branching, lengths, strict=True)])
 
     def _laid(self, layout: Layout, ids: NDArray[np.int64]) -> Tensor:
@@ -251,7 +250,7 @@ class Scorer:
 
     def _places(self, layout: Layout, depths: NDArray[np.int64], ends: NDArray[np.int64]) -> dict[str, Any]:
         """Positions, and masks for tokens that do not see everything before them; padding sees only itself."""
-        config, device = self.model.network.config, self.model.device
+        config, device = self.model.text_config, self.model.device
         places, until = (torch.from_numpy(layout.lay(values)).to(device) for values in (depths, ends))
         window = getattr(config, "sliding_window", None)
         kinds = set(getattr(config, "layer_types", None) or ())
@@ -284,12 +283,12 @@ class Scorer:
     @torch.inference_mode()
     def _read_answers(self, questions: Sequence[Question], starts: Sequence[int]) -> _Reads:
         """One encoder pass over each context, and one decoder row per distinct beginning."""
-        network = self.model.network
+        network, begin = self.model.network, self.model.decoder_start
         rows: dict[tuple[int, tuple[int, ...]], int] = {}
         reads: list[tuple[int, int, int, int]] = []  # row, position in it, target token, continuation
         for q, (question, start) in enumerate(zip(questions, starts, strict=True)):
             for c, answer in enumerate(question.continuations):
-                row = rows.setdefault((q, (network.config.decoder_start_token_id, *answer[:-1])), len(rows))
+                row = rows.setdefault((q, (begin, *answer[:-1])), len(rows))
                 reads += [(row, place, token, start + c) for place, token in enumerate(answer)]
         ids, mask = self._pad([question.context for question in questions])
         said, _ = self._pad([beginning for _, beginning in rows])
@@ -298,8 +297,9 @@ class Scorer:
         if self.soft_prompted:  # the wrapper places the prompt before the encoder's input
             inputs["input_ids"] = ids[of_question]
         else:
-            encoded = network.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-            inputs["encoder_outputs"] = BaseModelOutput(encoded[of_question])
+            encoded = network.get_encoder()(input_ids=ids, attention_mask=mask)
+            encoded["last_hidden_state"] = encoded.last_hidden_state[of_question]
+            inputs["encoder_outputs"] = encoded
         of_row, places, targets, slots = np.array(reads, dtype=np.int64).T
         wanted, of_read = np.unique(of_row * said.shape[1] + places, return_inverse=True)
         flat = torch.from_numpy(wanted).to(ids.device)

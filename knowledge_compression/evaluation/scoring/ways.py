@@ -21,7 +21,7 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring.questions import Blank, Question
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
-from knowledge_compression.models.targets import ReplacedLinear
+from knowledge_compression.models.replaced import ReplacedLinear
 
 if TYPE_CHECKING:
     from knowledge_compression.evaluation.scoring.scorer import Scorer
@@ -106,7 +106,7 @@ def _holds(model: Model, scorer: Scorer) -> bool | None:
 
 @torch.inference_mode()
 def _answers(model: Model, scorer: Scorer) -> tuple[Tensor, Tensor]:
-    words = min(int(model.network.config.get_text_config().vocab_size), 1000)
+    words = min(int(model.text_config.vocab_size), 1000)
     draw = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:

@@ -1,0 +1,145 @@
+"""What a compression puts in the place of a linear layer, or of one expert's matrix in a bank of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from knowledge_compression.errors import BadInput
+
+
+class ReplacedLinear(nn.Module):
+    """What a compression puts in the place of a linear layer, and what is taken for one everywhere.
+
+    Attributes:
+        in_features, out_features: as ``nn.Linear`` has them.
+        bias: ``[out_features]`` or None.
+        bits: of one stored weight.
+    """
+
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+    bits: float
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the stored numbers stand for, ``[out_features, in_features]``; a copy, not to be written."""
+        raise NotImplementedError
+
+    @property
+    def overhead_bits(self) -> int:
+        """Bits for scales and the like, over the whole layer."""
+        raise NotImplementedError
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes this layer beside its buffers and its bias, JSON-ready."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_buffers(cls, buffers: Mapping[str, Tensor], bias: Any, **settings: Any) -> Self:
+        """The layer that had these buffers, this bias and these :attr:`settings`."""
+        raise NotImplementedError
+
+
+class ReplacedExperts(nn.ModuleList):
+    """A bank of experts as one module an expert, where a network keeps them in one parameter.
+
+    The network goes on multiplying by parts of what it takes for that parameter; each such product is a call of the
+    expert's module. A module's path is that of the parameter and the expert's number.
+
+    Args:
+        experts: ``nn.Linear`` or :class:`ReplacedLinear` without a bias, in the order of the bank.
+        transposed: whether the network takes the bank for ``[experts, in_features, out_features]``.
+    """
+
+    def __init__(self, experts: Sequence[nn.Module], transposed: bool) -> None:
+        super().__init__(experts)
+        self.transposed = transposed
+
+    @classmethod
+    def in_place_of(cls, bank: nn.Module, parameter: str, transposed: bool) -> ReplacedExperts:
+        """Take apart a parameter of a module, into linear layers that share its memory; the same again once it is done.
+
+        Kernels that multiply by all experts at once cannot be used with it, so the module stops to use them.
+        """
+        there = getattr(bank, parameter)
+        if isinstance(there, cls):
+            return there
+        made = cls([_linear(weight.T if transposed else weight) for weight in there.data], transposed)
+        delattr(bank, parameter)
+        bank.add_module(parameter, made)
+        config: Any = getattr(bank, "config", None)
+        if config is not None:
+            own = copy(config)  # that of the network is not ours to change
+            own._experts_implementation = "eager"
+            bank.config = own
+        return made
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter that the modules stand for, in the layout that the network takes it for; a copy."""
+        weights = torch.stack([expert.weight.detach() for expert in self])  # type: ignore[operator]
+        return weights.transpose(1, 2).contiguous() if self.transposed else weights
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the parameter that it stands for."""
+        first: Any = self._modules["0"]
+        sizes = (first.in_features, first.out_features) if self.transposed else (first.out_features, first.in_features)
+        return torch.Size((len(self), *sizes))
+
+    def __getitem__(self, number: Any) -> Any:
+        """What stands for one expert's matrix in a product."""
+        return _Factor([self._modules[str(int(number))]], self.transposed, whole=False)
+
+    def transpose(self, *_: int) -> _Factor:
+        """What stands for the bank with the last two dimensions swapped."""
+        return _Factor(list(self._modules.values()), not self.transposed, whole=True)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """A product with the whole bank."""
+        left, bank = (*args, *(kwargs or {}).values())[:2]
+        return _Factor(list(bank._modules.values()), bank.transposed, whole=True).multiply(func, left)
+
+
+class _Factor:
+    """Stands for a weight on the right of a product: one expert's ``[out, in]`` (``[in, out]``), or a whole bank."""
+
+    def __init__(self, experts: Sequence[Any], transposed: bool, whole: bool) -> None:
+        self.experts, self.transposed, self.whole = experts, transposed, whole
+
+    def float(self) -> Self:
+        """Itself: the module says in which type it multiplies."""
+        return self
+
+    def multiply(self, func: Any, left: Tensor) -> Tensor:
+        """The product of ``left`` with it, by the experts' modules."""
+        name = getattr(func, "__name__", str(func))
+        if self.whole and name in ("bmm", "matmul", "__matmul__") and self.transposed:
+            return torch.stack([expert(part) for expert, part in zip(self.experts, left, strict=True)])
+        if not self.whole and (name == "linear" if not self.transposed else name in ("matmul", "__matmul__", "mm")):
+            return self.experts[0](left)
+        raise BadInput(
+            f"this network multiplies by its experts in a way ({name}) that modules in their place do not know; choose "
+            "a method that writes weights, e.g. compression=rtn compression.bits=8"
+        )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """A product with it."""
+        left, factor = (*args, *(kwargs or {}).values())[:2]
+        return factor.multiply(func, left)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
