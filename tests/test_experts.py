@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from helpers.networks import MIXTURES, build_network, logits_of
+from knowledge_compression.compression.formats.int8_linear import Int8Linear
 from knowledge_compression.compression.methods.awq import Awq
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.hqq import Hqq
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
+from knowledge_compression.compression.methods.int8_static import Int8Static
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.compression.methods.nf4 import Nf4
 from knowledge_compression.compression.methods.random_pruning import RandomPruning
@@ -23,9 +26,10 @@ from knowledge_compression.compression.methods.wanda import Wanda
 from knowledge_compression.compression.walk import blocks
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
-from knowledge_compression.models.families import EXPERTS, FF, SHARED_EXPERTS
+from knowledge_compression.models.families import EXPERTS, FF, ROUTER, SHARED_EXPERTS
+from knowledge_compression.models.replaced import ReplacedExperts
 from knowledge_compression.models.saving import save_checkpoint
-from knowledge_compression.models.targets import linear_layers
+from knowledge_compression.models.targets import Targets, linear_layers
 
 EVERYTHING = Target("all", ["decoder_self_att", FF, EXPERTS, SHARED_EXPERTS, "mixer"])
 ONLY = Target("experts", [EXPERTS])
@@ -168,11 +172,85 @@ def test_saved_and_read_back_they_say_the_same(name: str, tiny_tokenizer: object
     assert torch.equal(logits_of(Model(again, tiny_tokenizer, name)), logits_of(model))  # type: ignore[arg-type]
 
 
-def test_modules_are_not_put_in_the_place_of_experts() -> None:
+@pytest.mark.parametrize("name", sorted(MIXTURES))
+@pytest.mark.parametrize("method", [Int8Dynamic("per_channel"), Int8Dynamic("per_tensor"), Int8Static()], ids=str)
+def test_a_bank_of_experts_multiplies_in_int8(name: str, method: Any, tiny_tokenizer: object, tmp_path: Path) -> None:
+    model = mixture(name, tiny_tokenizer)
+    before, targets = logits_of(model), EVERYTHING.select(model)
+    weights = {layer.path: layer.weight.clone() for layer in targets}
+    report = method.compress(model, targets, text())
+    assert {layer.path for layer in report.layers} == weights.keys()
+    assert sum(parameter.numel() for parameter in model.network.parameters() if parameter.dim() == 3) == 0
+    after = logits_of(model)
+    assert 0 < (after - before).norm() < 0.2 * before.norm()
+    for layer in linear_layers(model):  # found again by the same paths
+        if layer.path in weights:
+            assert isinstance(layer.module, Int8Linear) and layer.role in EVERYTHING.roles
+            torch.testing.assert_close(
+                layer.weight, weights[layer.path], atol=float(layer.weight.abs().max() / 100), rtol=0
+            )
+    save_checkpoint(model, tmp_path / name)
+    again = dict(AutoModelForCausalLM.from_pretrained(tmp_path / name).named_parameters())
+    for path in (path for path, parameter in again.items() if parameter.dim() == 3):
+        held = model.network.get_submodule(path)
+        assert (
+            isinstance(held, ReplacedExperts)
+            and torch.equal(held.weight, again[path])
+            and held.shape == held.weight.shape
+        )
+
+
+def test_an_int8_bank_gives_what_int8_layers_of_its_experts_give() -> None:
+    model, plain = mixture("mixtral"), mixture("mixtral")
+    path = "model.layers.0.mlp.experts"
+    Int8Dynamic("per_channel").compress(model, ONLY.select(model), None)
+    bank, weights = model.network.get_submodule(path), plain.network.get_submodule(path)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(9, 16, generator=generator)
+    chosen = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(9)])
+    shares = torch.rand(9, 2, generator=generator)
+    expected = torch.zeros_like(states)
+    for token in range(9):
+        for expert, share in zip(chosen[token].tolist(), shares[token], strict=True):
+            up = Int8Linear(weights.gate_up_proj[expert].detach(), None)
+            down = Int8Linear(weights.down_proj[expert].detach(), None)
+            gate, value = up(states[token][None]).chunk(2, dim=-1)
+            expected[token] += share * down(torch.nn.functional.silu(gate) * value)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(bank(states, chosen, shares), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_some_experts_of_a_bank_may_stay_as_they_are() -> None:
+    model = mixture("gpt_oss")
+    layers = [layer for layer in ONLY.select(model) if layer.path.endswith(".1")]
+    Int8Dynamic("per_channel").compress(model, Targets(layers, model), None)
+    kinds = {layer.path: type(layer.module) for layer in linear_layers(model) if layer.role == EXPERTS}
+    assert {path for path, kind in kinds.items() if kind is Int8Linear} == {layer.path for layer in layers}
+    assert len(kinds) == 16 and logits_of(model).isfinite().all()
+
+
+def test_a_bank_that_is_read_in_another_way_is_refused() -> None:
     model = mixture("mixtral")
+    Int8Dynamic().compress(model, ONLY.select(model), None)
+    bank = model.network.model.layers[0].mlp.experts.gate_up_proj
+    for product in (
+        lambda: torch.ones(2, 16) @ bank[0],  # [out, in] as it lies
+        lambda: torch.nn.functional.conv1d(torch.ones(1, 16, 2), bank[0]),
+        lambda: torch.bmm(torch.ones(4, 2, 16), bank),
+    ):
+        with pytest.raises(BadInput, match="modules in their place do not know"):
+            product()
+    torch.testing.assert_close(
+        torch.bmm(torch.ones(4, 2, 16), bank.transpose(1, 2)),
+        torch.stack([e(torch.ones(2, 16)) for e in bank.children()]),
+    )
+
+
+def test_modules_are_not_put_in_the_place_of_routers() -> None:
+    model = mixture("gpt_oss")
     before = snapshot(model)
-    with pytest.raises(BadInput, match=r"which 16 of the 24 targets are not, e\.g\. model\.layers\.0\.mlp\.experts"):
-        Int8Dynamic().compress(model, EVERYTHING.select(model), None)
+    with pytest.raises(BadInput, match=r"which 2 of the 2 targets are not, e\.g\. model\.layers\.0\.mlp\.router"):
+        Int8Dynamic().compress(model, Target("router", [ROUTER]).select(model), None)
     assert all(torch.equal(weight, before[path]) for path, weight in snapshot(model).items())
 
 
