@@ -12,7 +12,7 @@ from pathlib import Path
 from knowledge_compression.analysis import markdown
 from knowledge_compression.analysis.claims import CLAIMS
 from knowledge_compression.analysis.comparisons import Comparisons, Group, compare
-from knowledge_compression.analysis.fates import recoveries
+from knowledge_compression.analysis.fates import OVERALL, RESTORED, recoveries, shares_restored
 from knowledge_compression.analysis.findings import check
 from knowledge_compression.analysis.markdown import percent, points
 from knowledge_compression.analysis.measures import ANSWERS
@@ -66,9 +66,9 @@ def tables(group: Group) -> Iterator[str]:
 
 
 def of_answers(group: Group, compressed: Run, tried: Mapping[str, Run]) -> Iterator[str]:
-    """Answers that were lost, and which of them came back."""
+    """Answers that were lost, which of them came back, and how many of those that neither model had came as well."""
     dense, before = group.correct(group.dense), group.correct(compressed)
-    lost = dense & ~before
+    lost, never = dense & ~before, ~dense & ~before
     known = f"Dense: {percent(accuracy(dense))} of {len(dense)} items right"
     yield f"{known}; compressed: {percent(accuracy(before))}, which lost {lost.sum()} that the dense model knows."
     yield ""
@@ -76,11 +76,26 @@ def of_answers(group: Group, compressed: Run, tried: Mapping[str, Run]) -> Itera
     for name, run in sorted(tried.items()):
         after = group.correct(run)
         change = points(mean_difference(after.astype(float) - before))
-        restored = percent(accuracy(after[lost])) if lost.any() else "none lost"
-        rows.append([name, trained(run), percent(accuracy(after)), change, restored])
-    yield from markdown.table(
-        ["recovery", "trained parameters", "right (95 %)", "change (points)", "lost facts restored"], rows
-    )
+        restored, new = (percent(accuracy(after[part])) if part.any() else "none" for part in (lost, never))
+        rows.append([name, trained(run), percent(accuracy(after)), change, restored, new])
+    columns = [
+        "recovery",
+        "trained parameters",
+        "right (95 %)",
+        "change (points)",
+        "of those lost, right",
+        "of those never right, right",
+    ]
+    yield from markdown.table(columns, rows)
+    for row in shares_restored(group):
+        if (row["compressed"], row["value"]) == (compressed.id, OVERALL) and row["lost"]:
+            shares = zip(RESTORED, row["shares"], strict=True)
+            yield ""
+            yield (
+                f"Of the {row['lost']} lost, restored "
+                + ", ".join(f"{how} {percent(share)}" for how, share in shares)
+                + "."
+            )
 
 
 def of_values(group: Group, compressed: Run, tried: Mapping[str, Run]) -> Iterator[str]:
