@@ -1,4 +1,4 @@
-"""Presets of the second paper also make experiments with the overlays that make them small."""
+"""Presets of the papers run the published methods; overlays take them to our best ones, and make them small."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
+from knowledge_compression.compression.methods.magnitude import Magnitude
+from knowledge_compression.compression.methods.structured import Structured
 from knowledge_compression.configuration import experiment_from
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -47,6 +50,38 @@ def test_presets_of_the_paper_run_the_methods_as_published_and_say_so(preset):
     published = PUBLISHED[params["compression"]]
     assert {name: params.get(f"compression.{name}") for name in published} == published
     assert text.splitlines()[1].endswith("as published;")
+
+
+FIRST = sorted(
+    path.stem
+    for path in (CONF / "experiment" / "cost_of_compression").glob("*.yaml")
+    if not path.stem.startswith("small")
+)
+OF_THE_FIRST_PAPER = {  # what each of its compressions is, in our settings
+    "magnitude": [Magnitude(0.2, scope="global", pattern=None)],
+    "structured": [Structured(0.2, dim=0, norm=1)],
+    "int8_dynamic": [Int8Dynamic("per_tensor")],
+    "prune_int8": [Magnitude(0.2, scope="global", pattern=None), Int8Dynamic("per_tensor")],
+}
+
+
+@pytest.mark.parametrize("preset", FIRST)
+def test_presets_of_the_first_paper_run_the_methods_as_published_and_say_so(preset):
+    text = (CONF / "experiment" / "cost_of_compression" / f"{preset}.yaml").read_text()
+    assert " of The Cost of Compression, as published: " in text.splitlines()[1]
+    params = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
+    assert not [name for name in params if name.startswith("compression.")]
+    for compression in params["compression"].split(","):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            chosen = [
+                f"+experiment=cost_of_compression/{preset}",
+                f"compression={compression}",
+                "sparsity=0.2",
+                "data_dir=DIR",
+            ]
+            job = compose("config", chosen, return_hydra_config=True)
+        made = experiment_from(job, job.hydra.runtime.choices).compression
+        assert list(made.parts) == OF_THE_FIRST_PAPER[compression]
 
 
 @pytest.mark.parametrize(("preset", "method"), [("table1_none", "gptq"), ("table2_none", "sparsegpt")])
