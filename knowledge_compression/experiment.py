@@ -248,6 +248,7 @@ class Experiment:
     def _make(self, workplace: Workplace, tracker: Tracker, force: bool) -> Run:
         """The run itself, step by step; a step that an interrupted attempt finished is taken from the workplace."""
         cost = _Cost(resolve_device(self.device))
+        parts = self._data_at_hand()
         with cost.of("load"):
             load = self.source.streamed if self.streams else self.loader.load  # type: ignore[attr-defined]
             model = load(self.device, self.dtype)
@@ -278,7 +279,7 @@ class Experiment:
             evaluations = {}
             for name, suite in self.suites.items():
                 with cost.of(f"eval.{name}"):
-                    evaluation = self._evaluate(name, suite, scorer, workplace)
+                    evaluation = self._evaluate(name, suite, parts[name], scorer, workplace)
                 evaluations[name] = evaluation.void() if sick else evaluation
             report["eval"] = {
                 name: evaluation.description
@@ -327,14 +328,30 @@ class Experiment:
             SAVERS[self.save_model](model, folder)
         return model, report, found
 
-    def _evaluate(self, name: str, suite: Suite, scorer: Callable[[], Scorer], workplace: Workplace) -> Evaluation:
+    def _data_at_hand(self) -> dict[str, Mapping[str, Suite]]:
+        """See that the data of corpus and suites is to be had, before hours of work that it is needed after.
+
+        Returns:
+            The parts of each suite, where it has parts.
+
+        Raises:
+            DataUnavailable: some of it is not.
+        """
+        for part in [*self.suites.values(), *([self.corpus] if self.needs_text else [])]:
+            if hasattr(part, "check_data"):
+                part.check_data()
+        return {name: suite.parts() if isinstance(suite, DividedSuite) else {} for name, suite in self.suites.items()}
+
+    def _evaluate(
+        self, name: str, suite: Suite, parts: Mapping[str, Suite], scorer: Callable[[], Scorer], workplace: Workplace
+    ) -> Evaluation:
         """Ask a suite, part by part where it has parts; what an interrupted attempt asked is not asked again."""
         if not isinstance(suite, DividedSuite):
             return workplace.evaluation(name, partial(self._ask, suite, scorer))
         return suite.joined(
             {
                 part: workplace.evaluation(f"{name}.{part}", partial(self._ask, asked, scorer))
-                for part, asked in suite.parts().items()
+                for part, asked in parts.items()
             }
         )
 

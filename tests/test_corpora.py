@@ -5,21 +5,33 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.experiments import SUITE, made
 from helpers.networks import WORDS
+from knowledge_compression.compression.methods.wanda import Wanda
 from knowledge_compression.corpora.c4 import C4
-from knowledge_compression.corpora.corpus import TEST, VALIDATION, digest
+from knowledge_compression.corpora.corpus import TEST, VALIDATION, digest, hub_texts
 from knowledge_compression.corpora.own_samples import OwnSamples, own_samples
 from knowledge_compression.corpora.text import TextFile
 from knowledge_compression.corpora.wikitext import WikiText
 from knowledge_compression.errors import BadInput, DataUnavailable
+from knowledge_compression.evaluation.harness import Harness
+from knowledge_compression.evaluation.lama import Lama
+from knowledge_compression.evaluation.perplexity import Perplexity
+from knowledge_compression.evaluation.similarity import Similarity
 from knowledge_compression.models import Model
+from knowledge_compression.models.loading import LocalModel
+from knowledge_compression.results.store import RunStore
+from knowledge_compression.results.tracker import NoTracker
 
 TEXTS = [" ".join(random.Random(i).choices(WORDS, k=40)) for i in range(20)]
 
@@ -190,3 +202,40 @@ def test_the_reference_calibration_can_be_drawn(data_dir: Path, word_model: Mode
     windows = C4(data_dir=str(data_dir), samples=4, length=32).windows(word_model)
     assert windows.shape == (4, 32)
     assert len(WikiText(data_dir=str(data_dir)).documents(TEST).texts) > 4000
+
+
+@pytest.mark.parametrize(
+    ("suite", "corpus"),
+    [
+        (Perplexity(), None),
+        (Perplexity(corpus="c4"), None),
+        (Similarity(), None),
+        (Lama(), None),
+        (Harness(["boolq"]), None),
+        (SUITE, WikiText()),
+        (SUITE, C4()),
+        (Similarity(data_dir="data"), None),  # has the training text alone, by which it is known
+    ],
+)
+def test_data_that_is_not_to_be_had_is_missed_before_anything_is_loaded(
+    suite: Any, corpus: Any, tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("there is no hub")
+
+    def too_late(*_: object) -> None:
+        raise AssertionError("a model was loaded first")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(LocalModel, "load", too_late)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "wikitext2").mkdir(parents=True)
+    (tmp_path / "data" / "wikitext2" / "train.raw.txt").write_text("a text\n")
+    hub_texts.cache_clear()
+    experiment = made(tiny_folder, {"suite": suite})
+    if corpus is not None:
+        experiment = replace(experiment, compression=Wanda(0.5), corpus=corpus)
+    with pytest.raises(DataUnavailable) as refusal:
+        experiment.run(RunStore(tmp_path / "outputs"), NoTracker())
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "outputs").exists()

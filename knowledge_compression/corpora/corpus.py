@@ -7,6 +7,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -165,6 +166,17 @@ class PublishedCorpus(TextCorpus):
         """Digest of the local file with the training text, or its id on the hub."""
         return self.hub_name if self.data_dir is None else digest_file(self._file(TRAIN))
 
+    def check_data(self, split: str = TRAIN) -> None:
+        """Refuse a split that is not to be had, before hours of work that it is needed after.
+
+        Raises:
+            DataUnavailable: neither the data folder nor the hub has it.
+        """
+        if self.data_dir is None:
+            self.from_hub(split)
+        else:
+            self._file(split)
+
     def _file(self, split: str) -> Path:
         assert self.data_dir is not None
         return self.choose_file(Path(self.data_dir).expanduser(), split)
@@ -217,6 +229,7 @@ def _text_of(line: str, path: Path, number: int) -> str:
     return text
 
 
+@lru_cache(maxsize=4)  # asked for before it is needed, and by the next run of a sweep
 def hub_texts(repository: str, split: str, *, config: str | None = None, files: str | None = None) -> Any:
     """The ``text`` column of a data set on the hub (or in its local cache), one entry per row.
 

@@ -117,6 +117,10 @@ class Lama:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()[:16]
 
+    def check_data(self) -> None:
+        """Refuse data sets that are not to be had."""
+        self.clozes()
+
     def clozes(self) -> list[Cloze]:
         """The questions in the order of the data sets, their files and lines.
 

@@ -14,7 +14,7 @@ import torch
 from torch import LongTensor
 
 from knowledge_compression.corpora.c4 import C4
-from knowledge_compression.corpora.corpus import TEST, VALIDATION, Documents, TextCorpus
+from knowledge_compression.corpora.corpus import TEST, VALIDATION, Documents, PublishedCorpus
 from knowledge_compression.corpora.wikitext import WikiText
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
@@ -24,7 +24,10 @@ from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 
 # The split of each corpus: GPTQ and SparseGPT report WikiText-2's test text and C4's validation shard.
-_TEXTS: Mapping[str, tuple[Callable[..., TextCorpus], str]] = {"wikitext": (WikiText, TEST), "c4": (C4, VALIDATION)}
+_TEXTS: Mapping[str, tuple[Callable[..., PublishedCorpus], str]] = {
+    "wikitext": (WikiText, TEST),
+    "c4": (C4, VALIDATION),
+}
 # How documents are joined to one text. ``text``: as in the corpus (the rows of WikiText-2 are its lines, blank ones
 # emptied; pages of C4 are separated by an empty line). ``gptq``: as in the published scripts of GPTQ and SparseGPT.
 _JOINS: Mapping[tuple[str, str], Callable[[Sequence[str]], str]] = {
@@ -85,6 +88,10 @@ class Perplexity:
             else hashlib.sha256(self.text().encode()).hexdigest()[:16]
         )
 
+    def check_data(self) -> None:
+        """Refuse a text that is not to be had."""
+        self._source().check_data(_TEXTS[self.corpus][1])
+
     def evaluate(self, scorer: Scorer) -> Evaluation:
         """Score the text.
 
@@ -128,7 +135,7 @@ class Perplexity:
         whole = stream[: total * length].view(total, length)
         return whole[self._places(total)], total  # type: ignore[return-value]
 
-    def _source(self) -> TextCorpus:
+    def _source(self) -> PublishedCorpus:
         return _TEXTS[self.corpus][0](data_dir=self.data_dir)
 
     def text(self) -> str:

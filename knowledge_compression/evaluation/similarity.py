@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from knowledge_compression.corpora.c4 import C4
-from knowledge_compression.corpora.corpus import TEST, VALIDATION, TextCorpus
+from knowledge_compression.corpora.corpus import TEST, VALIDATION, PublishedCorpus
 from knowledge_compression.corpora.wikitext import WikiText
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Scorer
@@ -32,7 +32,10 @@ from knowledge_compression.models.families import ENCODER_DECODER
 from knowledge_compression.progress import shown
 
 ATTENTION, ACTIVATION = "attention", "activation"
-_TEXTS: Mapping[str, tuple[Callable[..., TextCorpus], str]] = {"wikitext": (WikiText, TEST), "c4": (C4, VALIDATION)}
+_TEXTS: Mapping[str, tuple[Callable[..., PublishedCorpus], str]] = {
+    "wikitext": (WikiText, TEST),
+    "c4": (C4, VALIDATION),
+}
 Seen = dict[tuple[str, str], Tensor]  # rows whose directions are compared, by kind and layer
 _OBSERVED = "observed"  # the attention function that records weights while another one computes
 
@@ -64,6 +67,11 @@ class Similarity:
     def fingerprint(self) -> str:
         """Digest of the corpus, or its id on the hub."""
         return _TEXTS[self.corpus][0](data_dir=self.data_dir).fingerprint()
+
+    def check_data(self) -> None:
+        """Refuse a text that is not to be had."""
+        build, split = _TEXTS[self.corpus]
+        build(data_dir=self.data_dir).check_data(split)
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
         """Compare the model with the dense model.

@@ -95,6 +95,9 @@ class Suite(Protocol):
 
     A suite whose questions come from files may have a method ``fingerprint() -> str``, the digest of those files; it
     enters the run's identity in place of their path.
+
+    One whose data may not be to be had may have a method ``check_data()`` that raises ``DataUnavailable`` then; it is
+    called before anything is loaded or compressed.
     """
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
