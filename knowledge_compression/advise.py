@@ -23,11 +23,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def advise(outputs: Path, keep: float) -> None:
-    """Print, for each model and suite, the front of size against knowledge and the smallest setting that keeps enough.
+    """Print, for each model and suite, the Pareto front of size and knowledge and the smallest setting that keeps
+    enough.
 
     Args:
         outputs: folder of the store.
-        keep: share of the facts the dense model knows, in (0, 1].
+        keep: share of the dense model's known facts to keep, in (0, 1].
 
     Raises:
         BadInput: there is nothing to compare.
@@ -68,7 +69,7 @@ def advise(outputs: Path, keep: float) -> None:
         console.print(table)
         best = smallest(rows, keep)
         if best is None:
-            say(f"{group.asked.model} answers no {group.asked.suite} item right, so there is nothing to keep.")
+            say(f"{group.asked.model} answers no {group.asked.suite} item right, so there is no knowledge to keep.")
         else:
             kept_by = f"{label(best.run)} ({best.size_mb:.1f} MB)"
             say(f"Smallest that keeps {keep:.0%} with 95 % confidence: {kept_by}\n")
@@ -82,7 +83,7 @@ def _share(text: str) -> float:
     try:
         share = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
-        share = 0.0  # no share at all, refused below
+        share = 0.0  # not a share, refused below
     if not 0 < share <= 1:
         raise BadInput(f"--keep {text} is not a share; give e.g. --keep 95% or --keep 0.95")
     return share

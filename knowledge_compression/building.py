@@ -1,4 +1,4 @@
-"""Parts of a run out of plain data: what a class does not have, or a value that does not fit, is refused here."""
+"""Building the parts of a run from plain data; unknown fields and invalid values are refused here."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from knowledge_compression.errors import BadInput, first_line
 from knowledge_compression.identity import TARGET, rounded
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""What every generator of random numbers takes: torch's, numpy's and Python's."""
+"""A seed that every random generator accepts: torch's, numpy's and Python's."""
 
 
 Positive = Annotated[int, Field(ge=1)]
-"""A count of what there must be at least one of."""
+"""A count of at least one."""
 
 
 def build(where: str, settings: Mapping[str, Any], kind: type | None = None) -> Any:
-    """The part that plain data describes; every part inside it is made, and every value looked at, in the same way.
+    """The part that plain data describes; nested parts are built, and all values checked, in the same way.
 
     Args:
-        where: how messages call it, e.g. ``compression``.
-        settings: its fields as plain data, and under ``_target_`` its class.
-        kind: its class, where the data does not name one.
+        where: its name in messages, e.g. ``compression``.
+        settings: its fields as plain data, with its class under ``_target_``.
+        kind: its class, if the data names none.
 
     Raises:
-        BadInput: no class is named, a field is missing or unknown, or a value is of the wrong kind or out of range.
+        BadInput: no class is named, a field is missing or unknown, or a value has the wrong type or range.
     """
     if TARGET in settings:
         kind = _class(where, settings[TARGET])
@@ -53,15 +53,15 @@ def build(where: str, settings: Mapping[str, Any], kind: type | None = None) -> 
         return kind(**values)
     except BadInput:
         raise
-    except (TypeError, ValueError, OverflowError) as error:  # a class of somebody's own that checks for itself
+    except (TypeError, ValueError, OverflowError) as error:  # a user's own class with its own checks
         raise BadInput(f"{where} does not take these settings: {first_line(error)}") from None
 
 
 def fitting(where: str, value: Any, hint: Any) -> Any:
-    """A value as its field wants it: parts made, numbers in one plain form.
+    """Convert a value to its field's type: parts are built, numbers put into one plain form.
 
     Raises:
-        BadInput: it is of another kind, out of range, not a number, or longer than 64 bits.
+        BadInput: it has the wrong type, is out of range, is not a number, or is longer than 64 bits.
     """
     if isinstance(value, Mapping) and TARGET in value:
         return build(where, value)
@@ -89,7 +89,7 @@ def fitting(where: str, value: Any, hint: Any) -> Any:
 
 
 def nearest(name: str, there: Iterable[str]) -> str:
-    """What was probably meant, in brackets; nothing where nothing is near."""
+    """The name that was probably meant, in brackets; empty if none is similar."""
     close = difflib.get_close_matches(name, list(there), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -127,7 +127,7 @@ def _part_in(hint: Any) -> type | None:
 
 
 def _is_made(value: Any, hint: Any) -> bool:
-    """Whether a library caller gave the part itself."""
+    """Whether a caller of the library passed the part itself."""
     if isinstance(value, list | tuple):
         return any(is_dataclass(one) for one in value)
     return is_dataclass(value) and any(isinstance(one, type) and isinstance(value, one) for one in _options(hint))
@@ -156,5 +156,5 @@ def _shown(value: Any) -> str:
 
 
 def _expected(error: ValidationError) -> str:
-    """What would be accepted, in a few words, whatever of a union came nearest."""
+    """What would be accepted, in a few words; for a union, the closest alternative."""
     return ", or ".join(dict.fromkeys(one["msg"].removeprefix("Input ") for one in error.errors()))

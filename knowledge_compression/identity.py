@@ -1,12 +1,12 @@
-"""A part of a run as plain data, and its identity: those fields of its dataclass that decide a result.
+"""A part of a run as plain data, and its identity: the fields of its dataclass that decide a result.
 
-A field that its class marks says why it does not count by its value::
+A field's metadata says why its value does not count::
 
-    path: str = field(metadata=PLACE)         # where something lies; the part's fingerprint() digests what lies there
-    block_size: int = field(default=128, metadata=SPEED)   # how fast or how safely, never what comes out
-    note: str = field(default="", metadata=LABEL)          # what it is called
+    path: str = field(metadata=PLACE)         # where something is; the part's fingerprint() digests its content
+    block_size: int = field(default=128, metadata=SPEED)   # affects speed or safety, never results
+    note: str = field(default="", metadata=LABEL)          # a name
 
-Every other field counts, whether a configuration file lists it or not.
+Every other field counts, whether or not a configuration file lists it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ PLACE: Mapping[str, bool] = {"place": True}
 SPEED: Mapping[str, bool] = {"speed": True}
 LABEL: Mapping[str, bool] = {"label": True}
 
-TARGET = "_target_"  # under this name plain data says which class it describes
-CONTENT = "content"  # and under this one, what lies at the places that it names
-SEED = "seed"  # a part that draws has a field of this name, and draws from nothing else
+TARGET = "_target_"  # the key for the class that plain data describes
+CONTENT = "content"  # and the key for the digest of the content at its places
+SEED = "seed"  # a part with random draws has a field of this name, and no other source of randomness
 
 
 def plain(part: Any) -> Any:
@@ -42,10 +42,10 @@ def plain(part: Any) -> Any:
 
 
 def identity(part: Any) -> Any:
-    """What of a part decides a result, as plain data: equal parts are equal here, however they were made.
+    """The fields of a part that decide a result, as plain data: equal parts give equal data, however they were built.
 
     Raises:
-        BadInput: the part is neither plain data nor a dataclass, or what lies at a place cannot be read.
+        BadInput: the part is neither plain data nor a dataclass, or the content at a place cannot be read.
     """
 
     def deciding(part: Any) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def identity(part: Any) -> Any:
 
 
 def known_identity(part: Any) -> Any:
-    """The identity of a part, worked out once as long as it lives: what lies at its places may be gigabytes."""
+    """The identity of a part, computed once in its lifetime: the content at its places may be gigabytes."""
     known = _known.get(id(part))
     if known is None or known[0]() is not part:
         forget = partial(_forget, id(part))
@@ -79,7 +79,7 @@ def digest_of(deciding: Any) -> str:
 
 
 def draws(part: Any) -> bool:
-    """Whether anything in a part draws by lot."""
+    """Whether anything in a part is random."""
     if isinstance(part, Mapping):
         return any(map(draws, part.values()))
     if isinstance(part, list | tuple):
@@ -90,7 +90,7 @@ def draws(part: Any) -> bool:
 
 
 def rounded(value: float) -> float:
-    """A number as somebody would have typed it: 0.1 + 0.2 is 0.3."""
+    """A number in the form in which it would be typed: 0.1 + 0.2 is 0.3."""
     return float(f"{value:.12g}")
 
 
@@ -117,7 +117,7 @@ def _plain_value(value: Any) -> Any:
 
 
 def _settings(part: Any) -> Iterator[Field[Any]]:
-    """The fields that whoever makes the part gives it."""
+    """The fields that are set when the part is built."""
     return (f for f in fields(part) if f.init and f.compare)
 
 

@@ -1,4 +1,4 @@
-"""The same objects as on the command line, for a notebook: ``import knowledge_compression as kc``.
+"""The objects of the command line for use in a notebook: ``import knowledge_compression as kc``.
 
     model = kc.load("smollm2")
     atlas = kc.choose("eval=atlas")
@@ -7,7 +7,7 @@
     left = kc.ask(model, atlas)
     print(kc.drop(known, left))
 
-Names and settings are those of the files under ``conf/``; whatever does not fit raises
+Names and settings are those of the files under ``conf/``; invalid input raises
 :class:`~knowledge_compression.errors.BadInput`.
 """
 
@@ -57,7 +57,7 @@ def compress(model: Model, how: Compression, what: Target, text: Corpus | None =
 
 
 def recover(model: Model, how: Recovery, text: Corpus | None = None) -> Recovered:
-    """Recover ``model`` in place, trained on ``text``; whoever asks the model then hands on what this gives."""
+    """Recover ``model`` in place, trained on ``text``; pass the result to :func:`ask`."""
     if how.trains and text is None:
         raise BadInput(f"{type(how).__name__} needs text to train on; give e.g. kc.choose('corpus=self')")
     return how.recover(model, text)
@@ -71,17 +71,17 @@ def ask(
     scoring_dtype: str = "model",
     original: Callable[[], Model] | None = None,
 ) -> Evaluation:
-    """What a model answers a suite.
+    """Ask a model the questions of a suite.
 
     Args:
         model: dense, compressed or recovered.
         suite: e.g. ``kc.choose("eval=atlas")``.
-        recovered: what :func:`recover` gave for this model, where it was recovered.
-        scoring_dtype: type of the products that score, as on the command line.
-        original: loads the model as it was, for suites that compare with it, e.g. ``lambda: kc.load("smollm2")``.
+        recovered: the result of :func:`recover`, if the model was recovered.
+        scoring_dtype: dtype of the products in scoring, as on the command line.
+        original: loads the dense model, for suites that compare with it, e.g. ``lambda: kc.load("smollm2")``.
 
     Raises:
-        BadInput: the suite does not fit the model, or its data is not there.
+        BadInput: the suite does not fit the model, or its data is missing.
     """
     prompts = recovered.prompts if recovered is not None else NO_PROMPTS
     dtype = Device.of(model.device).product_dtype(scoring_dtype, torch.float32, "scoring_dtype")
@@ -93,7 +93,7 @@ def drop(before: Evaluation, after: Evaluation) -> Estimate:
     """Relative drop in accuracy on the same items, in % of what was known before, with its 95 % interval.
 
     Raises:
-        BadInput: the two were not asked the same.
+        BadInput: the two were not asked the same questions.
     """
     left, right = (e.items.select(*KEY, "correct").drop_nulls() for e in (before, after))
     both = left.join(right, on=KEY, how="inner", suffix="_after")
@@ -107,7 +107,7 @@ def choose(choice: str, /, **settings: Any) -> Any:
 
     Args:
         choice: as on the command line, e.g. ``compression=gptq``, ``target=att``, ``corpus=c4``, ``eval=atlas``.
-        settings: fields of the object, those of what lies inside it as mappings (``training={"tokens": 1000}``), or
+        settings: fields of the object, with nested ones as mappings (``training={"tokens": 1000}``), or
             plain values of ``conf/config.yaml`` such as ``sparsity`` and ``data_dir``.
 
     Raises:

@@ -1,8 +1,8 @@
-"""What a language model of each family is trained to predict, on windows of token ids ``[batch, length]``.
+"""The training objectives of each family, on windows of token ids ``[batch, length]``.
 
-An objective is called with the network and a batch on the network's device and gives the summed negative log-likelihood
-(nats, a scalar tensor with gradient) and the number of tokens that were predicted. Random masks come from torch's
-global generator. Logits are read from their end, so that networks which put a soft prompt before the text fit too.
+An objective is called with the network and a batch on the network's device and returns the summed negative
+log-likelihood (nats, a scalar tensor with gradient) and the number of predicted tokens. Random masks come from torch's
+global generator. Logits are counted from their end, so that networks that place a soft prompt before the text work too.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class NextToken:
     """Causal language modelling: every token from those before it.
 
     Attributes:
-        pad_id: token that fills short windows on the right and is not predicted; None where windows are full.
+        pad_id: token that pads short windows on the right and is not predicted; None if all windows are full.
     """
 
     pad_id: int | None = None
 
     def __call__(self, network: nn.Module, ids: LongTensor) -> tuple[Tensor, int]:
-        """Loss of a batch; padding lies on the right, where causal attention never looks."""
+        """Loss of a batch; padding is on the right, which causal attention never sees."""
         logits = network(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] :]
         labels = ids if self.pad_id is None else ids.masked_fill(ids == self.pad_id, _IGNORED)
         return _summed_loss(logits[:, :-1], labels[:, 1:])
@@ -45,12 +45,12 @@ class Noise(Protocol):
     """Chooses the tokens that are hidden from the model."""
 
     def mask(self, ids: LongTensor) -> BoolTensor:
-        """Which tokens of windows ``[batch, length]`` are hidden, at least one a window; ``[batch, length]``."""
+        """Which tokens of windows ``[batch, length]`` are hidden, at least one per window; bool ``[batch, length]``."""
 
 
 @dataclass(frozen=True)
 class RandomSpans:
-    """Noise that hides any token alike, as BERT (single tokens) and T5 (spans) do.
+    """Noise that hides all tokens with equal probability, as in BERT (single tokens) and T5 (spans).
 
     Attributes:
         rate: share of a window's tokens.
@@ -69,7 +69,7 @@ class RandomSpans:
 
 @dataclass(frozen=True)
 class LastWords:
-    """Noise that hides the last word of a sentence more often than the others.
+    """Noise that hides the last word of a sentence more often than other words.
 
     In a text whose sentences end in the answer this is salient span masking (Guu et al., REALM, 2020, section 3.4).
 
@@ -97,13 +97,13 @@ class LastWords:
 class MaskedTokens:
     """Masked language modelling as in BERT (Devlin et al., 2019, section 3.1).
 
-    Of the hidden tokens 80 % become the mask, 10 % a random token, 10 % stay as they are.
+    Of the hidden tokens, 80 % become the mask, 10 % a random token, and 10 % stay unchanged.
 
     Attributes:
         mask_id: id of the mask token.
-        vocabulary: number of ids that a random token is drawn from.
+        vocabulary: number of ids from which a random token is drawn.
         noise: which tokens are hidden.
-        pad_id: token that fills short windows; None where windows are full.
+        pad_id: token that pads short windows; None if all windows are full.
     """
 
     mask_id: int
@@ -126,12 +126,12 @@ class MaskedTokens:
 class SpanCorruption:
     """T5's objective (Raffel et al., 2020, section 3.1.4).
 
-    Runs of hidden tokens become sentinels in the input; the decoder says each sentinel and what it stood for.
+    Runs of hidden tokens become sentinels in the input; the decoder predicts each sentinel and the tokens behind it.
 
     Attributes:
-        sentinels: ids of ``<extra_id_0>``, ``<extra_id_1>``, ...; spans beyond them stay unhidden.
-        start_id: what the decoder begins with.
-        end_id: end of sequence, put after input and output.
+        sentinels: ids of ``<extra_id_0>``, ``<extra_id_1>``, ...; further spans are not hidden.
+        start_id: the decoder's first token.
+        end_id: end of sequence, added after input and output.
         pad_id: padding of inputs and outputs.
         noise: which tokens are hidden.
     """
@@ -156,7 +156,7 @@ class SpanCorruption:
     def corrupt(self, ids: LongTensor, hidden: BoolTensor) -> tuple[LongTensor, LongTensor]:
         """Inputs and outputs for a mask, each ``[batch, its longest]`` and padded on the right."""
         before = functional.pad(hidden, (1, 0))[:, :-1]
-        number = (hidden & ~before).cumsum(-1)  # of the span that a hidden token belongs to, from 1
+        number = (hidden & ~before).cumsum(-1)  # number of the span of a hidden token, from 1
         hidden = hidden & (number <= len(self.sentinels))  # type: ignore[assignment]
         starts = hidden & ~before
         sentinel = torch.tensor(self.sentinels, device=ids.device)[(number - 1).clamp(0, len(self.sentinels) - 1)]
@@ -176,7 +176,7 @@ class SpanCorruption:
 
 
 def objective_for(model: Model, *, rate: float = 0.15) -> Objective:
-    """The objective that a model was trained for: its own, or that of its family on full windows of running text.
+    """The objective of a model: its own, or that of its family for full windows of running text.
 
     Args:
         model: any family.
@@ -193,12 +193,14 @@ def objective_for(model: Model, *, rate: float = 0.15) -> Objective:
     specials = tuple(tokenizer.all_special_ids)
     if model.family == ENCODER:
         if tokenizer.mask_token_id is None:
-            raise BadInput(f"{model.name}: its tokenizer has no mask token, so masked tokens cannot be trained on")
+            raise BadInput(f"{model.name}: its tokenizer has no mask token, so it cannot be trained on masked tokens")
         return MaskedTokens(tokenizer.mask_token_id, len(tokenizer), RandomSpans(rate, specials=specials))
     sentinels: list[int] = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])  # type: ignore[assignment]
     known = tuple(i for i in sentinels if i is not None and i != tokenizer.unk_token_id)
     if not known:
-        raise BadInput(f"{model.name}: its tokenizer has no sentinels (<extra_id_0>), so spans cannot be trained on")
+        raise BadInput(
+            f"{model.name}: its tokenizer has no sentinels (<extra_id_0>), so it cannot be trained on masked spans"
+        )
     start = model.decoder_start
     spans = RandomSpans(rate, 3.0, specials)
     return SpanCorruption(known, start, tokenizer.eos_token_id, tokenizer.pad_token_id, spans)
@@ -216,7 +218,7 @@ def _eligible(ids: LongTensor, specials: Sequence[int]) -> BoolTensor:
 
 
 def _random_spans(eligible: Tensor, rate: float, mean_span: float) -> BoolTensor:
-    """Hidden spans as T5 draws them, turned by a random offset so that no place is favoured: ``[batch, length]``.
+    """Hidden spans drawn as in T5, rotated by a random offset so that no position is favoured: ``[batch, length]``.
 
     Each row hides ``round(rate * its eligible tokens)`` tokens, at least one, in spans of ``mean_span`` on average.
     """
@@ -236,7 +238,7 @@ def _random_spans(eligible: Tensor, rate: float, mean_span: float) -> BoolTensor
 
 
 def _random_parts(total: Tensor, parts: Tensor, width: int) -> Tensor:
-    """Lengths of a random split of each total into so many parts of at least one: ``[batch, width]``, zero-filled."""
+    """Lengths of a random split of each total into parts of at least one: ``[batch, width]``, padded with zeros."""
     places = torch.arange(width, device=total.device)
     inside = (places > 0) & (places < total[:, None])
     order = torch.rand(inside.shape, device=total.device).masked_fill(~inside, 2.0).argsort(-1).argsort(-1)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read every finished run and write one self-contained HTML file; bad input is one line and exit status 2."""
+    """Write one self-contained HTML file about all finished runs; bad input is one line and exit status 2."""
     parser = argparse.ArgumentParser(prog="kc report", description=__doc__)
     parser.add_argument("outputs", type=Path, help="the outputs folder, with runs/ inside")
     parser.add_argument(
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write_report(outputs: Path, output: Path) -> None:
-    """Write the page over the runs of ``outputs``.
+    """Write the page about the runs of ``outputs``.
 
     Raises:
         BadInput: there are no finished runs, or the file cannot be written.
@@ -59,9 +59,9 @@ def write_report(outputs: Path, output: Path) -> None:
 
 
 def write_figures(outputs: Path, folder: Path, *, per_parameter: bool = False) -> None:
-    """Write what the runs of ``outputs`` can fill of both papers' tables (CSV, LaTeX) and figures (SVG, PDF).
+    """Write those of both papers' tables (CSV, LaTeX) and figures (SVG, PDF) for which ``outputs`` has runs.
 
-    Beside them lies ``findings.md``: findings, fates and what brought lost facts back, as Markdown.
+    Also write ``findings.md``: findings, fates and what restored lost facts, as Markdown.
 
     Raises:
         BadInput: the folder cannot be written.
