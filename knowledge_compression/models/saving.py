@@ -1,4 +1,4 @@
-"""Writing a model down so that plain ``from_pretrained`` reads it back to the same logits."""
+"""Saving a model so that plain ``from_pretrained`` restores the same logits."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ SHARD_SIZE = "2GB"
 
 
 def save_checkpoint(model: Model, folder: Path) -> None:
-    """Save network, configuration and tokenizer as safetensors, under a temporary name until all is there.
+    """Save network, configuration and tokenizer as safetensors, under a temporary name until complete.
 
-    Pruned and rounded weights are stored as the floats they are, in the network's own precision.
+    Pruned and rounded weights are stored as floats, in the network's own dtype.
 
     Args:
-        model: any family, its head tied or untied.
+        model: any family, with a tied or untied head.
         folder: where to; replaced if it is there.
 
     Raises:
@@ -45,10 +45,10 @@ def write_checkpoint(
     settings: Mapping[str, Any] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a model folder under a temporary name and rename it.
+    """Write a model folder under a temporary name, then rename it.
 
     Args:
-        model: whose configuration and tokenizer are written.
+        model: the model whose configuration and tokenizer are written.
         folder: where to; replaced if it is there.
         state: the tensors by name.
         settings: entries of ``config.json`` to add or replace.
@@ -75,7 +75,7 @@ def write_checkpoint(
 
 
 def keep_scaling(network: nn.Module, config_file: Path) -> None:
-    """T5 reads from ``tie_word_embeddings`` whether to scale the decoder's states, and the tying from the weights."""
+    """T5 scales the decoder's states by ``tie_word_embeddings``, but ties the head according to the weights."""
     scaled = getattr(network.config, "scale_decoder_outputs", None)
     if scaled is not None:
         config = json.loads(config_file.read_text())
@@ -83,10 +83,10 @@ def keep_scaling(network: nn.Module, config_file: Path) -> None:
 
 
 def full_state(network: PreTrainedModel) -> dict[str, Tensor]:
-    """Every weight under its name, as a plain checkpoint holds them.
+    """Every weight by name, as in a plain checkpoint.
 
-    Of a network whose head is untied, no two entries share memory, so that saving leaves none of them out: transformers
-    ties an untied head's bias, or an encoder's and a decoder's embeddings, only where it ties the head as well.
+    If the head is untied, no two entries share memory, so that saving leaves none of them out: transformers ties an
+    untied head's bias, or an encoder's and a decoder's embeddings, only if it also ties the head.
     """
     state = _with_float_weights(network)
     if not _ties_head(network):
@@ -99,12 +99,12 @@ def full_state(network: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _with_float_weights(network: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict, with the weights that they stand for in the place of what int8 modules hold."""
+    """The state dict, with float weights in place of the tensors of int8 modules."""
     state: dict[str, Tensor] = dict(network.state_dict())
     ours = {path: module for path, module in network.named_modules() if isinstance(module, ReplacedLinear)}
     if not ours:
         return state
-    log.warning("saving float weights for %d int8 layers; a plain model does not round its activations", len(ours))
+    log.warning("saving float weights for %d int8 layers; the saved model does not round its activations", len(ours))
     banks = {path: module for path, module in network.named_modules() if isinstance(module, ReplacedExperts)}
     of_banks = {f"{path}.{number}" for path, bank in banks.items() for number in range(len(bank))}
     with torch.device("meta"):
@@ -123,7 +123,7 @@ def _with_float_weights(network: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def check_finite(state: Mapping[str, Tensor]) -> None:
-    """Refuse a state with NaN or infinity in it."""
+    """Refuse a state that contains NaN or infinity."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise BadInput(f"{name} holds values that are not finite, so the model is not saved; use dtype=float32")

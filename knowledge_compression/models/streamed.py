@@ -1,4 +1,4 @@
-"""A model that stays on disk: a skeleton of its network, into which weights are put for as long as they are needed."""
+"""A model that stays on disk: a skeleton of its network, into which weights are loaded while they are needed."""
 
 from __future__ import annotations
 
@@ -66,18 +66,20 @@ class Described:
 class Checkpoint:
     """The safetensors of a model folder, read tensor by tensor.
 
-    Every read opens its file anew: pages of a file that stays mapped would count as this process's memory.
+    Every read reopens its file: pages of a file that stays mapped would count as this process's memory.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read which file holds what.
+        """Read the index of tensors and files.
 
         Raises:
-            ModelUnavailable: there are no weights, or the index points out of the folder.
+            ModelUnavailable: there are no weights, or the index points outside the folder.
         """
         self.folder = folder
         try:
-            if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():  # as from_pretrained prefers
+            if (folder / INDEX).is_file() and not (
+                folder / SINGLE
+            ).is_file():  # the order of preference of from_pretrained
                 self.file_of: dict[str, str] = dict(json.loads((folder / INDEX).read_bytes())["weight_map"])
             else:
                 with safe_open(folder / SINGLE, "pt") as file:
@@ -88,10 +90,10 @@ class Checkpoint:
             raise ModelUnavailable(f"{folder / INDEX} names a file outside its folder: {outside[0]}")
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU, backed by its file until it is copied.
+        """One tensor on the CPU, memory-mapped until it is copied.
 
         Raises:
-            ModelUnavailable: its file is not there, or not whole.
+            ModelUnavailable: its file is missing or incomplete.
         """
         return self.read_all([name])[name]
 
@@ -115,7 +117,7 @@ class Checkpoint:
         """Shape and type of each tensor, from the files' headers alone.
 
         Raises:
-            ModelUnavailable: a file is not there, not whole, or lacks a tensor that the index finds in it.
+            ModelUnavailable: a file is missing or incomplete, or lacks a tensor that the index assigns to it.
         """
         found = {}
         for path in dict.fromkeys(self.file_of.values()):
@@ -137,12 +139,12 @@ class Checkpoint:
 
 @dataclass
 class StreamedModel(Model):
-    """A :class:`Model` whose network is a skeleton on the meta device, but for buffers that no checkpoint holds.
+    """A :class:`Model` whose network is a skeleton on the meta device, except for buffers that are in no checkpoint.
 
     Attributes:
-        checkpoint: where the weights are.
-        place: device on which they are put.
-        stored: floating type in which they are computed and written.
+        checkpoint: the files of the weights.
+        place: device to which they are loaded.
+        stored: floating dtype in which they are processed and written.
 
     After it is made, ``source`` says for each weight of the network which weight it is tied to (itself, if to none),
     and ``stored_as`` under which name a checkpoint holds it.
@@ -153,22 +155,22 @@ class StreamedModel(Model):
     stored: torch.dtype = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse a checkpoint that lacks a weight, and a network that uses one block many times."""
+        """Refuse a checkpoint that lacks a weight, and a network that uses one block several times."""
         if self.architecture.shared_depth:
-            raise BadInput(f"{self.name} uses one block many times, so there is nothing to stream; load it whole")
+            raise BadInput(f"{self.name} uses one block several times, so there is nothing to stream; load it whole")
         names, tied = self.network.state_dict().keys(), self.network.all_tied_weights_keys
         stored = names_in_files(self.network, self.checkpoint.file_of)
         self.stored_as = {name: stored.get(name, name) for name in names}
-        # A tied weight is stored once, under the name of what it is tied to.
+        # A tied weight is stored once, under the name of the weight to which it is tied.
         self.source = {name: name if name in stored else tied.get(name, name) for name in names}
         if missing := [name for name, source in self.source.items() if source not in stored]:
             raise BadInput(f"{self.checkpoint.folder} lacks the weight {missing[0]} (and {len(missing) - 1} others)")
         self._check_shapes()
         if f"{self.architecture.final}.weight" in stored:
-            self.untie_head()  # as from_pretrained takes a checkpoint that holds a head of its own
+            self.untie_head()  # like from_pretrained with a checkpoint that has its own head
 
     def _check_shapes(self) -> None:
-        """Refuse weights that are not those of the network; one by one, they would be written as they are."""
+        """Refuse weights that do not fit the network; streaming would copy them unchecked."""
         there, needed = self.checkpoint.described(), self.network.state_dict()
         for name, source in self.source.items():
             shape, floats = there[self.stored_as[source]].shape, there[self.stored_as[source]].floats
@@ -182,12 +184,12 @@ class StreamedModel(Model):
 
     @property
     def device(self) -> torch.device:
-        """Where weights are put."""
+        """The device to which weights are loaded."""
         return self.place
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating type of the weights."""
+        """The dtype of the weights."""
         return self.stored
 
     def names_inside(self, path: str) -> list[str]:
@@ -199,13 +201,13 @@ class StreamedModel(Model):
         return [name for name in self.source if not name.startswith(tuple(f"{path}." for path in paths))]
 
     def read(self, name: str) -> Tensor:
-        """One weight in the stored type on the CPU, backed by its file where that has the same type."""
+        """One weight in the stored dtype on the CPU, memory-mapped if its file has the same dtype."""
         tensor = self.checkpoint.read(self.stored_as[self.source[name]])
         return tensor.to(self.stored) if tensor.is_floating_point() else tensor
 
     @contextmanager
     def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Put copies of weights into the network, and take them out again."""
+        """Load copies of weights into the network, and remove them again on exit."""
         for name, tensor in weights.items():
             _put(self.network, name, tensor.to(self.place, copy=True))
         try:
@@ -216,15 +218,15 @@ class StreamedModel(Model):
 
 
 def check_kinds(network: PreTrainedModel, folder: Path) -> None:
-    """Refuse integers in the place of weights, which a loader would take for numbers as they are.
+    """Refuse integers in place of weights, which a loader would use as if they were weights.
 
     Args:
-        network: as it was loaded; one that says it is quantized may hold integers.
-        folder: its files; those without safetensors hold nothing that can be looked at.
+        network: the loaded network; one whose configuration says that it is quantized may hold integers.
+        folder: its folder; without safetensors nothing is checked.
 
     Raises:
-        BadInput: names a tensor.
-        ModelUnavailable: a file cannot be read, or lies elsewhere.
+        BadInput: there is such a tensor; the message names it.
+        ModelUnavailable: a file cannot be read, or is outside the folder.
     """
     if getattr(network.config, "quantization_config", None) or not any((folder / name).is_file() for name in _WEIGHTS):
         return
@@ -236,7 +238,7 @@ def check_kinds(network: PreTrainedModel, folder: Path) -> None:
 
 
 def names_in_files(network: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """For each weight of the network, its name in the files, where transformers has renamed it since."""
+    """For each weight of the network that transformers has since renamed, its name in the files."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -246,7 +248,7 @@ def names_in_files(network: PreTrainedModel, keys: Iterable[str]) -> dict[str, s
     names, weights = {}, network.state_dict()
     for key in keys:
         name, converted = rename_source_key(key, renamings, conversions, network.base_model_prefix, weights)
-        if converted is None:  # a weight that is put together from several is not there as it is
+        if converted is None:  # a weight that is assembled from several is not in the files
             names[name] = key
     return names
 

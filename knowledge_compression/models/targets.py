@@ -1,4 +1,4 @@
-"""Which matrices of a network a compression touches."""
+"""The matrices of a network that a compression changes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 @dataclass(frozen=True, eq=False)
 class TargetLayer:
-    """One matrix of the network that may be compressed: a linear layer, or one expert's part of a bank of experts.
+    """One matrix of the network that can be compressed: a linear layer, or one expert's part of a bank of experts.
 
     Attributes:
-        path: module path, e.g. ``model.layers.0.self_attn.q_proj``; of an expert the path of the bank and its number,
-            e.g. ``model.layers.0.mlp.experts.down_proj.7``.
+        path: module path, e.g. ``model.layers.0.self_attn.q_proj``; for an expert, the path of the bank and the
+            expert's number, e.g. ``model.layers.0.mlp.experts.down_proj.7``.
         role: one of :data:`~knowledge_compression.models.families.ROLES`.
-        uses: how often a forward pass runs through it (ALBERT shares one block over its whole depth).
-        expert: where it is part of a bank, which.
+        uses: how often a forward pass uses it (ALBERT shares one block over its whole depth).
+        expert: its place in a bank of experts, if it belongs to one.
     """
 
     path: str
@@ -44,12 +44,12 @@ class TargetLayer:
 
     @property
     def holder(self) -> str:
-        """Path of the module that reads this layer's inputs: its own, or that of the bank of experts."""
+        """Path of the module that gets this layer's inputs: its own, or that of the bank of experts."""
         return self.expert.bank if self.expert else self.path
 
     @property
     def module(self) -> nn.Module:
-        """The module at :attr:`holder` as it stands in the network now."""
+        """The module that is currently at :attr:`holder`."""
         return self.network.get_submodule(self.holder)
 
     @property
@@ -59,7 +59,7 @@ class TargetLayer:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight ``[out_features, in_features]`` as a view that can be written in place, for GPT-2's Conv1D too."""
+        """The weight ``[out_features, in_features]`` as a view to be modified in place, also for GPT-2's Conv1D."""
         module = self.module
         if self.expert:
             bank = getattr(module, self.expert.parameter)
@@ -71,7 +71,7 @@ class TargetLayer:
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The bias ``[out_features]``, if the layer has one of its own."""
+        """The bias ``[out_features]``, if the layer has its own."""
         bias = self.bias_parameter
         return bias.data if bias is not None else None
 
@@ -82,7 +82,7 @@ class TargetLayer:
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What a method leaves with the layer beside its weight; not part of the network's state."""
+        """Data that a method stores with the layer besides its weight; not part of the network's state."""
         if self.expert is None:
             return self.module.__dict__
         kept: dict[str, dict[str, Any]] = self.module.__dict__.setdefault("notes_of_experts", {})
@@ -95,11 +95,11 @@ class TargetLayer:
 
     @property
     def is_replaceable(self) -> bool:
-        """Whether another module can take its place: not where the network reads its weight otherwise."""
+        """Whether another module can replace it: not if the network uses its weight in another way."""
         return self.expert is not None or is_linear(self.module)
 
     def replace(self, module: ReplacedLinear) -> None:
-        """Put another module in this layer's place."""
+        """Replace this layer by another module."""
         if self.expert:
             ReplacedExperts.in_place_of(self.module, self.expert.parameter, self.expert.transposed)
         self.network.set_submodule(self.path, module)
@@ -107,12 +107,12 @@ class TargetLayer:
 
 @dataclass(frozen=True)
 class Expert:
-    """Where one expert's matrix lies: in a parameter ``[experts, out, in]``, or ``[experts, in, out]`` transposed.
+    """The place of one expert's matrix: in a parameter ``[experts, out, in]``, or transposed, ``[experts, in, out]``.
 
     Attributes:
         bank: path of the module that holds all experts.
         parameter: name of its parameter.
-        number: which expert.
+        number: index of the expert.
         transposed: whether the parameter is ``[experts, in_features, out_features]``.
     """
 
@@ -124,15 +124,15 @@ class Expert:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Parameters of the blocks, of two or more dimensions, that a target does not touch.
+    """Parameters of the blocks, of two or more dimensions, that a target does not include.
 
     Attributes:
-        path: their name, with ``*`` for the numbers in it.
-        role: of the part in which they lie, or None.
-        parameters: how many numbers.
-        share: of all such parameters of the network's blocks.
-        reason: ``role`` where the target does not take their role, else what they are, e.g. ``convolution``.
-        inside: whether the target takes the role of the part in which they lie.
+        path: their name, with ``*`` in place of numbers.
+        role: role of the part to which they belong, or None.
+        parameters: number of entries.
+        share: their share of all such parameters of the network's blocks.
+        reason: ``role`` if the target does not include their role, otherwise their kind, e.g. ``convolution``.
+        inside: whether the target includes the role of the part to which they belong.
     """
 
     path: str
@@ -172,16 +172,16 @@ class Targets(Sequence[TargetLayer]):
 
     @cached_property
     def parameters(self) -> int:
-        """Weights in the selection, each counted once."""
+        """Number of weights in the selection, each counted once."""
         return sum(layer.parameters for layer in self._layers)
 
     @cached_property
     def parameters_in_use(self) -> int:
-        """Weights in the selection, a shared one counted once a use (as Table 2 of the first paper counts ALBERT)."""
+        """Number of weights in the selection, counted once per use (as the first paper's Table 2 counts ALBERT)."""
         return sum(layer.parameters * layer.uses for layer in self._layers)
 
     def with_final(self) -> Targets:
-        """The same selection and the final layer, as published quantization of everything has it."""
+        """The same selection with the final layer, as in published quantization of the whole model."""
         if any(layer.role == FINAL for layer in self._layers):
             return self
         final = [layer for layer in linear_layers(self._model, self._reading) if layer.role == FINAL]
@@ -194,11 +194,12 @@ class Target:
 
     Attributes:
         name: what the user types.
-        roles: the roles it takes under ``reading=module``.
-        paper_roles: the roles it takes under ``reading=paper``; the same where not given.
-        final_when_quantized: whether quantization of this target takes in the final layer too, as published; pruning
-            leaves it out.
-        reading: ``module`` (a linear belongs where its module lies) or ``paper`` (as Table 2 of paper 1 counts).
+        roles: the roles that it includes under ``reading=module``.
+        paper_roles: the roles that it includes under ``reading=paper``; by default the same.
+        final_when_quantized: whether quantization of this target includes the final layer, as published; pruning
+            excludes it.
+        reading: ``module`` (a linear belongs to the module that contains it) or ``paper`` (as counted in Table 2 of
+            paper 1).
     """
 
     name: str = field(metadata=LABEL)
@@ -208,7 +209,7 @@ class Target:
     reading: str = "module"
 
     def __post_init__(self) -> None:
-        """Refuse roles and readings that do not exist."""
+        """Refuse unknown roles and readings."""
         if self.reading not in READINGS:
             raise BadInput(f"reading='{self.reading}' does not exist; choose one of {', '.join(READINGS)}")
         unknown = set(self.roles) | set(self.paper_roles or ())
@@ -221,7 +222,7 @@ class Target:
         """The layers of ``model`` that have one of the roles.
 
         Raises:
-            BadInput: the model has none, or holds linears that the family map cannot place.
+            BadInput: the model has none, or has linear layers that cannot be placed.
         """
         roles = self.paper_roles if self.reading == "paper" and self.paper_roles else self.roles
         everything = placed(model, self.reading)
@@ -244,12 +245,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Placed:
-    """Every matrix of a network with its role, and what else its blocks hold.
+    """Every matrix of a network with its role, and the other parameters of its blocks.
 
     Attributes:
         layers: the matrices, in forward order of their definition.
-        others: other parameters of two or more dimensions in the blocks: name, role of the part in which they lie,
-            how many numbers, and what they are.
+        others: other parameters of two or more dimensions in the blocks: name, role of the part to which they belong,
+            number of entries, and kind.
         around: paths of the matrices that lie outside the blocks.
     """
 
@@ -258,7 +259,7 @@ class Placed:
     around: frozenset[str]
 
     def without(self, roles: Collection[str]) -> list[LeftOut]:
-        """What of the blocks layers of these roles leave out, one entry for what differs in numbers only."""
+        """Parameters of the blocks not in these roles; names that differ only in numbers share an entry."""
         rest = [
             (layer.weight_name, layer.role, layer.parameters, "role")
             for layer in self.layers
@@ -326,7 +327,7 @@ def placed(model: Model, reading: str = "module") -> Placed:
 
 
 def _pattern(path: str) -> str:
-    """A path with ``*`` for the numbers in it."""
+    """A path with ``*`` in place of numbers."""
     return _NUMBER.sub("*", path)
 
 
@@ -336,21 +337,21 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    """Whether a module of its own kind holds one matrix ``[out_features, in_features]``, as routers do."""
+    """Whether a module of another kind holds one matrix ``[out_features, in_features]``, as routers do."""
     weight = module._parameters.get("weight")
     return not isinstance(module, nn.Embedding) and weight is not None and weight.dim() == 2
 
 
 def _transposed(module: nn.Module, name: str, hidden: int) -> bool | None:
-    """Whether a bank of experts is ``[experts, in, out]``; None where it cannot be told.
+    """Whether a bank of experts is ``[experts, in, out]``; None if this cannot be determined.
 
-    Transformers says so of the banks that it runs itself; else it is told by the width of the states, which is what
-    experts read first and give last.
+    Transformers declares it for the banks that it runs itself; otherwise the width of the hidden states shows it, which
+    experts read first and output last.
     """
     known = getattr(module, "is_transposed", None)
     if known is not None:
         return bool(known)
-    if name == "weight":  # a module for each matrix, as nn.Linear has it
+    if name == "weight":  # one module per matrix, laid out as in nn.Linear
         return False
     _, rows, columns = module._parameters[name].shape  # type: ignore[union-attr]
     if (rows == hidden) == (columns == hidden):
