@@ -1,52 +1,35 @@
-"""One run, from start to finish: load a model, compress a part of it, recover it, evaluate it, record it."""
+"""What a run is: its parts, what of them decides the result, and whether that result is there already."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, cast
 
-import polars as pl
-import torch
-from torch import LongTensor
-
 from knowledge_compression.compression.base import Compression
-from knowledge_compression.compression.formats.packed import save_packed
 from knowledge_compression.compression.kept import KeptModels, code_of
-from knowledge_compression.compression.layer_reports import CompressionReport
 from knowledge_compression.compression.methods.none import NoCompression
-from knowledge_compression.compression.walk.streaming import compress_streamed
-from knowledge_compression.corpora.corpus import Corpus, digest
+from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.errors import BadInput
-from knowledge_compression.evaluation.scoring import Scorer
-from knowledge_compression.evaluation.suite import DividedSuite, Evaluation, Suite, ask, item_table
-from knowledge_compression.identity import CONTENT, digest_of, draws, known_identity, plain
-from knowledge_compression.memory import peak_of_process
-from knowledge_compression.models import Model, Target, Targets
-from knowledge_compression.models.device import Device, resolve_device, resolve_dtype
+from knowledge_compression.evaluation.suite import Suite
+from knowledge_compression.heavy import torch
+from knowledge_compression.identity import digest_of, draws, known_identity, plain
+from knowledge_compression.models import Target
+from knowledge_compression.models.device import Device, kind_of, product_type, resolve_device, torch_dtype, weight_type
 from knowledge_compression.models.held import HeldSource
-from knowledge_compression.models.loading import LocalModel, ModelSource, check_memory
-from knowledge_compression.models.saving import save_checkpoint
-from knowledge_compression.models.soundness import non_finite, shown, weights_of
-from knowledge_compression.models.streamed import StreamedModel
+from knowledge_compression.models.loading import ModelSource, check_memory
 from knowledge_compression.recovery.base import Recovery
 from knowledge_compression.recovery.none import NoRecovery
-from knowledge_compression.results.environment import environment
-from knowledge_compression.results.layer_map import layer_map
+from knowledge_compression.results.layout import SAVED
 from knowledge_compression.results.secrets import hidden
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.results.tracker import Tracker
-from knowledge_compression.results.workplace import Workplace
 
 log = logging.getLogger(__name__)
 
-SAVERS: Mapping[bool | str, Callable[[Model, Path], None]] = {True: save_checkpoint, "packed": save_packed}
-SAVED = "model"  # folder of the compressed model inside a run's folder
+SAVES = (False, True, "packed")  # what of a compressed model a run may keep
 
 
 @dataclass(frozen=True)
@@ -113,23 +96,25 @@ class Experiment:
         """The baseline that this run is compared with."""
         return replace(self, compression=NoCompression(), recovery=NoRecovery(), called={}, save_model=False)
 
-    def check(self) -> None:
-        """Refuse what can be seen to be wrong from configurations alone, before anything is loaded or computed.
-
-        Raises:
-            BadInput: the model is not to be had, or has no layers of the target.
-        """
+    def __post_init__(self) -> None:
+        """Refuse parts that are none, and what no run can keep."""
         if not isinstance(self.recovery, Recovery):
             raise BadInput(
                 f"{type(self.recovery).__module__}.{type(self.recovery).__qualname__} is not a recovery; derive from "
                 "knowledge_compression.recovery.base.Recovery and declare restores_by"
             )
-        resolve_dtype(self.dtype, resolve_device(self.device))
-        _ = self.scored_in
-        if self.save_model not in (False, *SAVERS) or (self.streams and self.save_model == "packed"):
+        if self.save_model not in SAVES or (self.streams and self.save_model == "packed"):
             raise BadInput(
                 f"output.save_model={self.save_model} is not offered here; choose false, true, or packed (not streamed)"
             )
+
+    def check(self) -> None:
+        """Refuse what can be seen to be wrong from the model's configuration, before anything is loaded or computed.
+
+        Raises:
+            BadInput: the device or the model is not to be had, or the model has no layers of the target.
+        """
+        resolve_device(self.device)
         skeleton = self.loader.skeleton()
         if not isinstance(self.compression, NoCompression):
             self.target.select(skeleton)
@@ -145,8 +130,8 @@ class Experiment:
     def identity(self) -> dict[str, Any]:
         """What decides the result: the identities of the parts that have a say in it."""
         deciding = self._of_compressed | {"eval": {name: known_identity(suite) for name, suite in self.suites.items()}}
-        if self.scored_in is not None:
-            deciding["scored_in"] = str(self.scored_in)
+        if self._scoring_type is not None:
+            deciding["scored_in"] = f"torch.{self._scoring_type}"
         if not isinstance(self.recovery, NoRecovery):
             deciding["recovery"] = known_identity(self.recovery)
         if self.needs_text:
@@ -194,13 +179,19 @@ class Experiment:
     @cached_property
     def scored_in(self) -> torch.dtype | None:
         """Type of the products that score the model; None for the model's own."""
-        return Device.named(self.device).product_dtype(self.scoring_dtype, torch.float32, "scoring_dtype")
+        return None if self._scoring_type is None else torch_dtype(self._scoring_type)
+
+    @cached_property
+    def _scoring_type(self) -> str | None:
+        return product_type(
+            self.scoring_dtype, "scoring_dtype", lambda: Device.named(self.device).multiplies_bfloat16_faster
+        )
 
     @property
     def compressed_id(self) -> str:
         """Hash of what decides the compressed model: runs that share it differ in what follows."""
         deciding = self._of_compressed | {
-            "device": resolve_device(self.device).type,  # another kind of device rounds otherwise
+            "device": kind_of(self.device),  # another kind of device rounds otherwise
             "made_with": [code_of(self.compression), torch.__version__],
         }
         if self.compression.calibrated:
@@ -210,9 +201,10 @@ class Experiment:
     @cached_property
     def _of_compressed(self) -> dict[str, Any]:
         """What decides everything up to the compression."""
+        weights = weight_type(self.dtype, lambda: kind_of(self.device))
         deciding: dict[str, Any] = {
             "model": known_identity(self.source),
-            "dtype": str(resolve_dtype(self.dtype, resolve_device(self.device))),
+            "dtype": weights if weights == "auto" else f"torch.{weights}",
         }
         if not isinstance(self.compression, NoCompression):
             deciding["target"] = known_identity(self.target)
@@ -229,170 +221,28 @@ class Experiment:
         """
         if not force and (done := self._done(store)):
             return done
+        from knowledge_compression.running import do  # with all that computing takes, which a finished run does not
+
+        self.check()
         with store.claim(self.id, afresh=force) as workplace:
             if not force and (done := self._done(store)):  # by whoever had the claim before us
                 return done
-            return store.write(self._make(workplace, tracker, force))
+            return store.write(do(self, workplace, tracker, afresh=force))
 
     def is_done(self, store: RunStore) -> bool:
         """Whether the run is in the store, with its model where one is wanted."""
-        wants_model = bool(self.save_model) or self.streams
-        return self.id in store and (not wants_model or (store.runs_folder / self.id / SAVED).is_dir())
+        return self._found(store) is not None
 
     def _done(self, store: RunStore) -> Run | None:
-        if not self.is_done(store):
+        if (done := self._found(store)) is not None:
+            log.info("run %s is already finished", self.id)
+        return done
+
+    def _found(self, store: RunStore) -> Run | None:
+        wants_model = bool(self.save_model) or self.streams
+        if wants_model and not (store.runs_folder / self.id / SAVED).is_dir():
             return None
-        log.info("run %s is already finished", self.id)
         return store.find(self.id)
-
-    def _make(self, workplace: Workplace, tracker: Tracker, force: bool) -> Run:
-        """The run itself, step by step; a step that an interrupted attempt finished is taken from the workplace."""
-        cost = _Cost(resolve_device(self.device))
-        parts = self._data_at_hand()
-        with cost.of("load"):
-            load = self.source.streamed if self.streams else self.loader.load  # type: ignore[attr-defined]
-            model = load(self.device, self.dtype)
-            if not self.streams:
-                Scorer(model)  # finds out how its texts may share a pass, while it answers as it was loaded
-        targets = self.target.select(model) if not isinstance(self.compression, NoCompression) else Targets([], model)
-        corpus = self.corpus.prepared(model) if self.recovery.trains else None  # while the model is as it was loaded
-
-        with tracker.track(self.id, self.settings) as tracked:
-            report: dict[str, Any] = {
-                "model": {"name": model.name, "family": model.family, "note": model.note, **model.provenance}
-            }
-            with cost.of("compress"):
-                model, compressed, found = self._compress(model, targets, corpus, workplace.folder / SAVED, force)
-            left_out = [asdict(part) for part in targets.left_out]
-            report["compression"] = compressed.to_json() | {"found": found, "left_out": left_out}
-            if compressed.layers:
-                workplace.add("layer_map.png", layer_map(compressed))
-            with cost.of("recover"):
-                recovered = self.recovery.recover(model, corpus, tracked.log)
-            report["recovery"] = recovered.report.to_json() | {"restores_by": self.recovery.restores_by}
-            if sick := non_finite(weights_of(model)):
-                report["non_finite_weights"] = sick
-                log.warning("%s has weights that are not finite (%s): its answers are void", model.name, shown(sick))
-            scored_in = self.scored_in if model.dtype == torch.float32 else None  # narrower types stay
-            original = partial(self.loader.load, self.device, self.dtype)
-            scorer = partial(Scorer, model, prompts=recovered.prompts, dtype=scored_in, original=original)
-            evaluations = {}
-            for name, suite in self.suites.items():
-                with cost.of(f"eval.{name}"):
-                    evaluation = self._evaluate(name, suite, parts[name], scorer, workplace)
-                evaluations[name] = evaluation.void() if sick else evaluation
-            report["eval"] = {
-                name: evaluation.description
-                | {"fingerprint": known_identity(self.suites[name]).get(CONTENT)}
-                | ({"not_finite": evaluation.not_finite} if evaluation.not_finite else {})
-                for name, evaluation in evaluations.items()
-            }
-            report["fallbacks"] = [fallback for found in evaluations.values() for fallback in found.fallbacks]
-            report["cost"] = {"seconds": cost.seconds, "peak_memory": cost.peak}
-            run = self._record(model, scored_in, evaluations, report)
-            saved = workplace.folder / SAVED
-            tracked.finish_with(run, saved if saved.is_dir() else None)
-        return run
-
-    def _compress(
-        self, model: Model, targets: Targets, corpus: Corpus | None, folder: Path, afresh: bool
-    ) -> tuple[Model, CompressionReport, bool]:
-        """Compress and save where asked, or find it done; a streamed model is loaded only where it is asked something.
-
-        Returns:
-            The compressed model, what was done to it, and whether another run had done it.
-        """
-
-        def windows() -> LongTensor | None:
-            return (corpus or self.corpus.prepared(model)).windows(model) if self.compression.calibrated else None
-
-        def compress() -> CompressionReport:
-            text = windows()
-            report = self.compression.compress(model, targets, text)
-            report.calibration = None if text is None else digest(text)
-            return report
-
-        if isinstance(model, StreamedModel):
-            text = windows()
-            report = compress_streamed(self.compression, model, targets, text, folder)
-            report.calibration = None if text is None else digest(text)
-            whole = LocalModel(model.name, str(folder))
-            return (whole.load(self.device, self.dtype) if self.loads else model), report, False
-        if self.kept_models is None or not targets:
-            report, found = compress(), False
-        else:
-            report, found = self.kept_models.compress(
-                self.compressed_id, model, targets, self.compression, compress, afresh=afresh
-            )
-        if self.save_model:
-            SAVERS[self.save_model](model, folder)
-        return model, report, found
-
-    def _data_at_hand(self) -> dict[str, Mapping[str, Suite]]:
-        """See that the data of corpus and suites is to be had, before hours of work that it is needed after.
-
-        Returns:
-            The parts of each suite, where it has parts.
-
-        Raises:
-            DataUnavailable: some of it is not.
-        """
-        for part in [*self.suites.values(), *([self.corpus] if self.needs_text else [])]:
-            if hasattr(part, "check_data"):
-                part.check_data()
-        return {name: suite.parts() if isinstance(suite, DividedSuite) else {} for name, suite in self.suites.items()}
-
-    def _evaluate(
-        self, name: str, suite: Suite, parts: Mapping[str, Suite], scorer: Callable[[], Scorer], workplace: Workplace
-    ) -> Evaluation:
-        """Ask a suite, part by part where it has parts; what an interrupted attempt asked is not asked again."""
-        if not isinstance(suite, DividedSuite):
-            return workplace.evaluation(name, partial(self._ask, suite, scorer))
-        return suite.joined(
-            {
-                part: workplace.evaluation(f"{name}.{part}", partial(self._ask, asked, scorer))
-                for part, asked in parts.items()
-            }
-        )
-
-    def _ask(self, suite: Suite, scorer: Callable[[], Scorer]) -> Evaluation:
-        torch.manual_seed(0)  # whatever a suite may draw without a seed of its own is the same in every run
-        return ask(suite, scorer())
-
-    def _record(
-        self,
-        model: Model,
-        scored_in: torch.dtype | None,
-        evaluations: Mapping[str, Evaluation],
-        report: dict[str, Any],
-    ) -> Run:
-        return Run(
-            id=self.id,
-            config=dict(self.settings),
-            metrics={f"{name}.{key}": value for name, e in evaluations.items() for key, value in e.metrics.items()},
-            report=report,
-            environment=environment()
-            | {
-                "device": str(model.device),
-                "dtype": str(model.dtype),
-                "scored_in": scored_in and str(scored_in),
-            },
-            _items=pl.concat([item_table([]), *(e.items for e in evaluations.values())], how="diagonal"),
-        )
-
-
-class _Cost:
-    """What the steps of a run took: seconds each, and bytes of the process or its GPU at the worst moment."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self.peak = device, dict[str, float](), 0
-
-    @contextmanager
-    def of(self, step: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[step] = time.perf_counter() - start
-        self.peak = max(self.peak, peak_of_process(self.device))
 
 
 def _asked_sparsity(compression: Compression) -> float:

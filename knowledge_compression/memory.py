@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import torch
+from knowledge_compression.heavy import torch
 
 _KEPT = 1 << 30  # bytes that the allocator retains for the next tensors
 _MAPPED = 1 << 25  # bytes from which on a block is mapped separately; the maximum in glibc

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from torch import BoolTensor, LongTensor, Tensor, nn
-from torch.nn import functional
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import functional, nn, torch
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER
 
-Objective = Callable[[nn.Module, LongTensor], tuple[Tensor, int]]
+if TYPE_CHECKING:
+    from torch import BoolTensor, LongTensor, Tensor
+
+Objective: TypeAlias = "Callable[[nn.Module, LongTensor], tuple[Tensor, int]]"
 
 _IGNORED = -100
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 from statsmodels.stats import contingency_tables
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
+
+from knowledge_compression.heavy import stats
 
 CONFIDENCE = 0.95
 # Resamples of a bootstrap. With several seeds they also give the p-value, which must be able to be small after a

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
+from knowledge_compression.heavy import torch
 
 Result = TypeVar("Result")
 

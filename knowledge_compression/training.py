@@ -15,21 +15,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import LongTensor, Tensor, nn
 
 from knowledge_compression.building import Seed
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import nn, torch
 from knowledge_compression.identity import SPEED
 from knowledge_compression.memory import is_out_of_memory
 from knowledge_compression.models.device import PRODUCT_DTYPES, Device, multiplied_in
 from knowledge_compression.objectives import Objective
 from knowledge_compression.progress import bars
+
+if TYPE_CHECKING:
+    from torch import LongTensor, Tensor
 
 log = logging.getLogger(__name__)
 
@@ -330,6 +331,8 @@ class _State:
 
     def save(self, path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         """Write everything under another name and rename it."""
+        from safetensors.torch import save_file
+
         tensors = {f"parameter/{name}": p.detach() for name, p in parameters.items()}
         for name, p in parameters.items():
             tensors |= {f"{key}/{name}": value for key, value in optimizer.state[p].items()}

@@ -20,7 +20,7 @@ from knowledge_compression.evaluation.calibration import (
 from knowledge_compression.evaluation.cloze import MASK, Candidates, candidate_scores, reader_of
 from knowledge_compression.evaluation.probe import rank_among
 from knowledge_compression.evaluation.scoring import Scorer
-from knowledge_compression.evaluation.suite import ITEM_SCHEMA
+from knowledge_compression.evaluation.suite import ITEM_COLUMNS
 from knowledge_compression.models.loading import PackagedGguf, PackagedModel
 from knowledge_compression.statistics import accuracy
 
@@ -94,7 +94,7 @@ def test_all_families_are_asked_the_same(architecture, tiny_model):
     unknown = sum(evaluation.description["left_out"]["object_unknown_to_tokenizer"].values())
     clozes = Atlas(relations=["capital_of", "language"], wordings="all").clozes()
     assert evaluation.items.height == len(clozes) - unknown == evaluation.metrics["items"]
-    assert evaluation.items.columns[: len(ITEM_SCHEMA)] == list(ITEM_SCHEMA)
+    assert evaluation.items.columns[: len(ITEM_COLUMNS)] == list(ITEM_COLUMNS)
     for column in ("log_prob", "margin", "rank", "choices", "prediction"):
         assert evaluation.items[column].null_count() == 0
     assert set(evaluation.items["suite"]) == {"atlas"}

@@ -10,8 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from helpers.networks import TINY, logits_of, model_inputs
+from knowledge_compression.compression.formats.granularity import GRANULARITIES
 from knowledge_compression.compression.formats.int8_linear import (
-    GRANULARITIES,
     Int8Linear,
     float_product,
     integer_product,

@@ -14,10 +14,11 @@ from torch import nn
 from helpers.layers import ALL, inputs_with_outliers, weight_with_outliers, windows
 from helpers.networks import logits_of
 from knowledge_compression.compression.base import Compression
+from knowledge_compression.compression.formats.int8_variants import SmoothedInt8Linear, StaticInt8Linear
 from knowledge_compression.compression.methods.hqq import Hqq
-from knowledge_compression.compression.methods.int8_static import InputRange, Int8Static, StaticInt8Linear
+from knowledge_compression.compression.methods.int8_static import InputRange, Int8Static
 from knowledge_compression.compression.methods.nf4 import Nf4, levels
-from knowledge_compression.compression.methods.smoothquant import SmoothedInt8Linear, SmoothQuant
+from knowledge_compression.compression.methods.smoothquant import SmoothQuant
 from knowledge_compression.compression.solve.grid import Grid
 from knowledge_compression.compression.walk.blocks import LayerInputs
 from knowledge_compression.errors import BadInput

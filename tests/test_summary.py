@@ -11,7 +11,7 @@ from rich.console import Console
 
 from helpers.stores import bits, made_run
 from knowledge_compression import statistics
-from knowledge_compression.results import summary
+from knowledge_compression.results import drawing, summary
 
 BEFORE = 3.0 + np.arange(12) / 20
 AFTER = BEFORE + 0.2 + (np.arange(12) % 3) * 0.1
@@ -27,14 +27,14 @@ def with_perplexity(run, losses):
 
 
 @pytest.fixture
-def table():
+def rows():
     dense = with_perplexity(made_run(bits("1111110000"), compression="none"), BEFORE)
     small = with_perplexity(made_run(bits("1110000000")), AFTER)
-    return summary.drop_table([small], {small.id: dense})
+    return summary.drop_rows([small], {small.id: dense})
 
 
-def test_values_and_losses_have_their_intervals(table):
-    accuracy, perplexity = table.filter(pl.col("run") != pl.col("baseline")).iter_rows(named=True)
+def test_values_and_losses_have_their_intervals(rows):
+    accuracy, perplexity = (row for row in rows if row["run"] != row["baseline"])
     wilson = statistics.accuracy(bits("1110000000"))
     assert (accuracy["value_low"], accuracy["value_high"]) == (wilson.low, wilson.high)
     fall = statistics.drop(bits("1111110000"), bits("1110000000"))
@@ -46,19 +46,19 @@ def test_values_and_losses_have_their_intervals(table):
     assert perplexity["drop_high"] - perplexity["drop_low"] < 20
 
 
-def test_the_terminal_shows_them(table):
+def test_the_terminal_shows_them(rows):
     console = Console(width=190, record=True, file=io.StringIO())
-    console.print(summary.as_rich(table))
+    console.print(summary.as_rich(rows))
     shown = console.export_text()
     assert "0.3 [0.1078, 0.6032]" in shown and "+50.0 [" in shown
 
 
-def test_the_bars_of_tasks_have_intervals(table):
-    figure = summary.task_figure(made_run(bits("1111110000")), "atlas")
+def test_the_bars_of_tasks_have_intervals():
+    figure = drawing.task_figure(made_run(bits("1111110000")), "atlas")
     (axes,) = figure.axes
     bars, errors = [c for c in axes.containers if hasattr(c, "patches")], axes.containers
     assert len(bars[0].patches) == 3 and len(errors) == 2
-    assert summary.task_figure(made_run(bits("10")), "latency") is None
+    assert drawing.task_figure(made_run(bits("10")), "latency") is None
 
 
 def test_suites_without_a_headline_end_without_a_table(tmp_path, capsys):

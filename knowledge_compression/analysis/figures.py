@@ -17,8 +17,8 @@ from knowledge_compression.analysis.comparisons import Comparisons, Group
 from knowledge_compression.analysis.marks import level, line, panels
 from knowledge_compression.analysis.recovery_figures import RECOVERY_FIGURES
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
+from knowledge_compression.results.drawing import literal_text
 from knowledge_compression.results.store import Run
-from knowledge_compression.results.summary import literal_text
 from knowledge_compression.statistics import Estimate, mean_drops
 
 EVERYTHING, MODULES = ("overall", "all", "att", "ff"), ("self_att", "cross_att", "encoder_att", "decoder_att")

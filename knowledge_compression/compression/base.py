@@ -16,9 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
-
-from torch import LongTensor, Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
 from knowledge_compression.compression.solve.patterns import Pattern
@@ -29,6 +27,11 @@ from knowledge_compression.models import Model, TargetLayer, Targets
 from knowledge_compression.models.families import FINAL
 from knowledge_compression.models.replaced import ReplacedLinear
 from knowledge_compression.models.soundness import check_finite, weights_of
+
+if TYPE_CHECKING:
+    from torch import LongTensor, Tensor, nn
+
+    from knowledge_compression.models.replaced import ReplacedLinear
 
 SCOPES = ("global", "layer")
 
@@ -42,19 +45,22 @@ class Compression(ABC):
     Attributes:
         name: its name in reports, e.g. ``gptq``.
         calibrated: whether it needs calibration text.
-        modules: the classes of the modules that replace linear layers; empty if the method changes only weights.
         takes_final: whether it also compresses the final layer when the target is the whole model, as published.
     """
 
     name: ClassVar[str]
     calibrated: ClassVar[bool] = False
-    modules: ClassVar[tuple[type[ReplacedLinear], ...]] = ()
     takes_final: ClassVar[bool] = False
 
     @property
     def parts(self) -> Sequence[Compression]:
         """The methods that this one consists of, in order: itself, unless it is a pipeline."""
         return (self,)
+
+    @property
+    def modules(self) -> tuple[type[ReplacedLinear], ...]:
+        """The modules that it puts in the place of linear layers; none where it changes weights alone."""
+        return ()
 
     def multiplies_in(self, model: Model) -> str | None:
         """The dtype of the products in its forward passes on calibration text, e.g. ``bfloat16``; None without any."""
@@ -102,7 +108,7 @@ class Method(Compression):
         if self.takes_final and targets.takes_final_when_quantized:
             targets = targets.with_final()
         for layer in targets:
-            if isinstance(layer.module, ReplacedLinear):
+            if layer.is_replaced:
                 raise BadInput(f"{layer.path} is quantized already; quantize last, after pruning")
         if self.modules and (fixed := [layer for layer in targets if not layer.is_replaceable]):
             raise BadInput(

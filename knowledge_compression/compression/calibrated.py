@@ -11,20 +11,23 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Generic, TypeVar
-
-import torch
-from torch import LongTensor, Tensor
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from knowledge_compression.compression.base import Method
 from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.compression.solve.grid import QuantizedWeight
 from knowledge_compression.compression.solve.hessian import Hessian, relative_errors
-from knowledge_compression.compression.walk.blocks import Hold, Statistics, WalkSettings, compress_blocks
+from knowledge_compression.compression.walk.statistics import Statistics, WalkSettings
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import torch
 from knowledge_compression.identity import SPEED
 from knowledge_compression.models import Model, TargetLayer, Targets
-from knowledge_compression.models.replaced import ReplacedLinear
+
+if TYPE_CHECKING:
+    from torch import LongTensor, Tensor
+
+    from knowledge_compression.compression.walk.blocks import Hold
+    from knowledge_compression.models.replaced import ReplacedLinear
 
 S = TypeVar("S", bound=Statistics)
 
@@ -113,6 +116,8 @@ class Calibrated(Method, Generic[S]):
         self, model: Model, targets: Targets, calibration: LongTensor | None, hold: Hold | None = None
     ) -> list[LayerReport]:
         """Walk through the network and compress its layers; for ``hold`` see :func:`compress_blocks`."""
+        from knowledge_compression.compression.walk.blocks import compress_blocks
+
         return compress_blocks(model, targets, calibration, self, self.walk, hold=hold)
 
     def shrink(self, layers: Sequence[TargetLayer], statistics: S) -> list[LayerReport]:

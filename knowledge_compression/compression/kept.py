@@ -17,20 +17,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from knowledge_compression.cache import cache_folder, cached_folder, discard
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.layer_reports import CompressionReport
 from knowledge_compression.compression.solve.grid import FittedGrid, QuantizedWeight, quantized_weight
+from knowledge_compression.heavy import torch
 from knowledge_compression.models import Model, Targets
-from knowledge_compression.models.replaced import ReplacedLinear
 from knowledge_compression.models.targets import linear_layers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from knowledge_compression.models.replaced import ReplacedLinear
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +173,8 @@ def _write(
     Raises:
         NotImplementedError: a layer was replaced by a module that the compression does not declare.
     """
+    from safetensors.torch import save_file
+
     touched = {layer.path for layer in report.layers}
     tensors: dict[str, Tensor] = {}
     codes: dict[str, dict[str, Any]] = {}
@@ -181,7 +185,7 @@ def _write(
         if type(layer.module) in kinds:
             modules[layer.path] = type(layer.module).__name__, layer.module.settings  # type: ignore[assignment]
             tensors |= {f"module/{layer.path}/{name}": buffer for name, buffer in layer.module.named_buffers()}
-        elif isinstance(layer.module, ReplacedLinear):
+        elif layer.is_replaced:
             raise NotImplementedError(f"the {type(layer.module).__name__} at {layer.path} is not declared")
         elif layer.module._forward_hooks or layer.module._forward_pre_hooks:
             raise NotImplementedError(f"{layer.path} has hooks, which cannot be stored")

@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
-
-import torch
-from torch import LongTensor
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from knowledge_compression.building import Seed
 from knowledge_compression.cache import file_digest
 from knowledge_compression.errors import BadInput, DataUnavailable, first_line
+from knowledge_compression.heavy import torch
 from knowledge_compression.identity import LABEL, PLACE
 from knowledge_compression.models import Model
 from knowledge_compression.reading import parsed, text_of
+
+if TYPE_CHECKING:
+    from torch import LongTensor
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 

@@ -19,19 +19,20 @@ import logging
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-
-import torch
-from safetensors.torch import load_file, save_file
-from torch import LongTensor, Tensor
+from typing import TYPE_CHECKING
 
 from knowledge_compression.cache import cached_folder
 from knowledge_compression.corpora.corpus import Corpus, Windowed, check_fits
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import torch
 from knowledge_compression.identity import LABEL
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.models.streamed import StreamedModel
 from knowledge_compression.progress import shown
+
+if TYPE_CHECKING:
+    from torch import LongTensor, Tensor
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class OwnSamples(Windowed):
         Raises:
             BadInput: the windows are longer than the model's positions, or its weights are not in memory.
         """
+        from safetensors.torch import load_file
+
         check_fits(model, self.length)
         if isinstance(model, StreamedModel):
             raise BadInput(
@@ -80,6 +83,8 @@ class OwnSamples(Windowed):
         return self.prepared(model).token_stream(model)
 
     def _write(self, model: Model, folder: Path) -> None:
+        from safetensors.torch import save_file
+
         save_file({"ids": own_samples(model, self.samples, self.length, self.seed)}, folder / "ids.safetensors")
 
 
@@ -110,7 +115,6 @@ class DrawnSamples(Windowed):
         return self.ids.flatten()  # type: ignore[return-value]
 
 
-@torch.inference_mode()
 def own_samples(model: Model, samples: int, length: int, seed: int) -> LongTensor:
     """Let a model generate text.
 
@@ -121,7 +125,8 @@ def own_samples(model: Model, samples: int, length: int, seed: int) -> LongTenso
     sampler = _Sampler(model, seed)
     starts = range(0, samples, _BATCH)
     log.info("%s generates %d samples of %d tokens for calibration", model.name, samples, length)
-    batches = [write(model, sampler, min(_BATCH, samples - start), length) for start in starts]
+    with torch.inference_mode():
+        batches = [write(model, sampler, min(_BATCH, samples - start), length) for start in starts]
     return torch.cat(batches).cpu()  # type: ignore[return-value]
 
 

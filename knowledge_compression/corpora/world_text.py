@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import LongTensor
 
 from knowledge_compression.corpora.corpus import Windowed, check_fits
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import torch
 from knowledge_compression.identity import LABEL
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER, ENCODER_DECODER
+
+if TYPE_CHECKING:
+    from torch import LongTensor
 
 
 @dataclass(frozen=True)

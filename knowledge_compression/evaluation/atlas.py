@@ -11,15 +11,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.calibration import SAMPLING, Questions, sampled
 from knowledge_compression.evaluation.cloze import Cloze, fill, opened
 from knowledge_compression.evaluation.probe import Probe
-from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation
 from knowledge_compression.models import Model
+
+if TYPE_CHECKING:
+    from knowledge_compression.evaluation.scoring import Scorer
 
 _FOLDER = Path(__file__).with_name("atlas_facts")
 WORDINGS = ("rotate", "all")

@@ -10,12 +10,14 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.cloze import Cloze
+from knowledge_compression.heavy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Group = tuple[str, str]  # relation and wording
 SAMPLING = b"sample 2"  # version of sampling and calibration; raised when results would change

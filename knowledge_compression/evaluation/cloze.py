@@ -9,15 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from knowledge_compression.errors import BadInput
-from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
+from knowledge_compression.evaluation.scoring import Blank, Question
 from knowledge_compression.evaluation.tokens import encode
+from knowledge_compression.heavy import torch
 from knowledge_compression.models.families import DECODER, ENCODER
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from knowledge_compression.evaluation.scoring import Scorer
 
 MASK = "[MASK]"
 _SENTINEL = "<extra_id_{}>"

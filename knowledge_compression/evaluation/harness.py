@@ -12,33 +12,24 @@ from numbers import Real
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
-
 from knowledge_compression.errors import BadInput, DataUnavailable
-from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation, Suite, item_table
 from knowledge_compression.evaluation.tasks import LOCAL, fingerprint, load_tasks, local_files
 from knowledge_compression.evaluation.tasks.own import of_the_task, sandboxed
+from knowledge_compression.heavy import pl
 from knowledge_compression.identity import PLACE
 from knowledge_compression.models.families import ENCODER
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
+    from knowledge_compression.evaluation.scoring import Scorer
+
 log = logging.getLogger(__name__)
 
 FEWSHOT_SEED = 1234  # lm-eval's own
 SCORINGS = ("fast", "stock")
-EXTRA_COLUMNS: Mapping[str, pl.DataType] = {
-    "gold_index": pl.Int64(),  # index of the right choice; null if answers are not ranked
-    "correct_norm": pl.Boolean(),  # by log-probability per character (lm-eval's acc_norm); null if not defined
-    "share": pl.Float64(),  # the value of an item that is neither right nor wrong, e.g. a share of probability
-    "filters": pl.List(pl.Struct({"filter": pl.String(), "prediction": pl.String(), "correct": pl.Boolean()})),
-}  # filters: the answer under each filter, if a task has several; the other columns belong to the first
-_JUDGES = (
-    "acc",
-    "exact_match",
-)  # the metrics that decide whether an answer is right; otherwise the task's first metric
+_JUDGES = ("acc", "exact_match")  # decide whether an answer is right; otherwise the task's first metric
 
 
 @dataclass(frozen=True)
@@ -183,7 +174,7 @@ class _OneTask:
                 | ({"filters": [_filtered(one, judge) for one in (first, *others)]} if others else {})
                 for first, *others in by_document.values()
             ]
-        items = item_table(rows, EXTRA_COLUMNS)
+        items = item_table(rows, _extra_columns())
         described = {
             "version": results["versions"][self.name],
             "items": items.height,
@@ -358,3 +349,15 @@ def _place(target: Any, choices: Sequence[str]) -> int | None:
     if isinstance(target, str):
         return choices.index(target.strip()) if target.strip() in choices else None
     return int(target) if isinstance(target, int) and 0 <= target < len(choices) else None
+
+
+def _extra_columns() -> dict[str, pl.DataType]:
+    """The columns of its items beside those of every suite."""
+    answer = {"filter": pl.String(), "prediction": pl.String(), "correct": pl.Boolean()}
+    return {
+        "gold_index": pl.Int64(),  # place of the right choice; null where answers are not ranked
+        "correct_norm": pl.Boolean(),  # by log-probability per character (lm-eval's acc_norm); null where not defined
+        "share": pl.Float64(),  # what an item gives where it is neither right nor wrong, e.g. a share of probability
+        # The answer under each filter, where a task has several; the other columns are of the first.
+        "filters": pl.List(pl.Struct(answer)),
+    }

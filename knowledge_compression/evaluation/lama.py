@@ -10,9 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import polars as pl
+from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.evaluation.calibration import SAMPLING, Questions, sampled
@@ -27,11 +25,14 @@ from knowledge_compression.evaluation.lama_data import (
     LamaHub,
 )
 from knowledge_compression.evaluation.probe import CANDIDATES, Probe
-from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation
+from knowledge_compression.heavy import pl
 from knowledge_compression.identity import PLACE
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER
+
+if TYPE_CHECKING:
+    from knowledge_compression.evaluation.scoring import Scorer
 
 READING = b"lama 2"  # version of the way from files to questions; raised when it changes
 

@@ -10,21 +10,22 @@ import inspect
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import polars as pl
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.building import Seed
 from knowledge_compression.errors import BadInput
-from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation, item_table
+from knowledge_compression.heavy import pl, torch
 from knowledge_compression.memory import Peak, peak_memory
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER
 from knowledge_compression.progress import shown
 from knowledge_compression.timing import timed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from knowledge_compression.evaluation.scoring import Scorer
 
 PREFILL, DECODE = "prefill", "decode"
 
@@ -77,14 +78,13 @@ class Latency:
         kinds = (PREFILL,) if model.family == ENCODER else (PREFILL, DECODE)
         seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         gc.collect()
-        with peak_memory(model.device) as memory:
+        with torch.inference_mode(), peak_memory(model.device) as memory:
             for repeat in shown(range(-self.warmup, self.repeats), "latency"):
                 for name, value in self._once(model, ids).items():
                     if repeat >= 0:
                         seconds[name].append(value)
         return Evaluation(_metrics(seconds, memory), _items(seconds), self._description(model, memory))
 
-    @torch.inference_mode()
     def _once(self, model: Model, ids: Tensor) -> dict[str, float]:
         network = model.network
         if model.family == ENCODER:

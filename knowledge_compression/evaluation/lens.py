@@ -11,11 +11,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import polars as pl
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from knowledge_compression.errors import BadInput
@@ -23,11 +20,17 @@ from knowledge_compression.evaluation.atlas import Atlas
 from knowledge_compression.evaluation.calibration import GroupMean, Questions, group_sizes
 from knowledge_compression.evaluation.cloze import Candidates, Cloze, reader_of
 from knowledge_compression.evaluation.lama import Lama
-from knowledge_compression.evaluation.scoring import Blank, Scorer
+from knowledge_compression.evaluation.scoring import Blank
 from knowledge_compression.evaluation.suite import Evaluation, item_table
 from knowledge_compression.evaluation.world_facts import WorldProbes
+from knowledge_compression.heavy import pl, torch
 from knowledge_compression.identity import PLACE
 from knowledge_compression.models import Model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from knowledge_compression.evaluation.scoring import Scorer
 
 
 class ClozeSuite(Protocol):
@@ -43,7 +46,6 @@ SUITES: Mapping[str, Callable[[LogitLens], ClozeSuite]] = {
     "world": lambda lens: WorldProbes(),
     "lama": lambda lens: Lama(data_dir=lens.data_dir, limit=lens.limit),
 }
-EXTRA_COLUMNS = {"depth_rank": pl.List(pl.Int32()), "depth_log_prob": pl.List(pl.Float32())}
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class LogitLens:
         if not asked:
             name = scorer.model.name
             raise BadInput(f"eval.lens: none of the {len(wanted)} questions of {self.of} can be asked of {name}")
-        items = item_table(rows, EXTRA_COLUMNS)
+        items = item_table(rows, {"depth_rank": pl.List(pl.Int32()), "depth_log_prob": pl.List(pl.Float32())})
         first = torch.tensor(items["depth_rank"].to_list()) == 1
         metrics = {f"first.{depth}": float(share) for depth, share in enumerate(first.double().mean(0))}
         description = {"of": self.of, "calibrate": calibrate, "asked": asked, "left_out": len(wanted) - asked}

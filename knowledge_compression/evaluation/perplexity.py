@@ -7,21 +7,23 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import polars as pl
-import torch
-from torch import LongTensor
+from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.corpora.c4 import C4
 from knowledge_compression.corpora.corpus import TEST, VALIDATION, Documents, PublishedCorpus
 from knowledge_compression.corpora.wikitext import WikiText
 from knowledge_compression.errors import BadInput
-from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
+from knowledge_compression.evaluation.scoring import Blank, Question
 from knowledge_compression.evaluation.suite import Evaluation, item_table
+from knowledge_compression.heavy import pl, torch
 from knowledge_compression.identity import PLACE
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
+
+if TYPE_CHECKING:
+    from torch import LongTensor
+
+    from knowledge_compression.evaluation.scoring import Scorer
 
 # The split of each corpus: GPTQ and SparseGPT report WikiText-2's test text and C4's validation shard.
 _TEXTS: Mapping[str, tuple[Callable[..., PublishedCorpus], str]] = {
@@ -38,7 +40,6 @@ _JOINS: Mapping[tuple[str, str], Callable[[Sequence[str]], str]] = {
 }
 JOINS = ("text", "gptq")
 _LARGEST = math.log(sys.float_info.max)  # nats; the perplexity of more exceeds a float
-EXTRA_COLUMNS: Mapping[str, pl.DataType] = {"tokens": pl.Int64(), "nll": pl.Float64()}
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Perplexity:
             }
             for name, (log_prob, tokens) in zip(ids, scored, strict=True)
         ]
-        items = item_table(rows, EXTRA_COLUMNS)
+        items = item_table(rows, {"tokens": pl.Int64(), "nll": pl.Float64()})
         return Evaluation(_metrics(items["nll"]), items, self._description(scorer.model, windows, total))
 
     def windows(self, scorer: Scorer) -> tuple[LongTensor, int]:

@@ -6,12 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
-
-import polars as pl
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.calibration import (
@@ -31,12 +26,19 @@ from knowledge_compression.evaluation.cloze import (
     distributions,
     reader_of,
 )
-from knowledge_compression.evaluation.scoring import Blank, Scorer, likeliest
+from knowledge_compression.evaluation.scoring import Blank, likeliest
 from knowledge_compression.evaluation.suite import Evaluation, accuracy_metrics, item_table
+from knowledge_compression.heavy import pl, torch
 from knowledge_compression.models import Model
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from knowledge_compression.evaluation.scoring import Scorer
+
 CANDIDATES = ("full", "common", "typed")
-EXTRA_COLUMNS = {"subject": pl.String(), "fact": pl.String(), "wording": pl.String()}
+EXTRA_COLUMNS = ("subject", "fact", "wording")  # texts
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,11 @@ class Probe:
             singles = _readings(reader, asked) if self.lower_case else [[*gold[i]] for i in kept if i < count]
             there = [blank for blank in of_read if blank is not None]
             ranked = _ids_of_tokens(model) if common_ids is None else common_ids
-            rankings = self._rank_vocabulary(reader, read, there, singles, allowed=ranked, sizes=sizes)
+            with torch.inference_mode():
+                rankings = self._rank_vocabulary(reader, read, there, singles, allowed=ranked, sizes=sizes)
         items = item_table(
-            [_row(suite, cloze, ranking) for cloze, ranking in zip(asked, rankings, strict=True)], EXTRA_COLUMNS
+            [_row(suite, cloze, ranking) for cloze, ranking in zip(asked, rankings, strict=True)],
+            dict.fromkeys(EXTRA_COLUMNS, pl.String()),
         )
         left_out: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for cloze, reason in zip(clozes[:count], reasons, strict=False):
@@ -197,7 +201,6 @@ class Probe:
             for cloze, raw in zip(clozes[:count], scores, strict=False)
         ]
 
-    @torch.inference_mode()
     def _rank_vocabulary(
         self,
         reader: Reader,

@@ -11,32 +11,30 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
-
-import polars as pl
-import torch
-from torch import LongTensor, Tensor, nn
-from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from knowledge_compression.corpora.c4 import C4
 from knowledge_compression.corpora.corpus import TEST, VALIDATION, PublishedCorpus
 from knowledge_compression.corpora.wikitext import WikiText
 from knowledge_compression.errors import BadInput
-from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation, item_table
+from knowledge_compression.heavy import functional, pl, torch
 from knowledge_compression.identity import PLACE
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER_DECODER
 from knowledge_compression.progress import shown
+
+if TYPE_CHECKING:
+    from torch import LongTensor, Tensor, nn
+
+    from knowledge_compression.evaluation.scoring import Scorer
 
 ATTENTION, ACTIVATION = "attention", "activation"
 _TEXTS: Mapping[str, tuple[Callable[..., PublishedCorpus], str]] = {
     "wikitext": (WikiText, TEST),
     "c4": (C4, VALIDATION),
 }
-Seen = dict[tuple[str, str], Tensor]  # rows whose directions are compared, by kind and layer
+Seen: TypeAlias = "dict[tuple[str, str], Tensor]"  # rows whose directions are compared, by kind and layer
 _OBSERVED = "observed"  # the attention function that records weights while another one computes
 
 
@@ -108,7 +106,6 @@ class Similarity:
         return {"corpus": self.corpus, "windows": windows, "length": self.length, "fingerprint": self.fingerprint()}
 
 
-@torch.inference_mode()
 def observe(model: Model, ids: LongTensor) -> Seen:
     """Attention ``[heads * queries, keys]`` and activations ``[tokens, width]`` of every layer for one window."""
     seen: Seen = {}
@@ -116,7 +113,7 @@ def observe(model: Model, ids: LongTensor) -> Seen:
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.family == ENCODER_DECODER:  # the decoder reads the text too, as if it had generated it
         inputs["decoder_input_ids"] = ids
-    with ExitStack() as stack:
+    with torch.inference_mode(), ExitStack() as stack:
         stack.enter_context(_observed_attention(model.network, seen))
         for path, module in model.network.named_modules():
             if any(pile.is_block(path) for pile in model.architecture.stacks):
@@ -142,6 +139,9 @@ def _keep(seen: Seen, path: str) -> Any:
 @contextmanager
 def _observed_attention(network: Any, seen: Seen) -> Iterator[None]:
     """Record attention weights over the input, without changing what attention computes."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     paths = {module: path for path, module in network.named_modules()}
     name = network.config._attn_implementation
     answer = ALL_ATTENTION_FUNCTIONS[name]

@@ -5,27 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import polars as pl
+from knowledge_compression.heavy import pl
 
-from knowledge_compression.evaluation.scoring import Scorer
+if TYPE_CHECKING:
+    from knowledge_compression.evaluation.scoring import Scorer
 
-# One row per fact or question. A suite may add its own columns after these.
-ITEM_SCHEMA: Mapping[str, pl.DataType] = {
-    "suite": pl.String(),  # atlas, lama, harness, perplexity, world, ...
-    "task": pl.String(),  # the relation or task within the suite
-    "id": pl.String(),  # stable across runs and models: the same fact in the same wording has the same id
-    "prompt": pl.String(),  # the question to the model
-    "gold": pl.String(),  # the right answer
-    "prediction": pl.String(),  # the model's answer
-    "correct": pl.Boolean(),
-    "log_prob": pl.Float64(),  # natural log-probability (or score) of the gold answer
-    "prediction_log_prob": pl.Float64(),  # the same for the model's answer; null if answers are not ranked
-    "margin": pl.Float64(),  # the gold answer's score minus the best wrong one's; negative if the model is wrong
-    "rank": pl.Int64(),  # 1 = the gold answer ranks first; null if answers are not ranked
-    "choices": pl.Int64(),  # number of answers among which it was ranked; null if not ranked
+
+# One row per fact or question, and what its columns hold. A suite may add its own columns after these.
+ITEM_COLUMNS: Mapping[str, str] = {
+    "suite": "String",  # atlas, lama, harness, perplexity, world, ...
+    "task": "String",  # the relation or task within the suite
+    "id": "String",  # stable across runs and models: the same fact in the same wording has the same id
+    "prompt": "String",  # the question to the model
+    "gold": "String",  # the right answer
+    "prediction": "String",  # the model's answer
+    "correct": "Boolean",
+    "log_prob": "Float64",  # natural log-probability (or score) of the gold answer
+    "prediction_log_prob": "Float64",  # the same for the model's answer; null if answers are not ranked
+    "margin": "Float64",  # the gold answer's score minus the best wrong one's; negative if the model is wrong
+    "rank": "Int64",  # 1 = the gold answer ranks first; null if answers are not ranked
+    "choices": "Int64",  # number of answers among which it was ranked; null if not ranked
 }
+
+
+def item_schema() -> dict[str, pl.DataType]:
+    """The columns of every suite's items."""
+    return {name: getattr(pl, kind)() for name, kind in ITEM_COLUMNS.items()}
 
 
 @dataclass
@@ -35,7 +42,7 @@ class Evaluation:
     Attributes:
         metrics: numbers by flat names; ``accuracy`` or ``perplexity`` is the headline, ``<task>.accuracy`` its parts,
             ``majority`` the accuracy of always giving the most frequent answer.
-        items: one row per item, :data:`ITEM_SCHEMA` first.
+        items: one row per item, :func:`item_schema` first.
         description: what was asked, JSON-ready: data sets found and missing, their digest, protocol, counts of items
             left out by reason. Runs are compared only if this agrees.
         fallbacks: deviations to be recorded, e.g. smaller batches for lack of memory.
@@ -51,7 +58,7 @@ class Evaluation:
     def void(self) -> Evaluation:
         """The same answers, from which nothing follows: no metrics but counts, no item right or wrong."""
         counts = {name: float(n) for name, n in (("items", self.items.height), ("not_finite", self.not_finite)) if n}
-        nothing = [pl.lit(None, dtype=ITEM_SCHEMA[name]).alias(name) for name in ("correct", "rank")]
+        nothing = [pl.lit(None, dtype=item_schema()[name]).alias(name) for name in ("correct", "rank")]
         return replace(self, metrics=counts, items=self.items.with_columns(nothing))
 
 
@@ -127,7 +134,7 @@ class DividedSuite(Suite, Protocol):
 
 def item_table(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, pl.DataType] | None = None) -> pl.DataFrame:
     """Build a table in the item schema; columns that a row lacks are null."""
-    schema = dict(ITEM_SCHEMA) | dict(extra or {})
+    schema = item_schema() | dict(extra or {})
     return pl.DataFrame({name: [row.get(name) for row in rows] for name in schema}, schema=schema)
 
 

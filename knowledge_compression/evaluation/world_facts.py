@@ -7,17 +7,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
-
-import polars as pl
+from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.calibration import Questions
 from knowledge_compression.evaluation.cloze import Cloze
 from knowledge_compression.evaluation.probe import Probe
-from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation
+from knowledge_compression.heavy import pl
 from knowledge_compression.models import Model
+
+if TYPE_CHECKING:
+    from knowledge_compression.evaluation.scoring import Scorer
 
 _TYPED = Probe(candidates="typed")
 _NATIVE = Probe(candidates="full")

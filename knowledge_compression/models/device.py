@@ -7,23 +7,28 @@ here, by one rule for weights and one for products; ``docs/devices.md`` has the 
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import platform
 import statistics
+import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 from typing import Any, ClassVar
-
-import torch
 
 from knowledge_compression.cache import kept_finding
 from knowledge_compression.errors import BadInput, first_line
+from knowledge_compression.heavy import torch
 from knowledge_compression.timing import timed
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 PRODUCT_DTYPES = ("auto", "bfloat16", "float32")
 _CPU_INFO = Path("/proc/cpuinfo")
 _KIND = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")  # lines that distinguish processors
@@ -90,11 +95,49 @@ class Device:
         Raises:
             BadInput: there is no such choice.
         """
-        if choice not in (*PRODUCT_DTYPES, "model"):
-            raise BadInput(f"{setting}={choice} does not exist; choose one of {', '.join(PRODUCT_DTYPES)}")
-        if stored != torch.float32 or choice in ("float32", "model"):
-            return None
-        return torch.bfloat16 if choice == "bfloat16" or self.multiplies_bfloat16_faster else None
+        narrow = stored != torch.float32
+        name = product_type(choice, setting, lambda: not narrow and self.multiplies_bfloat16_faster)
+        return None if narrow or name is None else torch_dtype(name)
+
+
+def product_type(choice: str, setting: str, bfloat16_is_faster: Callable[[], bool]) -> str | None:
+    """Name of the type in which products of float32 networks are done, see :meth:`Device.product_dtype`.
+
+    Args:
+        choice, setting: as there.
+        bfloat16_is_faster: looks at the device, where ``auto`` leaves it to that.
+    """
+    if choice not in (*PRODUCT_DTYPES, "model"):
+        raise BadInput(f"{setting}={choice} does not exist; choose one of {', '.join(PRODUCT_DTYPES)}")
+    if choice in ("float32", "model"):
+        return None
+    return "bfloat16" if choice == "bfloat16" or bfloat16_is_faster() else None
+
+
+def kind_of(choice: str) -> str:
+    """``cpu``, ``cuda`` or ``mps``, of what the user typed; torch is imported only where that needs it.
+
+    Raises:
+        BadInput: it is not to be had here.
+    """
+    return "cpu" if choice == "cpu" or (choice == "auto" and not _may_have_gpu()) else resolve_device(choice).type
+
+
+@cache
+def _may_have_gpu() -> bool:
+    """Whether torch may find a GPU here: not where it was built without, or where the driver it needs is not there."""
+    spec = find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    built = run_path(str(Path(spec.origin).with_name("version.py")))  # what torch.version is, without torch
+    if sys.platform != "linux" or built.get("hip"):
+        return True
+    if not built.get("cuda"):
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def resolve_device(choice: str) -> torch.device:
@@ -115,17 +158,37 @@ def resolve_device(choice: str) -> torch.device:
     return resolved
 
 
-def resolve_dtype(choice: str, place: torch.device) -> torch.dtype | str:
-    """The dtype of the weights; ``auto`` is float32 on a CPU and the checkpoint's own (``"auto"``) elsewhere.
+def weight_type(choice: str, device: Callable[[], str]) -> str:
+    """Name of the weights' dtype; ``auto`` is float32 on a CPU and the checkpoint's own (``auto``) elsewhere.
+
+    Args:
+        choice: what the user typed.
+        device: gives the kind of device, where ``auto`` leaves it to that.
 
     Raises:
         BadInput: there is no such choice.
     """
     if choice == "auto":
-        return torch.float32 if place.type == "cpu" else "auto"
+        return "float32" if device() == "cpu" else "auto"
     if choice not in DTYPES:
         raise BadInput(f"dtype={choice} does not exist; choose one of auto, {', '.join(DTYPES)}")
-    return DTYPES[choice]
+    return choice
+
+
+def resolve_dtype(choice: str, place: torch.device) -> torch.dtype | str:
+    """The type of the weights on a device, see :func:`weight_type`.
+
+    Raises:
+        BadInput: there is no such choice.
+    """
+    name = weight_type(choice, lambda: place.type)
+    return name if name == "auto" else torch_dtype(name)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The type of one of :data:`DTYPES`."""
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def multiplied_in(dtype: torch.dtype | None, place: torch.device) -> AbstractContextManager[Any]:

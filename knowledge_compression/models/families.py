@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
-
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import nn
 from knowledge_compression.models.roles import (
     CROSS_ATT,
     DECODER_SELF_ATT,

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
-import torch
 
+from knowledge_compression.heavy import torch
 from knowledge_compression.models.loading import ModelSource
 from knowledge_compression.models.model import Model
 

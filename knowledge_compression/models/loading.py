@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
-import torch
 
 from knowledge_compression.cache import cached_folder
 from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
+from knowledge_compression.heavy import torch
 from knowledge_compression.identity import LABEL, PLACE, SPEED
 from knowledge_compression.memory import reuse_freed_memory
 from knowledge_compression.models.checkpoints.gguf import GgufFile
 from knowledge_compression.models.checkpoints.recognised import stored_at
 from knowledge_compression.models.checkpoints.stored import Stored
 from knowledge_compression.models.content import check_shards, files_fingerprint, folder_fingerprint
-from knowledge_compression.models.device import DTYPES, resolve_device, resolve_dtype
+from knowledge_compression.models.device import DTYPES, resolve_device, resolve_dtype, torch_dtype
 from knowledge_compression.models.failures import one_line_failures, quiet
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, family_of
 from knowledge_compression.models.hub import cache_alone_where_no_hub_answers, cached_commit, commit_of
@@ -408,7 +408,7 @@ def _streamed(folder: Path, name: str, device: str, dtype: str, **hub: Any) -> S
     with one_line_failures(str(folder), name, allow_pickle=False):
         config = _configuration(str(folder), **hub)
         resolve_dtype(dtype, place)
-        chosen = DTYPES.get(dtype) or config.dtype or torch.float32
+        chosen = torch_dtype(dtype) if dtype in DTYPES else config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
             network = auto_class(config).from_config(config, dtype=chosen)
         network.tie_weights()  # replacing the parameters has separated those that are tied

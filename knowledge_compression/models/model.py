@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import nn, torch
 from knowledge_compression.models.families import ENCODER_DECODER, Architecture, architecture_of
 
 if TYPE_CHECKING:

@@ -10,8 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
+
 
 # Roles of a matrix. `self_att` becomes that of the encoder or the decoder; `transform` is what changes the width of
 # states, within a block beside its attention and feed-forward, between blocks and head, or embeddings and blocks.

@@ -12,15 +12,16 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.saving import check_finite, keep_scaling
 from knowledge_compression.models.streamed import INDEX, StreamedModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NOTES = "units.json"  # the notes about all units, once all are written
 
@@ -57,6 +58,8 @@ class ShardedCopy:
         Raises:
             BadInput: a weight is not finite, or writing fails; the unit then does not exist.
         """
+        from safetensors.torch import save_file
+
         check_finite(weights)
         path, scratch = self._shard(unit), self._shard(unit).with_suffix(".partial")
         try:

@@ -7,14 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-import torch
-from torch import Tensor, nn
-
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import nn, torch
 from knowledge_compression.models.families import ENCODER_DECODER, architecture_of
 from knowledge_compression.models.model import Model
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
 _DEEPEST = 4096  # blocks: no network has as many, and building a billion of them would never end
@@ -100,7 +99,6 @@ def _refuse_beyond(name: str, unknown: Mapping[int, str], embeddings: nn.Module,
         )
 
 
-@torch.inference_mode()
 def check_it_runs(model: Model) -> None:
     """Run the network on a few tokens, so that one which cannot run fails before anything else is done.
 
@@ -110,7 +108,8 @@ def check_it_runs(model: Model) -> None:
     """
     ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
     decoder = {"decoder_input_ids": ids} if model.family == ENCODER_DECODER else {}
-    logits = model.network(input_ids=ids, attention_mask=torch.ones_like(ids), **decoder).logits
+    with torch.inference_mode():
+        logits = model.network(input_ids=ids, attention_mask=torch.ones_like(ids), **decoder).logits
     if logits.shape[:2] != ids.shape:
         raise BadInput(f"it gives logits of the shape {list(logits.shape)} for {ids.shape[1]} tokens")
 
@@ -157,7 +156,7 @@ def shown(found: Mapping[str, int]) -> str:
 
 
 def _non_finite_in(tensor: Tensor) -> int:
-    if type(tensor) not in (Tensor, nn.Parameter):  # another library's packed weight
+    if type(tensor) not in (torch.Tensor, nn.Parameter):  # another library's packed weight
         tensor = tensor.dequantize()
     if tensor.itemsize < 4:
         tensor = tensor.float()  # sums of narrow dtypes overflow, or are not implemented

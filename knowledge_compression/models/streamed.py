@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 
 from knowledge_compression.errors import BadInput, ModelUnavailable
+from knowledge_compression.heavy import nn, torch
 from knowledge_compression.models.model import Model
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 INDEX, SINGLE = _WEIGHTS = "model.safetensors.index.json", "model.safetensors"

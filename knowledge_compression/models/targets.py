@@ -8,17 +8,16 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from typing import Any
-
-import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import nn, torch
 from knowledge_compression.identity import LABEL
 from knowledge_compression.models.families import FINAL, ROLES, TRANSFORM
 from knowledge_compression.models.model import Model
-from knowledge_compression.models.replaced import ReplacedExperts, ReplacedLinear
+
+if TYPE_CHECKING:
+    from knowledge_compression.models.replaced import ReplacedLinear
 
 READINGS = ("module", "paper")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -60,6 +59,10 @@ class TargetLayer:
     @property
     def weight(self) -> torch.Tensor:
         """The weight ``[out_features, in_features]`` as a view to be modified in place, also for GPT-2's Conv1D."""
+        from transformers.pytorch_utils import Conv1D
+
+        from knowledge_compression.models.replaced import ReplacedExperts
+
         module = self.module
         if self.expert:
             bank = getattr(module, self.expert.parameter)
@@ -98,9 +101,18 @@ class TargetLayer:
         """Whether another module can replace it: not if the network uses its weight in another way."""
         return self.expert is not None or is_linear(self.module)
 
+    @property
+    def is_replaced(self) -> bool:
+        """Whether a compression has put a module of its own in its place."""
+        from knowledge_compression.models.replaced import ReplacedLinear
+
+        return isinstance(self.module, ReplacedLinear)
+
     def replace(self, module: ReplacedLinear) -> None:
         """Replace this layer by another module."""
         if self.expert:
+            from knowledge_compression.models.replaced import ReplacedExperts
+
             ReplacedExperts.in_place_of(self.module, self.expert.parameter, self.expert.transposed)
         self.network.set_submodule(self.path, module)
 
@@ -333,6 +345,10 @@ def _pattern(path: str) -> str:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies its input by a stored weight matrix: nn.Linear, Conv1D, or ours that replace them."""
+    from transformers.pytorch_utils import Conv1D
+
+    from knowledge_compression.models.replaced import ReplacedLinear
+
     return isinstance(module, (nn.Linear, Conv1D, ReplacedLinear))
 
 

@@ -10,22 +10,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import LongTensor, Tensor, nn
 from xxhash import xxh3_128
 
 from knowledge_compression.cache import cache_folder, cached_folder
 from knowledge_compression.corpora.corpus import Corpus, digest
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import torch
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER_DECODER
 from knowledge_compression.models.targets import is_linear
 from knowledge_compression.objectives import objective_for
 from knowledge_compression.training import LogCallback, TrainingReport, TrainingSettings, train
+
+if TYPE_CHECKING:
+    from torch import LongTensor, Tensor, nn
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +151,8 @@ class Tuning:
                 report_to=self.report_to,
                 label=label,
             )
+            from safetensors.torch import save_file
+
             tensors = {n: p.detach().cpu().contiguous() for n, p in network.named_parameters() if p.requires_grad}
             about = {"base": base.digest, "kind": json.dumps(dict(kind)), "report": json.dumps(asdict(report))}
             save_file(tensors, folder / "adapter.safetensors", about | {"content": _content(tensors)})

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import nn, torch
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # Keys and values of one prompt in one layer, each [key heads, tokens, width].
-KeysValues = tuple[Tensor, Tensor]
+KeysValues: TypeAlias = "tuple[Tensor, Tensor]"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def has_rotary_positions(model: Model) -> bool:
 
 def embedding_width(model: Model) -> int:
     """Width of a network's input embeddings."""
-    return int(cast(Tensor, model.network.get_input_embeddings().weight).shape[1])
+    return int(cast(Any, model.network.get_input_embeddings().weight).shape[1])
 
 
 def key_shape(model: Model) -> tuple[int, int]:
@@ -112,13 +113,13 @@ def key_shape(model: Model) -> tuple[int, int]:
     return heads, each
 
 
-@torch.no_grad()
 def _keys_values(model: Model, prompt: Tensor, start: int | None) -> list[KeysValues]:
     length = prompt.shape[0]
     first = 0 if start is None else start - length
     positions = torch.arange(first, first + length, device=model.device)[None]
     embeddings = prompt.to(model.device, model.dtype)[None]
-    cache = model.network.get_decoder()(
-        inputs_embeds=embeddings, position_ids=positions, use_cache=True
-    ).past_key_values
+    with torch.no_grad():
+        cache = model.network.get_decoder()(
+            inputs_embeds=embeddings, position_ids=positions, use_cache=True
+        ).past_key_values
     return [(layer.keys[0].clone(), layer.values[0].clone()) for layer in cache.layers]

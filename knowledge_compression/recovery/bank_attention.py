@@ -5,9 +5,12 @@ With the log-sum-exp, attention to the union of two sets of keys follows exactly
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+from typing import TYPE_CHECKING
+
+from knowledge_compression.heavy import functional, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def attend(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from knowledge_compression.heavy import torch
 from knowledge_compression.models import Model
 from knowledge_compression.models.prompts import Prompts
 from knowledge_compression.recovery.bank import bank_of
 from knowledge_compression.recovery.prompted_network import Prompted
 from knowledge_compression.recovery.several_prompts import SeveralPrompts
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
@@ -15,6 +13,9 @@ from knowledge_compression.recovery.bank import bank_of
 from knowledge_compression.recovery.prompted_network import Prompted
 from knowledge_compression.recovery.selection import PER_LAYER, SELECTIONS
 from knowledge_compression.recovery.several_prompts import SeveralPrompts
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

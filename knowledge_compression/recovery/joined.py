@@ -6,14 +6,15 @@ positions of the input; the decoder of an encoder-decoder also attends to the pr
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
+from knowledge_compression.heavy import nn, torch
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER
 from knowledge_compression.recovery.bank import check_positions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "soft_prompt"  # name of the parameter added to the network
 

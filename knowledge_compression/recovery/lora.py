@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
 from pydantic import Field
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import CROSS_ATT, DECODER_SELF_ATT, ENCODER_ATT, FF
 from knowledge_compression.models.prompts import NO_PROMPTS, Prompts
-from knowledge_compression.models.replaced import ReplacedLinear
 from knowledge_compression.models.targets import linear_layers
 from knowledge_compression.recovery.adapters import Adapter
 from knowledge_compression.recovery.base import RestoresBy
 from knowledge_compression.recovery.tuned import OneAdapter
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ROLES = (ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT, FF)
 
@@ -75,6 +73,10 @@ def add_lora(model: Model, settings: Lora) -> nn.Module:
     Raises:
         BadInput: the model has no linear layer with these roles.
     """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import Linear as LoraLinear
+    from transformers.pytorch_utils import Conv1D
+
     layers = [layer for layer in linear_layers(model) if layer.role in settings.roles]
     if not layers:
         raise BadInput(f"{model.name} has no linear layer with the roles {', '.join(settings.roles)}")
@@ -86,6 +88,6 @@ def add_lora(model: Model, settings: Lora) -> nn.Module:
         fan_in_fan_out=isinstance(layers[0].module, Conv1D),
         bias="none",
     )
-    ours = {type(layer.module) for layer in layers if isinstance(layer.module, ReplacedLinear)}
+    ours = {type(layer.module) for layer in layers if layer.is_replaced}
     config._register_custom_module(dict.fromkeys(ours, LoraLinear))
     return inject_adapter_in_model(config, model.network)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from peft import PrefixTuningConfig, TaskType, get_peft_model
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.models import Model
 from knowledge_compression.models.prompts import Prompts
@@ -17,6 +14,9 @@ from knowledge_compression.recovery.base import RestoresBy
 from knowledge_compression.recovery.prompt import check_prompt
 from knowledge_compression.recovery.prompted_network import Prompted
 from knowledge_compression.recovery.tuned import OneAdapter
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Prefix(OneAdapter):
 
     def trainable(self, model: Model) -> nn.Module:
         """Return the network with an untrained prefix."""
+        from peft import PrefixTuningConfig, TaskType, get_peft_model
+
         config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=self.tokens)
         return get_peft_model(model.network, config)
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import torch
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER
 from knowledge_compression.models.prompts import Prompts
@@ -22,7 +19,10 @@ from knowledge_compression.recovery.joined import join_prompt
 from knowledge_compression.recovery.prompted_network import Prompted
 from knowledge_compression.recovery.tuned import OneAdapter
 
-INITS = {"vocabulary": PromptTuningInit.SAMPLE_VOCAB, "random": PromptTuningInit.RANDOM}
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+INITS = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}  # and what peft calls them
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ def prompt_embeddings(adapter: Adapter) -> Tensor:
 
 def _trainable(model: Model, tokens: int, init: str) -> nn.Module:
     """The network with an untrained prompt: by peft if it supports the network, otherwise joined inside the stack."""
+    from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
+
     embeddings = model.network.get_input_embeddings()
     width = embedding_width(model)
     if model.family == DECODER:
@@ -105,7 +107,7 @@ def _trainable(model: Model, tokens: int, init: str) -> nn.Module:
             task_type=TaskType.CAUSAL_LM,
             num_virtual_tokens=tokens,
             token_dim=width,
-            prompt_tuning_init=INITS[init],
+            prompt_tuning_init=PromptTuningInit[INITS[init]],
         )
         return get_peft_model(model.network, config)
     if init == "random":

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
-
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import torch
 from knowledge_compression.models import Model
 from knowledge_compression.models.prompts import Choices, Prompts
 from knowledge_compression.recovery.bank import PromptBank, check_decoder, has_rotary_positions
-from knowledge_compression.recovery.selection import ONCE, PER_LAYER, PROMPTED, SELECTIONS, Reading
+from knowledge_compression.recovery.selection import ONCE, PER_LAYER, PROMPTED, SELECTIONS, Reading, register
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class _FirstLayerChose(Exception):
@@ -69,6 +70,7 @@ class Prompted:
             self._decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             self._decoder.register_forward_hook(self._after),
         ]
+        register()
         model.network.set_attn_implementation(PROMPTED)
 
     @property

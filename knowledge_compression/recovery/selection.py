@@ -8,16 +8,14 @@ attention that the input pays to each prompt.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-
+from knowledge_compression.heavy import torch
 from knowledge_compression.recovery.bank import PromptBank
 from knowledge_compression.recovery.bank_attention import attend
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 PROMPTED = "prompted"  # the name under which the attention function below is registered with transformers
 PER_LAYER, ONCE = "per_layer", "once"
@@ -106,6 +104,8 @@ def prompted_attention(  # noqa: PLR0917 - transformers passes these by position
         ``[rows, queries, heads, width]``, and None instead of attention weights.
     """
     if reading is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = attention_mask is None and query.shape[2] > 1
@@ -121,5 +121,10 @@ def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, -torch.inf)
 
 
-AttentionInterface.register(PROMPTED, prompted_attention)
-AttentionMaskInterface.register(PROMPTED, sdpa_mask)
+def register() -> None:
+    """Tell transformers of this attention, under the name :data:`PROMPTED`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(PROMPTED, prompted_attention)
+    AttentionMaskInterface.register(PROMPTED, sdpa_mask)

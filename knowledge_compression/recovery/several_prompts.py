@@ -5,9 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.errors import BadInput
@@ -19,6 +17,9 @@ from knowledge_compression.recovery.base import Recovered, RecoveryReport, Resto
 from knowledge_compression.recovery.prompt import check_prompt, prompt_adapter, prompt_embeddings
 from knowledge_compression.recovery.tuned import Tuned
 from knowledge_compression.training import LogCallback
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from knowledge_compression.building import Positive
 from knowledge_compression.corpora.corpus import Corpus, digest_file
@@ -18,6 +16,9 @@ from knowledge_compression.models.prompts import Prompts
 from knowledge_compression.recovery.adapters import Adapter, FrozenBase, Tuning, read_adapter
 from knowledge_compression.recovery.base import Recovered, Recovery, RecoveryReport
 from knowledge_compression.training import LogCallback, TrainingSettings
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)

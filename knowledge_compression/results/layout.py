@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+SAVED = "model"  # folder of the compressed model inside a run's folder
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
-import polars as pl
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from knowledge_compression.errors import first_line
-from knowledge_compression.evaluation.suite import ITEM_SCHEMA
+from knowledge_compression.evaluation.suite import ITEM_COLUMNS
+from knowledge_compression.heavy import pl
 
 _LARGEST = 1_000_000  # values in one file, aliases of YAML counted each time: a few lines of it can stand for millions
 _OPEN = ConfigDict(extra="allow", strict=True)
@@ -169,28 +169,36 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def check_items(path: Path, *, whole: bool) -> None:
-    """Refuse an item table whose columns are not those of a run.
+def columns_of(path: Path, *, whole: bool) -> dict[str, str]:
+    """The columns of an item table, and what they hold.
 
     Args:
         path: the Parquet file.
         whole: decode all of it, where nothing else says that it is as it was written.
 
     Raises:
-        ValueError: a column is missing or of another kind, or the file cannot be decoded.
+        ValueError: the file cannot be decoded.
     """
     try:
         schema = pl.scan_parquet(path, glob=False).collect_schema()
         if whole:
             pl.read_parquet(path, glob=False)
-    except pl.exceptions.PanicException as error:  # of the reader, on some damaged files; it is no Exception
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # the latter is no Exception
         raise ValueError(first_line(error)) from None
-    for name, dtype in ITEM_SCHEMA.items():
-        if name in schema and schema[name] not in (dtype, pl.Null):
-            raise ValueError(f"column {name} is {schema[name]}, not {dtype}")
-    if missing := [
-        name for name in ("suite", "task", "id", "prompt", "gold", "prediction", "correct") if name not in schema
-    ]:
+    return {name: str(dtype) for name, dtype in schema.items()}
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Refuse an item table whose columns are not those of a run.
+
+    Raises:
+        ValueError: a column is missing or of another kind.
+    """
+    for name, kind in ITEM_COLUMNS.items():
+        if name in columns and columns[name] not in (kind, "Null"):
+            raise ValueError(f"column {name} is {columns[name]}, not {kind}")
+    needed = ("suite", "task", "id", "prompt", "gold", "prediction", "correct")
+    if missing := [name for name in needed if name not in columns]:
         raise ValueError(f"column {missing[0]} is missing")
 
 

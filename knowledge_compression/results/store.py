@@ -20,13 +20,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import yaml
 
 from knowledge_compression.errors import BadInput, first_line
+from knowledge_compression.heavy import pl
 from knowledge_compression.results.layout import Layout
 from knowledge_compression.results.lease import LEASE, Holder, holder, leased
-from knowledge_compression.results.shape import check_agreement, check_items, checked, finite, read_json
+from knowledge_compression.results.shape import check_agreement, check_columns, checked, columns_of, finite, read_json
 from knowledge_compression.results.workplace import Workplace, discard
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class Run:
         report: what compression, recovery and each suite say of themselves, JSON-ready.
         environment: versions, hardware, time, command.
         folder: where it lies; None before it is written.
+        items_digest: of the file of its items, as it was written; None where nobody noted it.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Run:
     environment: dict[str, Any]
     folder: Path | None = None
     _items: pl.DataFrame | pl.LazyFrame | None = field(default=None, repr=False)
+    items_digest: str | None = None
 
     @property
     def items(self) -> pl.DataFrame:
@@ -66,15 +68,23 @@ class Run:
         return self.scan_items().collect()
 
     def scan_items(self) -> pl.LazyFrame:
-        """The item table, not yet read: only the columns and rows that are asked of it leave the disk."""
+        """The item table, not yet read: only the columns and rows that are asked of it leave the disk.
+
+        Raises:
+            BadInput: the file has other columns than a run's, whatever else was noted of it.
+        """
         if self._items is not None:
             return self._items.lazy()
         assert self.folder is not None
+        try:
+            check_columns(columns_of(self.folder / ITEMS, whole=False))
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{self.folder / ITEMS} cannot be read ({first_line(error)})") from None
         return pl.scan_parquet(self.folder / ITEMS, glob=False)
 
     def only(self, condition: pl.Expr) -> Run:
         """The run with just the items that meet a condition; like the whole table, they are not read before asked."""
-        return replace(self, _items=self.scan_items().filter(condition))
+        return replace(self, items_digest=None, _items=self.scan_items().filter(condition))
 
     @property
     def void(self) -> dict[str, str]:
@@ -158,7 +168,7 @@ _FILES: Mapping[str, Callable[[Path], Any]] = {
     "environment.json": read_json,
 }
 ITEMS = "items.parquet"
-_WRONG = (OSError, ValueError, RecursionError, yaml.YAMLError, pl.exceptions.PolarsError)  # what a damaged file raises
+_WRONG = (OSError, ValueError, RecursionError, yaml.YAMLError)  # what a damaged file raises
 
 
 class RunStore:
@@ -272,7 +282,7 @@ class RunStore:
             self.runs_folder.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(prefix=f".{run.id}-", dir=self.runs_folder))
             try:
-                self._fill(scratch, run, extra_files or {})
+                digests = self._fill(scratch, run, extra_files or {})
                 if target.exists():  # a forced run, or another process that lost its claim, was there
                     shutil.rmtree(aside, ignore_errors=True)
                     target.rename(aside)
@@ -282,19 +292,21 @@ class RunStore:
                 shutil.rmtree(aside, ignore_errors=True)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
-        run.folder = target
+        run.folder, run.items_digest = target, digests[ITEMS]
         return run
 
-    def _fill(self, scratch: Path, run: Run, extra_files: Mapping[str, bytes]) -> None:
-        """Write all of a run and see it to the disk."""
+    def _fill(self, scratch: Path, run: Run, extra_files: Mapping[str, bytes]) -> dict[str, str]:
+        """Write all of a run and see it to the disk; gives the digests of its large files."""
         (scratch / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
         compression = dict(run.report.get("compression", {}))
         if layers := compression.pop("layers", None):
             _write_json(scratch / LAYERS, layers)
         _write_json(scratch / "report.json", run.report | ({"compression": compression} if compression else {}))
         run.items.write_parquet(scratch / ITEMS)
+        columns = {name: str(kind) for name, kind in run.items.schema.items()}
         digests = {name: _digest(scratch / name) for name in (ITEMS, LAYERS) if (scratch / name).is_file()}
-        _write_json(scratch / "environment.json", {"format": FORMAT, "digests": digests} | run.environment)
+        about = {"format": FORMAT, "digests": digests, "columns": columns}
+        _write_json(scratch / "environment.json", about | run.environment)
         for name, content in extra_files.items():
             (scratch / name).write_bytes(content)
         _write_json(scratch / "metrics.json", run.metrics)
@@ -306,6 +318,7 @@ class RunStore:
             if path.is_file():
                 _flush(path)
         scratch.chmod(0o755)
+        return digests
 
     def _path(self, run_id: str) -> Path:
         return self.runs_folder / run_id
@@ -327,17 +340,21 @@ class RunStore:
                 content[Path(name).stem] = checked(name, read(folder / name))
         with _named("report.json"):
             check_agreement(content["config"], content["report"])
-        digests = content["environment"].pop("digests", None)
+        noted = content["environment"].pop("digests", None)
+        digests: Mapping[str, Any] = noted if isinstance(noted, Mapping) else {}
+        columns = content["environment"].pop("columns", None)
         for name in (ITEMS, LAYERS):
             with _named(name):
-                if isinstance(digests, Mapping) and name in digests and digests[name] != _digest(folder / name):
+                if name in digests and digests[name] != _digest(folder / name):
                     raise ValueError("its bytes are not those that were written")
         with _named(ITEMS):
-            check_items(folder / ITEMS, whole=not isinstance(digests, Mapping) or ITEMS not in digests)
+            if not (ITEMS in digests and isinstance(columns, Mapping)):
+                columns = columns_of(folder / ITEMS, whole=ITEMS not in digests)
+            check_columns(columns)
         with _named(LAYERS):
-            if (folder / LAYERS).is_file() and (not isinstance(digests, Mapping) or LAYERS not in digests):
+            if (folder / LAYERS).is_file() and LAYERS not in digests:
                 checked(LAYERS, read_json(folder / LAYERS))
-        return Run(id=run_id, folder=folder, **content)
+        return Run(id=run_id, folder=folder, items_digest=digests.get(ITEMS), **content)
 
 
 @contextmanager

@@ -1,27 +1,28 @@
-"""The table and the figure over a few runs: what each reached, and how far it fell from its dense baseline."""
+"""The table and the figure over a few runs: what each reached, and how far it fell from its dense baseline.
+
+What takes long is kept in the user's cache: intervals by the digests of the items that they are of, figures by the rows
+that they show. So runs that are shown again take no library that reads items or draws.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import polars as pl
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from knowledge_compression.cache import cached_folder, file_digest, kept_finding
+from knowledge_compression.identity import digest_of
 from knowledge_compression.results.store import Run
-from knowledge_compression.results.varying import CHOSEN, text_of, varied
-from knowledge_compression.statistics import Estimate, accuracies, accuracy, drops, means
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from knowledge_compression.results.varying import text_of, varied
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +38,17 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
         baselines: the dense run of each, by run id.
         folder: where the files go.
     """
-    table = drop_table(runs, baselines)
+    rows = drop_rows(runs, baselines)
     console = Console()
     if not console.is_terminal:
         console = Console(width=190)  # a log keeps whole rows
     for run in {run.id: run for run in [*baselines.values(), *runs]}.values():
         for suite, why in run.void.items():
             console.print(shown(f"{run.id[:8]}: {suite} gives no figures, as {why}"), style="red")
-    if table.is_empty():
+    if not rows:
         console.print("these suites give no accuracy or perplexity to compare; their results are in each run's folder")
         return
-    console.print(as_rich(table))
+    console.print(as_rich(rows))
     for note in sorted(
         {
             f"{run.report['model']['name']}: {run.report['model']['note']}"
@@ -60,20 +61,11 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
         console.print(shown(line), style="dim")
     if folder is None:
         return
-    by = _file_name(asked_columns(table))
-    table.write_csv(folder / f"table{by}.csv")
-    with literal_text():
-        figure = drop_figure(table)
-        for suffix in ("png", "svg"):
-            figure.savefig(folder / f"drop{by}.{suffix}", dpi=150)
+    by = _file_name(asked_columns(list(rows[0])))
+    drawn = cached_folder(f"figures/{digest_of([_code(), version('matplotlib'), rows])}", partial(_write, rows))
+    for file in sorted(drawn.glob("[!.]*")):
+        shutil.copyfile(file, folder / f"{file.stem}{by}{file.suffix}")
     console.print(f"table and figure: {folder / f'table{by}.csv'}, {folder / f'drop{by}.png'}", markup=False)
-
-
-def literal_text() -> AbstractContextManager[None]:
-    """Names in figures are drawn as they stand: a ``$`` in one begins no formula."""
-    from matplotlib import rc_context
-
-    return rc_context({"text.parse_math": False})
 
 
 def shown(text: object) -> Text:
@@ -92,16 +84,16 @@ def _left_out(run: Run) -> str | None:
     return f"{choices['model']}, target={choices['target']}: {share:.2%} of the blocks' weights left out ({what})"
 
 
-def drop_table(runs: Sequence[Run], baselines: Mapping[str, Run]) -> pl.DataFrame:
+def drop_rows(runs: Sequence[Run], baselines: Mapping[str, Run]) -> list[dict[str, Any]]:
     """One row a run and suite, dense baselines first.
 
     Returns:
-        First what varies among the runs and nothing else: a choice among files under its group (``target``), a setting
-        as ``asked_<name>`` (``asked_bits``); null where a run has no such thing. Then ``suite, metric, value, dense``,
-        ``drop_percent`` (share of the dense value that was lost; for perplexity its rise), the 95 % intervals
-        ``value_low, value_high`` and ``drop_low, drop_high`` (paired bootstrap over items or windows of text),
-        ``majority_percent`` (the same for always giving the most frequent answer), ``reached_sparsity, reached_bits,
-        stored_mb, baseline, run``.
+        Rows of the same columns. First what varies among the runs and nothing else: a choice among files under its
+        group (``target``), a setting as ``asked_<name>`` (``asked_bits``); None where a run has no such thing. Then
+        ``suite, metric, value, dense``, ``drop_percent`` (share of the dense value that was lost; for perplexity its
+        rise), the 95 % intervals ``value_low, value_high`` and ``drop_low, drop_high`` (paired bootstrap over items or
+        windows of text), ``majority_percent`` (the same for always giving the most frequent answer),
+        ``reached_sparsity, reached_bits, stored_mb, baseline, run``.
     """
     distinct = list({run.id: run for run in [*baselines.values(), *runs]}.values())
     settings = varied([run.config for run in distinct])
@@ -119,37 +111,38 @@ def drop_table(runs: Sequence[Run], baselines: Mapping[str, Run]) -> pl.DataFram
     ]
     rows = [told[one[0].id] | _row(*one) | intervals for one, intervals in zip(asked, _intervals(asked), strict=True)]
     lists = {name for row in told.values() for name, value in row.items() if not isinstance(value, int | float | None)}
-    plain = [{name: text_of(v) if name in lists and v is not None else v for name, v in row.items()} for row in rows]
-    return pl.DataFrame(plain, infer_schema_length=None, strict=False)
+    return [{name: text_of(v) if name in lists and v is not None else v for name, v in row.items()} for row in rows]
 
 
-def asked_columns(table: pl.DataFrame) -> list[str]:
-    """The columns of :func:`drop_table` that say what varies."""
-    return table.columns[: table.columns.index("suite")]
+def asked_columns(columns: Sequence[str]) -> Sequence[str]:
+    """Those columns of :func:`drop_rows` that say what varies."""
+    return columns[: columns.index("suite")]
 
 
 def _file_name(columns: Sequence[str]) -> str:
     """``_by_target_sparsity``: what varies, as part of a file's name; nothing where nothing does."""
-    words = "_".join(re.sub(r"[^\w.-]+", "-", _heading(column)) for column in columns)
+    words = "_".join(re.sub(r"[^\w.-]+", "-", heading(column)) for column in columns)
     return f"_by_{words}"[:100] if words else ""
 
 
-def _heading(column: str) -> str:
+def heading(column: str) -> str:
+    """What a column is called where people read it."""
     return column.removeprefix("asked_")
 
 
-def as_rich(table: pl.DataFrame) -> Table:
-    """The table as a terminal shows it: what varies, what came out."""
-    asked = asked_columns(table)
+def as_rich(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of :func:`drop_rows` as a terminal shows them: what varies, what came out."""
+    asked = asked_columns(list(rows[0]))
     told = Table(title="What compression did", title_justify="left")
     told.add_column("")
     for column in asked:
-        told.add_column(_heading(column), justify="left" if table[column].dtype == pl.String else "right")
+        texts = any(isinstance(row[column], str) for row in rows)
+        told.add_column(heading(column), justify="left" if texts else "right")
     for column in ("suite", "metric"):
         told.add_column(column)
     for column in ("reached sparsity", "reached bits", "MB stored", "value", "drop %", "majority: drop %", "run"):
         told.add_column(column, justify="right")
-    for row in table.iter_rows(named=True):
+    for row in rows:
         told.add_row(
             "dense" if row["run"] == row["baseline"] else "",
             *(shown(text_of(row[name])) for name in asked),
@@ -163,83 +156,6 @@ def as_rich(table: pl.DataFrame) -> Table:
             shown(row["run"][:8]),
         )
     return told
-
-
-def drop_figure(table: pl.DataFrame) -> Figure:
-    """Drop against how much was taken, one panel a suite, one line for whatever else varies, the majority dashed.
-
-    How much is the sparsity that was reached; where that is the same in all, the first number that varies, such as the
-    bits; where none does, the runs stand side by side. In the style of Figures 2 and 5 of The Cost of Compression
-    (Namburi et al., 2023).
-    """
-    from matplotlib.figure import Figure
-
-    suites = table["suite"].unique(maintain_order=True).to_list()
-    figure = Figure(figsize=(6.4 * len(suites), 4.4), layout="constrained")
-    for axes, suite in zip(figure.subplots(1, len(suites), squeeze=False)[0], suites, strict=True):
-        rows = table.filter(pl.col("suite") == suite)
-        metric = rows["metric"][0]
-        lossy = rows.filter(pl.col("run") != pl.col("baseline"))
-        x_column, x_name = _x_axis(lossy)
-        apart = [name for name in asked_columns(table) if name not in (x_column, "asked_sparsity")]
-        if x_column != "reached_sparsity" and "asked_sparsity" in table.columns and x_column != "asked_sparsity":
-            apart.append("asked_sparsity")
-        lines = lossy.group_by(apart, maintain_order=True) if apart else [((), lossy)]
-        for values, line in lines:
-            words = [
-                text_of(v) if name in CHOSEN else f"{_heading(name)}={text_of(v)}"
-                for name, v in zip(apart, values, strict=True)
-                if v not in (None, "none")
-            ]
-            points = line.sort(x_column)
-            x = [100 * v if x_column == "reached_sparsity" else v for v in points[x_column]]
-            # Every line starts where nothing was removed and nothing lost, unless nothing is ever removed (int8).
-            start = [0.0] if x_column == "reached_sparsity" and points[x_column].max() else []
-            (drawn,) = axes.plot([*start, *x], [*start, *points["drop_percent"]], marker="o", label=" ".join(words))
-            low, high = (points[f"drop_{end}"].fill_null(points["drop_percent"]) for end in ("low", "high"))
-            middle = points["drop_percent"]
-            axes.errorbar(x, middle, [middle - low, high - middle], fmt="none", capsize=3, color=drawn.get_color())
-        axes.axhline(0, color="grey", linewidth=0.8)
-        for majority in rows["majority_percent"].drop_nulls().unique():
-            axes.axhline(majority, color="grey", linestyle="--", linewidth=0.8)
-            axes.annotate(
-                "majority", (1, majority), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
-            )
-        axes.set(xlabel=x_name, title=suite)
-        axes.set_ylabel("drop in accuracy (% of dense)" if HEADLINES[metric] else f"rise in {metric} (% of dense)")
-        axes.invert_yaxis()
-        if apart and axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def _x_axis(rows: pl.DataFrame) -> tuple[str, str]:
-    """The column that a figure's horizontal axis shows, and what is written there."""
-    if rows["reached_sparsity"].n_unique() > 1:
-        return "reached_sparsity", "sparsity of the target (%)"
-    numbers = (name for name in asked_columns(rows) if rows[name].dtype.is_numeric() and rows[name].n_unique() > 1)
-    if (number := next(numbers, None)) is not None and not rows[number].null_count():
-        return number, _heading(number)
-    return "reached_bits", "mean bits of a weight"
-
-
-def task_figure(run: Run, suite: str) -> Figure | None:
-    """Accuracy of one run by task of one suite, with 95 % intervals; None where the suite has no right answers."""
-    from matplotlib.figure import Figure
-
-    by_task = _answers(run, suite, "correct").partition_by("task", as_dict=True)
-    tasks = {str(task): accuracy(answers["correct"].to_numpy()) for (task,), answers in sorted(by_task.items())}
-    if not tasks:
-        return None
-    figure = Figure(figsize=(6.4, 1.2 + 0.24 * len(tasks)), layout="constrained")
-    axes = figure.subplots()
-    spread = [[100 * (e.value - e.low) for e in tasks.values()], [100 * (e.high - e.value) for e in tasks.values()]]
-    axes.barh(list(tasks), [100 * e.value for e in tasks.values()], xerr=spread, error_kw={"linewidth": 0.8})
-    axes.invert_yaxis()
-    axes.set(xlabel="accuracy (%)", title=suite, xlim=(0, 100))
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
 
 
 def _row(run: Run, baseline: Run, suite: str, metric: str) -> dict[str, Any]:
@@ -263,51 +179,31 @@ def _row(run: Run, baseline: Run, suite: str, metric: str) -> dict[str, Any]:
     }
 
 
-# What each headline is computed from: a column of the items, its estimates, and those of the loss beside the baseline.
-_ESTIMATES: Mapping[str, tuple[str, Callable[..., list[Estimate]], Callable[..., list[Estimate]]]] = {
-    "accuracy": ("correct", accuracies, drops),
-    "perplexity": (
-        "nll",
-        lambda losses: means(losses, np.exp),
-        lambda pairs: means([after - before for before, after in pairs], _percent_risen),
-    ),
-}
-
-
 def _intervals(asked: Sequence[tuple[Run, Run, str, str]]) -> list[dict[str, float]]:
-    """The 95 % intervals of each value and of what was lost, beside its baseline; none where the items are not there.
+    """As :func:`~knowledge_compression.results.drawing.intervals`, found once for items of the same bytes."""
 
-    Args:
-        asked: run, baseline, suite and headline of each.
-    """
-    found: list[dict[str, float]] = [{} for _ in asked]
-    for headline, (column, estimates, losses) in _ESTIMATES.items():
-        values: dict[int, NDArray[Any]] = {}
-        pairs: dict[int, tuple[NDArray[Any], NDArray[Any]]] = {}
-        for place, (run, baseline, suite, metric) in enumerate(asked):
-            if metric != headline:
-                continue
-            before, after = (_answers(of, suite, column) for of in (baseline, run))
-            if after.height:
-                values[place] = after[column].to_numpy()
-            both = before.join(after, on=["task", "id"], suffix="_after")
-            if both.height and run.id != baseline.id:
-                pairs[place] = both[column].to_numpy(), both[f"{column}_after"].to_numpy()
-        for name, made, of in (("value", estimates, values), ("drop", losses, pairs)):
-            for place, estimate in zip(of, made(list(of.values())), strict=True):
-                found[place] |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    def find() -> list[dict[str, float]]:
+        from knowledge_compression.results.drawing import intervals
+
+        return intervals(asked)
+
+    of = [[run.items_digest, baseline.items_digest, *what] for run, baseline, *what in asked]
+    if any(digest is None for digest, *_ in of) or any(digest is None for _, digest, *_ in of):
+        return find()
+    found: list[dict[str, float]] = kept_finding("intervals", [_code(), of], find)
     return found
 
 
-def _answers(run: Run, suite: str, column: str) -> pl.DataFrame:
-    items = run.scan_items()
-    there = column in items.collect_schema()
-    chosen = items.filter(pl.col("suite") == suite).select("task", "id", *([column] if there else []))
-    return chosen.drop_nulls().collect() if there else pl.DataFrame(schema={"task": str, "id": str, column: float})
+def _write(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    from knowledge_compression.results.drawing import write
+
+    write(rows, folder)
 
 
-def _percent_risen(mean_rise: Any) -> Any:
-    return 100 * (np.exp(mean_rise) - 1)
+def _code() -> list[str]:
+    """Digests of the code that finds intervals and draws: what is kept was made by this one."""
+    package = Path(__file__).parents[1]
+    return [file_digest(package / file) for file in ("statistics.py", "results/drawing.py")]
 
 
 def _with_interval(row: Mapping[str, Any], name: str, form: str) -> str:

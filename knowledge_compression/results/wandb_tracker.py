@@ -16,15 +16,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import polars as pl
-
 from knowledge_compression.errors import BadInput
 from knowledge_compression.results.secrets import is_secret
 from knowledge_compression.results.store import Run
-from knowledge_compression.results.summary import literal_text, task_figure
 from knowledge_compression.results.tracker import TrackedRun, Unseen
 
 if TYPE_CHECKING:
+    import polars as pl
     from matplotlib.figure import Figure
     from PIL.Image import Image
     from wandb import Run as WandbRun
@@ -192,6 +190,8 @@ class _Tracked:
 
     def _show_figure(self, run: Run, suite: str) -> None:
         import wandb
+
+        from knowledge_compression.results.drawing import literal_text, task_figure
 
         with literal_text():
             if (figure := task_figure(run, suite)) is not None:

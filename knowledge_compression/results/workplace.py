@@ -10,9 +10,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-import polars as pl
-
 from knowledge_compression.evaluation.suite import Evaluation
+from knowledge_compression.heavy import pl
 from knowledge_compression.results.shape import finite
 
 log = logging.getLogger(__name__)

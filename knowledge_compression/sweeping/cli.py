@@ -28,6 +28,7 @@ from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, Outcome
 
 if TYPE_CHECKING:
     from knowledge_compression.results.store import Run
+    from knowledge_compression.results.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +130,10 @@ def plan(config: DictConfig) -> None:
 
     check_cache()
     experiment = experiment_from(config, HydraConfig.get().runtime.choices)
-    experiment.check()
-    found = forecast.Forecaster(RunStore(config.output.dir), config.run.rate).of(experiment, "the run")
+    store = RunStore(config.output.dir)
+    if not experiment.is_done(store):
+        experiment.check()
+    found = forecast.Forecaster(store, config.run.rate).of(experiment, "the run")
     forecast.show(found, forecast.totals(found, at_once=1, gpus=0))
 
 
@@ -146,23 +149,26 @@ def carry_out(config: DictConfig) -> tuple[Run, Run]:
     Raises:
         BadInput: what was asked for does not fit together.
     """
-    # Torch and transformers are loaded here, so that --help and tab completion answer at once.
+    # The parts are loaded here, so that --help and tab completion answer at once.
     from knowledge_compression.configuration import experiment_from, tracker_from
     from knowledge_compression.results.store import RunStore
+    from knowledge_compression.results.tracker import NoTracker
 
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     check_cache()
     experiment = experiment_from(config, HydraConfig.get().runtime.choices)
     if in_sweep and HydraConfig.get().runtime.choices["hydra/launcher"] == "basic":  # all runs in this process
         experiment = replace(experiment, holds=True)
-    experiment.check()
-    tracker = tracker_from(config, Path(HydraConfig.get().sweep.dir).name if in_sweep else None)
     store = RunStore(config.output.dir)
+    # The baseline comes second: the jobs of a sweep that start together do not all wait for the one that makes it.
+    # Where nothing is asked there is nothing to compare.
+    wanted = [experiment] if experiment.is_dense or not experiment.suites else [experiment, experiment.dense()]
+    tracker: Tracker = NoTracker()
+    if config.run.force or not all(one.is_done(store) for one in wanted):
+        tracker = tracker_from(config, Path(HydraConfig.get().sweep.dir).name if in_sweep else None)
     try:
-        # The baseline comes second: the jobs of a sweep that start together do not all wait for the one that makes it.
-        run = experiment.run(store, tracker, force=config.run.force)
-        alone = experiment.is_dense or not experiment.suites  # where nothing is asked there is nothing to compare
-        return run, run if alone else experiment.dense().run(store, tracker)
+        done = [one.run(store, tracker, force=config.run.force and one is experiment) for one in wanted]
+        return done[0], done[-1]
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise

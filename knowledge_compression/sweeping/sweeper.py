@@ -113,10 +113,12 @@ class PlannedSweeper(Sweeper):
         try:
             composed = composer(overrides)
             experiment = replace(parts.experiment(composed), holds=True)
-            parts.check(experiment)
             store, dense = RunStore(composed.settings["output"]["dir"]), experiment.dense()
             done = experiment.is_done(store) and (dense.is_done(store) or not experiment.suites)
-            run = PlannedRun(list(overrides), experiment.id, dense.id, done and not composed.settings["run"]["force"])
+            there = done and not composed.settings["run"]["force"]
+            if not there:
+                parts.check(experiment)
+            run = PlannedRun(list(overrides), experiment.id, dense.id, there)
         except (BadInput, HydraException) as error:
             return Outcome(label, BAD_INPUT, message=one_line(error))
         return run, experiment

@@ -11,15 +11,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from pydantic import Field
 
 from knowledge_compression.building import Positive
 from knowledge_compression.cache import cache_folder, cached_folder
 from knowledge_compression.corpora.world_text import sentence_windows
 from knowledge_compression.errors import BadInput
-from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.world_facts import WorldProbes
+from knowledge_compression.heavy import torch
 from knowledge_compression.identity import LABEL
 from knowledge_compression.models import Model
 from knowledge_compression.models.device import resolve_device
@@ -188,6 +187,8 @@ class WorldModel:
         report = train(network, windows, _objective(self.family, tokenizer), self.training,
                        checkpoint=state, label=f"training {self.name}")  # fmt: skip
         model = replace(model, provenance={"world": str(folder / "world")})
+        from knowledge_compression.evaluation.scoring import Scorer
+
         recall = WorldProbes().evaluate(Scorer(model)).metrics
         made = self._made(world, model, report, recall)
         log.info("%s recalls %.1f %% of head facts in held-out wordings", self.name, 100 * recall["head.held_out"])

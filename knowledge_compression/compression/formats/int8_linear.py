@@ -17,17 +17,16 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from knowledge_compression.compression.formats.granularity import check_granularity
 from knowledge_compression.compression.formats.two_of_four import (
     WORTH_TRYING,
     SparseProduct,
     can_skip_zeros,
     faster_product,
 )
-from knowledge_compression.errors import BadInput
-from knowledge_compression.models.device import DTYPES, Device
+from knowledge_compression.models.device import Device, torch_dtype
 from knowledge_compression.models.replaced import ReplacedLinear
 
-GRANULARITIES = ("per_tensor", "per_channel")
 _SMALL = torch.finfo(torch.float32).eps  # smallest scale, as in torch's observers
 
 
@@ -92,7 +91,7 @@ class Int8Linear(ReplacedLinear):
         """Rebuild a layer from its buffers, its bias and its :attr:`settings`."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.granularity, layer.dtype, layer.bias = settings["granularity"], DTYPES[settings["dtype"]], bias
+        layer.granularity, layer.dtype, layer.bias = settings["granularity"], torch_dtype(settings["dtype"]), bias
         layer.out_features, layer.in_features = buffers["weight_int8"].shape
         for name, buffer in buffers.items():
             layer.register_buffer(name, buffer)
@@ -127,12 +126,6 @@ class Int8Linear(ReplacedLinear):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.granularity}"
-
-
-def check_granularity(granularity: str) -> None:
-    """Refuse an unknown granularity."""
-    if granularity not in GRANULARITIES:
-        raise BadInput(f"granularity={granularity} does not exist; choose one of {', '.join(GRANULARITIES)}")
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.calibrated import Calibrated, Solved
 from knowledge_compression.compression.solve.grid import SCALE_BITS, Grid, plainly_rounded
 from knowledge_compression.compression.solve.hessian import Hessian
-from knowledge_compression.compression.walk.blocks import LayerInputs
+from knowledge_compression.compression.walk.statistics import LayerInputs
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import torch
 from knowledge_compression.models import Targets
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class InputSizes(Hessian):

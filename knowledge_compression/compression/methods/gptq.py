@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.building import Positive
 from knowledge_compression.compression.calibrated import SecondOrder, Solved
@@ -20,8 +17,12 @@ from knowledge_compression.compression.solve.grid import (
     plainly_rounded,
 )
 from knowledge_compression.compression.solve.hessian import Hessian, inverse_factor
+from knowledge_compression.heavy import torch
 from knowledge_compression.identity import SPEED
 from knowledge_compression.models import Targets
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,20 @@ Written here because the published library inserts layers without a floating-poi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from knowledge_compression.building import Positive
 from knowledge_compression.compression.base import Layerwise
 from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.compression.solve.grid import SCALE_BITS, Grid
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import torch
 from knowledge_compression.models import TargetLayer, Targets
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

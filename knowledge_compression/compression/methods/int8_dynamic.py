@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.base import Layerwise
-from knowledge_compression.compression.formats.int8_linear import Int8Linear, check_granularity
+from knowledge_compression.compression.formats.granularity import check_granularity
 from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.models import TargetLayer
+
+if TYPE_CHECKING:
+    from knowledge_compression.models.replaced import ReplacedLinear
 
 
 @dataclass(frozen=True)
@@ -22,15 +26,23 @@ class Int8Dynamic(Layerwise):
 
     granularity: str = "per_tensor"
     name = "int8_dynamic"
-    modules = (Int8Linear,)
     takes_final = True
 
     def __post_init__(self) -> None:
         """Refuse an unknown granularity before anything is loaded."""
         check_granularity(self.granularity)
 
+    @property
+    def modules(self) -> tuple[type[ReplacedLinear], ...]:
+        """Int8 layers."""
+        from knowledge_compression.compression.formats.int8_linear import Int8Linear
+
+        return (Int8Linear,)
+
     def shrink(self, layer: TargetLayer) -> LayerReport:
         """Replace the layer in the network."""
+        from knowledge_compression.compression.formats.int8_linear import Int8Linear
+
         quantized = Int8Linear(layer.weight, layer.bias_parameter, self.granularity)
         report = LayerReport.of(layer, bits=quantized.bits, overhead_bits=quantized.overhead_bits)
         layer.replace(quantized)

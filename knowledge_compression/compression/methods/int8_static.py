@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.calibrated import Calibrated, Solved
-from knowledge_compression.compression.formats.int8_linear import Int8Linear, check_granularity
-from knowledge_compression.compression.walk.blocks import LayerInputs, Statistics
+from knowledge_compression.compression.formats.granularity import check_granularity
+from knowledge_compression.compression.walk.statistics import LayerInputs, Statistics
+from knowledge_compression.heavy import torch
 from knowledge_compression.models import TargetLayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from knowledge_compression.compression.formats.int8_variants import StaticInt8Linear
+    from knowledge_compression.models.replaced import ReplacedLinear
 
 
 class InputRange(Statistics):
@@ -28,39 +32,6 @@ class InputRange(Statistics):
         self.least, self.greatest = torch.minimum(self.least, least), torch.maximum(self.greatest, greatest)
 
 
-class StaticInt8Linear(Int8Linear):
-    """An int8 layer that rounds its inputs to 7 bits over a fixed range, as torch's static layers do.
-
-    Args:
-        weight, bias, granularity: as :class:`Int8Linear` takes them; the granularity is that of the weights.
-        least, greatest: the ends of the range, scalars; zero lies inside it.
-
-    Attributes:
-        input_scale, input_zero: scalar buffers: an input is ``input_scale * (integer - input_zero)``.
-    """
-
-    input_scale: Tensor
-    input_zero: Tensor
-
-    def __init__(self, weight: Tensor, bias: Any, granularity: str, least: Tensor, greatest: Tensor) -> None:
-        super().__init__(weight, bias, granularity)
-        self.weight_sum = self.weight_int8.sum(1, dtype=torch.int32)
-        span = greatest - least
-        scale = torch.where(span > 0, span / 127, torch.ones_like(span)).to(weight.device)
-        self.register_buffer("input_scale", scale)
-        self.register_buffer("input_zero", (-least.to(scale) / scale).round().clamp(0, 127).to(torch.int32))
-
-    @property
-    def overhead_bits(self) -> int:
-        """Bits of the scales, and of the inputs' scale and zero point."""
-        return super().overhead_bits + 2 * 32
-
-    def round_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The integers 0 to 127 of float32 inputs, and the fixed scale and zero point."""
-        integers = (rows / self.input_scale).round_().add_(self.input_zero).clamp_(0, 127).to(torch.int8)
-        return integers, self.input_scale, self.input_zero
-
-
 @dataclass(frozen=True)
 class Int8Static(Calibrated[InputRange]):
     """Replace the targets by int8 layers whose inputs are rounded over a range fixed by calibration.
@@ -74,11 +45,17 @@ class Int8Static(Calibrated[InputRange]):
 
     granularity: str = "per_channel"
     name = "int8_static"
-    modules = (StaticInt8Linear,)
 
     def __post_init__(self) -> None:
         """Refuse an unknown granularity."""
         check_granularity(self.granularity)
+
+    @property
+    def modules(self) -> tuple[type[ReplacedLinear], ...]:
+        """Int8 layers with a range."""
+        from knowledge_compression.compression.formats.int8_variants import StaticInt8Linear
+
+        return (StaticInt8Linear,)
 
     def observe(self, in_features: int, device: torch.device) -> InputRange:
         """The range that all linears with one input share."""
@@ -86,6 +63,8 @@ class Int8Static(Calibrated[InputRange]):
 
     def solve(self, weight: Tensor, statistics: InputRange, heights: Sequence[int]) -> Solved:
         """Replace the linears by int8 layers with this range."""
+        from knowledge_compression.compression.formats.int8_variants import StaticInt8Linear
+
         seen = statistics.least, statistics.greatest
 
         def module(layer: TargetLayer) -> StaticInt8Linear:

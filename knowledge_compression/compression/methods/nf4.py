@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.base import Layerwise
 from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import torch
 from knowledge_compression.models import TargetLayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SCALE_BITS, _DOUBLE_BLOCK = 32, 256
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import LongTensor
+from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.base import Method
 from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.models import Model, Targets
+
+if TYPE_CHECKING:
+    from torch import LongTensor
 
 
 @dataclass(frozen=True)

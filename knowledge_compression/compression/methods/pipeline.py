@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-
-from torch import LongTensor
+from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.layer_reports import CompressionReport, followed_by
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Targets
+
+if TYPE_CHECKING:
+    from torch import LongTensor
 
 
 @dataclass(frozen=True)

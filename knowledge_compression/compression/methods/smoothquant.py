@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.calibrated import Calibrated, Solved
-from knowledge_compression.compression.formats.int8_linear import Int8Linear, quantize_tokens
-from knowledge_compression.compression.walk.blocks import LayerInputs, Statistics
+from knowledge_compression.compression.walk.statistics import LayerInputs, Statistics
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import torch
 from knowledge_compression.models import TargetLayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from knowledge_compression.compression.formats.int8_variants import SmoothedInt8Linear
+    from knowledge_compression.models.replaced import ReplacedLinear
 
 
 class LargestInputs(Statistics):
@@ -25,39 +28,6 @@ class LargestInputs(Statistics):
     def update(self, inputs: LayerInputs) -> None:
         """Add a batch."""
         self.largest = torch.maximum(self.largest, inputs.values.float().abs().amax(0))
-
-
-class SmoothedInt8Linear(Int8Linear):
-    """An int8 layer whose inputs are divided, and whose weights are multiplied, by a factor per channel.
-
-    Args:
-        weight, bias: as :class:`Int8Linear` takes them, before they are multiplied.
-        divisor: float32 ``[in_features]``, positive.
-
-    Attributes:
-        input_factor: buffer, the reciprocal of the divisor.
-    """
-
-    input_factor: Tensor
-
-    def __init__(self, weight: Tensor, bias: Any, divisor: Tensor) -> None:
-        super().__init__(weight.float() * divisor, bias, "per_channel")
-        self.dtype = weight.dtype
-        self.register_buffer("input_factor", divisor.reciprocal())
-
-    @property
-    def overhead_bits(self) -> int:
-        """Bits for the scales and the divisor."""
-        return super().overhead_bits + 32 * self.in_features
-
-    @property
-    def weight(self) -> Tensor:
-        """The weights that the integers represent, for undivided inputs, ``[out_features, in_features]``."""
-        return (self.weight_int8 * self.weight_scale[:, None] * self.input_factor).to(self.dtype)
-
-    def round_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, None]:
-        """The integers of the divided inputs, and a scale per row."""
-        return *quantize_tokens(rows * self.input_factor), None
 
 
 @dataclass(frozen=True)
@@ -74,12 +44,18 @@ class SmoothQuant(Calibrated[LargestInputs]):
 
     alpha: float = 0.5
     name = "smoothquant"
-    modules = (SmoothedInt8Linear,)
 
     def __post_init__(self) -> None:
         """Refuse an alpha outside [0, 1]."""
         if not 0.0 <= self.alpha <= 1.0:
             raise BadInput(f"compression.alpha={self.alpha} is out of range; it must lie in [0, 1], e.g. 0.5")
+
+    @property
+    def modules(self) -> tuple[type[ReplacedLinear], ...]:
+        """Int8 layers with a divisor."""
+        from knowledge_compression.compression.formats.int8_variants import SmoothedInt8Linear
+
+        return (SmoothedInt8Linear,)
 
     def observe(self, in_features: int, device: torch.device) -> LargestInputs:
         """The channel maxima that all linears with one input share."""
@@ -87,6 +63,8 @@ class SmoothQuant(Calibrated[LargestInputs]):
 
     def solve(self, weight: Tensor, statistics: LargestInputs, heights: Sequence[int]) -> Solved:
         """Replace the linears by int8 layers that share one divisor."""
+        from knowledge_compression.compression.formats.int8_variants import SmoothedInt8Linear
+
         divisor, dead = self.divisor(weight, statistics.largest)
 
         def module(layer: TargetLayer) -> SmoothedInt8Linear:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from knowledge_compression.building import Positive
 from knowledge_compression.compression.base import check_sparsity
@@ -18,7 +16,11 @@ from knowledge_compression.compression.solve.patterns import Pattern
 from knowledge_compression.compression.solve.refit import refit
 from knowledge_compression.compression.solve.threshold import smallest
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import torch
 from knowledge_compression.models import Targets
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

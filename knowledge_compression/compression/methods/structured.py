@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from knowledge_compression.compression.base import Layerwise, check_sparsity
 from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import torch
 from knowledge_compression.models import TargetLayer
 
 NORMS = {"1": 1.0, "1.0": 1.0, "2": 2.0, "2.0": 2.0, "inf": math.inf}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.base import check_sparsity
 from knowledge_compression.compression.calibrated import Calibrated, Solved
 from knowledge_compression.compression.solve.patterns import Pattern
-from knowledge_compression.compression.walk.blocks import LayerInputs, Statistics
+from knowledge_compression.compression.walk.statistics import LayerInputs, Statistics
+from knowledge_compression.heavy import torch
 from knowledge_compression.models import Targets
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class InputPower(Statistics):

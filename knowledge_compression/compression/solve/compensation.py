@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from knowledge_compression.heavy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 _LEAF = 16  # columns whose errors are propagated one by one; for longer runs matrix products do it
 

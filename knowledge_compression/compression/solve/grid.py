@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import torch
 from knowledge_compression.models.targets import TargetLayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CLIPS = ("minmax", "mse")
 _SHARES = [1 - step / 10 for step in range(8)]  # shares of the span that `mse` tries
 _BETWEEN = 0.05  # and then as many above and below the best of them
-_SCALES = {16: torch.float16, 32: torch.float32}  # by their bits
+_SCALES = {16: "float16", 32: "float32"}  # by their bits
 _IN_CACHE = 1 << 18  # values
 SCALE_BITS = 16  # float16, the type of scales in packed checkpoints
 
@@ -279,7 +281,7 @@ class Grid:
         if self.symmetric:
             high = torch.maximum(-low, high)
             low = -high
-        scales = storable((high - low) / self.top, _SCALES[self.scale_bits])
+        scales = storable((high - low) / self.top, getattr(torch, _SCALES[self.scale_bits]))
         zeros = torch.full_like(scales, 2 ** (self.bits - 1)) if self.symmetric else torch.round(-low / scales)
         return scales, zeros.clamp(0, self.top)
 

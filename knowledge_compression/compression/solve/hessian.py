@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from knowledge_compression.compression.walk.statistics import LayerInputs, Statistics
+from knowledge_compression.heavy import torch
 
-from knowledge_compression.compression.walk.blocks import LayerInputs, Statistics
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STRIPS = 12  # parts in which a triangle is multiplied: 13/24 of the work for the whole matrix
 _LEAF = 128  # rows of a triangle that is inverted at once

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from knowledge_compression.heavy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 _OUTPUTS = 192  # fitted at a time, so that they stay in the processor's cache and need little memory
 

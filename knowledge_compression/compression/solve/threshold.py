@@ -8,12 +8,12 @@ and a second pass counts the lower half inside that bucket. Both walk the tensor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-
-import torch
+from typing import TypeAlias
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import torch
 
-Walk = Callable[[], Iterable[torch.Tensor]]
+Walk: TypeAlias = "Callable[[], Iterable[torch.Tensor]]"
 """Yields the same tensors in the same order each time it is called, e.g. from the shards of a checkpoint."""
 
 _PIECE = 1 << 20  # values processed together: a few megabytes of scratch memory, which stay in the processor's cache

@@ -5,15 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from knowledge_compression.compression.layer_reports import LayerReport
+from knowledge_compression.heavy import torch
 from knowledge_compression.models import Model
 from knowledge_compression.models.device import Device
 from knowledge_compression.models.targets import TargetLayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import isqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
+from knowledge_compression.heavy import torch
 from knowledge_compression.models.families import ENCODER, architecture_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @contextmanager

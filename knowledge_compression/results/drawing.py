@@ -1,0 +1,155 @@
+"""What takes the items themselves, or ink: intervals of the figures of a summary, and the figures as drawings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from knowledge_compression.results.store import Run
+from knowledge_compression.results.summary import HEADLINES, asked_columns, heading
+from knowledge_compression.results.varying import CHOSEN, text_of
+from knowledge_compression.statistics import Estimate, accuracies, accuracy, drops, means
+
+
+def literal_text() -> AbstractContextManager[None]:
+    """Names in figures are drawn as they stand: a ``$`` in one begins no formula."""
+    return rc_context({"text.parse_math": False})
+
+
+def write(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """The rows of a summary as ``table.csv``, and their figure as ``drop.png`` and ``drop.svg``."""
+    table = pl.DataFrame(rows, infer_schema_length=None, strict=False)
+    table.write_csv(folder / "table.csv")
+    with literal_text():
+        figure = drop_figure(table)
+        for suffix in ("png", "svg"):
+            figure.savefig(folder / f"drop.{suffix}", dpi=150)
+
+
+def drop_figure(table: pl.DataFrame) -> Figure:
+    """Drop against how much was taken, one panel a suite, one line for whatever else varies, the majority dashed.
+
+    How much is the sparsity that was reached; where that is the same in all, the first number that varies, such as the
+    bits; where none does, the runs stand side by side. In the style of Figures 2 and 5 of The Cost of Compression
+    (Namburi et al., 2023).
+    """
+    suites = table["suite"].unique(maintain_order=True).to_list()
+    figure = Figure(figsize=(6.4 * len(suites), 4.4), layout="constrained")
+    for axes, suite in zip(figure.subplots(1, len(suites), squeeze=False)[0], suites, strict=True):
+        rows = table.filter(pl.col("suite") == suite)
+        metric = rows["metric"][0]
+        lossy = rows.filter(pl.col("run") != pl.col("baseline"))
+        x_column, x_name = _x_axis(lossy)
+        apart = [name for name in asked_columns(table.columns) if name not in (x_column, "asked_sparsity")]
+        if x_column != "reached_sparsity" and "asked_sparsity" in table.columns and x_column != "asked_sparsity":
+            apart.append("asked_sparsity")
+        lines = lossy.group_by(apart, maintain_order=True) if apart else [((), lossy)]
+        for values, line in lines:
+            words = [
+                text_of(v) if name in CHOSEN else f"{heading(name)}={text_of(v)}"
+                for name, v in zip(apart, values, strict=True)
+                if v not in (None, "none")
+            ]
+            points = line.sort(x_column)
+            x = [100 * v if x_column == "reached_sparsity" else v for v in points[x_column]]
+            # Every line starts where nothing was removed and nothing lost, unless nothing is ever removed (int8).
+            start = [0.0] if x_column == "reached_sparsity" and points[x_column].max() else []
+            (drawn,) = axes.plot([*start, *x], [*start, *points["drop_percent"]], marker="o", label=" ".join(words))
+            low, high = (points[f"drop_{end}"].fill_null(points["drop_percent"]) for end in ("low", "high"))
+            middle = points["drop_percent"]
+            axes.errorbar(x, middle, [middle - low, high - middle], fmt="none", capsize=3, color=drawn.get_color())
+        axes.axhline(0, color="grey", linewidth=0.8)
+        for majority in rows["majority_percent"].drop_nulls().unique():
+            axes.axhline(majority, color="grey", linestyle="--", linewidth=0.8)
+            axes.annotate(
+                "majority", (1, majority), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
+            )
+        axes.set(xlabel=x_name, title=suite)
+        axes.set_ylabel("drop in accuracy (% of dense)" if HEADLINES[metric] else f"rise in {metric} (% of dense)")
+        axes.invert_yaxis()
+        if apart and axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _x_axis(rows: pl.DataFrame) -> tuple[str, str]:
+    """The column that a figure's horizontal axis shows, and what is written there."""
+    if rows["reached_sparsity"].n_unique() > 1:
+        return "reached_sparsity", "sparsity of the target (%)"
+    asked = (rows[name] for name in asked_columns(rows.columns))
+    numbers = (column.name for column in asked if column.dtype.is_numeric() and column.n_unique() > 1)
+    if (number := next(numbers, None)) is not None and not rows[number].null_count():
+        return number, heading(number)
+    return "reached_bits", "mean bits of a weight"
+
+
+def task_figure(run: Run, suite: str) -> Figure | None:
+    """Accuracy of one run by task of one suite, with 95 % intervals; None where the suite has no right answers."""
+    by_task = _answers(run, suite, "correct").partition_by("task", as_dict=True)
+    tasks = {str(task): accuracy(answers["correct"].to_numpy()) for (task,), answers in sorted(by_task.items())}
+    if not tasks:
+        return None
+    figure = Figure(figsize=(6.4, 1.2 + 0.24 * len(tasks)), layout="constrained")
+    axes = figure.subplots()
+    spread = [[100 * (e.value - e.low) for e in tasks.values()], [100 * (e.high - e.value) for e in tasks.values()]]
+    axes.barh(list(tasks), [100 * e.value for e in tasks.values()], xerr=spread, error_kw={"linewidth": 0.8})
+    axes.invert_yaxis()
+    axes.set(xlabel="accuracy (%)", title=suite, xlim=(0, 100))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+# What each headline is computed from: a column of the items, its estimates, and those of the loss beside the baseline.
+_ESTIMATES: Mapping[str, tuple[str, Callable[..., list[Estimate]], Callable[..., list[Estimate]]]] = {
+    "accuracy": ("correct", accuracies, drops),
+    "perplexity": (
+        "nll",
+        lambda losses: means(losses, np.exp),
+        lambda pairs: means([after - before for before, after in pairs], _percent_risen),
+    ),
+}
+
+
+def intervals(asked: Sequence[tuple[Run, Run, str, str]]) -> list[dict[str, float]]:
+    """The 95 % intervals of each value and of what was lost, beside its baseline; none where the items are not there.
+
+    Args:
+        asked: run, baseline, suite and headline of each.
+    """
+    found: list[dict[str, float]] = [{} for _ in asked]
+    for headline, (column, estimates, losses) in _ESTIMATES.items():
+        values: dict[int, NDArray[Any]] = {}
+        pairs: dict[int, tuple[NDArray[Any], NDArray[Any]]] = {}
+        for place, (run, baseline, suite, metric) in enumerate(asked):
+            if metric != headline:
+                continue
+            before, after = (_answers(of, suite, column) for of in (baseline, run))
+            if after.height:
+                values[place] = after[column].to_numpy()
+            both = before.join(after, on=["task", "id"], suffix="_after")
+            if both.height and run.id != baseline.id:
+                pairs[place] = both[column].to_numpy(), both[f"{column}_after"].to_numpy()
+        for name, made, of in (("value", estimates, values), ("drop", losses, pairs)):
+            for place, estimate in zip(of, made(list(of.values())), strict=True):
+                found[place] |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    return found
+
+
+def _answers(run: Run, suite: str, column: str) -> pl.DataFrame:
+    items = run.scan_items()
+    there = column in items.collect_schema()
+    chosen = items.filter(pl.col("suite") == suite).select("task", "id", *([column] if there else []))
+    return chosen.drop_nulls().collect() if there else pl.DataFrame(schema={"task": str, "id": str, column: float})
+
+
+def _percent_risen(mean_rise: Any) -> Any:
+    return 100 * (np.exp(mean_rise) - 1)
