@@ -11,7 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 
@@ -20,9 +20,6 @@ from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
 from knowledge_compression.heavy import torch
 from knowledge_compression.identity import LABEL, PLACE, SPEED
 from knowledge_compression.memory import reuse_freed_memory
-from knowledge_compression.models.checkpoints.gguf import GgufFile
-from knowledge_compression.models.checkpoints.recognised import stored_at
-from knowledge_compression.models.checkpoints.stored import Stored
 from knowledge_compression.models.content import check_shards, files_fingerprint, folder_fingerprint
 from knowledge_compression.models.device import DTYPES, resolve_device, resolve_dtype, torch_dtype
 from knowledge_compression.models.failures import one_line_failures, quiet
@@ -31,6 +28,9 @@ from knowledge_compression.models.hub import cache_alone_where_no_hub_answers, c
 from knowledge_compression.models.model import Model
 from knowledge_compression.models.soundness import check_configuration, check_it_runs, check_loaded, check_tokenizer
 from knowledge_compression.models.streamed import Checkpoint, StreamedModel, check_kinds
+
+if TYPE_CHECKING:
+    from knowledge_compression.models.checkpoints.stored import Stored
 
 log = logging.getLogger(__name__)
 
@@ -155,8 +155,11 @@ class LocalModel:
 
     def fingerprint(self) -> str:
         """Digest of every byte that decides what the model says, wherever the folder or file lies."""
+        place, there = self._place()
+        if there and place.is_dir():
+            return folder_fingerprint(place)
         place, stored = self._found()
-        return files_fingerprint(stored.files) if isinstance(stored, GgufFile) else folder_fingerprint(place)
+        return folder_fingerprint(place) if stored is None else files_fingerprint(stored.files)
 
     def skeleton(self) -> Model:
         """The network's shape from the folder's configuration, or the file's settings."""
@@ -192,6 +195,27 @@ class LocalModel:
         model.note = self.note
         return model
 
+    def _place(self) -> tuple[Path, bool]:
+        """The folder or file, and whether it is a file or a folder with a configuration.
+
+        Raises:
+            ModelUnavailable: it cannot be entered.
+            BadInput: it is an adapter.
+        """
+        place = Path(self.path).expanduser()
+        try:
+            there = place.is_file() or (place / "config.json").is_file()
+            adapter = not there and (place / ADAPTER).is_file()
+            whole = place.resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # not to be entered, a link to itself, not a valid path
+            raise ModelUnavailable(f"model.path={self.path} cannot be read ({first_line(error)})") from None
+        if adapter:
+            raise BadInput(
+                f"model.path={self.path} is an adapter, which needs the model that it was trained on: type "
+                f"model.path=BASE recovery=adapter recovery.path={self.path}"
+            )
+        return whole, there
+
     def _found(self) -> tuple[Path, Stored | None]:
         """The folder or file, and how it is compressed where that is known here.
 
@@ -199,23 +223,11 @@ class LocalModel:
             ModelUnavailable: it is not there, or no model.
             BadInput: it is an adapter, or compressed in a way that is not read.
         """
-        place = Path(self.path).expanduser()
-        try:
-            there, whole = place.is_file() or (place / "config.json").is_file(), place.resolve()
-            adapter = not there and (place / ADAPTER).is_file()
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-        ) as error:  # a folder that may not be entered, a link to itself, not a valid path
-            raise ModelUnavailable(f"model.path={self.path} cannot be read ({first_line(error)})") from None
-        if adapter:
-            raise BadInput(
-                f"model.path={self.path} is an adapter, which needs the model that it was trained on: type "
-                f"model.path=BASE recovery=adapter recovery.path={self.path}"
-            )
+        from knowledge_compression.models.checkpoints.recognised import stored_at
+
+        place, there = self._place()
         with one_line_failures(self.path, self.name, allow_pickle=False):
-            stored = stored_at(whole)
+            stored = stored_at(place)
         if stored is None and place.is_file():
             raise ModelUnavailable(
                 f"model.path={self.path} is a file, and no GGUF file; give that, or a folder saved by save_pretrained"
@@ -224,7 +236,7 @@ class LocalModel:
             raise ModelUnavailable(
                 f"model.path={self.path} holds no config.json; give a folder saved by save_pretrained, or a GGUF file"
             )
-        return whole, stored
+        return place, stored
 
 
 @dataclass(frozen=True)
