@@ -24,7 +24,7 @@ from knowledge_compression.evaluation.probe import Probe
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation, ask, item_table
 from knowledge_compression.results.store import RunStore
-from knowledge_compression.results.summary import drop_table, show
+from knowledge_compression.results.summary import drop_rows, show
 from knowledge_compression.results.wandb_tracker import _summary
 from trials.materials import prepare
 
@@ -147,7 +147,7 @@ def test_a_run_of_a_model_with_broken_weights_says_so_wherever_it_is_shown(capfd
 
     (run.folder / "metrics.json").write_text('{"lama.accuracy": 0.5}')  # as an earlier version wrote it
     earlier = RunStore("out").find(run.id)
-    assert drop_table([earlier], {}).is_empty() and compare([earlier]).groups == []
+    assert drop_rows([earlier], {}) == [] and compare([earlier]).groups == []
 
 
 def test_a_padding_token_that_the_network_does_not_have_is_one_line(tiny_model):

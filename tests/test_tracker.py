@@ -209,7 +209,7 @@ def test_a_part_that_cannot_be_shown_is_named_and_the_others_are_there(
     def odd(*_: Any) -> None:
         raise ValueError("no ink left")
 
-    monkeypatch.setattr("knowledge_compression.results.wandb_tracker.task_figure", odd)
+    monkeypatch.setattr("knowledge_compression.results.drawing.task_figure", odd)
     found, place = shown(result(), tmp_path)
     assert summary_of(found)["atlas/accuracy"] == pytest.approx(1 / 3) and len(table_of(found, place)) == 12
     assert (
