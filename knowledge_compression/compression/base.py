@@ -25,7 +25,6 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.memory import peak_memory
 from knowledge_compression.models import Model, TargetLayer, Targets
 from knowledge_compression.models.families import FINAL
-from knowledge_compression.models.replaced import ReplacedLinear
 from knowledge_compression.models.soundness import check_finite, weights_of
 
 if TYPE_CHECKING:
