@@ -24,9 +24,9 @@ def text_of(path: Path, wanted: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise DataUnavailable(f"{path} cannot be read ({error.strerror}); give {wanted}") from None
+        raise DataUnavailable(f"{path} cannot be read ({error.strerror}); expected {wanted}") from None
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text (byte {error.start}); give {wanted} in UTF-8") from None
+        raise BadInput(f"{path} is not UTF-8 text (byte {error.start}); expected {wanted}, in UTF-8") from None
 
 
 def parsed(text: str, where: str, wanted: str) -> Any:
@@ -43,9 +43,9 @@ def parsed(text: str, where: str, wanted: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise BadInput(f"{where}: not JSON ({error.msg} at column {error.colno}); {wanted}") from None
+        raise BadInput(f"{where}: not JSON ({error.msg} at column {error.colno}); expected {wanted}") from None
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where}: unreadable JSON ({first_line(error)}); {wanted}") from None
+        raise BadInput(f"{where}: unreadable JSON ({first_line(error)}); expected {wanted}") from None
 
 
 def numbered_lines(path: Path, wanted: str) -> Iterator[tuple[int, str]]:
@@ -58,7 +58,7 @@ def numbered_lines(path: Path, wanted: str) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def objects(path: Path, wanted: str = "expected one JSON object per line") -> Iterator[tuple[int, dict[str, Any]]]:
+def objects(path: Path, wanted: str = "one JSON object per line") -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a file with one JSON object per line, each with its line number.
 
     Raises:
@@ -67,5 +67,5 @@ def objects(path: Path, wanted: str = "expected one JSON object per line") -> It
     for number, line in numbered_lines(path, wanted):
         found = parsed(line, f"{path}:{number}", wanted)
         if not isinstance(found, dict):
-            raise BadInput(f"{path}:{number}: not a JSON object; {wanted}")
+            raise BadInput(f"{path}:{number}: not a JSON object; expected {wanted}")
         yield number, found

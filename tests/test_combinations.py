@@ -122,3 +122,10 @@ def test_what_a_part_reads_is_digested_once(loader: Any, monkeypatch: pytest.Mon
     ids = {sweep.assembled(job).id for job in sweep.jobs}
     assert len(ids) == 6 and len(asked) == 1
     assert ids == {sweep.by_hydra(job).id for job in sweep.jobs}
+
+
+def test_whole_numbers_stay_whole_however_long() -> None:
+    asked = OverridesParser.create().parse_overrides(["seed=18446744073709551616,7", "sparsity=range(0.1,0.35,0.1)"])
+    jobs = combinations(asked)
+    assert [job[0] for job in jobs[::3]] == ["seed=18446744073709551616", "seed=7"]
+    assert [job[1] for job in jobs[:3]] == ["sparsity=0.1", "sparsity=0.2", "sparsity=0.3"]

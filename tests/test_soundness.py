@@ -137,7 +137,13 @@ def test_a_token_that_was_added_beyond_the_embeddings_is_let_through(folder: Pat
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[MORE]"})
     tokenizer.save_pretrained(folder)
-    assert LocalModel("mine", str(folder)).load("cpu").tokenizer.pad_token_id == len(make_tokenizer())
+    model = LocalModel("mine", str(folder)).load("cpu")
+    assert model.tokenizer.pad_token_id == len(make_tokenizer())
+    blanks = [Blank([7, 8, 9], 1), Blank([7, 8, 9, 10, 11], 1)]  # of different lengths, side by side
+    rows = {i: row for which, part in Scorer(model).distributions(blanks) for i, row in zip(which, part, strict=True)}
+    model.tokenizer.pad_token = "[PAD]"
+    same = {i: row for which, part in Scorer(model).distributions(blanks) for i, row in zip(which, part, strict=True)}
+    assert all(torch.equal(rows[i], same[i]) for i in (0, 1))
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama", "t5", "bart"])

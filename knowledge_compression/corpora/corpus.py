@@ -223,7 +223,7 @@ def read_texts(path: Path) -> list[str]:
 
 def _text_of(line: str, path: Path, number: int) -> str:
     where, wanted = f"{path} line {number}", 'a JSON object with a string under "text"'
-    found = parsed(line, where, f"each line is {wanted}")
+    found = parsed(line, where, f"{wanted} on each line")
     text = found.get("text") if isinstance(found, dict) else None
     if not isinstance(text, str):
         raise BadInput(f"{where} is not {wanted}")

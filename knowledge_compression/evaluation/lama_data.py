@@ -26,7 +26,7 @@ GOOGLE_RE = {
     "date_of_birth": "[X] (born [Y]).",
     "place_of_death": "[X] died in [Y] .",
 }
-_WANTED = "LAMA has one JSON object per line"
+_WANTED = "LAMA's facts, one JSON object per line"
 _MASKS = re.compile(
     r"\[mask\]|<mask>|<extra_id_\d+>", re.IGNORECASE
 )  # the mask of BERT, of RoBERTa and BART, and of T5

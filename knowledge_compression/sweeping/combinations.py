@@ -51,6 +51,8 @@ def combinations(overrides: Sequence[Override]) -> list[list[str]]:
 
 def _typed(value: str) -> str:
     """A value as somebody would have typed it: ``range(0.1,0.5,0.1)`` gives 0.3, not 0.30000000000000004."""
+    if value.lstrip("+-").isdigit():
+        return value
     try:
         number = float(value)
     except ValueError:

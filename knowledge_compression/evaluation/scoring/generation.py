@@ -143,19 +143,29 @@ def _steps(
 
 
 def pad_id(model: Model) -> int:
-    """The token that pads rows; 0 if the tokenizer has none, because no token attends to padding.
+    """The token that fills rows up; 0 where the tokenizer has none, as nobody attends to it.
 
     Raises:
-        BadInput: the network has no embedding for that token.
+        BadInput: the network has no embedding for it.
     """
-    embeddings: Any = model.network.get_input_embeddings()
-    pad, rows = model.tokenizer.pad_token_id or 0, embeddings.weight.shape[0]
+    pad, rows = model.tokenizer.pad_token_id or 0, _rows(model)
     if not 0 <= pad < rows:
         raise BadInput(
             f"the padding token of {model.name} has id {pad}, and its network has embeddings for the ids 0 to "
             f"{rows - 1}; give the tokenizer that it was trained with, or one whose padding token is among them"
         )
     return pad
+
+
+def filler_id(model: Model) -> int:
+    """As :func:`pad_id`, but 0 also where the network has no embedding: scoring says nothing that could be it."""
+    pad = model.tokenizer.pad_token_id or 0
+    return pad if 0 <= pad < _rows(model) else 0
+
+
+def _rows(model: Model) -> int:
+    embeddings: Any = model.network.get_input_embeddings()
+    return int(embeddings.weight.shape[0])
 
 
 def _nothing_chosen(_: Sequence[int] | None) -> AbstractContextManager[Choices]:

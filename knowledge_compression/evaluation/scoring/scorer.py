@@ -16,7 +16,7 @@ from torch import Tensor
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring.budget import Budget
 from knowledge_compression.evaluation.scoring.depths import depths, head_at_every_depth
-from knowledge_compression.evaluation.scoring.generation import Done, generate, pad_id
+from knowledge_compression.evaluation.scoring.generation import Done, generate, filler_id
 from knowledge_compression.evaluation.scoring.heads import head_at, read_off
 from knowledge_compression.evaluation.scoring.layout import EndToEnd, Layout, Rows
 from knowledge_compression.evaluation.scoring.notes import Notes
@@ -244,7 +244,7 @@ class Scorer:
         return EndToEnd(lengths, [b or length > window for b, length in zip(branching, lengths, strict=True)])
 
     def _laid(self, layout: Layout, ids: NDArray[np.int64]) -> Tensor:
-        laid = layout.lay(ids, pad_id(self.model))
+        laid = layout.lay(ids, filler_id(self.model))
         self._count(laid.size, len(ids))
         return torch.from_numpy(laid).to(self.model.device)
 
@@ -389,7 +389,7 @@ class Scorer:
         """Rows padded on the right and their masks, int64 ``[rows, longest]`` each."""
         lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
         real = np.arange(lengths.max()) < lengths[:, None]
-        ids = np.full(real.shape, pad_id(self.model))
+        ids = np.full(real.shape, filler_id(self.model))
         ids[real] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum()))
         self._count(ids.size, int(lengths.sum()))
         padded, mask = (torch.from_numpy(array).to(self.model.device) for array in (ids, real.astype(np.int64)))

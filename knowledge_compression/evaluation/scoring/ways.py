@@ -96,6 +96,8 @@ def _holds(model: Model, scorer: Scorer) -> bool | None:
     """Whether a scorer gives the same log-probabilities as the network for each text; None if those are not finite."""
     try:
         found, expected = _answers(model, scorer)
+    except BadInput:  # says by itself what is wrong
+        raise
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:  # this mask is refused
         log.debug("%s cannot be read so: %s", model.name, error)
         return False
