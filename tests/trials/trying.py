@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -117,6 +118,7 @@ class Tester:
             return Ending(trial, HANG, seconds=PATIENCE)
         ending = self._judged(trial, here, process.exitcode)
         ending.seconds = time.perf_counter() - start
+        shutil.rmtree(here, ignore_errors=True)
         return ending
 
     def _judged(self, trial: Trial, here: Path, status: int | None) -> Ending:

@@ -16,7 +16,7 @@ from torch import Tensor
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring.budget import Budget
 from knowledge_compression.evaluation.scoring.depths import depths, head_at_every_depth
-from knowledge_compression.evaluation.scoring.generation import Done, generate, filler_id
+from knowledge_compression.evaluation.scoring.generation import Done, filler_id, generate
 from knowledge_compression.evaluation.scoring.heads import head_at, read_off
 from knowledge_compression.evaluation.scoring.layout import EndToEnd, Layout, Rows
 from knowledge_compression.evaluation.scoring.notes import Notes
