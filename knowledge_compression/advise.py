@@ -8,6 +8,8 @@ from pathlib import Path
 
 from knowledge_compression.errors import BadInput
 
+_POOLED = ("model", "seed", "eval")  # a table has one model and suite, and pools the seeds of a setting
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Print advice for each model and suite of a store; bad input is one line and exit status 2."""
@@ -39,7 +41,6 @@ def advise(outputs: Path, keep: float) -> None:
     from knowledge_compression.analysis.advice import front, kept, run_next, smallest
     from knowledge_compression.analysis.comparisons import compare
     from knowledge_compression.analysis.findings import check
-    from knowledge_compression.analysis.naming import label
     from knowledge_compression.results.store import RunStore
     from knowledge_compression.results.summary import shown
 
@@ -48,7 +49,7 @@ def advise(outputs: Path, keep: float) -> None:
     if not comparisons.groups and not comparisons.measured:
         damaged = f" that can be read ({unreadable[0][0]}: {unreadable[0][1]})" if unreadable else ""
         raise BadInput(f"{outputs} holds no dense run to compare with{damaged}; run one with compression=none")
-    console = Console()
+    console, names = Console(), comparisons.names
 
     def say(text: str) -> None:
         console.print(shown(text), soft_wrap=True)
@@ -60,7 +61,7 @@ def advise(outputs: Path, keep: float) -> None:
             table.add_column(column)
         for row in front(rows):
             table.add_row(
-                shown(label(row.run)),
+                shown(names.of(row.run.id, _POOLED)),
                 f"{row.size_mb:.1f}",
                 f"{row.share:.1%}",
                 f"{row.at_least:.1%}",
@@ -71,7 +72,7 @@ def advise(outputs: Path, keep: float) -> None:
         if best is None:
             say(f"{group.asked.model} answers no {group.asked.suite} item right, so there is no knowledge to keep.")
         else:
-            kept_by = f"{label(best.run)} ({best.size_mb:.1f} MB)"
+            kept_by = f"{names.of(best.run.id, _POOLED)} ({best.size_mb:.1f} MB)"
             say(f"Smallest that keeps {keep:.0%} with 95 % confidence: {kept_by}\n")
     for line in run_next(check(comparisons), comparisons):
         say(f"undecided – {line}")

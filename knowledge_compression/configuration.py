@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -181,18 +181,19 @@ def put_together(settings: Mapping[str, Any], made_of: Callable[[str], Any], cho
     )
 
 
-def tracker_from(config: DictConfig, sweep: str | None = None) -> Tracker:
+def tracker_from(config: DictConfig, sweep: str | None = None, names: Mapping[str, str] | None = None) -> Tracker:
     """The tracker that the configuration names.
 
     Args:
         config: the composed configuration.
         sweep: the name of the sweep, by which a tracker groups its runs unless the user sets a group.
+        names: what runs are called, by id; for a tracker that shows names.
     """
     settings = dict(settings_of(config)["tracker"])
     if "group" in settings:
         settings["group"] = settings["group"] or sweep
-    tracker: Tracker = build("tracker", settings)
-    return tracker
+    tracker: Any = build("tracker", settings)
+    return replace(tracker, names=names or {}) if "names" in tracker.__dataclass_fields__ else tracker
 
 
 def part(group: str, name: str, /, **values: Any) -> Any:

@@ -12,11 +12,13 @@ from knowledge_compression.building import build
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.compression.methods.random_pruning import RandomPruning
+from knowledge_compression.compression.methods.rtn import Rtn
+from knowledge_compression.corpora.own_samples import OwnSamples
 from knowledge_compression.corpora.text import TextFile
 from knowledge_compression.errors import BadInput
 from knowledge_compression.identity import identity, plain
 from knowledge_compression.recovery.lora import Lora
-from knowledge_compression.results.varying import varied
+from knowledge_compression.results.varying import Names, varied
 from knowledge_compression.sweeping.sweeper import PlannedSweeper
 from knowledge_compression.training import TrainingSettings
 
@@ -97,6 +99,25 @@ def test_just_what_varies_is_named(tiny_folder):
     assert [(one.name, list(one.values)) for one in varied([r.settings for r in runs])] == [("sparsity", [0.1, 0.2])]
     with_dense = varied([r.settings for r in [*runs, run.dense()]])
     assert [(one.name, list(one.values)) for one in with_dense] == [("sparsity", [0.1, 0.2, None])]
+
+
+def test_runs_are_called_by_what_varies_and_nothing_else(tiny_folder):
+    pruned = made(tiny_folder, {"atlas": SUITE})
+    rounded = [replace(pruned, compression=Rtn(bits=bits, group_size=size)) for bits in (2, 4) for size in (8, 16)]
+    drawn = [replace(pruned, compression=Gptq(bits=3), corpus=OwnSamples(seed=seed), seed=seed) for seed in (0, 1)]
+
+    def called(*runs, without=()):
+        names = Names({run.id: run.settings for run in runs})
+        return [names.of(run.id, without) for run in runs]
+
+    alike = [f"bits={bits} group_size={size}" for bits in (2, 4) for size in (8, 16)]
+    assert called(pruned.dense(), *rounded) == ["dense", *alike]
+    assert called(*rounded, without=("group_size",)) == [f"bits={bits}" for bits in (2, 2, 4, 4)]
+    assert called(*drawn, *rounded[:1])[:2] == [f"gptq seed={seed}" for seed in (0, 1)]
+    assert called(*rounded[:1], *drawn, without=("seed", "compression")) == ["tiny all"] * 3
+    assert called(pruned.dense()) == ["dense"]
+    lens = replace(pruned, suites={"other": SUITE})
+    assert called(pruned, lens) == ["atlas", "other"]
 
 
 def test_grids_of_a_preset_are_swept_each_by_itself():

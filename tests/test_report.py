@@ -291,14 +291,14 @@ def test_in_a_browser_nothing_that_a_store_says_runs_and_all_of_it_shows_as_text
     assert page.locator("script").count() == 4 and page.locator("img").count() == 0
     assert page.evaluate("[...document.querySelectorAll('a')].every(a => (a.getAttribute('href') ?? '#')[0] === '#')")
     for place, text in {
-        "#overview-table": [f"m {MARKUP}", f"s {MARKUP}"],
+        "#overview-table": [f"t {MARKUP}", f"s {MARKUP}"],
         "#notes": [f"m {MARKUP}: note {MARKUP}"],
         "#filters": [f"m {MARKUP}", f"t {MARKUP}", f"s {MARKUP}"],
         "#fate-table": [f"bin {MARKUP}"],
         "#settings-table": [f"t {MARKUP}"],
         "#fact-list": [f"prompt {MARKUP}", f"gold {MARKUP}", f"prediction {MARKUP}"],
         "#run-page": [MARKUP, json.dumps(MARKUP)],
-        "#run-choice": [f"m {MARKUP}"],
+        "#run-choice": [f"t {MARKUP}"],
         "#skipped": [f"v {IN_A_NAME}", f"its format is {MARKUP}", f"k {IN_A_NAME}"],
     }.items():
         said = " ".join(page.locator(place).text_content().split())

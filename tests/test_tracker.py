@@ -14,12 +14,16 @@ from typing import Any
 import polars as pl
 import pytest
 import wandb
+from hydra.core.global_hydra import GlobalHydra
 from wandb.proto.wandb_internal_pb2 import Record
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.suite import item_table
 from knowledge_compression.results.store import Run
-from knowledge_compression.results.wandb_tracker import WandbTracker, flat, readable_name
+from knowledge_compression.results.wandb_tracker import WandbTracker, flat
+from knowledge_compression.sweeping.cli import main
+
+PARTS = Path(__file__).parent / "parts"
 
 SETTINGS: dict[str, Any] = {
     "model": {"_target_": "x.Y", "name": "bert_tiny", "allow_pickle": False},
@@ -140,7 +144,7 @@ def test_the_offline_record_holds_what_was_logged(tmp_path: Path) -> None:
     assert (started.run_id, started.run_group, started.display_name) == (
         run.id,
         "2026-11-22",
-        "bert_tiny att magnitude 0.4",
+        "bert_tiny att magnitude",
     )
     assert {"mine", "bert_tiny", "att", "magnitude", "atlas"} <= set(started.tags)
     assert config["compression_sparsity"] == 0.4 and config["eval_atlas_limit"] == 68
@@ -286,8 +290,28 @@ def test_secrets_are_not_in_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config["model_tokens"] == 7
 
 
-def test_names_are_readable() -> None:
-    dense = {"choices": SETTINGS["choices"] | {"compression": "none"}, "compression": {}, "seed": 3}
-    assert readable_name(SETTINGS | dense) == "bert_tiny dense seed 3"
-    lora = SETTINGS["choices"] | {"recovery": "lora"}
-    assert readable_name(SETTINGS | {"choices": lora}) == "bert_tiny att magnitude 0.4 lora"
+@pytest.mark.slow
+def test_runs_are_called_by_what_varies_in_their_sweep(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {}
+    for swept in ("compression.group_size=8,16", "compression.bits=2"):
+        GlobalHydra.instance().clear()
+        outputs = tmp_path / swept
+        where = [f"output.dir='{outputs}'", f"hydra.searchpath=[file://{PARTS}/conf]", "tracker.seconds=300"]
+        chosen = ["model=local", f"model.path={tiny_folder}", "compression=rtn", "eval=[probe]", "device=cpu"]
+        more = ["-m", "seed=0,1"] if "," in swept else []
+        monkeypatch.setattr("sys.argv", ["run.py", *more, swept, *chosen, "tracker=wandb_offline", *where])
+        try:
+            main()
+        except SystemExit as end:
+            assert end.code == 0
+        wandb.teardown()
+        files = outputs.glob("wandb/offline-run-*/*.wandb")
+        started = [record.run for file in files for record in records(file) if record.HasField("run")]
+        told[swept] = {one.display_name for one in started}
+    alone = {"local att rtn bits=2", "local dense"}
+    assert told == {
+        "compression.group_size=8,16": {"dense", "group_size=8", "group_size=16"},
+        "compression.bits=2": alone,
+    }

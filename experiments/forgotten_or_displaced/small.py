@@ -17,9 +17,9 @@ from knowledge_compression.analysis.findings import check
 from knowledge_compression.analysis.markdown import percent, points
 from knowledge_compression.analysis.measures import ANSWERS
 from knowledge_compression.analysis.metrics import with_intervals
-from knowledge_compression.analysis.naming import label
 from knowledge_compression.analysis.recovery_figures import RECOVERY_FIGURES
 from knowledge_compression.results.store import Run, RunStore
+from knowledge_compression.results.varying import Names
 from knowledge_compression.statistics import accuracy, difference_of_means, mean_difference
 
 
@@ -30,7 +30,7 @@ def main(store: Path, page: Path, suites: Collection[str]) -> None:
         comparisons.groups = [group for group in comparisons.groups if group.asked.suite in suites]
         comparisons.measured = [group for group in comparisons.measured if group.asked.suite in suites]
     groups = [*comparisons.groups, *comparisons.measured]
-    text = [line for group in groups for line in tables(group)]
+    text = [line for group in groups for line in tables(group, comparisons.names)]
     if not text:
         sys.exit(f"error: {store} holds no compressed run with recoveries of it and a dense one; run the presets first")
     if drawn := list(pictures(comparisons, page)):
@@ -55,11 +55,11 @@ def pictures(comparisons: Comparisons, page: Path) -> Iterator[str]:
             yield f"![{name.replace('_', ' ')}](figures/{path.name})"
 
 
-def tables(group: Group) -> Iterator[str]:
+def tables(group: Group, names: Names) -> Iterator[str]:
     """For every compressed model that was recovered, what each recovery gives."""
     rows_of = of_answers if group.measure is ANSWERS else of_values
     for compressed, tried in recoveries(group):
-        yield f"## {label(compressed)}, {group.asked.name}"
+        yield f"## {names.of(compressed.id, ('seed', 'eval'))}, {group.asked.name}"
         yield ""
         yield from rows_of(group, compressed, tried)
         yield ""

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from knowledge_compression.analysis.measures import ANSWERS, MEASURES, Measure
 from knowledge_compression.results.store import Run
+from knowledge_compression.results.varying import Names
+from knowledge_compression.results.varying import is_dense as _is_dense
 from knowledge_compression.statistics import Estimate, accuracies, drops, macro_accuracies
 
 KEY = ["task", "id"]  # an item of a suite
@@ -182,6 +184,11 @@ class Comparisons:
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
 
+    @cached_property
+    def names(self) -> Names:
+        """What the runs are called."""
+        return Names({run.id: run.config for run in self.runs})
+
 
 def compare(runs: Sequence[Run]) -> Comparisons:
     """Sort runs into groups that share a dense baseline, and the runs of a group by setting.
@@ -220,8 +227,7 @@ def compare(runs: Sequence[Run]) -> Comparisons:
 
 def is_dense(run: Run) -> bool:
     """Whether the model is unchanged."""
-    choices = run.config["choices"]
-    return choices["compression"] == "none" and choices["recovery"] == "none"
+    return _is_dense(run.config["choices"])
 
 
 def items_of(run: Run, suite: str) -> pl.LazyFrame:

@@ -10,7 +10,6 @@ from knowledge_compression.analysis.claims import Claim
 from knowledge_compression.analysis.comparisons import Comparisons
 from knowledge_compression.analysis.fates import OVERALL, RESTORED, shares_of_fates, shares_restored
 from knowledge_compression.analysis.findings import Finding, Verdict
-from knowledge_compression.analysis.naming import label
 from knowledge_compression.statistics import Estimate
 
 
@@ -44,7 +43,12 @@ def fates(comparisons: Comparisons) -> list[str]:
             frequencies += [name for name in told if name not in (*frequencies, OVERALL)]
             fall = group.drops[run.id]
             lost = f"{fall.value:.1f} % [{fall.low:.1f}, {fall.high:.1f}]"
-            cells = [plain(label(run)), plain(group.asked.name), percent(group.accuracies[run.id]), lost]
+            cells = [
+                plain(comparisons.names.of(run.id, ("seed", "eval"))),
+                plain(group.asked.name),
+                percent(group.accuracies[run.id]),
+                lost,
+            ]
             rows.append((cells, told))
     heads = ["run", "suite", "accuracy", "drop", "lost, of the known", *(f"lost, {name}" for name in frequencies)]
     return table(
@@ -57,7 +61,7 @@ def restored(comparisons: Comparisons) -> list[str]:
     """One row per recovered model: what restored the facts that it had lost."""
     rows = []
     for group in comparisons:
-        names = {run.id: label(run) for run in group.members}
+        names = {run.id: comparisons.names.of(run.id) for run in group.members}
         for row in shares_restored(group):
             told = [names[row["compressed"]], ", ".join(row["tried"]), row["value"], str(row["lost"])]
             rows.append([*map(plain, told), *map(percent, row["shares"])])

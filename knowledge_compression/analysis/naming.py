@@ -1,4 +1,4 @@
-"""What a reader knows a run by."""
+"""The size of a recovery, and the order in which runs are listed."""
 
 from __future__ import annotations
 
@@ -6,18 +6,6 @@ from typing import Any
 
 from knowledge_compression.analysis.comparisons import is_dense
 from knowledge_compression.results.store import Run
-
-
-def label(run: Run) -> str:
-    """How a reader tells a run from its neighbours, e.g. ``smollm2 att magnitude 40 %``."""
-    choices = run.config["choices"]
-    if is_dense(run):
-        return f"{choices['model']} dense"
-    sparsity = run.report.get("compression", {}).get("sparsity", 0.0)
-    bits = run.config["compression"].get("bits")
-    parts = [choices["model"], choices["target"], choices["compression"], f"{bits} bits" if bits else ""]
-    parts += [f"{sparsity:.0%}" if sparsity else "", recovery_name(run)]
-    return " ".join(part for part in parts if part and part != "none")
 
 
 def recovery_name(run: Run) -> str:

@@ -30,10 +30,11 @@ from knowledge_compression.analysis.fates import (
 from knowledge_compression.analysis.findings import Verdict, check
 from knowledge_compression.analysis.ledger import looked_into
 from knowledge_compression.analysis.metrics import with_intervals
-from knowledge_compression.analysis.naming import label, reading_order
+from knowledge_compression.analysis.naming import reading_order
 from knowledge_compression.errors import first_line
 from knowledge_compression.results.shape import finite
 from knowledge_compression.results.store import Run
+from knowledge_compression.results.varying import Names
 from knowledge_compression.statistics import Estimate
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
 
     runs = sorted(runs, key=reading_order)
     comparisons = compare(runs)
+    names = comparisons.names
     verdicts = check(comparisons)
     metrics = with_intervals(runs)
     # Every value is escaped, whatever the template's file name; the scripts are ours and identified by their hashes.
@@ -64,7 +66,7 @@ def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
         scripts=scripts,
         allowed=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
         verdicts=[_verdict(verdict) for verdict in verdicts],
-        labels={run.id: label(run) for run in runs},
+        labels={run.id: names.of(run.id) for run in runs},
         silent=[verdict.claim for verdict in verdicts if not verdict.findings],
         skipped=[*skipped, *comparisons.skipped],
         counts=_counts(runs, comparisons, verdicts) | ({"folders left out": len(skipped)} if skipped else {}),
@@ -72,7 +74,8 @@ def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
     )
     content = _packed(
         {
-            "runs": [_run(run, metrics[run.id]) for run in runs],
+            "runs": [_run(run, metrics[run.id], names) for run in runs],
+            "varying": [one.name for one in names.settings if not one.chosen and one.name != "seed"],
             "points": [point for group in comparisons for point in _points(group)],
             "measured": [point for group in comparisons.measured for point in _measured(group)],
             "fates": [_fates(group) for group in comparisons],
@@ -105,12 +108,15 @@ def _counts(runs: Sequence[Run], comparisons: Comparisons, verdicts: Sequence[Ve
     }
 
 
-def _run(run: Run, metrics: Mapping[str, tuple[float, Estimate | None]]) -> dict[str, Any]:
+def _run(run: Run, metrics: Mapping[str, tuple[float, Estimate | None]], names: Names) -> dict[str, Any]:
     """What the page shows about a single run."""
     compression = run.report.get("compression", {})
     return {
         "id": run.id,
-        "label": label(run),
+        "label": names.of(run.id),
+        "setting": names.of(run.id, ("seed", "eval")),  # pooled over seeds, of one suite
+        "method": names.of(run.id, ("model", "target", "seed", "eval")),
+        "told": names.values(run.id),
         "dense": is_dense(run),
         **{key: run.config["choices"].get(key, "") for key in ("model", "target", "compression", "recovery")},
         "sparsity": compression.get("sparsity", 0.0),

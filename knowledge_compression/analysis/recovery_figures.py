@@ -15,13 +15,14 @@ from matplotlib.figure import Figure
 from knowledge_compression.analysis.comparisons import Comparisons, Group, is_dense
 from knowledge_compression.analysis.fates import recoveries
 from knowledge_compression.analysis.marks import bars, level, line, panels
-from knowledge_compression.analysis.naming import label, reading_order, recovery_name, recovery_size
+from knowledge_compression.analysis.naming import reading_order, recovery_name, recovery_size
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, drops, mean, means
 
 # Figure 1: the compressions it shows, and the setting that varies in each.
 _TURNED = {"gptq": "bits", "sparsegpt": "sparsity"}
 _NOT_RECOVERED = "not recovered"
+_POOLED = ("seed", "eval")  # settings that a panel does not tell apart
 _COLOURS = {"lora": "C0", "prompt": "C1", "prefix": "C2", "idp": "C3", "concat": "C4", "none": "grey"}
 
 
@@ -52,7 +53,10 @@ def accuracy_by_prompt_size(comparisons: Comparisons) -> Figure | None:
     for axes, (group, bare, runs) in zip(grid, found, strict=True):
         level(axes, _NOT_RECOVERED, group.averages[bare.id].through(_percent))
         _lines(group, {"idp": list(runs.values())}, lambda run: float(np.mean(recovery_size(run))), axes)
-        axes.set(title=f"{label(bare)}, {group.asked.name}", xlabel="mean length of its prompts (tokens)")
+        axes.set(
+            title=f"{comparisons.names.of(bare.id, _POOLED)}, {group.asked.name}",
+            xlabel="mean length of its prompts (tokens)",
+        )
     return _finished(figure, "6")
 
 
@@ -71,7 +75,10 @@ def improvement_by_data_set(comparisons: Comparisons) -> Figure | None:
             bars(axes, name, gains, [place - 0.4 + (i + 0.5) * width for place in range(len(names))], width)
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize="small")
-        axes.set(title=f"{label(bare)}, {group.asked.name}", ylabel="gain (% of the compressed model)")
+        axes.set(
+            title=f"{comparisons.names.of(bare.id, _POOLED)}, {group.asked.name}",
+            ylabel="gain (% of the compressed model)",
+        )
     return _finished(figure, "7", ylabel="")
 
 
@@ -80,7 +87,7 @@ def similarity_by_layer(comparisons: Comparisons) -> Figure | None:
     found: defaultdict[str, list[Run]] = defaultdict(list)
     for run in comparisons.runs:
         if "similarity.attention" in run.metrics and "similarity" not in run.void and not is_dense(run):
-            found[label(run).removesuffix(recovery_name(run)).strip()].append(run)
+            found[comparisons.names.of(run.id, ("recovery", "eval"))].append(run)
     if not found:
         return None
     kinds = ("attention", "activation")
@@ -121,7 +128,7 @@ def _scatter(
             axes.annotate(size, (x.value, y.value), (4, 4), textcoords="offset points", fontsize="x-small")
         if log:
             axes.set_xscale("log")
-        axes.set(title=f"{label(bare)}, {group.asked.name}", xlabel=x_label)
+        axes.set(title=f"{comparisons.names.of(bare.id, _POOLED)}, {group.asked.name}", xlabel=x_label)
     return _finished(drawn, figure)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,13 @@ class Varied:
         name: as short as it is clear, e.g. ``bits``; ``target`` where another file was chosen.
         values: of each run, in their order; None where a run has no such setting.
         chosen: whether it is a choice among files, whose value says what it is by itself.
+        parts: the parts of a run that hold it, e.g. ``{"compression"}``.
     """
 
     name: str
     values: Sequence[Any]
     chosen: bool = False
+    parts: frozenset[str] = frozenset()
 
 
 def varied(configs: Sequence[Mapping[str, Any]]) -> list[Varied]:
@@ -41,7 +43,9 @@ def varied(configs: Sequence[Mapping[str, Any]]) -> list[Varied]:
         configs: of the runs, as :class:`~knowledge_compression.results.store.Run` holds them.
     """
     choices = [config["choices"] for config in configs]
-    chosen = [Varied(group, [_chosen(config, group) for config in configs], chosen=True) for group in CHOSEN]
+    chosen = [
+        Varied(group, [_chosen(config, group) for config in configs], True, frozenset({group})) for group in CHOSEN
+    ]
     found = [one for one in chosen if len(set(one.values) - {None}) > 1]
     flat = [dict(_flat(config)) for config in configs]
     varying: list[Key] = []
@@ -52,7 +56,7 @@ def varied(configs: Sequence[Mapping[str, Any]]) -> list[Varied]:
                 buckets[of.get(key[0])].add(repr(settings[key]))
         if any(len(values) > 1 for values in buckets.values()):
             varying.append(key)
-    return found + [Varied(name, values) for name, values in _named(varying, flat)]
+    return found + list(_named(varying, flat))
 
 
 def text_of(value: Any) -> str:
@@ -62,11 +66,62 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def described(settings: Sequence[Varied], place: int) -> str:
-    """One run by what varies, e.g. ``ff gptq bits=3``."""
-    told = [(one, one.values[place]) for one in settings]
-    words = [text_of(v) if one.chosen else f"{one.name}={text_of(v)}" for one, v in told if v is not None]
-    return " ".join(word for word in words if word and word != "none")
+class Names:
+    """What each of several runs is called: the settings that vary among them, and no others.
+
+    A dense run is called ``dense``. A run that differs from the others in nothing has the names of its chosen files.
+
+    Args:
+        configs: of all the runs, by id.
+    """
+
+    def __init__(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        self._configs = configs
+        self._place = {run_id: place for place, run_id in enumerate(configs)}
+        self.settings = varied(list(configs.values()))
+        suites = ["+".join(config["eval"]) for config in configs.values()]
+        if len(set(suites)) > 1:
+            self.settings.append(Varied("eval", suites, True, frozenset({"eval"})))
+
+    def values(self, run_id: str) -> dict[str, str]:
+        """The values of what varies, as text, by name; settings that the run does not have are left out."""
+        found = {one.name: one.values[self._place[run_id]] for one in self.settings}
+        return {name: text_of(value) for name, value in found.items() if value is not None}
+
+    def of(self, run_id: str, without: Collection[str] = ()) -> str:
+        """What a run is called, e.g. ``ff gptq bits=3``.
+
+        Args:
+            run_id: of one of the runs.
+            without: settings to leave out, by name; the name of a part (``recovery``) leaves out what only it holds.
+        """
+        words = []
+        for one in self.settings:
+            value = one.values[self._place[run_id]]
+            if value in (None, ANY) or one.name in without or one.parts <= {*without}:
+                continue
+            words.append(text_of(value) if one.chosen else f"{one.name}={text_of(value)}")
+        words = [word for word in words if word != "none"]
+        choices = self._configs[run_id]["choices"]
+        if is_dense(choices):
+            model = [choices["model"]] if choices["model"] in words else []
+            return " ".join([*model, "dense", *words[len(model) :]])
+        return " ".join(words) or called(choices, without)
+
+
+def called(choices: Mapping[str, str], without: Collection[str] = ()) -> str:
+    """A run by itself, called by its chosen files, e.g. ``smollm2 att magnitude``; corpora are not named."""
+    if is_dense(choices):
+        return f"{choices['model']} dense"
+    words = [
+        choices.get(part, "none") for part in ("model", "target", "compression", "recovery") if part not in without
+    ]
+    return " ".join(word for word in words if word != "none")
+
+
+def is_dense(choices: Mapping[str, str]) -> bool:
+    """Whether nothing was done to the model."""
+    return choices.get("compression") == "none" and choices.get("recovery") == "none"
 
 
 def _chosen(config: Mapping[str, Any], group: str) -> str | None:
@@ -76,7 +131,7 @@ def _chosen(config: Mapping[str, Any], group: str) -> str | None:
 def _decides(config: Mapping[str, Any]) -> set[str]:
     """The groups that have a say in a run."""
     groups = set(CHOSEN) if (deciding := config.get("identity")) is None else {*deciding, "model"}
-    if (config["choices"].get("compression"), config["choices"].get("recovery")) == ("none", "none"):
+    if is_dense(config["choices"]):
         return groups - {"target", "compression", "recovery"}
     return groups | {"compression", "recovery"} - ({"target"} if config["choices"]["compression"] == "none" else set())
 
@@ -105,17 +160,18 @@ def _leaves(key: Key, value: Any) -> Iterator[tuple[Key, Any]]:
         yield key, value
 
 
-def _named(keys: Sequence[Key], flat: Sequence[Mapping[Key, Any]]) -> Iterator[tuple[str, list[Any]]]:
+def _named(keys: Sequence[Key], flat: Sequence[Mapping[Key, Any]]) -> Iterator[Varied]:
     """Settings by their last word where that is one value in each run, else by their whole path."""
     by_word: dict[str, list[Key]] = defaultdict(list)
     for key in keys:
         by_word[key[-1]].append(key)
     for word, alike in by_word.items():
         values = [{repr(of[key]): of[key] for key in alike if key in of} for of in flat]
+        parts = frozenset(key[0] for key in alike)
         if word == "seed" and ("seed",) in alike:  # the parts draw by the run's own
-            yield word, [of.get(("seed",), ANY) for of in flat]
+            yield Varied(word, [of.get(("seed",), ANY) for of in flat], parts=parts)
         elif all(len(each) < 2 for each in values):
-            yield word, [next(iter(each.values()), None) for each in values]
+            yield Varied(word, [next(iter(each.values()), None) for each in values], parts=parts)
         else:
             for key in alike:
-                yield ".".join(key), [of.get(key) for of in flat]
+                yield Varied(".".join(key), [of.get(key) for of in flat], parts=frozenset({key[0]}))

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +20,7 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.results.secrets import is_secret
 from knowledge_compression.results.store import Run
 from knowledge_compression.results.tracker import TrackedRun, Unseen
+from knowledge_compression.results.varying import called
 
 if TYPE_CHECKING:
     import polars as pl
@@ -50,6 +51,8 @@ class WandbTracker:
         artifact: whether the compressed model, where the run saves it, is shown as an artifact of type ``model``.
         seconds: what the tracker may cost a run at most.
         dir: the folder under which ``wandb/`` is kept.
+        names: what runs are called, by id; the command line puts what varies in the sweep here. A run that is not in
+            it is called by its chosen files.
     """
 
     project: str = "knowledge_compression"
@@ -61,6 +64,7 @@ class WandbTracker:
     artifact: bool = False
     seconds: float = 30.0
     dir: str = "outputs"
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse an online tracker that nobody is logged in for; a prompt would stop a sweep in the night."""
@@ -114,7 +118,7 @@ class WandbTracker:
             dir=self.dir,
             id=run_id,
             resume="allow" if mode == "online" else None,
-            name=readable_name(settings),
+            name=self.names.get(run_id) or called(settings["choices"]),
             group=self.group,
             tags=list(dict.fromkeys([*choices.values(), *settings["eval"], *self.tags])),
             config=flat(settings),
@@ -226,17 +230,6 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     add("", {name: part for name, part in settings.items() if name != "choices"})
     return found | dict(settings["choices"])
-
-
-def readable_name(settings: Mapping[str, Any]) -> str:
-    """What a person calls the run, e.g. ``smollm2 att magnitude 0.2``."""
-    choices = settings["choices"]
-    dense = choices["compression"] == "none"
-    asked = () if dense else (choices["target"], choices["compression"])
-    sparsity = settings["compression"].get("sparsity") if not dense else None
-    recovery = () if choices["recovery"] == "none" else (choices["recovery"],)
-    parts = [choices["model"], *(asked or ("dense",)), *(() if sparsity is None else (sparsity,)), *recovery]
-    return " ".join(map(str, [*parts, *((f"seed {settings['seed']}",) if settings.get("seed") else ())]))
 
 
 def _drawn(figure: Figure) -> Image:

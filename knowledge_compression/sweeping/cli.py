@@ -24,9 +24,10 @@ from knowledge_compression.building import nearest
 from knowledge_compression.cache import check_cache
 from knowledge_compression.configuration import GROUPS, conf_folder, settings_of, values_of
 from knowledge_compression.errors import BadInput
-from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, Outcome
+from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, Outcome, planned_names, settings_typed
 
 if TYPE_CHECKING:
+    from knowledge_compression.experiment import Experiment
     from knowledge_compression.results.store import Run
     from knowledge_compression.results.tracker import Tracker
 
@@ -165,7 +166,10 @@ def carry_out(config: DictConfig) -> tuple[Run, Run]:
     wanted = [experiment] if experiment.is_dense or not experiment.suites else [experiment, experiment.dense()]
     tracker: Tracker = NoTracker()
     if config.run.force or not all(one.is_done(store) for one in wanted):
-        tracker = tracker_from(config, Path(HydraConfig.get().sweep.dir).name if in_sweep else None)
+        sweep = Path(HydraConfig.get().sweep.dir) if in_sweep else None
+        typed = HydraConfig.get().overrides.task
+        names = planned_names(sweep) if sweep else {experiment.id: _called(experiment, typed)}
+        tracker = tracker_from(config, sweep.name if sweep else None, names)
     try:
         done = [one.run(store, tracker, force=config.run.force and one is experiment) for one in wanted]
         return done[0], done[-1]
@@ -173,6 +177,13 @@ def carry_out(config: DictConfig) -> tuple[Run, Run]:
         if error.errno not in _NO_ROOM:
             raise
         raise BadInput(f"{error.filename or config.output.dir} cannot be written ({error.strerror})") from None
+
+
+def _called(experiment: Experiment, overrides: Sequence[str]) -> str:
+    """What a tracker calls a run by itself: the files it chose, and the settings that were typed."""
+    from knowledge_compression.results.varying import called
+
+    return " ".join([called(experiment.choices), *settings_typed(overrides)])
 
 
 def attempt(config: DictConfig) -> Outcome:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NotRequired
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -17,6 +18,8 @@ DONE, FAILED, BAD_INPUT = "done", "failed", "bad input"
 
 PLAN, OUTCOME = "plan.json", "outcome.json"
 _WHERE = ("run.", "output.", "hydra.", "tracker")  # overrides that say where or how a run is done
+_PLACES = ("path", "data_dir", "adapter", "device")
+_VALUES = ("sparsity", "reading", "seed", "dtype", "scoring_dtype", "limit")  # settings that no part holds by itself
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,27 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
     return [" ".join(override.lstrip("+") for override in job) for job in told]
 
 
-def write_plan(folder: Path, runs: Sequence[PlannedRun], at_once: int) -> None:
-    """Keep what a sweep will do in its folder; job ``i`` has the folder ``<i>`` beside it."""
-    _write(folder / PLAN, {"at_once": at_once, "runs": [vars(run) for run in runs]})
+def settings_typed(overrides: Sequence[str]) -> list[str]:
+    """The settings among overrides, each by its last word, e.g. ``bits=3``; no files, and nothing of where or how."""
+    plain = [override.lstrip("+") for override in overrides if not override.lstrip("+").startswith(_WHERE)]
+    typed = [override.partition("=") for override in plain]
+    return [
+        f"{word}={value}"
+        for key, _, value in typed
+        if ("." in key or key in _VALUES) and (word := key.rpartition(".")[2]) not in _PLACES
+    ]
+
+
+def write_plan(folder: Path, runs: Sequence[PlannedRun], at_once: int, names: Mapping[str, str] | None = None) -> None:
+    """Keep what a sweep will do in its folder; job ``i`` has the folder ``<i>`` beside it.
+
+    Args:
+        folder: of the sweep.
+        runs: its jobs.
+        at_once: how many of them run at the same time.
+        names: what a tracker calls the runs, by id.
+    """
+    _write(folder / PLAN, {"at_once": at_once, "runs": [vars(run) for run in runs], "names": dict(names or {})})
 
 
 def read_plan(folder: Path) -> tuple[list[PlannedRun], int]:
@@ -105,16 +126,30 @@ def read_plan(folder: Path) -> tuple[list[PlannedRun], int]:
     Raises:
         BadInput: the file that says so is damaged.
     """
-    try:
-        plan = _SWEEP.validate_json((folder / PLAN).read_bytes(), strict=True)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{folder / PLAN} cannot be read ({first_line(error)})") from None
+    plan = _plan(folder)
     return plan["runs"], plan["at_once"]
+
+
+def planned_names(folder: Path) -> dict[str, str]:
+    """What a tracker calls the runs of a sweep, by id; empty where another sweeper than ours, which plans, made it.
+
+    Raises:
+        BadInput: the file that says so is damaged.
+    """
+    return _plan(folder).get("names", {}) if (folder / PLAN).exists() else {}
 
 
 class _Plan(TypedDict):
     at_once: int
     runs: list[PlannedRun]
+    names: NotRequired[dict[str, str]]
+
+
+def _plan(folder: Path) -> _Plan:
+    try:
+        return _SWEEP.validate_json((folder / PLAN).read_bytes(), strict=True)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder / PLAN} cannot be read ({first_line(error)})") from None
 
 
 _SWEEP, _OUTCOME = TypeAdapter(_Plan), TypeAdapter(Outcome)

@@ -86,7 +86,7 @@ class PlannedSweeper(Sweeper):
         planned = [run for run, _ in accepted]
         if refused and planned:
             sys.stderr.write(f"running the other {len(planned)} of {len(jobs)} combinations\n")
-        outcomes = [*refused, *self._launch(planned)] if planned else refused
+        outcomes = [*refused, *self._launch(planned, self._names(accepted))] if planned else refused
         raise SystemExit(max((EXIT_STATUS[outcome.status] for outcome in outcomes), default=0))
 
     def _jobs(self, arguments: Sequence[str]) -> list[list[str]]:
@@ -142,7 +142,18 @@ class PlannedSweeper(Sweeper):
         ]
         forecast.show(found, forecast.totals(found, launcher.get("at_once", 1), launcher.get("gpus", 0)))
 
-    def _launch(self, planned: Sequence[PlannedRun]) -> list[Outcome]:
+    def _names(self, accepted: Sequence[tuple[PlannedRun, Experiment]]) -> dict[str, str]:
+        """What a tracker calls the runs, by id: what varies in this sweep. Empty where there is nothing to track."""
+        from knowledge_compression.results.varying import Names
+
+        assert self.config is not None
+        if self.config.hydra.runtime.choices.tracker == "none" or all(run.there for run, _ in accepted):
+            return {}
+        found = [one for _, experiment in accepted for one in (experiment.dense(), experiment)]
+        names = Names({experiment.id: experiment.settings for experiment in found})
+        return {experiment.id: names.of(experiment.id) for experiment in found}
+
+    def _launch(self, planned: Sequence[PlannedRun], called: Mapping[str, str]) -> list[Outcome]:
         """Do what is missing."""
         assert self.config is not None and self.launcher is not None
         if isinstance(self.launcher, ProcessLauncher):
@@ -159,7 +170,7 @@ class PlannedSweeper(Sweeper):
             folder.mkdir(parents=True, exist_ok=True)
             told = hidden(OmegaConf.to_container(self.config, enum_to_str=True))
             (folder / "multirun.yaml").write_text(yaml.safe_dump(told, sort_keys=False, allow_unicode=True))
-            write_plan(folder, planned, self.config.hydra.launcher.get("at_once", 1))
+            write_plan(folder, planned, self.config.hydra.launcher.get("at_once", 1), called)
         except OSError as error:
             raise BadInput(f"output.dir={self.config.output.dir} cannot be written ({error.strerror})") from None
         if not missing and len(planned) > _SHOWN:

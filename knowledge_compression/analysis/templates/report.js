@@ -50,10 +50,10 @@ const LINES = 16;  // in a chart before it is touched: with more, it starts with
 const SHOWN = 50;  // facts listed at once; the search narrows the rest
 const redraws = [];  // draw charts, anew when the colours change; each gives a promise
 
-const main = ({runs, points, measured, fates, names}, facts) => {
+const main = ({runs, varying, points, measured, fates, names}, facts) => {
   const byId = Object.fromEntries(runs.map(run => [run.id, run]));
   const rows = points.map(point => ({...byId[point.run], ...point}));
-  const called = id => byId[id].label + (byId[id].seed ? `, seed ${byId[id].seed}` : "");
+  const called = id => byId[id].label;
   const button = (id, words = byId[id].label) => make("button", words, {class: "run", "data-run": id});
 
   // Overview
@@ -63,16 +63,20 @@ const main = ({runs, points, measured, fates, names}, facts) => {
     [row.metric || row.dense ? "" : interval(row.drop, 1), "number"]];
   const all = [...rows, ...measured.map(point => ({...byId[point.run], ...point}))];
   at("overview-table").append(table(["run", "suite", "seeds", "sparsity", "bits", "MB stored", measured.length ? "accuracy, or as named" : "accuracy", "drop"], all.map(row => [
-    button(row.id), row.suite, [row.seeds, "number"], [percent(row.sparsity), "number"], [row.dense ? "" : (row.bits ?? ""), "number"],
+    button(row.id, row.setting), row.suite, [row.seeds, "number"], [percent(row.sparsity), "number"], [row.dense ? "" : (row.bits ?? ""), "number"],
     [row.stored_mb.toFixed(1), "number"], ...found(row)])));
   for (const id of ["charts", "fate-section", "facts"]) at(id).hidden = !rows.length;  // nothing has right answers
   at("notes").textContent = [...new Set(runs.filter(r => r.note).map(r => `${r.model}: ${r.note}`))].join(" · ");
 
   // Charts
-  const chosen = {}, line = row => FACETS.map(facet => row[facet]).join();
+  const valueOf = (row, facet) => FACETS.includes(facet) ? row[facet] : row.told[facet] ?? "";
+  const valuesOf = (list, facet) => [...new Set(list.map(row => valueOf(row, facet)))].sort((a, b) => a - b || (a < b ? -1 : 1));
+  const compressed = rows.filter(row => !row.dense);
+  const facets = [...FACETS, ...varying.filter(name => name !== "sparsity" && valuesOf(compressed, name).length > 1 && valuesOf(compressed, name).length <= LINES)];
+  const chosen = {}, line = row => facets.map(facet => valueOf(row, facet)).join();
   const crowded = new Set(rows.filter(row => !row.dense && row.suite === rows[0].suite).map(line)).size > LINES;
-  for (const facet of FACETS) {
-    const values = [...new Set(rows.filter(r => !r.dense || facet === "model" || facet === "suite").map(r => r[facet]))].sort();
+  for (const facet of facets) {
+    const values = valuesOf(facet === "model" || facet === "suite" ? rows : compressed, facet);
     chosen[facet] = new Set(facet === "suite" || (facet === "model" && crowded) ? values.slice(0, 1) : values);
     const box = make("fieldset"); box.append(make("legend", facet));
     for (const value of values) {
@@ -83,11 +87,18 @@ const main = ({runs, points, measured, fates, names}, facts) => {
     }
     at("filters").append(box);
   }
-  const plain = (facet, value) => facet === "recovery" && value === "none" ? "not recovered" : value;
-  const named = (row, facets) => facets.map(facet => plain(facet, row[facet])).filter(part => part && part !== "none").join(" ");
+  const plain = (facet, value) => facet === "recovery" && value === "none" ? "not recovered" : FACETS.includes(facet) || !value ? value : `${facet}=${value}`;
+  const named = (row, by) => by.map(facet => plain(facet, valueOf(row, facet))).filter(part => part && part !== "none").join(" ");
+  // Drops are drawn over the sparsity where it varies, else over the first number that does.
+  const across = list => {
+    const turned = name => valuesOf(list, name).length > 1 && list.every(r => r.told[name] && Number.isFinite(Number(r.told[name])));
+    const number = new Set(list.map(r => r.sparsity)).size > 1 ? undefined : varying.find(turned);
+    return number === undefined ? ["sparsity of the target (%)", r => 100 * r.sparsity] : [number, r => Number(r.told[number])];
+  };
   const draw = () => {
-    const visible = rows.filter(r => FACETS.every(f => chosen[f].has(r[f]) || (r.dense && f !== "model" && f !== "suite")));
-    const lines = new Map(), telling = FACETS.filter(f => new Set(visible.filter(r => !r.dense).map(r => r[f])).size > 1);
+    const visible = rows.filter(r => facets.every(f => chosen[f].has(valueOf(r, f)) || (r.dense && f !== "model" && f !== "suite")));
+    const lines = new Map(), [xName, xOf] = across(visible.filter(r => !r.dense));
+    const telling = facets.filter(f => f !== xName && valuesOf(visible.filter(r => !r.dense), f).length > 1);
     for (const row of visible.filter(r => !r.dense)) {
       const name = named(row, telling) || (telling.length ? "none" : named(row, FACETS));
       if (!lines.has(name)) lines.set(name, []);
@@ -97,18 +108,18 @@ const main = ({runs, points, measured, fates, names}, facts) => {
       list.sort((a, b) => x(a) - x(b));
       const apart = new Set(list.map(x)).size === list.length;  // runs that differ in something else are no line
       return {name: literal(name), mode: apart ? "lines+markers" : "markers", x: list.map(x), y: list.map(r => r[e][0] === null ? null : scale * r[e][0]),
-              customdata: list.map(r => literal(r.label)), hovertemplate: "%{customdata}<br>%{y:.1f} %<extra></extra>",
+              customdata: list.map(r => literal(r.setting)), hovertemplate: "%{customdata}<br>%{y:.1f} %<extra></extra>",
               error_y: {...bars(list.map(r => r[e]), scale), color: undefined}};
     });
     const majorities = [...new Set(visible.map(r => r.majority).filter(m => m !== null && m !== undefined))];
     const falls = visible.filter(r => r.dense && r.majority != null && r.accuracy[0]).map(r => 100 * (1 - r.majority / r.accuracy[0]));
     const near = (ys, values) => ys.filter(y => Math.min(...values.map(v => Math.abs(v - y))) <= Math.max(...values) - Math.min(...values));
     const dashed = (ys, values) => near(ys, values).map(y => ({type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: {dash: "dash", width: 1, color: "gray"}}));
-    const fall = layout("sparsity of the target (%)", "drop (% of dense accuracy)", {shapes: dashed(falls, visible.filter(r => r.drop).map(r => r.drop[0]))});
+    const fall = layout(literal(xName), "drop (% of dense accuracy)", {shapes: dashed(falls, visible.filter(r => r.drop).map(r => r.drop[0]))});
     fall.yaxis.autorange = "reversed";
-    const first = Plotly.react("drop-chart", traces(r => 100 * r.sparsity, "drop", 1), fall, CONFIG);
-    const dense = visible.filter(r => r.dense).map(r => ({name: literal(r.label), mode: "markers", marker: {symbol: "star", size: 11}, x: [r.stored_mb],
-      y: [100 * r.accuracy[0]], error_y: bars([r.accuracy]), customdata: [literal(r.label)], hovertemplate: "%{customdata}<br>%{y:.1f} %<extra></extra>"}));
+    const first = Plotly.react("drop-chart", traces(xOf, "drop", 1), fall, CONFIG);
+    const dense = visible.filter(r => r.dense).map(r => ({name: literal(r.setting), mode: "markers", marker: {symbol: "star", size: 11}, x: [r.stored_mb],
+      y: [100 * r.accuracy[0]], error_y: bars([r.accuracy]), customdata: [literal(r.setting)], hovertemplate: "%{customdata}<br>%{y:.1f} %<extra></extra>"}));
     const second = Plotly.react("size-chart", [...traces(r => r.stored_mb, "accuracy", 100), ...dense], layout("stored size (MB)", "accuracy (%)", {shapes: dashed(majorities.map(m => 100 * m), visible.map(r => 100 * r.accuracy[0]))}), CONFIG);
     return Promise.all([first, second]);
   };
@@ -129,7 +140,7 @@ const main = ({runs, points, measured, fates, names}, facts) => {
     restored();
     fateKinds();
   };
-  const method = run => run.label.slice(`${run.model} ${run.target} `.length);
+  const method = run => run.method;
   const drawSettings = () => {
     const list = (fates[fateGroup.value]?.settings ?? []).filter(row => row.value === fateFacts.value).map(row => ({...byId[row.run], ...row}));
     at("settings").hidden = !list.length;
