@@ -113,12 +113,14 @@ def test_a_second_start_waits_for_what_an_earlier_one_handed_in(
     caplog.set_level("INFO")
     first, second = (tmp_path / "sweeps" / name for name in ("first", "second"))
     runs = [PlannedRun([f"sparsity=0.{i}", "target=att"], f"run{i}", "dense") for i in range(5)]
-    for folder, planned in ((first, runs[:4]), (second, runs[::-1])):
+    other = PlannedRun([*runs[4].overrides, "output.save_model=true"], "run4", "dense")
+    as_before = [PlannedRun([*run.overrides, "run.detach=true"], run.run_id, "dense") for run in runs[:4]]
+    for folder, planned in ((first, [*as_before, other]), (second, runs[::-1])):
         folder.mkdir(parents=True)
         write_plan(folder, planned, at_once=2)
-    for i, job_id in enumerate(("7_0", "7_1", "7_2")):  # of the fourth nothing is noted yet
-        HandedIn(job_id, f"{i}.log", first / str(i)).write(first / str(i))
-    alive.write_text("7_0\n7_1\n8\n")  # the third is over
+    for i in (0, 1, 2, 4):  # of the fourth nothing is noted yet
+        HandedIn(f"7_{i}", f"{i}.log", first / str(i)).write(first / str(i))
+    alive.write_text("7_0\n7_1\n7_4\n8\n")  # the third is over, the fifth keeps a model besides
 
     def started(force: bool = False) -> dict[int, HandedIn]:
         launcher = SlurmLauncher()

@@ -206,8 +206,9 @@ class SlurmLauncher(ProcessLauncher):
 
 
 def _what(run: PlannedRun) -> tuple[str, str, frozenset[str]]:
-    """What a job does and how, whichever sweep it is of."""
-    return run.run_id, run.baseline_id, frozenset(run.overrides)
+    """What a job of an outputs folder does and how, whichever sweep it is of, and however that was started."""
+    how = (override for override in run.overrides if not override.startswith(("run.", "output.dir=")))
+    return run.run_id, run.baseline_id, frozenset(how)
 
 
 def living_jobs() -> set[str]:

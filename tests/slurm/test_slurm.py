@@ -124,6 +124,23 @@ def test_a_detached_sweep_goes_on_by_itself(sweep: Any, tmp_path: Path) -> None:
     assert status.states == ["done", "done"], status.outcomes
 
 
+def test_a_second_start_waits_for_what_the_first_handed_in(sweep: Any, slurm: dict[str, str], tmp_path: Path) -> None:
+    process = sweep("sparsity=0.1,0.2", "run.detach=true", "hydra.launcher.options={hold:true}")
+    output, _ = process.communicate(timeout=PATIENCE)
+    (array,) = re.findall(r"submitted 2 runs as job array (\d+)", output)
+    again = sweep("sparsity=0.1,0.2,0.3")
+    notes = lambda: list((tmp_path / "outputs" / "sweeps").glob("*/*/slurm_job"))  # noqa: E731
+    wait_until(lambda: len(notes()) == 5, again)
+    assert [note.read_text().startswith(array) for note in notes()].count(True) == 4
+    subprocess.run(["scontrol", "release", array], check=True, env=slurm)
+    output, _ = again.communicate(timeout=PATIENCE)
+    assert again.returncode == 0, output
+    assert re.search(rf"2 runs are queued or running already, as job array {array}: sparsity=0.1, sparsity=0.2", output)
+    assert "submitted 1 runs" in output and "3 runs done, 0 failed" in output
+    assert [way(tmp_path).count(f"compression-0.{i}") for i in (1, 2, 3)] == [1, 1, 1]
+    assert [found.states for found in sweeps(tmp_path / "outputs")] == [["done"] * 2, ["done"] * 3]
+
+
 def test_walltime_is_continued(sweep: Any, slurm: dict[str, str], tmp_path: Path) -> None:
     """The limit is brought near once the run has its first suite, so that a slow start is not taken for a slow run."""
 
