@@ -69,3 +69,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(command, tmp_path, arguments, 
 def test_settings_inside_a_part_are_left_to_its_class():
     typed = ["-m", "recovery=idp,concat", "recovery.prompts=[1,2]", "target=att", "seed=0,1", "+recovery.roles=[ff]"]
     assert settled_by_classes(typed) == [*typed[:2], "++recovery.prompts=[1,2]", *typed[3:]]
+    options = ["hydra.launcher.options={reservation: night}", "hydra.launcher.options.hold=true"]
+    assert settled_by_classes(["hydra.launcher.gpus=0", *options]) == [
+        "hydra.launcher.gpus=0",
+        *(f"++{option}" for option in options),
+    ]

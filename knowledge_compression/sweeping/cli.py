@@ -91,9 +91,9 @@ def settled_by_classes(arguments: Sequence[str]) -> list[str]:
     """Settings inside a part, as in ``recovery.rank=8``, for Hydra to take whether or not a file lists them.
 
     Whether they exist is the class's to say, see :func:`~knowledge_compression.building.build`; and a file that a sweep
-    chooses may list what that of the defaults does not.
+    chooses may list what that of the defaults does not. Options of ``sbatch`` are its own to know.
     """
-    inside = re.compile(rf"({'|'.join(GROUPS)}|tracker)\.[^=]+=")
+    inside = re.compile(rf"(({'|'.join(GROUPS)}|tracker)\.[^=]+|hydra\.launcher\.options(\.[^=]+)?)=")
     return [f"++{argument}" if inside.match(argument) else argument for argument in arguments]
 
 
