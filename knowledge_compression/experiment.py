@@ -1,4 +1,4 @@
-"""What a run is: its parts, what of them decides the result, and whether that result is there already."""
+"""An experiment: the parts of a run, what of them decides the result, and whether that result exists already."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from knowledge_compression.results.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
-SAVES = (False, True, "packed")  # what of a compressed model a run may keep
+SAVES = (False, True, "packed")  # the forms in which a run may keep its compressed model
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that one run is made of.
+    """The parts of one run.
 
     Attributes:
         source: where the model comes from.
         target: which of its layers are compressed.
-        compression, recovery: what is done to it.
-        corpus: text for calibration and recovery, drawn only where one of them needs it.
-        suites: what the model is asked, by name.
-        called: what the user called a compression or a recovery of that class, e.g. ``{Gptq: "gptq"}``.
-        seed: what the user gave the parts that draw; it decides nothing but through their own ``seed`` fields.
-        device, dtype: as the user chose them.
-        scoring_dtype: type of the products that score the model, see ``models.device``.
-        save_model: whether the compressed model is kept in the run's folder, as it is before recovery; ``packed`` keeps
-            it as a packed GPTQ checkpoint.
-        kept_models: where compressed models are kept for other runs; None compresses in every run.
+        compression, recovery: how it is compressed and recovered.
+        corpus: text for calibration and recovery, drawn only if one of them needs it.
+        suites: the evaluation suites, by name.
+        called: the user's name for a compression or recovery class, e.g. ``{Gptq: "gptq"}``.
+        seed: the seed given to the random parts; it has an effect only through their own ``seed`` fields.
+        device, dtype: the user's choices.
+        scoring_dtype: dtype of the products in scoring, see ``models.device``.
+        save_model: whether the compressed model, before recovery, is saved in the run's folder; ``packed`` saves it as
+            a packed GPTQ checkpoint.
+        kept_models: the cache of compressed models for other runs; None compresses in every run.
         holds: whether the model stays in memory for other runs of this process.
     """
 
@@ -79,25 +79,25 @@ class Experiment:
 
     @property
     def loads(self) -> bool:
-        """Whether the model is needed whole at some time."""
+        """Whether the whole model is needed at some point."""
         return bool(self.suites) or self.recovery.trains or not self.streams
 
     @cached_property
     def loader(self) -> ModelSource:
-        """Where this run gets its model from: the source, or what is held of it."""
+        """The source from which this run gets its model: its own, or one that holds the loaded model."""
         return HeldSource(self.source) if self.holds else self.source
 
     @property
     def needs_text(self) -> bool:
-        """Whether a corpus decides the result."""
+        """Whether the corpus affects the result."""
         return self.compression.calibrated or self.recovery.trains
 
     def dense(self) -> Experiment:
-        """The baseline that this run is compared with."""
+        """The dense baseline of this run."""
         return replace(self, compression=NoCompression(), recovery=NoRecovery(), called={}, save_model=False)
 
     def __post_init__(self) -> None:
-        """Refuse parts that are none, and what no run can keep."""
+        """Refuse objects that are not parts, and unknown forms of saving."""
         if not isinstance(self.recovery, Recovery):
             raise BadInput(
                 f"{type(self.recovery).__module__}.{type(self.recovery).__qualname__} is not a recovery; derive from "
@@ -109,10 +109,10 @@ class Experiment:
             )
 
     def check(self) -> None:
-        """Refuse what can be seen to be wrong from the model's configuration, before anything is loaded or computed.
+        """Refuse settings that contradict the model's configuration, before anything is loaded or computed.
 
         Raises:
-            BadInput: the device or the model is not to be had, or the model has no layers of the target.
+            BadInput: the device or the model is not available, or the model has no layers of the target.
         """
         resolve_device(self.device)
         skeleton = self.loader.skeleton()
@@ -123,12 +123,12 @@ class Experiment:
 
     @cached_property
     def id(self) -> str:
-        """Hash of what decides the result; paths, names, speeds, tracker and launcher do not."""
+        """Hash of everything that decides the result; paths, names, settings of speed, tracker and launcher do not."""
         return digest_of(self.identity)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What decides the result: the identities of the parts that have a say in it."""
+        """What decides the result: the identities of the parts that affect it."""
         deciding = self._of_compressed | {"eval": {name: known_identity(suite) for name, suite in self.suites.items()}}
         if self._scoring_type is not None:
             deciding["scored_in"] = f"torch.{self._scoring_type}"
@@ -140,13 +140,13 @@ class Experiment:
 
     @property
     def drawn(self) -> bool:
-        """Whether anything that decides the result is drawn by lot, so that another seed is another run."""
+        """Whether anything that decides the result is random, so that another seed is another run."""
         text = [self.corpus] if self.needs_text else []
         return any(map(draws, [self.compression, self.recovery, *text, *self.suites.values()]))
 
     @property
     def choices(self) -> dict[str, str]:
-        """What the user knows each part by: its own name, for compressions and recoveries that of the file chosen."""
+        """The user's name for each part: its own name or, for compressions and recoveries, that of the chosen file."""
         done: dict[str, Any] = {"compression": self.compression, "recovery": self.recovery}
         named: dict[str, Any] = {"model": self.source, "target": self.target, "corpus": self.corpus}
         return {group: str(part.name) for group, part in named.items()} | {
@@ -155,10 +155,10 @@ class Experiment:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The parts as plain data: what ``config.yaml`` keeps, trackers show and tables name.
+        """The parts as plain data: the content of ``config.yaml``, shown by trackers and used in tables.
 
-        ``choices`` has what each part is called, ``identity`` what of all this decides; a run in which nothing is drawn
-        has no ``seed``. What looks like a secret is left out.
+        ``choices`` holds the names of the parts, ``identity`` what decides the result; a run without randomness has no
+        ``seed``. Anything that looks like a secret is left out.
         """
         parts = {"model": self.source, "target": self.target, "compression": self.compression}
         parts |= {"recovery": self.recovery, "corpus": self.corpus}
@@ -178,7 +178,7 @@ class Experiment:
 
     @cached_property
     def scored_in(self) -> torch.dtype | None:
-        """Type of the products that score the model; None for the model's own."""
+        """Dtype of the products in scoring; None for the model's own."""
         return None if self._scoring_type is None else torch_dtype(self._scoring_type)
 
     @cached_property
@@ -189,9 +189,9 @@ class Experiment:
 
     @property
     def compressed_id(self) -> str:
-        """Hash of what decides the compressed model: runs that share it differ in what follows."""
+        """Hash of everything that decides the compressed model: runs that share it differ only in later steps."""
         deciding = self._of_compressed | {
-            "device": kind_of(self.device),  # another kind of device rounds otherwise
+            "device": kind_of(self.device),  # another kind of device rounds differently
             "made_with": [code_of(self.compression), torch.__version__],
         }
         if self.compression.calibrated:
@@ -200,7 +200,7 @@ class Experiment:
 
     @cached_property
     def _of_compressed(self) -> dict[str, Any]:
-        """What decides everything up to the compression."""
+        """What decides everything up to and including the compression."""
         weights = weight_type(self.dtype, lambda: kind_of(self.device))
         deciding: dict[str, Any] = {
             "model": known_identity(self.source),
@@ -210,27 +210,29 @@ class Experiment:
             deciding["target"] = known_identity(self.target)
             deciding["compression"] = known_identity(self.compression)
         if self.streams:
-            deciding["streamed"] = True  # in the checkpoint's own floating type
+            deciding["streamed"] = True  # in the checkpoint's own dtype
         return deciding
 
     def run(self, store: RunStore, tracker: Tracker, *, force: bool = False) -> Run:
-        """Do the run, or give the one that is there.
+        """Do the run, or return the finished one.
 
         Raises:
-            BadInput: what was asked for does not fit together; nothing is written.
+            BadInput: the settings contradict one another; nothing is written.
         """
         if not force and (done := self._done(store)):
             return done
-        from knowledge_compression.running import do  # with all that computing takes, which a finished run does not
+        from knowledge_compression.running import (
+            do,
+        )  # imports everything for computing, which a finished run does not need
 
         self.check()
         with store.claim(self.id, afresh=force) as workplace:
-            if not force and (done := self._done(store)):  # by whoever had the claim before us
+            if not force and (done := self._done(store)):  # by the process that had the claim before
                 return done
             return store.write(do(self, workplace, tracker, afresh=force))
 
     def is_done(self, store: RunStore) -> bool:
-        """Whether the run is in the store, with its model where one is wanted."""
+        """Whether the run is in the store, with its model if that is to be saved."""
         return self._found(store) is not None
 
     def _done(self, store: RunStore) -> Run | None:
@@ -246,5 +248,5 @@ class Experiment:
 
 
 def _asked_sparsity(compression: Compression) -> float:
-    """The share of weights that a compression was asked to remove; 0 where it removes none."""
+    """The share of weights that a compression was asked to remove; 0 if it removes none."""
     return max((float(getattr(part, "sparsity", 0.0)) for part in compression.parts), default=0.0)

@@ -1,13 +1,13 @@
-"""Libraries that take seconds to import, under their usual names: each is imported when something of it is first used.
+"""Libraries that take seconds to import, under their usual names: each is imported when it is first used.
 
-To describe a run, and to see that it is finished, takes none of them. So a module that says what a part is names them
-through this one, and may be imported without them::
+Describing a run, and seeing that it is finished, needs none of them. A module that defines a part therefore refers to
+them through this one, and can be imported without them::
 
     from knowledge_compression.heavy import torch
 
-What needs such a library while it is being imported itself (a subclass of ``torch.nn.Module``, a decorator, a function
-that is registered) lies in a module of its own, which whoever does the work imports inside a function. This module goes
-when Python has lazy imports of its own (PEP 810).
+Code that needs such a library at import time (a subclass of ``torch.nn.Module``, a decorator, a registered function) is
+in a separate module, which is imported inside the functions that use it. This module becomes unnecessary once Python
+has lazy imports (PEP 810).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["functional", "nn", "pl", "stats", "torch"]
 
 
 class _Heavy(ModuleType):
-    """Stands for a library until something of it is used."""
+    """A placeholder for a library until it is used."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(import_module(self.__name__), name)

@@ -78,7 +78,7 @@ def test_a_job_that_takes_too_much_memory_is_ended(tmp_path: Path) -> None:
 def test_a_killed_job_is_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcomes = launched(tmp_path, ["kill_once", "kill"], retries=1, at_once=2)
     assert [outcome.status for outcome in outcomes] == ["done", "failed"]
-    assert capsys.readouterr().err.count("trying again") == 2
+    assert capsys.readouterr().err.count("retrying") == 2
 
 
 def test_launchers_refuse_what_they_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:

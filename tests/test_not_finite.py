@@ -110,7 +110,7 @@ def test_such_a_run_is_named_and_nothing_follows_from_it(capsys, tmp_path):
         run.report["model"]["note"] = ""
     show([small, broken], {small.id: dense, broken.id: dense}, tmp_path)
     said = " ".join(capsys.readouterr().out.split())
-    assert f"{broken.id[:8]}: atlas gives no figures, as {why}" in said
+    assert f"{broken.id[:8]}: atlas has no valid result: {why}" in said
     assert broken.id not in (tmp_path / "table.csv").read_text()
 
 
@@ -134,7 +134,7 @@ def test_a_run_of_a_model_with_broken_weights_says_so_wherever_it_is_shown(capfd
         return " ".join(f"{told.out} {told.err}".split())
 
     why = "weights of the model are not finite (bert.embeddings.token_type_embeddings.weight)"
-    assert f"lama gives no figures, as {why}" in said("run", *arguments.split())
+    assert f"lama has no valid result: {why}" in said("run", *arguments.split())
     (run,) = RunStore("out")
     assert run.metrics == {"lama.items": run.items.height} and run.items.height
     assert run.items["correct"].null_count() == run.items.height

@@ -272,8 +272,8 @@ def test_a_folder_of_another_version_is_named_and_skipped(tmp_path: Path) -> Non
 
 
 DAMAGES = {  # the file, what is done to its bytes, and what is said
-    "items broken in the middle": ("items.parquet", lambda b: b[:40] + bytes(16) + b[56:], "not those that were"),
-    "layers broken": ("layers.json", lambda b: b.replace(b"3", b"4"), "not those that were written"),
+    "items broken in the middle": ("items.parquet", lambda b: b[:40] + bytes(16) + b[56:], "it has changed since"),
+    "layers broken": ("layers.json", lambda b: b.replace(b"3", b"4"), "changed since it was written"),
     "a word for a metric": ("metrics.json", lambda _: b'{"probe.accuracy": "high"}', "probe.accuracy: Input should be"),
     "a list of metrics": ("metrics.json", lambda _: b"[1]", "the whole: Input should be"),
     "no seed": ("config.yaml", lambda b: b.replace(b"seed: 0\n", b""), "seed: Field required"),
@@ -291,7 +291,7 @@ DAMAGES = {  # the file, what is done to its bytes, and what is said
         ),
         "more than 1,000,000 values",
     ),
-    "settings that hold themselves": ("config.yaml", lambda b: b + b"self: &s [*s]\n", "it holds itself"),
+    "settings that hold themselves": ("config.yaml", lambda b: b + b"self: &s [*s]\n", "it contains itself"),
     "settings without end": ("config.yaml", lambda b: b + b"deep: " + b"[" * 200 + b"]" * 200, "deeper than 100"),
     "a report without model": ("report.json", lambda b: b.replace(b'"model"', b'"modal"'), "model: Field required"),
     "a sparsity of two": ("report.json", lambda b: b.replace(b"0.5", b"2.5"), "compression.sparsity: Input should be"),

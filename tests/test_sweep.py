@@ -139,7 +139,7 @@ def test_a_damaged_run_is_named_and_done_again(command: Any, tmp_path: Path) -> 
 def test_a_run_that_fails_is_tried_again(command: Any, tmp_path: Path) -> None:
     (tmp_path / "mishaps" / "probe").write_text("bad luck")
     status, said = command("-m", "target=all", "sparsity=0.2", "run.retries=1")
-    assert status == 0 and "trying again" in said
+    assert status == 0 and "retrying" in said
     assert way(tmp_path).count("compression-0.2") == 1  # the compressed model is kept
     assert way(tmp_path).count("probe") == 3
 

@@ -1,4 +1,4 @@
-"""What takes the items themselves, or ink: intervals of the figures of a summary, and the figures as drawings."""
+"""The parts of a summary that need items or a plotting library: intervals, and the figure."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from knowledge_compression.statistics import Estimate, accuracies, accuracy, dro
 
 
 def literal_text() -> AbstractContextManager[None]:
-    """Names in figures are drawn as they stand: a ``$`` in one begins no formula."""
+    """Draw names in figures literally: a ``$`` does not begin a formula."""
     return rc_context({"text.parse_math": False})
 
 
 def write(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """The rows of a summary as ``table.csv``, and their figure as ``drop.png`` and ``drop.svg``."""
+    """Write the rows of a summary as ``table.csv``, and their figure as ``drop.png`` and ``drop.svg``."""
     table = pl.DataFrame(rows, infer_schema_length=None, strict=False)
     table.write_csv(folder / "table.csv")
     with literal_text():
@@ -35,11 +35,11 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 
 def drop_figure(table: pl.DataFrame) -> Figure:
-    """Drop against how much was taken, one panel a suite, one line for whatever else varies, the majority dashed.
+    """The drop against the amount of compression, one panel per suite, one line per other setting, the majority dashed.
 
-    How much is the sparsity that was reached; where that is the same in all, the first number that varies, such as the
-    bits; where none does, the runs stand side by side. In the style of Figures 2 and 5 of The Cost of Compression
-    (Namburi et al., 2023).
+    The amount is the sparsity reached; if that is the same in all runs, the first number that varies, e.g. the bits; if
+    none does, the runs are side by side. In the style of Figures 2 and 5 of The Cost of Compression (Namburi et al.,
+    2023).
     """
     suites = table["suite"].unique(maintain_order=True).to_list()
     figure = Figure(figsize=(6.4 * len(suites), 4.4), layout="constrained")
@@ -60,7 +60,7 @@ def drop_figure(table: pl.DataFrame) -> Figure:
             ]
             points = line.sort(x_column)
             x = [100 * v if x_column == "reached_sparsity" else v for v in points[x_column]]
-            # Every line starts where nothing was removed and nothing lost, unless nothing is ever removed (int8).
+            # Every line starts at no sparsity and no loss, unless no run has sparsity (int8).
             start = [0.0] if x_column == "reached_sparsity" and points[x_column].max() else []
             (drawn,) = axes.plot([*start, *x], [*start, *points["drop_percent"]], marker="o", label=" ".join(words))
             low, high = (points[f"drop_{end}"].fill_null(points["drop_percent"]) for end in ("low", "high"))
@@ -82,7 +82,7 @@ def drop_figure(table: pl.DataFrame) -> Figure:
 
 
 def _x_axis(rows: pl.DataFrame) -> tuple[str, str]:
-    """The column that a figure's horizontal axis shows, and what is written there."""
+    """The column on a figure's horizontal axis, and its label."""
     if rows["reached_sparsity"].n_unique() > 1:
         return "reached_sparsity", "sparsity of the target (%)"
     asked = (rows[name] for name in asked_columns(rows.columns))
@@ -93,7 +93,7 @@ def _x_axis(rows: pl.DataFrame) -> tuple[str, str]:
 
 
 def task_figure(run: Run, suite: str) -> Figure | None:
-    """Accuracy of one run by task of one suite, with 95 % intervals; None where the suite has no right answers."""
+    """Accuracy of one run by task of one suite, with 95 % intervals; None if the suite has no right answers."""
     by_task = _answers(run, suite, "correct").partition_by("task", as_dict=True)
     tasks = {str(task): accuracy(answers["correct"].to_numpy()) for (task,), answers in sorted(by_task.items())}
     if not tasks:
@@ -108,7 +108,7 @@ def task_figure(run: Run, suite: str) -> Figure | None:
     return figure
 
 
-# What each headline is computed from: a column of the items, its estimates, and those of the loss beside the baseline.
+# The inputs of each headline: a column of the items, its estimates, and those of the loss relative to the baseline.
 _ESTIMATES: Mapping[str, tuple[str, Callable[..., list[Estimate]], Callable[..., list[Estimate]]]] = {
     "accuracy": ("correct", accuracies, drops),
     "perplexity": (
@@ -120,7 +120,7 @@ _ESTIMATES: Mapping[str, tuple[str, Callable[..., list[Estimate]], Callable[...,
 
 
 def intervals(asked: Sequence[tuple[Run, Run, str, str]]) -> list[dict[str, float]]:
-    """The 95 % intervals of each value and of what was lost, beside its baseline; none where the items are not there.
+    """The 95 % intervals of each value and of its loss relative to the baseline; none if the items are missing.
 
     Args:
         asked: run, baseline, suite and headline of each.

@@ -1,4 +1,4 @@
-"""What a result was made with: versions, hardware, time."""
+"""The environment of a result: versions, hardware, time."""
 
 from __future__ import annotations
 

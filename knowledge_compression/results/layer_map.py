@@ -1,4 +1,4 @@
-"""Where in the network a compression hurt: a heat map with a column for each block and a row for each linear in it."""
+"""The layer map: a heat map of a compression's damage, with a column per block and a row per linear layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
 
-# What a map can show, by the name the user reads on it; the first that a report has is drawn.
+# What a map can show, by its label; the first quantity that a report has is drawn.
 QUANTITIES: Mapping[str, Callable[[LayerReport], float | None]] = {
     "relative output error": lambda layer: layer.error_after,
     "share of weights removed": lambda layer: layer.sparsity if layer.removed else None,
@@ -23,9 +23,9 @@ def layer_map(report: CompressionReport, quantity: str | None = None) -> bytes:
     """Draw a compression, layer by module, as a PNG.
 
     Args:
-        report: what the compression did; it must have touched a layer.
+        report: the compression's report, with at least one layer.
         quantity: one of :data:`QUANTITIES`; the first that the report has if None. Errors are drawn on a logarithmic
-            scale. Linears outside the blocks have a column of their own.
+            scale. Linear layers outside the blocks have a separate column.
 
     Returns:
         The image.

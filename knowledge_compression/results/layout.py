@@ -1,4 +1,4 @@
-"""Where an outputs folder keeps what: finished runs, unfinished ones, the leases on them, sweeps. Known here alone."""
+"""The layout of an outputs folder: finished runs, unfinished ones, their leases, and sweeps. Defined only here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SAVED = "model"  # folder of the compressed model inside a run's folder
 
 @dataclass(frozen=True)
 class Layout:
-    """The places under one outputs folder.
+    """The paths under one outputs folder.
 
     Attributes:
         folder: the outputs folder.
@@ -20,7 +20,7 @@ class Layout:
 
     @property
     def runs(self) -> Path:
-        """The folder of finished runs, each in one that has its id for a name."""
+        """The folder of finished runs, each in a folder named by its id."""
         return self.folder / "runs"
 
     def unfinished(self, run_id: str) -> Path:
@@ -28,9 +28,9 @@ class Layout:
         return self.folder / "unfinished" / run_id
 
     def lease(self, run_id: str) -> Path:
-        """The file that the one process has which makes the run."""
+        """The lease file held by the process that is making the run."""
         return self.unfinished(run_id).with_name(f"{run_id}.lock")
 
     def sweeps_with(self, name: str) -> list[Path]:
-        """The files of that name in the folders of sweeps, oldest sweep first."""
+        """The files with that name in the folders of sweeps, oldest sweep first."""
         return sorted(self.folder.glob(f"sweeps/*/{name}"))

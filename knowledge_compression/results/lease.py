@@ -1,4 +1,4 @@
-"""The lease on a run: one process makes the run, on any host, and others can see which."""
+"""The lease on a run: only one process, on any host, makes a run, and others can see which."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LEASE = 60.0  # seconds without a sign of life after which another process may t
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that has a lease, and so is making a run.
+    """The process that holds a lease and so is making a run.
 
     Attributes:
-        pid, host: which process, and where.
+        pid, host: its process id and host.
     """
 
     pid: int
@@ -33,15 +33,15 @@ class Holder:
 
 
 def holder(file: Path, lease: float = LEASE) -> Holder | None:
-    """The living process that has the lease, or None.
+    """The living process that holds the lease, or None.
 
-    A process of this host is looked for; one of another host counts as alive if it renewed the lease within ``lease``
-    seconds of this host's clock, which is good enough to be shown: nobody takes a run over because of it.
+    On this host the process itself is checked. A process on another host counts as alive if it renewed the lease within
+    ``lease`` seconds by this host's clock, which is good enough for display: no run is taken over because of it.
     """
     found = SoftFileLease(file, lease_duration=lease).owner
     if found is None:
         return None
-    host, _, namespace = found.hostname.partition("?pidns-")  # filelock names a container's own processes that way
+    host, _, namespace = found.hostname.partition("?pidns-")  # filelock's notation for a container's own processes
     if host == socket.gethostname() and namespace == _namespace():
         return Holder(found.pid, host) if _is_alive(found.pid) else None
     with suppress(FileNotFoundError):
@@ -59,7 +59,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _namespace() -> str:
-    """The namespace of process ids, as filelock writes it; empty for the host's own."""
+    """The namespace of process ids in filelock's notation; empty for the host's own."""
     with suppress(OSError):
         inode = Path("/proc/self/ns/pid").stat().st_ino
         return "" if inode == 0xEFFFFFFC else f"{inode:x}"  # PROC_PID_INIT_INO of linux/proc_ns.h
@@ -68,11 +68,12 @@ def _namespace() -> str:
 
 @contextmanager
 def leased(file: Path, lease: float = LEASE) -> Iterator[None]:
-    """Be the one process that has the lease, on whichever host; others are waited for.
+    """Hold the lease, as the only process on any host; wait if another process holds it.
 
-    Its owner touches the file every ``lease / 3`` seconds. It is stale when its owner is dead on this host, or when the
-    file was not touched for ``lease`` seconds of the waiting process's own clock: clocks of different hosts are never
-    compared. A process that slept longer than that goes on; both then write the same result, and the store keeps one.
+    Its owner touches the file every ``lease / 3`` seconds. It is stale if its owner is dead on this host, or if the
+    file was not touched for ``lease`` seconds by the waiting process's own clock: clocks of different hosts are never
+    compared. An owner that was suspended for longer continues afterwards; both then write the same result, and the
+    store keeps one.
 
     Raises:
         OSError: the file cannot be written.
@@ -85,8 +86,8 @@ def leased(file: Path, lease: float = LEASE) -> Iterator[None]:
             held.acquire(timeout=patience)
         except Timeout:
             log.info("%s is making run %s; this process waits for it", holder(file, lease) or "another", file.stem)
-            patience = -1.0  # for ever: a dead owner's lease ends
-        except FileNotFoundError:  # the last one to leave took the empty folder with it
+            patience = -1.0  # no time limit: a dead owner's lease expires
+        except FileNotFoundError:  # the previous owner removed the empty folder
             continue
     try:
         yield

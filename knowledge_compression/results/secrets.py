@@ -1,4 +1,4 @@
-"""What looks like a secret and is written nowhere: by its name, by its shape, or because the environment holds it."""
+"""Recognizing secrets, which are never written: by name, by form, or because the environment contains them."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _SHAPE = re.compile(
     r"hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[\w-]{20,}|AKIA[A-Z0-9]{16}|xox[abprs]-[\w-]{10,}"
     r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
 )
-# A key of W&B, unless it is the commit of a git repository, as in the paths and names of the hub's files.
+# A W&B key, unless it is a git commit, as in paths and names of files from the hub.
 _HEX = re.compile(r"(?<![0-9a-fA-F/@])[0-9a-f]{40}(?![0-9a-fA-F])")
 _COMMIT = re.compile(r"(revision|commit|content)$")
 
 
 def is_secret(name: str, value: object) -> bool:
-    """Whether a setting looks like one."""
+    """Whether a setting looks like a secret."""
     text = str(value)
     return bool(_NAME.search(name) or text in _of_the_environment() or _without_shapes(name, text) != text)
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:
-    """A command line in which what looks like a secret is ``***``."""
+    """A command line with ``***`` in place of anything that looks like a secret."""
     return list(_hidden(arguments))
 
 
 def hidden(settings: Any) -> Any:
-    """Plain data in which what looks like a secret is ``***``, at any depth."""
+    """Plain data with ``***`` in place of anything that looks like a secret, at any depth."""
     held = _of_the_environment()
 
     @cache

@@ -1,4 +1,4 @@
-"""What the files of a run must hold for anything to be read from them: a store may be damaged, or anyone's."""
+"""The required content of a run's files, checked before use: a store may be damaged or come from anyone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from knowledge_compression.errors import first_line
 from knowledge_compression.evaluation.suite import ITEM_COLUMNS
 from knowledge_compression.heavy import pl
 
-_LARGEST = 1_000_000  # values in one file, aliases of YAML counted each time: a few lines of it can stand for millions
+_LARGEST = 1_000_000  # values in one file, counting YAML aliases each time: a few lines can expand to millions
 _OPEN = ConfigDict(extra="allow", strict=True)
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -47,7 +47,7 @@ class _Config(TypedDict):
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     choices: _Choices
     eval: dict[str, dict[str, Any]]
-    seed: int | None  # of what was drawn by lot; None where nothing was
+    seed: int | None  # of the random draws; None if there were none
     sparsity: float
     reading: str
     compression: _HowCompressed
@@ -120,10 +120,10 @@ _SHAPES: Mapping[str, TypeAdapter[Any]] = {
 
 
 def checked(name: str, content: Any) -> Any:
-    """What a file holds, if nothing that is read of it is missing or of the wrong kind; of metrics null is nan.
+    """A file's content, checked for missing fields and wrong types; null metrics become nan.
 
     Raises:
-        ValueError: it does not fit; the message names the value.
+        ValueError: a check fails; the message names the value.
     """
     _check_size(content, [0], {})
     try:
@@ -138,7 +138,7 @@ def checked(name: str, content: Any) -> Any:
 
 
 def check_agreement(config: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-    """Refuse a report that lacks a suite that was asked.
+    """Refuse a report that lacks one of the run's suites.
 
     Raises:
         ValueError: it does.
@@ -148,20 +148,20 @@ def check_agreement(config: Mapping[str, Any], report: Mapping[str, Any]) -> Non
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file whose text can be written again.
+    """Read a JSON file whose text can be written again.
 
     Raises:
         ValueError: it is not JSON.
     """
     content = path.read_bytes()
     found = json.loads(content)
-    if b"\\ud" in content.lower():  # halves of a pair of code units, which are no text
+    if b"\\ud" in content.lower():  # lone surrogates, which are not text
         json.dumps(found, ensure_ascii=False).encode()
     return found
 
 
 def finite(value: Any) -> Any:
-    """A value whose figures that are not finite are None, at any depth."""
+    """A value with None in place of numbers that are not finite, at any depth."""
     if isinstance(value, Mapping):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -174,7 +174,7 @@ def columns_of(path: Path, *, whole: bool) -> dict[str, str]:
 
     Args:
         path: the Parquet file.
-        whole: decode all of it, where nothing else says that it is as it was written.
+        whole: whether to decode all of it, because nothing else shows that it is undamaged.
 
     Raises:
         ValueError: the file cannot be decoded.
@@ -189,7 +189,7 @@ def columns_of(path: Path, *, whole: bool) -> dict[str, str]:
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
-    """Refuse an item table whose columns are not those of a run.
+    """Refuse an item table without the columns of a run.
 
     Raises:
         ValueError: a column is missing or of another kind.
@@ -203,13 +203,13 @@ def check_columns(columns: Mapping[str, str]) -> None:
 
 
 def _check_size(value: Any, counted: list[int], inside: dict[int, bool]) -> None:
-    """Count what a value stands for, and refuse what holds itself."""
+    """Count the values inside a value, and refuse one that contains itself."""
     counted[0] += 1
     if counted[0] > _LARGEST:
-        raise ValueError(f"it stands for more than {_LARGEST:,} values")
+        raise ValueError(f"it expands to more than {_LARGEST:,} values")
     if isinstance(value, dict | list):
         if inside.get(id(value)):
-            raise ValueError("it holds itself")
+            raise ValueError("it contains itself")
         inside[id(value)] = True
         for part in value.values() if isinstance(value, dict) else value:
             if isinstance(part, dict | list):

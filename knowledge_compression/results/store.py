@@ -1,7 +1,7 @@
-"""The run store: one folder a finished run, named by the hash of what decides its result.
+"""The run store: one folder per finished run, named by the hash of what decides its result.
 
-Of a run on the disk only what a table of thousands of runs needs is held: settings, metrics, the report without its
-layers. Layers and items are read when they are asked for, and not kept.
+Only what a table of thousands of runs needs is kept in memory: settings, metrics, the report without its layers. Layers
+and items are read when needed and not kept.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from knowledge_compression.results.workplace import Workplace, discard
 log = logging.getLogger(__name__)
 
 LAYERS = "layers.json"
-_ASIDE = ".old"  # ends the hidden name of a run that another one takes the place of
+_ASIDE = ".old"  # suffix of the hidden name of a run that is being replaced
 _DEEPEST = 100  # levels of settings
-_TOP_LEVEL = re.compile(r"^(?=[^\s\-#])", re.MULTILINE)  # where a key of no indentation begins
-FORMAT = 2  # of a run folder; raised when a reader of old folders would misread new ones
-_READ = {1, 2}  # a run of format 1 does not say what decided it, and is compared with others of its kind alone
+_TOP_LEVEL = re.compile(r"^(?=[^\s\-#])", re.MULTILINE)  # where a key without indentation begins
+FORMAT = 2  # of a run folder; raised whenever a reader of old folders would misread new ones
+_READ = {1, 2}  # a run of format 1 does not record what decided it, and is compared only with others of its kind
 
 
 @dataclass
@@ -45,11 +45,11 @@ class Run:
 
     Attributes:
         id: hash of what decides the result.
-        config: the settings it was made with, as plain data.
+        config: its settings, as plain data.
         metrics: flat names (``atlas.accuracy``) to numbers.
-        report: what compression, recovery and each suite say of themselves, JSON-ready.
+        report: the reports of compression, recovery and each suite, JSON-ready.
         environment: versions, hardware, time, command.
-        folder: where it lies; None before it is written.
+        folder: its folder; None before it is written.
         items_digest: of the file of its items, as it was written; None where nobody noted it.
     """
 
@@ -64,11 +64,11 @@ class Run:
 
     @property
     def items(self) -> pl.DataFrame:
-        """The item table, read each time it is asked for."""
+        """The item table, read on each access."""
         return self.scan_items().collect()
 
     def scan_items(self) -> pl.LazyFrame:
-        """The item table, not yet read: only the columns and rows that are asked of it leave the disk.
+        """The item table, as a lazy table: only the columns and rows that are used are read.
 
         Raises:
             BadInput: the file has other columns than a run's, whatever else was noted of it.
@@ -83,14 +83,14 @@ class Run:
         return pl.scan_parquet(self.folder / ITEMS, glob=False)
 
     def only(self, condition: pl.Expr) -> Run:
-        """The run with just the items that meet a condition; like the whole table, they are not read before asked."""
+        """The run with only the items that meet a condition, as a lazy table."""
         return replace(self, items_digest=None, _items=self.scan_items().filter(condition))
 
     @property
     def void(self) -> dict[str, str]:
-        """By suite, why nothing follows from its answers: they, or weights of the model, are not finite.
+        """By suite, why its answers are void: they, or weights of the model, are not finite.
 
-        Such a suite gives no figures and is left out of whatever is concluded. Empty where all is finite.
+        Such a suite gives no figures and is left out of all conclusions. Empty if everything is finite.
         """
         if tensors := list(self.report.get("non_finite_weights", ())):
             more = f" and {len(tensors) - 1} more tensors" if tensors[1:] else ""
@@ -104,19 +104,19 @@ class Run:
 
     @property
     def stored_mb(self) -> float:
-        """What has to be kept of its model, in 10^6 bytes: the weights as compressed, and what a recovery trained.
+        """The stored size of its model in 10^6 bytes: the compressed weights and the parameters trained by a recovery.
 
-        Adapters are kept in float32.
+        Adapters are stored in float32.
         """
         trained = self.report.get("recovery", {}).get("trainable_parameters") or 0
         return float(self.report.get("compression", {}).get("stored_bytes", 0) + 4 * trained) / 1e6
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """What the compression did layer by layer, read each time it is asked for; empty where it touched none.
+        """The compression's report on each layer, read on each access; empty if it changed none.
 
         Raises:
-            ValueError: the file is not what a run writes.
+            ValueError: the file is invalid.
         """
         if self.folder is None or "layers" in self.report.get("compression", {}):
             return self.report.get("compression", {}).get("layers", [])
@@ -125,15 +125,15 @@ class Run:
 
 
 class Unreadable(Exception):
-    """A folder of the store that is no whole run of this version; the message says why."""
+    """A folder of the store that is not a complete run of this version; the message says why."""
 
 
 def _read_settings(path: Path) -> Any:
-    """A YAML file of settings. Runs of a sweep have most sections in common: each is read once, and shared."""
+    """A YAML file of settings. Runs of a sweep share most sections: each distinct section is parsed once."""
     text = path.read_text()
     try:
         sections = [_section(part) for part in _TOP_LEVEL.split(text) if part]
-    except yaml.YAMLError:  # one section refers to another
+    except yaml.YAMLError:  # a section refers to another
         return _loaded(text)
     if not all(isinstance(section, Mapping) for section in sections):
         raise ValueError("it names no values")
@@ -146,7 +146,7 @@ def _section(text: str) -> Any:
 
 
 def _loaded(text: str) -> Any:
-    """YAML of no great depth: libyaml's composer calls itself once a level, on a stack that nobody guards."""
+    """Parse YAML of limited depth: libyaml's composer recurses once per level, without a limit of its own."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.CSafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -160,7 +160,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# The files of a run that are read with it; of the large ones only whether they are as they were written.
+# The files of a run that are read with it; large ones are only checked for changes.
 _FILES: Mapping[str, Callable[[Path], Any]] = {
     "config.yaml": _read_settings,
     "metrics.json": read_json,
@@ -168,15 +168,16 @@ _FILES: Mapping[str, Callable[[Path], Any]] = {
     "environment.json": read_json,
 }
 ITEMS = "items.parquet"
-_WRONG = (OSError, ValueError, RecursionError, yaml.YAMLError)  # what a damaged file raises
+_WRONG = (OSError, ValueError, RecursionError, yaml.YAMLError)  # errors raised by damaged files
 
 
 class RunStore:
-    """Finished runs under ``<folder>/runs``; a folder that is there is whole.
+    """Finished runs under ``<folder>/runs``; a folder that exists is complete.
 
     Args:
-        folder: the outputs folder; it is made when the first run is claimed.
-        lease: see :func:`~knowledge_compression.results.lease.leased`; all who share the folder must agree on it.
+        folder: the outputs folder; created when the first run is claimed.
+        lease: see :func:`~knowledge_compression.results.lease.leased`; all processes that share the folder must agree
+            on it.
     """
 
     def __init__(self, folder: str | Path, lease: float = LEASE) -> None:
@@ -185,26 +186,26 @@ class RunStore:
 
     @property
     def runs_folder(self) -> Path:
-        """Where the run folders lie."""
+        """The folder of the run folders."""
         return self.layout.runs
 
     def workplace(self, run_id: str) -> Path:
-        """Where an unfinished run puts files that outlive it; :meth:`write` moves them into the run's folder."""
+        """The folder for files of an unfinished run; :meth:`write` moves them into the run's folder."""
         return self.layout.unfinished(run_id)
 
     def holder(self, run_id: str) -> Holder | None:
-        """The living process that is making a run, if one is."""
+        """The living process that is making a run, if any."""
         return holder(self.layout.lease(run_id), self.lease)
 
     @contextmanager
     def claim(self, run_id: str, *, afresh: bool = False) -> Iterator[Workplace]:
-        """Be the one process that does a run; another one that is at it, on any host, is waited for.
+        """Claim a run, as the only process on any host; wait if another process is making it.
 
-        What a dead attempt left half-written is cleared away, what it finished stays in the workplace.
+        Half-written files of a dead attempt are removed; what it finished stays in the workplace.
 
         Args:
-            run_id: which run.
-            afresh: forget what an interrupted attempt finished.
+            run_id: the run.
+            afresh: discard what an interrupted attempt finished.
 
         Raises:
             BadInput: the outputs folder cannot be written.
@@ -216,7 +217,7 @@ class RunStore:
                 stack.enter_context(leased(self.layout.lease(run_id), self.lease))
                 for scratch in self.runs_folder.glob(f".{run_id}-*"):
                     shutil.rmtree(scratch)
-                if (aside := self._aside(run_id)).is_dir():  # whoever put it there was killed
+                if (aside := self._aside(run_id)).is_dir():  # its writer was killed
                     shutil.rmtree(aside) if self._path(run_id).is_dir() else aside.rename(self._path(run_id))
                 if afresh:
                     discard(folder)
@@ -230,7 +231,7 @@ class RunStore:
             raise BadInput(f"output.dir={self.folder} cannot be written ({error.strerror})") from None
 
     def find(self, run_id: str) -> Run | None:
-        """The finished run of that hash, if it is there and can be read; a damaged one is named in the log."""
+        """The finished run with that hash, if it exists and can be read; a damaged one is named in the log."""
         found = self.look_up(run_id)
         if isinstance(found, str):
             log.warning("%s is left out: %s", self.runs_folder / run_id, found)
@@ -238,9 +239,8 @@ class RunStore:
         return found
 
     def look_up(self, run_id: str) -> Run | str | None:
-        """The finished run of that hash, or why it cannot be read, or None where it is not there."""
-        # A run that is being replaced lies aside for an instant, or since its replacer was killed; it is there again
-        # when it has just left that place.
+        """The finished run with that hash, or why it cannot be read, or None if it does not exist."""
+        # A run that is being replaced has another name for an instant, or for longer if its replacer was killed.
         for folder in (self._path(run_id), self._aside(run_id), self._path(run_id)):
             if folder.is_dir():
                 try:
@@ -250,13 +250,13 @@ class RunStore:
         return None
 
     def __iter__(self) -> Iterator[Run]:
-        """Every finished run that can be read, by hash; see :meth:`scan` for the others."""
+        """Every finished run that can be read, by hash; for the others see :meth:`scan`."""
         yield from self.scan()[0]
 
     def scan(self) -> tuple[list[Run], list[tuple[str, str]]]:
-        """Every finished run by hash, and the folders that cannot be read, each with the reason.
+        """Every finished run by hash, and the folders that cannot be read, with reasons.
 
-        A run writes its folder whole, so what lacks a file was copied by halves.
+        A run's folder is written as a whole, so a folder that lacks a file was copied incompletely.
         """
         folders = [path.name for path in self.runs_folder.iterdir()] if self.runs_folder.is_dir() else []
         aside = {name[1 : -len(_ASIDE)] for name in folders if name.startswith(".") and name.endswith(_ASIDE)}
@@ -266,13 +266,13 @@ class RunStore:
         return runs, [(run_id, why) for run_id, why in found.items() if isinstance(why, str)]
 
     def __contains__(self, run_id: str) -> bool:
-        """Whether the run of that hash is there and can be read."""
+        """Whether the run with that hash exists and can be read."""
         return self.find(run_id) is not None
 
     def write(self, run: Run, extra_files: Mapping[str, bytes] | None = None) -> Run:
-        """Write a run under a temporary name and rename it, so that no half-written folder is ever seen.
+        """Write a run under a temporary name and rename it, so that a half-written folder is never visible.
 
-        One that it replaces is found until then, and whenever this process is killed one of the two is.
+        A run that it replaces is visible until then, and if this process is killed, one of the two is visible.
 
         Raises:
             BadInput: the folder cannot be written.
@@ -283,12 +283,12 @@ class RunStore:
             scratch = Path(tempfile.mkdtemp(prefix=f".{run.id}-", dir=self.runs_folder))
             try:
                 digests = self._fill(scratch, run, extra_files or {})
-                if target.exists():  # a forced run, or another process that lost its claim, was there
+                if target.exists():  # there is one already: this run is forced, or another process lost its claim
                     shutil.rmtree(aside, ignore_errors=True)
                     target.rename(aside)
                 scratch.rename(target)
                 _flush(self.runs_folder)
-                discard(self.workplace(run.id))  # not before: until here it is what a killed run goes on from
+                discard(self.workplace(run.id))  # not earlier: until here a killed run resumes from it
                 shutil.rmtree(aside, ignore_errors=True)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -332,7 +332,9 @@ class RunStore:
         content: dict[str, Any] = {}
         with _named("environment.json"):
             content["environment"] = checked("environment.json", read_json(folder / "environment.json"))
-        if (version := content["environment"].get("format")) not in _READ:  # before its other files are judged by ours
+        if (
+            version := content["environment"].get("format")
+        ) not in _READ:  # before its other files are checked by this version's rules
             known = " and ".join(map(str, sorted(_READ)))
             raise Unreadable(f"of another version: its format is {version}, this program reads {known}")
         for name, read in _FILES.items():
@@ -346,7 +348,7 @@ class RunStore:
         for name in (ITEMS, LAYERS):
             with _named(name):
                 if name in digests and digests[name] != _digest(folder / name):
-                    raise ValueError("its bytes are not those that were written")
+                    raise ValueError("it has changed since it was written")
         with _named(ITEMS):
             if not (ITEMS in digests and isinstance(columns, Mapping)):
                 columns = columns_of(folder / ITEMS, whole=ITEMS not in digests)
@@ -359,7 +361,7 @@ class RunStore:
 
 @contextmanager
 def _named(file: str) -> Iterator[None]:
-    """What goes wrong with a file, as a reason to leave its run out."""
+    """Turn errors about a file into a reason to leave its run out."""
     try:
         yield
     except _WRONG as error:
@@ -367,12 +369,12 @@ def _named(file: str) -> Iterator[None]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    """JSON has no nan and no infinity: both are null."""
+    """JSON has neither nan nor infinity: both become null."""
     path.write_text(json.dumps(finite(content), indent=1, ensure_ascii=False, default=str, allow_nan=False) + "\n")
 
 
 def _flush(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk before going on."""
+    """Flush a file, or a folder's directory entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

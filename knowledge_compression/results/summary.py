@@ -1,7 +1,7 @@
-"""The table and the figure over a few runs: what each reached, and how far it fell from its dense baseline.
+"""The table and the figure of a few runs: results, and drops relative to the dense baseline.
 
-What takes long is kept in the user's cache: intervals by the digests of the items that they are of, figures by the rows
-that they show. So runs that are shown again take no library that reads items or draws.
+Slow results are kept in the user's cache: intervals by the digests of their items, figures by their rows. Showing runs
+again therefore needs no library that reads items or draws.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from knowledge_compression.results.varying import text_of, varied
 
 log = logging.getLogger(__name__)
 
-# The headline of a suite: the first of these that it has, and whether more of it is better.
+# The headline metric of a suite: the first of these that it has, and whether higher is better.
 HEADLINES = {"accuracy": True, "perplexity": False}
 
 
 def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None = None) -> None:
-    """Print the table of runs; with a folder, write it there as CSV beside the figure as PNG and SVG.
+    """Print the table of runs; with a folder, also write it there as CSV, and the figure as PNG and SVG.
 
     Args:
         runs: finished runs.
         baselines: the dense run of each, by run id.
-        folder: where the files go.
+        folder: where the files are written.
     """
     rows = drop_rows(runs, baselines)
     console = Console()
@@ -44,9 +44,9 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
         console = Console(width=190)  # a log keeps whole rows
     for run in {run.id: run for run in [*baselines.values(), *runs]}.values():
         for suite, why in run.void.items():
-            console.print(shown(f"{run.id[:8]}: {suite} gives no figures, as {why}"), style="red")
+            console.print(shown(f"{run.id[:8]}: {suite} has no valid result: {why}"), style="red")
     if not rows:
-        console.print("these suites give no accuracy or perplexity to compare; their results are in each run's folder")
+        console.print("these suites have no accuracy or perplexity to compare; their results are in each run's folder")
         return
     console.print(as_rich(rows))
     for note in sorted(
@@ -69,12 +69,12 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
 
 
 def shown(text: object) -> Text:
-    """Text of a store for a terminal: no markup of rich's, no control characters."""
+    """Text from a store for a terminal: without rich's markup and control characters."""
     return Text("".join(c if c.isprintable() else "�" for c in str(text)))
 
 
 def _left_out(run: Run) -> str | None:
-    """What a run's target left out inside the roles that it takes, in a line; None where that is nothing."""
+    """A line about what a run's target left out within its own roles; None if nothing."""
     parts = [part for part in run.report.get("compression", {}).get("left_out", ()) if part["inside"]]
     if not parts:
         return None
@@ -85,15 +85,15 @@ def _left_out(run: Run) -> str | None:
 
 
 def drop_rows(runs: Sequence[Run], baselines: Mapping[str, Run]) -> list[dict[str, Any]]:
-    """One row a run and suite, dense baselines first.
+    """One row per run and suite, dense baselines first.
 
     Returns:
         Rows of the same columns. First what varies among the runs and nothing else: a choice among files under its
         group (``target``), a setting as ``asked_<name>`` (``asked_bits``); None where a run has no such thing. Then
-        ``suite, metric, value, dense``, ``drop_percent`` (share of the dense value that was lost; for perplexity its
-        rise), the 95 % intervals ``value_low, value_high`` and ``drop_low, drop_high`` (paired bootstrap over items or
-        windows of text), ``majority_percent`` (the same for always giving the most frequent answer),
-        ``reached_sparsity, reached_bits, stored_mb, baseline, run``.
+        ``suite, metric, value, dense``, ``drop_percent`` (share of the dense value lost; for perplexity, the rise), the
+        95 % intervals ``value_low, value_high`` and ``drop_low, drop_high`` (paired bootstrap over items or windows of
+        text), ``majority_percent`` (the same for always giving the most frequent answer), ``reached_sparsity,
+        reached_bits, stored_mb, baseline, run``.
     """
     distinct = list({run.id: run for run in [*baselines.values(), *runs]}.values())
     settings = varied([run.config for run in distinct])
@@ -120,7 +120,7 @@ def asked_columns(columns: Sequence[str]) -> Sequence[str]:
 
 
 def _file_name(columns: Sequence[str]) -> str:
-    """``_by_target_sparsity``: what varies, as part of a file's name; nothing where nothing does."""
+    """``_by_target_sparsity``: what varies, as part of a file name; empty if nothing varies."""
     words = "_".join(re.sub(r"[^\w.-]+", "-", heading(column)) for column in columns)
     return f"_by_{words}"[:100] if words else ""
 

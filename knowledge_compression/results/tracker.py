@@ -1,4 +1,4 @@
-"""Where a run is shown while it goes on: what every tracker is, and the one that shows nothing."""
+"""Trackers show runs while they are in progress: the interface, and the tracker that shows nothing."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from knowledge_compression.results.store import Run
 
 
 class TrackedRun(Protocol):
-    """One run as the tracker sees it."""
+    """One run in a tracker."""
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Show figures of a moment, e.g. the training loss."""
+        """Log metrics of a step, e.g. the training loss."""
         ...
 
     def finish_with(self, run: Run, model: Path | None = None) -> None:
-        """Show the result; ``model`` is the folder of the compressed model, where one was saved."""
+        """Log the result; ``model`` is the folder of the compressed model, if one was saved."""
         ...
 
 
 class Tracker(Protocol):
-    """A place where runs are shown; always finished, also when the run fails."""
+    """A tracker; runs are always closed, even if they fail."""
 
     def track(self, run_id: str, settings: Mapping[str, Any]) -> Any:
-        """A context manager that gives the :class:`TrackedRun`."""
+        """A context manager that yields the :class:`TrackedRun`."""
         ...
 
 

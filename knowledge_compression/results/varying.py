@@ -1,4 +1,4 @@
-"""What tells the runs of a sweep from each other: exactly the settings in which they differ, whatever those are."""
+"""The settings in which the runs of a sweep differ, whatever they are."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from knowledge_compression.identity import TARGET
 
 CHOSEN = ("model", "target", "compression", "recovery", "corpus")
 _AROUND = ("device", "dtype", "scoring_dtype")
-ANY = "any"  # the seed of a run in which nothing is drawn by lot
+ANY = "any"  # the seed of a run without randomness
 Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Varied:
-    """One setting that is not the same in all runs.
+    """A setting that is not the same in all runs.
 
     Attributes:
-        name: as short as it is clear, e.g. ``bits``; ``target`` where another file was chosen.
-        values: of each run, in their order; None where a run has no such setting.
-        chosen: whether it is a choice among files, whose value says what it is by itself.
+        name: the shortest clear name, e.g. ``bits``; ``target`` if another file was chosen.
+        values: the value in each run, in order; None if a run has no such setting.
+        chosen: whether it is a choice among files, whose values need no name before them.
         parts: the parts of a run that hold it, e.g. ``{"compression"}``.
     """
 
@@ -36,11 +36,11 @@ class Varied:
 def varied(configs: Sequence[Mapping[str, Any]]) -> list[Varied]:
     """The settings that vary among runs, choices among files first.
 
-    Where a file was chosen that others did not choose, its own settings vary only among those that chose it. One value
-    that several parts hold (the seed, the sparsity) is one setting.
+    The settings of a chosen file vary only among the runs that chose it. A value shared by several parts (the seed, the
+    sparsity) is one setting.
 
     Args:
-        configs: of the runs, as :class:`~knowledge_compression.results.store.Run` holds them.
+        configs: the settings of the runs, as in :class:`~knowledge_compression.results.store.Run`.
     """
     choices = [config["choices"] for config in configs]
     chosen = [
@@ -60,7 +60,7 @@ def varied(configs: Sequence[Mapping[str, Any]]) -> list[Varied]:
 
 
 def text_of(value: Any) -> str:
-    """A value as it is typed; nothing where there is none."""
+    """A value as it would be typed; empty if there is none."""
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -129,7 +129,7 @@ def _chosen(config: Mapping[str, Any], group: str) -> str | None:
 
 
 def _decides(config: Mapping[str, Any]) -> set[str]:
-    """The groups that have a say in a run."""
+    """The groups that affect a run."""
     groups = set(CHOSEN) if (deciding := config.get("identity")) is None else {*deciding, "model"}
     if is_dense(config["choices"]):
         return groups - {"target", "compression", "recovery"}
@@ -161,7 +161,7 @@ def _leaves(key: Key, value: Any) -> Iterator[tuple[Key, Any]]:
 
 
 def _named(keys: Sequence[Key], flat: Sequence[Mapping[Key, Any]]) -> Iterator[Varied]:
-    """Settings by their last word where that is one value in each run, else by their whole path."""
+    """Settings by their last word if that has one value in each run, otherwise by their whole path."""
     by_word: dict[str, list[Key]] = defaultdict(list)
     for key in keys:
         by_word[key[-1]].append(key)

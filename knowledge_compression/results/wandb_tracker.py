@@ -1,4 +1,4 @@
-"""Runs shown on Weights & Biases, or kept on disk for ``wandb sync``; whatever happens to W&B, the run goes on."""
+"""Tracking on Weights & Biases, or on disk for ``wandb sync``; whatever happens to W&B, the run continues."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Reports of W&B's own errors to its makers hold the process up at its end for 20 s where their server does not answer.
+# W&B's reports of its own errors delay the process's end by 20 s if their server does not answer.
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 _SPELT = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
@@ -43,14 +43,14 @@ class WandbTracker:
     """Weights & Biases.
 
     Attributes:
-        project, entity: where the run is shown; without an entity, the one that is logged in.
+        project, entity: where the run is logged; by default the entity that is logged in.
         mode: ``online``, or ``offline``.
-        group: runs that belong together; the command line puts the sweep here where the user gave nothing.
-        tags: beside the names of what was chosen.
-        items: most rows of the table of items.
-        artifact: whether the compressed model, where the run saves it, is shown as an artifact of type ``model``.
-        seconds: what the tracker may cost a run at most.
-        dir: the folder under which ``wandb/`` is kept.
+        group: the group of runs; by default, the command line uses the sweep's name.
+        tags: added to the names of the chosen files.
+        items: maximum number of rows in the table of items.
+        artifact: whether the compressed model, if saved, is logged as an artifact of type ``model``.
+        seconds: maximum time that the tracker may take from a run.
+        dir: the folder that contains ``wandb/``.
         names: what runs are called, by id; the command line puts what varies in the sweep here. A run that is not in
             it is called by its chosen files.
     """
@@ -67,7 +67,7 @@ class WandbTracker:
     names: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse an online tracker that nobody is logged in for; a prompt would stop a sweep in the night."""
+        """Refuse an online tracker without a login; a prompt would stop an unattended sweep."""
         import wandb
 
         if self.mode not in get_args(Mode):
@@ -79,7 +79,7 @@ class WandbTracker:
 
     @contextmanager
     def track(self, run_id: str, settings: Mapping[str, Any]) -> Iterator[TrackedRun]:
-        """Start the run's page, or take up the one that an interrupted run of the same hash left; close it always.
+        """Start the run's page, or resume that of an interrupted run with the same hash; always close it.
 
         A run that raises is closed as failed (exit code 1).
         """
@@ -104,7 +104,7 @@ class WandbTracker:
     def _init_again(self, mode: Mode, run_id: str, settings: Mapping[str, Any]) -> WandbRun:
         import wandb
 
-        wandb.teardown()  # a start that failed keeps the run's id busy inside W&B's own process
+        wandb.teardown()  # after a failed start, W&B's own process still holds the run's id
         return self._init(mode, run_id, settings)
 
     def _init(self, mode: Mode, run_id: str, settings: Mapping[str, Any]) -> WandbRun:
@@ -130,26 +130,26 @@ class WandbTracker:
                 silent=True,
                 console="off",
                 save_code=False,
-                disable_git=True,  # a remote's address may hold a password
-                x_disable_meta=True,  # host, user and command line are nobody's business there
+                disable_git=True,  # a remote's address may contain a password
+                x_disable_meta=True,  # host, user and command line are private
                 x_disable_machine_info=True,
             ),
         )
 
 
 class _Tracked:
-    """One W&B run: showing may take so many seconds over the whole run, closing as many again, and nothing raises."""
+    """One W&B run: logging takes at most this many seconds per run, closing as many again; nothing raises."""
 
     def __init__(self, run: WandbRun, items: int, seconds: float, *, artifact: bool) -> None:
         self._run, self._items, self._artifact = run, items, artifact
         self._left = self._reserve = seconds
-        self._lost: list[str] = []  # not tried again: the steps of a training would each warn anew
+        self._lost: list[str] = []  # not tried again: otherwise every training step would warn
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self._safely("metrics of a step", lambda: self._run.log(dict(metrics), step=step))
 
     def finish_with(self, run: Run, model: Path | None = None) -> None:
-        """Show the result part by part, figures last; what one part loses, the others keep."""
+        """Log the result part by part, figures last; if one part fails, the others are still logged."""
         parts: dict[str, Callable[[], Any]] = {
             "metrics": lambda: self._run.summary.update(_summary(run)),
             "items": lambda: self._show_items(run.items),
@@ -169,7 +169,7 @@ class _Tracked:
         _within(self._reserve, "closing", lambda: self._run.finish(exit_code=exit_code) or True)
 
     def _safely(self, what: str, call: Callable[[], Any]) -> None:
-        """Do it in the time that is left, or note it as lost; where no time is left, nothing is tried."""
+        """Do it in the remaining time, or note it as lost; if no time is left, do not try."""
         if what in self._lost:
             return
         start = time.perf_counter()
@@ -203,9 +203,9 @@ class _Tracked:
 
 
 def _summary(run: Run) -> dict[str, Any]:
-    """The metrics and what the compression reached, by the names that W&B shows.
+    """The metrics and the compression's results, by their names on W&B.
 
-    A figure that is not finite is spelt out: W&B keeps null for a NaN, and shows nothing.
+    Values that are not finite become text: W&B stores null for NaN and shows nothing.
     """
     reached = run.report.get("compression", {})
     told = {name.replace(".", "/"): value for name, value in run.metrics.items()}
@@ -217,7 +217,7 @@ def _summary(run: Run) -> dict[str, Any]:
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings one level deep, names joined by underscores so that W&B can filter and group by them.
 
-    Values that look like secrets, by their name or because the environment keeps them under such a name, are left out.
+    Values that look like secrets, by name or because the environment has them under such a name, are left out.
     """
     found: dict[str, Any] = {}
 
@@ -242,7 +242,7 @@ def _drawn(figure: Figure) -> Image:
 
 
 def _plain(items: pl.DataFrame) -> list[list[Any]]:
-    """Rows of strings, numbers and truth values; what is nested becomes JSON, whole."""
+    """Rows of strings, numbers and booleans; nested values become complete JSON."""
     return [
         [json.dumps(cell, ensure_ascii=False) if isinstance(cell, list | dict) else cell for cell in row]
         for row in items.iter_rows()
@@ -250,7 +250,7 @@ def _plain(items: pl.DataFrame) -> list[list[Any]]:
 
 
 def _within(seconds: float, what: str, call: Callable[[], Any]) -> Any:
-    """What ``call`` gives, or None with a warning where it raises or takes longer; a late one is left to itself."""
+    """The result of ``call``, or None with a warning if it raises or takes too long; a late call is abandoned."""
     outcome: list[Any] = []
     errors: list[Exception] = []
 

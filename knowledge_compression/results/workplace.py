@@ -1,4 +1,4 @@
-"""An unfinished run: the parts of it that are already done."""
+"""The workplace of an unfinished run: the parts that are already done."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from knowledge_compression.results.shape import finite
 
 log = logging.getLogger(__name__)
 
-KEPT = ".kept"  # in a workplace: what only the making of the run needs, and not the run
+KEPT = ".kept"  # in a workplace: needed only while the run is being made
 
 
 class Workplace:
-    """Where an unfinished run keeps what it has.
+    """The storage of an unfinished run.
 
     Args:
-        folder: made when the first thing is kept.
+        folder: created when the first part is stored.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def add(self, name: str, content: bytes) -> None:
-        """Put a file into what will be the run's folder."""
+        """Put a file into the future folder of the run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / name).write_bytes(content)
 
     def evaluation(self, suite: str, evaluate: Callable[[], Evaluation]) -> Evaluation:
-        """What an interrupted attempt found for a suite, or what ``evaluate`` finds now, kept for the next one."""
+        """The results for a suite from an interrupted attempt, or else from ``evaluate``, stored for later attempts."""
         items, rest = (self.folder / KEPT / f"{suite}.{kind}" for kind in ("parquet", "json"))
-        if rest.is_file():  # written last, so the items are whole
+        if rest.is_file():  # written last, so the items are complete
             try:
                 found = json.loads(rest.read_text())
                 metrics = {
@@ -66,5 +66,5 @@ class Workplace:
 
 
 def discard(folder: Path) -> None:
-    """Remove a workplace with all it holds."""
+    """Remove a workplace and its content."""
     shutil.rmtree(folder, ignore_errors=True)

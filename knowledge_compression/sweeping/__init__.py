@@ -1,7 +1,6 @@
 """From a command line to finished runs: parsing, combinations, launching and progress.
 
-``cli`` reads the command; ``combinations`` composes what it stands for; ``sweeper`` checks every combination before the
-first one starts, and shows all of them at the end; ``launching`` gives each a process, ``local``
-here and ``slurm`` on a cluster; ``plan`` is what is kept of a sweep, ``status`` says how far it is, and ``forecast``
-what it would take.
+``cli`` parses the command; ``combinations`` composes its combinations; ``sweeper`` checks all of them before the first
+one starts, and summarises them at the end; ``launching`` gives each a process, ``local`` on this machine and ``slurm``
+on a cluster; ``plan`` is the record of a sweep, ``status`` shows its progress, and ``forecast`` estimates its cost.
 """

@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 CONF = conf_folder()
 
 EXIT_STATUS = {DONE: 0, FAILED: 1, BAD_INPUT: 2}
-_NO_ROOM = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES}  # a disk that takes nothing, whoever writes
+_NO_ROOM = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES}  # a disk that cannot be written, by any user
 
 
 def main() -> None:
     """Entry point of ``run.py``."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole; what the user sees is decided here
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive unchanged; what the user sees is decided here
     command = hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)
     try:
         check_choices(sys.argv[1:])
@@ -57,27 +57,27 @@ def main() -> None:
 
 
 def check_own_files(arguments: Sequence[str]) -> None:
-    """Refuse YAML files of the user's own that cannot be read, which Hydra would meet without naming them.
+    """Refuse a user's own YAML files that cannot be read, which Hydra would not name.
 
     Raises:
-        BadInput: names the file of ``--config-dir`` and what is wrong with it.
+        BadInput: a file of ``--config-dir`` cannot be read; the message names it and the problem.
     """
     joined = " ".join(arguments)
     for folder in re.findall(r"(?:^|\s)(?:--config-dir|-cd|--config-path|-cp)[=\s](\S+)", joined):
         for path in sorted(Path(folder).rglob("*.yaml")):
             try:
                 content = OmegaConf.load(path)
-            except Exception as error:  # as many kinds as there are ways not to be YAML
+            except Exception as error:  # many kinds of errors mean invalid YAML
                 raise BadInput(f"{path} is not readable YAML ({one_line(error)})") from None
             if not isinstance(content, DictConfig):
                 raise BadInput(f"{path} names no settings; each line of such a file is NAME: VALUE")
 
 
 def check_choices(arguments: Sequence[str]) -> None:
-    """Refuse a group that is set to no name of a file, which Hydra answers with a stack trace or takes for a name.
+    """Refuse a group whose value is not a file name, which Hydra answers with a stack trace or misreads as a name.
 
     Raises:
-        BadInput: names the group.
+        BadInput: there is such a group; the message names it.
     """
     for argument in arguments:
         group, equals, choice = argument.partition("=")
@@ -88,26 +88,26 @@ def check_choices(arguments: Sequence[str]) -> None:
 
 
 def settled_by_classes(arguments: Sequence[str]) -> list[str]:
-    """Settings inside a part, as in ``recovery.rank=8``, for Hydra to take whether or not a file lists them.
+    """Make Hydra accept settings inside a part, e.g. ``recovery.rank=8``, whether or not a file lists them.
 
-    Whether they exist is the class's to say, see :func:`~knowledge_compression.building.build`; and a file that a sweep
-    chooses may list what that of the defaults does not. Options of ``sbatch`` are its own to know.
+    Whether they exist is decided by the class, see :func:`~knowledge_compression.building.build`; a file chosen by a
+    sweep may list settings that the default file does not. Options of ``sbatch`` are left to it.
     """
     inside = re.compile(rf"(({'|'.join(GROUPS)}|tracker)\.[^=]+|hydra\.launcher\.options(\.[^=]+)?)=")
     return [f"++{argument}" if inside.match(argument) else argument for argument in arguments]
 
 
 class _ManyRuns(BaseException):
-    """A preset sweeps, and nobody has said ``-m``; no Exception, of which Hydra would tell the user."""
+    """A preset sweeps without ``-m``; not an Exception, which Hydra would report to the user."""
 
 
 def job(config: DictConfig) -> Outcome | None:
-    """What Hydra calls: one run alone, or one job of a sweep, whose outcome the sweeper gathers."""
+    """Hydra's task function: a single run, or one job of a sweep, whose outcome the sweeper collects."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return attempt(config)
     sweeper = HydraConfig.get().sweeper
     if not isinstance(sweeper, DictConfig):
-        refuse(BadInput(f"hydra.sweeper={sweeper} is no sweeper; hydra/sweeper=planned is the one there is"))
+        refuse(BadInput(f"hydra.sweeper={sweeper} is not a sweeper of this project; use hydra/sweeper=planned"))
     if sweeper.get("params") or sweeper.get("grids"):
         raise _ManyRuns
     from knowledge_compression.results.summary import show
@@ -124,7 +124,7 @@ def job(config: DictConfig) -> Outcome | None:
 
 
 def plan(config: DictConfig) -> None:
-    """Print what one run would do and take."""
+    """Print what one run would do and cost."""
     from knowledge_compression.configuration import experiment_from
     from knowledge_compression.results.store import RunStore
     from knowledge_compression.sweeping import forecast
@@ -139,16 +139,16 @@ def plan(config: DictConfig) -> None:
 
 
 def refuse(error: BaseException) -> NoReturn:
-    """Say in one line what was wrong with the input, and end with status 2."""
+    """Print one line about what was wrong with the input, and exit with status 2."""
     sys.stderr.write(f"error: {one_line(error)}\n")
     raise SystemExit(EXIT_STATUS[BAD_INPUT]) from None
 
 
 def carry_out(config: DictConfig) -> tuple[Run, Run]:
-    """Do the run and the dense baseline it is compared with, or find them; both come back whole.
+    """Do the run and its dense baseline, or find them in the store.
 
     Raises:
-        BadInput: what was asked for does not fit together.
+        BadInput: the settings contradict one another.
     """
     # The parts are loaded here, so that --help and tab completion answer at once.
     from knowledge_compression.configuration import experiment_from, tracker_from
@@ -161,7 +161,7 @@ def carry_out(config: DictConfig) -> tuple[Run, Run]:
     if in_sweep and HydraConfig.get().runtime.choices["hydra/launcher"] == "basic":  # all runs in this process
         experiment = replace(experiment, holds=True)
     store = RunStore(config.output.dir)
-    # The baseline comes second: the jobs of a sweep that start together do not all wait for the one that makes it.
+    # The baseline comes second, so that jobs of a sweep that start together do not all wait for it.
     # Where nothing is asked there is nothing to compare.
     wanted = [experiment] if experiment.is_dense or not experiment.suites else [experiment, experiment.dense()]
     tracker: Tracker = NoTracker()
@@ -187,18 +187,18 @@ def _called(experiment: Experiment, overrides: Sequence[str]) -> str:
 
 
 def attempt(config: DictConfig) -> Outcome:
-    """Do one job of a sweep, again where it fails and ``run.retries`` allows; its outcome is kept in its folder."""
+    """Do one job of a sweep, retrying as ``run.retries`` allows; its outcome is stored in its folder."""
     for left in range(config.run.retries, -1, -1):
         outcome = _attempt(config)
         if outcome.status != FAILED:
             break
-        log.error("%s%s", outcome.line, "; trying again" if left else "")
+        log.error("%s%s", outcome.line, "; retrying" if left else "")
     outcome.write(Path(HydraConfig.get().runtime.output_dir))
     return outcome
 
 
 def _attempt(config: DictConfig) -> Outcome:
-    """Whatever goes wrong in a job stays in its outcome."""
+    """Any error in a job becomes part of its outcome."""
     job_config = HydraConfig.get()
     label = " ".join(override for override in job_config.overrides.task if not override.startswith("hydra"))
     start = time.perf_counter()
@@ -214,7 +214,7 @@ def _attempt(config: DictConfig) -> Outcome:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line, with what would be accepted where that is known."""
+    """An error's message on one line, with what would be accepted if that is known."""
     message = " ".join(str(error).split())
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
@@ -234,9 +234,9 @@ def one_line(error: BaseException) -> str:
 
 
 def _siblings(parent: str) -> list[str]:
-    """Settings that exist beside a misspelt one: top-level values and groups."""
+    """Settings that a misspelt one could mean: top-level values and groups."""
     if parent:
-        return []  # what a part accepts depends on the file that was chosen for it
+        return []  # a part's settings depend on the file chosen for it
     return [str(key) for key in OmegaConf.load(CONF / "config.yaml") if key != "defaults"] + [
         folder.name for folder in CONF.iterdir() if folder.is_dir()
     ]

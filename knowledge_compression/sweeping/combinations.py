@@ -1,9 +1,9 @@
 """The combinations of a sweep, and the settings of each.
 
-Hydra composes a configuration in a tenth of a second, which ten thousand combinations cannot wait for. Hydra composes
-one for each choice of files. What else differs between combinations are plain values: where a value is found in the
-settings is tried out for every value that the sweep gives it, and from then on it is put there. A key whose values do
-anything else than to stand somewhere is left to Hydra.
+Hydra needs a tenth of a second to compose a configuration, too long for ten thousand combinations, so it composes one
+configuration for each choice of files. Otherwise combinations differ in plain values: the places of a value in the
+settings are found by trying every value of the sweep, and from then on values are put there directly. A key whose
+values have any other effect is left to Hydra.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Place = tuple[str | int, ...]
 
 
 def combinations(overrides: Sequence[Override]) -> list[list[str]]:
-    """The product of all swept overrides, in the order they were typed, last one fastest; a value named twice is one.
+    """The product of all swept overrides, in the order typed, the last varying fastest; repeated values count once.
 
     Raises:
         BadInput: a sweep over a continuous range, which has no list of values.
@@ -50,7 +50,7 @@ def combinations(overrides: Sequence[Override]) -> list[list[str]]:
 
 
 def _typed(value: str) -> str:
-    """A value as somebody would have typed it: ``range(0.1,0.5,0.1)`` gives 0.3, not 0.30000000000000004."""
+    """A value as it would be typed: ``range(0.1,0.5,0.1)`` gives 0.3, not 0.30000000000000004."""
     if value.lstrip("+-").isdigit():
         return value
     try:
@@ -66,9 +66,9 @@ class Composed:
     """What a combination stands for.
 
     Attributes:
-        settings: all of its configuration as plain data; shared between combinations, so nobody changes it.
-        texts: each of the settings as JSON, by its name at the top level; equal settings have equal texts.
-        choices: which file was chosen in each group.
+        settings: its whole configuration as plain data; shared between combinations and never changed.
+        texts: the settings as JSON, by top-level name; equal settings have equal texts.
+        choices: the file chosen in each group.
     """
 
     settings: Mapping[str, Any]
@@ -81,7 +81,7 @@ class Composer:
 
     Args:
         loader, master: Hydra's, as a sweeper has them.
-        jobs: all combinations, each as its overrides.
+        jobs: all combinations, as lists of overrides.
     """
 
     def __init__(self, loader: ConfigLoader, master: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
@@ -97,7 +97,7 @@ class Composer:
         """What a combination stands for.
 
         Raises:
-            BadInput: a value that must be given is missing, or a reference leads nowhere.
+            BadInput: a required value is missing, or a reference is invalid.
             HydraException: the overrides do not fit the configuration.
         """
         base = self._base(overrides, frozenset())
@@ -107,7 +107,7 @@ class Composer:
         return base.composed({key: value for key, value in values.items() if key in base.places})
 
     def _base(self, overrides: Sequence[str], derived: frozenset[str]) -> _Base:
-        """The combinations that differ from this one in nothing but plain values of keys that are not ``derived``."""
+        """The combinations that differ from this one only in plain values of keys that are not ``derived``."""
         chosen = tuple(one for one in overrides if one not in self._values or self._values[one][0] in derived)
         if chosen not in self._bases:
             keys = {self._values[one][0] for one in overrides if one not in chosen}
@@ -120,32 +120,32 @@ class Composer:
         return self._bases[chosen]
 
     def _value(self, override: str, keys: set[str]) -> tuple[str, Any] | None:
-        """Key and value of an override that puts one plain value in another's place, and does nothing else."""
+        """Key and value of an override that only replaces one plain value by another."""
         parsed = _parsed(override)
         key, value = parsed.key_or_group, parsed.value()
         is_plain = isinstance(value, str | int | float | bool | NoneType) and "${" not in str(value)
         puts = parsed.type in (OverrideType.CHANGE, OverrideType.FORCE_ADD)
         if not puts or parsed.is_hydra_override() or not is_plain or self._is_group(key):
             return None
-        # Overrides of one and the same thing come in the order that they were typed in: those are Hydra's.
+        # Several overrides of the same key take effect in the order typed: these are left to Hydra.
         within = sum(f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.") for other in keys)
         return (key, value) if within == 1 else None
 
     def _asked_whether_group(self, key: str) -> bool:
-        hydra = self._master.hydra  # its overrides name places where more files lie
+        hydra = self._master.hydra  # its overrides add search paths
         return bool(self._loader.get_group_options(key, None, hydra.job.config_name, list(hydra.overrides.hydra)))
 
 
 class _Base:
-    """A configuration that Hydra composed once, for all values that some of its keys take.
+    """A configuration that Hydra composed once, for all values of some of its keys.
 
     Args:
-        config: with some values or other.
-        asked: every value of those keys.
+        config: composed with any of the values.
+        asked: all values of those keys.
 
     Attributes:
-        places: where in the settings each key's value stands.
-        derived: keys whose values decide something else, too.
+        places: the places of each key's value in the settings.
+        derived: keys whose values also have another effect.
     """
 
     def __init__(self, config: DictConfig, asked: Mapping[str, Sequence[Any]]) -> None:
@@ -160,13 +160,13 @@ class _Base:
         self.derived = frozenset(asked) - self.places.keys()
 
     def composed(self, values: Mapping[str, Any]) -> Composed:
-        """The settings with these values in their places."""
+        """The settings with these values in place."""
         found = {name: self._part(name, values) for name in self._settings}
         settings, texts = ({name: one[i] for name, one in found.items()} for i in (0, 1))
         return Composed(settings, texts, self.choices)
 
     def _part(self, name: str, values: Mapping[str, Any]) -> tuple[Any, str]:
-        """The settings under one name, made once for all combinations in which they are the same."""
+        """The settings under one name, built once for all combinations in which they are equal."""
         here = [(place[1:], values[key]) for key in values for place in self.places[key] if place[0] == name]
         key = (name, *(repr(value) for _, value in here))
         if key not in self._filled:
@@ -178,7 +178,7 @@ class _Base:
 
 
 def _places(config: DictConfig, key: str, values: Sequence[Any]) -> list[Place] | None:
-    """Where the values of a key stand in the settings; None where they do more than to stand somewhere."""
+    """The places of a key's values in the settings; None if they have any other effect."""
     before = OmegaConf.select(config, key)
     try:
         tried = []

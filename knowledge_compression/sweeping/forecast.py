@@ -1,12 +1,12 @@
-"""What a sweep would do and cost, without starting it: ``python run.py -m ... run.plan=true``.
+"""The cost of a sweep, estimated without starting it: ``python run.py -m ... run.plan=true``.
 
 Every suite is rehearsed once on a miniature of the network: the same kind of network with the same depth, tokenizer and
-vocabulary, a few numbers wide. Hooks count how many tokens pass each linear layer; with the layers'
-true shapes, from the configuration on the meta device, that gives the multiply-adds. What they take is measured on one
-block of true width with weights of no meaning, or on the finished runs of the store, or given (``run.rate``).
+vocabulary, but only a few numbers wide. Hooks count the tokens that pass each linear layer; with the layers' true
+shapes, from the configuration on the meta device, that gives the multiply-adds. Their speed is measured on one block of
+true width with random weights, or taken from the finished runs of the store, or given (``run.rate``).
 
-Counted are linear layers, calibrated compressions by the passes and the second moments they need, and training. Not
-counted are attention's own products and whatever a suite does beside asking its model.
+Counted are linear layers, calibrated compressions by their passes and second moments, and training. Not counted are
+attention's own products and any work of a suite outside its model.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ _SOLVING, _WRITING = 8, 4
 
 @dataclass(frozen=True)
 class Work:
-    """What a suite asks of a kind of network.
+    """The work of a suite on a kind of network.
 
     Attributes:
-        tokens: how many pass each linear layer, by its path.
-        widest: the most that pass the head at once.
-        items: rows of the item table.
+        tokens: number of tokens that pass each linear layer, by path.
+        widest: maximum number that pass the head at once.
+        items: number of rows in the item table.
     """
 
     tokens: Mapping[str, int]
@@ -73,14 +73,14 @@ class Work:
 
 @dataclass
 class Forecast:
-    """What one run takes.
+    """The cost of one run.
 
     Attributes:
-        label: what tells it from the others.
-        state: ``there``, ``to do``, or ``shared`` where another run compresses for it.
-        seconds, macs: time and multiply-adds of what is left to do.
-        memory, disk: bytes at the worst moment, and bytes left behind.
-        unknown: suites whose work cannot be told beforehand.
+        label: distinguishes it from the others.
+        state: ``there``, ``to do``, or ``shared`` if another run does its compression.
+        seconds, macs: time and multiply-adds of the remaining work.
+        memory, disk: peak bytes of memory, and bytes written.
+        unknown: suites whose cost cannot be predicted.
     """
 
     label: str
@@ -93,13 +93,13 @@ class Forecast:
 
 
 class Forecaster:
-    """Foretells runs that share this machine, a store and a sweep.
+    """Predicts the cost of runs that share this machine, a store and a sweep.
 
     Args:
-        store: whose finished runs are not done again, and tell how fast this machine is.
-        rate: multiply-adds a second, where they are known; None measures.
-        process_each: whether each run starts a process.
-        holds: whether one process does them all, and holds the model beside the copy that a run changes.
+        store: its finished runs are not repeated, and show how fast this machine is.
+        rate: multiply-adds per second, if known; None measures.
+        process_each: whether each run starts its own process.
+        holds: whether one process does all runs and keeps the model besides the copy that a run changes.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Forecaster:
                 forecast.memory += 12.0 * max(width**2 for _, width in shapes)
 
     def _past_seconds(self, experiment: Experiment) -> float | None:
-        """What this compression took in a finished run that did it for other settings behind it."""
+        """The cost of this compression in a finished run with other later settings."""
         parts = ("model", "target", "compression", "corpus")
         asked = {part: experiment.identity.get(part) for part in parts}
         for run in self._past:
@@ -217,7 +217,7 @@ class Forecaster:
         forecast.memory += 4.0 * training.batch_size * length * widths
 
     def work(self, experiment: Experiment, skeleton: Model, suite: str) -> Work | None:
-        """What a suite asks of this kind of network; None where it cannot be asked of a miniature."""
+        """The work of a suite on this kind of network; None if it cannot be rehearsed."""
         key = (experiment.source.fingerprint(), digest_of(known_identity(experiment.suites[suite])))
         if key not in self._works:
             log.info("rehearsing %s on a miniature of %s", suite, experiment.source.name)
@@ -229,7 +229,7 @@ class Forecaster:
         return self._works[key]
 
     def rate_of(self, experiment: Experiment, skeleton: Model) -> float:
-        """Multiply-adds a second: as given, as finished runs of this model had it, or as one block has it."""
+        """Multiply-adds per second: as given, as in finished runs of this model, or as measured on one block."""
         key = (experiment.source.fingerprint(), experiment.device, experiment.dtype, experiment.scored_in)
         if self.rate is None and key not in self._rates:
             self._rates[key] = self._past_rate(experiment, skeleton) or measured_rate(experiment, skeleton)
@@ -254,7 +254,7 @@ class Forecaster:
 
 
 def rehearse(skeleton: Model, suite: Any) -> Work:
-    """Ask a miniature of the network, and count.
+    """Rehearse a suite on a miniature of the network, and count.
 
     Args:
         skeleton: the network on the meta device.

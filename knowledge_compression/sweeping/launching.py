@@ -1,4 +1,4 @@
-"""What launchers have in common: a launcher gives each run of a sweep a process, and a run that dies ends no other.
+"""The common part of launchers: each run of a sweep gets its own process, so one that dies does not affect others.
 
 ``local`` starts the processes on this machine, ``slurm`` hands them to a cluster.
 """
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """One job of a sweep, done by another process, which writes its outcome to ``outcome.json``."""
+    """One job of a sweep, done in another process, which writes its outcome to ``outcome.json``."""
 
     context: HydraContext
     task: TaskFunction
@@ -41,13 +41,13 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where its log and its outcome go."""
+        """The folder of its log and its outcome."""
         return Path(self.config.hydra.sweep.dir) / str(self.number)
 
     def __call__(self) -> None:
         """Compose the configuration and do the job."""
         setup_globals()
-        Plugins.instance()  # a fresh process knows no place for configurations yet
+        Plugins.instance()  # a new process has no configuration search path yet
         config = self.context.config_loader.load_sweep_config(self.config, list(self.overrides))
         with open_dict(config):
             config.hydra.job.id = str(self.number)
@@ -62,14 +62,14 @@ class Job:
         )
 
     def checkpoint(self) -> Any:
-        """What submitit hands in again when the job is preempted or at its walltime: the same, as it continues."""
+        """The job that submitit resubmits after preemption or at the walltime: the same one, because it resumes."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
 class ProcessLauncher(Launcher):
-    """What launchers have in common that give each job a process of its own: starting, watching, trying again."""
+    """The base class of launchers that give each job its own process: starting, monitoring, retrying."""
 
     poll_seconds = 0.5
 
@@ -78,31 +78,31 @@ class ProcessLauncher(Launcher):
         self.context, self.task, self.config = hydra_context, task_function, config
 
     def check(self) -> None:
-        """Refuse what cannot be launched, before anything is written."""
+        """Refuse settings with which nothing can be launched, before anything is written."""
 
     @abstractmethod
     def start(self, jobs: Sequence[Job]) -> Mapping[int, Any]:
-        """Start those of the jobs that there is room for; gives a handle for each, by the job's number."""
+        """Start as many of the jobs as there is room for; returns a handle for each, by job number."""
 
     @abstractmethod
     def ended(self, handles: Mapping[int, Any]) -> Mapping[int, str]:
-        """The jobs that are over, and a word on how, for those that did not say so themselves."""
+        """The jobs that have ended, with the reason for those that left no outcome."""
 
     def stop(self) -> None:
-        """What becomes of running jobs when the sweep is given up; on a cluster they go on."""
+        """Handle running jobs when the sweep is interrupted; on a cluster they continue."""
 
     @abstractmethod
     def log_of(self, handle: Any) -> str:
         """The file that holds what a job printed."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Do all jobs; a job that dies is tried again as often as ``run.retries`` says and then marked failed."""
+        """Do all jobs; a job that dies is retried ``run.retries`` times and then marked as failed."""
         OmegaConf.update(self.config, "hydra.sweep.dir", str(Path(self.config.hydra.sweep.dir).absolute()))
         jobs = [
             Job(self.context, self.task, self.config, list(overrides), initial_job_idx + i, label)
             for i, (overrides, label) in enumerate(zip(job_overrides, labels(job_overrides), strict=True))
         ]
-        # The jobs find what this process found, wherever it was started from.
+        # Jobs resolve paths like this process, whatever the working directory.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         try:
             outcomes = dict(self._watch(jobs))
@@ -130,7 +130,7 @@ class ProcessLauncher(Launcher):
                 outcome = Outcome.read(job.folder)
                 if outcome is None and tries[number] > 0:
                     tries[number] -= 1
-                    sys.stderr.write(f"{job.label}: {how}; trying again\n")
+                    sys.stderr.write(f"{job.label}: {how}; retrying\n")
                     waiting.append(job)
                     continue
                 if outcome is None:

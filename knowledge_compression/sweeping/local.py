@@ -1,4 +1,4 @@
-"""A process a run, on this machine; the processes end with the one that started them."""
+"""One process per run on this machine; the processes end with the one that started them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from knowledge_compression.sweeping.launching import Job, ProcessLauncher
 
 
 class LocalLauncher(ProcessLauncher):
-    """A process a run on this machine, a few at once.
+    """One process per run on this machine, a few at a time.
 
     Args:
-        at_once: runs at the same time.
-        memory_gb: a run whose processes take more memory together (resident set) is ended; None for no bound.
+        at_once: number of simultaneous runs.
+        memory_gb: a run whose processes together use more memory (resident set) is killed; None for no limit.
     """
 
     def __init__(self, at_once: int = 2, memory_gb: float | None = None) -> None:
         if at_once < 1:
-            raise BadInput(f"hydra.launcher.at_once={at_once} starts nothing; give 1 or more")
+            raise BadInput(f"hydra.launcher.at_once={at_once} starts no run; give 1 or more")
         self.at_once, self.memory_gb = at_once, memory_gb
         self._running: dict[int, Any] = {}
         self._why: dict[int, str] = {}
 
     def check(self) -> None:
-        """Only a cluster goes on without the process that started the sweep."""
+        """Refuse detaching: only a cluster continues without the process that started the sweep."""
         if self.config.run.detach:
             raise BadInput("run.detach=true needs hydra/launcher=slurm; here the sweep ends with this process")
 
@@ -51,26 +51,26 @@ class LocalLauncher(ProcessLauncher):
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     env={"OMP_NUM_THREADS": str(cores)} | os.environ,
-                    process_group=0,  # a terminal's Ctrl-C reaches this process alone, which then ends its jobs
+                    process_group=0,  # a terminal's Ctrl-C reaches only this process, which then ends its jobs
                 )
             assert process.stdin is not None
-            with suppress(BrokenPipeError):  # it is over already; how is found out like that of any other
+            with suppress(BrokenPipeError):  # it has ended already; its outcome is collected like any other
                 process.stdin.write(pickle.dumps(job))
-                process.stdin.flush()  # and left open: it closes when this process ends, however that is
+                process.stdin.flush()  # and left open: it closes when this process ends, for whatever reason
             self._running[job.number] = started[job.number] = (process, log_file)
         return started
 
     def ended(self, handles: Mapping[int, Any]) -> Mapping[int, str]:
-        """Those whose process is over; those that take too much memory are ended here."""
+        """The jobs whose process has ended; those that use too much memory are killed here."""
         over = {}
         for number, (process, _) in handles.items():
             if self.memory_gb is not None and _memory(process.pid) > self.memory_gb * 1e9:
-                self._why[number] = f"out of memory: it took more than {self.memory_gb} GB"
+                self._why[number] = f"out of memory: it used more than {self.memory_gb} GB"
                 _signal(process, signal.SIGKILL)
                 process.wait()
             if (code := process.poll()) is not None:
                 if code < 0:
-                    _signal(process, signal.SIGKILL)  # what it had started may still be there
+                    _signal(process, signal.SIGKILL)  # its children may still be running
                 how = f"killed by signal {-code}" if code < 0 else f"ended without a result (status {code})"
                 over[number] = self._why.pop(number, how)
                 del self._running[number]
@@ -81,7 +81,7 @@ class LocalLauncher(ProcessLauncher):
         return str(handle[1])
 
     def stop(self) -> None:
-        """End what runs: in order, and by force what has not ended in most of the time that there is."""
+        """End running jobs: in order at first; by force if they have not ended after most of the available time."""
         end = time.monotonic() + 0.8 * GRACE
         for process, _ in self._running.values():
             _signal(process, signal.SIGTERM)
@@ -92,13 +92,13 @@ class LocalLauncher(ProcessLauncher):
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    """Send a signal to a job and to all that it started."""
+    """Send a signal to a job and to all its children."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 
 def _memory(pid: int) -> int:
-    """Resident bytes of a process and its children; 0 where it is over."""
+    """Resident bytes of a process and its children; 0 if it has ended."""
     import psutil
 
     try:
@@ -109,12 +109,12 @@ def _memory(pid: int) -> int:
 
 
 def _do_job() -> None:
-    """Do the job that the launcher writes to this process's standard input; end when the launcher does."""
+    """Do the job that the launcher writes to standard input; end when the launcher ends."""
     with stoppable():
         end_with_parent()
         job = pickle.load(sys.stdin.buffer)
         watch = os.dup(sys.stdin.fileno())
-        os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())  # nothing in a job waits for an answer there
+        os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())  # jobs never read standard input
         end_when_closed(watch)
         job()
 

@@ -1,4 +1,4 @@
-"""The parts of a sweep's experiments: each is made, checked and digested once, however many combinations have it."""
+"""The parts of a sweep's experiments: each is built, checked and digested once, however many combinations share it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from knowledge_compression.sweeping.combinations import Composed
 
 
 class Parts:
-    """Makes experiments that share what they have in common."""
+    """Builds experiments that share their common parts."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[str, str], Any] = {}
         self._checked: dict[tuple[Any, ...], BadInput | None] = {}
 
     def experiment(self, composed: Composed) -> Experiment:
-        """The experiment that a combination stands for.
+        """The experiment of a combination.
 
         Raises:
-            BadInput: a value is missing, of the wrong kind or out of range.
+            BadInput: a value is missing, or has the wrong type or range.
         """
         return put_together(composed.settings, lambda group: self._part(group, composed), composed.choices)
 
@@ -30,7 +30,7 @@ class Parts:
         """As :meth:`Experiment.check`, once for all experiments of the same parts.
 
         Raises:
-            BadInput: the model is not to be had, or has no layers of the target.
+            BadInput: the model is not available, or has no layers of the target.
         """
         parts = (experiment.source, experiment.target, experiment.compression, experiment.recovery)
         ways = (experiment.device, experiment.dtype, experiment.scoring_dtype, experiment.save_model)

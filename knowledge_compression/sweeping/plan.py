@@ -1,4 +1,4 @@
-"""The record of a sweep: its runs, and how each of its jobs ended."""
+"""The record of a sweep: its runs, and the outcome of each job."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from knowledge_compression.results.secrets import hidden
 DONE, FAILED, BAD_INPUT = "done", "failed", "bad input"
 
 PLAN, OUTCOME = "plan.json", "outcome.json"
-_WHERE = ("run.", "output.", "hydra.", "tracker")  # overrides that say where or how a run is done
+_WHERE = ("run.", "output.", "hydra.", "tracker")  # overrides about where or how a run is done
 _PLACES = ("path", "data_dir", "adapter", "device")
 _VALUES = ("sparsity", "reading", "seed", "dtype", "scoring_dtype", "limit")  # settings that no part holds by itself
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one job of a sweep ended.
+    """The outcome of one job of a sweep.
 
     Attributes:
-        label: the overrides that tell it from the others, e.g. ``target=att sparsity=0.2``.
+        label: the overrides that distinguish it from the others, e.g. ``target=att sparsity=0.2``.
         status: ``done``, ``failed`` or ``bad input``.
-        run_id, baseline_id: the run and the dense run it is compared with, where there are any.
+        run_id, baseline_id: the run and its dense baseline, if there are any.
         message: why it failed; one line.
-        log: where the whole story is.
+        log: the file with the full log.
         seconds: wall time.
     """
 
@@ -45,17 +45,17 @@ class Outcome:
 
     @property
     def line(self) -> str:
-        """One line for people."""
+        """One readable line."""
         place = f" (log: {self.log})" if self.log else ""
         return f"{self.status}: {self.label}: {self.message}{place}"
 
     def write(self, folder: Path) -> None:
-        """Keep it in the job's folder; whole or not at all."""
+        """Store it in the job's folder, completely or not at all."""
         _write(folder / OUTCOME, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> Outcome | None:
-        """How the job of that folder ended, if it did.
+        """The outcome of the job of that folder, if it has ended.
 
         Raises:
             BadInput: the file that says so is damaged.
@@ -73,9 +73,9 @@ class PlannedRun:
     """One job of a sweep before it starts.
 
     Attributes:
-        overrides: what its configuration changes.
-        run_id, baseline_id: the run it will make, and the dense run it is compared with.
-        there: whether both were finished already when the sweep was planned, so that there is nothing to start.
+        overrides: the overrides of its configuration.
+        run_id, baseline_id: the run that it will make, and its dense baseline.
+        there: whether both were already finished when the sweep was planned, so that nothing needs to start.
     """
 
     overrides: Sequence[str]
@@ -85,9 +85,9 @@ class PlannedRun:
 
 
 def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """What tells each job of a sweep from the others: the overrides that not all of them have.
+    """The label of each job of a sweep: the overrides that not all of them have.
 
-    A job by itself is known by all of its own that say what it does, not where or how.
+    A single job is labelled by all its overrides about what it does, not where or how.
     """
     if len(jobs) == 1:
         said = [override.lstrip("+") for override in jobs[0]]
@@ -109,7 +109,7 @@ def settings_typed(overrides: Sequence[str]) -> list[str]:
 
 
 def write_plan(folder: Path, runs: Sequence[PlannedRun], at_once: int, names: Mapping[str, str] | None = None) -> None:
-    """Keep what a sweep will do in its folder; job ``i`` has the folder ``<i>`` beside it.
+    """Store the plan of a sweep in its folder; job ``i`` has the folder ``<i>`` beside it.
 
     Args:
         folder: of the sweep.
@@ -121,7 +121,7 @@ def write_plan(folder: Path, runs: Sequence[PlannedRun], at_once: int, names: Ma
 
 
 def read_plan(folder: Path) -> tuple[list[PlannedRun], int]:
-    """The jobs of a sweep, and how many of them run at the same time.
+    """The jobs of a sweep, and the number that run simultaneously.
 
     Raises:
         BadInput: the file that says so is damaged.

@@ -1,7 +1,7 @@
-"""A job array on SLURM, a task a run.
+"""A job array on SLURM, with one task per run.
 
-Hydra's own SLURM launcher (hydra-submitit-launcher 1.2.0) waits for ever for a job that was killed where the cluster
-keeps no accounts, and knows nothing of requeueing or detaching; docs/sweeps.md has the whole reason.
+Hydra's own SLURM launcher (hydra-submitit-launcher 1.2.0) waits forever for a killed job if the cluster has no
+accounting, and supports neither requeueing nor detaching; docs/sweeps.md explains this.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from knowledge_compression.sweeping.plan import PLAN, Outcome, PlannedRun, read_
 log = logging.getLogger(__name__)
 
 _SHOWN = 5  # runs that a line names
-NOTE = "slurm_job"  # in a job's folder: which job of SLURM's it is, and where that one's log is
+NOTE = "slurm_job"  # in a job's folder: the id of its SLURM job, and the path of that job's log
 
 
 @dataclass(frozen=True)
 class HandedIn:
-    """A job of SLURM's that does a run, whichever sweep handed it in.
+    """A SLURM job that does a run, whichever sweep submitted it.
 
     Attributes:
-        job_id: SLURM's name for it.
-        log: the file with what it prints.
-        folder: where its outcome will lie.
+        job_id: its id in SLURM.
+        log: the file with its output.
+        folder: the folder of its outcome.
     """
 
     job_id: str
@@ -43,12 +43,12 @@ class HandedIn:
 
     @property
     def array(self) -> str:
-        """The job array that it is a task of."""
+        """The job array to which it belongs."""
         return self.job_id.partition("_")[0]
 
     @classmethod
     def of(cls, folder: Path) -> HandedIn | None:
-        """What was handed in for the job of that folder, if anything was."""
+        """The SLURM job submitted for that folder, if any."""
         try:
             job_id, log, *_ = (folder / NOTE).read_text().split("\n")
         except (OSError, ValueError):
@@ -56,7 +56,7 @@ class HandedIn:
         return cls(job_id, log, folder)
 
     def write(self, folder: Path) -> None:
-        """Note it in the folder of a job that it does."""
+        """Record it in the folder of a job that it does."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / NOTE).write_text(f"{self.job_id}\n{self.log}\n")
 
@@ -65,12 +65,12 @@ class SlurmLauncher(ProcessLauncher):
     """One job array on SLURM, through submitit.
 
     Args:
-        partition, account, qos, constraint: where the jobs go; None for the cluster's defaults.
+        partition, account, qos, constraint: passed to SLURM; None for the cluster's defaults.
         gpus, cpus, memory_gb: what each run gets.
         minutes: walltime of one run.
-        at_once: tasks of the array that run at the same time.
-        requeues: how often a run may be stopped by its walltime and continued; preemptions are not counted.
-        setup: shell lines before the run.
+        at_once: number of tasks of the array that run simultaneously.
+        requeues: how often a run may be continued after reaching its walltime; preemptions do not count.
+        setup: shell commands before the run.
         options: other options of ``sbatch``.
     """
 
@@ -111,9 +111,11 @@ class SlurmLauncher(ProcessLauncher):
         self._unseen: dict[int, int] = {}
 
     def check(self) -> None:
-        """Refuse where there is no SLURM, or no such partition."""
+        """Refuse if there is no SLURM, or no such partition."""
         if shutil.which("sbatch") is None:
-            raise BadInput("hydra/launcher=slurm needs SLURM's sbatch and squeue, which are not here; try local")
+            raise BadInput(
+                "hydra/launcher=slurm needs SLURM's sbatch and squeue, which are not installed here; try local"
+            )
         there = {name.rstrip("*") for name in _slurm("sinfo", "-h", "-o", "%P").split()}
         if self.partition is not None and self.partition not in there:
             raise BadInput(
@@ -121,7 +123,7 @@ class SlurmLauncher(ProcessLauncher):
             )
 
     def start(self, jobs: Sequence[Job]) -> Mapping[int, Any]:
-        """Hand those in, as one array, that no job does which an earlier start handed in; such a job is waited for."""
+        """Submit, as one array, the jobs not already submitted by an earlier start; those are waited for."""
         held = {} if self.config.run.force else self._held(jobs)
         handed_in = held | self._submitted([job for job in jobs if job.number not in held])
         for job in jobs:
@@ -129,7 +131,7 @@ class SlurmLauncher(ProcessLauncher):
         return handed_in
 
     def _held(self, jobs: Sequence[Job]) -> dict[int, HandedIn]:
-        """By a job's number, the waiting or running job of SLURM's that does the same run with the same settings."""
+        """By job number, the pending or running SLURM job that does the same run with the same settings."""
         if not jobs:
             return {}
         here = Path(self.config.hydra.sweep.dir)
@@ -183,17 +185,19 @@ class SlurmLauncher(ProcessLauncher):
         return found
 
     def ended(self, handles: Mapping[int, HandedIn]) -> Mapping[int, str]:
-        """Those that told their outcome, and those that SLURM has not known for a while: they were killed."""
+        """The jobs that left an outcome, and those that SLURM has not listed for a while: they were killed."""
         try:
             alive = living_jobs()
-        except BadInput as error:  # SLURM may be away for a moment; nothing is concluded from that
+        except BadInput as error:  # SLURM may be unavailable for a moment, which means nothing
             log.warning("%s", error)
             return {}
         over = {}
         for number, handle in handles.items():
             self._unseen[number] = 0 if handle.job_id in alive else self._unseen.get(number, 0) + 1
             told = Outcome.read(handle.folder)
-            if self._unseen[number] and (told or self._unseen[number] > 3):  # a shared file may be late
+            if self._unseen[number] and (
+                told or self._unseen[number] > 3
+            ):  # files on a shared file system may appear late
                 if told:  # maybe to another sweep
                     told.write(Path(self.config.hydra.sweep.dir) / str(number))
                 over[number] = f"ended by SLURM without a result ({how_it_ended(handle.job_id)})"
@@ -206,13 +210,13 @@ class SlurmLauncher(ProcessLauncher):
 
 
 def _what(run: PlannedRun) -> tuple[str, str, frozenset[str]]:
-    """What a job of an outputs folder does and how, whichever sweep it is of, and however that was started."""
+    """What a job of an outputs folder does and how, independent of its sweep and of how that was started."""
     how = (override for override in run.overrides if not override.startswith(("run.", "output.dir=")))
     return run.run_id, run.baseline_id, frozenset(how)
 
 
 def living_jobs() -> set[str]:
-    """Ids of this user's jobs that wait or run, tasks of arrays as ``<array>_<task>``.
+    """Ids of this user's pending and running jobs, with array tasks as ``<array>_<task>``.
 
     Raises:
         BadInput: SLURM does not answer.
@@ -221,16 +225,16 @@ def living_jobs() -> set[str]:
 
 
 def how_it_ended(job_id: str) -> str:
-    """What SLURM's accounts say of a job that is over, e.g. ``OUT_OF_MEMORY``."""
+    """The state of an ended job in SLURM's accounting, e.g. ``OUT_OF_MEMORY``."""
     try:
         states = _slurm("sacct", "-n", "-X", "-j", job_id, "-o", "State%30").split()
     except BadInput:
-        return "the cluster keeps no accounts"
+        return "the cluster has no accounting"
     return states[0] if states else "unknown"
 
 
 def _slurm(*command: str) -> str:
-    """What one of SLURM's commands prints."""
+    """The output of a SLURM command."""
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError) as error:

@@ -1,4 +1,4 @@
-"""How far sweeps are, run by run: ``kc status outputs/``."""
+"""The progress of sweeps, run by run: ``kc status outputs/``."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ RUNNING, MISSING, DAMAGED = "running", "missing", "damaged"
 
 @dataclass(frozen=True)
 class SweepStatus:
-    """How far one sweep is.
+    """The progress of one sweep.
 
     Attributes:
-        name: its folder.
-        states: of each run: ``done``, ``running``, ``failed``, ``bad input``, ``damaged`` or ``missing``.
-        outcomes: of the jobs that ended without a result.
-        seconds_left: estimate from the runs that are done; None where none is.
+        name: the name of its folder.
+        states: the state of each run: ``done``, ``running``, ``failed``, ``bad input``, ``damaged`` or ``missing``.
+        outcomes: the outcomes of jobs that ended without a result.
+        seconds_left: estimated from the finished runs; None if there are none.
     """
 
     name: str
@@ -94,13 +94,13 @@ def _status(outputs: Path, folder: Path, alive: set[str] | None) -> SweepStatus:
             states.append(MISSING)
     left = (
         states.count(RUNNING) * 0.5 + states.count(MISSING) + states.count(DAMAGED)
-    )  # a running one is half-way, on average
+    )  # a running one is half done, on average
     each = sum(seconds) / len(seconds) if seconds else None
     return SweepStatus(folder.name, states, troubled, None if each is None else each * left / min(at_once, left or 1))
 
 
 def _lost(job: Path, label: str, alive: set[str] | None) -> Outcome | None:
-    """What became of a job that was handed in to SLURM, if SLURM does not know it any more."""
+    """The outcome of a job submitted to SLURM, if SLURM no longer lists it."""
     if alive is None:
         return None
     from knowledge_compression.sweeping.slurm import HandedIn, how_it_ended
@@ -113,7 +113,7 @@ def _lost(job: Path, label: str, alive: set[str] | None) -> Outcome | None:
 
 
 def _living_jobs() -> set[str] | None:
-    """What SLURM knows of, where there is SLURM and it answers."""
+    """The jobs that SLURM lists, if there is SLURM and it answers."""
     if shutil.which("squeue") is None:
         return None
     from knowledge_compression.sweeping.slurm import living_jobs
@@ -125,9 +125,9 @@ def _living_jobs() -> set[str] | None:
 
 
 def show(found: Sequence[SweepStatus], console: Console) -> None:
-    """Print the table, and a line for each run that ended without a result."""
+    """Print the table, and one line per run that ended without a result."""
     table = Table(title="Sweeps", title_justify="left")
-    # Names are whole in 80 characters, as only the last heading wraps.
+    # Names fit in 80 characters, because only the last heading wraps.
     damaged = [DAMAGED] if any(sweep.count(DAMAGED) for sweep in found) else []
     for column in ("sweep", "runs", DONE, RUNNING, FAILED, MISSING, *damaged, "time left"):
         table.add_column(column, justify="left" if column == "sweep" else "right", no_wrap=column != "time left")
@@ -151,7 +151,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Show it; the status tells whether a run failed."""
+    """Show the progress; the exit status tells whether a run failed."""
     parser = argparse.ArgumentParser(prog="kc status", description=__doc__)
     parser.add_argument("outputs", type=Path, nargs="?", default=Path("outputs"), help="the folder of the runs")
     try:

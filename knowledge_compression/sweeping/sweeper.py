@@ -1,4 +1,4 @@
-"""The sweeper: every combination is checked before the first one starts, and all are shown together at the end."""
+"""The sweeper: every combination is checked before the first one starts, and all are summarised at the end."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 1000  # runs of a sweep with nothing to do; the table of more would take longer than all else
+_SHOWN = 1000  # runs of a sweep with nothing to do; a table of more would take longer than everything else
 
 
 class PlannedSweeper(Sweeper):
-    """The product of all choices: checked first, launched by whichever launcher was chosen, summed up at the end."""
+    """The product of all choices: checked first, launched by the chosen launcher, summarised at the end."""
 
     def __init__(
         self, params: Mapping[str, Any] | None = None, grids: Sequence[Mapping[str, Any]] | None = None
     ) -> None:
-        """Hydra makes it from its configuration and calls ``setup``.
+        """Hydra builds it from its configuration and calls ``setup``.
 
         Args:
-            params: what a preset sweeps over, as on the command line, which wins where both name a key.
-            grids: further keys, of which each grid is swept by itself beside ``params``.
+            params: the keys that a preset sweeps, as on the command line, which takes precedence.
+            grids: further keys; each grid is swept separately, together with ``params``.
         """
         self.params, self.grids = dict(params or {}), [dict(grid) for grid in grids or [{}]]
         self.config: DictConfig | None = None
@@ -63,13 +63,13 @@ class PlannedSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Check, launch, show; ends the process with the status that tells how it went."""
+        """Check, launch, summarise; ends the process with the sweep's exit status."""
         from knowledge_compression.sweeping.combinations import Composer
         from knowledge_compression.sweeping.parts import Parts
 
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
         check_cache()
-        # Only what every job shares is looked at here: a part may still lack what the sweep gives it.
+        # Only what all jobs share is checked here: a part may still lack values that the sweep sets.
         shared = [name for name in Values.__dataclass_fields__ if name in self.config]
         values_of(settings_of(OmegaConf.masked_copy(self.config, shared)))
         jobs = self._jobs(arguments)
@@ -107,7 +107,7 @@ class PlannedSweeper(Sweeper):
     def _check(
         self, composer: Composer, parts: Parts, overrides: Sequence[str], label: str
     ) -> tuple[PlannedRun, Experiment] | Outcome:
-        """The run that a combination stands for, or why it cannot be; found without loading a model."""
+        """The run of a combination, or why it is impossible, determined without loading a model."""
         from knowledge_compression.results.store import RunStore
 
         try:
@@ -124,7 +124,7 @@ class PlannedSweeper(Sweeper):
         return run, experiment
 
     def _forecast(self, accepted: Sequence[tuple[PlannedRun, Experiment]]) -> None:
-        """Print what the sweep would do and take."""
+        """Print what the sweep would do and cost."""
         from knowledge_compression.results.store import RunStore
         from knowledge_compression.sweeping import forecast
 
@@ -154,7 +154,7 @@ class PlannedSweeper(Sweeper):
         return {experiment.id: names.of(experiment.id) for experiment in found}
 
     def _launch(self, planned: Sequence[PlannedRun], called: Mapping[str, str]) -> list[Outcome]:
-        """Do what is missing."""
+        """Do the missing runs."""
         assert self.config is not None and self.launcher is not None
         if isinstance(self.launcher, ProcessLauncher):
             self.launcher.check()
@@ -196,7 +196,7 @@ class PlannedSweeper(Sweeper):
         return outcomes
 
     def _name_held(self, missing: Sequence[PlannedRun], names: Sequence[str]) -> None:
-        """Say which runs other processes are making at this moment: their jobs wait, and take the result."""
+        """Report which runs other processes are making now: this sweep waits for their results."""
         from knowledge_compression.results.store import RunStore
 
         assert self.config is not None
@@ -221,7 +221,7 @@ class PlannedSweeper(Sweeper):
 
 
 def _distinct(accepted: Sequence[tuple[PlannedRun, Experiment]]) -> list[tuple[PlannedRun, Experiment]]:
-    """Each run once: combinations that differ in what decides nothing, such as the seed of no lot, are one run."""
+    """Each run once: combinations that differ only in settings without effect, such as an unused seed, are one run."""
     first: dict[str, tuple[PlannedRun, Experiment]] = {}
     idle: set[str] = set()
     for run, experiment in accepted:
@@ -230,7 +230,7 @@ def _distinct(accepted: Sequence[tuple[PlannedRun, Experiment]]) -> list[tuple[P
         idle |= {override.partition("=")[0].lstrip("+") for override in unlike}
     if len(first) < len(accepted):
         log.info(
-            "%d combinations are %d runs: %s decides nothing in some of them",
+            "%d combinations are %d runs: %s has no effect in some of them",
             len(accepted),
             len(first),
             ", ".join(sorted(idle)),
@@ -239,5 +239,5 @@ def _distinct(accepted: Sequence[tuple[PlannedRun, Experiment]]) -> list[tuple[P
 
 
 def _as_typed(value: Any) -> str:
-    """What a preset sweeps a key over, as it would be typed; a list is a list of values to sweep over."""
+    """A preset's sweep over a key, as it would be typed; a list is a list of values."""
     return ",".join(map(str, value)) if isinstance(value, list) else "null" if value is None else str(value)

@@ -99,7 +99,7 @@ def test_a_sweep_of_eight_with_three_mishaps(sweep: Any, slurm: dict[str, str], 
     assert len(runs) == 8  # and the dense baseline, once
     failures = [line for line in output.splitlines() if line.startswith("failed: ")]
     assert failures and all("sparsity=0.2" in line and "always bad luck" in line for line in failures), output
-    assert re.search(r"sparsity=0\.3: ended by SLURM without a result \(\w+\); trying again", output)
+    assert re.search(r"sparsity=0\.3: ended by SLURM without a result \(\w+\); retrying", output)
     came_by = way(tmp_path)
     started = {f"compression-0.{i}": came_by.count(f"compression-0.{i}") for i in range(1, 9)}
     # what raised was tried again, what was killed or requeued began again, all else was done once
