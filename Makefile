@@ -66,12 +66,9 @@ world: $(INSTALLED)  ## train the controlled world's three models (once, minutes
 	$(BIN)/python run.py -m model=world_encoder,world_encoder_decoder,world_decoder compression=none eval=[world]
 
 world-study: $(INSTALLED)  ## the controlled world study: its runs (each done once), table, figures and findings
-	$(BIN)/python run.py -m +experiment=controlled_world/magnitude
-	$(BIN)/python run.py -m +experiment=controlled_world/int8
-	$(BIN)/python run.py -m +experiment=controlled_world/prune_int8
-	$(BIN)/python run.py -m +experiment=controlled_world/structured
+	$(BIN)/python run.py +experiment=controlled_world/compression
 	$(BIN)/python experiments/controlled_world/study.py outputs/controlled_world experiments/controlled_world
 
 world-recovery: $(INSTALLED)  ## the controlled world's recovery experiment: forgotten or displaced; table, figure, answer
-	for kind in none lora prompt prefix idp; do $(BIN)/python run.py -m +experiment=controlled_world/recovery_$$kind || exit 1; done
+	$(BIN)/python run.py +experiment=controlled_world/recovery
 	$(BIN)/python experiments/controlled_world/recovery.py outputs/controlled_world_recovery experiments/controlled_world

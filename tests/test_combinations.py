@@ -88,7 +88,7 @@ def test_every_shipped_choice_is_assembled_as_hydra_composes_it(
         (["recovery=lora", "recovery.training.batch_size=3,4", "recovery.training={batch_size:1},{batch_size:2}"], 4),
         (["compression.scope='${${which}}'", "++which=device,dtype", "device=global,layer", "dtype=layer,global"], 3),
         (["eval.atlas.limit=null,10", "eval.atlas.wordings=all,rotate", "output.compressed_gb=0,1"], 1),
-        (["+experiment=controlled_world/magnitude,controlled_world/int8", "seed=0,1"], 2),
+        (["+experiment=cost_of_compression/small_magnitude,cost_of_compression/small_int8", "seed=0,1"], 2),
     ],
 )
 def test_whatever_overrides_do_to_each_other(overrides: list[str], composed: int, loader: Any) -> None:

@@ -125,5 +125,10 @@ def test_grids_of_a_preset_are_swept_each_by_itself():
     jobs = PlannedSweeper({"target": "all"}, grids)._jobs(["seed=1"])
     bits = [["target=all", "compression=rtn", f"++compression.bits={n}", "seed=1"] for n in (2, 4)]
     assert jobs == bits + [["target=all", "compression=magnitude", f"sparsity={s}", "seed=1"] for s in (0.2, 0.4)]
+    pruned = [["target=all", f"sparsity={s}", "compression=magnitude"] for s in (0.2, 0.4)]
+    assert PlannedSweeper({"target": "all"}, grids)._jobs(["compression=magnitude,gptq"]) == pruned  # selects a grid
+    everywhere = PlannedSweeper({"target": "all"}, grids)._jobs(["compression=gptq"])  # which no grid has
+    assert [job[-1] for job in everywhere] == ["compression=gptq"] * 4
+    assert len(PlannedSweeper({"target": "all"}, grids)._jobs(["compression=magnitude,rtn"])) == 4
     with pytest.raises(BadInput, match=r"both sweep compression;"):
         PlannedSweeper({"compression": "rtn"}, grids)._jobs([])

@@ -12,6 +12,7 @@ from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.compression.methods.structured import Structured
 from knowledge_compression.configuration import experiment_from
+from knowledge_compression.sweeping.cli import settled_by_classes
 
 CONF = Path(__file__).parent.parent / "conf"
 FOLDER = "forgotten_or_displaced"
@@ -30,11 +31,12 @@ def test_every_preset_has_a_small_form(small):
             config = compose("config", [chosen], return_hydra_config=True)
             params = config.hydra.sweeper.params
             assert params.model == ("world_decoder_long" if small == "small_world" else "smollm2")
-            first = [f"{key}={_first(str(value))}" for key, value in params.items()]
-            job = compose("config", [chosen, *first, "data_dir=somewhere"], return_hydra_config=True)
-            experiment = experiment_from(job, job.hydra.runtime.choices)
-            training = getattr(experiment.recovery, "training", None)
-            assert training is None or training.tokens <= 100_000
+            for grid in config.hydra.sweeper.get("grids") or [{}]:
+                first = settled_by_classes([f"{key}={_first(str(value))}" for key, value in {**params, **grid}.items()])
+                job = compose("config", [chosen, *first, "data_dir=somewhere"], return_hydra_config=True)
+                experiment = experiment_from(job, job.hydra.runtime.choices)
+                training = getattr(experiment.recovery, "training", None)
+                assert training is None or training.tokens <= 100_000
 
 
 PUBLISHED = {
@@ -69,9 +71,10 @@ OF_THE_FIRST_PAPER = {  # what each of its compressions is, in our settings
 def test_presets_of_the_first_paper_run_the_methods_as_published_and_say_so(preset):
     text = (CONF / "experiment" / "cost_of_compression" / f"{preset}.yaml").read_text()
     assert " of The Cost of Compression, as published: " in text.splitlines()[1]
-    params = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
-    assert not [name for name in params if name.startswith("compression.")]
-    for compression in params["compression"].split(","):
+    sweeper = yaml.safe_load(text)["hydra"]["sweeper"]
+    grids = [sweeper["params"] | grid for grid in sweeper.get("grids", [{}])]
+    assert not [name for grid in grids for name in grid if name.startswith("compression.")]
+    for compression in {name for grid in grids for name in grid["compression"].split(",")}:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             chosen = [
                 f"+experiment=cost_of_compression/{preset}",
@@ -84,7 +87,7 @@ def test_presets_of_the_first_paper_run_the_methods_as_published_and_say_so(pres
         assert list(made.parts) == OF_THE_FIRST_PAPER[compression]
 
 
-@pytest.mark.parametrize(("preset", "method"), [("table1_none", "gptq"), ("table2_none", "sparsegpt")])
+@pytest.mark.parametrize(("preset", "method"), [("table1", "gptq"), ("table2", "sparsegpt")])
 def test_the_best_overlay_gives_back_the_methods_own_settings(preset, method):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         chosen = f"+experiment=[{FOLDER}/{preset},{FOLDER}/best_{method}]"
@@ -100,7 +103,7 @@ def test_the_older_scoring_of_triviaqa_takes_the_place_of_todays():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         groups = [
             compose("config", [f"+experiment=[{names}]"]).eval.nine_tasks.groups
-            for names in (f"{FOLDER}/table1_lora", f"{FOLDER}/table1_lora,{FOLDER}/older_triviaqa")
+            for names in (f"{FOLDER}/table1", f"{FOLDER}/table1,{FOLDER}/older_triviaqa")
         ]
     before, after = ([task for group in one.values() for task in group] for one in groups)
     assert [name.replace("triviaqa", "triviaqa_greedy") for name in before] == after and len(after) == 9

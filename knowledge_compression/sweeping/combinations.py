@@ -24,7 +24,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from knowledge_compression.configuration import settings_of
+from knowledge_compression.configuration import GROUPS, settings_of
 from knowledge_compression.errors import BadInput
 from knowledge_compression.identity import rounded
 
@@ -47,6 +47,33 @@ def combinations(overrides: Sequence[Override]) -> list[list[str]]:
         else:
             raise BadInput(f"{override.input_line} sweeps over a continuous range; give a list, e.g. {key}=0.2,0.4")
     return [list(job) for job in itertools.product(*axes.values())]
+
+
+def selected(
+    grids: Sequence[Mapping[str, Any]], overrides: Sequence[Override]
+) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
+    """The grids of a preset that the command line asks for, each with the overrides that apply to it.
+
+    A typed choice of files, e.g. ``recovery=lora``, that some grids have among theirs selects those grids, and in each
+    of them the typed files that it has. A choice that no grid has replaces that of every grid.
+
+    Args:
+        grids: keys of the sweep and their values.
+        overrides: those of the command line.
+    """
+    typed = {override.key_or_group: _values(override) for override in overrides if override.key_or_group in GROUPS}
+    files = [{key: str(grid[key]).split(",") for key in typed if key in grid} for grid in grids]
+    selecting = {key for of_grid in files for key in of_grid if set(typed[key]) & set(of_grid[key])}
+    for grid, of_grid in zip(grids, files, strict=True):
+        chosen = {key: [file for file in typed[key] if file in of_grid.get(key, typed[key])] for key in selecting}
+        if all(chosen.values()):
+            rest = [str(one.input_line) for one in overrides if one.key_or_group not in selecting]
+            yield grid, [*rest, *(f"{key}={','.join(values)}" for key, values in chosen.items())]
+
+
+def _values(override: Override) -> list[str]:
+    swept = override.is_sweep_override() and override.is_discrete_sweep()
+    return list(override.sweep_string_iterator()) if swept else [override.get_value_element_as_str()]
 
 
 def _typed(value: str) -> str:

@@ -22,7 +22,7 @@ from knowledge_compression.configuration import Values, settings_of, values_of
 from knowledge_compression.errors import BadInput
 from knowledge_compression.results.secrets import hidden
 from knowledge_compression.sweeping.cli import EXIT_STATUS, one_line, settled_by_classes
-from knowledge_compression.sweeping.combinations import combinations
+from knowledge_compression.sweeping.combinations import combinations, selected
 from knowledge_compression.sweeping.launching import ProcessLauncher
 from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, Outcome, PlannedRun, labels, write_plan
 
@@ -91,14 +91,16 @@ class PlannedSweeper(Sweeper):
 
     def _jobs(self, arguments: Sequence[str]) -> list[list[str]]:
         """Every combination of every grid, each once."""
-        typed = OverridesParser.create().parse_overrides(list(arguments))
-        given = {override.key_or_group for override in typed}
-        jobs: dict[tuple[str, ...], None] = {}
+        parser = OverridesParser.create()
         for number, grid in enumerate(self.grids):
             if both := sorted(grid.keys() & self.params.keys()):
                 raise BadInput(f"hydra.sweeper: params and grids.{number} both sweep {both[0]}; name it in one of them")
+        given = {override.key_or_group for override in parser.parse_overrides(list(arguments))}
+        jobs: dict[tuple[str, ...], None] = {}
+        for grid, of_grid in selected(self.grids, parser.parse_overrides(list(arguments))):
+            typed = parser.parse_overrides(of_grid)
             swept = {key: value for key, value in (self.params | grid).items() if key not in given}
-            parsed = OverridesParser.create().parse_overrides(
+            parsed = parser.parse_overrides(
                 settled_by_classes([f"{key}={_as_typed(value)}" for key, value in swept.items()])
             )
             jobs.update(dict.fromkeys(map(tuple, combinations([*parsed, *typed]))))
