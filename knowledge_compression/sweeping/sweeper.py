@@ -97,9 +97,9 @@ class PlannedSweeper(Sweeper):
                 raise BadInput(f"hydra.sweeper: params and grids.{number} both sweep {both[0]}; name it in one of them")
         given = {override.key_or_group for override in parser.parse_overrides(list(arguments))}
         jobs: dict[tuple[str, ...], None] = {}
-        for grid, of_grid in selected(self.grids, parser.parse_overrides(list(arguments))):
+        for chosen, of_grid in selected(self.grids, parser.parse_overrides(list(arguments))):
             typed = parser.parse_overrides(of_grid)
-            swept = {key: value for key, value in (self.params | grid).items() if key not in given}
+            swept = {key: value for key, value in (self.params | dict(chosen)).items() if key not in given}
             parsed = parser.parse_overrides(
                 settled_by_classes([f"{key}={_as_typed(value)}" for key, value in swept.items()])
             )
