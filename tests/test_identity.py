@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
+from typing import get_args, get_type_hints
 
 import pytest
 
 import knowledge_compression as kc
 from helpers.experiments import SUITE, made
+from helpers.shipped import NEEDED, shipped
 from knowledge_compression.building import build
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.magnitude import Magnitude
@@ -70,6 +72,34 @@ def test_a_value_of_a_wrong_kind_is_one_line_for_every_field(choice):
             build("part", settings | {field.name: {"no such": [object]}})
     with pytest.raises(BadInput, match=r"there is no setting part\.colour"):
         build("part", settings | {"colour": "red"})
+
+
+@pytest.mark.parametrize("choice", shipped("compression", "recovery", "corpus", "eval", "model"))
+def test_no_number_of_any_part_may_be_below_zero_or_beyond_64_bits(choice):
+    """Found out from the settings alone: nothing is loaded."""
+    given = {name.partition(".")[2]: value for name, value in (one.split("=") for one in NEEDED.get(choice, []))}
+    part = kc.choose(choice, **given)
+    looked_at = [(part, lambda value: value)]
+    looked_at += [
+        (getattr(part, one.name), lambda value, name=one.name: {name: value})
+        for one in fields(part)
+        if is_dataclass(getattr(part, one.name))
+    ]
+    for inner, placed in looked_at:
+        hints = get_type_hints(type(inner))
+        for one in fields(inner):
+            if one.init and {int, float} & {hints[one.name], *get_args(hints[one.name])}:
+                for value in (-7, 1 << 70, float("nan")):
+                    setting = placed({one.name: value})
+                    with pytest.raises(BadInput) as refusal:
+                        build("part", merged(plain(part), setting))
+                    assert "\n" not in str(refusal.value)
+
+
+def merged(settings, changes):
+    """Settings with some of them, at any depth, changed."""
+    inner = {key: merged(settings[key], value) for key, value in changes.items() if isinstance(value, dict)}
+    return settings | changes | inner
 
 
 def test_nested_settings_are_checked_like_any_other():

@@ -157,7 +157,7 @@ class SecondOrder(Calibrated[Hessian]):
         """The user's settings."""
         return WalkSettings(self.true_sequential, self.by_influence, self.device, self.forward_dtype)
 
-    def check(self, targets: Targets) -> None:
+    def __post_init__(self) -> None:
         """Refuse a damping that is not positive."""
         if self.damping <= 0:
             raise BadInput(f"compression.damping={self.damping} must be above 0, e.g. 0.01")

@@ -62,6 +62,7 @@ class Awq(Calibrated[InputSizes]):
         """Refuse a search over no powers."""
         if self.steps < 1:
             raise BadInput(f"compression.steps={self.steps} is not a number of powers to try; choose e.g. 20")
+        _ = self.grid
 
     @property
     def grid(self) -> Grid:

@@ -53,6 +53,11 @@ class Gptq(SecondOrder):
     block_size: Positive = field(default=128, metadata=SPEED)
     name = "gptq"
 
+    def __post_init__(self) -> None:
+        """Refuse a damping or grid that does not exist before anything is loaded."""
+        super().__post_init__()
+        _ = self.grid
+
     @property
     def grid(self) -> Grid:
         """The grid that was asked for."""

@@ -48,6 +48,7 @@ class Hqq(Layerwise):
         """Refuse norms without such a proximal operator."""
         if not 0.0 < self.p <= 1.0:
             raise BadInput(f"compression.p={self.p} is not a norm that HQQ solves for; it must lie in (0, 1], e.g. 0.7")
+        _ = self.grid
 
     @property
     def grid(self) -> Grid:

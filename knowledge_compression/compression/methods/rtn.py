@@ -26,6 +26,10 @@ class Rtn(Layerwise):
     scale_bits: int = 32
     name = "rtn"
 
+    def __post_init__(self) -> None:
+        """Refuse a grid that does not exist before anything is loaded."""
+        _ = self.grid
+
     @property
     def grid(self) -> Grid:
         """The grid that was asked for."""

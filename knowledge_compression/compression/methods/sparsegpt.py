@@ -51,12 +51,21 @@ class SparseGpt(SecondOrder):
     refit: int = 3
     name = "sparsegpt"
 
+    def __post_init__(self) -> None:
+        """Refuse settings that do not exist before anything is loaded."""
+        super().__post_init__()
+        check_sparsity(self.sparsity)
+        if self.refit < 0:
+            raise BadInput(f"compression.refit={self.refit} is not a number of steps; choose 3, or 0 for none")
+        _ = self.shape, self._grid(4 if self.bits is None else self.bits)
+
     @property
     def grid(self) -> Grid | None:
         """The grid that was asked for, if any."""
-        if self.bits is None:
-            return None
-        return Grid(self.bits, self.group_size, self.symmetric, self.clip, self.scale_bits)
+        return None if self.bits is None else self._grid(self.bits)
+
+    def _grid(self, bits: int) -> Grid:
+        return Grid(bits, self.group_size, self.symmetric, self.clip, self.scale_bits)
 
     @property
     def shape(self) -> Pattern | None:
@@ -64,11 +73,8 @@ class SparseGpt(SecondOrder):
         return Pattern.parse(self.pattern) if self.pattern is not None else None
 
     def check(self, targets: Targets) -> None:
-        """Refuse a sparsity, damping, pattern or grid that does not fit."""
-        check_sparsity(self.sparsity)
+        """Refuse a pattern or grid that does not fit."""
         super().check(targets)
-        if self.refit < 0:
-            raise BadInput(f"compression.refit={self.refit} is not a number of steps; choose 3, or 0 for none")
         if self.shape:
             self.shape.check(targets)
         if self.grid:

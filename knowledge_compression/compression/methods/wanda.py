@@ -48,6 +48,11 @@ class Wanda(Calibrated[InputPower]):
     pattern: str | None = None
     name = "wanda"
 
+    def __post_init__(self) -> None:
+        """Refuse settings that do not exist before anything is loaded."""
+        check_sparsity(self.sparsity)
+        _ = self.shape
+
     @property
     def shape(self) -> Pattern | None:
         """The pattern that was asked for, if any."""
@@ -55,7 +60,6 @@ class Wanda(Calibrated[InputPower]):
 
     def check(self, targets: Targets) -> None:
         """Refuse a sparsity or pattern that does not fit."""
-        check_sparsity(self.sparsity)
         if self.shape:
             self.shape.check(targets)
 
