@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -12,11 +13,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
-from knowledge_compression.building import Seed, build
+from knowledge_compression.building import Seed, build, nearest
 from knowledge_compression.errors import BadInput, first_line
 
 if TYPE_CHECKING:
     from knowledge_compression.experiment import Experiment
+    from knowledge_compression.models.loading import ModelSource
     from knowledge_compression.results.tracker import Tracker
 
 # The configuration groups, from which an experiment is built.
@@ -166,6 +168,7 @@ def put_together(settings: Mapping[str, Any], made_of: Callable[[str], Any], cho
         raise BadInput("eval=[] evaluates nothing; choose at least one suite, e.g. eval=[atlas]")
     return Experiment(
         source=made["model"],
+        original=_original(getattr(made["model"], "dense", None)),
         target=made["target"],
         compression=made["compression"],
         recovery=made["recovery"],
@@ -179,6 +182,30 @@ def put_together(settings: Mapping[str, Any], made_of: Callable[[str], Any], cho
         save_model=values.output.save_model,
         kept_models=KeptModels(values.output.compressed_gb),
     )
+
+
+@cache
+def _original(dense: str | None) -> ModelSource | None:
+    """The model that a file was compressed from: a folder or file, or a name under ``conf/model/``.
+
+    Raises:
+        BadInput: it is neither.
+    """
+    if dense is None:
+        return None
+    if Path(dense).expanduser().exists():
+        source: ModelSource = part("model", "local", path=dense)
+        return source
+    names = sorted(path.stem for path in (conf_folder() / "model").glob("[!_]*.yaml") if path.stem != "local")
+    if dense not in names:
+        raise BadInput(
+            f"model.dense={dense} is no folder or file, and no model{nearest(dense, names)}; give a path, or one of "
+            f"{', '.join(names)}"
+        )
+    named: ModelSource = part("model", dense)
+    if not hasattr(named, "provenance"):
+        raise BadInput(f"model.dense={dense} is a model that is trained here, of which there are no published files")
+    return named
 
 
 def tracker_from(config: DictConfig, sweep: str | None = None, names: Mapping[str, str] | None = None) -> Tracker:
@@ -209,10 +236,15 @@ def part(group: str, name: str, /, **values: Any) -> Any:
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.initialize import get_gh_backup, restore_gh_from_backup
 
-    GlobalHydra.instance().clear()  # a notebook may have composed a configuration before
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        config = compose("config", overrides=[f"eval=[{name}]" if group == "eval" else f"{group}={name}"])
+    before = get_gh_backup()  # of the run that asks, or of what a notebook has composed
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            config = compose("config", overrides=[f"eval=[{name}]" if group == "eval" else f"{group}={name}"])
+    finally:
+        restore_gh_from_backup(before)
     where = f"eval.{next(iter(config.eval))}" if group == "eval" else group
     for key, value in values.items():
         of_part = key not in config or key in OmegaConf.select(config, where)

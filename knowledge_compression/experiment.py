@@ -38,6 +38,7 @@ class Experiment:
 
     Attributes:
         source: where the model comes from.
+        original: the model that it was compressed from before, whose run is then the baseline; None where it is dense.
         target: which of its layers are compressed.
         compression, recovery: how it is compressed and recovered.
         corpus: text for calibration and recovery, drawn only if one of them needs it.
@@ -58,6 +59,7 @@ class Experiment:
     recovery: Recovery
     corpus: Corpus
     suites: Mapping[str, Suite]
+    original: ModelSource | None = None
     called: Mapping[type, str] = field(default_factory=dict)
     seed: int = 0
     device: str = "auto"
@@ -70,7 +72,8 @@ class Experiment:
     @property
     def is_dense(self) -> bool:
         """Whether this is a baseline: nothing compressed, nothing recovered."""
-        return isinstance(self.compression, NoCompression) and isinstance(self.recovery, NoRecovery)
+        untouched = isinstance(self.compression, NoCompression) and isinstance(self.recovery, NoRecovery)
+        return untouched and self.original is None
 
     @property
     def streams(self) -> bool:
@@ -94,7 +97,8 @@ class Experiment:
 
     def dense(self) -> Experiment:
         """The dense baseline of this run."""
-        return replace(self, compression=NoCompression(), recovery=NoRecovery(), called={}, save_model=False)
+        dense = replace(self, compression=NoCompression(), recovery=NoRecovery(), called={}, save_model=False)
+        return dense if self.original is None else replace(dense, source=self.original, original=None)
 
     def __post_init__(self) -> None:
         """Refuse objects that are not parts, and unknown forms of saving."""
@@ -116,6 +120,8 @@ class Experiment:
         """
         resolve_device(self.device)
         skeleton = self.loader.skeleton()
+        if self.original is not None:
+            self.original.skeleton()
         if not isinstance(self.compression, NoCompression):
             self.target.select(skeleton)
         if self.streams and self.loads:
@@ -132,6 +138,8 @@ class Experiment:
         deciding = self._of_compressed | {"eval": {name: known_identity(suite) for name, suite in self.suites.items()}}
         if self._scoring_type is not None:
             deciding["scored_in"] = f"torch.{self._scoring_type}"
+        if self.original is not None:
+            deciding["dense"] = known_identity(self.original)
         if not isinstance(self.recovery, NoRecovery):
             deciding["recovery"] = known_identity(self.recovery)
         if self.needs_text:
@@ -146,12 +154,19 @@ class Experiment:
 
     @property
     def choices(self) -> dict[str, str]:
-        """The user's name for each part: its own name or, for compressions and recoveries, that of the chosen file."""
+        """The user's name for each part: its own name or, for compressions and recoveries, that of the chosen file.
+
+        A compressed file with a known original is named after the original, and is itself the first compression.
+        """
         done: dict[str, Any] = {"compression": self.compression, "recovery": self.recovery}
-        named: dict[str, Any] = {"model": self.source, "target": self.target, "corpus": self.corpus}
-        return {group: str(part.name) for group, part in named.items()} | {
+        named: dict[str, Any] = {"model": self.original or self.source, "target": self.target, "corpus": self.corpus}
+        choices = {group: str(part.name) for group, part in named.items()} | {
             group: self.called.get(type(part)) or str(getattr(part, "name", "none")) for group, part in done.items()
         }
+        if self.original is not None:
+            file, after = getattr(self.source, "label", self.source.name), choices["compression"]
+            choices["compression"] = file if isinstance(self.compression, NoCompression) else f"{file}+{after}"
+        return choices
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -160,7 +175,9 @@ class Experiment:
         ``choices`` holds the names of the parts, ``identity`` what decides the result; a run without randomness has no
         ``seed``. Anything that looks like a secret is left out.
         """
-        parts = {"model": self.source, "target": self.target, "compression": self.compression}
+        parts = {"model": self.original or self.source, "target": self.target, "compression": self.compression}
+        if self.original is not None:
+            parts["file"] = self.source
         parts |= {"recovery": self.recovery, "corpus": self.corpus}
         told = {
             "choices": self.choices,

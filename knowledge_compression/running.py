@@ -26,11 +26,13 @@ from knowledge_compression.identity import CONTENT, known_identity
 from knowledge_compression.memory import peak_of_process
 from knowledge_compression.models import Model, Targets
 from knowledge_compression.models.device import resolve_device
-from knowledge_compression.models.loading import LocalModel
+from knowledge_compression.models.loading import LocalModel, ModelSource
 from knowledge_compression.models.saving import save_checkpoint
 from knowledge_compression.models.soundness import non_finite, shown, weights_of
 from knowledge_compression.models.streamed import StreamedModel
+from knowledge_compression.models.tokenizers import read_alike
 from knowledge_compression.results.environment import environment
+from knowledge_compression.results.files import OTHER_TOKENIZER
 from knowledge_compression.results.layer_map import layer_map
 from knowledge_compression.results.layout import SAVED
 from knowledge_compression.results.store import Run
@@ -74,6 +76,8 @@ def do(experiment: Experiment, workplace: Workplace, tracker: Tracker, *, afresh
         report: dict[str, Any] = {
             "model": {"name": model.name, "family": model.family, "note": model.note, **model.provenance}
         }
+        if experiment.original is not None:
+            report["dense"] = _told_of(experiment.original, model)
         with cost.of("compress"):
             model, compressed, found = _compress(
                 experiment, model, targets, corpus, workplace.folder / SAVED, afresh=afresh
@@ -89,7 +93,7 @@ def do(experiment: Experiment, workplace: Workplace, tracker: Tracker, *, afresh
             report["non_finite_weights"] = sick
             log.warning("%s has weights that are not finite (%s): its answers are void", model.name, shown(sick))
         scored_in = experiment.scored_in if model.dtype == torch.float32 else None  # narrower types stay
-        original = partial(experiment.loader.load, experiment.device, experiment.dtype)
+        original = partial(experiment.dense().loader.load, experiment.device, experiment.dtype)
         scorer = partial(Scorer, model, prompts=recovered.prompts, dtype=scored_in, original=original)
         evaluations = {}
         for name, suite in experiment.suites.items():
@@ -107,6 +111,13 @@ def do(experiment: Experiment, workplace: Workplace, tracker: Tracker, *, afresh
         run = _record(experiment, model, scored_in, evaluations, report)
         tracked.finish_with(run, saved if saved.is_dir() else None)
     return run
+
+
+def _told_of(original: ModelSource, model: Model) -> dict[str, Any]:
+    """What the run of an original says of its model, by which runs are found to belong together, and its tokenizer."""
+    note = getattr(original, "note", "")
+    told = {"name": original.name, "family": original.skeleton().family, "note": note, **original.provenance()}
+    return told | {OTHER_TOKENIZER: not read_alike(model.tokenizer, original.tokenizer())}
 
 
 def _compress(

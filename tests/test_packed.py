@@ -19,6 +19,7 @@ from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.rtn import Rtn
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
+from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.targets import linear_layers
 
 ALL = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff"])
@@ -99,6 +100,13 @@ def test_a_packed_checkpoint_holds_the_weights(
     assert all(state[name].dtype == torch.float16 for name in rest)
     if not getattr(method, "static_groups", True):
         assert config["desc_act"]
+
+    back = LocalModel("local", str(tmp_path / "packed")).load("cpu", "float32")
+    for layer in ALL.select(back):
+        assert torch.equal(layer.weight, weights[layer.path]), layer.path
+    told = back.on_disk
+    assert told is not None and (told.format, told.bits) == ("gptq", method.bits)
+    assert told.made_by == "knowledge_compression"
 
 
 def test_layers_left_alone_are_named(tiny_tokenizer: object, tmp_path: Path) -> None:

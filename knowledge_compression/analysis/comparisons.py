@@ -15,13 +15,19 @@ import polars as pl
 from numpy.typing import NDArray
 
 from knowledge_compression.analysis.measures import ANSWERS, MEASURES, Measure
+from knowledge_compression.results.files import OTHER_TOKENIZER
 from knowledge_compression.results.store import Run
 from knowledge_compression.results.varying import Names
 from knowledge_compression.results.varying import is_dense as _is_dense
 from knowledge_compression.statistics import Estimate, accuracies, drops, macro_accuracies
 
 KEY = ["task", "id"]  # an item of a suite
-_PLACES = ("path", "data_dir", "adapter")  # in runs of format 1: what lies there decides, and is in the fingerprint
+_PLACES = (
+    "path",
+    "data_dir",
+    "adapter",
+    OTHER_TOKENIZER,
+)  # in runs of format 1: what lies there decides, and is in the fingerprint
 
 
 @dataclass(frozen=True)
@@ -240,6 +246,12 @@ def _fill(group: Group, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
     settings: dict[tuple[str, int], Run] = {}
     twins: Counter[tuple[str, int]] = Counter()  # of the same seed, e.g. on another device: a separate setting
     for run in runs:
+        if group.measure is not ANSWERS and run.report.get("dense", {}).get(OTHER_TOKENIZER):
+            yield (
+                run.id,
+                f"its tokenizer is not that of {group.asked.model}, so its {group.asked.suite} is of other tokens",
+            )
+            continue
         if not _as_many_items(run, group.dense, group.asked.suite):  # otherwise they need not be read here
             try:
                 group.gains(run)
@@ -271,9 +283,10 @@ def _setting(run: Run) -> str:
 
 
 def _deciding(run: Run, suite: str) -> dict[str, Any]:
+    told = run.report.get("dense") or run.report.get("model", {})
     return (
         {
-            "model": {key: value for key, value in run.report.get("model", {}).items() if key not in _PLACES},
+            "model": {key: value for key, value in told.items() if key not in _PLACES},
             "dtype": run.environment.get("dtype"),
             "settings": seedless(_asked_how(run, suite)),
             "data": run.report["eval"][suite].get("fingerprint"),

@@ -30,6 +30,8 @@ from knowledge_compression.models.soundness import check_configuration, check_it
 from knowledge_compression.models.streamed import Checkpoint, StreamedModel, check_kinds
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from knowledge_compression.models.checkpoints.stored import Stored
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,14 @@ class ModelSource(Protocol):
 
     def fingerprint(self) -> str:
         """A digest that identifies these weights."""
+        ...
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the weights come from, for the record."""
+        ...
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer alone."""
         ...
 
 
@@ -103,11 +113,24 @@ class HubModel:
         with cache_alone_where_no_hub_answers():
             return _skeleton(self.hub_id, self.name, **self._hub)
 
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Download (or find in the cache) the tokenizer."""
+        with cache_alone_where_no_hub_answers():
+            return _tokenizer(self.hub_id, self.name, **self._hub)
+
+    def provenance(self) -> dict[str, Any]:
+        """The hub id and the commit."""
+        return {
+            "hub_id": self.hub_id,
+            "revision": self.revision,
+            "commit": commit_of(self.hub_id, self.revision),
+        }
+
     def load(self, device: str = "auto", dtype: str = "auto") -> Model:
         """Download (or find in the cache) and load."""
         with cache_alone_where_no_hub_answers():
             model = _from_pretrained(self.hub_id, self.name, device, dtype, allow_pickle=self.allow_pickle, **self._hub)
-        model.provenance = self._provenance()
+        model.provenance = self._read_provenance()
         model.note = self.note
         return model
 
@@ -119,7 +142,7 @@ class HubModel:
             kinds = ["*.safetensors", "*.json", "*.txt", "*.model"]
             folder = snapshot_download(self.hub_id, revision=self.revision, allow_patterns=kinds)
         model = _streamed(Path(folder), self.name, device, dtype, trust_remote_code=self.trust_remote_code)
-        model.provenance = self._provenance()
+        model.provenance = self._read_provenance()
         model.note = self.note
         return model
 
@@ -127,7 +150,7 @@ class HubModel:
     def _hub(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
-    def _provenance(self) -> dict[str, Any]:
+    def _read_provenance(self) -> dict[str, Any]:
         """The folder or address from which the weights were read.
 
         Raises:
@@ -152,6 +175,7 @@ class LocalModel:
     trust_remote_code: bool = False
     note: str = field(default="", metadata=LABEL)
     stream: bool = field(default=False, metadata=SPEED)  # a run that streams says so itself
+    dense: str | None = field(default=None, metadata=PLACE)  # the model that this one was compressed from
 
     def fingerprint(self) -> str:
         """Digest of every byte that decides what the model says, wherever the folder or file lies."""
@@ -178,9 +202,24 @@ class LocalModel:
             allow_pickle=self.allow_pickle,
             trust_remote_code=self.trust_remote_code,
         )
-        model.provenance = {"path": str(place), "fingerprint": self.fingerprint()}
+        model.provenance = self.provenance()
         model.note = self.note
         return model
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """That of the folder or file."""
+        place, stored = self._found()
+        return _tokenizer(str(place), self.name, stored, trust_remote_code=self.trust_remote_code)
+
+    def provenance(self) -> dict[str, Any]:
+        """The place, and the digest of what lies there."""
+        return {"path": str(self._found()[0]), "fingerprint": self.fingerprint()}
+
+    @property
+    def label(self) -> str:
+        """What a file is called among others of one model: its name; of a folder with that of the folder around it."""
+        place = Path(self.path).expanduser().resolve()
+        return place.name if place.is_file() else "/".join(place.parts[-2:])
 
     def streamed(self, device: str = "auto", dtype: str = "auto") -> StreamedModel:
         """The weights stay in the folder."""
@@ -191,7 +230,7 @@ class LocalModel:
                 "choose model.stream=false"
             )
         model = _streamed(folder, self.name, device, dtype, trust_remote_code=self.trust_remote_code)
-        model.provenance = {"path": str(folder), "fingerprint": self.fingerprint()}
+        model.provenance = self.provenance()
         model.note = self.note
         return model
 
@@ -260,6 +299,10 @@ class Packaged(ABC):
         """Where the weights came from."""
         return {"package": self.requirement}
 
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """That of the folder."""
+        return _tokenizer(str(self.place()), self.name)
+
     def fingerprint(self) -> str:
         """The pinned package and the digest of its installed files."""
         return f"{self.requirement}:{self.digest()}"
@@ -310,24 +353,13 @@ class PackagedGguf(Packaged):
         return files_fingerprint([_package_folder(self.package, self.requirement) / self.file])
 
     def _convert(self, folder: Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from knowledge_compression.models.checkpoints.gguf import GgufFile
 
-        source = _package_folder(self.package, self.requirement)
-        log.info("converting %s to safetensors, once (about 20 s)", self.file)
-        with one_line_failures(str(source / self.file), self.name, allow_pickle=False):
-            as_floats: dict[str, Any] = {"gguf_file": self.file, "dtype": torch.float32, "output_loading_info": True}
-            made: Any = AutoModelForCausalLM.from_pretrained(source, **as_floats)
-            loaded, info = made
-            check_loaded(loaded, info["missing_keys"], info["unexpected_keys"])
-            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=self.file)
-        # A model loaded from GGUF refuses save_pretrained, so its weights move to one without quantization settings.
-        config = type(loaded.config).from_dict(
-            {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
-        )
-        fresh = type(loaded)(config)
-        fresh.load_state_dict(loaded.state_dict())
-        fresh.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        path = _package_folder(self.package, self.requirement) / self.file
+        log.info("converting %s to safetensors, once (a few seconds)", self.file)
+        model = _from_pretrained(str(path), self.name, "cpu", "float32", stored=GgufFile.at(path))
+        model.network.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
 
 
 def check_memory(skeleton: Model, device: str, dtype: str) -> None:
@@ -401,6 +433,13 @@ def _from_pretrained(
         check_tokenizer(model)
         check_it_runs(model)
     return model
+
+
+def _tokenizer(where: str, name: str, stored: Stored | None = None, **hub: Any) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with one_line_failures(where, name, allow_pickle=False):
+        return stored.tokenizer(**hub) if stored is not None else AutoTokenizer.from_pretrained(where, **hub)
 
 
 def _skeleton(where: str, name: str, stored: Stored | None = None, **hub: Any) -> Model:

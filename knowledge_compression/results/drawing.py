@@ -13,6 +13,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from knowledge_compression.results.files import kept_figure
 from knowledge_compression.results.store import Run
 from knowledge_compression.results.summary import HEADLINES, asked_columns, heading
 from knowledge_compression.results.varying import CHOSEN, text_of
@@ -25,13 +26,15 @@ def literal_text() -> AbstractContextManager[None]:
 
 
 def write(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Write the rows of a summary as ``table.csv``, and their figure as ``drop.png`` and ``drop.svg``."""
+    """Write a summary as ``table.csv``, its figure as ``drop.png`` and ``.svg``, and that of files as ``kept``."""
     table = pl.DataFrame(rows, infer_schema_length=None, strict=False)
     table.write_csv(folder / "table.csv")
     with literal_text():
-        figure = drop_figure(table)
-        for suffix in ("png", "svg"):
-            figure.savefig(folder / f"drop.{suffix}", dpi=150)
+        figures = {"drop": drop_figure(table), "kept": kept_figure(rows)}
+        for name, figure in figures.items():
+            if figure is not None:
+                for suffix in ("png", "svg"):
+                    figure.savefig(folder / f"{name}.{suffix}", dpi=150)
 
 
 def drop_figure(table: pl.DataFrame) -> Figure:

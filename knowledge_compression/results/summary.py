@@ -21,6 +21,7 @@ from rich.text import Text
 
 from knowledge_compression.cache import cached_folder, file_digest, kept_finding
 from knowledge_compression.identity import digest_of
+from knowledge_compression.results.files import is_file, kept, tokens_differ, told
 from knowledge_compression.results.store import Run
 from knowledge_compression.results.varying import text_of, varied
 
@@ -57,8 +58,9 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
         }
     ):
         console.print(shown(note), style="dim")
-    for line in sorted(set(filter(None, map(_left_out, runs)))):
-        console.print(shown(line), style="dim")
+    for line_of in (told, tokens_differ, _left_out):
+        for line in sorted(set(filter(None, map(line_of, runs)))):
+            console.print(shown(line), style="dim")
     if folder is None:
         return
     by = _file_name(asked_columns(list(rows[0])))
@@ -93,11 +95,12 @@ def drop_rows(runs: Sequence[Run], baselines: Mapping[str, Run]) -> list[dict[st
         ``suite, metric, value, dense``, ``drop_percent`` (share of the dense value lost; for perplexity, the rise), the
         95 % intervals ``value_low, value_high`` and ``drop_low, drop_high`` (paired bootstrap over items or windows of
         text), ``majority_percent`` (the same for always giving the most frequent answer), ``reached_sparsity,
-        reached_bits, stored_mb, baseline, run``.
+        reached_bits, stored_mb, baseline, run``; with files of one model also ``file``, its name, and ``kept_percent,
+        kept_low, kept_high``: the share of what its original answers right that it still answers right.
     """
     distinct = list({run.id: run for run in [*baselines.values(), *runs]}.values())
     settings = varied([run.config for run in distinct])
-    told = {
+    said = {
         run.id: {(one.name if one.chosen else f"asked_{one.name}"): one.values[i] for one in settings}
         for i, run in enumerate(distinct)
     }
@@ -108,9 +111,12 @@ def drop_rows(runs: Sequence[Run], baselines: Mapping[str, Run]) -> list[dict[st
         if not {suite} & (run.void.keys() | baselines.get(run.id, run).void.keys())
         and (metric := next((name for name in HEADLINES if f"{suite}.{name}" in run.metrics), None))
         and f"{suite}.{metric}" in baselines.get(run.id, run).metrics
+        and not (metric == "perplexity" and tokens_differ(run))
     ]
-    rows = [told[one[0].id] | _row(*one) | intervals for one, intervals in zip(asked, _intervals(asked), strict=True)]
-    lists = {name for row in told.values() for name, value in row.items() if not isinstance(value, int | float | None)}
+    rows = [said[one[0].id] | _row(*one) | intervals for one, intervals in zip(asked, _intervals(asked), strict=True)]
+    if any(map(is_file, distinct)):
+        rows = [row | kept(*one[:3]) for row, one in zip(rows, asked, strict=True)]
+    lists = {name for row in said.values() for name, value in row.items() if not isinstance(value, int | float | None)}
     return [{name: text_of(v) if name in lists and v is not None else v for name, v in row.items()} for row in rows]
 
 
@@ -133,17 +139,20 @@ def heading(column: str) -> str:
 def as_rich(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows of :func:`drop_rows` as a terminal shows them: what varies, what came out."""
     asked = asked_columns(list(rows[0]))
-    told = Table(title="What compression did", title_justify="left")
-    told.add_column("")
+    shares = "kept_percent" in rows[0]
+    made = Table(title="What compression did", title_justify="left")
+    made.add_column("")
     for column in asked:
         texts = any(isinstance(row[column], str) for row in rows)
-        told.add_column(heading(column), justify="left" if texts else "right")
+        made.add_column(heading(column), justify="left" if texts else "right")
     for column in ("suite", "metric"):
-        told.add_column(column)
-    for column in ("reached sparsity", "reached bits", "MB stored", "value", "drop %", "majority: drop %", "run"):
-        told.add_column(column, justify="right")
+        made.add_column(column)
+    for column in ("reached sparsity", "reached bits", "MB stored", "value", "drop %", *["kept %"] * shares):
+        made.add_column(column, justify="right")
+    for column in ("majority: drop %", "run"):
+        made.add_column(column, justify="right")
     for row in rows:
-        told.add_row(
+        made.add_row(
             "dense" if row["run"] == row["baseline"] else "",
             *(shown(text_of(row[name])) for name in asked),
             *(shown(row[name]) for name in ("suite", "metric")),
@@ -152,10 +161,11 @@ def as_rich(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['stored_mb']:.0f}",
             _with_interval(row, "value", ".4g"),
             _with_interval(row, "drop", "+.1f"),
+            *["" if (share := row.get("kept_percent")) is None else f"{share:.1f}"] * shares,
             "" if row["majority_percent"] is None else f"{row['majority_percent']:+.1f}",
             shown(row["run"][:8]),
         )
-    return told
+    return made
 
 
 def _row(run: Run, baseline: Run, suite: str, metric: str) -> dict[str, Any]:
@@ -203,7 +213,7 @@ def _write(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
 def _code() -> list[str]:
     """Digests of the code that finds intervals and draws: what is kept was made by this one."""
     package = Path(__file__).parents[1]
-    return [file_digest(package / file) for file in ("statistics.py", "results/drawing.py")]
+    return [file_digest(package / file) for file in ("statistics.py", "results/drawing.py", "results/files.py")]
 
 
 def _with_interval(row: Mapping[str, Any], name: str, form: str) -> str:

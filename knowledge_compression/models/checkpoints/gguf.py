@@ -95,12 +95,14 @@ class GgufFile(Stored):
     def tokenizer(self, **hub: Any) -> PreTrainedTokenizerBase:
         """What transformers makes of the file's vocabulary, without a chat template."""
         from transformers import PreTrainedTokenizerFast
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer, get_gguf_tokenizer
+        from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
-        architecture, vocabulary, settings = get_gguf_tokenizer(str(self.files[0]))
-        made, more = convert_gguf_tokenizer(architecture, vocabulary)
-        settings.pop("chat_template", None)
-        return PreTrainedTokenizerFast(tokenizer_object=made, **(settings | more))
+        # AutoTokenizer chooses the same by the file's settings, for which it reads the whole vocabulary once more.
+        named = TOKENIZER_MAPPING_NAMES.get(self._settings["model_type"])
+        kind = (tokenizer_class_from_name(named) if named else None) or PreTrainedTokenizerFast
+        made: PreTrainedTokenizerBase = kind.from_pretrained(self.files[0].parent, gguf_file=self.files[0].name)
+        made.chat_template = None
+        return made
 
     def weights(self, skeleton: PreTrainedModel) -> dict[str, Later]:
         """Each weight of the network, from the one tensor or the several that make it."""
@@ -165,7 +167,8 @@ class GgufFile(Stored):
                 raise BadInput(
                     f"it is a GGUF file of the architecture {self.architecture}; transformers reads {', '.join(known)}"
                 ) from None
-        return settings
+        words = self._headers[0].settings.get("tokenizer.ggml.tokens")
+        return ({"vocab_size": words} if isinstance(words, int) else {}) | settings
 
     def _write_brief(self, path: Path) -> None:
         """Write a file that says what this one says of the model, all parts together, without vocabulary and weights.
@@ -186,9 +189,6 @@ class GgufFile(Stored):
             key = f"tokenizer.ggml.{name}_token_id"
             if key in first.settings:
                 writer.add_key_value(key, first.settings[key], first.kinds[key])
-        words, size = first.settings.get("tokenizer.ggml.tokens"), f"{self.architecture}.vocab_size"
-        if isinstance(words, int) and size not in first.settings:
-            writer.add_key_value(size, words, GGUFValueType.UINT32)
         for tensor, _ in self.described:
             writer.add_tensor(tensor.name, np.zeros(1, dtype=np.float32))
         writer.write_header_to_file()

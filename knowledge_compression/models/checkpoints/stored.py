@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from knowledge_compression.errors import BadInput
 from knowledge_compression.models.checkpoints.base import StoredAs
 
 if TYPE_CHECKING:
@@ -79,12 +80,22 @@ class Stored(ABC):
             kind: the auto class of such networks.
             config: as :meth:`configuration` gave it.
             dtype: of its weights; ``auto`` is the configuration's own.
+
+        Raises:
+            BadInput: a weight has another shape than its configuration describes.
         """
         with torch.device("meta"):
             skeleton = kind.from_config(config)
         if dtype == "auto":
             dtype = config.dtype or torch.float16
-        loaded: Any = type(skeleton).from_pretrained(
-            None, config=config, state_dict=dict(self.weights(skeleton)), dtype=dtype, output_loading_info=True
+        network, said = type(skeleton).from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(self.weights(skeleton)),
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # so that they are told in one line
+            output_loading_info=True,
         )
-        return loaded[0], loaded[1]
+        for name, stored, wanted in said["mismatched_keys"]:
+            raise BadInput(f"it holds {name} of shape {list(stored)}, and its configuration describes {list(wanted)}")
+        return network, said

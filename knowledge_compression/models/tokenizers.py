@@ -1,0 +1,21 @@
+"""Whether two tokenizers read text alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Words, numbers, spaces, line ends, signs, other scripts: what tokenizers of one vocabulary still take apart unlike.
+_TEXTS = (
+    "The capital of France is Paris, isn't it?",
+    " two  spaces\tand a tab\n\nand 12,345.67 lines\n",
+    "def f(x): return x ** 2  # code",
+    "Zürich, São Paulo, Київ, 東京, القاهرة, 🙂",
+)
+
+
+def read_alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether a few texts of many kinds become the same token ids."""
+    return all(one(text)["input_ids"] == other(text)["input_ids"] for text in _TEXTS)
