@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.every_type import DECODERS, ENCODERS, TYPES, sentences, write_tiny
+from helpers.every_type import DECODERS, ENCODER_DECODERS, ENCODERS, TYPES, sentences, write_tiny
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
@@ -23,7 +23,7 @@ from knowledge_compression.evaluation.lm import ScorerLM, stock_lm
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
 from knowledge_compression.library import choose
 from knowledge_compression.models import Model, Target
-from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
+from knowledge_compression.models.families import ENCODER, ENCODER_DECODER
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.saving import full_state, save_checkpoint
 
@@ -125,6 +125,8 @@ def test_int8(dense: Model, tmp_path: Path) -> None:
 def test_gptq(dense: Model, tmp_path: Path) -> None:
     model, report = compressed(dense, Gptq(bits=4, group_size=8), "all")
     assert {layer.bits for layer in report.layers} == {4.0}
+    without = {layer.path for layer in report.layers if "no_tokens" in layer.fallbacks and layer.role != "experts"}
+    assert all("_global" in path for path in without) and bool(without) == (dense.name == "led")
     assert 0 < (logits(model) - logits(dense)).norm() < 0.5 * logits(dense).norm()
     assert torch.equal(logits(back(model, tmp_path / "again")), logits(model))
 
@@ -195,5 +197,11 @@ def _texts() -> Sequence[str]:
 
 
 def test_the_sample_has_every_family() -> None:
-    assert {DECODER, ENCODER} <= {DECODER if name in DECODERS else ENCODER for name in SAMPLE if name in TYPES}
-    assert TYPES.keys() >= SAMPLE and SAMPLE & ENCODERS.keys()
+    families = {"decoder": DECODERS, "encoder": ENCODERS, "encoder_decoder": ENCODER_DECODERS}
+    assert all(SAMPLE & types.keys() for types in families.values()) and TYPES.keys() >= SAMPLE
+
+
+def test_the_page_gives_their_number() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    assert f"\n{len(TYPES)} types were tried from end to end" in page
+    assert all(f"| {name} |" in page for name in TYPES)

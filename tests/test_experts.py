@@ -1,6 +1,7 @@
 """Experts that transformers keeps in one tensor are layers like others, calibrated on the tokens sent to them."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,16 @@ from knowledge_compression.compression.methods.sparsegpt import SparseGpt
 from knowledge_compression.compression.methods.structured import Structured
 from knowledge_compression.compression.methods.wanda import Wanda
 from knowledge_compression.compression.walk import blocks
+from knowledge_compression.compression.walk.expert_inputs import one_expert_after_the_other
+from knowledge_compression.compression.walk.layer_inputs import reading
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.families import EXPERTS, FF, ROUTER, SHARED_EXPERTS
 from knowledge_compression.models.replaced import ReplacedExperts
 from knowledge_compression.models.saving import save_checkpoint
 from knowledge_compression.models.targets import Targets, linear_layers
+from knowledge_compression.recovery.lora import Lora
+from knowledge_compression.training import TrainingSettings
 
 EVERYTHING = Target("all", ["decoder_self_att", FF, EXPERTS, SHARED_EXPERTS, "mixer"])
 ONLY = Target("experts", [EXPERTS])
@@ -278,3 +283,46 @@ def test_a_parameter_that_nothing_explains_is_named() -> None:
     model.network.model.layers[1].mlp.experts.mystery = nn.Parameter(torch.ones(3, 4))
     with pytest.raises(BadInput, match=r"unknown role: model\.layers\.1\.mlp\.experts\.mystery"):
         ONLY.select(model)
+
+
+def said(model: Model) -> Tensor:
+    return model.network(input_ids=text()).logits
+
+
+def test_influence_on_experts_is_that_on_linear_layers() -> None:
+    """Of a network that multiplies by its whole bank at once too; read off the experts as modules, by hooks."""
+    for name in sorted(MIXTURES):
+        model, apart = mixture(name), mixture(name)
+        layers = {layer.path: layer for layer in ONLY.select(model) if "layers.0." in layer.path}
+        for layer in ONLY.select(apart):
+            assert layer.expert
+            ReplacedExperts.in_place_of(layer.module, layer.expert.parameter, layer.expert.transposed)
+        linears = {layer.path: layer for layer in linear_layers(apart) if layer.path in layers}
+        assert linears.keys() == layers.keys() and not any(layer.expert for layer in linears.values())
+        with one_expert_after_the_other(model.network):
+            found = reading(layers, partial(said, model), by_influence=True)
+        expected = reading(linears, partial(said, apart), by_influence=True)
+        for path in layers:
+            inputs = expected[0][path].flatten(0, -2)
+            sent = inputs.ne(0).any(dim=-1)  # a whole bank also reads zeros for tokens that are not for an expert
+            torch.testing.assert_close(found[0][path], inputs[sent], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(found[1][path], expected[1][path][sent], atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_lora_adds_to_every_expert(name: str, quantized: bool) -> None:
+    model = mixture(name)
+    before, count = logits_of(model), len(ONLY.select(model))
+    if quantized:
+        Int8Dynamic("per_channel").compress(model, ONLY.select(model), None)
+        before = logits_of(model)
+    settings = Lora(rank=2, training=TrainingSettings(tokens=64))
+    settings.prepare(model)
+    network = settings.trainable(model)
+    torch.testing.assert_close(logits_of(model), before, atol=1e-5, rtol=1e-5)  # additions begin at zero
+    trained = {path: p for path, p in network.named_parameters() if p.requires_grad and ".experts." in path}
+    assert len(trained) == 2 * count
+    network(input_ids=text()).logits.square().sum().backward()
+    learning = [p for path, p in trained.items() if "lora_B" in path and p.grad is not None and p.grad.any()]
+    assert len(learning) > count / 2  # those to which no token was sent have nothing to learn from

@@ -29,7 +29,8 @@ class LayerReport:
         seconds: time spent on the layer's algorithm.
         removable: whether the layer was to be pruned and so counts towards the sparsity; false if a quantization after
             a pruning includes a layer that the pruning left out.
-        tokens: for an expert and a calibrated method, the number of calibration tokens that the router sent to it.
+        tokens: for an expert and a calibrated method, the number of calibration tokens that the router sent to it; 0
+            for another layer that the calibration text never reached.
     """
 
     path: str

@@ -349,7 +349,10 @@ def _body(half: Any, paths: Mapping[nn.Module, str]) -> str:
     """
     whole = paths[half]
     lists = [".".join(filter(None, (whole, path))) for path in _lists(half)]
-    around = paths.get(half.get_input_embeddings(), "")
+    try:
+        around = paths.get(half.get_input_embeddings(), "")
+    except (AttributeError, NotImplementedError):  # a half that does not say so, or that reads no text (speech)
+        around = ""
     while around.startswith(f"{whole}." if whole else "") and around:
         around = around.rpartition(".")[0]
         if around and any(path.startswith(f"{around}.") for path in lists):

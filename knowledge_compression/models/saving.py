@@ -102,10 +102,15 @@ def _with_float_weights(network: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict, with float weights in place of the tensors of int8 modules."""
     state: dict[str, Tensor] = dict(network.state_dict())
     ours = {path: module for path, module in network.named_modules() if isinstance(module, ReplacedLinear)}
-    if not ours:
+    banks = {
+        path: module
+        for path, module in network.named_modules()
+        if isinstance(module, ReplacedExperts) and all(isinstance(e, nn.Linear | ReplacedLinear) for e in module)
+    }
+    if not ours and not banks:
         return state
-    log.warning("saving float weights for %d int8 layers; the saved model does not round its activations", len(ours))
-    banks = {path: module for path, module in network.named_modules() if isinstance(module, ReplacedExperts)}
+    if ours:
+        log.warning("saving float weights for %d int8 layers; the saved model does not round its activations", len(ours))
     of_banks = {f"{path}.{number}" for path, bank in banks.items() for number in range(len(bank))}
     with torch.device("meta"):
         plain = type(network)(network.config)

@@ -10,9 +10,18 @@ from pydantic import Field
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
-from knowledge_compression.models.families import CROSS_ATT, DECODER_SELF_ATT, ENCODER_ATT, FF
+from knowledge_compression.models.families import (
+    CROSS_ATT,
+    DECODER_SELF_ATT,
+    ENCODER_ATT,
+    EXPERTS,
+    FF,
+    MIXER,
+    SHARED_EXPERTS,
+)
 from knowledge_compression.models.prompts import NO_PROMPTS, Prompts
-from knowledge_compression.models.targets import linear_layers
+from knowledge_compression.models.replaced import ReplacedExperts
+from knowledge_compression.models.targets import TargetLayer, linear_layers
 from knowledge_compression.recovery.adapters import Adapter
 from knowledge_compression.recovery.base import RestoresBy
 from knowledge_compression.recovery.tuned import OneAdapter
@@ -21,11 +30,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 ROLES = (ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT, FF)
+# As in targets, experts are feed-forward; a mixer stands for attention.
+_TAKES = {FF: (FF, EXPERTS, SHARED_EXPERTS), DECODER_SELF_ATT: (DECODER_SELF_ATT, MIXER)}
 
 
 @dataclass(frozen=True)
 class Lora(OneAdapter):
     """Train low-rank additions to every attention and feed-forward projection; they are not merged into the weights.
+
+    Each expert of a mixture gets one of its own; what stands for attention (linear attention, state-space mixers)
+    counts as attention.
 
     Attributes:
         rank: of the additions; the paper uses 2, 3 and 4.
@@ -50,6 +64,17 @@ class Lora(OneAdapter):
     def kind(self) -> Mapping[str, Any]:
         """Its settings."""
         return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "roles": list(self.roles)}
+
+    def layers(self, model: Model) -> list[TargetLayer]:
+        """The linear layers that get an addition."""
+        roles = {part for role in self.roles for part in _TAKES.get(role, (role,))}
+        return [layer for layer in linear_layers(model) if layer.role in roles]
+
+    def prepare(self, model: Model) -> None:
+        """Take banks of experts apart, so that each expert can get an addition of its own."""
+        for layer in self.layers(model):
+            if layer.expert:
+                ReplacedExperts.in_place_of(layer.module, layer.expert.parameter, layer.expert.transposed)
 
     def trainable(self, model: Model) -> nn.Module:
         """Return the network with untrained additions."""
@@ -77,7 +102,7 @@ def add_lora(model: Model, settings: Lora) -> nn.Module:
     from peft.tuners.lora import Linear as LoraLinear
     from transformers.pytorch_utils import Conv1D
 
-    layers = [layer for layer in linear_layers(model) if layer.role in settings.roles]
+    layers = settings.layers(model)
     if not layers:
         raise BadInput(f"{model.name} has no linear layer with the roles {', '.join(settings.roles)}")
     config = LoraConfig(

@@ -62,6 +62,7 @@ class OneAdapter(Tuned):
         """Train or read the adapter and add it to the model."""
         assert corpus is not None
         self.check(model)
+        self.prepare(model)
         base = FrozenBase(model.network)
         kind = {"adapter": self.name} | dict(self.kind)
         if self.adapter is None:
@@ -90,6 +91,9 @@ class OneAdapter(Tuned):
         Raises:
             BadInput: the model is of a family, or too short, for it.
         """
+
+    def prepare(self, model: Model) -> None:
+        """Arrange the network's weights so that something can be added to them; they stay as they are from here on."""
 
     @abstractmethod
     def trainable(self, model: Model) -> nn.Module:

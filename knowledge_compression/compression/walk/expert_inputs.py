@@ -53,16 +53,19 @@ class ExpertInputs(TorchFunctionMode):
         if weight.dim() == 2 and first in paths and values.numel():
             return self._saw(paths[first], values.reshape(-1, values.shape[-1]), output)
         if weight.dim() == 3:  # the whole bank at once; tokens that were not sent to an expert arrive as zeros
+            given = list(output)
             for number, path in paths.items():
-                routed = values[number][values[number].ne(0).any(dim=-1)]
-                if len(routed):
-                    self._saw(path, routed, None)
+                sent = values[number].ne(0).any(dim=-1)
+                if sent.any():
+                    told = self._saw(path, values[number][sent], given[number][sent])
+                    given[number] = given[number].masked_scatter(sent[:, None], told)
+            return output if self._on_output is None else torch.stack(given)
         return output
 
-    def _saw(self, path: str, values: Tensor, output: Tensor | None) -> Tensor | None:
+    def _saw(self, path: str, values: Tensor, output: Tensor) -> Tensor:
         before = self.inputs.get(path)
         self.inputs[path] = values.detach() if before is None else torch.cat([before, values.detach()])
-        return output if self._on_output is None or output is None else self._on_output(path, output)
+        return output if self._on_output is None else self._on_output(path, output)
 
     def _numbers(self, weight: object) -> tuple[int, dict[int, str]] | None:
         """The index of the tensor's first expert and the paths of its bank's layers; None if it belongs to no bank."""

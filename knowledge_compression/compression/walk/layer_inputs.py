@@ -59,7 +59,7 @@ def reading(
             inputs |= mode.inputs
         else:
             result = run()
-    return inputs, _influence(result, outputs) if by_influence else {}
+    return inputs, _influence(result, outputs) if outputs else {}
 
 
 def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
