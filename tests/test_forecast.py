@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from helpers.experiments import SUITE, made
+from helpers.networks import MIXTURES, build_network, make_tokenizer
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.wanda import Wanda
 from knowledge_compression.corpora.text import TextFile
@@ -23,7 +24,8 @@ from knowledge_compression.models.targets import is_linear, linear_layers
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.tracker import NoTracker
 from knowledge_compression.sweeping import forecast
-from knowledge_compression.sweeping.forecast import Forecaster, miniature, multiply_adds, rehearse, totals
+from knowledge_compression.sweeping.forecast import Forecaster, totals
+from knowledge_compression.sweeping.rehearsal import counting, miniature, multiply_adds, reached, rehearse
 
 
 def counted(model: Model) -> float:
@@ -46,6 +48,36 @@ def test_a_miniature_counts_what_the_network_does(any_tiny_model: Model) -> None
     assert work.items > 0 and work.widest > 0
     small = miniature(any_tiny_model).network
     assert sum(p.numel() for n, p in small.named_parameters() if "embed" not in n) < 40_000
+
+
+@pytest.mark.parametrize("name", sorted(MIXTURES))
+def test_of_a_mixture_active_multiply_adds_are_counted(name: str) -> None:
+    """By hand: each token passes attention, the router and the head, and of the experts as many as it is sent to."""
+    model = Model(build_network(name), make_tokenizer(), name)
+    ids = torch.randint(7, 60, (4, 32), generator=torch.Generator().manual_seed(0))
+    with counting(model) as tokens, torch.no_grad():
+        model.network(input_ids=ids)
+    chosen = model.network.config.num_experts_per_tok
+    active = 0.0
+    for layer in linear_layers(model):
+        share = chosen / 4 if layer.expert else 1  # of four experts
+        active += layer.parameters * ids.numel() * share
+    assert multiply_adds(model, tokens) == active
+    foretold = reached(model)(ids.numel())
+    assert multiply_adds(model, foretold) == pytest.approx(active)
+    small = miniature(model)
+    assert small.parameter_count() < 40_000 and len(linear_layers(small)) == len(linear_layers(model))
+
+
+def test_a_suite_is_rehearsed_on_a_mixture() -> None:
+    model = Model(build_network("mixtral"), make_tokenizer(), "mixtral")
+    work = rehearse(model, SUITE)
+    layers = linear_layers(model)
+    through = {layer.path: work.tokens[layer.path] for layer in layers if layer.path.endswith("q_proj")}
+    (passed,) = set(through.values())
+    for part in ("gate_up_proj", "down_proj"):
+        of_experts = [work.tokens[layer.path] for layer in layers if f"layers.0.mlp.experts.{part}" in layer.path]
+        assert len(of_experts) == 4 and sum(of_experts) == 2 * passed
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
 
+from helpers.every_type import make
 from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.evaluation.perplexity import Perplexity
 from knowledge_compression.evaluation.scoring import Scorer
@@ -34,7 +36,7 @@ def stream_of(model: Model, text_dir: Path) -> list[int]:
 @torch.no_grad()
 def test_decoder_equals_plain_loop(tiny_model: Callable[[str], Model], text_dir: Path) -> None:
     model = tiny_model("llama")
-    found = Perplexity(window=12, data_dir=str(text_dir)).evaluate(Scorer(model))
+    found = Perplexity(window=12, bos=False, data_dir=str(text_dir)).evaluate(Scorer(model))
     tokens = stream_of(model, text_dir)
     losses = []
     for start in range(0, len(tokens) - 11, 12):
@@ -44,6 +46,42 @@ def test_decoder_equals_plain_loop(tiny_model: Callable[[str], Model], text_dir:
     assert found.metrics["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     error = torch.tensor(losses, dtype=torch.float64).std() / math.sqrt(len(losses))
     assert found.metrics["nats_per_token_stderr"] == pytest.approx(float(error), rel=1e-4)
+
+
+@torch.no_grad()
+def test_windows_behind_a_beginning_of_text_token_equal_a_plain_loop(
+    tiny_model: Callable[[str], Model], text_dir: Path
+) -> None:
+    """By itself where the tokenizer puts one before each text; the same tokens are scored as without."""
+    model = tiny_model("llama")
+    tokens, losses = stream_of(model, text_dir), []
+    for start in range(0, len(tokens) - 11, 12):
+        ids = torch.tensor([[model.tokenizer.bos_token_id, *tokens[start : start + 12]]])
+        said = ids.clone()
+        said[0, 1] = -100  # the first token of a window is read and not scored
+        losses.append(float(model.network(input_ids=ids, labels=said).loss))
+    suite = Perplexity(window=12, data_dir=str(text_dir))
+    for bos in ("auto", True):
+        found = replace(suite, bos=bos).evaluate(Scorer(model))
+        assert found.items["nll"].to_list() == pytest.approx(losses, rel=1e-5)
+        assert found.items["tokens"].to_list() == [11] * len(losses) and found.description["bos"] is True
+    without = replace(suite, bos=False).evaluate(Scorer(model))
+    assert without.items["nll"].to_list() != pytest.approx(losses, rel=1e-3)
+    assert without.items["id"].equals(found.items["id"]) and without.description["bos"] is False
+    published = replace(suite, join="gptq").evaluate(Scorer(model))
+    assert published.description["bos"] is False
+    model.tokenizer = make("bytes_unpadded")  # whose texts begin with themselves
+    assert suite.begin(model) == [] and replace(suite, bos=True).begin(model) == [2]
+
+
+def test_a_beginning_of_text_token_that_is_not_there_is_refused(tiny_model: Callable[[str], Model]) -> None:
+    suite = Perplexity(bos=True)
+    with pytest.raises(BadInput, match=r"perplexity\.bos=true: tiny-bert is no decoder; choose auto or false"):
+        suite.begin(tiny_model("bert"))
+    model = tiny_model("llama")
+    model.tokenizer = make("wordpiece")
+    with pytest.raises(BadInput, match="without a beginning-of-text token"):
+        suite.begin(model)
 
 
 @torch.no_grad()
@@ -100,7 +138,8 @@ def test_window_fits_the_positions(tiny_model: Callable[[str], Model], tmp_path:
     (tmp_path / "c4").mkdir()
     (tmp_path / "c4" / "sample.jsonl").write_text('{"text": "' + "the dog is a animal . " * 60 + '"}\n')
     suite = Perplexity(corpus="c4", data_dir=str(tmp_path))
-    assert suite.evaluate(Scorer(tiny_model("opt"))).description["window"] == 128
+    assert replace(suite, bos=False).evaluate(Scorer(tiny_model("opt"))).description["window"] == 128
+    assert suite.evaluate(Scorer(tiny_model("opt"))).description["window"] == 127
     assert (
         suite.evaluate(Scorer(tiny_model("roberta"))).description["window"] == 128 - 2 + 1
     )  # positions less special tokens
@@ -112,6 +151,7 @@ def test_window_fits_the_positions(tiny_model: Callable[[str], Model], tmp_path:
         ({"corpus": "ptb"}, "choose one of wikitext, c4"),
         ({"join": "glue"}, "choose one of text, gptq"),
         ({"window": 1}, "window=1"),
+        ({"bos": "maybe"}, "choose one of auto, true, false"),
         ({"limit": 0}, "limit=0"),
         ({"masked_per_window": -1}, "masked_per_window=-1"),
     ],

@@ -39,6 +39,7 @@ _JOINS: Mapping[tuple[str, str], Callable[[Sequence[str]], str]] = {
     ("c4", "gptq"): lambda pages: " ".join(pages[:1100]),
 }
 JOINS = ("text", "gptq")
+AUTO = "auto"
 _LARGEST = math.log(sys.float_info.max)  # nats; the perplexity of more exceeds a float
 
 
@@ -57,6 +58,9 @@ class Perplexity:
             comparison with published figures).
         window: tokens in a window; at most the model's positions.
         limit: use N evenly spaced windows, the i-th being window ``floor(i * windows / N)``; None uses all.
+        bos: decoders only: whether each window is read behind the tokenizer's beginning-of-text token. ``auto`` does as
+            the tokenizer does before every text (those of Gemma and LLaMA put one there, those of GPT-2 and Qwen do
+            not), and without one for ``join=gptq``, as the published scripts do. The same tokens are scored either way.
         masked_per_window: encoders only: mask N evenly spaced positions of each window; None masks every position in
             turn.
         data_dir: local files instead of the hub.
@@ -66,6 +70,7 @@ class Perplexity:
     join: str = "text"
     window: int = 2048
     limit: int | None = None
+    bos: bool | str = AUTO
     masked_per_window: int | None = None
     data_dir: str | None = field(default=None, metadata=PLACE)
 
@@ -76,6 +81,8 @@ class Perplexity:
                 raise BadInput(
                     f"eval.perplexity.{option}={getattr(self, option)} does not exist; choose one of {', '.join(known)}"
                 )
+        if self.bos not in (AUTO, True, False):
+            raise BadInput(f"eval.perplexity.bos={self.bos} does not exist; choose one of auto, true, false")
         for option, least in (("window", 2), ("limit", 1), ("masked_per_window", 1)):
             value = getattr(self, option)
             if (value is not None or option == "window") and (not isinstance(value, int) or value < least):
@@ -100,9 +107,13 @@ class Perplexity:
             BadInput: the text is shorter than one window.
             DataUnavailable: the text cannot be obtained.
         """
+        begin = self.begin(scorer.model)
         windows, total = self.windows(scorer)
         ids = [f"{windows.shape[1]}:{place}" for place in self._places(total)]
-        scored = _SCORED[scorer.model.family](scorer, windows, ids, self.masked_per_window)
+        if scorer.model.family == ENCODER:
+            scored = _score_encoder(scorer, windows, ids, self.masked_per_window)
+        else:
+            scored = _continuations(scorer, windows, ids, begin)
         rows = [
             {
                 "suite": "perplexity",
@@ -117,6 +128,23 @@ class Perplexity:
         items = item_table(rows, {"tokens": pl.Int64(), "nll": pl.Float64()})
         return Evaluation(_metrics(items["nll"]), items, self._description(scorer.model, windows, total))
 
+    def begin(self, model: Model) -> list[int]:
+        """What a decoder reads before each window: the beginning-of-text token, or nothing.
+
+        Raises:
+            BadInput: it was asked for and the tokenizer has none, or the model is no decoder.
+        """
+        token = model.tokenizer.bos_token_id if model.family == DECODER else None
+        if self.bos == AUTO:
+            habit = model.tokenizer("a")["input_ids"][:1] == [token]
+            return [int(token)] if token is not None and habit and self.join != "gptq" else []
+        if not self.bos:
+            return []
+        if token is None:
+            why = "is no decoder" if model.family != DECODER else "has a tokenizer without a beginning-of-text token"
+            raise BadInput(f"eval.perplexity.bos=true: {model.name} {why}; choose auto or false")
+        return [int(token)]
+
     def windows(self, scorer: Scorer) -> tuple[LongTensor, int]:
         """The windows to score, int64 ``[N, window]``, and the number of windows in the text.
 
@@ -124,7 +152,8 @@ class Perplexity:
             BadInput: the text is shorter than one window.
         """
         model = scorer.model
-        special = model.tokenizer.num_special_tokens_to_add() if model.family == ENCODER else 0
+        encoder = model.family == ENCODER
+        special = model.tokenizer.num_special_tokens_to_add() if encoder else len(self.begin(model))
         length = min(self.window, (scorer.max_positions or self.window) - special)
         stream = Documents(self.corpus, [self.text()]).stream(model)
         total = len(stream) // length
@@ -159,6 +188,7 @@ class Perplexity:
             "of": total,
             "protocol": _PROTOCOL[model.family],
             **({"masked_per_window": self.masked_per_window} if model.family == ENCODER else {}),
+            **({"bos": bool(self.begin(model))} if model.family == DECODER else {}),
         }
 
 
@@ -172,17 +202,11 @@ _PROTOCOL = {
 Scored = list[tuple[float, int]]  # the log-probability of the scored tokens of each window, and their number
 
 
-def _score_decoder(scorer: Scorer, windows: LongTensor, ids: Sequence[str], _: int | None) -> Scored:
-    return _continuations(scorer, windows, ids, 1)
-
-
-def _score_encoder_decoder(scorer: Scorer, windows: LongTensor, ids: Sequence[str], _: int | None) -> Scored:
-    return _continuations(scorer, windows, ids, windows.shape[1] // 2)
-
-
-def _continuations(scorer: Scorer, windows: LongTensor, ids: Sequence[str], read: int) -> Scored:
+def _continuations(scorer: Scorer, windows: LongTensor, ids: Sequence[str], begin: list[int]) -> Scored:
+    """Of decoders all tokens but the first, behind what they begin with; of encoder-decoders the second half."""
+    read = 1 if scorer.model.family == DECODER else windows.shape[1] // 2
     rows = zip(windows.tolist(), ids, strict=True)
-    questions = [Question(row[:read], [row[read:]], (name,)) for row, name in rows]
+    questions = [Question([*begin, *row[:read]], [row[read:]], (name,)) for row, name in rows]
     return [(answer.log_prob, windows.shape[1] - read) for (answer,) in scorer.log_likelihoods(questions)]
 
 
@@ -216,9 +240,6 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     empty, some = tokenizer("")["input_ids"], tokenizer(tokenizer.mask_token)["input_ids"]
     before = next((i for i, (a, b) in enumerate(zip(empty, some, strict=False)) if a != b), len(empty))
     return empty[:before], empty[before:]
-
-
-_SCORED = {DECODER: _score_decoder, ENCODER: _score_encoder, ENCODER_DECODER: _score_encoder_decoder}
 
 
 def _metrics(nll: pl.Series) -> dict[str, float]:

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median
 from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
 from knowledge_compression.cache import cache_folder
 from knowledge_compression.compression.calibrated import Calibrated
@@ -38,15 +36,15 @@ from knowledge_compression.models import Model
 from knowledge_compression.models.device import resolve_device, resolve_dtype
 from knowledge_compression.models.families import ENCODER_DECODER
 from knowledge_compression.models.loading import auto_class
-from knowledge_compression.models.targets import is_linear, linear_layers
+from knowledge_compression.models.targets import linear_layers
 from knowledge_compression.results.store import Run, RunStore
+from knowledge_compression.sweeping.rehearsal import Work, counting, multiply_adds, reached, rehearse
 from knowledge_compression.timing import timed
 
 log = logging.getLogger(__name__)
 
-_NARROW, _HEAD = 8, 4  # numbers in a hidden state of a miniature for each of its heads, and in a head
-_WIDTHS = ("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim")
 _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+_VOCABULARY = 256  # of the block that is measured
 _PROBED = (8, 128)  # rows and tokens of the pass that measures the rate: what a CPU's budget holds
 _PASSES, _PROBING = 3, 2.0  # of them at least, and seconds: what else a machine does comes and goes
 _READING = 1e9  # bytes a second that a model is read with
@@ -54,21 +52,6 @@ _ITEM_BYTES = 100.0  # of a row of items.parquet
 # What a calibrated method's solving (columns one by one, the search for a grid) and a model's writing of its own
 # samples take, in products of matrices: fitted to one run of GPTQ on smollm2, held against others in docs/scaling.md.
 _SOLVING, _WRITING = 8, 4
-
-
-@dataclass(frozen=True)
-class Work:
-    """The work of a suite on a kind of network.
-
-    Attributes:
-        tokens: number of tokens that pass each linear layer, by path.
-        widest: maximum number that pass the head at once.
-        items: number of rows in the item table.
-    """
-
-    tokens: Mapping[str, int]
-    widest: int
-    items: int
 
 
 @dataclass
@@ -112,6 +95,7 @@ class Forecaster:
         self.libraries = float(psutil.Process().memory_info().rss)
         self._works: dict[Any, Work | None] = {}
         self._rates: dict[Any, float] = {}
+        self._reached: dict[str, Callable[[int], dict[str, float]]] = {}
         self._compressed: set[str] = set()
         self._done: set[str] = set()
         self._written: set[Any] = set()  # models that have written their own samples by then
@@ -171,22 +155,22 @@ class Forecaster:
             return
         tokens = experiment.corpus.samples * experiment.corpus.length
         layers = linear_layers(skeleton)
-        one_pass = {layer.path: tokens * layer.uses for layer in layers}
+        one_pass = self.tokens_through(experiment, skeleton, tokens)
         written = (experiment.source.fingerprint(), digest_of(known_identity(experiment.corpus)))
         if isinstance(experiment.corpus, OwnSamples) and written not in self._written:
             self._written.add(written)
             forecast.macs += _WRITING * multiply_adds(skeleton, one_pass)
         one_pass = {layer.path: one_pass[layer.path] for layer in layers if layer.role != "final"}
-        shapes = [layer.weight.shape for layer in targets]
+        shapes = [(one_pass.get(layer.path, tokens), *layer.weight.shape) for layer in targets]
         for part in experiment.compression.parts:
             if not isinstance(part, Calibrated):
                 continue
             forecast.macs += part.walk.text_passes * multiply_adds(skeleton, one_pass)
             if part.second_order:
                 forecast.macs += sum(
-                    tokens * width**2 + _SOLVING * (width**3 + rows * width**2) for rows, width in shapes
+                    read * width**2 + _SOLVING * (width**3 + rows * width**2) for read, rows, width in shapes
                 )
-                forecast.memory += 12.0 * max(width**2 for _, width in shapes)
+                forecast.memory += 12.0 * max(width**2 for _, _, width in shapes)
 
     def _past_seconds(self, experiment: Experiment) -> float | None:
         """The cost of this compression in a finished run with other later settings."""
@@ -212,9 +196,17 @@ class Forecaster:
         tokens = training.steps_over(length) * training.batch_size * training.accumulate * length
         layers = linear_layers(skeleton)
         # forward, and backward through the frozen weights to what is trained
-        forecast.macs += 2 * multiply_adds(skeleton, {layer.path: tokens * layer.uses for layer in layers})
-        widths = sum(sum(layer.weight.shape) * layer.uses for layer in layers)
+        forecast.macs += 2 * multiply_adds(skeleton, self.tokens_through(experiment, skeleton, tokens))
+        one = self.tokens_through(experiment, skeleton, 1)
+        widths = sum(sum(layer.weight.shape) * one[layer.path] for layer in layers)
         forecast.memory += 4.0 * training.batch_size * length * widths
+
+    def tokens_through(self, experiment: Experiment, skeleton: Model, tokens: int) -> dict[str, float]:
+        """How many of some tokens of text pass each matrix, see :func:`~.rehearsal.reached`."""
+        key = experiment.source.fingerprint()
+        if key not in self._reached:
+            self._reached[key] = reached(skeleton)
+        return self._reached[key](tokens)
 
     def work(self, experiment: Experiment, skeleton: Model, suite: str) -> Work | None:
         """The work of a suite on this kind of network; None if it cannot be rehearsed."""
@@ -253,86 +245,37 @@ class Forecaster:
         return macs / seconds if seconds else None
 
 
-def rehearse(skeleton: Model, suite: Any) -> Work:
-    """Rehearse a suite on a miniature of the network, and count.
-
-    Args:
-        skeleton: the network on the meta device.
-        suite: an evaluation suite.
-    """
-    small = miniature(skeleton)
-    dense = deepcopy(small.network)  # without the hooks that count
-    tokens: Counter[str] = Counter()
-    widest = 0
-    final = small.architecture.final
-
-    def count(path: str) -> Any:
-        def hook(_: nn.Module, inputs: Any, __: Any) -> None:
-            nonlocal widest
-            here = inputs[0].numel() // inputs[0].shape[-1]
-            tokens[path] += here
-            widest = max(widest, here if path == final else 0)
-
-        return hook
-
-    scorer = Scorer(small, original=lambda: replace(small, network=dense))
-    for path, module in small.network.named_modules():
-        if is_linear(module):
-            module.register_forward_hook(count(path))
-    with torch.random.fork_rng([]):
-        evaluation = suite.evaluate(scorer)
-    return Work(dict(tokens), widest, evaluation.items.height)
-
-
-def miniature(skeleton: Model) -> Model:
-    """A network of the same kind and vocabulary, a few numbers wide, on the CPU."""
-    from transformers import AutoTokenizer
-
-    config = deepcopy(skeleton.network.config)
-    if getattr(config, "head_dim", None):
-        config.head_dim = _HEAD
-    if hasattr(config, "d_kv"):
-        config.d_kv = _HEAD
-    config.hidden_size = _NARROW * config.num_attention_heads
-    for name in ("embedding_size", "word_embed_proj_dim"):
-        if hasattr(config, name):  # where it is that of the hidden states there is no layer between them
-            same = getattr(config, name) == skeleton.network.config.hidden_size
-            setattr(config, name, config.hidden_size if same else _NARROW)
-    for name in _WIDTHS:
-        if getattr(config, name, None):
-            setattr(config, name, _NARROW)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        network = auto_class(config).from_config(config, dtype=torch.float32).eval()
-    tokenizer = skeleton.tokenizer or AutoTokenizer.from_pretrained(skeleton.network.config._name_or_path)
-    return Model(network, tokenizer, skeleton.name)
-
-
-def multiply_adds(skeleton: Model, tokens: Mapping[str, int]) -> float:
-    """Of all linear layers of the true network, for so many tokens through each."""
-    return float(sum(layer.parameters * tokens.get(layer.path, 0) for layer in linear_layers(skeleton)))
-
-
 def measured_rate(experiment: Experiment, skeleton: Model) -> float:
     """Multiply-adds a second of one block of true width as it stands, on the device and in the precision of the run."""
     device = resolve_device(experiment.device)
     if device.type == "cpu":
         reuse_freed_memory()  # as the run will
     config = deepcopy(skeleton.network.config)
-    config.update({name: 1 for name in _DEPTHS if getattr(config, name, None)} | {"vocab_size": 256, "pad_token_id": 0})
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1]
+    _cut_to_one_block(config)
     with torch.random.fork_rng([]):
         network = auto_class(config).from_config(config, dtype=_dtype(experiment, skeleton)).to(device).eval()
-    ids = torch.randint(config.vocab_size, _PROBED, device=device)
+    ids = torch.randint(_VOCABULARY, _PROBED, device=device)
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if skeleton.family == ENCODER_DECODER else {})
     block = Model(network, skeleton.tokenizer, skeleton.name)
-    weights = sum(layer.parameters for layer in linear_layers(block) if layer.role != "final")
+    with counting(block) as tokens, torch.inference_mode():
+        network.base_model(**inputs)
+    macs = multiply_adds(block, tokens)
     passes: list[float] = []
     with torch.inference_mode(), Scorer(block, dtype=experiment.scored_in, ways=FASTEST).products():
         while sum(passes) < _PROBING or len(passes) < _PASSES:
             passes.append(timed(device, lambda: network.base_model(**inputs))[0])
-    return ids.numel() * weights / median(passes)
+    return macs / median(passes)
+
+
+def _cut_to_one_block(config: Any) -> None:
+    for name in config.sub_configs:
+        if getattr(config, name, None) is not None:
+            _cut_to_one_block(getattr(config, name))
+    config.update({name: 1 for name in _DEPTHS if getattr(config, name, None)})
+    if getattr(config, "vocab_size", None):
+        config.update({"vocab_size": _VOCABULARY, "pad_token_id": 0})
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
 
 
 def _dtype(experiment: Experiment, skeleton: Model) -> torch.dtype:

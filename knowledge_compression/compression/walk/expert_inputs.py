@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,18 +18,15 @@ from knowledge_compression.models.targets import TargetLayer
 _PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
 
 
-class ExpertInputs(TorchFunctionMode):
+class ExpertProducts(TorchFunctionMode):
     """While it is active, recognizes products with a part of a bank by that part's address in memory.
 
-    Attributes:
-        inputs: the inputs of each expert layer, ``[tokens, in_features]``, by path, in the order in which they ran; an
-            expert that got no token is absent.
+    Args:
+        layers: the experts' layers to recognize.
     """
 
-    def __init__(self, layers: Sequence[TargetLayer], on_output: Callable[[str, Tensor], Tensor] | None = None) -> None:
+    def __init__(self, layers: Sequence[TargetLayer]) -> None:
         super().__init__()
-        self.inputs: dict[str, Tensor] = {}
-        self._on_output = on_output
         self._banks: dict[int, list[tuple[int, int, dict[int, str]]]] = defaultdict(list)
         paths: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
         for layer in layers:
@@ -51,21 +49,29 @@ class ExpertInputs(TorchFunctionMode):
             return output
         first, paths = numbers
         if weight.dim() == 2 and first in paths and values.numel():
-            return self._saw(paths[first], values.reshape(-1, values.shape[-1]), output)
+            return self.saw(paths[first], values.reshape(-1, values.shape[-1]), output)
         if weight.dim() == 3:  # the whole bank at once; tokens that were not sent to an expert arrive as zeros
             given = list(output)
             for number, path in paths.items():
                 sent = values[number].ne(0).any(dim=-1)
                 if sent.any():
-                    told = self._saw(path, values[number][sent], given[number][sent])
+                    told = self.saw(path, values[number][sent], given[number][sent])
                     given[number] = given[number].masked_scatter(sent[:, None], told)
-            return output if self._on_output is None else torch.stack(given)
+            return torch.stack(given)
         return output
 
-    def _saw(self, path: str, values: Tensor, output: Tensor) -> Tensor:
-        before = self.inputs.get(path)
-        self.inputs[path] = values.detach() if before is None else torch.cat([before, values.detach()])
-        return output if self._on_output is None else self._on_output(path, output)
+    @abstractmethod
+    def saw(self, path: str, values: Tensor, output: Tensor) -> Tensor:
+        """Called for each product.
+
+        Args:
+            path: of the expert's layer.
+            values: what it read, ``[tokens, in_features]``, at least one token.
+            output: what the product gave for them.
+
+        Returns:
+            What the network gets in the output's place.
+        """
 
     def _numbers(self, weight: object) -> tuple[int, dict[int, str]] | None:
         """The index of the tensor's first expert and the paths of its bank's layers; None if it belongs to no bank."""
@@ -76,6 +82,30 @@ class ExpertInputs(TorchFunctionMode):
             if 0 <= number <= max(paths):
                 return number, paths
         return None
+
+
+class ExpertInputs(ExpertProducts):
+    """Keeps what each expert reads.
+
+    Args:
+        layers: the experts' layers.
+        on_output: called with the path and output of each product; gives what the network gets in its place.
+
+    Attributes:
+        inputs: the inputs of each expert layer, ``[tokens, in_features]``, by path, in the order in which they ran; an
+            expert that got no token is absent.
+    """
+
+    def __init__(self, layers: Sequence[TargetLayer], on_output: Callable[[str, Tensor], Tensor] | None = None) -> None:
+        super().__init__(layers)
+        self.inputs: dict[str, Tensor] = {}
+        self._on_output = on_output
+
+    def saw(self, path: str, values: Tensor, output: Tensor) -> Tensor:
+        """Keep the values behind those seen before."""
+        before = self.inputs.get(path)
+        self.inputs[path] = values.detach() if before is None else torch.cat([before, values.detach()])
+        return output if self._on_output is None else self._on_output(path, output)
 
 
 @contextmanager

@@ -1,0 +1,166 @@
+"""What a suite asks of a kind of network, counted on a miniature: as deep, with the same tokens, a few numbers wide."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from knowledge_compression.compression.walk.expert_inputs import ExpertProducts, one_expert_after_the_other
+from knowledge_compression.evaluation.scoring import Scorer
+from knowledge_compression.models import Model
+from knowledge_compression.models.families import ENCODER_DECODER
+from knowledge_compression.models.loading import auto_class
+from knowledge_compression.models.targets import linear_layers
+
+_NARROW, _HEAD = 8, 4  # numbers in a hidden state of a miniature for each of its heads, and in a head
+_WIDTHS = (
+    "intermediate_size",
+    "d_ff",
+    "ffn_dim",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "hidden_dim",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "intermediate_size_mlp",
+)
+_TRIED = 512  # tokens that show which share of them reaches an expert
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of a suite on a kind of network.
+
+    Attributes:
+        tokens: number of tokens that pass each matrix, by path; of an expert those that are sent to it.
+        widest: maximum number that pass the head at once.
+        items: number of rows in the item table.
+    """
+
+    tokens: Mapping[str, int]
+    widest: int
+    items: int
+
+
+def rehearse(skeleton: Model, suite: Any) -> Work:
+    """Rehearse a suite on a miniature of the network, and count.
+
+    Args:
+        skeleton: the network on the meta device.
+        suite: an evaluation suite.
+    """
+    small = miniature(skeleton)
+    dense = deepcopy(small.network)  # without the hooks that count
+    widest = 0
+
+    def note_width(_: nn.Module, inputs: Any, __: Any) -> None:
+        nonlocal widest
+        widest = max(widest, inputs[0].numel() // inputs[0].shape[-1])
+
+    scorer = Scorer(small, original=lambda: replace(small, network=dense))
+    small.network.get_submodule(small.architecture.final).register_forward_hook(note_width)
+    with counting(small) as tokens, torch.random.fork_rng([]):
+        evaluation = suite.evaluate(scorer)
+    return Work(dict(tokens), widest, evaluation.items.height)
+
+
+@contextmanager
+def counting(model: Model) -> Iterator[Counter[str]]:
+    """Count the tokens that pass each matrix of a network while the context is open; of an expert those sent to it."""
+    tokens: Counter[str] = Counter()
+
+    def count(path: str, _: nn.Module, inputs: Any, __: Any) -> None:
+        tokens[path] += inputs[0].numel() // inputs[0].shape[-1]
+
+    layers = linear_layers(model)
+    with ExitStack() as hooks:
+        for layer in layers:
+            if layer.expert is None:
+                hooks.callback(layer.module.register_forward_hook(partial(count, layer.path)).remove)
+        if experts := [layer for layer in layers if layer.expert]:
+            hooks.enter_context(one_expert_after_the_other(model.network))
+            hooks.enter_context(_CountedExperts(experts, tokens))
+        yield tokens
+
+
+class _CountedExperts(ExpertProducts):
+    def __init__(self, layers: Any, tokens: Counter[str]) -> None:
+        super().__init__(layers)
+        self._tokens = tokens
+
+    def saw(self, path: str, values: Tensor, output: Tensor) -> Tensor:
+        self._tokens[path] += len(values)
+        return output
+
+
+def reached(skeleton: Model) -> Callable[[int], dict[str, float]]:
+    """How many of some tokens of text pass each matrix in one pass: all of them, but of an expert its part.
+
+    Which expert a token is sent to depends on weights, how many it is sent to does not, so the experts of a bank are
+    taken to get the same.
+    """
+    layers = linear_layers(skeleton)
+    banks: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.expert:
+            banks.setdefault(layer.weight_name, []).append(layer.path)
+    shares: dict[str, float] = {layer.path: float(layer.uses) for layer in layers}
+    if banks:
+        small = miniature(skeleton)
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(small.text_config.vocab_size, (8, _TRIED // 8), generator=draw)
+        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if small.family == ENCODER_DECODER else {})
+        with counting(small) as tokens, torch.inference_mode():
+            small.network(**inputs)
+        for paths in banks.values():
+            shares |= dict.fromkeys(paths, sum(tokens[path] for path in paths) / len(paths) / _TRIED)
+    return lambda count: {path: share * count for path, share in shares.items()}
+
+
+def miniature(skeleton: Model) -> Model:
+    """A network of the same kind and vocabulary, a few numbers wide, on the CPU."""
+    from transformers import AutoTokenizer
+
+    config = deepcopy(skeleton.network.config)
+    _shrink(config)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        network = auto_class(config).from_config(config, dtype=torch.float32).eval()
+    tokenizer = skeleton.tokenizer or AutoTokenizer.from_pretrained(skeleton.network.config._name_or_path)
+    return Model(network, tokenizer, skeleton.name)
+
+
+def _shrink(config: Any) -> None:
+    """Make a configuration and those inside it narrow."""
+    for name in config.sub_configs:
+        if getattr(config, name, None) is not None:
+            _shrink(getattr(config, name))
+    width = getattr(config, "hidden_size", None)
+    if width is None:  # it only holds others
+        return
+    if getattr(config, "head_dim", None):
+        config.head_dim = _NARROW if config.head_dim * config.num_attention_heads == width else _HEAD
+    if hasattr(config, "d_kv"):
+        config.d_kv = _HEAD
+    config.hidden_size = _NARROW * config.num_attention_heads
+    for name in ("embedding_size", "word_embed_proj_dim", "cross_attention_hidden_size"):
+        if getattr(config, name, None) is not None:  # where it is that of the hidden states there is no layer between
+            setattr(config, name, config.hidden_size if getattr(config, name) == width else _NARROW)
+    # A bank's matrices must be told from their transposes: their inner width, or twice it, is not that of the states.
+    inner = _NARROW if config.hidden_size > 2 * _NARROW else 12
+    for name in _WIDTHS:
+        if getattr(config, name, None):
+            setattr(config, name, inner)
+
+
+def multiply_adds(skeleton: Model, tokens: Mapping[str, float]) -> float:
+    """Of all matrices of the true network, for so many tokens through each."""
+    return float(sum(layer.parameters * tokens.get(layer.path, 0) for layer in linear_layers(skeleton)))
