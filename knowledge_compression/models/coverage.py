@@ -42,8 +42,8 @@ _TRIED = (
     "`all` take what they have.",
     "- `led` has projections for global attention, which no text here uses: GPTQ rounds them to the nearest, and the "
     "report names them (`no_tokens`).",
-    "- `mamba` and `jamba` multiply by the weight of `dt_proj` without calling it, so GPTQ sees nothing of what it reads "
-    "and treats it likewise.",
+    "- `mamba` and `jamba` multiply by the weight of `dt_proj` without calling it, so GPTQ sees nothing of what it "
+    "reads and treats it likewise.",
     "- `mbart` is not scored as stock lm-eval scores it, but as a plain pass: transformers moves the last token of "
     "mBART's labels, there the language's, to the front of what the decoder reads. lm-eval's labels are the answer, so "
     "with stock the decoder reads the end of the answer before it says it.",

@@ -110,7 +110,9 @@ def _with_float_weights(network: PreTrainedModel) -> dict[str, Tensor]:
     if not ours and not banks:
         return state
     if ours:
-        log.warning("saving float weights for %d int8 layers; the saved model does not round its activations", len(ours))
+        log.warning(
+            "saving float weights for %d int8 layers; the saved model does not round its activations", len(ours)
+        )
     of_banks = {f"{path}.{number}" for path, bank in banks.items() for number in range(len(bank))}
     with torch.device("meta"):
         plain = type(network)(network.config)
