@@ -269,6 +269,9 @@ def hostile(tmp_path_factory):
     other.config["choices"]["target"] = f"u {MARKUP}"
     store.write(other)
     store.write(hostile_run(luck < 0.7, id=f"l {IN_A_NAME}", recovery="lora"))
+    broken = hostile_run(luck < 0.7, id=f"n {IN_A_NAME}", sparsity=0.6)
+    broken.report["non_finite_weights"] = {MARKUP: 1}
+    store.write(broken)
     store.write(made_run([True], id=f"v {IN_A_NAME}"))
     (store.runs_folder / f"v {IN_A_NAME}" / "environment.json").write_text(json.dumps({"format": MARKUP}))
     store.write(made_run([True], id=f"k {IN_A_NAME}"))
@@ -283,6 +286,9 @@ def test_in_a_browser_nothing_that_a_store_says_runs_and_all_of_it_shows_as_text
     page = page_in_browser(page_file)
     page.click("#fact-list details.fact summary >> nth=0")
     page.wait_for_selector("#fact-list table")
+    page.select_option("#run-choice", f"n {IN_A_NAME}")
+    void = f"s {MARKUP} gives no figures, as weights of the model are not finite ({MARKUP})"
+    assert void in page.locator("#run-page").text_content()
     page.select_option("#run-choice", f"b {IN_A_NAME}")
     page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     page.click("#overview-table button.run >> nth=1")
@@ -299,7 +305,12 @@ def test_in_a_browser_nothing_that_a_store_says_runs_and_all_of_it_shows_as_text
         "#fact-list": [f"prompt {MARKUP}", f"gold {MARKUP}", f"prediction {MARKUP}"],
         "#run-page": [MARKUP, json.dumps(MARKUP)],
         "#run-choice": [f"t {MARKUP}"],
-        "#skipped": [f"v {IN_A_NAME}", f"its format is {MARKUP}", f"k {IN_A_NAME}"],
+        "#skipped": [
+            f"n {IN_A_NAME}: weights of the model are not finite ({MARKUP})",
+            f"v {IN_A_NAME}",
+            f"its format is {MARKUP}",
+            f"k {IN_A_NAME}",
+        ],
     }.items():
         said = " ".join(page.locator(place).text_content().split())
         for one in text:
