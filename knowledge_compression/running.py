@@ -88,7 +88,9 @@ def do(experiment: Experiment, workplace: Workplace, tracker: Tracker, *, afresh
             workplace.add("layer_map.png", layer_map(compressed))
         with cost.of("recover"):
             recovered = experiment.recovery.recover(model, corpus, tracked.log)
-        report["recovery"] = recovered.report.to_json() | {"restores_by": experiment.recovery.restores_by}
+        report["recovery"] = recovered.report.to_json() | {
+            "restores_by": recovered.restores_by or experiment.recovery.restores_by
+        }
         if sick := non_finite(weights_of(model)):
             report["non_finite_weights"] = sick
             log.warning("%s has weights that are not finite (%s): its answers are void", model.name, shown(sick))

@@ -20,7 +20,7 @@ from knowledge_compression.sweeping.cli import CONF
 
 pytestmark = pytest.mark.slow
 
-RECOVERIES = [choice.partition("=")[2] for choice in shipped("recovery")]
+RECOVERIES = [choice.partition("=")[2] for choice in shipped("recovery") if choice != "recovery=adapter"]
 DECODERS_ONLY = ["concat", "idp", "prefix"]
 WAYS = dict.fromkeys(["prompt", "prefix", "idp", "concat"], "redirection") | {"lora": "weights", "none": "nothing"}
 DTYPES = ["float32", "float16", "bfloat16"]

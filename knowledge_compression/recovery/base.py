@@ -83,10 +83,12 @@ class Recovered:
     Attributes:
         report: the report.
         prompts: the prompts before every input; None if there are none.
+        restores_by: how it restores, if only what was found decides that; None takes what the recovery declares.
     """
 
     report: RecoveryReport
     prompts: Prompts = NO_PROMPTS
+    restores_by: RestoresBy | None = None
 
 
 class Recovery(ABC):

@@ -16,7 +16,7 @@ from knowledge_compression.recovery.prompted_network import Prompted
 from knowledge_compression.recovery.tuned import OneAdapter
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Prefix(OneAdapter):
 
     def put(self, model: Model, adapter: Adapter) -> Prompts:
         """Place the prefix before the model's input."""
-        return Prompted(model, prefix_bank(model, adapter)).prompts
+        (trained,) = adapter.tensors.values()
+        return Prompted(model, prefix_bank(model, trained)).prompts
 
 
-def prefix_bank(model: Model, adapter: Adapter) -> PromptBank:
+def prefix_bank(model: Model, trained: Tensor) -> PromptBank:
     """The trained keys and values as a bank of one prompt; peft stores ``[tokens, layers * 2 * heads * width]``."""
-    (trained,) = adapter.tensors.values()
     heads, width = key_shape(model)
     layers = trained.to(model.device, model.dtype).view(len(trained), -1, 2, heads, width).permute(1, 2, 3, 0, 4)
     return PromptBank.stack([[(keys, values) for keys, values in layers]])

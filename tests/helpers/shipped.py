@@ -6,6 +6,7 @@ from knowledge_compression.sweeping.cli import CONF
 
 # What a user must give beside the choice itself.
 NEEDED = {"model=local": ["model.path=somewhere"], "corpus=text": ["corpus.path=somewhere.txt"]}
+NEEDED["recovery=adapter"] = ["recovery.path=somewhere"]
 
 
 def shipped(*groups: str) -> list[str]:
