@@ -164,8 +164,8 @@ def test_settings_beside_the_configuration_are_found(stored: Callable[..., tuple
 
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
-    "marlin": ("gptq-v1-4", {"checkpoint_format": "marlin"}, "in the layout marlin; read are gptq, gptq_v2"),
-    "gemv": ("awq", {"version": "gemv"}, "in the layout gemv; read is gemm"),
+    "marlin": ("gptq-v1-4", {"checkpoint_format": "marlin"}, "in the layout marlin; gptq, gptq_v2 can be read"),
+    "gemv": ("awq", {"version": "gemv"}, "in the layout gemv; only gemm can be read"),
     "awq-3": ("awq", {"bits": 3}, "of 3 bits; the gemm layout has 4"),
     "words": ("gptq-v1-4", {"bits": "four"}, "bits='four', which should be a whole number"),
     "groups": ("ct-int-channel", {"config_groups": {}}, "has no config_groups"),
@@ -199,7 +199,12 @@ DAMAGE: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor | None],
     "shape": ("ct-packed-4", ".weight_shape", lambda t: t * 2, r"\.weight_packed has .* words a row"),
     "dense": ("ct-int-channel", ".weight", lambda t: t.half(), "so it is not compressed yet"),
     "global": ("ct-nvfp4", ".weight_global_scale", lambda t: None, r"and not .*\.weight_global_scale"),
-    "state": ("bnb-nf4", ".weight.quant_state.bitsandbytes__nf4", lambda t: t[:9].clone(), "is not what bitsandbytes"),
+    "state": (
+        "bnb-nf4",
+        ".weight.quant_state.bitsandbytes__nf4",
+        lambda t: t[:9].clone(),
+        "is not in the form that bitsandbytes",
+    ),
     "bytes": ("bnb-nf4", ".weight", lambda t: t[:-1].clone(), "bytes, and its settings say"),
     "int8": ("bnb-int8", ".SCB", lambda t: t[:-1].clone(), r"\.SCB has the shape"),
     "cells": ("fp8", ".weight_scale_inv", lambda t: t[:-1].clone(), r"\.weight_scale_inv has the shape"),

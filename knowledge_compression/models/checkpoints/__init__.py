@@ -1,1 +1,1 @@
-"""Compressed checkpoints as people have them: one file a format, each of which says what it is and stands for."""
+"""Compressed checkpoints of other programs: one module per format, declaring how it is recognised and decoded."""

@@ -1,7 +1,7 @@
 """AWQ checkpoints in the gemm layout of AutoAWQ.
 
 Each linear layer is ``qweight`` int32 ``[in, out / 8]``, ``qzeros`` int32 ``[groups, out / 8]`` and ``scales``
-``[groups, out]``; a word holds eight outputs of 4 bits, of which the i-th lowest is output ``ORDER[i]``. A weight is
+``[groups, out]``; a word holds eight outputs of 4 bits, with output ``ORDER[i]`` in the i-th lowest place. A weight is
 ``scale * (code - zero)``.
 """
 
@@ -25,7 +25,7 @@ BITS = 4
 
 @dataclass(frozen=True)
 class Awq(Format):
-    """AWQ, see the module."""
+    """The AWQ format, see the module's docstring."""
 
     name = "awq"
     methods = ("awq",)
@@ -34,10 +34,10 @@ class Awq(Format):
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Awq:
-        """The gemm layout, of which there is one width."""
+        """The gemm layout, which has a single width."""
         layout = str(settings.get("version") or settings.get("format") or "gemm").lower()
         if layout != "gemm":
-            raise BadInput(f"it is an AWQ checkpoint in the layout {layout}; read is gemm")
+            raise BadInput(f"it is an AWQ checkpoint in the layout {layout}; only gemm can be read")
         bits = number(settings, "bits", number(settings, "w_bit", BITS))
         if bits != BITS:
             raise BadInput(f"it is an AWQ checkpoint of {bits} bits; the gemm layout has {BITS}")
@@ -51,7 +51,7 @@ class Awq(Format):
         fits(layer, ".scales", parts[".scales"].shape, (groups, 8 * words))
         fits(layer, ".qzeros", parts[".qzeros"].shape, (groups, words))
         if groups == 0 or inputs % groups:
-            raise BadInput(f"{layer} has {groups} groups, into which its {inputs} inputs do not fall")
+            raise BadInput(f"{layer} has {groups} groups, which do not divide its {inputs} inputs")
         return Coded((8 * words, inputs), BITS, inputs // groups)
 
     def decode(self, layer: str, parts: Mapping[str, Tensor]) -> Tensor:

@@ -1,8 +1,8 @@
-"""What a format of quantized weights says of itself, and what a record tells of a file in it.
+"""The interface of a format of quantized weights, and the record of a compressed file.
 
-A format in safetensors is a class in a file of its own: which values of ``quant_method`` name it, which tensors
-together make one layer, and the floats that they stand for by the format's published definition. All else (reading,
-loading, checking, reporting) is the same for all of them.
+A format in safetensors is a class in its own module: it declares which values of ``quant_method`` name it, which
+tensors form one layer, and which floats they represent by the format's published definition. Everything else (reading,
+loading, checking, reporting) is common to all formats.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Coded:
     """One weight as a file stores it.
 
     Attributes:
-        shape: of the weight that it stands for, as the network's linear layer has it: ``[out_features, in_features]``.
+        shape: of the weight that it represents, as in the network's linear layer: ``[out_features, in_features]``.
         bits: of the code of one weight.
-        group: how many weights share one scale; None where that differs, or there is no scale.
-        kind: what the format calls this coding where it has several, e.g. ``Q4_K``.
+        group: number of weights that share one scale; None if that varies, or there is no scale.
+        kind: the format's name for this coding if it has several, e.g. ``Q4_K``.
     """
 
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class Coded:
 
     @property
     def parameters(self) -> int:
-        """How many weights."""
+        """Number of weights."""
         return math.prod(self.shape)
 
 
@@ -47,12 +47,12 @@ class Format(ABC):
     """A format of quantized weights in safetensors, with the settings of one checkpoint.
 
     Attributes:
-        name: what records and messages call it.
+        name: its name in records and messages.
         methods: the values of ``quantization_config.quant_method`` by which it is recognised.
-        mark: ending of the tensor whose presence makes a layer one of this format.
-        endings: endings of all the tensors of one layer that are read, the mark among them.
-        weight: ending of the weight that they stand for.
-        telling: endings of small tensors that say of what shape it is, which are read beforehand.
+        mark: ending of the tensor that identifies a layer in this format.
+        endings: endings of all tensors of one layer that are read, including the mark.
+        weight: ending of the weight that they represent.
+        telling: endings of small tensors that determine its shape, which are read beforehand.
     """
 
     name: ClassVar[str]
@@ -68,34 +68,34 @@ class Format(ABC):
         """The format with a checkpoint's ``quantization_config``.
 
         Raises:
-            BadInput: a variant that is not read.
+            BadInput: the variant cannot be read.
         """
 
     @abstractmethod
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
-        """What a layer's tensors stand for, from their headers alone.
+        """What a layer's tensors represent, determined from their headers.
 
         Args:
             layer: its path.
             parts: its tensors by their endings.
-            told: those of :attr:`telling`, read.
+            told: the values of those in :attr:`telling`.
 
         Raises:
-            BadInput: their shapes or types do not fit each other.
+            BadInput: their shapes or dtypes contradict one another.
         """
 
     @abstractmethod
     def decode(self, layer: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """The floats that a layer's tensors stand for, float32, in the shape that :meth:`coded` says."""
+        """The floats that a layer's tensors represent, float32, in the shape given by :meth:`coded`."""
 
     @property
     def made_by(self) -> str:
-        """What program made the file, by its own word; empty where it does not say."""
+        """The program that made the file, according to the file; empty if it does not say."""
         return ""
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a reader must know: what the format does at run time that decoded weights do not show."""
+        """What a reader must know: effects of the format at run time that decoded weights do not have."""
         return ()
 
 
@@ -106,13 +106,13 @@ class StoredAs:
     Attributes:
         format: e.g. ``gptq``.
         bits: mean bits of the code of one weight, over the weights that are coded.
-        layer_bits: the same with scales, zero points and everything else that is stored for them.
+        layer_bits: the same including scales, zero points and everything else stored for them.
         model_bits: bits of all weights in the files over the number of the network's parameters.
-        group: how many weights share one scale; None where that differs.
-        bytes: of the weights' files on disk.
-        weights: how many weights are coded in each way, e.g. ``{"Q4_K": 1000, "F32": 10}``.
-        made_by: what program made it, by the file's own word; may be empty.
-        notes: what a reader must know of it.
+        group: number of weights that share one scale; None if that varies.
+        bytes: size of the weights' files on disk.
+        weights: number of weights in each coding, e.g. ``{"Q4_K": 1000, "F32": 10}``.
+        made_by: the program that made it, according to the file; may be empty.
+        notes: what a reader must know about it.
     """
 
     format: str
@@ -141,8 +141,8 @@ class StoredAs:
 
         Args:
             name: of the format.
-            coded: the weights that are coded, and how many bytes are stored for each.
-            rest: how many weights are stored as plain numbers, by type.
+            coded: the coded weights, and the number of bytes stored for each.
+            rest: number of weights stored as plain numbers, by dtype.
             tensors: bytes of all tensors.
             files: bytes of all files.
             made_by, notes: as above.
@@ -166,20 +166,20 @@ class StoredAs:
 
 
 def fits(layer: str, what: str, there: Sequence[int], wanted: Sequence[int]) -> None:
-    """Refuse a tensor of another shape than the layer's other tensors ask for.
+    """Refuse a tensor whose shape contradicts the layer's other tensors.
 
     Raises:
-        BadInput: names both shapes.
+        BadInput: it does; the message names both shapes.
     """
     if tuple(there) != tuple(wanted):
-        raise BadInput(f"{layer}{what} has the shape {list(there)}, and its other tensors ask for {list(wanted)}")
+        raise BadInput(f"{layer}{what} has the shape {list(there)}, but its other tensors require {list(wanted)}")
 
 
 def needed(layer: str, parts: Mapping[str, Any], *endings: str) -> None:
     """Refuse a layer that lacks one of its tensors.
 
     Raises:
-        BadInput: names it.
+        BadInput: it does; the message names the tensor.
     """
     for ending in endings:
         if ending not in parts:
@@ -189,10 +189,10 @@ def needed(layer: str, parts: Mapping[str, Any], *endings: str) -> None:
 
 
 def number(settings: Mapping[str, Any], name: str, default: int | None = None) -> int | None:
-    """A whole number of a ``quantization_config``.
+    """A whole number from a ``quantization_config``.
 
     Raises:
-        BadInput: it is another kind of value.
+        BadInput: it is not a whole number.
     """
     value = settings.get(name, default)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):

@@ -43,11 +43,11 @@ class FourBit(Format):
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> FourBit:
-        """All that is needed lies with each layer."""
+        """Everything needed is stored with each layer."""
         return cls()
 
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
-        """The shape is in the layer's settings."""
+        """The shape, from the layer's settings."""
         needed(layer, parts, ".weight", ".weight.absmax", ".weight.quant_map")
         if not any(kind in parts for kind in self.kinds):
             raise BadInput(f"it holds {layer}.weight.absmax without {layer}{self.kinds[0]} or __fp4 that explains it")
@@ -92,16 +92,16 @@ class EightBit(Format):
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> EightBit:
-        """There is one layout."""
+        """There is only one layout."""
         return cls()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """That activations are not rounded here."""
-        return ("its activations are meant to be rounded to 8 bits but for outliers, which is not done here",)
+        return ("it is meant to be used with activations rounded to 8 bits except outliers, which is not done here",)
 
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
-        """One scale an output."""
+        """One scale per output."""
         needed(layer, parts, ".weight")
         outputs, inputs = parts[".weight"].matrix(f"{layer}.weight")
         if parts[".weight"].dtype != "I8":
@@ -123,7 +123,7 @@ def _settings(layer: str, stored: Tensor) -> dict[str, Any]:
     """The settings that a layer's ``quant_state`` holds.
 
     Raises:
-        BadInput: they are not what bitsandbytes writes.
+        BadInput: they are not in the form that bitsandbytes writes.
     """
     try:
         told = json.loads(bytes(stored.tolist()))
@@ -131,7 +131,7 @@ def _settings(layer: str, stored: Tensor) -> dict[str, Any]:
         nested = {"nested_blocksize": int(told.get("nested_blocksize", 256))}
         nested_offset = {"nested_offset": float(told.get("nested_offset", 0.0))}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadInput(f"{layer}.weight.quant_state is not what bitsandbytes writes ({error})") from None
+        raise BadInput(f"{layer}.weight.quant_state is not in the form that bitsandbytes writes ({error})") from None
     if run < 1 or nested["nested_blocksize"] < 1 or any(n < 1 for n in shape):
         raise BadInput(f"{layer}.weight.quant_state names sizes below 1")
     return {"shape": shape, "blocksize": run} | nested | nested_offset

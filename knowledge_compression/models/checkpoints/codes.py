@@ -1,4 +1,4 @@
-"""Codes and small numbers as files hold them: streams of bits in words, 4-bit floats, powers of two in a byte."""
+"""Decoding of stored codes and small numbers: bit streams in words, 4-bit floats, powers of two in a byte."""
 
 from __future__ import annotations
 

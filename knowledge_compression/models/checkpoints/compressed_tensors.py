@@ -1,4 +1,4 @@
-"""Checkpoints of compressed-tensors (llm-compressor, vLLM): integers and small floats, packed or as they are.
+"""Checkpoints of compressed-tensors (llm-compressor, vLLM): integers and small floats, packed or unpacked.
 
 A layer is one of:
 
@@ -40,13 +40,13 @@ _PLAIN_TYPES = ("I8", "F8_E4M3", "F8_E5M2")
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one group of layers is stored.
+    """The storage of one group of layers.
 
     Attributes:
         targets: which layers: ``re:`` and a pattern, a path, or a class such as ``Linear``.
         layout: one of :data:`LAYOUTS`.
         bits: of a code.
-        block: outputs and inputs of a block with one scale, where the scales are those of blocks.
+        block: outputs and inputs of a block with one scale, if scales belong to blocks.
         activations: whether activations are rounded at run time.
     """
 
@@ -57,7 +57,7 @@ class Scheme:
     activations: bool = False
 
     def takes(self, layer: str) -> bool:
-        """Whether a layer is one of its own, by its path."""
+        """Whether a layer belongs to the group, by its path."""
         return any(
             re.match(target[3:], layer) if target.startswith("re:") else layer == target or layer.endswith(f".{target}")
             for target in self.targets
@@ -86,7 +86,7 @@ class CompressedTensors(Format):
         sparse = settings.get("sparsity_config")
         if isinstance(sparse, Mapping) and sparse.get("format") not in (None, "dense"):
             raise BadInput(
-                f"it is a compressed-tensors checkpoint in the sparse layout {sparse['format']}; read is dense"
+                f"it is a compressed-tensors checkpoint in the layout {sparse['format']}; only dense ones can be read"
             )
         groups = settings.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
@@ -104,7 +104,7 @@ class CompressedTensors(Format):
         """That activations are not rounded here."""
         if not any(scheme.activations for scheme in self.schemes):
             return ()
-        return ("its activations are meant to be rounded too, which is not done here",)
+        return ("it is meant to be used with rounded activations, which is not done here",)
 
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
         """Shape from the codes, groups from the scales."""
@@ -147,12 +147,12 @@ class CompressedTensors(Format):
         return weight.mul_(each(scales))
 
     def _scheme(self, layer: str) -> Scheme:
-        """The first scheme that names the layer, else the one for every linear layer."""
+        """The first scheme that names the layer, otherwise the one for all linear layers."""
         named = (scheme for scheme in self.schemes if scheme.takes(layer))
         general = (scheme for scheme in self.schemes if any(target.isidentifier() for target in scheme.targets))
         found = next(named, None) or next(general, None)
         if found is None:
-            raise BadInput(f"it holds a scale for {layer}, which none of its config_groups takes")
+            raise BadInput(f"it holds a scale for {layer}, which belongs to none of its config_groups")
         return found
 
 
@@ -160,7 +160,7 @@ def _scheme(name: str, group: Any, whole: Any) -> Scheme:
     """One of the ``config_groups``.
 
     Raises:
-        BadInput: it is none, or stores weights in a way that is not read.
+        BadInput: it is invalid, or its way of storing weights cannot be read.
     """
     weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping):
@@ -212,7 +212,7 @@ def _block(layer: str, shape: tuple[int, int], scales: Sequence[int], scheme: Sc
         return scheme.block
     groups = count // shape[0]
     if scales[0] != shape[0] or not groups or shape[1] % groups:
-        raise BadInput(f"{layer}.weight_scale has the shape {list(scales)}, into which {list(shape)} does not fall")
+        raise BadInput(f"{layer}.weight_scale has the shape {list(scales)}, which does not divide {list(shape)}")
     return 1, shape[1] // groups
 
 

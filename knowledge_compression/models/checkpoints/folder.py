@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 FORMATS: tuple[type[Format], ...] = (Gptq, Awq, CompressedTensors, FourBit, EightBit, BlockFp8, Mxfp4)
-_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # where older programs wrote the settings alone
+_BESIDE = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}  # the file in which older programs wrote the settings
 _SETTINGS = ("quantization_config", "compression_config")
 
 
@@ -37,9 +40,9 @@ class Layer:
     """One layer's tensors.
 
     Attributes:
-        path: the layer.
+        path: of the layer.
         names: of its tensors, by their endings.
-        coded: what they stand for.
+        coded: what they represent.
         bytes: of all of them.
     """
 
@@ -54,8 +57,8 @@ class QuantizedFolder(Stored):
     """A folder of quantized safetensors.
 
     Attributes:
-        folder: where it lies.
-        format: how its layers are stored.
+        folder: its path.
+        format: the format of its layers.
     """
 
     folder: Path
@@ -63,10 +66,10 @@ class QuantizedFolder(Stored):
 
     @classmethod
     def at(cls, folder: Path) -> QuantizedFolder | None:
-        """What lies in a folder, if it says that it is in a format that is read here.
+        """The content of a folder, if it declares a format that can be read.
 
         Raises:
-            BadInput: it is in a variant that is not.
+            BadInput: it is in a variant that cannot be read.
         """
         settings = settings_of(folder)
         method = str(settings.get("quant_method"))
@@ -109,11 +112,11 @@ class QuantizedFolder(Stored):
                     shape = shape[::-1]
                 if layers[key].coded.shape != shape:
                     raise BadInput(
-                        f"{layers[key].path} stands for weights of shape {list(layers[key].coded.shape)}, and the "
+                        f"{layers[key].path} represents weights of shape {list(layers[key].coded.shape)}, and the "
                         f"configuration describes {list(shape)}"
                     )
             elif wanted[name].is_floating_point() and not plain[key].floats:
-                raise BadInput(f"it holds {key} as integers, and nothing beside it says what they stand for")
+                raise BadInput(f"it holds {key} as integers, and nothing says what they represent")
         decoded = {key: Later(partial(self._decode, layer, key in turned)) for key, layer in layers.items()}
         return decoded | {name: Later(partial(self._checkpoint.read, name)) for name in plain}
 
@@ -148,13 +151,13 @@ class QuantizedFolder(Stored):
         """Every layer that is stored in the format.
 
         Raises:
-            BadInput: there is none, or the tensors of one do not fit each other.
+            BadInput: there is none, or the tensors of one contradict one another.
         """
         form, there = self.format, self.described
         paths = [name.removesuffix(form.mark) for name in there if name.endswith(form.mark)]
         if not paths:
             raise BadInput(
-                f"its configuration says that it is in the format {form.name}, and no tensor in it ends in {form.mark}"
+                f"its configuration declares the format {form.name}, but no tensor in it ends in {form.mark}"
             )
         names = {path: {end: path + end for end in form.endings if path + end in there} for path in paths}
         telling = [name for of in names.values() for end, name in of.items() if end in form.telling]
@@ -174,7 +177,7 @@ class QuantizedFolder(Stored):
 
 
 def settings_of(folder: Path) -> Mapping[str, Any]:
-    """What a model folder says of its quantization; empty where it says nothing, or nothing that can be read."""
+    """A model folder's declaration of its quantization; empty if there is none, or none that can be read."""
     config = _read(folder / "config.json")
     for name in _SETTINGS:
         if isinstance(settings := config.get(name), Mapping):
@@ -189,5 +192,5 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return {}  # whoever needs the file says what is wrong with it
+        return {}  # the code that needs the file reports what is wrong with it
     return content if isinstance(content, Mapping) else {}

@@ -24,10 +24,10 @@ FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
 @dataclass(frozen=True)
 class BlockFp8(Format):
-    """Block FP8, see the module.
+    """The block FP8 format, see the module's docstring.
 
     Attributes:
-        block: outputs and inputs of a block; None for one scale a weight.
+        block: outputs and inputs of a block; None for one scale per weight matrix.
         activations: how activations are rounded at run time.
     """
 
@@ -53,12 +53,10 @@ class BlockFp8(Format):
     @property
     def notes(self) -> tuple[str, ...]:
         """That activations are not rounded here."""
-        return (
-            f"its activations are meant to be rounded to 8-bit floats ({self.activations}), which is not done here",
-        )
+        return (f"it is meant to be used with 8-bit activations ({self.activations}), which is not done here",)
 
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
-        """One scale a block."""
+        """One scale per block."""
         needed(layer, parts, ".weight")
         shape, scales = parts[".weight"].matrix(f"{layer}.weight"), parts[".weight_scale_inv"].shape
         if parts[".weight"].dtype not in FLOAT8:

@@ -1,8 +1,8 @@
 """GGUF files, split ones too, of every architecture and type that the installed transformers and gguf know.
 
-The library gguf decodes the blocks; transformers' tables say what the tensors of an architecture are called, and undo
-what the conversion from transformers did to some (the rows of LLaMA's queries and keys, norms stored as ``w + 1``). A
-chat template in the file is left where it is: it is a program of whoever made the file.
+The library gguf decodes the blocks; transformers' tables map the tensor names of an architecture, and undo the changes
+of the conversion from transformers (the row order of LLaMA's queries and keys, norms stored as ``w + 1``). A chat
+template in the file is ignored: it is a program written by the file's author.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from knowledge_compression.models.checkpoints.stored import Later, Stored
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells of every file that it writes
+logging.getLogger("gguf").setLevel(logging.WARNING)  # it reports every file that it writes
 
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _PLAIN = {kind for kind, (block, _) in GGML_QUANT_SIZES.items() if block == 1} | {GGMLQuantizationType.BF16}
@@ -42,17 +42,17 @@ class GgufFile(Stored):
     """A GGUF file.
 
     Attributes:
-        files: its parts in their order; one, where it is not split.
+        files: its parts in order; a single one if it is not split.
     """
 
     files: Sequence[Path]
 
     @classmethod
     def at(cls, path: Path) -> GgufFile | None:
-        """The file, if it begins as one; any part of a split one stands for all.
+        """The file, if it begins like a GGUF file; any part of a split one identifies all parts.
 
         Raises:
-            ModelUnavailable: it is one of several parts, of which another is not there.
+            ModelUnavailable: it is one of several parts, and another is missing.
         """
         try:
             with path.open("rb") as file:
@@ -70,7 +70,7 @@ class GgufFile(Stored):
 
     @property
     def architecture(self) -> str:
-        """What the file calls its architecture."""
+        """The file's name for its architecture."""
         return str(self._headers[0].settings.get("general.architecture"))
 
     @cached_property
@@ -87,13 +87,13 @@ class GgufFile(Stored):
         return found
 
     def configuration(self, **hub: Any) -> PretrainedConfig:
-        """What transformers makes of the file's settings."""
+        """The configuration that transformers derives from the file's settings."""
         from transformers import AutoConfig
 
         return AutoConfig.for_model(**self._settings)
 
     def tokenizer(self, **hub: Any) -> PreTrainedTokenizerBase:
-        """What transformers makes of the file's vocabulary, without a chat template."""
+        """The tokenizer that transformers derives from the file's vocabulary, without a chat template."""
         from transformers import PreTrainedTokenizerFast
         from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
@@ -105,7 +105,7 @@ class GgufFile(Stored):
         return made
 
     def weights(self, skeleton: PreTrainedModel) -> dict[str, Later]:
-        """Each weight of the network, from the one tensor or the several that make it."""
+        """Each weight of the network, from the tensor or tensors that form it."""
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
         processor = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=self._settings)
@@ -151,7 +151,7 @@ class GgufFile(Stored):
         """What transformers' tables make of the file's settings, and of which tensors it holds.
 
         Raises:
-            BadInput: it is of an architecture that transformers does not read from GGUF files.
+            BadInput: transformers cannot read its architecture from GGUF files.
         """
         from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, load_gguf_checkpoint
 
@@ -235,7 +235,7 @@ def _coded(tensor: GgufTensor) -> Coded:
 
 
 def _file_type(number: Any) -> str:
-    """What llama.cpp calls a mixture of types, e.g. ``Q4_K_M``; empty where the file does not say."""
+    """llama.cpp's name for the mixture of types, e.g. ``Q4_K_M``; empty if the file does not say."""
     try:
         return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:

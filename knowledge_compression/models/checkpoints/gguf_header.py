@@ -1,7 +1,7 @@
-"""What a GGUF file says of itself: its settings, and where each tensor lies and how it is stored.
+"""The header of a GGUF file: its settings, and the place and type of each tensor.
 
-The layout is that of the GGUF specification (ggml, docs/gguf.md), versions 2 and 3, little-endian. Every length is held
-against the size of the file before it is believed.
+The layout is that of the GGUF specification (ggml, docs/gguf.md), versions 2 and 3, little-endian. Every length is
+checked against the size of the file before it is used.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class GgufTensor:
     """One tensor of a file.
 
     Attributes:
-        name: as the file has it, e.g. ``blk.0.attn_q.weight``.
+        name: its name in the file, e.g. ``blk.0.attn_q.weight``.
         shape: of its values, the slowest axis first.
         kind: how they are stored.
         start: of its first byte in the file.
@@ -57,7 +57,7 @@ class GgufTensor:
 
     @property
     def parameters(self) -> int:
-        """How many values."""
+        """Number of values."""
         return math.prod(self.shape)
 
     @property
@@ -74,7 +74,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What one file says.
+    """The header of one file.
 
     Attributes:
         path: the file.
@@ -93,7 +93,7 @@ class GgufHeader:
         """Read it.
 
         Raises:
-            BadInput: the file is no GGUF of these versions, is cut short, or holds a type of value that is not known.
+            BadInput: the file is not a GGUF file of these versions, is truncated, or contains an unknown type of value.
         """
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return cls._parsed(path, _Cursor(content))
@@ -101,10 +101,12 @@ class GgufHeader:
     @classmethod
     def _parsed(cls, path: Path, cursor: _Cursor) -> GgufHeader:
         if cursor.take(4) != MAGIC:
-            raise BadInput("it does not begin as a GGUF file does")
+            raise BadInput("it does not begin like a GGUF file")
         version, count, values = cursor.unpack("IQQ")
         if version not in VERSIONS:
-            raise BadInput(f"it is a GGUF file of version {version}; read are {' and '.join(map(str, VERSIONS))}")
+            raise BadInput(
+                f"it is a GGUF file of version {version}; versions {' and '.join(map(str, VERSIONS))} can be read"
+            )
         settings: dict[str, Any] = {}
         kinds: dict[str, GGUFValueType] = {}
         for _ in range(values):
@@ -126,7 +128,7 @@ class GgufHeader:
 
 
 class _Cursor:
-    """A place in a file, from which it is read onwards."""
+    """A position in a file from which it is read."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.at, self.size = content, 0, len(content)

@@ -2,7 +2,7 @@
 
 Each linear layer is ``qweight`` int32 ``[in * bits / 32, out]`` (codes packed along the inputs), ``qzeros`` int32
 ``[groups, out * bits / 32]``, ``scales`` ``[groups, out]`` and ``g_idx`` int32 ``[in]``, the group of each input. A
-weight is ``scale * (code - zero)``. Version 1 stores every zero point less one, modulo ``2 ** bits``.
+weight is ``scale * (code - zero)``. Version 1 stores every zero point minus one, modulo ``2 ** bits``.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ BITS = (2, 3, 4, 8)
 
 @dataclass(frozen=True)
 class Gptq(Format):
-    """GPTQ, see the module.
+    """The GPTQ format, see the module's docstring.
 
     Attributes:
-        bits: of a code, where the layer's own tensors do not say it.
-        group_size: neighbouring inputs of one group, where the layer holds no ``g_idx``; -1 for all.
-        zero_offset: what was taken from every zero point before it was stored.
-        quantizer: who made the file, by its own word.
+        bits: of a code, if the layer's own tensors do not determine it.
+        group_size: number of neighbouring inputs in one group, if the layer has no ``g_idx``; -1 for all.
+        zero_offset: the number subtracted from every zero point before it was stored.
+        quantizer: the program that made the file, according to the file.
     """
 
     bits: int
@@ -46,13 +46,13 @@ class Gptq(Format):
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Gptq:
-        """The layout from ``checkpoint_format``, version 1 where it is not named."""
+        """The layout from ``checkpoint_format``; version 1 if it is not given."""
         layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
         if layout not in cls.layouts or settings.get("is_marlin_format"):
             named = "marlin" if settings.get("is_marlin_format") else layout
-            raise BadInput(f"it is a GPTQ checkpoint in the layout {named}; read are {', '.join(cls.layouts)}")
+            raise BadInput(f"it is a GPTQ checkpoint in the layout {named}; {', '.join(cls.layouts)} can be read")
         if (words := settings.get("pack_dtype", "int32")) != "int32":
-            raise BadInput(f"it is a GPTQ checkpoint packed in {words}; read is int32")
+            raise BadInput(f"it is a GPTQ checkpoint packed in {words}; only int32 can be read")
         bits, size = number(settings, "bits", 4), number(settings, "group_size", -1)
         meta = settings.get("meta")
         made_by = meta.get("quantizer") if isinstance(meta, Mapping) else None
@@ -61,7 +61,7 @@ class Gptq(Format):
 
     @property
     def made_by(self) -> str:
-        """What ``meta.quantizer`` says."""
+        """The value of ``meta.quantizer``."""
         return self.quantizer
 
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
@@ -93,7 +93,7 @@ class Gptq(Format):
         return weight
 
     def _width(self, layer: str, rows: int, inputs: int | None) -> tuple[int, int]:
-        """Bits of a code and number of inputs, which ``g_idx`` tells where there is one."""
+        """Bits of a code and number of inputs, from ``g_idx`` if there is one."""
         if inputs is None:
             bits, inputs = self.bits, rows * 32 // self.bits
         else:

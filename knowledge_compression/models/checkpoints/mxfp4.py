@@ -21,7 +21,7 @@ from knowledge_compression.models.streamed import Described
 
 @dataclass(frozen=True)
 class Mxfp4(Format):
-    """MXFP4 of gpt-oss, see the module."""
+    """The MXFP4 format of gpt-oss, see the module's docstring."""
 
     name = "mxfp4"
     methods = ("mxfp4",)
@@ -31,7 +31,7 @@ class Mxfp4(Format):
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Mxfp4:
-        """There is one layout."""
+        """There is only one layout."""
         return cls()
 
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:

@@ -1,4 +1,4 @@
-"""What lies at a path: a compressed checkpoint in a format that is read here, or something else."""
+"""Recognising whether a path holds a compressed checkpoint in a format that can be read."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from knowledge_compression.models.checkpoints.stored import Stored
 
 
 def stored_at(place: Path) -> Stored | None:
-    """The compressed checkpoint at a path; None where it is none, or one that transformers itself must load.
+    """The compressed checkpoint at a path; None if there is none, or if transformers itself must load it.
 
     Raises:
-        BadInput: it is compressed in a way that is not read.
-        ModelUnavailable: a part of it is not there.
+        BadInput: its compression cannot be read.
+        ModelUnavailable: a part of it is missing.
     """
     if place.is_file():
         return GgufFile.at(place)
@@ -25,7 +25,7 @@ def stored_at(place: Path) -> Stored | None:
 
 
 def gguf_in(folder: Path) -> GgufFile | None:
-    """The one GGUF file of a folder that has no configuration, split or not.
+    """The only GGUF file, split or not, of a folder without a configuration.
 
     Raises:
         BadInput: there are several.

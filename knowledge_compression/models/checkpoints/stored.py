@@ -1,8 +1,7 @@
-"""A compressed checkpoint on the disk, and the network that its weights stand for.
+"""A compressed checkpoint on disk, and the network that its weights represent.
 
-The weights are handed to transformers' own loader as values that are read and decoded when they are asked for, one at a
-time, so that its names, ties and conversions hold for compressed files too, and memory holds the decoded network and
-one layer.
+The weights are passed to transformers' own loader as values that are read and decoded on demand, one at a time, so that
+its names, ties and conversions apply to compressed files too, and memory holds the decoded network and one layer.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ _one_at_a_time = Lock()
 
 
 class Later:
-    """A weight that is made when the loader asks for all of it, as it asks for a slice of a safetensors file."""
+    """A weight that is decoded when the loader requests all of it, like a slice of a safetensors file."""
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
         self._make = make
 
     def __getitem__(self, everything: Any) -> Tensor:
-        """The whole weight; the loader's threads take turns, so that one is decoded at a time."""
+        """The whole weight; a lock makes the loader's threads decode one at a time."""
         with _one_at_a_time:
             return self._make()
 
 
 class Stored(ABC):
-    """A compressed checkpoint on the disk: what it is, and what loading needs of it.
+    """A compressed checkpoint on disk: its record, and everything needed for loading.
 
     Attributes:
-        files: everything that decides what the model says.
+        files: all files that decide the model's answers.
     """
 
     files: Iterable[Path]
@@ -56,25 +55,25 @@ class Stored(ABC):
 
     @abstractmethod
     def weights(self, skeleton: PreTrainedModel) -> Mapping[str, Later]:
-        """Every weight by the name that transformers' loader knows it under.
+        """Every weight by its name for transformers' loader.
 
         Args:
             skeleton: the network on the meta device.
 
         Raises:
-            BadInput: what is stored does not fit the network, or itself.
+            BadInput: the stored tensors contradict the network or one another.
         """
 
     @abstractmethod
     def record(self) -> StoredAs:
-        """What the file is.
+        """The record of the file.
 
         Raises:
-            BadInput: what is stored does not fit itself.
+            BadInput: the stored tensors contradict one another.
         """
 
     def network(self, kind: Any, config: PretrainedConfig, dtype: torch.dtype | str) -> tuple[Any, Mapping[str, Any]]:
-        """The decoded network, and what transformers says of its loading.
+        """The decoded network, and transformers' report on loading it.
 
         Args:
             kind: the auto class of such networks.
