@@ -192,7 +192,7 @@ def test_the_status_of_a_sweep(
         (folder / str(number)).mkdir()
         Outcome("", "done", f"run{number}", "dense", seconds=seconds).write(folder / str(number))
     (folder / "2").mkdir()
-    Outcome("sparsity=0.2", "failed", message="RuntimeError: bad luck", log="2/run.log").write(folder / "2")
+    Outcome("model=m sparsity=0.2", "failed", message="RuntimeError: bad luck", log="2/run.log").write(folder / "2")
     store = RunStore(tmp_path)
     with store.claim("run3"):
         marker = store.layout.lease("run3").read_text()

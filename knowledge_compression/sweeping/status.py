@@ -6,7 +6,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -81,7 +81,7 @@ def _status(outputs: Path, folder: Path, alive: set[str] | None) -> SweepStatus:
                     troubled.append(Outcome(label, DONE, message=f"runs/{one.id}: {why}"))
         elif outcome is not None and outcome.status in (FAILED, BAD_INPUT):
             states.append(outcome.status)
-            troubled.append(outcome)
+            troubled.append(replace(outcome, label=label))  # as short as this sweep allows
         elif any(store.holder(run_id) for run_id in (run.run_id, run.baseline_id)):
             states.append(RUNNING)
         elif broken:
