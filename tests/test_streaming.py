@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
 from helpers.layers import ALL, windows
-from helpers.networks import TINY, build_network, logits_of
+from helpers.networks import MIXTURES, TINY, build_network, logits_of
 from helpers.streaming import METHODS, streamed
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.methods.hqq import Hqq
@@ -37,6 +37,8 @@ from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.saving import save_checkpoint
 from knowledge_compression.sweeping.cli import main
 
+# Groups that divide 16 and 24 inputs.
+MIXTURES_BY = METHODS | {"rtn": Rtn(group_size=8)}
 WITH_HEAD = Target("head", ["ff", "final"])
 SHARDED = sorted(set(TINY) - {"albert"})
 
@@ -66,6 +68,51 @@ def in_memory(source: LocalModel, compression: Compression, target: Target, fold
         compression.compress(model, target.select(model), windows(6, 16) if compression.calibrated else None)  # type: ignore[arg-type]
     save_checkpoint(model, folder)
     return model
+
+
+MIXTURE = Target("all", ["decoder_self_att", "ff", "experts", "shared_experts"])
+
+
+@pytest.mark.parametrize("method", ["magnitude", "gptq", "rtn"])
+@pytest.mark.parametrize(
+    "architecture", [name if name == "mixtral" else pytest.param(name, marks=pytest.mark.slow) for name in MIXTURES]
+)
+def test_a_mixture_streams_to_what_it_becomes_in_memory(
+    saved: Callable[..., LocalModel], tmp_path: Path, architecture: str, method: str
+) -> None:
+    """Whether its files hold banks of experts as they are, or each expert by itself."""
+    source = saved(architecture)
+    in_memory(source, MIXTURES_BY[method], MIXTURE, tmp_path / "one", "float32")
+    report = streamed(source, MIXTURES_BY[method], MIXTURE, tmp_path / "two", "float32")
+    assert {layer.role for layer in report.layers} >= {"experts"}
+    assert_same(tmp_path / "one", tmp_path / "two")
+    again = LocalModel("again", str(tmp_path / "two")).load("cpu", "float32")
+    assert logits_of(again).isfinite().all()
+
+
+def test_a_mixture_that_was_cut_off_goes_on(saved: Callable[..., LocalModel], tmp_path: Path) -> None:
+    source = saved("mixtral")
+    streamed(source, METHODS["gptq"], MIXTURE, tmp_path / "whole", "float32")
+    streamed(source, METHODS["gptq"], MIXTURE, tmp_path / "part", "float32")
+    for path in sorted((tmp_path / "part").glob("model-*"))[2:]:  # as if it had been killed after the first block
+        path.unlink()
+    notes = json.loads((tmp_path / "part" / "units.json").read_text())
+    (tmp_path / "part" / "units.json").unlink()
+    (tmp_path / "part" / "model-00001-of-00003.note").write_text("null")
+    (tmp_path / "part" / "model-00002-of-00003.note").write_text(json.dumps(notes["model.layers.0"]))
+    streamed(source, METHODS["gptq"], MIXTURE, tmp_path / "part", "float32")
+    assert_same(tmp_path / "whole", tmp_path / "part")
+
+
+def test_experts_that_are_not_all_there_are_refused(saved: Callable[..., LocalModel], tmp_path: Path) -> None:
+    source = saved("mixtral")
+    index = Path(source.path) / "model.safetensors.index.json"
+    there = json.loads(index.read_text())
+    gone = next(name for name in there["weight_map"] if ".experts.2." in name)
+    del there["weight_map"][gone]
+    index.write_text(json.dumps(there))
+    with pytest.raises(BadInput, match=r"holds model\.layers\.0\..*experts\.0\..* and \d+ more of shape"):
+        streamed(source, METHODS["rtn"], MIXTURE, tmp_path / "two", "float32")
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -267,7 +314,7 @@ def test_nan_never_reaches_the_copy(saved: Callable[..., LocalModel], tmp_path: 
 
 
 def test_one_block_used_many_times_is_not_streamed(saved: Callable[..., LocalModel]) -> None:
-    with pytest.raises(BadInput, match="one block many times"):
+    with pytest.raises(BadInput, match="one block several times"):
         saved("albert").streamed("cpu")
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -147,7 +148,8 @@ class StreamedModel(Model):
         stored: floating dtype in which they are processed and written.
 
     After it is made, ``source`` says for each weight of the network which weight it is tied to (itself, if to none),
-    and ``stored_as`` under which name a checkpoint holds it.
+    ``stored_as`` under which name a checkpoint holds it, and ``parts`` of which tensors of the files it is made (banks
+    of experts are stored expert by expert).
     """
 
     checkpoint: Checkpoint = field(kw_only=True)
@@ -160,6 +162,8 @@ class StreamedModel(Model):
             raise BadInput(f"{self.name} uses one block several times, so there is nothing to stream; load it whole")
         names, tied = self.network.state_dict().keys(), self.network.all_tied_weights_keys
         stored = names_in_files(self.network, self.checkpoint.file_of)
+        self.parts = parts_in_files(self.network, self.checkpoint.file_of)
+        stored |= dict.fromkeys(self.parts, "")
         self.stored_as = {name: stored.get(name, name) for name in names}
         # A tied weight is stored once, under the name of the weight to which it is tied.
         self.source = {name: name if name in stored else tied.get(name, name) for name in names}
@@ -173,14 +177,23 @@ class StreamedModel(Model):
         """Refuse weights that do not fit the network; streaming would copy them unchecked."""
         there, needed = self.checkpoint.described(), self.network.state_dict()
         for name, source in self.source.items():
-            shape, floats = there[self.stored_as[source]].shape, there[self.stored_as[source]].floats
-            wanted = tuple(needed[name].shape)
+            keys = self.parts[source].keys if source in self.parts else [self.stored_as[source]]
+            shape = self._shape(source, there)
+            floats, wanted = all(there[key].floats for key in keys), tuple(needed[name].shape)
             if shape != wanted or (needed[name].is_floating_point() and not floats):
                 kind = "" if floats else " of integers"
+                what = keys[0] + (f" and {len(keys) - 1} more" if keys[1:] else "")
                 raise BadInput(
-                    f"{self.checkpoint.folder} holds {self.stored_as[source]} of shape {list(shape)}{kind}, and its "
-                    f"configuration describes {list(wanted)}"
+                    f"{self.checkpoint.folder} holds {what} of shape {list(shape)}{kind}, and its configuration "
+                    f"describes {list(wanted)}"
                 )
+
+    def _shape(self, name: str, there: Mapping[str, Described]) -> tuple[int, ...]:
+        """Of a weight as the files have it, () where their parts do not fit together."""
+        try:
+            return tuple(self.assembled(name, lambda key: torch.empty(there[key].shape, device="meta")).shape)
+        except (RuntimeError, KeyError, IndexError):
+            return ()
 
     @property
     def device(self) -> torch.device:
@@ -202,8 +215,38 @@ class StreamedModel(Model):
 
     def read(self, name: str) -> Tensor:
         """One weight in the stored dtype on the CPU, memory-mapped if its file has the same dtype."""
-        tensor = self.checkpoint.read(self.stored_as[self.source[name]])
+        source = self.source[name]
+        there = self.checkpoint.read_all(self.parts[source].keys) if source in self.parts else {}
+        tensor = self.assembled(source, there.__getitem__ if there else self.checkpoint.read)
         return tensor.to(self.stored) if tensor.is_floating_point() else tensor
+
+    def assembled(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """One weight of the network from tensors of files, as transformers puts it together.
+
+        Args:
+            name: of the weight.
+            read: gives the tensor of a name in the files.
+        """
+        if name not in self.parts:
+            return read(self.stored_as[name])
+        converter = deepcopy(self.parts[name].converter)
+        for key, pattern in zip(self.parts[name].keys, self.parts[name].patterns, strict=True):
+            converter.add_tensor(name, key, pattern, read(key))
+        made = converter.convert(name, model=self.network, config=self.network.config)[name]
+        return made[0] if isinstance(made, list) else made
+
+    def taken_apart(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the network by name as a checkpoint holds them, as ``save_pretrained`` takes them apart."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        found: dict[str, Tensor] = {}
+        for name, tensor in weights.items():
+            if name in self.parts:
+                parts = revert_weight_conversion(self.network, {name: tensor})
+                found |= {key: part.clone(memory_format=torch.contiguous_format) for key, part in parts.items()}
+            else:
+                found[self.stored_as[name]] = tensor
+        return found
 
     @contextmanager
     def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -251,6 +294,40 @@ def names_in_files(network: PreTrainedModel, keys: Iterable[str]) -> dict[str, s
         if converted is None:  # a weight that is assembled from several is not in the files
             names[name] = key
     return names
+
+
+class Parts(NamedTuple):
+    """Of which tensors in files one weight of a network is made.
+
+    Attributes:
+        keys: their names.
+        patterns: for each the pattern of the converter that its name fits.
+        converter: of transformers, which puts them together.
+    """
+
+    keys: list[str]
+    patterns: list[str]
+    converter: Any
+
+
+def parts_in_files(network: PreTrainedModel, keys: Iterable[str]) -> dict[str, Parts]:
+    """Each weight of the network that is made of several tensors in the files, or of another one, by name."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
+
+    steps = get_model_conversion_mapping(network)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    conversions: list[Any] = [step for step in steps if not isinstance(step, WeightRenaming)]
+    by_pattern = {pattern: step for step in conversions for pattern in step.source_patterns}
+    parts: dict[str, Parts] = {}
+    weights = network.state_dict()
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, conversions, network.base_model_prefix, weights)
+        if pattern is not None and name in weights:
+            found = parts.setdefault(name, Parts([], [], by_pattern[pattern]))
+            found.keys.append(key)
+            found.patterns.append(pattern)
+    return parts
 
 
 def _put(network: nn.Module, name: str, tensor: Tensor) -> None:

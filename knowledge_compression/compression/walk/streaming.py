@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +140,9 @@ class _Stream:
 
     def _reading(self) -> Iterator[TargetLayer]:
         """Yield all targets, one at a time, each with its stored weights."""
-        for layer in shown(self.targets, "ranking"):
-            name = layer.weight_name
-            with self.model.holding({name: self.model.read(name)}):
-                yield layer
+        for name, layers in groupby(shown(self.targets, "ranking"), key=attrgetter("weight_name")):
+            with self.model.holding({name: self.model.read(name)}):  # a bank of experts once for all of them
+                yield from layers
 
     @contextmanager
     def hold(self, unit: str, module: nn.Module, reports: Mapping[str, LayerReport]) -> Iterator[None]:
@@ -150,7 +151,7 @@ class _Stream:
         names = self.model.names_inside(unit)
         if finished:
             stored = self.copy.read(unit)
-            weights = {name: stored[self.model.stored_as[name]] for name in names}
+            weights = {name: self.model.assembled(name, stored.__getitem__) for name in names}
         else:
             weights = {name: self.model.read(name) for name in names}
             check_finite(weights.items(), self.model.name)
@@ -175,7 +176,7 @@ class _Stream:
         self.notes[unit] = note | {"layers": done}
 
     def _write(self, unit: str, weights: Mapping[str, Tensor], note: Any) -> None:
-        self.copy.write(unit, {self.model.stored_as[name]: tensor for name, tensor in weights.items()}, note)
+        self.copy.write(unit, self.model.taken_apart(weights), note)
 
     def report(self, seconds: float) -> CompressionReport:
         """The report put together from the notes of all units, with this call's seconds."""
