@@ -172,7 +172,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "sparse": (
         "ct-int-channel",
         {"sparsity_config": {"format": "sparse-24-bitmask"}},
-        "sparse layout sparse-24-bitmask",
+        "layout sparse-24-bitmask",
     ),
     "blocks": ("fp8", {"weight_block_size": [0, 1]}, "should be two sizes"),
 }
@@ -229,7 +229,7 @@ def test_a_layer_of_another_network_is_one_line(stored: Callable[..., tuple[Path
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
     with pytest.raises(
-        BadInput, match=r"stands for weights of shape \[64, 96\], and the configuration describes \[64, 128\]"
+        BadInput, match=r"represents weights of shape \[64, 96\], and the configuration describes \[64, 128\]"
     ):
         LocalModel("local", str(folder)).load("cpu", "float32")
 
