@@ -1,7 +1,7 @@
 """The header of a GGUF file: its settings, and the place and type of each tensor.
 
-The layout is that of the GGUF specification (ggml, docs/gguf.md), versions 2 and 3, little-endian. Every length is
-checked against the size of the file before it is used.
+The layout is that of the GGUF specification of ggml, versions 2 and 3, little-endian. Every length is held
+against the size of the file before it is believed.
 """
 
 from __future__ import annotations

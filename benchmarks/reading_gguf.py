@@ -1,7 +1,7 @@
 """Reading a GGUF file: this program beside transformers' own ``gguf_file=``, both with network and tokenizer.
 
-    python benchmarks/gguf.py                   # the file that smollm2 arrives in (98 MB, Q4_1)
-    python benchmarks/gguf.py --file A.gguf
+    python benchmarks/reading_gguf.py                   # the file that smollm2 arrives in (98 MB, Q4_1)
+    python benchmarks/reading_gguf.py --file A.gguf
 
 Both give float32 weights, which are compared bit by bit.
 """
@@ -43,7 +43,7 @@ def main() -> None:
         "times as fast": ratio(seconds["transformers"], seconds["ours"]),
     }
     print(result)
-    write("gguf", result)
+    write("reading_gguf", result)
 
 
 def _smollm2() -> Path:
