@@ -33,7 +33,7 @@ test-slurm: $(INSTALLED)  ## a sweep on a real SLURM, which is started on this m
 	tests/slurm/single_node.sh install
 	KC_TEST_SLURM=$(KC_TEST_SLURM) $(BIN)/python -m pytest -rs tests/slurm
 
-trials: $(INSTALLED)  ## wrong inputs of every kind through the command line, and how each ended (20 minutes)
+trials: $(INSTALLED)  ## wrong inputs of every kind through the command line, and how each ended (half an hour)
 	PYTHONPATH=tests $(BIN)/python -m trials
 
 test-gpu: $(INSTALLED)  ## all that is shipped on this machine's GPU, against the processor; then what it takes, as JSON

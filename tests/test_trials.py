@@ -11,7 +11,7 @@ from trials.inputs import KINDS
 from trials.materials import prepare
 from trials.trying import ACCEPTED, HANG, ONE_LINE, STACK_TRACE, WRONG, Ending, Tester, Trial
 
-# One in so many of each kind, all in all under a minute.
+# One in so many of each kind, all in all about a minute.
 ONE_IN = {"controls": 1, "issue": 16, "settings": 200, "configurations": 10, "files": 30, "folders": 4, "stores": 50}
 
 
