@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from typing import get_args, get_type_hints
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import knowledge_compression as kc
 from helpers.experiments import SUITE, made
@@ -77,8 +80,7 @@ def test_a_value_of_a_wrong_kind_is_one_line_for_every_field(choice):
 @pytest.mark.parametrize("choice", shipped("compression", "recovery", "corpus", "eval", "model"))
 def test_no_number_of_any_part_may_be_below_zero_or_beyond_64_bits(choice):
     """Found out from the settings alone: nothing is loaded."""
-    given = {name.partition(".")[2]: value for name, value in (one.split("=") for one in NEEDED.get(choice, []))}
-    part = kc.choose(choice, **given)
+    part = build("part", settings_of(choice))
     looked_at = [(part, lambda value: value)]
     looked_at += [
         (getattr(part, one.name), lambda value, name=one.name: {name: value})
@@ -94,6 +96,34 @@ def test_no_number_of_any_part_may_be_below_zero_or_beyond_64_bits(choice):
                     with pytest.raises(BadInput) as refusal:
                         build("part", merged(plain(part), setting))
                     assert "\n" not in str(refusal.value)
+
+
+@cache
+def settings_of(choice):
+    given = dict(one.partition(".")[2].split("=") for one in NEEDED.get(choice, []))
+    return plain(kc.choose(choice, **given))
+
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
+ANYTHING = st.recursive(
+    PLAIN, lambda one: st.lists(one, max_size=3) | st.dictionaries(st.text(max_size=6), one, max_size=3)
+)
+
+
+@given(choice=st.sampled_from(shipped("compression", "recovery", "corpus", "eval", "model", "target")), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_whatever_a_field_is_given_is_taken_as_it_is_or_refused_in_one_line(choice, data):
+    told = settings_of(choice)
+    name = data.draw(st.sampled_from([*sorted(told.keys() - {"_target_"}), "a setting that it has not"]))
+    value = data.draw(ANYTHING)
+    try:
+        part = build("part", told | {name: value})
+    except BadInput as error:
+        assert "\n" not in str(error)
+    else:
+        assert build("part", plain(part)) == part
+        if isinstance(value, bool | str | None):
+            assert getattr(part, name) == value
 
 
 def merged(settings, changes):
