@@ -117,8 +117,8 @@ def finished(folder: Path, runs: int) -> list[str]:
     from knowledge_compression.sweeping.parts import Parts
 
     sparsities = ",".join(f"{(i + 1) / 100}" for i in range(50))
-    arguments = ["model=smollm2", "target=att,ff", "compression=magnitude,random", f"sparsity={sparsities}"]
-    arguments += [f"seed=range({max(1, runs // 200)})", f"output.dir={folder}"]
+    arguments = ["model=smollm2", "target=att,ff", "compression=random", f"sparsity={sparsities}"]
+    arguments += [f"seed=range({max(1, runs // 100)})", f"output.dir={folder}"]
     generate(folder, KINDS, items=500)
     store = RunStore(folder)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

@@ -8,6 +8,7 @@ from typing import Any
 from knowledge_compression.configuration import made_of, put_together
 from knowledge_compression.errors import BadInput
 from knowledge_compression.experiment import Experiment
+from knowledge_compression.results.store import RunStore
 from knowledge_compression.sweeping.combinations import Composed
 
 
@@ -17,6 +18,7 @@ class Parts:
     def __init__(self) -> None:
         self._made: dict[tuple[str, str], Any] = {}
         self._checked: dict[tuple[Any, ...], BadInput | None] = {}
+        self._done: dict[tuple[Any, ...], bool] = {}
 
     def experiment(self, composed: Composed) -> Experiment:
         """The experiment of a combination.
@@ -39,6 +41,13 @@ class Parts:
             self._checked[key] = _refusal(experiment.check)
         if (refusal := self._checked[key]) is not None:
             raise refusal
+
+    def is_done(self, experiment: Experiment, store: RunStore) -> bool:
+        """As :meth:`Experiment.is_done`; a run that many are compared with is read once."""
+        key = (store.folder, experiment.id, bool(experiment.save_model))
+        if key not in self._done:
+            self._done[key] = experiment.is_done(store)
+        return self._done[key]
 
     def _part(self, group: str, composed: Composed) -> Any:
         key = (group, composed.texts.get(group, ""))

@@ -116,7 +116,7 @@ class PlannedSweeper(Sweeper):
             composed = composer(overrides)
             experiment = replace(parts.experiment(composed), holds=True)
             store, dense = RunStore(composed.settings["output"]["dir"]), experiment.dense()
-            done = experiment.is_done(store) and (dense.is_done(store) or not experiment.suites)
+            done = parts.is_done(experiment, store) and (not experiment.suites or parts.is_done(dense, store))
             there = done and not composed.settings["run"]["force"]
             if not there:
                 parts.check(experiment)
