@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from helpers.shipped import NEEDED, shipped
 from knowledge_compression.configuration import GROUPS, experiment_from
@@ -20,15 +22,17 @@ from knowledge_compression.evaluation.atlas import Atlas
 from knowledge_compression.sweeping.cli import CONF
 from knowledge_compression.sweeping.combinations import Composer, combinations
 from knowledge_compression.sweeping.parts import Parts
+from knowledge_compression.sweeping.sweeper import PlannedSweeper
 
 
 class Sweep:
     """A sweep's combinations, in an order of no meaning."""
 
-    def __init__(self, loader: Any, overrides: Sequence[str]) -> None:
-        self.jobs = combinations(OverridesParser.create().parse_overrides(list(overrides)))
+    def __init__(self, loader: Any, overrides: Sequence[str], jobs: list[list[str]] | None = None) -> None:
+        self.jobs = jobs or combinations(OverridesParser.create().parse_overrides(list(overrides)))
         random.Random(0).shuffle(self.jobs)
-        self._loader, self._master = loader, loader.load_configuration("config", [], RunMode.MULTIRUN)
+        self._loader = loader
+        self._master = loader.load_configuration("config", list(overrides) if jobs else [], RunMode.MULTIRUN)
         self._composer = Composer(self, self._master, self.jobs)  # type: ignore[arg-type]
         self._parts = Parts()
         self.composed = 0
@@ -93,6 +97,28 @@ def test_every_shipped_choice_is_assembled_as_hydra_composes_it(
 )
 def test_whatever_overrides_do_to_each_other(overrides: list[str], composed: int, loader: Any) -> None:
     assert Sweep(loader, overrides).check() == composed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", shipped("experiment"))
+def test_every_shipped_preset_is_assembled_as_hydra_composes_it(preset: str, loader: Any, data_dir: Path) -> None:
+    """Some combinations of each, the composer having been told of all."""
+    given = [f"+{preset}", f"data_dir={data_dir}"]
+    config = loader.load_configuration("config", given, RunMode.MULTIRUN)
+    planned = OmegaConf.to_container(config.hydra.sweeper)
+    sweeper = PlannedSweeper(planned.get("params"), planned.get("grids"))  # type: ignore[union-attr, arg-type]
+    jobs = sweeper._jobs(list(config.hydra.overrides.task))
+    assert len({tuple(job) for job in jobs}) == len(jobs)
+    sweep = Sweep(loader, given, jobs)
+    for job in sweep.jobs[:4]:
+        try:
+            expected = sweep.by_hydra(job)
+        except BadInput as error:  # an overlay of another preset lacks what that chooses
+            with pytest.raises(BadInput) as caught:
+                sweep.assembled(job)
+            assert str(caught.value) == str(error)
+        else:
+            assert sweep.assembled(job) == expected, job
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,3 +148,34 @@ def test_a_data_set_is_downloaded_refused_and_then_read_from_the_cache(tmp_path:
     with serving({}) as endpoint:
         refused = read(endpoint, "other_home")["line"]
     assert HUB_ID in refused and "corpus=self" in refused and "\n" not in refused
+
+
+@pytest.mark.slow
+def test_a_model_that_moved_on_the_hub_is_said_in_one_line(tmp_path: Path, tiny_folder: Path) -> None:
+    """The cache as ``huggingface_hub`` lays it out: a branch's commit in ``refs``, files by commit in ``snapshots``."""
+    cached = tmp_path / "home" / "hub" / "models--me--tiny"
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    settings = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "KC_CACHE_DIR": str(tmp_path / "cache")}
+    given = ["model=olmo2_1b", "model.hub_id=me/tiny", "compression=none", "device=cpu", "eval=[latency]"]
+    given += ["eval.latency.batch=1", "eval.latency.repeats=1", "eval.latency.decode_tokens=1"]
+    given += [f"output.dir={tmp_path / 'out'}"]
+
+    def run(*arguments: str) -> list[str]:
+        command = [sys.executable, "run.py", *arguments, *given]
+        done = subprocess.run(command, env=clean | settings, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return [line for line in (done.stdout + done.stderr).splitlines() if "is now commit" in line]
+
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(tiny_folder, cached / "snapshots" / commit)
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / "main").write_text(commit)
+        said = run("eval.latency.length=8")
+        if commit[0] == "a":
+            assert said == []
+    (line,) = said
+    assert "me/tiny@main is now commit bbbbbbbb" in line and "(aaaaaaaa in 1)" in line
+    assert run("eval.latency.length=8") == []  # of what is there nothing new is made, and nothing said
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 2
+    (line,) = run("-m", "eval.latency.length=9,10")
+    assert "(aaaaaaaa in 1)" in line

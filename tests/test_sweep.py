@@ -8,9 +8,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from knowledge_compression.compression.methods.rtn import Rtn
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.sweeping import sweeper as sweep
 from knowledge_compression.sweeping.cli import main
@@ -192,3 +194,38 @@ def test_what_a_sweep_keeps_holds_no_secret(command: Any, tmp_path: Path) -> Non
     kept = [path for path in (tmp_path / "outputs").rglob("*") if path.is_file()]
     assert {"multirun.yaml", "plan.json", "config.yaml"} <= {path.name for path in kept}
     assert not [path for path in kept if b"opensesame" in path.read_bytes()]
+
+
+def test_rows_that_differ_in_settings_alone_are_told_apart_and_done_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Eight combinations of deterministic rounding are four runs and one baseline, whatever the seed."""
+    made: list[tuple[int, int | None]] = []
+    shrink = Rtn.shrink
+    first = {}
+
+    def counted(self: Rtn, layer: Any) -> Any:
+        first.setdefault(self, layer.path)
+        if layer.path == first[self]:
+            made.append((self.bits, self.group_size))
+        return shrink(self, layer)
+
+    monkeypatch.setattr(Rtn, "shrink", counted)
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path / "cache"))
+    GlobalHydra.instance().clear()
+    swept = ["compression=rtn", "compression.group_size=32,64", "compression.bits=2,4", "seed=0,1"]
+    given = ["-m", "model=bert_tiny", *swept, "limit=20", "device=cpu", f"output.dir={tmp_path / 'outputs'}"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *given])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    said = capfd.readouterr()
+    assert "8 combinations are 4 runs: seed decides nothing in some of them" in said.out + said.err
+    assert sorted(made) == [(2, 32), (2, 64), (4, 32), (4, 64)]
+    assert len(list(RunStore(tmp_path / "outputs"))) == 5
+    (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    table = pl.read_csv(folder / "table_by_bits_group_size.csv")
+    assert table.columns[:3] == ["asked_bits", "asked_group_size", "suite"]  # what differs, and nothing else
+    told = {(row["asked_group_size"], row["asked_bits"]) for row in table.iter_rows(named=True)}
+    assert told == {(None, None), (32, 2), (32, 4), (64, 2), (64, 4)} and table.height == 5
+    assert {path.name for path in folder.iterdir()} >= {"drop_by_bits_group_size.png", "plan.json"}

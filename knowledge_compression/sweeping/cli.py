@@ -154,6 +154,7 @@ def carry_out(config: DictConfig) -> tuple[Run, Run]:
     from knowledge_compression.configuration import experiment_from, tracker_from
     from knowledge_compression.results.store import RunStore
     from knowledge_compression.results.tracker import NoTracker
+    from knowledge_compression.sweeping.moved import say_what_moved
 
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     check_cache()
@@ -166,6 +167,8 @@ def carry_out(config: DictConfig) -> tuple[Run, Run]:
     wanted = [experiment] if experiment.is_dense or not experiment.suites else [experiment, experiment.dense()]
     tracker: Tracker = NoTracker()
     if config.run.force or not all(one.is_done(store) for one in wanted):
+        if not in_sweep:  # where the sweeper has said it
+            say_what_moved([experiment], store)
         sweep = Path(HydraConfig.get().sweep.dir) if in_sweep else None
         typed = HydraConfig.get().overrides.task
         names = planned_names(sweep) if sweep else {experiment.id: _called(experiment, typed)}

@@ -64,7 +64,9 @@ class PlannedSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Check, launch, summarise; ends the process with the sweep's exit status."""
+        from knowledge_compression.results.store import RunStore
         from knowledge_compression.sweeping.combinations import Composer
+        from knowledge_compression.sweeping.moved import say_what_moved
         from knowledge_compression.sweeping.parts import Parts
 
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
@@ -84,6 +86,7 @@ class PlannedSweeper(Sweeper):
             self._forecast(accepted)
             raise SystemExit(EXIT_STATUS[BAD_INPUT] if refused else 0)
         planned = [run for run, _ in accepted]
+        say_what_moved([one for run, one in accepted if not run.there], RunStore(self.config.output.dir))
         if refused and planned:
             sys.stderr.write(f"running the other {len(planned)} of {len(jobs)} combinations\n")
         outcomes = [*refused, *self._launch(planned, self._names(accepted))] if planned else refused
