@@ -61,6 +61,24 @@ def test_the_bars_of_tasks_have_intervals():
     assert drawing.task_figure(made_run(bits("10")), "latency") is None
 
 
+def test_what_a_target_leaves_out_inside_its_roles_is_said(capsys):
+    """And not what it leaves out because it does not take its role."""
+    dense, small = made_run(bits("1111110000"), compression="none"), made_run(bits("1110000000"))
+    part = {"path": "model.layers.*.mixer.conv1d.weight", "role": "mixer", "parameters": 8, "reason": "convolution"}
+    attention = part | {"reason": "role", "share": 0.5, "inside": False}
+    summary.show([small], {small.id: dense})
+    assert "left out" not in capsys.readouterr().out
+    inside = [part | {"share": 0.01, "inside": True}, part | {"share": 0.0025, "inside": True, "reason": "bias"}]
+    small.report["compression"]["left_out"] = [attention, *inside]
+    summary.show([small], {small.id: dense})
+    said = capsys.readouterr().out
+    choices = small.config["choices"]
+    wanted = (
+        f"{choices['model']}, target={choices['target']}: 1.25% of the blocks' weights left out (bias, convolution)"
+    )
+    assert wanted in " ".join(said.split())
+
+
 def test_suites_without_a_headline_end_without_a_table(tmp_path, capsys):
     run = made_run(bits("10"))
     run.metrics = {"similarity.attention": 0.9}

@@ -443,11 +443,17 @@ def _tokenizer(where: str, name: str, stored: Stored | None = None, **hub: Any) 
 
 
 def _skeleton(where: str, name: str, stored: Stored | None = None, **hub: Any) -> Model:
+    from transformers import PretrainedConfig
+
     with one_line_failures(where, name, allow_pickle=False):
         config = _configuration(where, stored, **hub)
         with torch.device("meta"):
             network = auto_class(config).from_config(config)
-    return Model(network, None, name)  # type: ignore[arg-type]  # a skeleton reads no text
+        told, _ = PretrainedConfig.get_config_dict(where, **hub)
+    model = Model(network, None, name)  # type: ignore[arg-type]  # a skeleton reads no text
+    if told.get("tie_word_embeddings") is False and model.head_is_tied:  # transformers forgets that of T5 and mT5
+        model.untie_head()
+    return model
 
 
 def _streamed(folder: Path, name: str, device: str, dtype: str, **hub: Any) -> StreamedModel:

@@ -1,0 +1,84 @@
+"""Models of today by name: each preset is composed, and planned from its published sizes without a network."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig
+
+from helpers.every_type import make
+from helpers.experiments import made
+from knowledge_compression.evaluation.perplexity import Perplexity
+from knowledge_compression.library import choose
+from knowledge_compression.models import Model, Target
+from knowledge_compression.models.loading import HubModel, LocalModel
+from knowledge_compression.models.targets import linear_layers
+from knowledge_compression.results.store import RunStore
+from knowledge_compression.sweeping.forecast import Forecaster
+from knowledge_compression.sweeping.rehearsal import multiply_adds, reached
+
+CONF = Path(__file__).parent.parent / "conf" / "model"
+FROM_THE_HUB = sorted(path.stem for path in CONF.glob("[a-z]*.yaml") if "hub_id:" in path.read_text())
+SIZES: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "published_sizes.yaml").read_text())
+QUICK = ("qwen3_0_6b", "olmoe")
+
+
+@pytest.mark.parametrize("name", FROM_THE_HUB)
+def test_every_model_from_the_hub_is_composed(name: str) -> None:
+    source = choose(f"model={name}")
+    assert isinstance(source, HubModel) and source.name
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+", source.hub_id) or source.hub_id == source.hub_id.lower()
+    assert not source.allow_pickle and not source.trust_remote_code
+
+
+def written(name: str, folder: Path) -> LocalModel:
+    """The published configuration with a tokenizer, and no weights."""
+    tokenizer = make("pieces_ended" if SIZES[name]["config"]["model_type"] == "mt5" else "bytes")
+    config = dict(SIZES[name]["config"])
+    ids = {"pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    AutoConfig.for_model(config.pop("model_type"), **config, **ids).save_pretrained(folder / name)
+    told = json.loads((folder / name / "config.json").read_text())
+    (folder / name / "config.json").write_text(json.dumps(told | config))  # transformers drops some of it
+    tokenizer.save_pretrained(folder / name)
+    return LocalModel(name, str(folder / name))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_its_network_has_as_many_numbers_as_published(name: str, tmp_path: Path) -> None:
+    skeleton = written(name, tmp_path).skeleton()
+    assert skeleton.parameter_count() == SIZES[name]["parameters"]
+    experts = sum(layer.parameters for layer in linear_layers(skeleton) if layer.role == "experts")
+    assert experts == SIZES[name].get("experts", 0)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SIZES]
+)
+def test_it_is_planned_without_a_network(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path / "cache"))
+    source, sizes = written(name, tmp_path), SIZES[name]
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "wikitext2" / "test.raw.txt").write_text("The capital of France is Paris. " * 40)
+    suite = Perplexity(window=64, limit=2, data_dir=str(tmp_path))
+    experiment = made(tmp_path / name, {"perplexity": suite})
+    target = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff", "experts"])
+    experiment = type(experiment)(**vars(experiment) | {"target": target, "dtype": "bfloat16"})
+    first, *_ = Forecaster(RunStore(tmp_path / "runs"), rate=1e12).of(experiment, name)
+    assert not first.unknown and first.memory > 2 * sizes["parameters"]  # all weights, two bytes each
+    skeleton: Model = source.skeleton()
+    layers = linear_layers(skeleton)
+    idle = 1 - sizes["active"] / sizes["of"] if "of" in sizes else 0.0
+    active = sum(layer.parameters * (1 - idle * (layer.role == "experts")) for layer in layers)
+    assert multiply_adds(skeleton, reached(skeleton)(1)) == pytest.approx(active, rel=1e-6)
+    assert 0 < first.macs < 1.1 * 2 * 64 * active  # two windows; only scored tokens pass the head
+    assert torch.device("meta") == next(skeleton.network.parameters()).device
+
+
+def test_the_list_of_today_is_there() -> None:
+    assert SIZES.keys() <= set(FROM_THE_HUB) and len(FROM_THE_HUB) >= 35
