@@ -20,7 +20,6 @@ from knowledge_compression.models.families import (
     SHARED_EXPERTS,
 )
 from knowledge_compression.models.prompts import NO_PROMPTS, Prompts
-from knowledge_compression.models.replaced import ReplacedExperts
 from knowledge_compression.models.targets import TargetLayer, linear_layers
 from knowledge_compression.recovery.adapters import Adapter
 from knowledge_compression.recovery.base import RestoresBy
@@ -72,6 +71,8 @@ class Lora(OneAdapter):
 
     def prepare(self, model: Model) -> None:
         """Take banks of experts apart, so that each expert can get an addition of its own."""
+        from knowledge_compression.models.replaced import ReplacedExperts
+
         for layer in self.layers(model):
             if layer.expert:
                 ReplacedExperts.in_place_of(layer.module, layer.expert.parameter, layer.expert.transposed)

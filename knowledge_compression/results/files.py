@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
-
+from knowledge_compression.heavy import pl
 from knowledge_compression.results.store import Run
 
 if TYPE_CHECKING:
