@@ -241,7 +241,7 @@ class RunStore:
     def look_up(self, run_id: str) -> Run | str | None:
         """The finished run with that hash, or why it cannot be read, or None if it does not exist."""
         # A run that is being replaced has another name for an instant, or for longer if its replacer was killed.
-        for folder in (self._path(run_id), self._aside(run_id), self._path(run_id)):
+        for folder in (self._path(run_id), self._aside(run_id)):
             if folder.is_dir():
                 try:
                     return self._read(run_id, folder)
