@@ -437,3 +437,24 @@ def test_what_a_recovery_trained_has_to_be_stored_too():
     rows = kept(compare([sized(made_run(known, compression="none"), 10), lora, prompted, bare]).groups[0])
     assert [row.size_mb for row in rows] == pytest.approx([10, 5.036, 5.001, 5])
     assert smallest(rows, 0.9).run is bare
+
+
+def test_runs_of_an_older_format_are_read_named_and_compared_among_themselves(tmp_path):
+    """Format 1 does not record what decided a run: it stands beside today's, under a name of its own."""
+    store = RunStore(tmp_path)
+    for compression, right in (("none", "1111"), ("magnitude", "1100")):
+        for version in (1, 2):
+            run = made_run(bits(right), compression=compression, id=f"{compression}{version}")
+            run.environment["format"] = version
+            if version == 2:
+                deciding = {"model": {"content": "m"}, "dtype": "torch.float32", "eval": {"atlas": {"content": "f"}}}
+                did = {} if compression == "none" else {"target": {}, "compression": {"sparsity": 0.2}}
+                run.config["identity"] = deciding | did
+            store.write(run)
+    runs, skipped = store.scan()
+    assert len(runs) == 4 and not skipped
+    groups = compare(runs).groups
+    members = {group.dense.id: [run.id for run in group.runs] for group in groups}
+    assert members == {"none1": ["magnitude1"], "none2": ["magnitude2"]}
+    names = {group.dense.id: group.asked.name for group in groups}
+    assert "format=1" in names["none1"] and "format=1" not in names["none2"]

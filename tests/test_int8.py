@@ -299,3 +299,14 @@ def test_what_cannot_be_done_gets_one_line(tiny_model: Callable[[str], Model]) -
         Magnitude(0.5).compress(model, select(model), None)
     with pytest.raises(BadInput, match=r"model.layers.0.self_attn.q_proj is quantized already"):
         Int8Dynamic().compress(model, select(model), None)
+
+
+def test_int8_of_the_head_does_not_dilute_what_was_pruned(tiny_model):
+    """``overall`` prunes the blocks and, as published, quantizes the head with them: 20 % of the blocks stay 20 %."""
+    model = tiny_model("bert")
+    roles = ("encoder_att", "ff")
+    targets = Target("overall", list(roles), final_when_quantized=True).select(model)
+    report = Pipeline([Magnitude(0.2), Int8Dynamic()]).compress(model, targets)
+    blocks = sum(layer.parameters for layer in report.layers if layer.role in roles)
+    assert blocks < sum(layer.parameters for layer in report.layers)  # the head is among them
+    assert report.sparsity == pytest.approx(0.2, abs=1 / blocks) and report.removed == round(0.2 * blocks)
