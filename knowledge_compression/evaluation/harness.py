@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from importlib.metadata import version
-from numbers import Real
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.errors import BadInput, DataUnavailable
+from knowledge_compression.evaluation.samples import accuracies, answer_of, by_document, extra_columns, judge_of
 from knowledge_compression.evaluation.suite import Evaluation, Suite, item_table
 from knowledge_compression.evaluation.tasks import LOCAL, fingerprint, load_tasks, local_files
 from knowledge_compression.evaluation.tasks.own import of_the_task, sandboxed
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 FEWSHOT_SEED = 1234  # lm-eval's own
 SCORINGS = ("fast", "stock")
-_JUDGES = ("acc", "exact_match")  # decide whether an answer is right; otherwise the task's first metric
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Harness:
     def joined(self, parts: Mapping[str, Evaluation]) -> Evaluation:
         """The results of the parts, with the means over them."""
         items = pl.concat([part.items for part in parts.values()])
-        metrics = _accuracies(items)
+        metrics = accuracies(items)
         for part in parts.values():
             metrics |= part.metrics
         not_finite = sum(part.not_finite for part in parts.values())
@@ -163,18 +162,16 @@ class _OneTask:
                 "choose eval=atlas, eval=lama or eval=perplexity"
             )
         results = self._run(scorer)
-        by_document: dict[Any, list[Mapping[str, Any]]] = {}  # one sample per filter
-        for sample in results["samples"][self.name]:
-            by_document.setdefault(sample["doc_id"], []).append(sample)
+        samples = results["samples"][self.name]
+        means = [name for name, how in self.task.aggregation().items() if getattr(how, "__name__", "") == "mean"]
         with of_the_task(self.name):
-            judge = _judge(self.task, results["samples"][self.name])
+            judge = judge_of(means, samples)
             rows = [
-                {"suite": self.suite.name, "task": self.name, "id": item_id(first["doc_id"], first["doc"])}
-                | _answer(self.task, first, judge)
-                | ({"filters": [_filtered(one, judge) for one in (first, *others)]} if others else {})
-                for first, *others in by_document.values()
+                {"suite": self.suite.name, "task": self.name, "id": item_id(of[0]["doc_id"], of[0]["doc"])}
+                | answer_of(of, self.task.OUTPUT_TYPE, judge, _inputs(self.task, of[0]["doc"]))
+                for of in by_document(samples)
             ]
-        items = item_table(rows, _extra_columns())
+        items = item_table(rows, extra_columns())
         described = {
             "version": results["versions"][self.name],
             "items": items.height,
@@ -257,107 +254,6 @@ def _without_overflow(aggregate: Callable[[Any], float]) -> Callable[[Any], floa
     return bounded
 
 
-def _accuracies(items: pl.DataFrame) -> dict[str, float]:
-    """Accuracies over the tasks whose items are right or wrong or give shares; empty if there are no such tasks."""
-    judged = items.with_columns(value=pl.coalesce(pl.col("correct").cast(pl.Float64), "share"))
-    judged = judged.filter(pl.col("value").is_not_null())
-    metrics = {"items": float(items.height)}
-    if judged.is_empty():
-        return metrics
-    by_task = judged.group_by("task").agg(pl.col("value").mean()).sort("task")
-    metrics |= {"accuracy": float(judged["value"].mean()), "accuracy_macro": float(by_task["value"].mean())}  # type: ignore[arg-type]
-    return metrics | {f"{task}.accuracy": float(value) for task, value in by_task.iter_rows()}
-
-
-Judge = tuple[str, str]  # a metric, and the column for its value: correct, or share
-
-
-def _judge(task: Task, samples: Sequence[Mapping[str, Any]]) -> Judge | None:
-    """The metric that is in [0, 1] for every item: right or wrong or, if some values lie between, a share."""
-    means = [name for name, how in task.aggregation().items() if getattr(how, "__name__", "") == "mean"]
-    for name in (*_JUDGES, *means):
-        values = [float(sample[name]) for sample in samples if isinstance(sample.get(name), Real)]
-        if len(values) == len(samples) and all(0 <= value <= 1 for value in values):
-            return name, "correct" if set(values) <= {0.0, 1.0} else "share"
-    return None
-
-
-def _judged(sample: Mapping[str, Any], judge: Judge | None) -> dict[str, Any]:
-    if judge is None:
-        return {}
-    metric, column = judge
-    return {column: bool(sample[metric]) if column == "correct" else float(sample[metric])}
-
-
-def _filtered(sample: Mapping[str, Any], judge: Judge | None) -> dict[str, Any]:
-    """The answer of one document under one filter."""
-    return {
-        "filter": sample["filter"],
-        "prediction": str(sample["filtered_resps"][0]),
-        "correct": _judged(sample, judge).get("correct"),
-    }
-
-
-def _answer(task: Task, sample: Mapping[str, Any], judge: Judge | None) -> dict[str, Any]:
-    """The answer columns of one document, from lm-eval's log of it."""
-    contexts = [str(arguments[0]) for arguments in sample["arguments"]]
-    row: dict[str, Any] = {
-        # A task with several inputs (WinoGrande) writes its choices into the context and asks for one continuation.
-        "prompt": " | ".join(dict.fromkeys(contexts)),
-        "correct_norm": bool(sample["acc_norm"]) if "acc_norm" in sample else None,
-    } | _judged(sample, judge)
-    answers, target = sample["filtered_resps"], sample["target"]
-    if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        return row | {"log_prob": float(answers[0])}
-    if task.OUTPUT_TYPE == "generate_until":
-        gold = (target[0] if target else None) if isinstance(target, list) else target
-        return row | {"gold": None if gold is None else str(gold), "prediction": str(answers[0])}
-    scores = [float(score) for score, _ in answers]
-    best = max(range(len(scores)), key=scores.__getitem__)
-    choices = [arguments[1].strip() for arguments in sample["arguments"]]
-    if task.OUTPUT_TYPE != "multiple_choice" or isinstance(
-        target, list
-    ):  # any of these, generated greedily or not at all
-        said = next((choice for choice, (_, greedy) in zip(choices, answers, strict=True) if greedy), None)
-        return row | {"gold": choices[best], "prediction": said, "log_prob": scores[best]}
-    if task.multiple_input:
-        choices, target = list(task.doc_to_choice(sample["doc"])), task.doc_to_text(sample["doc"])
-    gold_index = _place(target, choices)
-    row |= {"prediction": choices[best], "prediction_log_prob": scores[best], "choices": len(choices)}
-    if gold_index is None:
-        return row
-    if judge is None:  # none of its metrics is per item, e.g. Matthews' correlation
-        row["correct"] = best == gold_index
-    wrong = [score for i, score in enumerate(scores) if i != gold_index]
-    return row | {
-        "gold": choices[gold_index],
-        "gold_index": gold_index,
-        "log_prob": scores[gold_index],
-        "margin": _margin(scores[gold_index], wrong),
-        "rank": 1 + sum(score > scores[gold_index] for score in wrong),
-    }
-
-
-def _margin(score: float, wrong: Sequence[float]) -> float | None:
-    if not wrong:
-        return None
-    return score - max(wrong) if all(map(math.isfinite, (score, *wrong))) else math.nan
-
-
-def _place(target: Any, choices: Sequence[str]) -> int | None:
-    """The index of the right choice; None if the document names none of them, which lm-eval counts as wrong."""
-    if isinstance(target, str):
-        return choices.index(target.strip()) if target.strip() in choices else None
-    return int(target) if isinstance(target, int) and 0 <= target < len(choices) else None
-
-
-def _extra_columns() -> dict[str, pl.DataType]:
-    """The columns of its items beside those of every suite."""
-    answer = {"filter": pl.String(), "prediction": pl.String(), "correct": pl.Boolean()}
-    return {
-        "gold_index": pl.Int64(),  # place of the right choice; null where answers are not ranked
-        "correct_norm": pl.Boolean(),  # by log-probability per character (lm-eval's acc_norm); null where not defined
-        "share": pl.Float64(),  # what an item gives where it is neither right nor wrong, e.g. a share of probability
-        # The answer under each filter, where a task has several; the other columns are of the first.
-        "filters": pl.List(pl.Struct(answer)),
-    }
+def _inputs(task: Task, document: Any) -> tuple[list[str], int | str | None] | None:
+    """The choices in a task's several inputs, and which is right; None for a task with one input."""
+    return (list(task.doc_to_choice(document)), task.doc_to_text(document)) if task.multiple_input else None

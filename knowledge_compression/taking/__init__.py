@@ -1,0 +1,1 @@
+"""Results that were made elsewhere, taken into a store as runs that say so."""

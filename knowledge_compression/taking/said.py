@@ -1,0 +1,142 @@
+"""What a user says of results that were made elsewhere; what is not said stays unknown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from knowledge_compression.errors import BadInput, first_line
+from knowledge_compression.reading import text_of
+
+UNKNOWN = "unknown"
+_CLOSED = ConfigDict(extra="forbid")  # a word that is not known is a mistake of the user's
+
+
+@dataclass(frozen=True)
+class Made:
+    """How the model was made that gave a set of answers.
+
+    Attributes:
+        compression: its name; ``none`` for the uncompressed model, with which the others are compared.
+        model: what the model is called, the same for the uncompressed one and those made of it.
+        target, recovery, family: as in a run's own settings.
+        restores_by: how the recovery restores: ``weights`` or ``redirection``.
+        bits, sparsity, stored_mb: mean bits of a weight, share of the weights removed, size in 10^6 bytes.
+        seed: of what was drawn by lot.
+    """
+
+    __pydantic_config__ = _CLOSED
+    compression: str
+    model: str | None = None
+    target: str = UNKNOWN
+    recovery: str = "none"
+    restores_by: str = UNKNOWN
+    family: str = UNKNOWN
+    bits: Annotated[float, Field(gt=0)] | None = None
+    sparsity: Annotated[float, Field(ge=0, le=1)] | None = None
+    stored_mb: Annotated[float, Field(gt=0)] | None = None
+    seed: int | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is said to be the uncompressed model."""
+        return (self.compression, self.recovery) == ("none", "none")
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Where the questions of a table stand, if not beside the answers.
+
+    Attributes:
+        file: path from the folder of the answers.
+        columns: item column to column of the file; ``id`` is needed.
+        keys: the item column (``task``) that the outermost keys of a JSON file are values of.
+    """
+
+    __pydantic_config__ = _CLOSED
+    file: str
+    columns: dict[str, str]
+    keys: str | None = None
+
+
+@dataclass(frozen=True)
+class Statement:
+    """All that a user says of a folder of results.
+
+    Attributes:
+        by: who made them: a person, a publication, an address.
+        suite: what the questions are called together.
+        runs: for logs of lm-eval: the folder of each run, from the folder taken, and how its model was made.
+        files: for tables: the files with answers, as a pattern such as ``answers_*.csv``; all of a folder otherwise.
+        columns: for tables: item column to column of the file.
+        fixed: for tables: item columns that have one value throughout.
+        in_order: for tables: the answers are those to the questions of their task in their order, without ids.
+        questions: for tables: where the questions stand.
+        made: for tables: by the value of the column ``made``, how the model was made.
+    """
+
+    __pydantic_config__ = _CLOSED
+    by: str = UNKNOWN
+    suite: str | None = None
+    runs: dict[str, Made] = field(default_factory=dict)
+    files: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    fixed: dict[str, str] = field(default_factory=dict)
+    in_order: bool = False
+    questions: Questions | None = None
+    made: dict[str, Made] = field(default_factory=dict)
+
+
+_STATEMENT = TypeAdapter(Statement)
+_MADE = TypeAdapter(Made)
+
+
+def read_statement(path: Path) -> Statement:
+    """The statement in a YAML file.
+
+    Raises:
+        BadInput: it is not one; the line names the place.
+    """
+    try:
+        content = yaml.load(text_of(path, "a statement in YAML"), Loader=yaml.CSafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise BadInput(f"{path}: not YAML ({first_line(error)})") from None
+    if not isinstance(content, Mapping):
+        raise BadInput(f"{path}: no statement; it names {_names(Statement)}")
+    return _validated(_STATEMENT, content, f"{path}: ")
+
+
+def made_of(told: Mapping[str, Any]) -> Made:
+    """How a model was made, from words of the command line.
+
+    Raises:
+        BadInput: a value is not possible.
+    """
+    return _validated(_MADE, told, "--")
+
+
+def plain(made: Made) -> dict[str, Any]:
+    """What is known of how a model was made."""
+    return {name: value for name, value in asdict(made).items() if value not in (None, UNKNOWN)}
+
+
+def _validated(adapter: TypeAdapter[Any], content: Mapping[str, Any], where: str) -> Any:
+    try:
+        return adapter.validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        known = ""
+        if first["type"] == "unexpected_keyword_argument":
+            kind = Statement if len(first["loc"]) == 1 else Questions if first["loc"][0] == "questions" else Made
+            known = f"; known are {_names(kind)}"
+        raise BadInput(f"{where}{place}: {first['msg']}{known}") from None
+
+
+def _names(kind: type) -> str:
+    return ", ".join(f.name for f in fields(kind))
