@@ -38,7 +38,7 @@ def advise(outputs: Path, keep: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from knowledge_compression.analysis.advice import front, kept, run_next, smallest
+    from knowledge_compression.analysis.advice import front, kept, run_next, smallest, unsized
     from knowledge_compression.analysis.comparisons import compare
     from knowledge_compression.analysis.findings import check
     from knowledge_compression.results.store import RunStore
@@ -56,24 +56,30 @@ def advise(outputs: Path, keep: float) -> None:
 
     for group in comparisons:
         rows = kept(group)
-        table = Table(title=shown(f"{group.asked.model}, {group.asked.name}: the front"), title_justify="left")
-        for column in ("setting", "MB stored", "facts kept", "at least (95 %)", "run"):
-            table.add_column(column)
-        for row in front(rows):
-            table.add_row(
-                shown(names.of(row.run.id, _POOLED)),
-                f"{row.size_mb:.1f}",
-                f"{row.share:.1%}",
-                f"{row.at_least:.1%}",
-                shown(row.run.id[:8]),
-            )
-        console.print(table)
+        for title, listed in (("the front", front(rows)), ("of unknown size", unsized(rows))):
+            table = Table(title=shown(f"{group.asked.model}, {group.asked.name}: {title}"), title_justify="left")
+            for column in ("setting", "MB stored", "facts kept", "at least (95 %)", "run"):
+                table.add_column(column)
+            for row in listed:
+                table.add_row(
+                    shown(names.of(row.run.id, _POOLED)),
+                    "" if row.size_mb is None else f"{row.size_mb:.1f}",
+                    f"{row.share:.1%}",
+                    f"{row.at_least:.1%}",
+                    shown(row.run.id[:8]),
+                )
+            if listed or not rows:
+                console.print(table)
         best = smallest(rows, keep)
-        if best is None:
+        enough = [names.of(row.run.id, _POOLED) for row in unsized(rows) if row.at_least >= keep]
+        if not rows:
             say(f"{group.asked.model} answers no {group.asked.suite} item right, so there is no knowledge to keep.")
-        else:
+        elif unsized(rows):
+            say(f"Of unknown size, keep {keep:.0%} with 95 % confidence: {', '.join(enough) or 'none'}")
+        if best:
             kept_by = f"{names.of(best.run.id, _POOLED)} ({best.size_mb:.1f} MB)"
-            say(f"Smallest that keeps {keep:.0%} with 95 % confidence: {kept_by}\n")
+            say(f"Smallest that keeps {keep:.0%} with 95 % confidence: {kept_by}")
+        console.print()
     for line in run_next(check(comparisons), comparisons):
         say(f"undecided – {line}")
     for run_id, why in [*unreadable, *comparisons.skipped]:

@@ -26,17 +26,17 @@ class Kept:
         share: of the facts that the dense model answers right, the share that this run answers right.
         at_least: lower bound of that share with 95 % confidence (one-sided; Wilson, or over seeds too where there are
             several).
-        size_mb: stored size in 10^6 bytes, with what a recovery trained.
+        size_mb: stored size in 10^6 bytes, with what a recovery trained; None where it is unknown.
     """
 
     run: Run
     share: float
     at_least: float
-    size_mb: float
+    size_mb: float | None
 
 
 def kept(group: Group) -> list[Kept]:
-    """Every run of a group, the dense one first, smallest last.
+    """Every run of a group, the dense one first, then by size, smallest last, then those of unknown size.
 
     Returns:
         Empty if the dense model answers nothing right.
@@ -48,22 +48,34 @@ def kept(group: Group) -> list[Kept]:
     for run in group.settings:
         still = accuracy(group.answers(run)[:, known], confidence=2 * CONFIDENCE - 1)  # one-sided
         rows.append(Kept(run, still.value, still.low, run.stored_mb))
-    return sorted(rows, key=lambda row: (not is_dense(row.run), -row.size_mb))
+    return sorted(rows, key=lambda row: (not is_dense(row.run), row.size_mb is None, -(row.size_mb or 0)))
 
 
 def front(rows: Sequence[Kept]) -> list[Kept]:
-    """The Pareto front: settings that no other setting beats in both size and knowledge kept, largest first."""
+    """The Pareto front: settings that no other setting beats in both size and knowledge kept, largest first.
+
+    Settings of unknown size are not on it.
+    """
     best: list[Kept] = []
-    for row in sorted(rows, key=lambda row: (row.size_mb, -row.share)):
+    for row in sorted(_sized(rows), key=lambda row: (row.size_mb or 0, -row.share)):
         if not best or row.share > best[-1].share:
             best.append(row)
     return best[::-1]
 
 
 def smallest(rows: Sequence[Kept], keep: float) -> Kept | None:
-    """The smallest setting that keeps at least the share ``keep`` with 95 % confidence, if one does."""
-    enough = [row for row in rows if row.at_least >= keep or (is_dense(row.run) and keep <= 1)]
-    return min(enough, key=lambda row: (row.size_mb, -row.at_least), default=None)
+    """The smallest setting of known size that keeps at least the share ``keep`` with 95 % confidence, if one does."""
+    enough = [row for row in _sized(rows) if row.at_least >= keep or (is_dense(row.run) and keep <= 1)]
+    return min(enough, key=lambda row: (row.size_mb or 0, -row.at_least), default=None)
+
+
+def unsized(rows: Sequence[Kept]) -> list[Kept]:
+    """The settings of unknown size, those that keep most first."""
+    return sorted((row for row in rows if row.size_mb is None), key=lambda row: -row.at_least)
+
+
+def _sized(rows: Sequence[Kept]) -> list[Kept]:
+    return [row for row in rows if row.size_mb is not None]
 
 
 def run_next(verdicts: Sequence[Verdict], comparisons: Comparisons) -> list[str]:
@@ -108,8 +120,8 @@ def _commands(claim: Claim, comparisons: Comparisons) -> Iterator[str]:
     """The commands that would make a claim's missing runs, one for the models that were asked the same suites."""
     asked: defaultdict[str, set[str]] = defaultdict(set)
     for group in [*comparisons.groups, *comparisons.measured]:
-        if group.dense.report["model"].get("family") not in claim.families:
-            continue
+        if group.dense.taken or group.dense.report["model"].get("family") not in claim.families:
+            continue  # a model that was asked elsewhere is not one that can be asked here by its name
         if suite := claim.measure.suite or (group.measure is ANSWERS and group.asked.suite):
             asked[group.asked.model].add("nine_tasks" if claim.tasks and not claim.measure.suite else suite)
     together: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)

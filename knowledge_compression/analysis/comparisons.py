@@ -267,7 +267,12 @@ def _fill(group: Group, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
 
 
 def _as_many_items(run: Run, dense: Run, suite: str) -> bool:
-    """Whether both report the same number of questions; under one protocol these are the same questions."""
+    """Whether both report the same number of questions; under one protocol these are the same questions.
+
+    Of runs that were made elsewhere only their items say what was asked.
+    """
+    if run.taken:
+        return False
     count = run.metrics.get(f"{suite}.items")
     return count is not None and count == dense.metrics.get(f"{suite}.items")
 

@@ -153,7 +153,7 @@ def _fits(run: Run, wanted: Mapping[str, str], sparsity: tuple[float, float] | N
     choices = run.config["choices"]
     for key, value in wanted.items():
         if key == "level":
-            if (run.config["sparsity"] <= 0.5) != (value == "up to 0.5"):
+            if run.config["sparsity"] is None or (run.config["sparsity"] <= 0.5) != (value == "up to 0.5"):
                 return False
         elif key == "bits":
             if str(run.config["compression"].get("bits")) != value:

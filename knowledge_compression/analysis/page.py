@@ -119,7 +119,7 @@ def _run(run: Run, metrics: Mapping[str, tuple[float, Estimate | None]], names: 
         "told": names.values(run.id),
         "dense": is_dense(run),
         **{key: run.config["choices"].get(key, "") for key in ("model", "target", "compression", "recovery")},
-        "sparsity": compression.get("sparsity", 0.0),
+        "sparsity": compression.get("sparsity", None if run.taken else 0.0),
         "bits": compression.get("bits") or None,
         "stored_mb": run.stored_mb,
         "seed": run.config["seed"],

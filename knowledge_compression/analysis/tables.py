@@ -180,7 +180,7 @@ def _find(group: Group, compression: str, targets: tuple[str, ...], sparsity: fl
             choices = run.config["choices"]
             if choices["compression"] != compression or choices["target"] != target or choices["recovery"] != "none":
                 continue
-            if sparsity is None or abs(run.config["sparsity"] - sparsity) < 1e-9:
+            if sparsity is None or abs((run.config["sparsity"] or 0) - sparsity) < 1e-9:
                 return run
     return None
 

@@ -103,11 +103,18 @@ class Run:
         }
 
     @property
-    def stored_mb(self) -> float:
+    def taken(self) -> bool:
+        """Whether other tools made it, so that only what was said of it is known (docs/taking.md)."""
+        return "content" in self.config.get("identity", {})
+
+    @property
+    def stored_mb(self) -> float | None:
         """The stored size of its model in 10^6 bytes: the compressed weights and the parameters trained by a recovery.
 
-        Adapters are stored in float32.
+        Adapters are stored in float32. None for a run taken from elsewhere whose size is unknown.
         """
+        if self.taken and "stored_bytes" not in self.report["compression"]:
+            return None
         trained = self.report.get("recovery", {}).get("trainable_parameters") or 0
         return float(self.report.get("compression", {}).get("stored_bytes", 0) + 4 * trained) / 1e6
 

@@ -158,7 +158,7 @@ def as_rich(rows: Sequence[Mapping[str, Any]]) -> Table:
             *(shown(row[name]) for name in ("suite", "metric")),
             f"{row['reached_sparsity']:.1%}",
             f"{row['reached_bits']:.3g}",
-            f"{row['stored_mb']:.0f}",
+            "" if row["stored_mb"] is None else f"{row['stored_mb']:.0f}",
             _with_interval(row, "value", ".4g"),
             _with_interval(row, "drop", "+.1f"),
             *["" if (share := row.get("kept_percent")) is None else f"{share:.1f}"] * shares,

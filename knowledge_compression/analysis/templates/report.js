@@ -64,7 +64,7 @@ const main = ({runs, varying, points, measured, fates, names}, facts) => {
   const all = [...rows, ...measured.map(point => ({...byId[point.run], ...point}))];
   at("overview-table").append(table(["run", "suite", "seeds", "sparsity", "bits", "MB stored", measured.length ? "accuracy, or as named" : "accuracy", "drop"], all.map(row => [
     button(row.id, row.setting), row.suite, [row.seeds, "number"], [percent(row.sparsity), "number"], [row.dense ? "" : (row.bits ?? ""), "number"],
-    [row.stored_mb.toFixed(1), "number"], ...found(row)])));
+    [row.stored_mb?.toFixed(1) ?? "", "number"], ...found(row)])));
   for (const id of ["charts", "fate-section", "facts"]) at(id).hidden = !rows.length;  // nothing has right answers
   at("notes").textContent = [...new Set(runs.filter(r => r.note).map(r => `${r.model}: ${r.note}`))].join(" · ");
 
@@ -93,7 +93,7 @@ const main = ({runs, varying, points, measured, fates, names}, facts) => {
   const across = list => {
     const turned = name => valuesOf(list, name).length > 1 && list.every(r => r.told[name] && Number.isFinite(Number(r.told[name])));
     const number = new Set(list.map(r => r.sparsity)).size > 1 ? undefined : varying.find(turned);
-    return number === undefined ? ["sparsity of the target (%)", r => 100 * r.sparsity] : [number, r => Number(r.told[number])];
+    return number === undefined ? ["sparsity of the target (%)", r => r.sparsity === null ? null : 100 * r.sparsity] : [number, r => Number(r.told[number])];
   };
   const draw = () => {
     const visible = rows.filter(r => facets.every(f => chosen[f].has(valueOf(r, f)) || (r.dense && f !== "model" && f !== "suite")));

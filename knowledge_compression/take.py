@@ -1,0 +1,122 @@
+"""Take results that were made elsewhere into a store: ``kc take DIR -o outputs``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from knowledge_compression.errors import BadInput, DataUnavailable
+
+if TYPE_CHECKING:
+    from knowledge_compression.taking.answers import Answers
+    from knowledge_compression.taking.said import Made, Statement
+
+# What the command line says of one model; the fields of Made.
+_SAID = ("model", "compression", "target", "recovery", "family", "bits", "sparsity", "stored_mb", "seed")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Take results into a store, and say what does not pair; bad input is one line and exit status 2."""
+    parser = argparse.ArgumentParser(prog="kc take", description=__doc__)
+    parser.add_argument(
+        "results", type=Path, help="a folder of lm-eval --log_samples, a CSV or JSON of answers, or another store"
+    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("outputs"), help="the store (outputs)")
+    parser.add_argument("--as", dest="said", type=Path, metavar="FILE", help="a YAML file that says what is what")
+    parser.add_argument("--by", help="who made the results")
+    parser.add_argument("--compression", help="what was done to the model; none: this is the uncompressed one")
+    parser.add_argument("--model", help="what the model is called, the same compressed and uncompressed")
+    for name in _SAID[2:]:
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help="if known")
+    options = parser.parse_args(arguments)
+    try:
+        take_results(options.results, options.output, options.said, options.by, _told(options))
+    except BadInput as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+
+
+def _told(options: argparse.Namespace) -> dict[str, str]:
+    return {name: value for name in _SAID if (value := getattr(options, name)) is not None}
+
+
+def take_results(results: Path, output: Path, said: Path | None, by: str | None, told: dict[str, Any]) -> None:
+    """Take results into the store ``output``.
+
+    Args:
+        results: what to take.
+        output: the outputs folder.
+        said: the file of a statement, if there is one.
+        by: who made the results.
+        told: how the one model was made, as far as the command line says.
+
+    Raises:
+        BadInput: the results are none that can be read, or what is said of them does not fit.
+    """
+    from knowledge_compression.results.layout import Layout
+    from knowledge_compression.taking.said import Statement, read_statement
+    from knowledge_compression.taking.taken import run_of, runs_of, take
+
+    if not results.exists():
+        raise DataUnavailable(f"{results} is not there")
+    statement = read_statement(said) if said else Statement()
+    by = by or statement.by
+    if results.is_dir() and Layout(results).runs.is_dir():
+        if told or said:
+            raise BadInput(f"{results} is a store, whose runs say themselves how they were made; give only --by")
+        if results.resolve() == output.resolve():
+            raise BadInput(f"{results} is the store itself; give another one with -o")
+        runs, notes = runs_of(results, by), []
+    else:
+        found = _answers(results, statement, said, told)
+        runs, notes = [run_of(one, by) for one in found], [note for one in found for note in one.notes]
+    taken = take(runs, output, notes)
+    for line in taken.notes:
+        sys.stdout.write(f"{line}\n")
+    there = f"; {taken.already} were there already" if taken.already else ""
+    sys.stdout.write(f"{output}: {len(taken.new)} runs taken{there}\n")
+
+
+def _answers(results: Path, statement: Statement, said: Path | None, told: dict[str, Any]) -> list[Answers]:
+    from knowledge_compression.taking.logs import log_folders, read_log
+    from knowledge_compression.taking.said import made_of
+    from knowledge_compression.taking.tables import read_tables
+
+    if statement.columns or statement.questions:
+        if told and "compression" not in told:
+            raise BadInput("--compression is missing: what was done to the model; none for the uncompressed one")
+        return read_tables(results, statement, str(said), made_of(told) if told else None)
+    folders = log_folders(results) if results.is_dir() else []
+    if not folders:
+        raise BadInput(
+            f"{results} holds no results that are known: a store (runs/), samples of lm-eval --log_samples, or, with a "
+            "mapping in --as FILE, a CSV or JSON of answers"
+        )
+    if told and statement.runs:
+        raise BadInput(f"{said} says how the models were made; --{next(iter(told))} says it again")
+    if not statement.runs:
+        if len(folders) > 1:
+            names = ", ".join(str(folder.relative_to(results)) for folder in folders[:4])
+            raise BadInput(
+                f"{results} holds logs of {len(folders)} models ({names}); take one, or name them in --as FILE"
+            )
+        return [read_log(folders[0], results, _named(made_of(told), "--"), statement.suite)]
+    found = []
+    for name, made in statement.runs.items():
+        below = [folder for folder in folders if folder.is_relative_to(results / name)]
+        if len(below) != 1:
+            raise BadInput(f"{said}: runs.{name}: {len(below)} folders of {results} hold its samples; name one")
+        found.append(read_log(below[0], results, _named(made, f"{said}: runs.{name}."), statement.suite))
+    return found
+
+
+def _named(made: Made, where: str) -> Made:
+    if not made.model:
+        raise BadInput(f"{where}model is missing: what the model is called, the same compressed and uncompressed")
+    return made
+
+
+if __name__ == "__main__":
+    main()
