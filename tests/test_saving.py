@@ -129,6 +129,9 @@ class Tiny:
     def load(self, device: str = "auto", dtype: str = "auto") -> Model:
         return self.make()
 
+    def skeleton(self) -> Model:
+        return self.make()
+
     def fingerprint(self) -> str:
         return "tiny"
 
