@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import itertools
 import json
 import re
 import shutil
@@ -367,3 +368,19 @@ def test_what_is_written_beside_the_page_says_it_as_text(hostile, tmp_path, caps
 
 LATEX_NAMES = ("backslash", "asciitilde", "asciicircum", "less", "greater", "bar", "quotedbl")
 TABLE = ("table", "thead", "tbody", "tr", "th", "td")
+
+
+def test_the_page_calls_runs_by_what_varies():
+    runs = [made_run([True, False] * 4, compression="none", sparsity=0)]
+    for bits, size, seed in itertools.product((2, 3), (32, 64), (0, 1)):
+        run = made_run([True, False, False, False] * 2, compression="gptq", sparsity=0)
+        run.config["compression"] = {"bits": bits, "group_size": size}
+        run.config["seed"] = seed
+        runs.append(run)
+    packed = re.search(r'id="content">([^<]*)<', render(runs))[1]
+    content = json.loads(gzip.decompress(base64.b64decode(packed)))
+    told = {(run["label"], run["setting"], run["method"]) for run in content["runs"] if not run["dense"]}
+    settings = [f"bits={bits} group_size={size}" for bits in (2, 3) for size in (32, 64)]
+    assert told == {(f"{one} seed={seed}", one, one) for one in settings for seed in (0, 1)}
+    assert [run["label"] for run in content["runs"] if run["dense"]] == ["dense seed=0"]
+    assert content["varying"] == ["bits", "group_size"]

@@ -34,7 +34,7 @@ class Varied:
 
 
 def varied(configs: Sequence[Mapping[str, Any]]) -> list[Varied]:
-    """The settings that vary among runs, choices among files first.
+    """The settings that vary among runs: choices among files first, the seed last.
 
     The settings of a chosen file vary only among the runs that chose it. A value shared by several parts (the seed, the
     sparsity) is one setting.
@@ -56,7 +56,7 @@ def varied(configs: Sequence[Mapping[str, Any]]) -> list[Varied]:
                 buckets[of.get(key[0])].add(repr(settings[key]))
         if any(len(values) > 1 for values in buckets.values()):
             varying.append(key)
-    return found + list(_named(varying, flat))
+    return found + sorted(_named(varying, flat), key=lambda one: one.name == "seed")
 
 
 def text_of(value: Any) -> str:
