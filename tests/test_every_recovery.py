@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["bert", "t5", "llama"])
+@pytest.fixture(scope="module", params=["bert", "t5", "llama", "mixtral"])
 def folder(request: pytest.FixtureRequest, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of each family, saved as anybody saves one."""
     folder = tmp_path_factory.mktemp(request.param) / request.param
@@ -60,7 +60,7 @@ def kc(
 
 
 def test_every_recovery_runs_in_every_type(folder: Path, data: Path, tmp_path: Path) -> None:
-    fit = RECOVERIES if folder.name == "llama" else [name for name in RECOVERIES if name not in DECODERS_ONLY]
+    fit = RECOVERIES if folder.name in ("llama", "mixtral") else [name for name in RECOVERIES if name not in DECODERS_ONLY]
     ended = kc(
         folder, data, tmp_path / "outputs", f"recovery={','.join(fit)}", f"dtype={','.join(DTYPES)}",
         "scoring_dtype=model,bfloat16", flags=["-m"],
@@ -85,7 +85,7 @@ def test_every_recovery_runs_in_every_type(folder: Path, data: Path, tmp_path: P
 
 @pytest.mark.parametrize("name", DECODERS_ONLY)
 def test_a_recovery_that_does_not_fit_is_one_line(folder: Path, data: Path, tmp_path: Path, name: str) -> None:
-    if folder.name == "llama":
+    if folder.name in ("llama", "mixtral"):
         pytest.skip("fits")
     ended = kc(folder, data, tmp_path / "outputs", f"recovery={name}")
     assert ended.returncode == 2 and "Traceback" not in ended.stderr

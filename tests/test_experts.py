@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.networks import MIXTURES, build_network, logits_of
 from knowledge_compression.compression.formats.int8_linear import Int8Linear
+from knowledge_compression.compression.kept import KeptModels
 from knowledge_compression.compression.methods.awq import Awq
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.hqq import Hqq
@@ -223,6 +224,21 @@ def test_an_int8_bank_gives_what_int8_layers_of_its_experts_give() -> None:
             expected[token] += share * down(torch.nn.functional.silu(gate) * value)[0]
     with torch.no_grad():
         torch.testing.assert_close(bank(states, chosen, shares), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_an_int8_bank_is_kept_for_other_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path))
+    method, kept = Int8Static(), KeptModels(1.0)
+    found = []
+    for _ in range(2):
+        model = mixture(name)
+        targets = EVERYTHING.select(model)
+        compress = partial(method.compress, model, targets, text())
+        found.append((kept.compress("key", model, targets, method, compress, afresh=False), logits_of(model)))
+    ((first, was_there), one), ((second, is_there), other) = found
+    assert (was_there, is_there) == (False, True) and torch.equal(one, other)
+    assert [layer.path for layer in first.layers] == [layer.path for layer in second.layers]
 
 
 def test_some_experts_of_a_bank_may_stay_as_they_are() -> None:
