@@ -60,7 +60,8 @@ def kc(
 
 
 def test_every_recovery_runs_in_every_type(folder: Path, data: Path, tmp_path: Path) -> None:
-    fit = RECOVERIES if folder.name in ("llama", "mixtral") else [name for name in RECOVERIES if name not in DECODERS_ONLY]
+    decoder = folder.name in ("llama", "mixtral")
+    fit = [name for name in RECOVERIES if decoder or name not in DECODERS_ONLY]
     ended = kc(
         folder, data, tmp_path / "outputs", f"recovery={','.join(fit)}", f"dtype={','.join(DTYPES)}",
         "scoring_dtype=model,bfloat16", flags=["-m"],
