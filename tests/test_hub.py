@@ -179,3 +179,29 @@ def test_a_model_that_moved_on_the_hub_is_said_in_one_line(tmp_path: Path, tiny_
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 2
     (line,) = run("-m", "eval.latency.length=9,10")
     assert "(aaaaaaaa in 1)" in line
+
+
+COMPRESSED = """
+import json, sys
+from knowledge_compression.models.loading import HubModel
+
+model = HubModel("tiny", sys.argv[1]).load("cpu")
+print(json.dumps({"format": model.on_disk.format, "bits": model.on_disk.bits, "provenance": model.provenance,
+                  "weight": model.network.model.layers[1].mlp.up_proj.weight.flatten()[:9].tolist()}))
+"""
+
+
+def test_a_compressed_model_is_decoded(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    from helpers.networks import build_network
+    from knowledge_compression.compression.formats.packed import save_packed
+    from knowledge_compression.compression.methods.rtn import Rtn
+    from knowledge_compression.models import Model, Target
+
+    network = build_network("llama", hidden_size=64, intermediate_size=96, head_dim=32)
+    model = Model(network, tiny_tokenizer, "llama")
+    Rtn(bits=4, group_size=32, scale_bits=16).compress(model, Target("ff", ["ff"]).select(model), None)
+    save_packed(model, tmp_path / "packed")
+    with serving({"models/me/packed": tmp_path / "packed"}) as address:
+        (found,) = run_client(COMPRESSED, address, tmp_path / "home", "me/packed")
+    assert (found["format"], found["bits"], found["provenance"]["commit"]) == ("gptq", 4.0, COMMIT)
+    assert found["weight"] == network.model.layers[1].mlp.up_proj.weight.flatten()[:9].tolist()

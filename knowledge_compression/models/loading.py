@@ -32,6 +32,7 @@ from knowledge_compression.models.streamed import Checkpoint, StreamedModel, che
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from knowledge_compression.models.checkpoints.folder import QuantizedFolder
     from knowledge_compression.models.checkpoints.stored import Stored
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,12 @@ class HubModel:
     trust_remote_code: bool = False
     note: str = field(default="", metadata=LABEL)
     stream: bool = field(default=False, metadata=SPEED)  # a run that streams says so itself
+    dense: str | None = field(default=None, metadata=PLACE)  # the model that this one was compressed from
+
+    @property
+    def label(self) -> str:
+        """Its name among other compressed files of one model."""
+        return self.hub_id
 
     def fingerprint(self) -> str:
         """Hub id and commit, which identifies every file's content; the revision if the commit is unknown."""
@@ -129,28 +136,45 @@ class HubModel:
     def load(self, device: str = "auto", dtype: str = "auto") -> Model:
         """Download (or find in the cache) and load."""
         with cache_alone_where_no_hub_answers():
-            model = _from_pretrained(self.hub_id, self.name, device, dtype, allow_pickle=self.allow_pickle, **self._hub)
-        model.provenance = self._read_provenance()
+            with one_line_failures(self.hub_id, self.name, self.allow_pickle):
+                stored = self._compressed()
+            where = str(stored.folder) if stored is not None else self.hub_id
+            model = _from_pretrained(
+                where, self.name, device, dtype, stored=stored, allow_pickle=self.allow_pickle, **self._hub
+            )
+        model.provenance = self._provenance()
         model.note = self.note
         return model
 
     def streamed(self, device: str = "auto", dtype: str = "auto") -> StreamedModel:
         """Download (or find in the cache) without loading."""
-        from huggingface_hub import snapshot_download
-
         with cache_alone_where_no_hub_answers(), one_line_failures(self.hub_id, self.name, allow_pickle=False):
-            kinds = ["*.safetensors", "*.json", "*.txt", "*.model"]
-            folder = snapshot_download(self.hub_id, revision=self.revision, allow_patterns=kinds)
-        model = _streamed(Path(folder), self.name, device, dtype, trust_remote_code=self.trust_remote_code)
-        model.provenance = self._read_provenance()
+            folder = self._download()
+        model = _streamed(folder, self.name, device, dtype, trust_remote_code=self.trust_remote_code)
+        model.provenance = self._provenance()
         model.note = self.note
         return model
+
+    def _compressed(self) -> QuantizedFolder | None:
+        """The downloaded folder, if its configuration names a compressed format that is decoded here."""
+        from transformers import PretrainedConfig
+
+        from knowledge_compression.models.checkpoints.folder import QuantizedFolder, is_compressed
+
+        config, _ = PretrainedConfig.get_config_dict(self.hub_id, revision=self.revision)
+        return QuantizedFolder.at(self._download()) if is_compressed(config) else None
+
+    def _download(self) -> Path:
+        from huggingface_hub import snapshot_download
+
+        kinds = ["*.safetensors", "*.json", "*.txt", "*.model"]
+        return Path(snapshot_download(self.hub_id, revision=self.revision, allow_patterns=kinds))
 
     @property
     def _hub(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
-    def _read_provenance(self) -> dict[str, Any]:
+    def _provenance(self) -> dict[str, Any]:
         """The folder or address from which the weights were read.
 
         Raises:
@@ -449,7 +473,8 @@ def _skeleton(where: str, name: str, stored: Stored | None = None, **hub: Any) -
         config = _configuration(where, stored, **hub)
         with torch.device("meta"):
             network = auto_class(config).from_config(config)
-        told, _ = PretrainedConfig.get_config_dict(where, **hub)
+        described = stored is None or (Path(where) / "config.json").is_file()  # not so a GGUF file
+        told = PretrainedConfig.get_config_dict(where, **hub)[0] if described else {}
     model = Model(network, None, name)  # type: ignore[arg-type]  # a skeleton reads no text
     if told.get("tie_word_embeddings") is False and model.head_is_tied:  # transformers forgets that of T5 and mT5
         model.untie_head()

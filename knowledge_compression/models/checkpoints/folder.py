@@ -72,10 +72,7 @@ class QuantizedFolder(Stored):
             BadInput: it is in a variant that cannot be read.
         """
         settings = settings_of(folder)
-        method = str(settings.get("quant_method"))
-        if method == "bitsandbytes":
-            method += "_8bit" if settings.get("load_in_8bit") else "_4bit"
-        found = next((one for one in FORMATS if method in one.methods), None)
+        found = _format(settings)
         return None if found is None else cls(folder, found.of(settings))
 
     def configuration(self, **hub: Any) -> PretrainedConfig:
@@ -186,6 +183,19 @@ def settings_of(folder: Path) -> Mapping[str, Any]:
         if settings := _read(folder / name):
             return {"quant_method": method} | dict(settings)
     return {}
+
+
+def is_compressed(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration names a format that is decoded here."""
+    settings = (config.get(name) for name in _SETTINGS)
+    return any(isinstance(one, Mapping) and _format(one) is not None for one in settings)
+
+
+def _format(settings: Mapping[str, Any]) -> type[Format] | None:
+    method = str(settings.get("quant_method"))
+    if method == "bitsandbytes":
+        method += "_8bit" if settings.get("load_in_8bit") else "_4bit"
+    return next((one for one in FORMATS if method in one.methods), None)
 
 
 def _read(path: Path) -> Mapping[str, Any]:
