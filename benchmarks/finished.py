@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from side_by_side import RESULTS, spread
+from side_by_side import RESULTS, ratio, spread
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ["model=bert_tiny", "limit=50"]
@@ -35,13 +35,14 @@ GOALS = {"a run": 0.25, "a sweep of eight": 0.35, "many runs": 0.6}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--against", type=Path, required=True, help="a checkout of an older version")
+    parser.add_argument("--against", type=Path, help="a checkout of an older version")
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--repeats-of-many", type=int, default=3)
     options = parser.parse_args()
-    checkouts = {"older": options.against.resolve(), "this": ROOT}
-    result: dict[str, object] = {"runs": options.runs, "older": str(commit(options.against))}
+    older = {"older": options.against.resolve()} if options.against else {}
+    checkouts = older | {"this": ROOT}
+    result: dict[str, object] = {"runs": options.runs, "commits": {name: commit(at) for name, at in checkouts.items()}}
     with tempfile.TemporaryDirectory() as scratch:
         places = {name: Path(scratch) / name for name in checkouts}
         for what, command in (("a run", RUN), ("a sweep of eight", SWEEP), ("many runs", [])):
@@ -56,21 +57,20 @@ def main() -> None:
             for turn in range(repeats):
                 for name in list(checkouts)[:: 1 if turn % 2 else -1]:
                     seconds[name].append(ask(checkouts[name], asked[name], places[name]))
-            result[what] = found = {
-                kind: {
-                    **{name: spread([one[place] for one in seconds[name]]) for name in checkouts},
-                    "ratio": spread(
-                        [new[place] / old[place] for new, old in zip(seconds["this"], seconds["older"], strict=True)]
-                    ),
-                }
-                for place, kind in enumerate(("wall", "processor"))
-            }
+            result[what] = found = {kind: figures(seconds, i) for i, kind in enumerate(("wall", "processor"))}
             for kind, of in found.items():
                 told = {name: f"{v['median']:.2f} ({v['least']:.2f}-{v['most']:.2f})" for name, v in of.items()}
                 print(f"{what}, {kind}: {told} (goal {GOALS[what]})", flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "finished.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {RESULTS / 'finished.json'}")
+
+
+def figures(seconds: dict[str, list[tuple[float, float]]], place: int) -> dict[str, dict[str, float]]:
+    """Seconds of each checkout, and this one's over the older one's, round by round."""
+    of = {name: [one[place] for one in rounds] for name, rounds in seconds.items()}
+    found = {name: spread(values) for name, values in of.items()}
+    return found | ({"ratio": ratio(of["this"], of["older"])} if "older" in of else {})
 
 
 def ask(checkout: Path, arguments: list[str], place: Path) -> tuple[float, float]:
