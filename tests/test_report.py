@@ -384,3 +384,5 @@ def test_the_page_calls_runs_by_what_varies():
     assert told == {(f"{one} seed={seed}", one, one) for one in settings for seed in (0, 1)}
     assert [run["label"] for run in content["runs"] if run["dense"]] == ["dense seed=0"]
     assert content["varying"] == ["bits", "group_size"]
+    order = list(dict.fromkeys(run["setting"] for run in content["runs"] if not run["dense"]))
+    assert order == [f"bits={bits} group_size={size}" for bits in (3, 2) for size in (32, 64)]

@@ -26,5 +26,7 @@ def reading_order(run: Run) -> tuple[Any, ...]:
     """What to sort runs by so that a reader finds them: the dense one first, then by what was done and how much."""
     choices = run.config["choices"]
     done = [choices.get(key, "") for key in ("target", "compression", "recovery")]
-    how_much = run.config["sparsity"] or 0, -(run.config["compression"].get("bits") or 0), recovery_size(run)
+    compression = run.config["compression"]
+    numbers = tuple(value for value in compression.values() if isinstance(value, int | float))
+    how_much = run.config["sparsity"] or 0, -(compression.get("bits") or 0), recovery_size(run), numbers
     return choices["model"], not is_dense(run), *done, *how_much, run.config["seed"] or 0, run.id
