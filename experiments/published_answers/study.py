@@ -1,6 +1,7 @@
-"""The published answers of five real models, before and after quantization, item by item.
+r"""The published answers of five real models, before and after quantization, item by item.
 
-python experiments/published_answers/study.py DATA/quantization_flips outputs/published_answers experiments/published_answers
+python experiments/published_answers/study.py DIR/quantization_flips outputs/published_answers \\
+    experiments/published_answers
 
 The first argument is the folder of the published answers, the second the store into which they are taken, the third
 where tables, figure and the lower part of the README go.
@@ -47,7 +48,7 @@ MODELS = {  # smallest first
 PRECISIONS = {8.0: "int8", 4.0: "int4"}
 BENCHMARKS = {"arc": "ARC-Challenge", "mmlu": "MMLU", "csqa": "CommonsenseQA"}
 SURE = 0.9  # what the publication calls confident
-FIFTHS = 5
+FIFTHS, TWENTIETHS = 5, 20  # of the confidence, to show and to deal flips anew in
 PERMUTATIONS, RESAMPLES = 1999, 1999
 
 
@@ -82,11 +83,15 @@ class Answers:
     @cached_property
     def fifth(self) -> NDArray[np.int64]:
         """In which fifth of its model's confidence on its benchmark an item is; 0 holds the least sure answers."""
+        return self.part(FIFTHS)
+
+    def part(self, parts: int) -> NDArray[np.int64]:
+        """In which of equally large parts by its model's confidence on its benchmark an item is."""
         found = np.empty(self.sure.shape, int)
         for task in BENCHMARKS:
             there = self.task == task
             ranks = stats.rankdata(self.sure[:, there], method="ordinal", axis=1) - 1
-            found[:, there] = ranks * FIFTHS // there.sum()
+            found[:, there] = ranks * parts // there.sum()
         return found
 
     def flipped(self, precision: str) -> NDArray[np.bool_]:
@@ -97,15 +102,16 @@ class Answers:
 def main(data: Path, store: Path, folder: Path) -> None:
     """Take the published answers, and write the study's files into ``folder``."""
     take_results(data, store, HERE / "take.yaml", None, {})
-    ledgers = {key: ledger for key, ledger in _ledgers(list(RunStore(store)))}
+    ledgers = dict(_ledgers(list(RunStore(store))))
     table = counted(ledgers)
     unlike = differences(table, pl.read_csv(HERE / "published" / "table1.csv"))
     answers = arrays(list(RunStore(store)), ledgers)
     table.write_csv(folder / "results.csv", float_precision=4)
     (folder / "figures").mkdir(exist_ok=True)
-    together = {p: overlap(answers, p) for p in PRECISIONS.values()}
+    together = {p: overlap(answers, answers.flipped(p)) for p in PRECISIONS.values()}
+    every = {f"{p}, all flips": overlap(answers, answers.changed[p]) for p in PRECISIONS.values()}
     draw(answers, table, together, folder / "figures" / "flips.png")
-    text = [*_counts(table, unlike), *_balance(answers), *_together(answers, together), *_unsure(answers)]
+    text = [*_counts(table, unlike), *_balance(answers), *_together(answers, together | every), *_unsure(answers)]
     markdown.write_below(MARKER, text, folder / "README.md")
 
 
@@ -143,6 +149,10 @@ def _row(found: Flips) -> dict[str, Any]:
 
 
 _ENDS = {"": "value", "_low": "low", "_high": "high"}
+
+
+def _estimate(row: dict[str, Any], name: str) -> Estimate:
+    return Estimate(*(row[name + end] for end in _ENDS), row["items"])
 
 
 def differences(table: pl.DataFrame, published: pl.DataFrame) -> list[str]:
@@ -193,34 +203,40 @@ class Overlap:
     Attributes:
         items: by number of models, 0 to 5, how many items flip in so many.
         chance: the same, mean over permutations of each model's flips among the items of a benchmark.
-        unsure: the same among items of the same fifth of the model's own confidence.
-        pairs: for each of the two, the observed number of pairs of models that flip an item together over the permuted
-            one, with the middle 95 % of the permutations, and the one-sided p-value.
+        unsure: the same among items of the same twentieth of the model's own confidence.
+        together: how many pairs of models flip an item together.
+        pairs: the same for each of the two kinds of permutation: the mean, the middle 95 %, and the two-sided p-value
+            of what is observed.
     """
 
     items: NDArray[np.int64]
     chance: NDArray[np.float64]
     unsure: NDArray[np.float64]
+    together: int
     pairs: tuple[Estimate, Estimate]
 
 
-def overlap(answers: Answers, precision: str) -> Overlap:
-    """The permutation tests: do flips meet more often than chance, and than shared unsureness explains?"""
-    flips = answers.flipped(precision)
+def overlap(answers: Answers, flips: NDArray[np.bool_]) -> Overlap:
+    """The permutation tests: do flips meet more often than by chance, and than shared unsureness explains?
+
+    Args:
+        answers: of all models.
+        flips: ``[models, items]`` what counts as a flip.
+    """
     task = np.unique(answers.task, return_inverse=True)[1]
     benchmarks = np.broadcast_to(task, flips.shape)
     observed = np.bincount(flips.sum(0), minlength=len(flips) + 1)
+    met = int(observed @ PAIRS)
     means, pairs = [], []
-    for strata in (benchmarks, benchmarks * FIFTHS + answers.fifth):
+    for strata in (benchmarks, benchmarks * TWENTIETHS + answers.part(TWENTIETHS)):
         counts = np.array(list(permuted(flips, strata)))
         together = counts @ PAIRS
-        ratios = observed @ PAIRS / together
-        low, high = np.quantile(ratios, [0.025, 0.975])
-        p = (1 + (together >= observed @ PAIRS).sum()) / (1 + PERMUTATIONS)
-        value = float(observed @ PAIRS / together.mean())
-        pairs.append(Estimate(value, float(low), float(high), int(flips.sum()), float(p)))
+        low, high = np.quantile(together, [0.025, 0.975])
+        tail = min((together >= met).sum(), (together <= met).sum())
+        p = min(1.0, 2 * (1 + tail) / (1 + PERMUTATIONS))
+        pairs.append(Estimate(float(together.mean()), float(low), float(high), int(flips.sum()), float(p)))
         means.append(counts.mean(0))
-    return Overlap(observed, *means, (pairs[0], pairs[1]))
+    return Overlap(observed, *means, met, (pairs[0], pairs[1]))
 
 
 PAIRS = np.array([k * (k - 1) // 2 for k in range(len(MODELS) + 1)])
@@ -292,9 +308,7 @@ def _counts(table: pl.DataFrame, unlike: list[str]) -> list[str]:
     heads += ["kept", "lost", "gained", "wrong otherwise"]
     rows = []
     for row in table.iter_rows(named=True):
-        flips, every, change = (
-            Estimate(*(row[n + e] for e in _ENDS), row["items"]) for n in ("flips", "all_flips", "change")
-        )
+        flips, every, change = (_estimate(row, name) for name in ("flips", "all_flips", "change"))
         cells = [MODELS[row["model"]], BENCHMARKS[row["benchmark"]], row["precision"], f"{row['accuracy']:.1%}"]
         cells += [markdown.points(change), f"{row['p']:.2g}", markdown.percent(flips), markdown.percent(every)]
         rows.append([*cells, *(str(row[name]) for name in ("kept", "lost", "gained", "wrong_otherwise"))])
@@ -307,7 +321,7 @@ def _counts(table: pl.DataFrame, unlike: list[str]) -> list[str]:
     summary = (
         f"{same} Of the {table.height} settings, the accuracy of {int(moved.sum())} changed by more than its interval; "
         f"in the other {int((~moved).sum())}, {table.filter(~moved)['all_flips'].min():.1%} to "
-        f"{table.filter(~moved)['all_flips'].max():.1%} of the answers are other ones all the same."
+        f"{table.filter(~moved)['all_flips'].max():.1%} of the answers changed all the same."
     )
     return ["## Every setting", "", summary, "", *markdown.table(heads, rows), "", "![flips](figures/flips.png)", ""]
 
@@ -348,15 +362,16 @@ def _share(top: NDArray[np.bool_], bottom: NDArray[np.bool_]) -> Estimate:
 
 
 def _together(answers: Answers, together: dict[str, Overlap]) -> list[str]:
-    heads = ["precision", "", *(f"{k} models" for k in range(len(MODELS) + 1)), "pairs, observed / permuted", "p"]
+    heads = ["", "", *(f"in {k}" for k in range(len(MODELS) + 1)), "pairs", "observed / permuted", "p"]
     rows = []
     for precision, found in together.items():
-        rows.append([precision, "observed", *map(str, found.items), "", ""])
+        rows.append([precision, "observed", *map(str, found.items), str(found.together), "", ""])
         for name, expected, pairs in (
             ("by chance", found.chance, found.pairs[0]),
             ("by chance among equally unsure answers", found.unsure, found.pairs[1]),
         ):
-            cells = [f"{pairs.value:.2f} [{pairs.low:.2f}, {pairs.high:.2f}]", f"{pairs.p:.2g}"]
+            cells = [f"{pairs.value:.0f} [{pairs.low:.0f}, {pairs.high:.0f}]", f"{found.together / pairs.value:.2f}"]
+            cells.append(f"{pairs.p:.2g}")
             rows.append(["", name, *(f"{n:.1f}" for n in expected), *cells])
     alike = []
     for a, b in combinations(range(len(MODELS)), 2):
@@ -367,10 +382,10 @@ def _together(answers: Answers, together: dict[str, Overlap]) -> list[str]:
     return [
         "## Items that flip in several models at once",
         "",
-        f"Number of items (of {answers.items.height:,}) that flip in so many of the five models, beside the mean of "
-        f"{PERMUTATIONS:,} permutations of each model's flips among the items of a benchmark, and among those in the same "
-        "fifth of the model's own confidence on it. Pairs: how many pairs of models flip an item together, over the same "
-        "by permutation, with the middle 95 % of the permutations; p is one-sided.",
+        f"Number of items (of {answers.items.height:,}) that flip in so many of the five models, beside the mean over "
+        f"{PERMUTATIONS:,} permutations of each model's flips: among the items of a benchmark, and among those in the "
+        "same twentieth of the model's own confidence on it. Pairs: how many pairs of models flip an item together; "
+        "for the permutations, their mean and their middle 95 %. p is two-sided.",
         "",
         *markdown.table(heads, rows),
         "",
@@ -395,7 +410,7 @@ def _unsure(answers: Answers) -> list[str]:
     return [
         "## Unsure, or hard?",
         "",
-        "Share of answers that are other ones, by the fifth of the uncompressed model's confidence on the benchmark.",
+        "Share of the answers that changed, by the fifth of the uncompressed model's confidence on the benchmark.",
         "",
         *markdown.table(["precision", "least sure", "second", "third", "fourth", "surest"], by_fifth),
         "",
@@ -403,8 +418,8 @@ def _unsure(answers: Answers) -> list[str]:
         "",
         *markdown.table(["precision", *(f"{k} wrong" for k in range(len(MODELS)))], by_hardness),
         "",
-        "Both at once, in a logistic regression with a level for each model and benchmark: odds ratios of an answer that "
-        "is another one.",
+        "Both at once, in a logistic regression with a level for each model and benchmark, standard errors by item: "
+        "odds ratios of a changed answer.",
         "",
         *markdown.table(["precision", "one standard deviation surer", "one more of the other models wrong"], regressed),
         "",
@@ -431,9 +446,9 @@ def draw(answers: Answers, table: pl.DataFrame, together: dict[str, Overlap], pa
         right.plot(several, found.chance[1:], "x:", **style)
         right.plot(several, found.unsure[1:], "s--", **style, mfc="none")
     left.axvline(0, color="gray", lw=0.8)
-    left.set(xlabel="change in accuracy (points)", ylabel="answers that are other ones (%)", ylim=(0, None))
+    left.set(xlabel="change in accuracy (points)", ylabel="answers that changed (%)", ylim=(0, None))
     left.legend()
-    middle.set(xlabel="confidence of the uncompressed model (fifths)", ylabel="answers that are other ones (%)")
+    middle.set(xlabel="confidence of the uncompressed model (fifths)", ylabel="answers that changed (%)")
     middle.set_xticks(range(FIFTHS), ["least", "", "", "", "surest"])
     right.set(xlabel="models in which an item flips", ylabel="items", yscale="symlog", xticks=range(1, 6))
     handles = [plt.Line2D([], [], color="gray", ls=ls, marker=m, mfc=f) for ls, m, f in _LOOKS]
