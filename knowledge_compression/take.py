@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from knowledge_compression.taking.said import Made, Statement
 
 # What the command line says of one model; the fields of Made.
-_SAID = ("model", "compression", "target", "recovery", "family", "bits", "sparsity", "stored_mb", "seed")
+_SAID = ("model", "compression", "target", "recovery", "restores_by", "family", "bits", "sparsity", "stored_mb", "seed")
 
 
 def main(arguments: list[str] | None = None) -> None:

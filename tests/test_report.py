@@ -21,6 +21,7 @@ from knowledge_compression.analysis.page import render
 from knowledge_compression.report import main, write_figures
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.summary import show
+from knowledge_compression.take import main as take
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -386,3 +387,23 @@ def test_the_page_calls_runs_by_what_varies():
     assert content["varying"] == ["bits", "group_size"]
     order = list(dict.fromkeys(run["setting"] for run in content["runs"] if not run["dense"]))
     assert order == [f"bits={bits} group_size={size}" for bits in (3, 2) for size in (32, 64)]
+
+
+@pytest.mark.slow
+def test_in_a_browser_what_is_unknown_of_a_taken_run_is_left_blank(tmp_path, page_in_browser):
+    rows = [
+        f"{how},{i},{'a' if right else 'b'}" for how in ("full", "small") for i, right in enumerate((1, how == "full"))
+    ]
+    (tmp_path / "answers.csv").write_text("\n".join(["how,no,said", *rows]))
+    (tmp_path / "take.yaml").write_text(
+        "columns: {made: how, id: 'no', prediction: said}\nfixed: {model: m, gold: a, prompt: q}\n"
+        "made: {full: {compression: none}, small: {compression: nf4, bits: 4}}\n"
+    )
+    take([str(tmp_path / "answers.csv"), "--as", str(tmp_path / "take.yaml"), "-o", str(tmp_path / "out")])
+    main([str(tmp_path / "out"), "-o", str(tmp_path / "report.html")])
+    page = page_in_browser(tmp_path / "report.html")
+    cells = [page.locator(f"#overview-table tbody tr:nth-child({n}) td").all_inner_texts() for n in (1, 2)]
+    assert [row[3:7] for row in cells] == [["", "", "", cells[0][6]], ["", "4", "", cells[1][6]]]
+    assert cells[0][6].startswith("100.0 %") and cells[1][6].startswith("50.0 %")
+    assert "taken from results that other tools made" in page.inner_text("#notes")
+    page.locator("#overview-table button.run").nth(1).click()
