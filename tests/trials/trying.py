@@ -88,6 +88,8 @@ class Tester:
         scratch: where the copies of it lie.
     """
 
+    __test__ = False  # its name begins as pytest's classes of tests do
+
     def __init__(self, good: Path, scratch: Path) -> None:
         self.good, self.scratch = good, scratch
         self._processes = multiprocessing.get_context("forkserver")
