@@ -70,7 +70,7 @@ def test_no_more_than_so_many_at_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_job_that_takes_too_much_memory_is_ended(tmp_path: Path) -> None:
     outcomes = launched(tmp_path, ["hoard", "work"], at_once=2, memory_gb=0.5)
-    assert outcomes[0].message == "out of memory: it took more than 0.5 GB"
+    assert outcomes[0].message == "out of memory: it used more than 0.5 GB"
     assert outcomes[1].status == "done"
 
 
