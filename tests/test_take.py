@@ -291,6 +291,7 @@ def renamed(name, column):
         (ROWS, MAPPING | {"maid": {}}, "maid: Unexpected keyword argument; known are by, suite, runs"),
         (ROWS, MAPPING | {"made": {"full": {"bit": 4}}}, "made.full.compression: Field required"),
         (ROWS, MAPPING | {"files": "*.tsv"}, "has no file *.tsv"),
+        ([], MAPPING, "a.csv holds no answers"),
         (ROWS, {name: value for name, value in MAPPING.items() if name != "files"}, "files is missing"),
         ([*ROWS, ROWS[0]], MAPPING, "1 items of m full are there twice (the first: t 1)"),
         ([(*ROWS[0][:-1], "2")], MAPPING, "a.csv, row 1: prediction_probability is 2, which is no share"),

@@ -98,7 +98,7 @@ def _items(file: Path, config: Any, results: Mapping[str, Any], task: str) -> li
     for number, sample in objects(file, _SHAPE):
         if missing := [key for key in _NEEDED if key not in sample]:
             raise BadInput(f"{file}:{number}: {missing[0]} is missing; {_SHAPE}")
-        key = (sample["doc_id"], sample["filter"])
+        key = (str(sample["doc_id"]), str(sample["filter"]))
         if key in seen:
             raise BadInput(f"{file}:{number}: document {key[0]} is there twice (filter {key[1]})")
         seen.add(key)
@@ -107,7 +107,9 @@ def _items(file: Path, config: Any, results: Mapping[str, Any], task: str) -> li
         except (ValueError, TypeError, AttributeError, KeyError, IndexError):
             raise BadInput(f"{file}:{number}: its answers cannot be read; {_SHAPE}") from None
     documents = by_document(samples)
-    counted = results.get("n-samples", {}).get(task, {}).get("effective")
+    asked = results.get("n-samples")
+    told = asked.get(task) if isinstance(asked, Mapping) else None
+    counted = told.get("effective") if isinstance(told, Mapping) else None
     if counted is not None and counted != len(documents):
         raise BadInput(f"{file} holds {len(documents)} of the {counted} documents that were asked; it is cut short")
     output_type = config.get("output_type") if isinstance(config, Mapping) else None

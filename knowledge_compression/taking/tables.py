@@ -52,6 +52,8 @@ def read_tables(root: Path, said: Statement, where: str, made: Made | None) -> l
                 rows[key].append(_item(row, said.suite or SUITE))
             except ValueError as error:
                 raise BadInput(f"{file}, row {number}: {error}") from None
+    if not rows:
+        raise BadInput(f"{files[0]} holds no answers" + (f", nor do {len(files) - 1} more files" if files[1:] else ""))
     read = digests([*files, *asked.files], folder)
     reading = _Reading(said, where, made, asked, read)
     return [reading.answers(*key, items) for key, items in sorted(rows.items())]
