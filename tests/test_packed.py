@@ -119,6 +119,17 @@ def test_layers_left_alone_are_named(tiny_tokenizer: object, tmp_path: Path) -> 
     assert len(config["dynamic"]) == 6
 
 
+def test_a_layer_of_one_group_goes_with_layers_of_many(tiny_tokenizer: object, tmp_path: Path) -> None:
+    network = build_network("llama", hidden_size=64, intermediate_size=128, head_dim=32)
+    model = Model(network, tiny_tokenizer, "llama")  # type: ignore[arg-type]
+    Rtn(symmetric=True, group_size=64, scale_bits=16).compress(model, ALL.select(model), None)
+    save_packed(model, tmp_path / "packed")
+    assert json.loads((tmp_path / "packed" / "quantize_config.json").read_text())["group_size"] == 64
+    read = LocalModel("read", str(tmp_path / "packed")).load("cpu", "float32")
+    for layer, again in zip(ALL.select(model), ALL.select(read), strict=True):
+        assert torch.equal(layer.weight, again.weight)
+
+
 def test_what_cannot_be_packed_is_one_line(tiny_model: Callable[[str], Model], tmp_path: Path) -> None:
     model = tiny_model("llama")
     with pytest.raises(BadInput, match="no layer with integers"):

@@ -112,9 +112,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def _quantization_config(packed: dict[TargetLayer, QuantizedWeight], left: list[TargetLayer]) -> dict[str, Any]:
     grids = [weight.grid for weight in packed.values()]
-    kinds = {
-        (g.bits, g.symmetric, len(g.group_of) // g.scales.shape[1] if g.scales.shape[1] > 1 else -1) for g in grids
-    }
+    whole = all(grid.scales.shape[1] == 1 for grid in grids)  # then every row is one group, whatever its length
+    kinds = {(g.bits, g.symmetric, -1 if whole else len(g.group_of) // g.scales.shape[1]) for g in grids}
     if len(kinds) > 1:
         raise BadInput(f"a packed checkpoint has one width and group size, but the layers have {sorted(kinds)}")
     ((bits, symmetric, size),) = kinds
