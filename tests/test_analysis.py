@@ -458,3 +458,11 @@ def test_runs_of_an_older_format_are_read_named_and_compared_among_themselves(tm
     assert members == {"none1": ["magnitude1"], "none2": ["magnitude2"]}
     names = {group.dense.id: group.asked.name for group in groups}
     assert "format=1" in names["none1"] and "format=1" not in names["none2"]
+
+
+def test_the_ledger_is_in_the_order_of_the_dense_run():
+    order = [str(i) for i in np.random.default_rng(0).permutation(5000)]
+    dense, small = made_run(np.ones(5000, bool), compression="none", tasks=("r",)), made_run(np.ones(5000, bool))
+    small._items = small.items.with_columns(pl.lit("r").alias("task"))
+    dense._items = dense.items.with_columns(pl.Series("id", order))
+    assert ledger.fates(dense, small, "atlas")["id"].to_list() == order

@@ -317,11 +317,12 @@ def _counts(table: pl.DataFrame, unlike: list[str]) -> list[str]:
         if not unlike
         else (f"**{len(unlike)} figures are not those of Table 1 of the publication**: {'; '.join(unlike)}.")
     )
-    moved = (table["change_low"] > 0) | (table["change_high"] < 0)
+    moved = table["p"] < 0.05
+    still = table.filter(~moved)["all_flips"]
     summary = (
-        f"{same} Of the {table.height} settings, the accuracy of {int(moved.sum())} changed by more than its interval; "
-        f"in the other {int((~moved).sum())}, {table.filter(~moved)['all_flips'].min():.1%} to "
-        f"{table.filter(~moved)['all_flips'].max():.1%} of the answers changed all the same."
+        f"{same} In {int(moved.sum())} of the {table.height} settings the accuracy changed by McNemar's exact test at "
+        f"5 %; in the other {int((~moved).sum())}, {still.min():.1%} to {still.max():.1%} of the answers changed all the "
+        "same."
     )
     return ["## Every setting", "", summary, "", *markdown.table(heads, rows), "", "![flips](figures/flips.png)", ""]
 
@@ -355,6 +356,10 @@ def _balance(answers: Answers) -> list[str]:
         *markdown.table(["precision", "sure, of lost", *heads[2:]], sure),
         "",
     ]
+
+
+def _small(p: float | None) -> str:
+    return f"= {p:.2g}" if p else "< 1e-300"  # smaller than a float holds
 
 
 def _share(top: NDArray[np.bool_], bottom: NDArray[np.bool_]) -> Estimate:
@@ -405,7 +410,7 @@ def _unsure(answers: Answers) -> list[str]:
     regressed = []
     for precision in PRECISIONS.values():
         found = odds(answers, precision)
-        cells = [f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}], p = {e.p:.2g}" for e in found.values()]
+        cells = [f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}], p {_small(e.p)}" for e in found.values()]
         regressed.append([precision, *cells])
     return [
         "## Unsure, or hard?",

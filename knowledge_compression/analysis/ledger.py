@@ -43,7 +43,7 @@ def fates(dense: Run, compressed: Run, suite: str, *, by: Sequence[str] = ()) ->
     columns = [*KEY, "correct", "prediction", "rank", "log_prob"]
     before = items_of(dense, suite).select(*columns, pl.col("prompt").alias("question"), "gold", *by)
     after = items_of(compressed, suite).select(columns)
-    joined = before.join(after, on=KEY, how="inner", suffix="_after")
+    joined = before.join(after, on=KEY, how="inner", suffix="_after", maintain_order="left")
     known, knows = pl.col("correct"), pl.col("correct_after")
     return joined.select(
         *KEY,
