@@ -321,8 +321,8 @@ def _counts(table: pl.DataFrame, unlike: list[str]) -> list[str]:
     still = table.filter(~moved)["all_flips"]
     summary = (
         f"{same} In {int(moved.sum())} of the {table.height} settings the accuracy changed by McNemar's exact test at "
-        f"5 %; in the other {int((~moved).sum())}, {still.min():.1%} to {still.max():.1%} of the answers changed all the "
-        "same."
+        f"5 %; in the other {int((~moved).sum())}, {still.min():.1%} to {still.max():.1%} of the answers changed "
+        "all the same."
     )
     return ["## Every setting", "", summary, "", *markdown.table(heads, rows), "", "![flips](figures/flips.png)", ""]
 
