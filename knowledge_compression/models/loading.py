@@ -13,27 +13,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import psutil
-
 from knowledge_compression.cache import cached_folder
 from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
-from knowledge_compression.heavy import torch
 from knowledge_compression.identity import LABEL, PLACE, SPEED
-from knowledge_compression.memory import reuse_freed_memory
-from knowledge_compression.models.content import check_shards, files_fingerprint, folder_fingerprint
-from knowledge_compression.models.device import DTYPES, resolve_device, resolve_dtype, torch_dtype
-from knowledge_compression.models.failures import one_line_failures, quiet
-from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, family_of
+from knowledge_compression.models.content import files_fingerprint, folder_fingerprint
+from knowledge_compression.models.failures import one_line_failures
 from knowledge_compression.models.hub import cache_alone_where_no_hub_answers, cached_commit, commit_of
 from knowledge_compression.models.model import Model
-from knowledge_compression.models.soundness import check_configuration, check_it_runs, check_loaded, check_tokenizer
-from knowledge_compression.models.streamed import Checkpoint, StreamedModel, check_kinds
+from knowledge_compression.models.pretrained import from_pretrained, skeleton_of, streamed_from, tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from knowledge_compression.models.checkpoints.folder import QuantizedFolder
     from knowledge_compression.models.checkpoints.stored import Stored
+    from knowledge_compression.models.streamed import StreamedModel
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +65,7 @@ class ModelSource(Protocol):
         ...
 
     def provenance(self) -> dict[str, Any]:
-        """Where the weights come from, for the record."""
+        """The origin of the weights, for the record."""
         ...
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -103,7 +97,7 @@ class HubModel:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     note: str = field(default="", metadata=LABEL)
-    stream: bool = field(default=False, metadata=SPEED)  # a run that streams says so itself
+    stream: bool = field(default=False, metadata=SPEED)  # a streaming run reports this itself
     dense: str | None = field(default=None, metadata=PLACE)  # the model that this one was compressed from
 
     @property
@@ -118,12 +112,12 @@ class HubModel:
     def skeleton(self) -> Model:
         """The network's shape from the hub's configuration."""
         with cache_alone_where_no_hub_answers():
-            return _skeleton(self.hub_id, self.name, **self._hub)
+            return skeleton_of(self.hub_id, self.name, **self._hub)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Download (or find in the cache) the tokenizer."""
         with cache_alone_where_no_hub_answers():
-            return _tokenizer(self.hub_id, self.name, **self._hub)
+            return tokenizer_of(self.hub_id, self.name, **self._hub)
 
     def provenance(self) -> dict[str, Any]:
         """The hub id and the commit."""
@@ -139,7 +133,7 @@ class HubModel:
             with one_line_failures(self.hub_id, self.name, self.allow_pickle):
                 stored = self._compressed()
             where = str(stored.folder) if stored is not None else self.hub_id
-            model = _from_pretrained(
+            model = from_pretrained(
                 where, self.name, device, dtype, stored=stored, allow_pickle=self.allow_pickle, **self._hub
             )
         model.provenance = self._provenance()
@@ -150,7 +144,7 @@ class HubModel:
         """Download (or find in the cache) without loading."""
         with cache_alone_where_no_hub_answers(), one_line_failures(self.hub_id, self.name, allow_pickle=False):
             folder = self._download()
-        model = _streamed(folder, self.name, device, dtype, trust_remote_code=self.trust_remote_code)
+        model = streamed_from(folder, self.name, device, dtype, trust_remote_code=self.trust_remote_code)
         model.provenance = self._provenance()
         model.note = self.note
         return model
@@ -198,11 +192,11 @@ class LocalModel:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     note: str = field(default="", metadata=LABEL)
-    stream: bool = field(default=False, metadata=SPEED)  # a run that streams says so itself
+    stream: bool = field(default=False, metadata=SPEED)  # a streaming run reports this itself
     dense: str | None = field(default=None, metadata=PLACE)  # the model that this one was compressed from
 
     def fingerprint(self) -> str:
-        """Digest of every byte that decides what the model says, wherever the folder or file lies."""
+        """Digest of every byte that decides the model's answers, wherever the folder or file is."""
         place, there = self._place()
         if there and place.is_dir():
             return folder_fingerprint(place)
@@ -212,12 +206,12 @@ class LocalModel:
     def skeleton(self) -> Model:
         """The network's shape from the folder's configuration, or the file's settings."""
         place, stored = self._found()
-        return _skeleton(str(place), self.name, stored, trust_remote_code=self.trust_remote_code)
+        return skeleton_of(str(place), self.name, stored, trust_remote_code=self.trust_remote_code)
 
     def load(self, device: str = "auto", dtype: str = "auto") -> Model:
         """Load from the folder or file."""
         place, stored = self._found()
-        model = _from_pretrained(
+        model = from_pretrained(
             str(place),
             self.name,
             device,
@@ -231,17 +225,17 @@ class LocalModel:
         return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """That of the folder or file."""
+        """The tokenizer of the folder or file."""
         place, stored = self._found()
-        return _tokenizer(str(place), self.name, stored, trust_remote_code=self.trust_remote_code)
+        return tokenizer_of(str(place), self.name, stored, trust_remote_code=self.trust_remote_code)
 
     def provenance(self) -> dict[str, Any]:
-        """The place, and the digest of what lies there."""
+        """The path, and the digest of its content."""
         return {"path": str(self._found()[0]), "fingerprint": self.fingerprint()}
 
     @property
     def label(self) -> str:
-        """What a file is called among others of one model: its name; of a folder with that of the folder around it."""
+        """Its name among files of the same model: the file name; for a folder, with the name of its parent."""
         place = Path(self.path).expanduser().resolve()
         return place.name if place.is_file() else "/".join(place.parts[-2:])
 
@@ -253,7 +247,7 @@ class LocalModel:
                 f"model.path={self.path} is compressed already ({stored.record().format}) and is decoded as a whole; "
                 "choose model.stream=false"
             )
-        model = _streamed(folder, self.name, device, dtype, trust_remote_code=self.trust_remote_code)
+        model = streamed_from(folder, self.name, device, dtype, trust_remote_code=self.trust_remote_code)
         model.provenance = self.provenance()
         model.note = self.note
         return model
@@ -280,7 +274,7 @@ class LocalModel:
         return whole, there
 
     def _found(self) -> tuple[Path, Stored | None]:
-        """The folder or file, and how it is compressed where that is known here.
+        """The folder or file, and how it is compressed, if a format is recognised.
 
         Raises:
             ModelUnavailable: it is not there, or no model.
@@ -293,7 +287,7 @@ class LocalModel:
             stored = stored_at(place)
         if stored is None and place.is_file():
             raise ModelUnavailable(
-                f"model.path={self.path} is a file, and no GGUF file; give that, or a folder saved by save_pretrained"
+                f"model.path={self.path} is a file but not a GGUF file; give one, or a folder saved by save_pretrained"
             )
         if stored is None and not there:
             raise ModelUnavailable(
@@ -320,12 +314,12 @@ class Packaged(ABC):
         """Digest of every byte of the model."""
 
     def provenance(self) -> dict[str, Any]:
-        """Where the weights came from."""
+        """The origin of the weights."""
         return {"package": self.requirement}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """That of the folder."""
-        return _tokenizer(str(self.place()), self.name)
+        """The tokenizer of the folder."""
+        return tokenizer_of(str(self.place()), self.name)
 
     def fingerprint(self) -> str:
         """The pinned package and the digest of its installed files."""
@@ -333,11 +327,11 @@ class Packaged(ABC):
 
     def skeleton(self) -> Model:
         """The network's shape from its configuration."""
-        return _skeleton(str(self.place()), self.name)
+        return skeleton_of(str(self.place()), self.name)
 
     def load(self, device: str = "auto", dtype: str = "auto") -> Model:
         """Load it."""
-        model = _from_pretrained(str(self.place()), self.name, device, dtype)
+        model = from_pretrained(str(self.place()), self.name, device, dtype)
         model.provenance = self.provenance()
         model.note = self.note
         return model
@@ -365,7 +359,7 @@ class PackagedGguf(Packaged):
     file: str = field(metadata=PLACE)
 
     def provenance(self) -> dict[str, Any]:
-        """Where the weights came from."""
+        """The origin of the weights."""
         return super().provenance() | {"file": self.file}
 
     def place(self) -> Path:
@@ -381,29 +375,9 @@ class PackagedGguf(Packaged):
 
         path = _package_folder(self.package, self.requirement) / self.file
         log.info("converting %s to safetensors, once (a few seconds)", self.file)
-        model = _from_pretrained(str(path), self.name, "cpu", "float32", stored=GgufFile.at(path))
+        model = from_pretrained(str(path), self.name, "cpu", "float32", stored=GgufFile.at(path))
         model.network.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
-
-
-def check_memory(skeleton: Model, device: str, dtype: str) -> None:
-    """Refuse a model whose weights do not fit on the device.
-
-    Raises:
-        BadInput: they are larger than the free memory.
-    """
-    place = resolve_device(device)
-    kind = resolve_dtype(dtype, place)
-    own: Any = skeleton.network.config.dtype
-    stored = kind if isinstance(kind, torch.dtype) else own or torch.float32
-    needed = skeleton.parameter_count() * stored.itemsize
-    free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else psutil.virtual_memory().available
-    if needed > free:
-        raise BadInput(
-            f"{skeleton.name} takes {needed / 1e9:.1f} GB in {str(stored).removeprefix('torch.')} and {place} has "
-            f"{free / 1e9:.1f} GB free, so it can be streamed but not asked anything; choose eval=[] "
-            "recovery=none to write the compressed checkpoint only, or a narrower dtype"
-        )
 
 
 def _package_folder(package: str, requirement: str) -> Path:
@@ -414,104 +388,3 @@ def _package_folder(package: str, requirement: str) -> Path:
             f"run: pip install --no-deps {requirement} (make install does)"
         )
     return Path(next(iter(spec.submodule_search_locations)))
-
-
-def _from_pretrained(
-    where: str,
-    name: str,
-    device: str,
-    dtype: str,
-    *,
-    stored: Stored | None = None,
-    allow_pickle: bool = False,
-    **hub: Any,
-) -> Model:
-    """Load configuration, network and tokenizer; what is stored compressed is decoded."""
-    from transformers import AutoTokenizer
-
-    place = resolve_device(device)
-    if place.type == "cpu":
-        reuse_freed_memory()
-    if Path(where).is_dir():
-        check_shards(Path(where))
-    with one_line_failures(where, name, allow_pickle), quiet():
-        config = _configuration(where, stored, **hub)
-        if stored is not None:
-            network, loaded = stored.network(auto_class(config), config, resolve_dtype(dtype, place))
-        else:
-            network, loaded = auto_class(config).from_pretrained(
-                where,
-                config=config,
-                dtype=resolve_dtype(dtype, place),
-                use_safetensors=None if allow_pickle else True,
-                output_loading_info=True,
-                **hub,
-            )
-        check_loaded(network, loaded["missing_keys"], loaded["unexpected_keys"])
-        if stored is None:
-            check_kinds(network, Path(where))
-        tokenizer = stored.tokenizer(**hub) if stored is not None else AutoTokenizer.from_pretrained(where, **hub)
-        model = Model(network.to(place).eval(), tokenizer, name, on_disk=stored.record() if stored else None)
-        if not model.head_is_tied:  # T5's configuration says that the head is tied even if the checkpoint has one
-            model.keep_head_untied()
-        check_tokenizer(model)
-        check_it_runs(model)
-    return model
-
-
-def _tokenizer(where: str, name: str, stored: Stored | None = None, **hub: Any) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    with one_line_failures(where, name, allow_pickle=False):
-        return stored.tokenizer(**hub) if stored is not None else AutoTokenizer.from_pretrained(where, **hub)
-
-
-def _skeleton(where: str, name: str, stored: Stored | None = None, **hub: Any) -> Model:
-    from transformers import PretrainedConfig
-
-    with one_line_failures(where, name, allow_pickle=False):
-        config = _configuration(where, stored, **hub)
-        with torch.device("meta"):
-            network = auto_class(config).from_config(config)
-        described = stored is None or (Path(where) / "config.json").is_file()  # not so a GGUF file
-        told = PretrainedConfig.get_config_dict(where, **hub)[0] if described else {}
-    model = Model(network, None, name)  # type: ignore[arg-type]  # a skeleton reads no text
-    if told.get("tie_word_embeddings") is False and model.head_is_tied:  # transformers forgets that of T5 and mT5
-        model.untie_head()
-    return model
-
-
-def _streamed(folder: Path, name: str, device: str, dtype: str, **hub: Any) -> StreamedModel:
-    """A network whose parameters are on the meta device; buffers that are in no checkpoint are computed."""
-    from accelerate import init_empty_weights
-    from transformers import AutoTokenizer
-
-    place = resolve_device(device)
-    with one_line_failures(str(folder), name, allow_pickle=False):
-        config = _configuration(str(folder), **hub)
-        resolve_dtype(dtype, place)
-        chosen = torch_dtype(dtype) if dtype in DTYPES else config.dtype or torch.float32
-        with init_empty_weights(include_buffers=False):
-            network = auto_class(config).from_config(config, dtype=chosen)
-        network.tie_weights()  # replacing the parameters has separated those that are tied
-        tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
-        checkpoint = Checkpoint(folder)
-        model = StreamedModel(network.eval(), tokenizer, name, checkpoint=checkpoint, place=place, stored=chosen)
-        check_tokenizer(model)
-    return model
-
-
-def _configuration(where: str, stored: Stored | None = None, **hub: Any) -> Any:
-    from transformers import AutoConfig
-
-    config = stored.configuration(**hub) if stored is not None else AutoConfig.from_pretrained(where, **hub)
-    check_configuration(config)
-    return config
-
-
-def auto_class(config: Any) -> Any:
-    """The class of transformers that builds a language model from this configuration."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
-
-    classes = {ENCODER: AutoModelForMaskedLM, ENCODER_DECODER: AutoModelForSeq2SeqLM, DECODER: AutoModelForCausalLM}
-    return classes[family_of(config)]

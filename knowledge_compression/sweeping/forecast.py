@@ -35,7 +35,7 @@ from knowledge_compression.memory import reuse_freed_memory
 from knowledge_compression.models import Model
 from knowledge_compression.models.device import resolve_device, resolve_dtype
 from knowledge_compression.models.families import ENCODER_DECODER
-from knowledge_compression.models.loading import auto_class
+from knowledge_compression.models.pretrained import auto_class
 from knowledge_compression.models.targets import linear_layers
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.sweeping.rehearsal import Work, counting, multiply_adds, reached, rehearse

@@ -17,7 +17,7 @@ from knowledge_compression.compression.walk.expert_inputs import ExpertProducts,
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER_DECODER
-from knowledge_compression.models.loading import auto_class
+from knowledge_compression.models.pretrained import auto_class
 from knowledge_compression.models.targets import linear_layers
 
 _NARROW, _HEAD = 8, 4  # numbers in a hidden state of a miniature for each of its heads, and in a head

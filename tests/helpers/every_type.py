@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 import knowledge_compression.evaluation
-from knowledge_compression.models.loading import auto_class
+from knowledge_compression.models.pretrained import auto_class
 
 PIECES = 400  # of a vocabulary
 

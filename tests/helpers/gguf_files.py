@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from knowledge_compression.models.loading import auto_class
+from knowledge_compression.models.pretrained import auto_class
 
 _WORDS = [chr(c) for c in range(ord("a"), ord("z") + 1)]
 TOKENS = ["<|pad|>", "<|s|>", "<|e|>", *_WORDS, *(a + b for a in _WORDS[:8] for b in _WORDS[:8])]
