@@ -1,4 +1,4 @@
-"""Take results that were made elsewhere into a store: ``kc take DIR -o outputs``."""
+"""Import results made by other tools into a store: ``kc take DIR -o outputs``."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SAID = ("model", "compression", "target", "recovery", "restores_by", "family", 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Take results into a store, and say what does not pair; bad input is one line and exit status 2."""
+    """Import results into a store, and report what does not pair; bad input is one line and exit status 2."""
     parser = argparse.ArgumentParser(prog="kc take", description=__doc__)
     parser.add_argument(
         "results", type=Path, help="a folder of lm-eval --log_samples, a CSV or JSON of answers, or another store"
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs"), help="the store (outputs)")
-    parser.add_argument("--as", dest="said", type=Path, metavar="FILE", help="a YAML file that says what is what")
+    parser.add_argument("--as", dest="said", type=Path, metavar="FILE", help="a YAML file that describes the results")
     parser.add_argument("--by", help="who made the results")
     parser.add_argument("--compression", help="what was done to the model; none: this is the uncompressed one")
     parser.add_argument("--model", help="what the model is called, the same compressed and uncompressed")

@@ -1,7 +1,7 @@
 """Flips: how many answers compression changed, whether or not the accuracy changed.
 
 Dutta et al. (2024), "Accuracy is Not All You Need": flips are the answers that go from right to wrong or from wrong to
-right; all flips count answers that were wrong and are now wrong otherwise, too.
+right; all flips also count wrong answers that became other wrong answers.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ WRONG_OTHERWISE = "wrong otherwise"
 
 @dataclass(frozen=True)
 class Flips:
-    """What changed between the answers of two runs to the same items.
+    """The changes between the answers of two runs to the same items.
 
     Attributes:
-        items: how many items both answer.
-        kept, lost, gained, never_known: how many have each fate.
-        wrong_otherwise: of those never known, how many are answered differently; None if a run has no answers as text.
+        items: number of items that both answer.
+        kept, lost, gained, never_known: number of items with each fate.
+        wrong_otherwise: number of those never known that are answered differently; None if a run has no answers as
+            text.
         flips, all_flips: share of the items, with Wilson's interval over items (each is one pair of answers).
         change: in accuracy, compressed minus dense, with a paired bootstrap interval over items and McNemar's exact p.
     """

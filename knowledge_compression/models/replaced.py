@@ -1,4 +1,4 @@
-"""What a compression puts in the place of a linear layer, or of one expert's matrix in a bank of experts."""
+"""The modules by which a compression replaces a linear layer, or one expert's matrix in a bank of experts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from knowledge_compression.errors import BadInput
 
 
 class ReplacedLinear(nn.Module):
-    """What a compression puts in the place of a linear layer, and what is taken for one everywhere.
+    """The base class of modules that replace a linear layer and are treated as one everywhere.
 
     Attributes:
-        in_features, out_features: as ``nn.Linear`` has them.
+        in_features, out_features: as in ``nn.Linear``.
         bias: ``[out_features]`` or None.
-        bits: of one stored weight.
+        bits: bits of one stored weight.
     """
 
     in_features: int
@@ -28,34 +28,34 @@ class ReplacedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the stored numbers stand for, ``[out_features, in_features]``; a copy, not to be written."""
+        """The weight that is stored, ``[out_features, in_features]``; a copy, not to be modified."""
         raise NotImplementedError
 
     @property
     def overhead_bits(self) -> int:
-        """Bits for scales and the like, over the whole layer."""
+        """Bits for scales and zero points of the whole layer."""
         raise NotImplementedError
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes this layer beside its buffers and its bias, JSON-ready."""
+        """The settings of this layer besides its buffers and its bias, JSON-ready."""
         raise NotImplementedError
 
     @classmethod
     def from_buffers(cls, buffers: Mapping[str, Tensor], bias: Any, **settings: Any) -> Self:
-        """The layer that had these buffers, this bias and these :attr:`settings`."""
+        """Rebuild a layer from its buffers, its bias and its :attr:`settings`."""
         raise NotImplementedError
 
 
 class ReplacedExperts(nn.ModuleList):
-    """A bank of experts as one module an expert, where a network keeps them in one parameter.
+    """A bank of experts as one module per expert, for networks that keep the bank in one parameter.
 
-    The network goes on multiplying by parts of what it takes for that parameter; each such product is a call of the
-    expert's module. A module's path is that of the parameter and the expert's number.
+    The network still multiplies by parts of what it takes to be that parameter; each such product calls the expert's
+    module. A module's path consists of the parameter's path and the expert's number.
 
     Args:
         experts: ``nn.Linear`` or :class:`ReplacedLinear` without a bias, in the order of the bank.
-        transposed: whether the network takes the bank for ``[experts, in_features, out_features]``.
+        transposed: whether the network expects the bank as ``[experts, in_features, out_features]``.
     """
 
     def __init__(self, experts: Sequence[nn.Module], transposed: bool) -> None:
@@ -64,9 +64,9 @@ class ReplacedExperts(nn.ModuleList):
 
     @classmethod
     def in_place_of(cls, bank: nn.Module, parameter: str, transposed: bool) -> ReplacedExperts:
-        """Take apart a parameter of a module, into linear layers that share its memory; the same again once it is done.
+        """Split a module's parameter into linear layers that share its memory; repeated calls return the same bank.
 
-        Kernels that multiply by all experts at once cannot be used with it, so the module stops to use them.
+        Kernels that multiply by all experts at once cannot be used with it, so the module no longer uses them.
         """
         there = getattr(bank, parameter)
         if isinstance(there, cls):
@@ -83,7 +83,7 @@ class ReplacedExperts(nn.ModuleList):
 
     @property
     def weight(self) -> Tensor:
-        """The parameter that the modules stand for, in the layout that the network takes it for; a copy."""
+        """The parameter that the modules represent, in the layout that the network expects; a copy."""
         weights = torch.stack([expert.weight.detach() for expert in self])  # type: ignore[operator]
         return weights.transpose(1, 2).contiguous() if self.transposed else weights
 

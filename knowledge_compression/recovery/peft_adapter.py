@@ -1,4 +1,4 @@
-"""An adapter folder of the library peft on the model that it was trained for: LoRA, a soft prompt, or a prefix."""
+"""An adapter folder of the peft library for the model that it was trained on: LoRA, a soft prompt, or a prefix."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SETTINGS, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LORA, PROMPT, PREFIX = "LORA", "PROMPT_TUNING", "PREFIX_TUNING"
-_TRAINED = "prompt_embeddings"  # under which peft keeps a prompt, or the keys and values of a prefix
+_TRAINED = "prompt_embeddings"  # peft's name for a prompt, or for the keys and values of a prefix
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PeftAdapter(Recovery):
         """Add the adapter.
 
         Raises:
-            BadInput: the folder holds none that is read, or one for another model.
+            BadInput: the folder holds no adapter that can be read, or one for another model.
         """
         settings, tensors = self._settings(), self._tensors()
         kind = settings["peft_type"]
@@ -77,7 +77,7 @@ class PeftAdapter(Recovery):
         """Its ``adapter_config.json``.
 
         Raises:
-            BadInput: there is none, or the adapter is of a kind that is not read.
+            BadInput: there is none, or this kind of adapter cannot be read.
         """
         try:
             settings = json.loads((self._folder / SETTINGS).read_bytes())

@@ -1,4 +1,4 @@
-"""What a suite asks of a kind of network, counted on a miniature: as deep, with the same tokens, a few numbers wide."""
+"""The work of a suite on a kind of network, counted on a miniature of equal depth and vocabulary but tiny width."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Work:
     """The work of a suite on a kind of network.
 
     Attributes:
-        tokens: number of tokens that pass each matrix, by path; of an expert those that are sent to it.
+        tokens: number of tokens that pass each matrix, by path; for an expert, the tokens sent to it.
         widest: maximum number that pass the head at once.
         items: number of rows in the item table.
     """
@@ -74,7 +74,7 @@ def rehearse(skeleton: Model, suite: Any) -> Work:
 
 @contextmanager
 def counting(model: Model) -> Iterator[Counter[str]]:
-    """Count the tokens that pass each matrix of a network while the context is open; of an expert those sent to it."""
+    """Count the tokens that pass each matrix of a network in this context; for an expert, those sent to it."""
     tokens: Counter[str] = Counter()
 
     def count(path: str, _: nn.Module, inputs: Any, __: Any) -> None:
@@ -104,8 +104,8 @@ class _CountedExperts(ExpertProducts):
 def reached(skeleton: Model) -> Callable[[int], dict[str, float]]:
     """How many of some tokens of text pass each matrix in one pass: all of them, but of an expert its part.
 
-    Which expert a token is sent to depends on weights, how many it is sent to does not, so the experts of a bank are
-    taken to get the same.
+    To which experts a token is sent depends on weights, but their number does not, so all experts of a bank are assumed
+    to get equally many tokens.
     """
     layers = linear_layers(skeleton)
     banks: dict[str, list[str]] = {}

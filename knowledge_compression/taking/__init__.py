@@ -1,1 +1,1 @@
-"""Results that were made elsewhere, taken into a store as runs that say so."""
+"""Results made by other tools, imported into a store as runs that are marked as such."""

@@ -1,4 +1,4 @@
-"""A set of answers that was made elsewhere, before it is a run."""
+"""A set of answers made elsewhere, before it becomes a run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Answers:
 
     Attributes:
         made: how the model was made; its ``model`` is a name.
-        suite: what the questions are called together.
-        items: one row an item, in the item schema.
-        asked: how the questions were asked: only answers to which the same applies are compared.
-        tool: what wrote the files, e.g. ``lm-eval 0.4.13``.
-        files: SHA-256 of every file that was read, by its path from the folder taken.
-        notes: what was left out, and how many of it.
+        suite: the name of the set of questions.
+        items: one row per item, in the item schema.
+        asked: how the questions were asked; only answers asked in the same way are compared.
+        tool: the program that wrote the files, e.g. ``lm-eval 0.4.13``.
+        files: SHA-256 of every file that was read, by its path relative to the imported folder.
+        notes: what was left out, with counts.
     """
 
     made: Made

@@ -1,4 +1,4 @@
-"""Folders that lm-eval writes with ``--log_samples``: a file of results, and a file of samples for each task."""
+"""Folders written by lm-eval with ``--log_samples``: a file of results, and a file of samples per task."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from knowledge_compression.reading import objects, parsed, text_of
 from knowledge_compression.taking.answers import Answers, digests
 from knowledge_compression.taking.said import Made
 
-KNOWN = re.compile(r"0\.4\.\d+")  # versions whose logs are read
+KNOWN = re.compile(r"0\.4\.\d+")  # versions whose logs can be read
 SUITE = "lm_eval"
 _SAMPLES = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?)\.jsonl")
 _NEEDED = ("doc_id", "doc_hash", "target", "arguments", "filtered_resps", "filter")
 _SHAPE = "expected what lm-eval 0.4.13 writes with --log_samples"
-# What of the results says how everything was asked.
+# The entries of the results that say how everything was asked.
 _ASKED = ("system_instruction_sha", "chat_template_sha", "fewshot_as_multiturn")
 
 
@@ -30,16 +30,16 @@ def log_folders(root: Path) -> list[Path]:
 
 
 def read_log(folder: Path, root: Path, made: Made, suite: str | None) -> Answers:
-    """The answers in one folder; several evaluations in it are put together if they asked different tasks.
+    """The answers in one folder; several evaluations in it are combined if they asked different tasks.
 
     Args:
-        folder: where the files of results and samples lie.
+        folder: the folder of the files of results and samples.
         root: the folder that the user named.
-        made: what is said of the model.
+        made: what the user says about the model.
         suite: what the questions are called together; ``lm_eval`` if None.
 
     Raises:
-        BadInput: the files are of another version, or incomplete, or hold a task or a document twice.
+        BadInput: the files are of another version, are incomplete, or contain a task or a document twice.
     """
     name = suite or SUITE
     rows: list[dict[str, Any]] = []

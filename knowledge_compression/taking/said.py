@@ -1,4 +1,4 @@
-"""What a user says of results that were made elsewhere; what is not said stays unknown."""
+"""The user's statement about results made elsewhere; what is not stated stays unknown."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _CLOSED = ConfigDict(extra="forbid")  # a word that is not known is a mistake of
 
 @dataclass(frozen=True)
 class Made:
-    """How the model was made that gave a set of answers.
+    """How the model that gave a set of answers was made.
 
     Attributes:
         compression: its name; ``none`` for the uncompressed model, with which the others are compared.
-        model: what the model is called, the same for the uncompressed one and those made of it.
+        model: the name of the model, the same for the uncompressed one and those made from it.
         target, recovery, family: as in a run's own settings.
         restores_by: how the recovery restores: ``weights`` or ``redirection``.
         bits, sparsity, stored_mb: mean bits of a weight, share of the weights removed, size in 10^6 bytes.
-        seed: of what was drawn by lot.
+        seed: of the random draws.
     """
 
     __pydantic_config__ = _CLOSED
@@ -44,13 +44,13 @@ class Made:
 
     @property
     def dense(self) -> bool:
-        """Whether it is said to be the uncompressed model."""
+        """Whether it is stated to be the uncompressed model."""
         return (self.compression, self.recovery) == ("none", "none")
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Where the questions of a table stand, if not beside the answers.
+    """The place of a table's questions, if not beside the answers.
 
     Attributes:
         file: path from the folder of the answers.
@@ -66,10 +66,10 @@ class Questions:
 
 @dataclass(frozen=True)
 class Statement:
-    """All that a user says of a folder of results.
+    """The whole statement about a folder of results.
 
     Attributes:
-        by: who made them: a person, a publication, an address.
+        by: the author of the results: a person, a publication, an address.
         suite: what the questions are called together.
         runs: for logs of lm-eval: the folder of each run, from the folder taken, and how its model was made.
         files: for tables: the files with answers, as a pattern such as ``answers_*.csv``; all of a folder otherwise.
@@ -112,7 +112,7 @@ def read_statement(path: Path) -> Statement:
 
 
 def made_of(told: Mapping[str, Any]) -> Made:
-    """How a model was made, from words of the command line.
+    """How a model was made, from options of the command line.
 
     Raises:
         BadInput: a value is not possible.

@@ -1,4 +1,4 @@
-"""Answers that were made elsewhere, as runs of a store that say so."""
+"""Answers made elsewhere, as runs of a store that are marked as imported."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from knowledge_compression.taking.answers import Answers, digests
 from knowledge_compression.taking.said import UNKNOWN, plain
 
 NOTE = "taken from results that other tools made"
-TAKEN = "taken"  # the key of a run's settings under which it says so
+TAKEN = "taken"  # the key of the mark in a run's settings
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What came of taking.
+    """The outcome of an import.
 
     Attributes:
         new: the runs that were written.
-        already: how many were in the store before.
-        notes: what does not pair, what was left out, and how many of it.
+        already: number of runs that were in the store before.
+        notes: what does not pair and what was left out, with counts.
     """
 
     new: list[Run]
@@ -41,12 +41,12 @@ class Taken:
 def run_of(answers: Answers, by: str) -> Run:
     """A run with the answers, marked as taken.
 
-    What decides its id is what is said of the model, how it was asked, and every answer; who made it and in which
-    files it stood does not. What is unknown is not there, or null.
+    Its id is determined by the statement about the model, the way of asking, and every answer, but not by the author or
+    the files. Unknown settings are absent or null.
 
     Args:
         answers: of one model.
-        by: who made them.
+        by: their author.
     """
     made, suite = answers.made, answers.suite
     how = plain(made)
@@ -139,7 +139,7 @@ def _metrics(items: pl.DataFrame) -> dict[str, float]:
 
 
 def _pairing(there: Sequence[Run], new: Sequence[Run]) -> list[str]:
-    """What of the new runs does not pair with their dense baselines, each kind counted.
+    """Items of the new runs that do not pair with their dense baselines, counted by kind.
 
     Raises:
         BadInput: see :func:`take`.
