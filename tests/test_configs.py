@@ -12,7 +12,6 @@ from knowledge_compression.configuration import experiment_from, tracker_from
 from knowledge_compression.errors import BadInput
 from knowledge_compression.sweeping.cli import CONF
 
-
 BEHIND = {"experiment=forgotten_or_displaced/older_triviaqa": "forgotten_or_displaced/table1"}
 
 
