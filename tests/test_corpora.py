@@ -149,9 +149,9 @@ def test_bad_windows_are_refused(tiny_model: Callable[[str], Model], text_file: 
     with pytest.raises(BadInput, match=r"tokens, too few for windows of 4000"):
         TextFile(path=str(text_file), length=4000).windows(tiny_model("t5"))
     for wrong in ({"samples": 0}, {"length": 0}):
-        with pytest.raises(BadInput, match="no calibration text"):
+        with pytest.raises(BadInput, match="is too small; it must be at least 1"):
             TextFile(path=str(text_file), **wrong)
-        with pytest.raises(BadInput, match="no calibration text"):
+        with pytest.raises(BadInput, match="is too small; it must be at least 1"):
             OwnSamples(**wrong)
     with pytest.raises(DataUnavailable, match="cannot be read"):
         TextFile(path=str(tmp_path / "missing.txt")).fingerprint()

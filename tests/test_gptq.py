@@ -310,7 +310,7 @@ def test_hessians_are_means_of_outer_products() -> None:
     for batch in inputs.split(13):
         hessian.update(LayerInputs(batch))
     torch.testing.assert_close(hessian.matrix, inputs.T @ inputs / 50)
-    with pytest.raises(RuntimeError, match="their mean already"):
+    with pytest.raises(RuntimeError, match="already been turned into their mean"):
         hessian.update(LayerInputs(inputs))
 
 

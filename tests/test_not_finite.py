@@ -76,8 +76,8 @@ def test_a_loss_whose_perplexity_is_no_float(tiny_model, monkeypatch, tmp_path, 
     (tmp_path / "wikitext2").mkdir()
     (tmp_path / "wikitext2" / "test.raw.txt").write_text("the dog is a cat . " * 20)
     suite = Perplexity(window=8, limit=3, data_dir=str(tmp_path))
-    scored = "knowledge_compression.evaluation.perplexity._SCORED"
-    monkeypatch.setattr(scored, {"decoder": lambda *_: [(-7 * nll, 7)] * 3})
+    scored = "knowledge_compression.evaluation.perplexity._continuations"
+    monkeypatch.setattr(scored, lambda *_: [(-7 * nll, 7)] * 3)
     found = ask(suite, Scorer(tiny_model("llama")))
     assert found.metrics["nats_per_token"] == pytest.approx(nll)
     assert found.metrics.get("perplexity") == (perplexity and pytest.approx(perplexity))

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from helpers.networks import build_network
 from helpers.recoveries import SHORT, STRATEGIES
+from helpers.shipped import NEEDED
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.errors import BadInput
@@ -305,5 +306,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(tiny_model, tex
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "recovery").glob("[!_]*.yaml")))
 def test_every_strategy_is_a_choice(name):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", overrides=[f"recovery={name}", "eval=[]", "compression=none"])
+        config = compose(
+            "config", overrides=[f"recovery={name}", "eval=[]", "compression=none", *NEEDED.get(f"recovery={name}", [])]
+        )
     instantiate(config.recovery, _convert_="all")

@@ -220,7 +220,7 @@ def test_rows_that_differ_in_settings_alone_are_told_apart_and_done_once(
         main()
     assert end.value.code == 0
     said = capfd.readouterr()
-    assert "8 combinations are 4 runs: seed decides nothing in some of them" in said.out + said.err
+    assert "8 combinations are 4 runs: seed has no effect in some of them" in said.out + said.err
     assert sorted(made) == [(2, 32), (2, 64), (4, 32), (4, 64)]
     assert len(list(RunStore(tmp_path / "outputs"))) == 5
     (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()

@@ -107,7 +107,7 @@ def test_a_checkpoint_of_another_training_is_not_gone_on_from(tmp_path, caplog):
     train(decoder(), text(), NextToken(), TrainingSettings(steps=4), checkpoint=state)
     report = train(decoder(), text(), NextToken(), TrainingSettings(steps=4, learning_rate=1e-3), checkpoint=state)
     assert report.resumed_at is None
-    assert "of another training" in caplog.text
+    assert "belongs to another training" in caplog.text
 
 
 def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path, caplog):

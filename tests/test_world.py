@@ -428,7 +428,7 @@ def test_a_world_too_large_for_its_model_says_so_and_leaves_nothing_to_use(tmp_p
     monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path))
     source = small_model("decoder", training=TrainingSettings(steps=2, batch_size=2), recall=0.9)
     for _ in range(2):
-        with pytest.raises(BadInput, match=r"too large for it: after 2 steps it recalls .* and 90\.0% was asked"):
+        with pytest.raises(BadInput, match=r"too large for it: after 2 steps it recalls .* but 90\.0% is required"):
             source.load()
     assert not list((tmp_path / "worlds").glob("*/model.safetensors"))
 

@@ -97,7 +97,7 @@ class Perplexity:
         )
 
     def check_data(self) -> None:
-        """Refuse a text that is not to be had."""
+        """Refuse a text that is not available."""
         self._source().check_data(_TEXTS[self.corpus][1])
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
@@ -129,7 +129,7 @@ class Perplexity:
         return Evaluation(_metrics(items["nll"]), items, self._description(scorer.model, windows, total))
 
     def begin(self, model: Model) -> list[int]:
-        """What a decoder reads before each window: the beginning-of-text token, or nothing.
+        """The tokens before each window of a decoder: the beginning-of-text token, or none.
 
         Raises:
             BadInput: it was asked for and the tokenizer has none, or the model is no decoder.
@@ -198,12 +198,11 @@ _PROTOCOL = {
     ENCODER_DECODER: "the second half of a window, from its first half and the tokens before",
 }
 
-
 Scored = list[tuple[float, int]]  # the log-probability of the scored tokens of each window, and their number
 
 
 def _continuations(scorer: Scorer, windows: LongTensor, ids: Sequence[str], begin: list[int]) -> Scored:
-    """Of decoders all tokens but the first, behind what they begin with; of encoder-decoders the second half."""
+    """Score all tokens but the first for decoders, after ``begin``; the second half for encoder-decoders."""
     read = 1 if scorer.model.family == DECODER else windows.shape[1] // 2
     rows = zip(windows.tolist(), ids, strict=True)
     questions = [Question([*begin, *row[:read]], [row[read:]], (name,)) for row, name in rows]
