@@ -62,6 +62,7 @@ def sweep(slurm: dict[str, str], tmp_path: Path, tiny_folder: Path) -> Any:
         command += ["eval=[probe,second]", f"output.dir={tmp_path / 'outputs'}", "tracker=none"]
         command += ["hydra.launcher.gpus=0", "hydra.launcher.cpus=1", "hydra.launcher.memory_gb=2", *overrides]
         environment = slurm | {"MISHAPS": str(tmp_path / "mishaps"), "PYTHONPATH": str(PARTS), "OMP_NUM_THREADS": "1"}
+        environment["KC_CACHE_DIR"] = str(tmp_path / "cache")  # no test finds what another one compressed
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
