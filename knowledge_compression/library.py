@@ -96,7 +96,7 @@ def drop(before: Evaluation, after: Evaluation) -> Estimate:
         BadInput: the two were not asked the same questions.
     """
     left, right = (e.items.select(*KEY, "correct").drop_nulls() for e in (before, after))
-    both = left.join(right, on=KEY, how="inner", suffix="_after")
+    both = left.join(right, on=KEY, how="inner", suffix="_after", maintain_order="left")
     if both.is_empty() or not both.height == left.height == right.height:
         raise BadInput("these two evaluations asked different items, so they cannot be compared")
     return paired_drop(both["correct"].to_numpy(), both["correct_after"].to_numpy())

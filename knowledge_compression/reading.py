@@ -1,4 +1,4 @@
-"""Reading the user's text and JSON files; a failure is one line that names the file and what is wrong."""
+"""Reading the user's text, JSON and YAML files; a failure is one line that names the file and what is wrong."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from knowledge_compression.errors import BadInput, DataUnavailable, first_line
+
+_DEEPEST = 100  # levels of YAML
 
 
 def text_of(path: Path, wanted: str) -> str:
@@ -27,6 +31,20 @@ def text_of(path: Path, wanted: str) -> str:
         raise DataUnavailable(f"{path} cannot be read ({error.strerror}); expected {wanted}") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 text (byte {error.start}); expected {wanted}, in UTF-8") from None
+
+
+def yaml_of(text: str) -> Any:
+    """Parse YAML of limited depth: libyaml's composer recurses once per level, without a limit of its own.
+
+    Raises:
+        ValueError, yaml.YAMLError: it is nested too deeply, or is not YAML.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
+    return yaml.load(text, Loader=yaml.CSafeLoader)
 
 
 def parsed(text: str, where: str, wanted: str) -> Any:

@@ -82,7 +82,11 @@ def depths(dense: Run, compressed: Run, suite: str) -> pl.DataFrame | None:
     if looked[0] is None or looked[1] is None:
         return None
     lost = fates(dense, compressed, suite).lazy().filter(pl.col("fate") == LOST).select(*KEY, "question", "gold")
-    both = looked[0].rename({"ranks": "ranks_before"}).join(looked[1].rename({"ranks": "ranks_after"}), on=KEY)
+    both = (
+        looked[0]
+        .rename({"ranks": "ranks_before"})
+        .join(looked[1].rename({"ranks": "ranks_after"}), on=KEY, maintain_order="left")
+    )
     blocks = pl.col("ranks_after").list.len() - 1
     first = pl.col("ranks_after").list.eval(pl.element() == 1)
     last = blocks - first.list.reverse().list.arg_max()
@@ -142,7 +146,9 @@ def restorations(
     known = fates(dense, compressed, suite, by=by)
     lost = known.filter(pl.col("fate") == LOST).select(*KEY, "question", "gold", *by).lazy()
     for name, run in recovered.items():
-        lost = lost.join(items_of(run, suite).select(*KEY, pl.col("correct").alias(name)), on=KEY, how="left")
+        lost = lost.join(
+            items_of(run, suite).select(*KEY, pl.col("correct").alias(name)), on=KEY, how="left", maintain_order="left"
+        )
     redirected = pl.any_horizontal([pl.lit(False), *(pl.col(n) for n, way in ways.items() if way == REDIRECTION)])
     relearned = pl.any_horizontal([pl.lit(False), *(pl.col(n) for n, way in ways.items() if way == WEIGHTS)])
     return lost.with_columns(

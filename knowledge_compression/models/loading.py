@@ -136,7 +136,7 @@ class HubModel:
             model = from_pretrained(
                 where, self.name, device, dtype, stored=stored, allow_pickle=self.allow_pickle, **self._hub
             )
-        model.provenance = self._provenance()
+        model.provenance = self._read_provenance()
         model.note = self.note
         return model
 
@@ -145,7 +145,7 @@ class HubModel:
         with cache_alone_where_no_hub_answers(), one_line_failures(self.hub_id, self.name, allow_pickle=False):
             folder = self._download()
         model = streamed_from(folder, self.name, device, dtype, trust_remote_code=self.trust_remote_code)
-        model.provenance = self._provenance()
+        model.provenance = self._read_provenance()
         model.note = self.note
         return model
 
@@ -168,19 +168,19 @@ class HubModel:
     def _hub(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
-    def _provenance(self) -> dict[str, Any]:
-        """The folder or address from which the weights were read.
+    def _read_provenance(self) -> dict[str, Any]:
+        """:meth:`provenance`, once it is certain that this commit was read.
 
         Raises:
             ModelUnavailable: the commit that was read is not the one in the fingerprint.
         """
-        read, named = cached_commit(self.hub_id, self.revision), commit_of(self.hub_id, self.revision)
-        if named is not None and read != named:
+        read, told = cached_commit(self.hub_id, self.revision), self.provenance()
+        if told["commit"] not in (None, read):
             raise ModelUnavailable(
-                f"model={self.name}: {self.hub_id}@{self.revision} changed on the hub while it was read (from {named} "
-                f"to {read}); start again, or name a commit with model.revision="
+                f"model={self.name}: {self.hub_id}@{self.revision} changed on the hub while it was read (from "
+                f"{told['commit']} to {read}); start again, or name a commit with model.revision="
             )
-        return {"hub_id": self.hub_id, "revision": self.revision, "commit": read}
+        return told | {"commit": read}
 
 
 @dataclass(frozen=True)

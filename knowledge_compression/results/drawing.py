@@ -97,7 +97,7 @@ def _x_axis(rows: pl.DataFrame) -> tuple[str, str]:
 
 def task_figure(run: Run, suite: str) -> Figure | None:
     """Accuracy of one run by task of one suite, with 95 % intervals; None if the suite has no right answers."""
-    by_task = _answers(run, suite, "correct").partition_by("task", as_dict=True)
+    by_task = run.answers(suite, "correct").partition_by("task", as_dict=True)
     tasks = {str(task): accuracy(answers["correct"].to_numpy()) for (task,), answers in sorted(by_task.items())}
     if not tasks:
         return None
@@ -135,23 +135,16 @@ def intervals(asked: Sequence[tuple[Run, Run, str, str]]) -> list[dict[str, floa
         for place, (run, baseline, suite, metric) in enumerate(asked):
             if metric != headline:
                 continue
-            before, after = (_answers(of, suite, column) for of in (baseline, run))
+            before, after = (of.answers(suite, column) for of in (baseline, run))
             if after.height:
                 values[place] = after[column].to_numpy()
-            both = before.join(after, on=["task", "id"], suffix="_after")
+            both = before.join(after, on=["task", "id"], suffix="_after", maintain_order="left")
             if both.height and run.id != baseline.id:
                 pairs[place] = both[column].to_numpy(), both[f"{column}_after"].to_numpy()
         for name, made, of in (("value", estimates, values), ("drop", losses, pairs)):
             for place, estimate in zip(of, made(list(of.values())), strict=True):
                 found[place] |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
     return found
-
-
-def _answers(run: Run, suite: str, column: str) -> pl.DataFrame:
-    items = run.scan_items()
-    there = column in items.collect_schema()
-    chosen = items.filter(pl.col("suite") == suite).select("task", "id", *([column] if there else []))
-    return chosen.drop_nulls().collect() if there else pl.DataFrame(schema={"task": str, "id": str, column: float})
 
 
 def _percent_risen(mean_rise: Any) -> Any:

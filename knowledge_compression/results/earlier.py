@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from knowledge_compression.identity import CONTENT
+from knowledge_compression.reading import yaml_of
 from knowledge_compression.results.store import RunStore
 
 # Two sections of config.yaml; the rest is not read, as a store may have ten thousand of these files.
@@ -35,7 +36,7 @@ def contents_of(store: RunStore, hub_id: str, revision: str) -> Counter[str]:
 @lru_cache(1024)
 def _read(section: str) -> dict[str, Any]:
     try:
-        found = yaml.load(section, Loader=yaml.CSafeLoader)
-    except yaml.YAMLError:
+        found = yaml_of(section)
+    except (yaml.YAMLError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

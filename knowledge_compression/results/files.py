@@ -34,7 +34,7 @@ def kept(run: Run, baseline: Run, suite: str) -> dict[str, Any]:
     if not is_file(run):
         return row
     row["file"] = run.config["choices"]["compression"]
-    before, after = (_answers(of, suite) for of in (baseline, run))
+    before, after = (of.answers(suite, "correct") for of in (baseline, run))
     both = before.join(after, on=KEY, suffix="_after").filter(pl.col("correct"))
     if not both.height:
         return row
@@ -89,8 +89,3 @@ def kept_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         axes.margins(x=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _answers(run: Run, suite: str) -> pl.DataFrame:
-    items = run.scan_items().filter((pl.col("suite") == suite) & pl.col("correct").is_not_null())
-    return items.select(*KEY, "correct").collect()

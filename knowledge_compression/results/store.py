@@ -24,6 +24,7 @@ import yaml
 
 from knowledge_compression.errors import BadInput, first_line
 from knowledge_compression.heavy import pl
+from knowledge_compression.reading import yaml_of
 from knowledge_compression.results.layout import Layout
 from knowledge_compression.results.lease import LEASE, Holder, holder, leased
 from knowledge_compression.results.shape import check_agreement, check_columns, checked, columns_of, finite, read_json
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 
 LAYERS = "layers.json"
 _ASIDE = ".old"  # suffix of the hidden name of a run that is being replaced
-_DEEPEST = 100  # levels of settings
 _TOP_LEVEL = re.compile(r"^(?=[^\s\-#])", re.MULTILINE)  # where a key without indentation begins
 FORMAT = 2  # of a run folder; raised whenever a reader of old folders would misread new ones
 _READ = {1, 2}  # a run of format 1 does not record what decided it, and is compared only with others of its kind
@@ -66,6 +66,13 @@ class Run:
     def items(self) -> pl.DataFrame:
         """The item table, read on each access."""
         return self.scan_items().collect()
+
+    def answers(self, suite: str, column: str) -> pl.DataFrame:
+        """``task, id`` and a column of a suite's items, where it is not null; empty if the items lack the column."""
+        items = self.scan_items()
+        if column not in items.collect_schema():
+            return pl.DataFrame(schema={"task": str, "id": str, column: float})
+        return items.filter(pl.col("suite") == suite).select("task", "id", column).drop_nulls().collect()
 
     def scan_items(self) -> pl.LazyFrame:
         """The item table, as a lazy table: only the columns and rows that are used are read.
@@ -141,7 +148,7 @@ def _read_settings(path: Path) -> Any:
     try:
         sections = [_section(part) for part in _TOP_LEVEL.split(text) if part]
     except yaml.YAMLError:  # a section refers to another
-        return _loaded(text)
+        return yaml_of(text)
     if not all(isinstance(section, Mapping) for section in sections):
         raise ValueError("it names no values")
     return {name: value for section in sections for name, value in section.items()}
@@ -149,17 +156,7 @@ def _read_settings(path: Path) -> Any:
 
 @lru_cache(4096)
 def _section(text: str) -> Any:
-    return _loaded(text)
-
-
-def _loaded(text: str) -> Any:
-    """Parse YAML of limited depth: libyaml's composer recurses once per level, without a limit of its own."""
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
-    return yaml.load(text, Loader=yaml.CSafeLoader)
+    return yaml_of(text)
 
 
 def _digest(path: Path) -> str:

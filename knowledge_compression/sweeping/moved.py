@@ -27,7 +27,7 @@ def say_what_moved(experiments: Iterable[Experiment], store: RunStore) -> None:
         if others and now != revision:  # the commit is known
             told = ", ".join(f"{commit[:8]} in {runs}" for commit, runs in sorted(others.items()))
             log.warning(
-                "%s@%s is now commit %s and was another in finished runs of %s (%s): they are kept, and not compared "
-                "with new ones; model.revision=COMMIT asks an earlier one",
+                "%s@%s is now commit %s; finished runs of %s used others (%s): they are kept but not compared with new "
+                "ones; model.revision=COMMIT uses an earlier one",
                 *(hub_id, revision, now[:8], store.folder, told),
             )

@@ -195,9 +195,7 @@ class SlurmLauncher(ProcessLauncher):
         for number, handle in handles.items():
             self._unseen[number] = 0 if handle.job_id in alive else self._unseen.get(number, 0) + 1
             told = Outcome.read(handle.folder)
-            if self._unseen[number] and (
-                told or self._unseen[number] > 3
-            ):  # files on a shared file system may appear late
+            if self._unseen[number] and (told or self._unseen[number] > 3):  # a shared file may appear late
                 if told:  # maybe to another sweep
                     told.write(Path(self.config.hydra.sweep.dir) / str(number))
                 over[number] = f"ended by SLURM without a result ({how_it_ended(handle.job_id)})"

@@ -142,7 +142,7 @@ def _target(target: Any) -> Any:
     if isinstance(target, str) and target.startswith("[") and target.endswith("]"):
         try:
             return ast.literal_eval(target)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):  # text that only looks like a list
             return target
     return target
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from knowledge_compression.building import Seed
 from knowledge_compression.errors import BadInput, first_line
-from knowledge_compression.reading import text_of
+from knowledge_compression.reading import text_of, yaml_of
 
 UNKNOWN = "unknown"
 _CLOSED = ConfigDict(extra="forbid")  # a word that is not known is a mistake of the user's
@@ -37,10 +38,10 @@ class Made:
     recovery: str = "none"
     restores_by: str = UNKNOWN
     family: str = UNKNOWN
-    bits: Annotated[float, Field(gt=0)] | None = None
+    bits: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     sparsity: Annotated[float, Field(ge=0, le=1)] | None = None
-    stored_mb: Annotated[float, Field(gt=0)] | None = None
-    seed: int | None = None
+    stored_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    seed: Seed | None = None
 
     @property
     def dense(self) -> bool:
@@ -102,9 +103,10 @@ def read_statement(path: Path) -> Statement:
     Raises:
         BadInput: it is not one; the line names the place.
     """
+    text = text_of(path, "a statement in YAML")
     try:
-        content = yaml.load(text_of(path, "a statement in YAML"), Loader=yaml.CSafeLoader)
-    except (yaml.YAMLError, RecursionError) as error:
+        content = yaml_of(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise BadInput(f"{path}: not YAML ({first_line(error)})") from None
     if not isinstance(content, Mapping):
         raise BadInput(f"{path}: no statement; it names {_names(Statement)}")

@@ -167,7 +167,7 @@ def _pairing(there: Sequence[Run], new: Sequence[Run]) -> list[str]:
 def _differences(group: Group, run: Run) -> list[str]:
     """Items that only one of a run and its baseline has; refuses items whose right answers differ."""
     mine, theirs = (items_of(of, group.asked.suite).select(*KEY, "gold").collect() for of in (run, group.dense))
-    both = mine.join(theirs, on=KEY, suffix="_dense")
+    both = mine.join(theirs, on=KEY, suffix="_dense", maintain_order="left")
     unlike = both.filter(pl.col("gold") != pl.col("gold_dense"))
     if unlike.height:
         task, item, ours, dense = unlike.select(*KEY, "gold", "gold_dense").row(0)

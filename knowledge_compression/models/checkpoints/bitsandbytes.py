@@ -127,11 +127,14 @@ def _settings(layer: str, stored: Tensor) -> dict[str, Any]:
     """
     try:
         told = json.loads(bytes(stored.tolist()))
-        shape, run = tuple(int(n) for n in told["shape"]), int(told["blocksize"])
-        nested = {"nested_blocksize": int(told.get("nested_blocksize", 256))}
-        nested_offset = {"nested_offset": float(told.get("nested_offset", 0.0))}
+        found: dict[str, Any] = {
+            "shape": tuple(int(n) for n in told["shape"]),
+            "blocksize": int(told["blocksize"]),
+            "nested_blocksize": int(told.get("nested_blocksize", 256)),
+            "nested_offset": float(told.get("nested_offset", 0.0)),
+        }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{layer}.weight.quant_state is not in the form that bitsandbytes writes ({error})") from None
-    if run < 1 or nested["nested_blocksize"] < 1 or any(n < 1 for n in shape):
+    if any(n < 1 for n in (*found["shape"], found["blocksize"], found["nested_blocksize"])):
         raise BadInput(f"{layer}.weight.quant_state names sizes below 1")
-    return {"shape": shape, "blocksize": run} | nested | nested_offset
+    return found

@@ -28,10 +28,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 FORMATS: tuple[type[Format], ...] = (Gptq, Awq, CompressedTensors, FourBit, EightBit, BlockFp8, Mxfp4)
-_BESIDE = {
-    "quantize_config.json": "gptq",
-    "quant_config.json": "awq",
-}  # the file in which older programs wrote the settings
+# The files in which older programs wrote the settings.
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _SETTINGS = ("quantization_config", "compression_config")
 
 
