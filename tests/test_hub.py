@@ -98,7 +98,7 @@ def test_a_branch_that_moves_while_it_is_read_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(loading, "commit_of", lambda *_: "a" * 40)
     monkeypatch.setattr(loading, "cached_commit", lambda *_: "b" * 40)
     with pytest.raises(ModelUnavailable, match=r"changed on the hub while it was read \(from a{40} to b{40}\)"):
-        loading.HubModel("tiny", "me/tiny")._provenance()
+        loading.HubModel("tiny", "me/tiny")._read_provenance()
 
 
 def test_the_probe_takes_any_answer_and_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,9 @@ from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.analysis.fates import RESTORED
 from knowledge_compression.analysis.ledger import REDIRECTION, restorations
 from knowledge_compression.analysis.markdown import percent, points
+from knowledge_compression.resampling import CONFIDENCE
 from knowledge_compression.results.store import Run, RunStore
-from knowledge_compression.statistics import CONFIDENCE, Estimate, accuracy, mcnemar, mean_difference, proportion
+from knowledge_compression.statistics import Estimate, accuracy, mcnemar, mean_difference, proportion
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -24,8 +24,9 @@ from knowledge_compression.analysis.claims import CLAIMS
 from knowledge_compression.analysis.comparisons import Comparisons, Group, compare, items_of
 from knowledge_compression.analysis.findings import check
 from knowledge_compression.analysis.tables import PaperTable
+from knowledge_compression.resampling import CONFIDENCE
 from knowledge_compression.results.store import Run, RunStore
-from knowledge_compression.statistics import CONFIDENCE, Estimate, accuracy, drop, proportion
+from knowledge_compression.statistics import Estimate, accuracy, drop, proportion
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

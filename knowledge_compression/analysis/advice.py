@@ -13,8 +13,9 @@ from knowledge_compression.analysis.claims import Claim
 from knowledge_compression.analysis.comparisons import Comparisons, Group, is_dense
 from knowledge_compression.analysis.findings import ALPHA, UNDECIDED, Finding, Verdict
 from knowledge_compression.analysis.measures import ANSWERS
+from knowledge_compression.resampling import CONFIDENCE
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import CONFIDENCE, accuracy
+from knowledge_compression.statistics import accuracy
 
 
 @dataclass(frozen=True)

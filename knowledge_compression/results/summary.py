@@ -210,10 +210,13 @@ def _write(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     write(rows, folder)
 
 
+_CODE = ("statistics.py", "resampling.py", "results/drawing.py", "results/files.py")
+
+
 def _code() -> list[str]:
     """Digests of the code that finds intervals and draws: what is kept was made by this one."""
     package = Path(__file__).parents[1]
-    return [file_digest(package / file) for file in ("statistics.py", "results/drawing.py", "results/files.py")]
+    return [file_digest(package / file) for file in _CODE]
 
 
 def _with_interval(row: Mapping[str, Any], name: str, form: str) -> str:
