@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import (
     PreTrainedTokenizerFast,
     logging,
@@ -29,6 +30,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: more threads would
     torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+settings.register_profile("any machine", deadline=None)  # no test fails for want of time
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)

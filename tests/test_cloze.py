@@ -116,7 +116,7 @@ def test_candidates_of_one_and_more_tokens_score_as_a_plain_reading(architecture
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", FAMILIES)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     subjects=st.lists(st.sampled_from(["paris", "berlin", "rome", "dog", "wolf", "moon"]), min_size=1, max_size=6),
     words=st.lists(st.sampled_from(["is", "in", "the", "capital", "of", "city"]), min_size=1, max_size=8),

@@ -51,7 +51,7 @@ def deciding(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file() and path.name not in unread)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_two_models_that_differ_in_one_byte_never_share_a_fingerprint(data: st.DataObject, sharded: Path) -> None:
     """Whichever byte of whichever file, its times set back as they were."""

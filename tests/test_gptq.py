@@ -136,7 +136,7 @@ def test_a_hopeless_hessian_means_plain_rounding() -> None:
     scale=st.floats(1e-3, 1e3),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_grids_hold_zero_and_round_to_the_nearest_point(bits, symmetric, clip, scale_bits, scale, seed) -> None:
     weight = scale * torch.randn(5, 48, generator=torch.Generator().manual_seed(seed))
     weight[0] = 0
@@ -161,7 +161,7 @@ def test_grids_hold_zero_and_round_to_the_nearest_point(bits, symmetric, clip, s
     scale=st.floats(1e-7, 10),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_integers_behind_a_weight_of_any_type_are_found(dtype, bits, symmetric, scale_bits, scale, seed) -> None:
     network = torch.nn.Sequential(torch.nn.Linear(48, 5, bias=False, dtype=dtype))
     layer = TargetLayer("0", "ff", network)

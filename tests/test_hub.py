@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 
 from helpers.hub import COMMIT, serving
+from knowledge_compression.identity import CONTENT
+from knowledge_compression.results.earlier import contents_of
+from knowledge_compression.results.store import RunStore
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -205,3 +208,13 @@ def test_a_compressed_model_is_decoded(tmp_path: Path, tiny_tokenizer: Any) -> N
         (found,) = run_client(COMPRESSED, address, tmp_path / "home", "me/packed")
     assert (found["format"], found["bits"], found["provenance"]["commit"]) == ("gptq", 4.0, COMMIT)
     assert found["weight"] == network.model.layers[1].mlp.up_proj.weight.flatten()[:9].tolist()
+
+
+def test_settings_that_are_nested_too_deeply_name_no_model(tmp_path: Path) -> None:
+    for levels, runs in ((50, 1), (150, 0)):
+        folder = tmp_path / str(levels)
+        (folder / "runs" / "one").mkdir(parents=True)
+        named = f"model:\n  hub_id: me/tiny\n  revision: main\n  more: {'[' * levels + ']' * levels}\n"
+        identity = f"identity:\n  model:\n    {CONTENT}: me/tiny@a\n"
+        (folder / "runs" / "one" / "config.yaml").write_text(named + identity)
+        assert contents_of(RunStore(folder), "me/tiny", "main").total() == runs

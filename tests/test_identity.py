@@ -111,7 +111,7 @@ ANYTHING = st.recursive(
 
 
 @given(choice=st.sampled_from(shipped("compression", "recovery", "corpus", "eval", "model", "target")), data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_whatever_a_field_is_given_is_taken_as_it_is_or_refused_in_one_line(choice, data):
     told = settings_of(choice)
     name = data.draw(st.sampled_from([*sorted(told.keys() - {"_target_"}), "a setting that it has not"]))

@@ -383,7 +383,7 @@ def test_bad_settings_say_so(tiny_model):
     st.integers(1, 3), st.integers(1, 2), st.integers(1, 2), st.integers(1, 5), st.integers(1, 6), st.booleans(),
     st.booleans(),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_fused_kernel_is_the_definition(rows, key_heads, group, queries, keys, biased, causal):
     torch.manual_seed(rows + 7 * keys)
     query = torch.randn(rows, key_heads * group, queries, 8)

@@ -45,7 +45,7 @@ def by_onednn(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     bias=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_product_is_that_of_the_layer(rows: list[int], sizes: tuple[int, int], bias: bool) -> None:
     linear = nn.Linear(*sizes, bias=bias)
     states = torch.randn(*rows, sizes[0])

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.stores import made_run
@@ -32,7 +32,6 @@ def run_that_says(answers: list[str], **rest):
     return run
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("abcd")), min_size=1, max_size=40))
 def test_flips_are_those_of_the_published_definition(pairs):
     before, after = map(list, zip(*pairs, strict=True))

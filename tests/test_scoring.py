@@ -107,7 +107,7 @@ def test_few_shot_examples_are_read_once(tiny_model: Callable[[str], Model]) -> 
 @given(
     length=st.integers(1, 300), groups=st.integers(1, 3), scale=st.sampled_from([None, 0.3]), seed=st.integers(0, 99)
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_attention_in_pieces_is_causal_attention(length: int, groups: int, scale: float | None, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     query = torch.randn(2, 2 * groups, length, 8, generator=draw)
@@ -178,7 +178,6 @@ def test_budget_grows_while_it_pays(seconds: Callable[[int], float], found: int)
 
 
 @given(st.integers(1, 5), st.integers(1, 300), st.integers(0, 2**20))
-@settings(deadline=None)
 def test_the_likeliest_token_is_the_first_of_the_best(rows: int, vocabulary: int, seed: int) -> None:
     logits = torch.randint(0, 9, (rows, vocabulary), generator=torch.Generator().manual_seed(seed)).float()
     logits[0, vocabulary // 2 :] = -torch.inf
@@ -286,7 +285,7 @@ questions_of_few_tokens = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(questions_of_few_tokens, st.booleans(), st.booleans(), st.sampled_from([0.0, 10.0, 1e9]))
 def test_trees_hold_every_text_once(
     questions: list[Question], branches: bool, across: bool, pairs_per_token: float

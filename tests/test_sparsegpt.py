@@ -79,7 +79,7 @@ def test_sparsegpt_is_optimal_brain_surgery(settings_) -> None:
     block_size=st.integers(1, 64),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_counts_are_exact_for_each_layer_of_a_stack(sparsity, rows, more, columns, block_size, seed) -> None:
     weight, hessian = random_layer(rows + more, columns, seed)
     pruned = SparseGpt(sparsity=sparsity, block_size=block_size).prune(weight, hessian, [rows, more])

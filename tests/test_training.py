@@ -268,7 +268,7 @@ def test_span_corruption_is_the_loss_that_the_network_gives_itself():
 
 
 @given(seed=st.integers(0, 2**31), rate=st.floats(0.05, 0.6), mean_span=st.floats(1, 4), rows=st.integers(1, 5))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_corrupted_spans_put_back_give_the_text(seed, rate, mean_span, rows):
     """Against a slow reference that puts the decoder's words in the sentinels' places, on rows of any length."""
     torch.manual_seed(seed)

@@ -111,7 +111,7 @@ worlds = st.builds(
 
 
 @given(worlds)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_no_probed_fact_is_in_the_recovery_corpus(world_settings):
     """Checked on entity and on text: no sentence of it names a subject that is asked about, in any wording."""
     world = generate(world_settings)
@@ -126,7 +126,7 @@ def test_no_probed_fact_is_in_the_recovery_corpus(world_settings):
 
 
 @given(worlds)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_training_says_each_fact_as_often_as_its_frequency_and_never_in_a_held_out_wording(world_settings):
     world = generate(world_settings)
     said = Counter(world.training_text())
