@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from helpers.every_type import make
 from helpers.experiments import made
+from knowledge_compression.evaluation.atlas import Atlas
 from knowledge_compression.evaluation.perplexity import Perplexity
 from knowledge_compression.library import choose
 from knowledge_compression.models import Model, Target
@@ -39,7 +40,8 @@ def test_every_model_from_the_hub_is_composed(name: str) -> None:
 
 def written(name: str, folder: Path) -> LocalModel:
     """The published configuration with a tokenizer, and no weights."""
-    tokenizer = make("pieces_ended" if SIZES[name]["config"]["model_type"] == "mt5" else "bytes")
+    kinds = {"mt5": "pieces_ended", "modernbert": "bytes_masked"}
+    tokenizer = make(kinds.get(SIZES[name]["config"]["model_type"], "bytes"))
     config = dict(SIZES[name]["config"])
     ids = {"pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
     AutoConfig.for_model(config.pop("model_type"), **config, **ids).save_pretrained(folder / name)
@@ -65,8 +67,9 @@ def test_it_is_planned_without_a_network(name: str, tmp_path: Path, monkeypatch:
     source, sizes = written(name, tmp_path), SIZES[name]
     (tmp_path / "wikitext2").mkdir()
     (tmp_path / "wikitext2" / "test.raw.txt").write_text("The capital of France is Paris. " * 40)
-    suite = Perplexity(window=64, limit=2, data_dir=str(tmp_path))
-    experiment = made(tmp_path / name, {"perplexity": suite})
+    text = Perplexity(window=64, limit=2, data_dir=str(tmp_path))
+    masked = sizes["config"]["model_type"] == "modernbert"
+    experiment = made(tmp_path / name, {"atlas": Atlas(limit=2)} if masked else {"perplexity": text})
     target = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff", "experts"])
     experiment = type(experiment)(**vars(experiment) | {"target": target, "dtype": "bfloat16"})
     first, *_ = Forecaster(RunStore(tmp_path / "runs"), rate=1e12).of(experiment, name)
@@ -76,9 +79,11 @@ def test_it_is_planned_without_a_network(name: str, tmp_path: Path, monkeypatch:
     idle = 1 - sizes["active"] / sizes["of"] if "of" in sizes else 0.0
     active = sum(layer.parameters * (1 - idle * (layer.role == "experts")) for layer in layers)
     assert multiply_adds(skeleton, reached(skeleton)(1)) == pytest.approx(active, rel=1e-6)
-    assert 0 < first.macs < 1.1 * 2 * 64 * active  # two windows; only scored tokens pass the head
+    assert first.macs > 0
+    if not masked:
+        assert first.macs < 1.1 * 2 * 64 * active  # two windows; only scored tokens pass the head
     assert torch.device("meta") == next(skeleton.network.parameters()).device
 
 
 def test_the_list_of_today_is_there() -> None:
-    assert SIZES.keys() <= set(FROM_THE_HUB) and len(FROM_THE_HUB) >= 35
+    assert len(SIZES) >= 35 and SIZES.keys() <= set(FROM_THE_HUB)

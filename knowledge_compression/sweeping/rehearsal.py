@@ -18,6 +18,7 @@ from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER_DECODER
 from knowledge_compression.models.pretrained import auto_class
+from knowledge_compression.models.roles import EXPERTS
 from knowledge_compression.models.targets import linear_layers
 
 _NARROW, _HEAD = 8, 4  # numbers in a hidden state of a miniature for each of its heads, and in a head
@@ -104,23 +105,25 @@ class _CountedExperts(ExpertProducts):
 def reached(skeleton: Model) -> Callable[[int], dict[str, float]]:
     """How many of some tokens of text pass each matrix in one pass: all of them, but of an expert its part.
 
-    To which experts a token is sent depends on weights, but their number does not, so all experts of a bank are assumed
-    to get equally many tokens.
+    To which experts a token is sent depends on weights, but their number does not, so all experts of a block are
+    assumed to get equally many tokens.
     """
     layers = linear_layers(skeleton)
-    banks: dict[str, list[str]] = {}
+    blocks = skeleton.architecture.block_paths(skeleton.network)
+    experts: dict[str, list[str]] = {}
     for layer in layers:
-        if layer.expert:
-            banks.setdefault(layer.weight_name, []).append(layer.path)
+        if layer.role == EXPERTS:  # parts of a bank, or modules of their own as in Switch
+            block = next(block for block in blocks if layer.path.startswith(f"{block}."))
+            experts.setdefault(block, []).append(layer.path)
     shares: dict[str, float] = {layer.path: float(layer.uses) for layer in layers}
-    if banks:
+    if experts:
         small = miniature(skeleton)
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(small.text_config.vocab_size, (8, _TRIED // 8), generator=draw)
         inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if small.family == ENCODER_DECODER else {})
         with counting(small) as tokens, torch.inference_mode():
             small.network(**inputs)
-        for paths in banks.values():
+        for paths in experts.values():
             shares |= dict.fromkeys(paths, sum(tokens[path] for path in paths) / len(paths) / _TRIED)
     return lambda count: {path: share * count for path, share in shares.items()}
 
