@@ -16,21 +16,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="kc advise", description=__doc__)
     parser.add_argument("outputs", type=Path, help="the outputs folder, with runs/ inside")
     parser.add_argument("--keep", default="95%", help="share of the known facts to keep, e.g. 95%% or 0.95 (95%%)")
+    parser.add_argument(
+        "--flips", help="share of all facts that may flip (right to wrong or back), e.g. 5%%; none asked"
+    )
     options = parser.parse_args(arguments)
     try:
-        advise(options.outputs, _share(options.keep))
+        flips = 1.0 if options.flips is None else _share("--flips", options.flips, 0.05)
+        advise(options.outputs, _share("--keep", options.keep, 0.95), flips)
     except BadInput as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
 
 
-def advise(outputs: Path, keep: float) -> None:
+def advise(outputs: Path, keep: float, flips: float = 1.0) -> None:
     """Print, for each model and suite, the Pareto front of size and knowledge and the smallest setting that keeps
     enough.
 
     Args:
         outputs: folder of the store.
         keep: share of the dense model's known facts to keep, in (0, 1].
+        flips: share of all facts whose answers may go from right to wrong or from wrong to right, in (0, 1].
 
     Raises:
         BadInput: there is nothing to compare.
@@ -38,8 +43,8 @@ def advise(outputs: Path, keep: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from knowledge_compression.analysis.advice import front, kept, run_next, smallest, unsized
-    from knowledge_compression.analysis.comparisons import compare
+    from knowledge_compression.analysis.advice import enough, front, kept, run_next, smallest, unsized
+    from knowledge_compression.analysis.comparisons import compare, is_dense
     from knowledge_compression.analysis.findings import check
     from knowledge_compression.results.store import RunStore
     from knowledge_compression.results.summary import shown
@@ -50,6 +55,8 @@ def advise(outputs: Path, keep: float) -> None:
         damaged = f" that can be read ({unreadable[0][0]}: {unreadable[0][1]})" if unreadable else ""
         raise BadInput(f"{outputs} holds no dense run to compare with{damaged}; run one with compression=none")
     console, names = Console(), comparisons.names
+    wanted = f"{keep:.0%}" + (f" and flip at most {flips:.0%}" if flips < 1 else "")
+    wants = wanted.replace("flip", "flips")
 
     def say(text: str) -> None:
         console.print(shown(text), soft_wrap=True)
@@ -58,7 +65,7 @@ def advise(outputs: Path, keep: float) -> None:
         rows = kept(group)
         for title, listed in (("the front", front(rows)), ("of unknown size", unsized(rows))):
             table = Table(title=shown(f"{group.asked.model}, {group.asked.name}: {title}"), title_justify="left")
-            for column in ("setting", "MB stored", "facts kept", "at least (95 %)", "run"):
+            for column in ("setting", "MB stored", "facts kept", "at least (95 %)", "flips", "at most (95 %)", "run"):
                 table.add_column(column)
             for row in listed:
                 table.add_row(
@@ -66,19 +73,20 @@ def advise(outputs: Path, keep: float) -> None:
                     "" if row.size_mb is None else f"{row.size_mb:.1f}",
                     f"{row.share:.1%}",
                     f"{row.at_least:.1%}",
+                    *(("", "") if is_dense(row.run) else (f"{row.flips:.1%}", f"{row.flips_at_most:.1%}")),
                     shown(row.run.id[:8]),
                 )
             if listed or not rows:
                 console.print(table)
-        best = smallest(rows, keep)
-        enough = [names.of(row.run.id, _POOLED) for row in unsized(rows) if row.at_least >= keep]
+        best = smallest(rows, keep, flips)
+        able = [names.of(row.run.id, _POOLED) for row in unsized(rows) if enough(row, keep, flips)]
         if not rows:
             say(f"{group.asked.model} answers no {group.asked.suite} item right, so there is no knowledge to keep.")
         elif unsized(rows):
-            say(f"Of unknown size, keep {keep:.0%} with 95 % confidence: {', '.join(enough) or 'none'}")
+            say(f"Of unknown size, keep {wanted} with 95 % confidence: {', '.join(able) or 'none'}")
         if best:
             kept_by = f"{names.of(best.run.id, _POOLED)} ({best.size_mb:.1f} MB)"
-            say(f"Smallest that keeps {keep:.0%} with 95 % confidence: {kept_by}")
+            say(f"Smallest that keeps {wants} with 95 % confidence: {kept_by}")
         console.print()
     for line in run_next(check(comparisons), comparisons):
         say(f"undecided – {line}")
@@ -86,13 +94,13 @@ def advise(outputs: Path, keep: float) -> None:
         say(f"left out – {run_id}: {why}")
 
 
-def _share(text: str) -> float:
+def _share(option: str, text: str, example: float) -> float:
     try:
         share = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         share = 0.0  # not a share, refused below
     if not 0 < share <= 1:
-        raise BadInput(f"--keep {text} is not a share; give e.g. --keep 95% or --keep 0.95")
+        raise BadInput(f"{option} {text} is not a share; give e.g. {option} {example:.0%} or {option} {example}")
     return share
 
 

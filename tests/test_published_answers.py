@@ -1,4 +1,4 @@
-"""The published answers of five models: flips by the published definition, in plain code, and the study's own tests."""
+"""The published answers of five models, and the study of them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from helpers.stores import made_run
-from knowledge_compression.analysis.flips import changes, flips_of
 from knowledge_compression.analysis.published import EXPERIMENTS
 
 FOLDER = EXPERIMENTS / "published_answers"
@@ -23,35 +19,6 @@ FOLDER = EXPERIMENTS / "published_answers"
 @pytest.fixture(scope="module")
 def study() -> SimpleNamespace:
     return SimpleNamespace(**runpy.run_path(str(FOLDER / "study.py")))
-
-
-def run_that_says(answers: list[str], **rest):
-    """A run with these answers, of which "a" is right."""
-    run = made_run([answer == "a" for answer in answers], **rest)
-    run._items = run.items.with_columns(prediction=pl.Series(answers, dtype=pl.String))
-    return run
-
-
-@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("abcd")), min_size=1, max_size=40))
-def test_flips_are_those_of_the_published_definition(pairs):
-    before, after = map(list, zip(*pairs, strict=True))
-    found = flips_of(changes(run_that_says(before, compression="none"), run_that_says(after), "atlas"))
-    to_wrong = sum(b == "a" != a for b, a in pairs)
-    to_right = sum(b != "a" == a for b, a in pairs)
-    among_wrong = sum(b != a and "a" not in (a, b) for b, a in pairs)
-    assert (found.lost, found.gained, found.wrong_otherwise) == (to_wrong, to_right, among_wrong)
-    assert found.flips.value == (to_wrong + to_right) / len(pairs)
-    assert found.all_flips.value == sum(b != a for b, a in pairs) / len(pairs)
-    assert found.kept + found.lost + found.gained + found.never_known == len(pairs)
-    assert found.change.value == pytest.approx((to_right - to_wrong) / len(pairs))
-
-
-def test_without_the_answers_themselves_only_flips_are_known():
-    dense, small = run_that_says(["a", "b", "b"], compression="none"), run_that_says(["b", "c", "a"])
-    small._items = small.items.with_columns(prediction=pl.lit(None, dtype=pl.String))
-    found = flips_of(changes(dense, small, "atlas"))
-    assert (found.lost, found.gained) == (1, 1) and found.wrong_otherwise is None and found.all_flips is None
-    assert flips_of(changes(dense, small, "atlas").clear()) is None
 
 
 def test_the_study_counts_what_was_published(data_dir: Path, study, tmp_path, monkeypatch):

@@ -26,8 +26,8 @@ from scipy import stats
 
 from knowledge_compression.analysis import markdown
 from knowledge_compression.analysis.comparisons import KEY, compare, items_of
-from knowledge_compression.analysis.flips import Flips, changes, flips_of
-from knowledge_compression.analysis.ledger import GAINED, LOST
+from knowledge_compression.analysis.flips import change_in_accuracy, flips_of
+from knowledge_compression.analysis.ledger import GAINED, LOST, fates
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.statistics import Estimate, proportion
 from knowledge_compression.take import take_results
@@ -122,7 +122,7 @@ def _ledgers(runs: Sequence[Run]) -> Iterator[tuple[Key, pl.DataFrame]]:
     """What changed, by model, precision and benchmark."""
     for group in compare(runs):
         for run in group.runs:
-            ledger = changes(group.dense, run, SUITE)
+            ledger = fates(group.dense, run, SUITE)
             for task in BENCHMARKS:
                 precision = PRECISIONS[run.config["compression"]["bits"]]
                 yield (group.asked.model, precision, task), ledger.filter(pl.col("task") == task)
@@ -134,18 +134,20 @@ def counted(ledgers: dict[Key, pl.DataFrame]) -> pl.DataFrame:
     for model in MODELS:
         for task in BENCHMARKS:
             for precision in PRECISIONS.values():
-                found = flips_of(ledgers[model, precision, task])
-                assert found is not None and found.all_flips is not None
-                rows.append({"model": model, "benchmark": task, "precision": precision} | _row(found))
+                rows.append(
+                    {"model": model, "benchmark": task, "precision": precision} | _row(ledgers[model, precision, task])
+                )
     return pl.DataFrame(rows)
 
 
-def _row(found: Flips) -> dict[str, Any]:
-    named = {"flips": found.flips, "all_flips": found.all_flips, "change": found.change}
+def _row(ledger: pl.DataFrame) -> dict[str, Any]:
+    found, change = flips_of(ledger), change_in_accuracy(ledger)
+    assert found is not None and found.all_flips is not None
+    named = {"flips": found.flips, "all_flips": found.all_flips, "change": change}
     shares = {f"{name}{end}": getattr(e, of) for name, e in named.items() for end, of in _ENDS.items()}
     counts = ("items", "kept", "lost", "gained", "wrong_otherwise")
     told = {name: getattr(found, name) for name in counts}
-    return told | {"accuracy": (found.kept + found.gained) / found.items} | shares | {"p": found.change.p}
+    return told | {"accuracy": (found.kept + found.gained) / found.items} | shares | {"p": change.p}
 
 
 _ENDS = {"": "value", "_low": "low", "_high": "high"}

@@ -15,7 +15,7 @@ from knowledge_compression.analysis.findings import ALPHA, UNDECIDED, Finding, V
 from knowledge_compression.analysis.measures import ANSWERS
 from knowledge_compression.resampling import CONFIDENCE
 from knowledge_compression.results.store import Run
-from knowledge_compression.statistics import accuracy
+from knowledge_compression.statistics import accuracies
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,16 @@ class Kept:
         at_least: lower bound of that share with 95 % confidence (one-sided; Wilson, or over seeds too where there are
             several).
         size_mb: stored size in 10^6 bytes, with what a recovery trained; None where it is unknown.
+        flips: of all facts, the share that it answers right where the dense model is wrong or conversely.
+        flips_at_most: upper bound of that share with 95 % confidence (one-sided).
     """
 
     run: Run
     share: float
     at_least: float
     size_mb: float | None
+    flips: float
+    flips_at_most: float
 
 
 def kept(group: Group) -> list[Kept]:
@@ -47,8 +51,9 @@ def kept(group: Group) -> list[Kept]:
         return []
     rows = []
     for run in group.settings:
-        still = accuracy(group.answers(run)[:, known], confidence=2 * CONFIDENCE - 1)  # one-sided
-        rows.append(Kept(run, still.value, still.low, run.stored_mb))
+        still, flips = accuracies([group.answers(run)[:, known], group.flipped(run)], confidence=2 * CONFIDENCE - 1)
+        at_most = 0.0 if is_dense(run) else flips.high
+        rows.append(Kept(run, still.value, still.low, run.stored_mb, flips.value, at_most))  # bounds are one-sided
     return sorted(rows, key=lambda row: (not is_dense(row.run), row.size_mb is None, -(row.size_mb or 0)))
 
 
@@ -64,10 +69,20 @@ def front(rows: Sequence[Kept]) -> list[Kept]:
     return best[::-1]
 
 
-def smallest(rows: Sequence[Kept], keep: float) -> Kept | None:
-    """The smallest setting of known size that keeps at least the share ``keep`` with 95 % confidence, if one does."""
-    enough = [row for row in _sized(rows) if row.at_least >= keep or (is_dense(row.run) and keep <= 1)]
-    return min(enough, key=lambda row: (row.size_mb or 0, -row.at_least), default=None)
+def enough(row: Kept, keep: float, flips: float = 1.0) -> bool:
+    """Whether a setting surely keeps a share of the known facts, and surely flips at most a share of all facts.
+
+    Args:
+        row: the setting; the dense model keeps everything.
+        keep, flips: the two shares, each to be met with 95 % confidence.
+    """
+    return is_dense(row.run) or (row.at_least >= keep and row.flips_at_most <= flips)
+
+
+def smallest(rows: Sequence[Kept], keep: float, flips: float = 1.0) -> Kept | None:
+    """The smallest setting of known size that is :func:`enough`, if one is."""
+    able = [row for row in _sized(rows) if enough(row, keep, flips)]
+    return min(able, key=lambda row: (row.size_mb or 0, -row.at_least), default=None)
 
 
 def unsized(rows: Sequence[Kept]) -> list[Kept]:

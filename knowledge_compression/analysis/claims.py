@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from knowledge_compression.analysis.measures import ANSWERS, LATENCY, PERPLEXITY, SIMILARITY, Measure
+from knowledge_compression.analysis.measures import ANSWERS, FLIPS, LATENCY, PERPLEXITY, SIMILARITY, Measure
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 
 FIRST = "The Cost of Compression (Namburi et al., 2023)"
 SECOND = "Do Compressed LLMs Forget Knowledge? (Hoang et al., 2024)"
+NOT_ACCURACY = "Accuracy is Not All You Need (Dutta et al., 2024)"
 ALL_FAMILIES = (ENCODER, ENCODER_DECODER, DECODER)
 PRUNING = "magnitude"
 EVERYTHING = ("all", "overall")  # the targets of a claim about the whole model
@@ -189,6 +190,12 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("prefix_keeps_attention", "Prefix tuning keeps attention nearer to the dense model's than a prompt",
           f"{SECOND}, 4.1 and Figure 5", better={"recovery": "prefix"}, worse={"recovery": "prompt"},
           tasks=("attention",), measure=SIMILARITY),
+    Claim("eight_bits_flip_little",
+          "What accuracy suggests and the paper denies: 8 bits leave the answers as they were (within 1 % flips)",
+          NOT_ACCURACY, better={"bits": "8", "recovery": "none"}, worse={"compression": "none", "recovery": "none"},
+          margin=0.01, measure=FLIPS),
+    Claim("fewer_bits_flip_more", "4 bits flip more answers than 8 bits by the same method", NOT_ACCURACY,
+          better={"bits": "8", "recovery": "none"}, worse={"bits": "4", "recovery": "none"}, measure=FLIPS),
     Claim("prefix_turns_activations", "Prefix tuning turns activations further from the dense model's than a prompt",
           f"{SECOND}, 4.1 and Figure 5", better={"recovery": "prompt"}, worse={"recovery": "prefix"},
           tasks=("activation",), measure=SIMILARITY),

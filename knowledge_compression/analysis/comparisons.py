@@ -123,6 +123,11 @@ class Group:
         """Relative drop from the baseline over all items, by id of :attr:`settings`."""
         return self._each(drops([(self.dense_answers(run), self.answers(run)) for run in self.settings]))
 
+    @cached_property
+    def flips(self) -> dict[str, Estimate]:
+        """Share of all items that went from right to wrong or from wrong to right, by id of :attr:`settings`."""
+        return self._each(accuracies([self.flipped(run) for run in self.settings]))
+
     def _each(self, estimates: Sequence[Estimate]) -> dict[str, Estimate]:
         return {run.id: estimate for run, estimate in zip(self.settings, estimates, strict=True)}
 
@@ -165,6 +170,24 @@ class Group:
     def answers(self, run: Run) -> NDArray[np.bool_]:
         """Whether each item was right under each seed of a setting: ``[seeds, items]``."""
         return np.stack([self.correct(self.under(run, seed)) for seed in self.seeds_of(run)])
+
+    def flipped(self, run: Run) -> NDArray[np.bool_]:
+        """Whether each item's answer is right where the baseline's is wrong or conversely: ``[seeds, items]``."""
+        return self.answers(run) != self.correct(self.dense)
+
+    def changed(self, run: Run) -> NDArray[np.bool_] | None:
+        """:meth:`flipped`, or wrong and wrong otherwise; None if some wrong answers are not known as text."""
+        before = self._said(self.dense)
+        other = [self._said(self.under(run, seed)) != before for seed in self.seeds_of(run)]
+        wrong = ~self.answers(run) & ~self.correct(self.dense)
+        if (wrong & np.stack([one.is_null() for one in other])).any():
+            return None
+        return self.flipped(run) | (wrong & np.stack([one.fill_null(value=False) for one in other]))
+
+    def _said(self, run: Run) -> pl.Series:
+        """The answer of ``run`` to each item."""
+        said = items_of(run, self.asked.suite).select(*KEY, "prediction").collect()
+        return self.items.join(said, on=KEY, how="left", maintain_order="left")["prediction"]
 
     def dense_answers(self, run: Run) -> NDArray[np.bool_]:
         """The baseline's answers beside :meth:`answers`, those of the same seed where it was run with it."""

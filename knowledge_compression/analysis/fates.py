@@ -13,6 +13,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from knowledge_compression.analysis.comparisons import Group, items_of, seedless
+from knowledge_compression.analysis.flips import flips_of
 from knowledge_compression.analysis.ledger import (
     BY_BOTH,
     BY_NEITHER,
@@ -52,9 +53,10 @@ def shares_of_fates(group: Group, run: Run) -> list[Row]:
 
     Returns:
         Rows with ``by`` (``all facts``, ``relation``, ``frequency``), ``value``, ``counts`` (of each of :data:`FATES`),
-        ``lost`` (of the facts that the dense model knew) and ``gained`` (of those that it did not); and of the lost
-        facts how far the right answer sank: its ``rank`` now (geometric mean: of a few lost facts one may rank in the
-        thousands), and by how many nats its log-probability ``fell``.
+        ``wrong_otherwise`` (how many never known are answered differently; None where answers are not known as text),
+        ``flips`` and ``all_flips`` (of all facts), ``lost`` (of the facts that the dense model knew) and ``gained`` (of
+        those that it did not); and of the lost facts how far the right answer sank: its ``rank`` now (geometric mean:
+        of a few lost facts one may rank in the thousands), and by how many nats its log-probability ``fell``.
         Each is an :class:`Estimate`, or None if there are no such facts.
     """
     extra = [column for column in _categories(group) if column != "task"]
@@ -62,10 +64,12 @@ def shares_of_fates(group: Group, run: Run) -> list[Row]:
     rows = []
     for by, value, facts in _parts(ledger, ["task", *extra]):
         counts, lost = Counter(facts["fate"].to_list()), facts.filter(pl.col("fate") == LOST)
+        flips = flips_of(facts)
         fell = lost.select(pl.col("log_prob_before") - pl.col("log_prob_after"))["log_prob_before"]
         ranks = mean_t(lost["rank_after"].drop_nulls().log().to_numpy())
         rows.append(
             {"by": by, "value": value, "counts": [counts[fate] for fate in FATES]}
+            | {name: getattr(flips, name, None) for name in ("wrong_otherwise", "flips", "all_flips")}
             | {"lost": _share(counts[LOST], counts[KEPT]), "gained": _share(counts[GAINED], counts[NEVER_KNOWN])}
             | {"rank": ranks and ranks.through(math.exp), "fell": mean_t(fell.filter(fell.is_finite()).to_numpy())}
         )
@@ -80,13 +84,15 @@ def shares_by_setting(group: Group, restored: Sequence[Row]) -> list[Row]:
         restored: of :func:`shares_restored`.
 
     Returns:
-        Rows with ``run`` (id of a setting), ``seeds``, ``by``, ``value``, ``counts``, ``lost`` and ``gained`` as in
-        :func:`shares_of_fates` (counts are means over the seeds), and ``restored``: shares as in
-        :func:`shares_restored`, None where no recovery of it is in the store.
+        Rows with ``run`` (id of a setting), ``seeds``, ``by``, ``value``, ``counts``, ``wrong_otherwise``, ``flips``,
+        ``all_flips``, ``lost`` and ``gained`` as in :func:`shares_of_fates` (counts are means over the seeds), and
+        ``restored``: shares as in :func:`shares_restored`, None where no recovery of it is in the store.
     """
     back = {(row["compressed"], row["value"]): row["shares"] for row in restored}
     known = group.correct(group.dense)
     answers = [group.answers(run) for run in group.runs]
+    flipped = [group.flipped(run) for run in group.runs]
+    changed = [group.changed(run) for run in group.runs]
     rows = []
     for by, value, facts in _subsets(group):
         of_known, of_unknown = facts & known, facts & ~known
@@ -94,12 +100,18 @@ def shares_by_setting(group: Group, restored: Sequence[Row]) -> list[Row]:
             _rates([~right[:, of_known] for right in answers]),
             _rates([right[:, of_unknown] for right in answers]),
         )
-        for run, right, *rates in zip(group.runs, answers, lost, gained, strict=True):
+        flips, all_flips = (
+            _rates([one[:, facts] if one is not None else facts[None, :0] for one in table])
+            for table in (flipped, changed)
+        )
+        for i, (run, right) in enumerate(zip(group.runs, answers, strict=True)):
             kept, new = (float(right[:, part].sum(1).mean()) for part in (of_known, of_unknown))
             counts = [kept, of_known.sum() - kept, new, of_unknown.sum() - new]
+            other = None if changed[i] is None else float((changed[i] & ~flipped[i])[:, facts].sum(1).mean())
             rows.append(
                 {"run": run.id, "seeds": len(right), "by": by, "value": value, "counts": [float(n) for n in counts]}
-                | {"lost": rates[0], "gained": rates[1], "restored": back.get((run.id, value))}
+                | {"wrong_otherwise": other, "flips": flips[i], "all_flips": all_flips[i]}
+                | {"lost": lost[i], "gained": gained[i], "restored": back.get((run.id, value))}
             )
     return rows
 
@@ -186,9 +198,10 @@ def _subsets(group: Group) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
             yield CATEGORIES[category], value, (columns[category] == value).fill_null(value=False).to_numpy()
 
 
-def _rates(right: Sequence[NDArray[np.bool_]]) -> Sequence[Estimate | None]:
-    """The share right of each; None if there are no facts."""
-    return accuracies(right) if right and right[0].size else [None] * len(right)
+def _rates(such: Sequence[NDArray[np.bool_]]) -> Sequence[Estimate | None]:
+    """The share of each that is such; None where there are no facts."""
+    found = iter(accuracies([one for one in such if one.size]))
+    return [next(found) if one.size else None for one in such]
 
 
 def _share(such: int, others: int) -> Estimate | None:

@@ -85,7 +85,7 @@ def _effects(drafts: Sequence[Draft]) -> list[Estimate]:
 
 def _find(claim: Claim, group: Group) -> Iterable[Draft]:
     """A finding without its effect, and both sides' gains averaged over pairs: ``[seeds, items]``."""
-    if claim.measure is not group.measure or (claim.suites and group.asked.suite not in claim.suites):
+    if claim.measure.column != group.measure.column or (claim.suites and group.asked.suite not in claim.suites):
         return
     if group.dense.report["model"].get("family") not in claim.families:
         return
@@ -125,6 +125,8 @@ def _gains(claim: Claim, group: Group, run: Run | None, seed: int) -> NDArray[np
     if run is None:
         assert group.majority is not None
         return group.majority.astype(float)
+    if claim.measure.against_dense:
+        return claim.measure.gain((group.correct(group.under(run, seed)) != group.correct(group.dense)).astype(float))
     gains = group.gains(group.under(run, seed))
     if claim.gain_over and (before := _before(run, claim.gain_over, group)):
         gains = gains - group.gains(group.under(before, seed))
@@ -156,7 +158,8 @@ def _fits(run: Run, wanted: Mapping[str, str], sparsity: tuple[float, float] | N
             if run.config["sparsity"] is None or (run.config["sparsity"] <= 0.5) != (value == "up to 0.5"):
                 return False
         elif key == "bits":
-            if str(run.config["compression"].get("bits")) != value:
+            bits = run.config["compression"].get("bits")
+            if bits is None or f"{bits:g}" != value:
                 return False
         elif choices.get(key) not in (EVERYTHING if (key, value) == ("target", "all") else (value,)):
             return False

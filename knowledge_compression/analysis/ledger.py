@@ -1,4 +1,8 @@
-"""The fact ledger: what happened to every fact under compression, and which recovery restored it."""
+"""The fact ledger: what happened to every fact under compression, and which recovery restored it.
+
+Flips are those of Dutta et al. (2024), "Accuracy is Not All You Need": the answers that went from right to wrong or
+from wrong to right. All flips also count wrong answers that became other wrong answers.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +42,16 @@ def fates(dense: Run, compressed: Run, suite: str, *, by: Sequence[str] = ()) ->
 
     Returns:
         One row an item: ``task, id, question, gold, before, after`` (the two answers), ``fate`` (kept, lost, gained or
-        never known), and how far the gold answer sank: ``rank_before, rank_after, log_prob_before, log_prob_after``.
+        never known), ``flip`` and ``changed`` (whether it counts among the flips and among all flips; the latter is
+        null for a wrong answer that is not known as text), and how far the gold answer sank: ``rank_before,
+        rank_after, log_prob_before, log_prob_after``.
     """
     columns = [*KEY, "correct", "prediction", "rank", "log_prob"]
     before = items_of(dense, suite).select(*columns, pl.col("prompt").alias("question"), "gold", *by)
     after = items_of(compressed, suite).select(columns)
     joined = before.join(after, on=KEY, how="inner", suffix="_after", maintain_order="left")
     known, knows = pl.col("correct"), pl.col("correct_after")
+    wrong_otherwise = ~known & ~knows & (pl.col("prediction") != pl.col("prediction_after"))
     return joined.select(
         *KEY,
         "question",
@@ -59,6 +66,8 @@ def fates(dense: Run, compressed: Run, suite: str, *, by: Sequence[str] = ()) ->
         .then(pl.lit(GAINED))
         .otherwise(pl.lit(NEVER_KNOWN))
         .alias("fate"),
+        (known != knows).alias("flip"),
+        ((known != knows) | wrong_otherwise).alias("changed"),
         pl.col("rank").alias("rank_before"),
         "rank_after",
         pl.col("log_prob").alias("log_prob_before"),

@@ -34,12 +34,13 @@ def findings(verdicts: Sequence[Verdict]) -> list[str]:
 
 
 def fates(comparisons: Comparisons) -> list[str]:
-    """One row per setting: accuracy, drop, and the share of known facts lost, by frequency if the items have it."""
+    """One row per setting: accuracy, drop, flips, and the share of known facts lost, by frequency if items have it."""
     rows = []
     frequencies: list[str] = []
     for group in comparisons:
         for run in group.runs:
-            told = {row["value"]: row["lost"] for row in shares_of_fates(group, run) if row["by"] != "relation"}
+            shares = shares_of_fates(group, run)
+            told = {row["value"]: row["lost"] for row in shares if row["by"] != "relation"}
             frequencies += [name for name in told if name not in (*frequencies, OVERALL)]
             fall = group.drops[run.id]
             lost = f"{fall.value:.1f} % [{fall.low:.1f}, {fall.high:.1f}]"
@@ -48,9 +49,19 @@ def fates(comparisons: Comparisons) -> list[str]:
                 plain(group.asked.name),
                 percent(group.accuracies[run.id]),
                 lost,
+                *(percent(shares[0][name]) for name in ("flips", "all_flips")),
             ]
             rows.append((cells, told))
-    heads = ["run", "suite", "accuracy", "drop", "lost, of the known", *(f"lost, {name}" for name in frequencies)]
+    heads = [
+        "run",
+        "suite",
+        "accuracy",
+        "drop",
+        "flips",
+        "all flips",
+        "lost, of the known",
+        *(f"lost, {name}" for name in frequencies),
+    ]
     return table(
         [*map(plain, heads)],
         [[*cells, *(percent(told.get(name)) for name in (OVERALL, *frequencies))] for cells, told in rows],

@@ -28,6 +28,7 @@ class Measure:
         suite: the suite that measures it; empty if several do.
         metric: the suite's metric of it that is shown first.
         paired: whether two runs have the same items; otherwise two samples are compared.
+        against_dense: whether it is how far a run's values lie from the baseline's, not the values themselves.
     """
 
     column: str
@@ -39,6 +40,7 @@ class Measure:
     suite: str = ""
     metric: str = "accuracy"
     paired: bool = True
+    against_dense: bool = False
 
     def words(self, effect: Estimate) -> str:
         """An effect and its interval in the unit of the measure."""
@@ -61,6 +63,7 @@ def _percent_of_inverse(log_ratio: float) -> float:
 
 
 ANSWERS = Measure("correct", lambda right: right.astype(np.float64), _hundredfold, "points")
+FLIPS = Measure("correct", np.negative, _hundredfold, "points fewer flips", against_dense=True)  # of 0 or 1
 SHARES = Measure("share", lambda share: share, _hundredfold, "points")
 PERPLEXITY = Measure(
     "nll",
@@ -91,4 +94,4 @@ LATENCY = Measure(
     metric="prefill_seconds",
     paired=False,
 )
-MEASURES = (ANSWERS, SHARES, PERPLEXITY, SIMILARITY, LATENCY)
+MEASURES = (ANSWERS, SHARES, PERPLEXITY, SIMILARITY, LATENCY)  # of which one is a suite's own

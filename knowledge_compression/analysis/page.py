@@ -151,6 +151,7 @@ def _points(group: Group) -> list[dict[str, Any]]:
             {"run": run.id, "suite": group.asked.name, "majority": majority, "seeds": len(group.seeds_of(run))}
             | {"accuracy": _interval(group.accuracies[run.id])}
             | {"drop": _interval(group.drops[run.id]) if run is not group.dense else None}
+            | {"flips": _interval(group.flips[run.id]) if run is not group.dense else None}
         )
     return points
 
@@ -219,6 +220,7 @@ def _facts(group: Group, every: int) -> dict[str, Any]:
     return {
         "suite": group.asked.name,
         "model": group.asked.model,
+        "dense": group.dense.id,
         "of": group.items.height,
         "task": items["task"].to_list(),
         "question": items["prompt"].to_list(),

@@ -156,10 +156,16 @@ def fates_table(comparisons: Comparisons) -> PaperTable:
                 "recovery": recovery_name(run),
             }
             row |= {"seeds": told["seeds"], **dict(zip(FATES, map(_number, told["counts"]), strict=True))}
+            row |= {"wrong otherwise": _number(told["wrong_otherwise"])}
             row |= {"lost_of_known": told["lost"], "gained_of_unknown": told["gained"]}
+            row |= {"flips": told["flips"], "all_flips": told["all_flips"]}
             back = told["restored"] or [None] * len(RESTORED)
             rows.append(row | {f"restored {how}": share for how, share in zip(RESTORED, back, strict=True)})
-    caption = "Facts by fate relative to the dense model, with 95 % intervals of the shares."
+    caption = (
+        "Facts by fate relative to the dense model, with 95 % intervals of the shares. Wrong otherwise: of those never "
+        "known, how many are answered differently. Flips: of all facts, those lost or gained; all flips: these, and "
+        "those wrong otherwise."
+    )
     return PaperTable("fates", caption, rows)
 
 

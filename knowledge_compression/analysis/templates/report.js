@@ -46,6 +46,8 @@ const whole = (chart, count) => { chart.xaxis.dtick = Math.ceil(count / 20); ret
 const CONFIG = {displaylogo: false, responsive: true};
 const FACETS = ["model", "suite", "target", "compression", "recovery"];
 const WENT = {"to the end": "after the last block too", late: "within the last third of the blocks", early: "in the first two thirds", "never there": "nowhere"};
+const OTHERWISE = "of these wrong otherwise", CHANGED = ["lost, of the known", "gained, of the unknown", "flips", "all flips"];
+const changed = row => [row.lost, row.gained, row.flips, row.all_flips].map(share => [interval(share), "number"]);
 const LINES = 16;  // in a chart before it is touched: with more, it starts with one model
 const SHOWN = 50;  // facts listed at once; the search narrows the rest
 const redraws = [];  // draw charts, anew when the colours change; each gives a promise
@@ -60,9 +62,9 @@ const main = ({runs, varying, points, measured, fates, names}, facts) => {
   const within = ([, low, high]) => low === undefined || low === null ? "" : `[${low.toPrecision(4)}, ${high.toPrecision(4)}]`;
   const measure = row => `${row.metric.split(".").pop()} ${row.metrics[row.metric]?.[0].toPrecision(4) ?? "–"} ${within(row.metrics[row.metric] ?? [])}`;
   const found = row => [[row.metric ? measure(row) : interval(row.accuracy), "number"],
-    [row.metric || row.dense ? "" : interval(row.drop, 1), "number"]];
+    [row.metric || row.dense ? "" : interval(row.drop, 1), "number"], [row.metric || row.dense ? "" : interval(row.flips), "number"]];
   const all = [...rows, ...measured.map(point => ({...byId[point.run], ...point}))];
-  at("overview-table").append(table(["run", "suite", "seeds", "sparsity", "bits", "MB stored", measured.length ? "accuracy, or as named" : "accuracy", "drop"], all.map(row => [
+  at("overview-table").append(table(["run", "suite", "seeds", "sparsity", "bits", "MB stored", measured.length ? "accuracy, or as named" : "accuracy", "drop", "flips"], all.map(row => [
     button(row.id, row.setting), row.suite, [row.seeds, "number"], [percent(row.sparsity), "number"], [row.dense ? "" : (row.bits ?? ""), "number"],
     [row.stored_mb?.toFixed(1) ?? "", "number"], ...found(row)])));
   for (const id of ["charts", "fate-section", "facts"]) at(id).hidden = !rows.length;  // nothing has right answers
@@ -149,9 +151,9 @@ const main = ({runs, varying, points, measured, fates, names}, facts) => {
     list.sort((a, b) => a.compression.localeCompare(b.compression) || (a.recovery !== "none") - (b.recovery !== "none") || a.recovery.localeCompare(b.recovery) || amount(a) - amount(b) || a.target.localeCompare(b.target));
     const some = x => x === null ? "" : Number.isInteger(x) ? x : x.toFixed(1);
     const back = list.some(row => row.restored) ? names.restored : [];
-    at("settings-table").replaceChildren(table(["target", "method", "seeds", ...names.fates, "lost, of the known", "gained, of the unknown", ...back.map(how => "restored " + how)],
-      list.map(row => [row.target, button(row.run, method(row)), [row.seeds, "number"], ...row.counts.map(n => [some(n), "number"]),
-        [interval(row.lost), "number"], [interval(row.gained), "number"], ...back.map((_, i) => [row.restored ? interval(row.restored[i]) : "", "number"])])));
+    at("settings-table").replaceChildren(table(["target", "method", "seeds", ...names.fates, OTHERWISE, ...CHANGED, ...back.map(how => "restored " + how)],
+      list.map(row => [row.target, button(row.run, method(row)), [row.seeds, "number"], ...[...row.counts, row.wrong_otherwise].map(n => [some(n), "number"]),
+        ...changed(row), ...back.map((_, i) => [row.restored ? interval(row.restored[i]) : "", "number"])])));
     const targets = [...new Set(list.map(row => row.target))].sort();
     const traces = targets.map(target => {
       const theirs = list.filter(row => row.target === target && row.lost);
@@ -178,8 +180,8 @@ const main = ({runs, varying, points, measured, fates, names}, facts) => {
     const first = Plotly.react("fate-chart", shown.map(([key, name]) => ({type: "bar", name, x: list.map(r => literal(r.value)),
       y: list.map(r => r[key] ? 100 * r[key][0] : null), error_y: bars(list.map(r => r[key]))})),
       layout("", "share of the facts (%)", {barmode: "group"}), CONFIG);
-    at("fate-table").replaceChildren(table(["facts", ...names.fates, "lost, of the known", "gained, of the unknown", "lost: rank now (geometric mean)", "lost: fell by (nats)"],
-      list.map(row => [row.value, ...row.counts.map(n => [n, "number"]), [interval(row.lost), "number"], [interval(row.gained), "number"],
+    at("fate-table").replaceChildren(table(["facts", ...names.fates, OTHERWISE, ...CHANGED, "lost: rank now (geometric mean)", "lost: fell by (nats)"],
+      list.map(row => [row.value, ...[...row.counts, row.wrong_otherwise].map(n => [n, "number"]), ...changed(row),
         [interval(row.rank, 1, ""), "number"], [interval(row.fell, 1, ""), "number"]])));
     const depth = group.depths[fateRun.value];
     at("depth").hidden = !depth;
@@ -213,13 +215,30 @@ const main = ({runs, varying, points, measured, fates, names}, facts) => {
     return table(heads, all.map(([id, run]) => [button(id, called(id)), [group.strings[run.said[i]], run.right[i] ? "right" : "wrong"],
       ...(sure ? [[run.sure?.[i]?.toFixed(2) ?? "", "number"]] : []), [run.gold[i]?.toFixed(2) ?? "", "number"], [run.rank[i] ?? "", "number"], ...(looked ? [(run.depths?.[i] ?? []).join(" ")] : [])]));
   };
+  const KINDS = {
+    "all flips": (before, after, i) => before.right[i] !== after.right[i] || KINDS["wrong otherwise"](before, after, i),
+    flips: (before, after, i) => before.right[i] !== after.right[i],
+    lost: (before, after, i) => before.right[i] && !after.right[i],
+    gained: (before, after, i) => !before.right[i] && after.right[i],
+    "wrong otherwise": (before, after, i) => !before.right[i] && !after.right[i] && before.said[i] !== after.said[i],
+  };
+  const changedIn = at("fact-changed-in"), change = at("fact-change");
+  change.append(...Object.keys(KINDS).map(kind => make("option", kind, {value: kind})));
+  const others = () => {
+    const group = facts[Number(groupChoice.value || 0)];
+    const ids = group ? Object.keys(group.runs).filter(id => id !== group.dense) : [];
+    changedIn.replaceChildren(make("option", "whatever became of them", {value: ""}), ...ids.map(id => make("option", called(id), {value: id})));
+    change.disabled = true;
+    list();
+  };
   const list = () => {
     const g = Number(groupChoice.value || 0), group = facts[g], place = at("fact-list");
     place.replaceChildren();
     if (!group) return;
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const before = group.runs[group.dense], after = group.runs[changedIn.value];
     const hits = [];
-    haystack(g).forEach((text, i) => { if (words.every(word => text.includes(word))) hits.push(i); });
+    haystack(g).forEach((text, i) => { if (words.every(word => text.includes(word)) && (!after || KINDS[change.value](before, after, i))) hits.push(i); });
     at("fact-count").textContent = `${hits.length} facts` + (hits.length > SHOWN ? `, the first ${SHOWN} shown` : "");
     const all = Object.values(group.runs);
     for (const i of hits.slice(0, SHOWN)) {
@@ -231,9 +250,10 @@ const main = ({runs, varying, points, measured, fates, names}, facts) => {
     }
   };
   let waiting;
-  groupChoice.addEventListener("change", list);
+  groupChoice.addEventListener("change", others);
+  changedIn.addEventListener("change", () => { change.disabled = !changedIn.value; list(); }); change.addEventListener("change", list);
   search.addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(list, 80); });
-  list();
+  others();
 
   // One run
   const choice = at("run-choice");
