@@ -100,14 +100,13 @@ def shares_by_setting(group: Group, restored: Sequence[Row]) -> list[Row]:
             _rates([~right[:, of_known] for right in answers]),
             _rates([right[:, of_unknown] for right in answers]),
         )
-        flips, all_flips = (
-            _rates([one[:, facts] if one is not None else facts[None, :0] for one in table])
-            for table in (flipped, changed)
-        )
+        flips = _rates([one[:, facts] for one in flipped])
+        all_flips = _rates([None if one is None else one[:, facts] for one in changed])
         for i, (run, right) in enumerate(zip(group.runs, answers, strict=True)):
             kept, new = (float(right[:, part].sum(1).mean()) for part in (of_known, of_unknown))
             counts = [kept, of_known.sum() - kept, new, of_unknown.sum() - new]
-            other = None if changed[i] is None else float((changed[i] & ~flipped[i])[:, facts].sum(1).mean())
+            also = changed[i]
+            other = None if also is None else float((also & ~flipped[i])[:, facts].sum(1).mean())
             rows.append(
                 {"run": run.id, "seeds": len(right), "by": by, "value": value, "counts": [float(n) for n in counts]}
                 | {"wrong_otherwise": other, "flips": flips[i], "all_flips": all_flips[i]}
@@ -198,10 +197,10 @@ def _subsets(group: Group) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
             yield CATEGORIES[category], value, (columns[category] == value).fill_null(value=False).to_numpy()
 
 
-def _rates(such: Sequence[NDArray[np.bool_]]) -> Sequence[Estimate | None]:
-    """The share of each that is such; None where there are no facts."""
-    found = iter(accuracies([one for one in such if one.size]))
-    return [next(found) if one.size else None for one in such]
+def _rates(such: Sequence[NDArray[np.bool_] | None]) -> Sequence[Estimate | None]:
+    """The share of each that is such; None where there are no facts, or nobody knows."""
+    found = iter(accuracies([one for one in such if one is not None and one.size]))
+    return [next(found) if one is not None and one.size else None for one in such]
 
 
 def _share(such: int, others: int) -> Estimate | None:
