@@ -30,7 +30,7 @@ class Output:
     """Where results go, see ``conf/config.yaml``."""
 
     dir: Annotated[str, Field(min_length=1)]
-    save_model: bool | Literal["packed"] = False
+    save_model: bool | str = False
     compressed_gb: Annotated[float, Field(ge=0)] = 32.0
 
 

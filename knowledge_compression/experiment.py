@@ -11,12 +11,13 @@ from typing import Any, cast
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.kept import KeptModels, code_of
 from knowledge_compression.compression.methods.none import NoCompression
+from knowledge_compression.compression.writing.writers import check_form, writer_of
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.suite import Suite
 from knowledge_compression.heavy import torch
 from knowledge_compression.identity import digest_of, draws, known_identity, plain
-from knowledge_compression.models import Target
+from knowledge_compression.models import Target, Targets
 from knowledge_compression.models.device import Device, kind_of, product_type, resolve_device, torch_dtype, weight_type
 from knowledge_compression.models.held import HeldSource
 from knowledge_compression.models.loading import ModelSource
@@ -29,8 +30,6 @@ from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.results.tracker import Tracker
 
 log = logging.getLogger(__name__)
-
-SAVES = (False, True, "packed")  # the forms in which a run may keep its compressed model
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ class Experiment:
         seed: the seed given to the random parts; it has an effect only through their own ``seed`` fields.
         device, dtype: the user's choices.
         scoring_dtype: dtype of the products in scoring, see ``models.device``.
-        save_model: whether the compressed model, before recovery, is saved in the run's folder; ``packed`` saves it as
-            a packed GPTQ checkpoint.
+        save_model: whether and in which form (:data:`~knowledge_compression.compression.writing.writers.WRITERS`) the
+            compressed model, before recovery, is saved in the run's folder.
         kept_models: the cache of compressed models for other runs; None compresses in every run.
         holds: whether the model stays in memory for other runs of this process.
     """
@@ -92,6 +91,11 @@ class Experiment:
         return HeldSource(self.source) if self.holds else self.source
 
     @property
+    def saved_as(self) -> bool | str:
+        """The form in which its compressed model is saved; False if it is not."""
+        return self.save_model or self.streams
+
+    @property
     def needs_text(self) -> bool:
         """Whether the corpus affects the result."""
         return self.compression.calibrated or self.recovery.trains
@@ -108,9 +112,10 @@ class Experiment:
                 f"{type(self.recovery).__module__}.{type(self.recovery).__qualname__} is not a recovery; derive from "
                 "knowledge_compression.recovery.base.Recovery and declare restores_by"
             )
-        if self.save_model not in SAVES or (self.streams and self.save_model == "packed"):
+        if self.save_model and not writer_of(self.save_model).streams and self.streams:
             raise BadInput(
-                f"output.save_model={self.save_model} is not offered here; choose false, true, or packed (not streamed)"
+                f"output.save_model={self.save_model} needs the whole model, and model.stream=true compresses it from "
+                "disk to disk; choose output.save_model=true"
             )
 
     def check(self) -> None:
@@ -123,8 +128,11 @@ class Experiment:
         skeleton = self.loader.skeleton()
         if self.original is not None:
             self.original.skeleton()
+        targets = Targets([], skeleton)
         if not isinstance(self.compression, NoCompression):
-            self.target.select(skeleton)
+            targets = self.target.select(skeleton)
+        if self.save_model:
+            check_form(self.save_model, self.compression, targets)
         if self.streams and self.loads:
             check_memory(skeleton, self.device, self.dtype)
 
@@ -259,10 +267,12 @@ class Experiment:
         return done
 
     def _found(self, store: RunStore) -> Run | None:
-        wants_model = bool(self.save_model) or self.streams
-        if wants_model and not (store.runs_folder / self.id / SAVED).is_dir():
+        if self.saved_as and not (store.runs_folder / self.id / SAVED).is_dir():
             return None
-        return store.find(self.id)
+        found = store.find(self.id)
+        if found is not None and self.saved_as and found.report.get("saved_as", self.saved_as) != self.saved_as:
+            return None
+        return found
 
 
 def _asked_sparsity(compression: Compression) -> float:

@@ -15,10 +15,10 @@ import polars as pl
 import torch
 from torch import LongTensor
 
-from knowledge_compression.compression.formats.packed import save_packed
 from knowledge_compression.compression.layer_reports import CompressionReport
 from knowledge_compression.compression.methods.none import NoCompression
 from knowledge_compression.compression.walk.streaming import compress_streamed
+from knowledge_compression.compression.writing.writers import writer_of
 from knowledge_compression.corpora.corpus import Corpus, digest
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import DividedSuite, Evaluation, Suite, ask, item_table
@@ -27,7 +27,6 @@ from knowledge_compression.memory import peak_of_process
 from knowledge_compression.models import Model, Targets
 from knowledge_compression.models.device import resolve_device
 from knowledge_compression.models.loading import LocalModel, ModelSource
-from knowledge_compression.models.saving import save_checkpoint
 from knowledge_compression.models.soundness import non_finite, shown, weights_of
 from knowledge_compression.models.streamed import StreamedModel
 from knowledge_compression.models.tokenizers import read_alike
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
     from knowledge_compression.experiment import Experiment
 
 log = logging.getLogger(__name__)
-
-SAVERS: Mapping[bool | str, Callable[[Model, Path], None]] = {True: save_checkpoint, "packed": save_packed}
 
 
 def do(experiment: Experiment, workplace: Workplace, tracker: Tracker, *, afresh: bool) -> Run:
@@ -84,6 +81,7 @@ def do(experiment: Experiment, workplace: Workplace, tracker: Tracker, *, afresh
             )
         left_out = [asdict(part) for part in targets.left_out]
         report["compression"] = compressed.to_json() | {"found": found, "left_out": left_out}
+        report["saved_as"] = experiment.saved_as
         if compressed.layers:
             workplace.add("layer_map.png", layer_map(compressed))
         with cost.of("recover"):
@@ -154,7 +152,7 @@ def _compress(
             experiment.compressed_id, model, targets, method, compress, afresh=afresh
         )
     if experiment.save_model:
-        SAVERS[experiment.save_model](model, folder)
+        writer_of(experiment.save_model).write(model, folder)
     return model, report, found
 
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from helpers.networks import build_network
 from knowledge_compression.analysis.advice import kept as kept_rows
 from knowledge_compression.analysis.comparisons import compare
-from knowledge_compression.compression.formats.packed import save_packed
 from knowledge_compression.compression.methods.rtn import Rtn
+from knowledge_compression.compression.writing.gptq import GptqWriter
 from knowledge_compression.configuration import experiment_from
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Scorer
@@ -64,7 +64,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTo
             continue
         targets = Target("all", ["decoder_self_att", "ff"]).select(model)
         Rtn(bits=bits, group_size=32, scale_bits=16).compress(model, targets, None)
-        save_packed(model, folder / name)
+        GptqWriter().write(model, folder / name)
     return folder
 
 

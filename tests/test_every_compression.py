@@ -94,7 +94,7 @@ def test_packed_models_hold_the_codes_that_their_method_says(folder: Path, data:
     outputs = tmp_path / "outputs"
     sweep(
         outputs, data, "model=local", f"model.path={folder}", "compression=rtn,gptq", "compression.scale_bits=16",
-        "compression.group_size=32", "output.save_model=packed",
+        "compression.group_size=32", "output.save_model=gptq",
     )  # fmt: skip
     for name, run in runs_in(outputs):
         if name == "none":

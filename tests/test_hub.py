@@ -196,14 +196,14 @@ print(json.dumps({"format": model.on_disk.format, "bits": model.on_disk.bits, "p
 
 def test_a_compressed_model_is_decoded(tmp_path: Path, tiny_tokenizer: Any) -> None:
     from helpers.networks import build_network
-    from knowledge_compression.compression.formats.packed import save_packed
     from knowledge_compression.compression.methods.rtn import Rtn
+    from knowledge_compression.compression.writing.gptq import GptqWriter
     from knowledge_compression.models import Model, Target
 
     network = build_network("llama", hidden_size=64, intermediate_size=96, head_dim=32)
     model = Model(network, tiny_tokenizer, "llama")
     Rtn(bits=4, group_size=32, scale_bits=16).compress(model, Target("ff", ["ff"]).select(model), None)
-    save_packed(model, tmp_path / "packed")
+    GptqWriter().write(model, tmp_path / "packed")
     with serving({"models/me/packed": tmp_path / "packed"}) as address:
         (found,) = run_client(COMPRESSED, address, tmp_path / "home", "me/packed")
     assert (found["format"], found["bits"], found["provenance"]["commit"]) == ("gptq", 4.0, COMMIT)

@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport
+from knowledge_compression.compression.solve.coding import Coding
 from knowledge_compression.compression.solve.patterns import Pattern
 from knowledge_compression.compression.solve.threshold import Cut, pieces, smallest
 from knowledge_compression.errors import BadInput
@@ -63,6 +64,11 @@ class Compression(ABC):
 
     def multiplies_in(self, model: Model) -> str | None:
         """The dtype of the products in its forward passes on calibration text, e.g. ``bfloat16``; None without any."""
+        return None
+
+    @property
+    def coding(self) -> Coding | None:
+        """How the weights that it leaves are stored as codes; None if they are plain numbers."""
         return None
 
     @property

@@ -44,7 +44,7 @@ class Parts:
 
     def is_done(self, experiment: Experiment, store: RunStore) -> bool:
         """As :meth:`Experiment.is_done`; a run that many are compared with is read once."""
-        key = (store.folder, experiment.id, bool(experiment.save_model))
+        key = (store.folder, experiment.id, experiment.save_model)
         if key not in self._done:
             self._done[key] = experiment.is_done(store)
         return self._done[key]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.building import Positive
 from knowledge_compression.compression.calibrated import SecondOrder, Solved
+from knowledge_compression.compression.solve.coding import Coding
 from knowledge_compression.compression.solve.compensation import compensate
 from knowledge_compression.compression.solve.grid import (
     SCALE_BITS,
@@ -62,6 +63,11 @@ class Gptq(SecondOrder):
     def grid(self) -> Grid:
         """The grid that was asked for."""
         return Grid(self.bits, self.group_size, self.symmetric, self.clip, self.scale_bits)
+
+    @property
+    def coding(self) -> Coding:
+        """Integers on the grid; groups are runs of the order of rounding unless they are fixed beforehand."""
+        return self.grid.coding(in_order=self.static_groups or self.group_size is None or not self.desc_act)
 
     def check(self, targets: Targets) -> None:
         """Also refuse groups that do not fit a layer."""

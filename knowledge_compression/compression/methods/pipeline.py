@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.layer_reports import CompressionReport, followed_by
+from knowledge_compression.compression.solve.coding import Coding
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Targets
 
@@ -41,6 +42,11 @@ class Pipeline(Compression):
     def calibrated(self) -> bool:  # type: ignore[override]
         """Whether any step needs calibration text."""
         return any(step.calibrated for step in self.steps)
+
+    @property
+    def coding(self) -> Coding | None:
+        """That of the last step."""
+        return self.steps[-1].coding
 
     @property
     def parts(self) -> Sequence[Compression]:

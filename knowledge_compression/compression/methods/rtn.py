@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from knowledge_compression.compression.base import Layerwise
 from knowledge_compression.compression.layer_reports import LayerReport
+from knowledge_compression.compression.solve.coding import Coding
 from knowledge_compression.compression.solve.grid import Grid, plainly_rounded
 from knowledge_compression.models import TargetLayer, Targets
 
@@ -34,6 +35,11 @@ class Rtn(Layerwise):
     def grid(self) -> Grid:
         """The grid that was asked for."""
         return Grid(self.bits, self.group_size, self.symmetric, self.clip, self.scale_bits)
+
+    @property
+    def coding(self) -> Coding:
+        """Integers on the grid."""
+        return self.grid.coding()
 
     def check(self, targets: Targets) -> None:
         """Refuse groups that do not fit a layer."""

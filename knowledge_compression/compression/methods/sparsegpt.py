@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from knowledge_compression.building import Positive
 from knowledge_compression.compression.base import check_sparsity
 from knowledge_compression.compression.calibrated import SecondOrder, Solved
+from knowledge_compression.compression.solve.coding import Coding
 from knowledge_compression.compression.solve.compensation import compensate
 from knowledge_compression.compression.solve.grid import SCALE_BITS, Grid, GroupedColumns
 from knowledge_compression.compression.solve.hessian import Hessian, inverse_factor
@@ -71,6 +72,11 @@ class SparseGpt(SecondOrder):
     def shape(self) -> Pattern | None:
         """The pattern that was asked for, if any."""
         return Pattern.parse(self.pattern) if self.pattern is not None else None
+
+    @property
+    def coding(self) -> Coding | None:
+        """Integers on the grid, if there is one."""
+        return self.grid.coding() if self.grid else None
 
     def check(self, targets: Targets) -> None:
         """Refuse a pattern or grid that does not fit."""

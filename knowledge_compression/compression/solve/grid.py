@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.layer_reports import LayerReport
+from knowledge_compression.compression.solve.coding import INTEGERS, Coding
 from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import torch
 from knowledge_compression.models.targets import TargetLayer
@@ -67,6 +68,13 @@ class FittedGrid:
         return replace(self, scales=self.scales[start:end], zeros=self.zeros[start:end])
 
     @property
+    def coding(self) -> Coding:
+        """How the codes are to be read."""
+        group = int(self.group_of.bincount().max()) if self.scales.shape[1] > 1 else None
+        in_order = bool((self.group_of.diff() >= 0).all())
+        return Coding(INTEGERS, self.bits, (1, group), in_order, self.symmetric, self.scale_bits)
+
+    @property
     def groups_alike(self) -> bool:
         """Whether all groups have the same number of columns; otherwise the last one in the ordering has fewer."""
         return len(self.group_of.bincount().unique()) == 1
@@ -101,6 +109,11 @@ class QuantizedWeight:
             grid.scale_bits,
         )
         return cls(codes.to("cpu", torch.uint8).contiguous(), fitted)
+
+    @property
+    def coding(self) -> Coding:
+        """How the codes are to be read."""
+        return self.grid.coding
 
     def dequantize(self) -> Tensor:
         """The weight that the codes represent, float32 ``[out_features, in_features]``."""
@@ -192,6 +205,14 @@ class Grid:
     def top(self) -> int:
         """The highest code."""
         return 2**self.bits - 1
+
+    def coding(self, *, in_order: bool = True) -> Coding:
+        """How codes on it are to be read.
+
+        Args:
+            in_order: whether the inputs of a group are neighbours.
+        """
+        return Coding(INTEGERS, self.bits, (1, self.group_size), in_order, self.symmetric, self.scale_bits)
 
     def check(self, layers: Sequence[TargetLayer], *, whole: bool = True) -> None:
         """Refuse a group size that exceeds a layer's number of inputs, or does not divide it.

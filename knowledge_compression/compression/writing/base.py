@@ -1,0 +1,55 @@
+"""The interface of a form in which a compressed model is saved."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+from knowledge_compression.compression.base import Compression
+from knowledge_compression.models import Model, Targets
+
+
+class Writer(ABC):
+    """A form in which a compressed model is saved.
+
+    Attributes:
+        streams: whether a model that is compressed from disk to disk can have this form.
+    """
+
+    streams: ClassVar[bool] = False
+
+    @abstractmethod
+    def refusal(self, compression: Compression, targets: Targets) -> str | None:
+        """Why this form cannot hold what a compression makes of these layers; None if it can.
+
+        This is asked before anything is computed, of a network that may be on the meta device.
+        """
+
+    @abstractmethod
+    def write(self, model: Model, folder: Path) -> None:
+        """Save a compressed model under a temporary name and rename it when complete.
+
+        Args:
+            model: the compressed model, unchanged since.
+            folder: where to; replaced if it is there.
+
+        Raises:
+            BadInput: the form cannot hold this model, or a weight is not finite; nothing is written.
+        """
+
+
+class Floats(Writer):
+    """An ordinary checkpoint: every weight as the floating-point number that it is."""
+
+    streams = True
+
+    def refusal(self, compression: Compression, targets: Targets) -> str | None:
+        """It holds everything."""
+        return None
+
+    def write(self, model: Model, folder: Path) -> None:
+        """Save network, configuration and tokenizer."""
+        from knowledge_compression.models.saving import save_checkpoint
+
+        save_checkpoint(model, folder)

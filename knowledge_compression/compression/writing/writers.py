@@ -1,0 +1,43 @@
+"""The forms in which ``output.save_model`` saves a compressed model, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from knowledge_compression.building import nearest
+from knowledge_compression.compression.base import Compression
+from knowledge_compression.compression.writing.base import Floats, Writer
+from knowledge_compression.compression.writing.gptq import GptqWriter
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Targets
+
+WRITERS: Mapping[bool | str, Writer] = {True: Floats(), "gptq": GptqWriter()}
+
+
+def writer_of(form: bool | str) -> Writer:
+    """The writer of a form.
+
+    Raises:
+        BadInput: there is no such form.
+    """
+    if form not in WRITERS:
+        there = ["false", *map(_shown, WRITERS)]
+        raise BadInput(
+            f"output.save_model={form} does not exist{nearest(str(form), there)}; choose one of {', '.join(there)}"
+        )
+    return WRITERS[form]
+
+
+def check_form(form: bool | str, compression: Compression, targets: Targets) -> None:
+    """Refuse a form that cannot hold what a compression makes of these layers, and name those that can.
+
+    Raises:
+        BadInput: it cannot.
+    """
+    if why := writer_of(form).refusal(compression, targets):
+        others = [_shown(name) for name, writer in WRITERS.items() if writer.refusal(compression, targets) is None]
+        raise BadInput(f"output.save_model={_shown(form)} cannot hold this: {why}; choose {' or '.join(others)}")
+
+
+def _shown(form: bool | str) -> str:
+    return str(form).lower()
