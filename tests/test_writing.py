@@ -160,7 +160,7 @@ def test_a_form_that_does_not_fit_is_refused_before_anything_is_computed(tiny_mo
     targets = ALL.select(tiny_model("llama"))
     with pytest.raises(BadInput, match=r"output.save_model=gtpq does not exist \(did you mean gptq\?\); choose one of"):
         check_form("gtpq", Rtn(), targets)
-    with pytest.raises(BadInput, match="compression=magnitude leaves floating-point numbers.*; choose true"):
+    with pytest.raises(BadInput, match=r"compression=magnitude leaves floating-point numbers.*; choose true"):
         check_form("gptq", Magnitude(sparsity=0.5), targets)
     with pytest.raises(BadInput, match=r"scales of 16 bits; choose compression\.scale_bits=16"):
         check_form("gptq", Pipeline([Magnitude(sparsity=0.5), Rtn()]), targets)
