@@ -40,7 +40,13 @@ def test_every_preset_has_a_small_form(small):
 
 
 PUBLISHED = {
-    "gptq": {"clip": "minmax", "desc_act": False, "true_sequential": False, "forward_dtype": "float32"},
+    "gptq": {
+        "clip": "minmax",
+        "scale_bits": 32,
+        "desc_act": False,
+        "true_sequential": False,
+        "forward_dtype": "float32",
+    },
     "sparsegpt": {"refit": 0, "true_sequential": False, "forward_dtype": "float32"},
 }
 
