@@ -62,8 +62,8 @@ bench: $(INSTALLED)  ## every benchmark, side by side in one run each; JSON in o
 clean:  ## remove the environment and caches, keep outputs
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
 
-world: $(INSTALLED)  ## train the controlled world's three models (once, minutes) and ask them what they know
-	$(BIN)/python run.py -m model=world_encoder,world_encoder_decoder,world_decoder compression=none eval=[world]
+world: $(INSTALLED)  ## train the controlled world's models (once, minutes) and ask them what they know
+	$(BIN)/python run.py -m model=world_encoder,world_encoder_decoder,world_decoder,world_moe compression=none eval=[world]
 
 world-study: $(INSTALLED)  ## the controlled world study: its runs (each done once), table, figures and findings
 	$(BIN)/python run.py +experiment=controlled_world/compression

@@ -5,6 +5,7 @@ A field's metadata says why its value does not count::
     path: str = field(metadata=PLACE)         # where something is; the part's fingerprint() digests its content
     block_size: int = field(default=128, metadata=SPEED)   # affects speed or safety, never results
     note: str = field(default="", metadata=LABEL)          # a name
+    blocks: Ints = field(default=None, metadata=ADDED)     # counts unless it has its default: the field was added later
 
 Every other field counts, whether or not a configuration file lists it.
 """
@@ -26,6 +27,7 @@ from knowledge_compression.errors import BadInput
 PLACE: Mapping[str, bool] = {"place": True}
 SPEED: Mapping[str, bool] = {"speed": True}
 LABEL: Mapping[str, bool] = {"label": True}
+ADDED: Mapping[str, bool] = {"added": True}  # so that the runs that were done before keep their hashes
 
 TARGET = "_target_"  # the key for the class that plain data describes
 CONTENT = "content"  # and the key for the digest of the content at its places
@@ -49,7 +51,7 @@ def identity(part: Any) -> Any:
     """
 
     def deciding(part: Any) -> dict[str, Any]:
-        told = {f.name: identity(getattr(part, f.name)) for f in _settings(part) if not _is_marked(f)}
+        told = {f.name: identity(getattr(part, f.name)) for f in _settings(part) if _counts(part, f)}
         content = part.fingerprint() if hasattr(part, "fingerprint") else None
         return told | ({} if content is None else {CONTENT: content})
 
@@ -121,5 +123,7 @@ def _settings(part: Any) -> Iterator[Field[Any]]:
     return (f for f in fields(part) if f.init and f.compare)
 
 
-def _is_marked(f: Field[Any]) -> bool:
-    return any(f.metadata.get(mark) for mark in ("place", "speed", "label"))
+def _counts(part: Any, f: Field[Any]) -> bool:
+    if f.metadata.get("added"):
+        return bool(getattr(part, f.name) != f.default)
+    return not any(f.metadata.get(mark) for mark in ("place", "speed", "label"))

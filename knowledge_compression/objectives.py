@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import functional, nn, torch
@@ -30,15 +30,22 @@ class NextToken:
 
     Attributes:
         pad_id: token that pads short windows on the right and is not predicted; None if all windows are full.
+        balance: weight of the load-balancing loss of a mixture's routers, added for each predicted token; 0 for none.
     """
 
     pad_id: int | None = None
+    balance: float = 0.0
 
     def __call__(self, network: nn.Module, ids: LongTensor) -> tuple[Tensor, int]:
         """Loss of a batch; padding is on the right, which causal attention never sees."""
-        logits = network(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] :]
+        routed: dict[str, Any] = {"output_router_logits": True} if self.balance else {}
+        outputs = network(input_ids=ids, use_cache=False, **routed)
+        logits = outputs.logits[:, -ids.shape[1] :]
         labels = ids if self.pad_id is None else ids.masked_fill(ids == self.pad_id, _IGNORED)
-        return _summed_loss(logits[:, :-1], labels[:, 1:])
+        loss, count = _summed_loss(logits[:, :-1], labels[:, 1:])
+        if self.balance:
+            loss = loss + self.balance * count * _imbalance(outputs.router_logits, network.config, labels != _IGNORED)
+        return loss, count
 
 
 class Noise(Protocol):
@@ -211,6 +218,26 @@ def _summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=_IGNORED, reduction="sum"
     )
     return loss, int((labels != _IGNORED).sum())
+
+
+def _imbalance(router_logits: Sequence[Tensor], config: Any, read: Tensor) -> Tensor:
+    """How unevenly the routers spread the tokens, mean over blocks: if evenly, the number of experts that read a token.
+
+    Every router by itself, as published (Fedus et al., Switch Transformers, 2022, equations 4 to 6): transformers adds
+    up all blocks first, so that one block may neglect the experts that another prefers.
+
+    Args:
+        router_logits: ``[tokens, experts]`` of each block.
+        config: the network's, with the number of experts that read a token.
+        read: which tokens count: bool ``[batch, length]``.
+    """
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    blocks = [
+        cast("Tensor", load_balancing_loss_func((logits,), logits.shape[-1], config.num_experts_per_tok, read))
+        for logits in router_logits
+    ]
+    return torch.stack(blocks).mean()
 
 
 def _eligible(ids: LongTensor, specials: Sequence[int]) -> BoolTensor:

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from helpers.networks import TINY, build_network, logits_of
+from knowledge_compression.compression.methods.ablation import Ablation
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.errors import BadInput
+from knowledge_compression.identity import identity
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, family_of
-from knowledge_compression.models.targets import linear_layers
+from knowledge_compression.models.targets import Targets, linear_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = yaml.safe_load((Path(__file__).parent / "published_shapes.yaml").read_text())
@@ -27,7 +30,7 @@ AUTO = {ENCODER: AutoModelForMaskedLM, ENCODER_DECODER: AutoModelForSeq2SeqLM, D
 def shipped_target(name: str, reading: str = "module") -> Target:
     """The target that ``conf/target/<name>.yaml`` describes."""
     settings = yaml.safe_load((ROOT / f"conf/target/{name}.yaml").read_text())
-    settings.pop("_target_")
+    settings.pop("defaults")
     return Target(**settings | {"reading": reading})
 
 
@@ -166,3 +169,77 @@ def test_a_shared_block_counts_once_in_memory_and_once_a_use_in_the_paper() -> N
     targets = shipped_target("ff").select(model)
     assert len(targets) == 2 and targets.parameters_in_use == 3 * targets.parameters
     assert Magnitude(0.5).compress(model, targets, None).removed == targets.parameters // 2
+
+
+def numbers(targets: Targets) -> set[tuple[int | None, int | None]]:
+    return {(layer.block, layer.expert_number) for layer in targets}
+
+
+def test_a_target_limited_to_blocks_and_experts() -> None:
+    model = Model(build_network("mixtral"), None, "mixtral")  # type: ignore[arg-type]
+    experts = replace(shipped_target("experts"), blocks=[1], experts=[3, 0, 3])
+    assert experts.experts == (0, 3)
+    chosen = experts.select(model)
+    assert [layer.path for layer in chosen] == [
+        f"model.layers.1.mlp.experts.{name}.{number}" for name in ("gate_up_proj", "down_proj") for number in (0, 3)
+    ]
+    everything = replace(shipped_target("all"), blocks=[0]).select(model)
+    assert numbers(everything) == {(0, None), (0, 0), (0, 1), (0, 2), (0, 3)}
+    whole = shipped_target("all").select(model)
+    assert everything.parameters == whole.parameters / 2
+    limited = {part.path: part for part in everything.left_out}["model.layers.*.mlp.experts.down_proj"]
+    assert (limited.reason, limited.inside, limited.parameters) == ("limit", False, 4 * 16 * 24)
+    assert numbers(replace(shipped_target("all"), experts=[2]).select(model)) == {(0, 2), (1, 2)}
+
+
+def test_experts_of_their_own_modules_have_numbers_too() -> None:
+    config = AutoConfig.for_model(
+        "switch_transformers", **TINY["t5"], vocab_size=20, num_experts=3, num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1, num_decoder_layers=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Model(AutoModelForSeq2SeqLM.from_config(config), None, "switch")  # type: ignore[arg-type]
+    assert {number for _, number in numbers(shipped_target("experts").select(model))} == {0, 1, 2}
+    one = replace(shipped_target("experts"), experts=[1]).select(model)
+    assert len(one) and all(".expert_1." in layer.path for layer in one)
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "line"),
+    [
+        ("experts", {"experts": [1, 4]}, r"target\.experts=\[1, 4\] of mixtral, .* its experts have the numbers 0-3"),
+        ("experts", {"experts": []}, r"target\.experts=\[\] of mixtral"),
+        ("att", {"experts": [0]}, r"target=att: it has no numbered experts"),
+        ("att", {"blocks": [2]}, r"target\.blocks=\[2\] of mixtral, target=att: its blocks have the numbers 0-1"),
+        ("final", {"blocks": [0]}, r"it has no numbered blocks"),
+    ],
+)
+def test_numbers_that_no_layer_has_are_refused(target: str, changes: dict, line: str) -> None:
+    model = Model(build_network("mixtral"), None, "mixtral")  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match=line):
+        replace(shipped_target(target), **changes).select(model)
+
+
+def test_a_limited_target_is_not_widened_to_the_final_layer() -> None:
+    model = Model(build_network("mixtral"), None, "mixtral")  # type: ignore[arg-type]
+    assert shipped_target("overall").select(model).takes_final_when_quantized
+    assert not replace(shipped_target("overall"), blocks=[0]).select(model).takes_final_when_quantized
+
+
+def test_ablation_removes_one_expert_and_nothing_else() -> None:
+    model = Model(build_network("mixtral"), None, "mixtral")  # type: ignore[arg-type]
+    before = {layer.path: layer.weight.clone() for layer in linear_layers(model)}
+    targets = replace(shipped_target("experts"), blocks=[0], experts=[2]).select(model)
+    report = Ablation().compress(model, targets, None)
+    assert report.sparsity == 1.0 and report.removed == targets.parameters == 3 * 16 * 24
+    for layer in linear_layers(model):
+        expected = (
+            torch.zeros_like(layer.weight) if (layer.block, layer.expert_number) == (0, 2) else before[layer.path]
+        )
+        assert torch.equal(layer.weight, expected)
+
+
+def test_runs_from_before_targets_had_limits_keep_their_hashes() -> None:
+    told = identity(shipped_target("att"))
+    assert told.keys() == {"_target_", "roles", "paper_roles", "final_when_quantized", "reading"}
+    assert identity(replace(shipped_target("att"), blocks=[1, 0])) == told | {"blocks": [0, 1]}

@@ -20,6 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from helpers.networks import build_network
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.device import Device
 from knowledge_compression.objectives import LastWords, MaskedTokens, NextToken, RandomSpans, SpanCorruption
@@ -150,6 +151,29 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch():
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-8)
     agree = (results[0][1] - results[1][1]).abs() < 1e-6
     assert agree.float().mean() > 0.98  # AdamW's first step is a sign, which noise decides where the gradient is nought
+
+
+def test_routers_are_balanced_block_by_block_over_what_is_no_padding():
+    """Against equations 4 to 6 of the Switch Transformers paper, one block and one expert at a time."""
+    network, windows = build_network("mixtral"), text(6)
+    windows[:3, 7:] = 0
+    read: list[list[torch.Tensor]] = []
+    for block in network.model.layers:
+        read.append([])
+        block.mlp.register_forward_pre_hook(lambda _, args, seen=read[-1]: seen.append(args[0].detach()))
+    plain, count = NextToken(pad_id=0)(network, windows)
+    balanced, same_count = NextToken(pad_id=0, balance=0.5)(network, windows)
+    expected = 0.0
+    for block, seen in zip(network.model.layers, read, strict=True):
+        chances = (seen[0][windows != 0] @ block.mlp.gate.weight.T).softmax(-1).detach()
+        chosen = [row.topk(2).indices.tolist() for row in chances]
+        for expert in range(4):
+            share = sum(expert in pair for pair in chosen) / len(chosen)
+            expected += 4 * share * float(chances[:, expert].mean()) / len(read)
+    assert count == same_count
+    assert float(balanced - plain) == pytest.approx(0.5 * count * expected, rel=1e-4)
+    gate = network.model.layers[0].mlp.gate.weight
+    assert torch.autograd.grad(balanced - plain, gate)[0].abs().sum() > 0
 
 
 class TooLittleMemory:

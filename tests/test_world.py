@@ -33,7 +33,7 @@ from knowledge_compression.objectives import NextToken, objective_for
 from knowledge_compression.training import TrainingSettings
 from knowledge_compression.world import files, models
 from knowledge_compression.world.generator import WorldSettings, generate
-from knowledge_compression.world.models import Shape, WorldModel
+from knowledge_compression.world.models import Mixture, Shape, WorldModel
 from knowledge_compression.world.schema import ONE_TO_ONE, RELATIONS
 from knowledge_compression.world.tokenizer import train_tokenizer
 
@@ -266,8 +266,32 @@ def test_windows_hold_whole_sentences_all_of_them_in_every_reading():
 
 
 def test_the_parameter_budgets_match():
-    sizes = {name: small_model(name, shape=Shape()).skeleton().parameter_count() for name in FAMILIES}
-    assert max(sizes.values()) / min(sizes.values()) < 1.1
+    sizes = [small_model(name, shape=Shape()).skeleton().parameter_count() for name in FAMILIES]
+    sizes += [small_model("decoder", shape=Mixture(experts=n)).skeleton().parameter_count() for n in (4, 8)]
+    assert max(sizes) / min(sizes) < 1.1
+
+
+def test_the_shipped_mixture_has_eight_experts_of_which_two_read_a_token():
+    source = kc.choose("model=world_moe")
+    network = source.skeleton().network
+    experts = kc.choose("target=experts").select(source.skeleton())
+    assert len(experts) == 2 * 8 * len(network.model.layers) and network.config.num_experts_per_tok == 2
+    assert all(size % 8 == 0 for layer in experts for size in layer.weight.shape)
+    assert source.shape.objective(NextToken(0)) == NextToken(0, balance=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"family": "encoder"}, r"model\.family=encoder has no shape with experts; choose model\.family=decoder"),
+        ({"shape": {"experts": 2, "active": 3}}, r"model\.shape\.active=3 .* model\.shape\.experts=2"),
+        ({"shape": {"experts": 0}}, r"model\.shape\.experts=0"),
+        ({"shape": {"balance": -1}}, r"model\.shape\.balance=-1"),
+    ],
+)
+def test_mixtures_that_cannot_be_are_refused(changes, says):
+    with pytest.raises(BadInput, match=says):
+        kc.choose("model=world_moe", **changes).skeleton()
 
 
 def relation_of(name):
@@ -282,10 +306,11 @@ def test_what_decides_the_weights_decides_the_fingerprint():
         replace(source, family="encoder"),
         replace(source, world=replace(TRAINED, seed=1)),
         replace(source, shape=Shape(32, 2, 2)),
+        replace(source, shape=Mixture(64, 2, 2)),
         replace(source, length=32),
         replace(source, training=replace(source.training, learning_rate=1e-3)),
     ]
-    assert len({s.fingerprint() for s in [source, *others]}) == 6
+    assert len({s.fingerprint() for s in [source, *others]}) == 7
 
 
 def test_a_family_that_does_not_exist_is_refused():
@@ -340,6 +365,17 @@ def test_every_family_learns_a_small_world_in_any_wording(trained, family):
     assert metrics["accuracy"] >= 0.85
     assert metrics["native.accuracy"] >= 0.85
     assert metrics["majority"] < 0.4
+
+
+@pytest.mark.slow
+def test_a_mixture_learns_a_small_world_and_uses_every_expert(cache):
+    model = small_model("decoder", shape=Mixture(64, 2, 2, experts=4)).load()
+    metrics = WorldProbes().evaluate(Scorer(model)).metrics
+    assert metrics["head.held_out"] >= 0.95 and metrics["accuracy"] >= 0.85
+    windows = WorldText(samples=64, length=21).windows(model)
+    report = Gptq(bits=3).compress(model, kc.choose("target=experts").select(model), windows)
+    seen = [layer.tokens for layer in report.layers if "down_proj" in layer.path]
+    assert min(seen) > windows.numel() * 2 / 4 / 3 and sum(seen[:4]) == sum(seen[4:]) == 2 * windows.numel()
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def _probes_of(model: Model) -> Path:
     if folder is None:
         raise BadInput(
             f"eval=world asks models of the controlled world, and {model.name} is none; "
-            "take model=world_encoder, world_encoder_decoder or world_decoder"
+            "take model=world_encoder, world_encoder_decoder, world_decoder or world_moe"
         )
     return Path(folder) / "lama"
 

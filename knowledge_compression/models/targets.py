@@ -4,134 +4,27 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Annotated
+
+from pydantic import Field
 
 from knowledge_compression.errors import BadInput
-from knowledge_compression.heavy import nn, torch
-from knowledge_compression.identity import LABEL
+from knowledge_compression.heavy import nn
+from knowledge_compression.identity import ADDED, LABEL
 from knowledge_compression.models.families import FINAL, ROLES, TRANSFORM
+from knowledge_compression.models.layers import Expert, TargetLayer, is_linear
 from knowledge_compression.models.model import Model
 
-if TYPE_CHECKING:
-    from knowledge_compression.models.replaced import ReplacedLinear
+__all__ = ["Expert", "LeftOut", "Placed", "Target", "TargetLayer", "Targets", "is_linear", "linear_layers", "placed"]
 
 READINGS = ("module", "paper")
+LIMIT = "limit"
+Numbers = Sequence[Annotated[int, Field(ge=0)]]
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-
-
-@dataclass(frozen=True, eq=False)
-class TargetLayer:
-    """One matrix of the network that can be compressed: a linear layer, or one expert's part of a bank of experts.
-
-    Attributes:
-        path: module path, e.g. ``model.layers.0.self_attn.q_proj``; for an expert, the path of the bank and the
-            expert's number, e.g. ``model.layers.0.mlp.experts.down_proj.7``.
-        role: one of :data:`~knowledge_compression.models.families.ROLES`.
-        uses: how often a forward pass uses it (ALBERT shares one block over its whole depth).
-        expert: its place in a bank of experts, if it belongs to one.
-    """
-
-    path: str
-    role: str
-    network: nn.Module
-    uses: int = 1
-    expert: Expert | None = None
-
-    @property
-    def holder(self) -> str:
-        """Path of the module that gets this layer's inputs: its own, or that of the bank of experts."""
-        return self.expert.bank if self.expert else self.path
-
-    @property
-    def module(self) -> nn.Module:
-        """The module that is currently at :attr:`holder`."""
-        return self.network.get_submodule(self.holder)
-
-    @property
-    def weight_name(self) -> str:
-        """Name of the network's parameter that holds the weight."""
-        return f"{self.expert.bank}.{self.expert.parameter}" if self.expert else f"{self.path}.weight"
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight ``[out_features, in_features]`` as a view to be modified in place, also for GPT-2's Conv1D."""
-        from transformers.pytorch_utils import Conv1D
-
-        from knowledge_compression.models.replaced import ReplacedExperts
-
-        module = self.module
-        if self.expert:
-            bank = getattr(module, self.expert.parameter)
-            if isinstance(bank, ReplacedExperts):  # others of the bank have been replaced
-                return bank.get_submodule(str(self.expert.number)).weight.detach()  # type: ignore[operator]
-            return bank.data[self.expert.number].T if self.expert.transposed else bank.data[self.expert.number]
-        weight: torch.Tensor = module.weight.data  # type: ignore[assignment]
-        return weight.T if isinstance(module, Conv1D) else weight
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The bias ``[out_features]``, if the layer has its own."""
-        bias = self.bias_parameter
-        return bias.data if bias is not None else None
-
-    @property
-    def bias_parameter(self) -> nn.Parameter | None:
-        """The same as the module holds it. The biases of a bank of experts are the bank's, and are added by it."""
-        return None if self.expert else getattr(self.module, "bias", None)
-
-    @property
-    def notes(self) -> dict[str, Any]:
-        """Data that a method stores with the layer besides its weight; not part of the network's state."""
-        if self.expert is None:
-            return self.module.__dict__
-        kept: dict[str, dict[str, Any]] = self.module.__dict__.setdefault("notes_of_experts", {})
-        return kept.setdefault(self.path, {})
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights (biases are not compressed and not counted)."""
-        return self.weight.numel()
-
-    @property
-    def is_replaceable(self) -> bool:
-        """Whether another module can replace it: not if the network uses its weight in another way."""
-        return self.expert is not None or is_linear(self.module)
-
-    @property
-    def is_replaced(self) -> bool:
-        """Whether a compression has put a module of its own in its place."""
-        from knowledge_compression.models.replaced import ReplacedLinear
-
-        return isinstance(self.module, ReplacedLinear)
-
-    def replace(self, module: ReplacedLinear) -> None:
-        """Replace this layer by another module."""
-        if self.expert:
-            from knowledge_compression.models.replaced import ReplacedExperts
-
-            ReplacedExperts.in_place_of(self.module, self.expert.parameter, self.expert.transposed)
-        self.network.set_submodule(self.path, module)
-
-
-@dataclass(frozen=True)
-class Expert:
-    """The place of one expert's matrix: in a parameter ``[experts, out, in]``, or transposed, ``[experts, in, out]``.
-
-    Attributes:
-        bank: path of the module that holds all experts.
-        parameter: name of its parameter.
-        number: index of the expert.
-        transposed: whether the parameter is ``[experts, in_features, out_features]``.
-    """
-
-    bank: str
-    parameter: str
-    number: int
-    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -143,8 +36,9 @@ class LeftOut:
         role: role of the part to which they belong, or None.
         parameters: number of entries.
         share: their share of all such parameters of the network's blocks.
-        reason: ``role`` if the target does not include their role, otherwise their kind, e.g. ``convolution``.
-        inside: whether the target includes the role of the part to which they belong.
+        reason: ``role`` if the target does not include their role, ``limit`` if it is limited to other blocks or
+            experts, otherwise their kind, e.g. ``convolution``.
+        inside: whether the target includes the role of the part to which they belong, without being limited to others.
     """
 
     path: str
@@ -212,6 +106,10 @@ class Target:
             excludes it.
         reading: ``module`` (a linear belongs to the module that contains it) or ``paper`` (as counted in Table 2 of
             paper 1).
+        blocks: numbers of the blocks to which it is limited, from 0 in each stack; None includes all, and what lies
+            outside the blocks.
+        experts: numbers of the routed experts to which it is limited, from 0 in each block; None includes all, and what
+            belongs to no routed expert.
     """
 
     name: str = field(metadata=LABEL)
@@ -219,9 +117,11 @@ class Target:
     paper_roles: Sequence[str] | None = None
     final_when_quantized: bool = False
     reading: str = "module"
+    blocks: Numbers | None = field(default=None, metadata=ADDED)
+    experts: Numbers | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
-        """Refuse unknown roles and readings."""
+        """Refuse unknown roles and readings; numbers count once, in any order."""
         if self.reading not in READINGS:
             raise BadInput(f"reading='{self.reading}' does not exist; choose one of {', '.join(READINGS)}")
         unknown = set(self.roles) | set(self.paper_roles or ())
@@ -230,8 +130,12 @@ class Target:
                 f"target={self.name}: no role is called {', '.join(sorted(unknown))}; roles: {', '.join(ROLES)}"
             )
 
+        for name in ("blocks", "experts"):
+            if (numbers := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(sorted(set(numbers))))
+
     def select(self, model: Model) -> Targets:
-        """The layers of ``model`` that have one of the roles.
+        """The layers of ``model`` that have one of the roles, in the blocks and experts to which it is limited.
 
         Raises:
             BadInput: the model has none, or has linear layers that cannot be placed.
@@ -246,13 +150,35 @@ class Target:
                 f"target={self.name} takes {', '.join(roles)}, which {model.name} ({model.network.config.model_type}) "
                 f"does not have; it has {', '.join(there)}"
             )
+        limited = self._within_limits(model, chosen)
         return Targets(
-            chosen,
+            limited,
             model,
             self.reading,
-            takes_final_when_quantized=self.final_when_quantized,
-            left_out=everything.without(roles),
+            takes_final_when_quantized=self.final_when_quantized and len(limited) == len(chosen),
+            left_out=everything.without(roles, limited),
         )
+
+    def _within_limits(self, model: Model, layers: list[TargetLayer]) -> list[TargetLayer]:
+        """The layers in the chosen blocks and of the chosen experts.
+
+        Raises:
+            BadInput: there is no block or expert of a chosen number.
+        """
+        limits: list[tuple[str, Numbers | None, Callable[[TargetLayer], int | None]]] = [
+            ("blocks", self.blocks, lambda layer: layer.block),
+            ("experts", self.experts, lambda layer: layer.expert_number),
+        ]
+        for name, chosen, number_of in limits:
+            if chosen is None:
+                continue
+            numbered = [(number, layer) for layer in layers if (number := number_of(layer)) is not None]
+            there = sorted({number for number, _ in numbered})
+            if not chosen or not set(chosen) <= set(there):
+                has = f"its {name} have the numbers {_ranges(there)}" if there else f"it has no numbered {name}"
+                raise BadInput(f"target.{name}={list(chosen)} of {model.name}, target={self.name}: {has}")
+            layers = [layer for number, layer in numbered if number in chosen]
+        return layers
 
 
 @dataclass(frozen=True)
@@ -270,12 +196,18 @@ class Placed:
     others: list[tuple[str, str | None, int, str]]
     around: frozenset[str]
 
-    def without(self, roles: Collection[str]) -> list[LeftOut]:
-        """Parameters of the blocks not in these roles; names that differ only in numbers share an entry."""
+    def without(self, roles: Collection[str], chosen: Sequence[TargetLayer]) -> list[LeftOut]:
+        """Parameters of the blocks that are not chosen; names that differ only in numbers share an entry.
+
+        Args:
+            roles: the roles that the target includes.
+            chosen: the layers that it includes.
+        """
+        included = {layer.path for layer in chosen}
         rest = [
-            (layer.weight_name, layer.role, layer.parameters, "role")
+            (layer.weight_name, layer.role, layer.parameters, LIMIT if layer.role in roles else "role")
             for layer in self.layers
-            if layer.role not in roles and layer.path not in self.around
+            if layer.path not in included and layer.path not in self.around
         ]
         whole = sum(layer.parameters for layer in self.layers if layer.path not in self.around)
         whole += sum(parameters for _, _, parameters, _ in self.others)
@@ -283,7 +215,7 @@ class Placed:
         for path, role, parameters, reason in [*rest, *self.others]:
             sizes[_pattern(path), role, reason] += parameters
         return [
-            LeftOut(path, role, count, count / whole, reason, inside=role in roles)
+            LeftOut(path, role, count, count / whole, reason, inside=role in roles and reason != LIMIT)
             for (path, role, reason), count in sizes.items()
         ]
 
@@ -311,7 +243,8 @@ def placed(model: Model, reading: str = "module") -> Placed:
             continue
         matrix = is_linear(module) or (roles.block_of(path) and _is_matrix(module))
         if matrix and (role := roles.of(path)):
-            layers.append(TargetLayer(path, role, network, uses=1 if role in (TRANSFORM, FINAL) else depth))
+            uses = 1 if role in (TRANSFORM, FINAL) else depth
+            layers.append(TargetLayer(path, role, network, uses, block=_number(roles.block_of(path))))
         elif matrix:
             unknown.append(path)
         if is_linear(module) or not roles.block_of(path):
@@ -325,7 +258,8 @@ def placed(model: Model, reading: str = "module") -> Placed:
                 others.append((full, role, parameter.numel(), reason))
             elif role and parameter.dim() == 3 and (transposed := _transposed(module, name, hidden)) is not None:
                 experts = (Expert(path, name, number, transposed) for number in range(len(parameter)))
-                layers += [TargetLayer(f"{full}.{e.number}", role, network, depth, e) for e in experts]
+                block = _number(roles.block_of(path))
+                layers += [TargetLayer(f"{full}.{e.number}", role, network, depth, e, block) for e in experts]
             else:
                 unknown.append(full)
     if unknown:
@@ -343,13 +277,15 @@ def _pattern(path: str) -> str:
     return _NUMBER.sub("*", path)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies its input by a stored weight matrix: nn.Linear, Conv1D, or ours that replace them."""
-    from transformers.pytorch_utils import Conv1D
+def _number(block: str | None) -> int | None:
+    """The number of a block in its stack, by its path."""
+    return int(block.rpartition(".")[2]) if block else None
 
-    from knowledge_compression.models.replaced import ReplacedLinear
 
-    return isinstance(module, (nn.Linear, Conv1D, ReplacedLinear))
+def _ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers as text, e.g. ``0-3, 5``."""
+    runs = [list(run) for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0][1]) if len(run) == 1 else f"{run[0][1]}-{run[-1][1]}" for run in runs)
 
 
 def _is_matrix(module: nn.Module) -> bool:

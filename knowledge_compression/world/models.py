@@ -1,4 +1,4 @@
-"""Three small models of similar size that know the same world: trained on first use, then read from the cache."""
+"""Small models of similar size that know the same world: trained on first use, then read from the cache."""
 
 from __future__ import annotations
 
@@ -64,17 +64,7 @@ class Shape:
         """
         from transformers import BertConfig, LlamaConfig, T5Config
 
-        d = self.width
-        shared: dict[str, Any] = {
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            # So that the final layer is trained as a layer of its own. T5 of transformers 5 ties it all the same, and
-            # then leaves its logits unscaled, which is learnt faster than scaled ones are.
-            "tie_word_embeddings": False,
-        }
-        sized: dict[str, Any] = {"hidden_size": d, "num_hidden_layers": self.depth, "num_attention_heads": self.heads}
+        d, shared, sized = self.width, _shared(tokenizer), self._sized
         if family == ENCODER:
             quiet: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
             return BertConfig(intermediate_size=4 * d, max_position_embeddings=128, **quiet, **sized, **shared)
@@ -90,6 +80,74 @@ class Shape:
             dropout_rate=0.0,
             **{"decoder_start_token_id": tokenizer.pad_token_id} | shared,
         )
+
+    def objective(self, ordinary: Objective) -> Objective:
+        """The objective that trains such a network from scratch, given that of its family."""
+        return ordinary
+
+    @property
+    def _sized(self) -> dict[str, Any]:
+        return {"hidden_size": self.width, "num_hidden_layers": self.depth, "num_attention_heads": self.heads}
+
+
+@dataclass(frozen=True)
+class Mixture(Shape):
+    """The size of a decoder with routed experts in the place of its feed-forward layers (shaped like Mixtral).
+
+    All experts of a block together have about as many weights as the feed-forward layers of the dense decoder, so that
+    the two models are of one size and each expert is one part in ``experts`` of it.
+
+    Attributes:
+        experts: number of experts in a block.
+        active: number of experts that read a token.
+        balance: weight of the routers' load-balancing loss in training, without which a router may send all tokens to
+            few experts (Fedus et al., Switch Transformers, 2022, equations 4 to 6, for each block by itself).
+    """
+
+    experts: Positive = 8
+    active: Positive = 2
+    balance: Annotated[float, Field(ge=0)] = 0.01
+
+    def __post_init__(self) -> None:
+        """Refuse more active experts than there are."""
+        if self.active > self.experts:
+            raise BadInput(
+                f"model.shape.active={self.active} experts cannot read a token, as a block has "
+                f"model.shape.experts={self.experts}"
+            )
+
+    def config(self, family: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+        """The configuration; an expert's width is a multiple of eight, which n:m patterns and packed layouts need."""
+        from transformers import MixtralConfig
+
+        if family != DECODER:
+            raise BadInput(f"model.family={family} has no shape with experts; choose model.family={DECODER}")
+        return MixtralConfig(
+            intermediate_size=8 * max(1, round(self.width / (3 * self.experts))),
+            num_key_value_heads=self.heads,
+            num_local_experts=self.experts,
+            num_experts_per_tok=self.active,
+            max_position_embeddings=256,
+            **self._sized,
+            **_shared(tokenizer),
+        )
+
+    def objective(self, ordinary: Objective) -> Objective:
+        """Next tokens, and the routers' balance."""
+        assert isinstance(ordinary, NextToken)
+        return replace(ordinary, balance=self.balance)
+
+
+def _shared(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        # So that the final layer is trained as a layer of its own. T5 of transformers 5 ties it all the same, and
+        # then leaves its logits unscaled, which is learnt faster than scaled ones are.
+        "tie_word_embeddings": False,
+    }
 
 
 @dataclass(frozen=True)
@@ -184,8 +242,8 @@ class WorldModel:
         count = self.training.steps_over(self.length) * self.training.batch_size * self.training.accumulate
         windows = sentence_windows(model, sentences, self.length, count, self.training.seed)
         state = cache_folder() / "worlds" / f".{self.fingerprint()}.training"
-        report = train(network, windows, _objective(self.family, tokenizer), self.training,
-                       checkpoint=state, label=f"training {self.name}")  # fmt: skip
+        objective = self.shape.objective(_objective(self.family, tokenizer))
+        report = train(network, windows, objective, self.training, checkpoint=state, label=f"training {self.name}")
         model = replace(model, provenance={"world": str(folder / "world")})
         from knowledge_compression.evaluation.scoring import Scorer
 
@@ -224,9 +282,14 @@ def _skeleton(world: WorldSettings, shape: Shape, family: str) -> tuple[Any, Pre
 
 
 def _network(config: PretrainedConfig, device: str) -> Any:
-    from transformers import BertForMaskedLM, LlamaForCausalLM, T5ForConditionalGeneration
+    from transformers import BertForMaskedLM, LlamaForCausalLM, MixtralForCausalLM, T5ForConditionalGeneration
 
-    kinds = {"bert": BertForMaskedLM, "llama": LlamaForCausalLM, "t5": T5ForConditionalGeneration}
+    kinds = {
+        "bert": BertForMaskedLM,
+        "llama": LlamaForCausalLM,
+        "mixtral": MixtralForCausalLM,
+        "t5": T5ForConditionalGeneration,
+    }
     with torch.device(device):
         return kinds[config.model_type](config)
 

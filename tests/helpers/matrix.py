@@ -29,8 +29,9 @@ WIDE: dict[str, dict[str, Any]] = {
 BITS = {"int8_dynamic": 8, "prune_int8": 8, "int8_static": 8, "smoothquant": 8} | dict.fromkeys(
     ["rtn", "gptq", "awq", "nf4", "hqq"], 4
 )
-SPARSE = ["magnitude", "random", "structured", "sparsegpt", "wanda", "prune_int8"]
 SPARSITY = 0.25
+REMOVED = dict.fromkeys(["magnitude", "random", "structured", "sparsegpt", "wanda", "prune_int8"], SPARSITY)
+REMOVED["ablation"] = 1.0
 
 
 def write_text(folder: Path) -> Path:
@@ -88,7 +89,7 @@ def check(name: str, run: Run, architecture: str, dtype: str) -> None:
     for layer in run.layers:  # transformers keeps T5's wo in float32 where all else is loaded in float16
         wide = dtype == "float32" or (architecture == "t5" and dtype == "float16" and layer["path"].endswith("wo"))
         assert layer["bits"] == BITS.get(name, 32 if wide else 16), (name, layer)
-    assert report["sparsity"] == pytest.approx(SPARSITY if name in SPARSE else 0.0, abs=0.02), name
+    assert report["sparsity"] == pytest.approx(REMOVED.get(name, 0.0), abs=0.02), name
     assert report["parameters_touched"] == sum(expected.values())
     assert not set(report["fallbacks"]) - {"dead_input"}, name
     assert 0 < report["stored_bytes"] <= report["memory_bytes_before"] * 1.05

@@ -1,0 +1,145 @@
+"""One matrix of a network: its place, its role, and a writable view of its weight."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from knowledge_compression.heavy import nn, torch
+from knowledge_compression.models.families import EXPERTS
+
+if TYPE_CHECKING:
+    from knowledge_compression.models.replaced import ReplacedLinear
+
+_EXPERT = re.compile(r"experts\.(?:expert_)?(\d+)\.")  # a module for each expert, in a list or, in Switch, a dictionary
+
+
+@dataclass(frozen=True, eq=False)
+class TargetLayer:
+    """One matrix of the network that can be compressed: a linear layer, or one expert's part of a bank of experts.
+
+    Attributes:
+        path: module path, e.g. ``model.layers.0.self_attn.q_proj``; for an expert, the path of the bank and the
+            expert's number, e.g. ``model.layers.0.mlp.experts.down_proj.7``.
+        role: one of :data:`~knowledge_compression.models.families.ROLES`.
+        uses: how often a forward pass uses it (ALBERT shares one block over its whole depth).
+        expert: its place in a bank of experts, if it belongs to one.
+        block: number of its block in its stack, from 0; None outside the blocks.
+    """
+
+    path: str
+    role: str
+    network: nn.Module
+    uses: int = 1
+    expert: Expert | None = None
+    block: int | None = None
+
+    @property
+    def expert_number(self) -> int | None:
+        """Number of the routed expert to which it belongs, from 0; None for any other layer."""
+        if self.expert:
+            return self.expert.number
+        number = _EXPERT.search(self.path) if self.role == EXPERTS else None
+        return int(number[1]) if number else None
+
+    @property
+    def holder(self) -> str:
+        """Path of the module that gets this layer's inputs: its own, or that of the bank of experts."""
+        return self.expert.bank if self.expert else self.path
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is currently at :attr:`holder`."""
+        return self.network.get_submodule(self.holder)
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the network's parameter that holds the weight."""
+        return f"{self.expert.bank}.{self.expert.parameter}" if self.expert else f"{self.path}.weight"
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight ``[out_features, in_features]`` as a view to be modified in place, also for GPT-2's Conv1D."""
+        from transformers.pytorch_utils import Conv1D
+
+        from knowledge_compression.models.replaced import ReplacedExperts
+
+        module = self.module
+        if self.expert:
+            bank = getattr(module, self.expert.parameter)
+            if isinstance(bank, ReplacedExperts):  # others of the bank have been replaced
+                return bank.get_submodule(str(self.expert.number)).weight.detach()  # type: ignore[operator]
+            return bank.data[self.expert.number].T if self.expert.transposed else bank.data[self.expert.number]
+        weight: torch.Tensor = module.weight.data  # type: ignore[assignment]
+        return weight.T if isinstance(module, Conv1D) else weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias ``[out_features]``, if the layer has its own."""
+        bias = self.bias_parameter
+        return bias.data if bias is not None else None
+
+    @property
+    def bias_parameter(self) -> nn.Parameter | None:
+        """The same as the module holds it. The biases of a bank of experts are the bank's, and are added by it."""
+        return None if self.expert else getattr(self.module, "bias", None)
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """Data that a method stores with the layer besides its weight; not part of the network's state."""
+        if self.expert is None:
+            return self.module.__dict__
+        kept: dict[str, dict[str, Any]] = self.module.__dict__.setdefault("notes_of_experts", {})
+        return kept.setdefault(self.path, {})
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights (biases are not compressed and not counted)."""
+        return self.weight.numel()
+
+    @property
+    def is_replaceable(self) -> bool:
+        """Whether another module can replace it: not if the network uses its weight in another way."""
+        return self.expert is not None or is_linear(self.module)
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether a compression has put a module of its own in its place."""
+        from knowledge_compression.models.replaced import ReplacedLinear
+
+        return isinstance(self.module, ReplacedLinear)
+
+    def replace(self, module: ReplacedLinear) -> None:
+        """Replace this layer by another module."""
+        if self.expert:
+            from knowledge_compression.models.replaced import ReplacedExperts
+
+            ReplacedExperts.in_place_of(self.module, self.expert.parameter, self.expert.transposed)
+        self.network.set_submodule(self.path, module)
+
+
+@dataclass(frozen=True)
+class Expert:
+    """The place of one expert's matrix: in a parameter ``[experts, out, in]``, or transposed, ``[experts, in, out]``.
+
+    Attributes:
+        bank: path of the module that holds all experts.
+        parameter: name of its parameter.
+        number: index of the expert.
+        transposed: whether the parameter is ``[experts, in_features, out_features]``.
+    """
+
+    bank: str
+    parameter: str
+    number: int
+    transposed: bool
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies its input by a stored weight matrix: nn.Linear, Conv1D, or ours that replace them."""
+    from transformers.pytorch_utils import Conv1D
+
+    from knowledge_compression.models.replaced import ReplacedLinear
+
+    return isinstance(module, (nn.Linear, Conv1D, ReplacedLinear))
