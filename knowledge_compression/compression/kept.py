@@ -1,8 +1,8 @@
 """A cache of compressed models: runs that differ only in recovery or evaluation compress once.
 
 The cache holds what a compression may change, which is the layers that its report names: their weights, the integer
-codes of quantized weights, and the modules that replaced them. All of it is copied into a freshly loaded model, which
-is then bit for bit the compressed one.
+codes or GGUF blocks of quantized weights, and the modules that replaced them. All of it is copied into a freshly loaded
+model, which is then bit for bit the compressed one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LEFT_FREE = 0.1  # of the disk, left free for everything else
-FORMAT = 3  # raised whenever an old file would be misread
+FORMAT = 4  # raised whenever an old file would be misread
 _FILE = "changes.safetensors"
 _GRID = ("scales", "zeros", "group_of")
 _SETTINGS = ("bits", "symmetric", "scale_bits")
@@ -175,9 +175,12 @@ def _write(
     """
     from safetensors.torch import save_file
 
+    from knowledge_compression.compression.formats.gguf_blocks import kept_blocks
+
     touched = {layer.path for layer in report.layers}
     tensors: dict[str, Tensor] = {}
     codes: dict[str, dict[str, Any]] = {}
+    kinds_of_blocks: dict[str, str] = {}
     modules: dict[str, tuple[str, dict[str, Any]]] = {}
     for layer in linear_layers(model):
         if layer.path not in touched:
@@ -193,9 +196,13 @@ def _write(
             codes[layer.path] = {name: getattr(weight.grid, name) for name in _SETTINGS}
             tensors[f"codes/{layer.path}/codes"] = weight.codes
             tensors |= {f"codes/{layer.path}/{name}": getattr(weight.grid, name).clone() for name in _GRID}
+        elif (blocks := kept_blocks(layer)) is not None:
+            kinds_of_blocks[layer.path] = blocks.kind.name
+            tensors[f"blocks/{layer.path}"] = torch.from_numpy(blocks.data)
         else:
             tensors[f"weight/{layer.path}"] = layer.weight
-    about = {"format": FORMAT, "untied": untied, "codes": codes, "modules": modules, "report": report.to_json()}
+    about = {"format": FORMAT, "untied": untied, "codes": codes, "blocks": kinds_of_blocks, "modules": modules}
+    about |= {"report": report.to_json()}
     on_the_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(on_the_cpu, folder / _FILE, {"about": json.dumps(about)})
 
@@ -206,6 +213,10 @@ def _restore(folder: Path, model: Model, kinds: Sequence[type[ReplacedLinear]]) 
     Raises:
         OSError, SafetensorError: the file is missing or incomplete.
     """
+    from gguf import GGMLQuantizationType as Kind
+
+    from knowledge_compression.compression.formats.gguf_blocks import Blocks
+
     with safe_open(folder / _FILE, "pt") as file:
         about = json.loads(file.metadata()["about"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -224,6 +235,8 @@ def _restore(folder: Path, model: Model, kinds: Sequence[type[ReplacedLinear]]) 
         for path, settings in about["codes"].items():
             grid = FittedGrid(**{name: tensors[f"codes/{path}/{name}"] for name in _GRID}, **settings)
             QuantizedWeight(tensors[f"codes/{path}/codes"], grid).put_into(layers[path])
+        for path, kind in about["blocks"].items():
+            Blocks(Kind[kind], tensors[f"blocks/{path}"].numpy()).put_into(layers[path])
         for name, tensor in tensors.items():
             if name.startswith("weight/"):
                 layers[name.removeprefix("weight/")].weight.copy_(tensor)

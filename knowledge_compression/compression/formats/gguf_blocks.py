@@ -1,0 +1,187 @@
+"""Weights in the blocks of GGUF files: how they are encoded, and which blocks hold a compressed layer exactly.
+
+The library gguf decodes every type and encodes the older ones; K quants are encoded here
+(:mod:`~knowledge_compression.compression.solve.k_quants`), and IQ4_NL, which llama.cpp falls back on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, dequantize, quantize
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import IQ4_NL
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knowledge_compression.compression.solve.grid import QuantizedWeight, quantized_weight
+from knowledge_compression.compression.solve.k_quants import K_QUANTS
+from knowledge_compression.compression.solve.k_quants import encoded as encoded_as_k_quant
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import TargetLayer
+
+AUTO = "auto"
+
+# What llama.cpp takes instead where a row is not a whole number of super-blocks.
+FALLBACKS: Mapping[Kind, Kind] = {
+    Kind.Q2_K: Kind.IQ4_NL,
+    Kind.Q3_K: Kind.IQ4_NL,
+    Kind.Q4_K: Kind.Q5_0,
+    Kind.Q5_K: Kind.Q5_1,
+    Kind.Q6_K: Kind.Q8_0,
+}
+FLOATS = (Kind.F16, Kind.BF16, Kind.F32)  # from narrow to wide
+QUANTIZED = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.MXFP4, Kind.IQ4_NL, *FALLBACKS)
+TYPES = (AUTO, *(kind.name.lower() for kind in (*FLOATS, *QUANTIZED)))
+
+# Types that stand for scale * level, and their lowest and highest level.
+_LEVELS: Mapping[Kind, tuple[int, int]] = {Kind.Q4_0: (-8, 7), Kind.Q5_0: (-16, 15), Kind.Q8_0: (-128, 127)}
+_ROWS_TRIED = 4  # before all rows are
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A weight as a GGUF file stores it.
+
+    Attributes:
+        kind: the type.
+        data: uint8 ``[out_features, bytes of a row]``.
+    """
+
+    kind: Kind
+    data: NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, weight: Tensor, kind: Kind) -> Blocks:
+        """The blocks of a weight ``[out_features, in_features]``, rounded to nearest."""
+        return cls(kind, encoded(weight, kind))
+
+    def decode(self) -> Tensor:
+        """The weight that they stand for, float32 ``[out_features, in_features]``."""
+        return torch.from_numpy(np.require(dequantize(self.data, self.kind), requirements=["C", "W", "O"]))
+
+    def put_into(self, layer: TargetLayer) -> None:
+        """Write the weight that they stand for into a layer, and keep them with it."""
+        layer.weight.copy_(self.decode())
+        layer.notes["gguf_blocks"] = self
+
+    def hold(self, layer: TargetLayer) -> bool:
+        """Whether they stand for exactly a layer's weight, in its dtype."""
+        weight = layer.weight
+        return torch.equal(self.decode().to(weight), weight)
+
+
+def kept_blocks(layer: TargetLayer) -> Blocks | None:
+    """The blocks from which a layer's weight was made; None if it was not, or has changed since."""
+    kept: Blocks | None = layer.notes.get("gguf_blocks")
+    return kept if kept is not None and kept.hold(layer) else None
+
+
+def blocks_of(layer: TargetLayer) -> Blocks | None:
+    """Blocks that hold a layer's compressed weight exactly; None if no type of GGUF has its grid."""
+    if (kept := kept_blocks(layer)) is not None:
+        return kept
+    if (weight := quantized_weight(layer)) is not None:
+        return next((blocks for blocks in _from_codes(weight) if blocks.hold(layer)), None)
+    return None
+
+
+def kind_of(name: str) -> Kind | None:
+    """The type that a setting names; None for ``auto``.
+
+    Raises:
+        BadInput: there is none of this name.
+    """
+    if name.lower() not in TYPES:
+        raise BadInput(f"output.gguf_type={name} is not a type that is written; choose one of {', '.join(TYPES)}")
+    return None if name.lower() == AUTO else Kind[name.upper()]
+
+
+def fitting(kind: Kind, width: int) -> Kind | None:
+    """The type in which rows of some width are stored when one is asked for, as llama.cpp chooses it.
+
+    Returns:
+        The type itself if its blocks fill a row, or else the one that llama.cpp falls back on; None if neither fits.
+    """
+    candidates = [kind, *([FALLBACKS[kind]] if kind in FALLBACKS else [])]
+    return next((one for one in candidates if width % GGML_QUANT_SIZES[one][0] == 0), None)
+
+
+def encoded(values: Tensor, kind: Kind) -> NDArray[Any]:
+    """Values ``[..., in_features]`` in a type: float32 or float16, or the bytes of blocks."""
+    if kind.name in K_QUANTS:
+        data = encoded_as_k_quant(values.reshape(-1, values.shape[-1]), K_QUANTS[kind.name]).numpy()
+        return data.reshape(*values.shape[:-1], -1)
+    floats = np.ascontiguousarray(values.detach().cpu().float().numpy())
+    return _nearest_levels(floats) if kind == Kind.IQ4_NL else quantize(floats, kind)
+
+
+def narrowest(values: Tensor) -> Kind:
+    """The narrowest floats that hold values exactly."""
+    for kind, dtype in zip(FLOATS, (torch.float16, torch.bfloat16), strict=False):
+        if torch.equal(values.to(dtype).to(values.dtype), values):
+            return kind
+    return Kind.F32
+
+
+def _from_codes(weight: QuantizedWeight) -> Iterator[Blocks]:
+    """Blocks with the scales and codes of integers that are ``scale * (code - zero)``, the narrowest first."""
+    grid, (rows, columns) = weight.grid, weight.codes.shape
+    groups = grid.group_of.long()
+    if columns % 32 or not torch.equal(groups.reshape(-1, 32), groups.reshape(-1, 32)[:, :1].expand(-1, 32)):
+        return
+    scales = grid.scales[:, groups[::32]]
+    levels = weight.codes.to(torch.int16) - grid.zeros[:, groups].to(torch.int16)
+    if not torch.equal(scales.half().float(), scales):
+        return
+    low, high = int(levels.min()), int(levels.max())
+    for kind, (lowest, highest) in _LEVELS.items():
+        if lowest <= low and high <= highest:
+            yield Blocks(kind, _packed(scales.half(), levels - lowest, kind).reshape(rows, -1).numpy())
+
+
+def _packed(scales: Tensor, codes: Tensor, kind: Kind) -> Tensor:
+    """Blocks of 32: a scale, the fifth bits of Q5_0, and the codes."""
+    blocks = codes.reshape(-1, 2, 16)
+    halves = scales.reshape(-1, 1).contiguous().view(torch.uint8)
+    if kind == Kind.Q8_0:
+        return torch.cat([halves, (codes.reshape(-1, 32) - 128).to(torch.int8).view(torch.uint8)], 1)
+    low = (blocks & 15).to(torch.uint8)
+    nibbles = low[:, 0] | (low[:, 1] << 4)
+    if kind == Kind.Q4_0:
+        return torch.cat([halves, nibbles], 1)
+    fifth = np.packbits((codes.reshape(-1, 32) >> 4).to(torch.uint8).numpy(), axis=1, bitorder="little")
+    return torch.cat([halves, torch.from_numpy(fifth), nibbles], 1)
+
+
+def _nearest_levels(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """IQ4_NL: 16 levels of unequal distance and a float16 scale for 32 weights.
+
+    Several scales are tried for each block, each improved by least squares; the one with the least squared error
+    stays.
+    """
+    levels = np.array(IQ4_NL.kvalues, dtype=np.float32)
+    between = (levels[1:] + levels[:-1]) / 2
+    blocks = values.reshape(-1, 32)
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(1, keepdims=True), 1)
+    best, least = np.zeros_like(extreme), np.full_like(extreme, np.inf)
+
+    def codes(scale: NDArray[np.float32]) -> NDArray[np.intp]:
+        return np.digitize(np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale != 0), between)
+
+    for reached in (levels[0], levels[0] * 0.95, levels[0] * 1.1, levels[-1], levels[-1] * 1.1):
+        scale = (extreme / reached).astype(np.float32)
+        found = levels[codes(scale)]
+        solved = (found * blocks).sum(1, keepdims=True) / (found * found).sum(1, keepdims=True)
+        for attempt in (scale, solved):
+            stored = attempt.astype(np.float16).astype(np.float32)
+            error = np.square(levels[codes(stored)] * stored - blocks).sum(1, keepdims=True)
+            best, least = np.where(error < least, stored, best), np.minimum(error, least)
+    chosen = codes(best).astype(np.uint8).reshape(-1, 2, 16)
+    nibbles = chosen[:, 0] | (chosen[:, 1] << 4)
+    data = np.concatenate([best.astype(np.float16).view(np.uint8), nibbles], axis=1)
+    return data.reshape(*values.shape[:-1], -1)
