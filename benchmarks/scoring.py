@@ -145,7 +145,7 @@ def tokenized(lm: ScorerLM, requests: Any) -> list[Any]:
 
 
 def requests_of(options: argparse.Namespace) -> dict[str, Any]:
-    loaded = load_tasks(options.tasks, options.data_dir)
+    loaded = load_tasks(options.tasks, options.data_dir).tasks
     for task in loaded.values():
         task.set_config("num_fewshot", 0)
         task.build_all_requests(limit=options.limit)

@@ -47,7 +47,7 @@ def write_log(folder: Path, tasks_dir: Path, model: Path, tasks: list[str]) -> N
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.models.huggingface import HFLM
 
-    loaded = load_tasks(tasks, str(tasks_dir))
+    loaded = load_tasks(tasks, str(tasks_dir)).tasks
     tracker = EvaluationTracker(output_path=str(folder))
     with pytest.MonkeyPatch.context() as patch:  # half a minute's look around the machine
         patch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "")

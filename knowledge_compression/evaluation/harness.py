@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.evaluation.samples import accuracies, answer_of, by_document, extra_columns, judge_of
 from knowledge_compression.evaluation.suite import Evaluation, Suite, item_table
-from knowledge_compression.evaluation.tasks import LOCAL, fingerprint, load_tasks, local_files
+from knowledge_compression.evaluation.tasks import LOCAL, fingerprint, load_tasks, local_files, names_of
 from knowledge_compression.evaluation.tasks.own import of_the_task, sandboxed
 from knowledge_compression.heavy import pl
 from knowledge_compression.identity import PLACE
@@ -36,7 +36,7 @@ class Harness:
     """Tasks of lm-evaluation-harness, zero-shot by default.
 
     Attributes:
-        tasks: task names; None uses those of ``groups``.
+        tasks: names of tasks, or of groups or tags, which stand for all their tasks; None uses those of ``groups``.
         limit: the first N items of each task, as in lm-eval; None uses all.
         num_fewshot: number of examples before each question; None uses each task's own number.
         data_dir: local files instead of the hub, in the layout of ``tasks/local.yaml``.
@@ -88,7 +88,12 @@ class Harness:
     def parts(self) -> dict[str, Suite]:
         """One suite per task; all of them are located before the first is asked."""
         loaded = load_tasks(self._available(), self.data_dir, allow_code=self.allow_code)
-        return {name: _OneTask(self, name, task) for name, task in loaded.items()}
+        return {
+            name: _OneTask(
+                self, name, task, {of: group.means for of, group in loaded.groups.items() if name in group.tasks}
+            )
+            for name, task in loaded.tasks.items()
+        }
 
     def joined(self, parts: Mapping[str, Evaluation]) -> Evaluation:
         """The results of the parts, with the means over them."""
@@ -109,7 +114,7 @@ class Harness:
             "data": "local files" if self.data_dir is not None else "hub",
             "fingerprint": self.fingerprint(),
         }
-        if missing := sorted(set(self._asked) - parts.keys()):
+        if missing := sorted(set(self._named) - parts.keys()) if self.data_dir is not None else []:
             described["missing"] = missing
             described["note"] = f"means are over {', '.join(parts)}; not there: {', '.join(missing)}"
         fallbacks = [fallback for part in parts.values() for fallback in part.fallbacks]
@@ -126,15 +131,21 @@ class Harness:
                 means[f"group.{group}"] = fmean(there)
         if self.groups and "accuracy_macro" in metrics:
             means["average"] = metrics["accuracy_macro"]
-        return means
+        return means | _group_means(parts)
+
+    @property
+    def _named(self) -> list[str]:
+        """The tasks that are asked for by their own names or those of groups, as far as this is known here."""
+        return names_of(self._asked, self.data_dir, allow_code=self.allow_code).tasks
 
     def _available(self) -> list[str]:
-        """The tasks that can be asked."""
+        """The tasks, groups and tags that can be asked."""
+        if not self.skip_missing or self.data_dir is None:
+            return self._asked
         names = []
-        for task in self._asked:
+        for task in self._named:
             try:
-                if self.skip_missing and self.data_dir is not None:
-                    local_files(task, self.data_dir, allow_code=self.allow_code)
+                local_files(task, self.data_dir, allow_code=self.allow_code)
                 names.append(task)
             except DataUnavailable as error:
                 log.warning("%s is left out: %s", task, error)
@@ -150,6 +161,7 @@ class _OneTask:
     suite: Harness
     name: str
     task: Task
+    groups: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)  # metrics of which each group has a mean
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
         """Ask the task's questions."""
@@ -177,7 +189,7 @@ class _OneTask:
             "items": items.height,
             "of": results["n-samples"][self.name]["original"],
             "fewshot": results["n-shot"][self.name],
-        }
+        } | ({"groups": self.groups} if self.groups else {})
         return Evaluation(self._metrics(results["results"][self.name], items), items, described)
 
     def _run(self, scorer: Scorer) -> Mapping[str, Any]:
@@ -219,7 +231,7 @@ class _OneTask:
         with of_the_task(self.name):
             there = len(list(self.task.fewshot_docs() or []))
         config = self.task.config
-        if (config.fewshot_split or "") == config.test_split:  # the document that is asked cannot be its own example
+        if config.fewshot_split == config.test_split:  # lm-eval draws one more, lest a document be its own example
             there -= 1
         if wanted > there:
             raise BadInput(
@@ -239,6 +251,19 @@ class _OneTask:
             if isinstance(value, int | float) and not metric.endswith("_stderr"):
                 metrics[f"{self.name}.{metric}.{filtered}" if several else f"{self.name}.{metric}"] = float(value)
         return metrics
+
+
+def _group_means(parts: Mapping[str, Evaluation]) -> dict[str, float]:
+    """lm-eval's metrics of its groups: means over their tasks, weighted by items where the group says so."""
+    values: dict[str, list[tuple[float, int]]] = {}
+    for task, part in parts.items():
+        for group, means in part.description.get("groups", {}).items():
+            for metric, by_size in means.items():
+                name = f"{task}.{metric}"
+                for key in (key for key in part.metrics if key == name or key.startswith(f"{name}.")):
+                    of = values.setdefault(f"{group}.{key.removeprefix(f'{task}.')}", [])
+                    of.append((part.metrics[key], part.items.height if by_size else 1))
+    return {name: sum(v * n for v, n in of) / sum(n for _, n in of) for name, of in values.items()}
 
 
 def _without_overflow(aggregate: Callable[[Any], float]) -> Callable[[Any], float]:

@@ -2,50 +2,74 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib.resources import files
+from contextlib import contextmanager, nullcontext
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
 from knowledge_compression.errors import BadInput, DataUnavailable
+from knowledge_compression.evaluation.tasks.names import (
+    LOCAL,
+    Members,
+    Named,
+    lm_eval_tasks,
+    named,
+    own_file,
+    shipped,
+    unknown_task,
+)
 from knowledge_compression.evaluation.tasks.own import files_of, of_the_task, sandboxed
+from knowledge_compression.evaluation.tasks.tables import as_json_lines, documents_of
 from knowledge_compression.reading import objects
 
 if TYPE_CHECKING:
+    from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
-LOCAL: Mapping[str, Mapping[str, Any]] = yaml.safe_load(files(__package__).joinpath("local.yaml").read_text())
+__all__ = ["LOCAL", "Loaded", "fingerprint", "load_tasks", "local_files", "names_of"]
 
 
-def load_tasks(names: Sequence[str], data_dir: str | None, *, allow_code: bool = False) -> dict[str, Task]:
-    """The stock tasks, with documents from ``data_dir`` or, if that is None, from the hub.
+class Loaded(NamedTuple):
+    """Tasks by name, and the groups through which they were asked for."""
+
+    tasks: dict[str, Task]
+    groups: Mapping[str, Members]
+
+
+def load_tasks(names: Sequence[str], data_dir: str | None, *, allow_code: bool = False) -> Loaded:
+    """lm-eval's tasks, with documents from ``data_dir`` or, if that is None, from the hub.
+
+    Args:
+        names: tasks, groups or tags.
+        data_dir: the folder of local files; None reads the hub.
+        allow_code: whether a user's own task file may name functions, which are then executed.
 
     Raises:
         BadInput: a name is unknown, a local file lacks what the task's prompts need, or it holds code that is not
             allowed.
         DataUnavailable: a local file is missing, or the hub did not answer.
     """
+    asked = names_of(names, data_dir, allow_code=allow_code)
     if data_dir is not None:
-        for name in names:
+        for name in asked.tasks:
             local_files(name, data_dir, allow_code=allow_code)
-    loaded: dict[str, Task] = {}
+    tasks: dict[str, Task] = {}
+    groups: dict[str, Members] = dict(asked.groups)
     with _quiet(), sandboxed(), tempfile.TemporaryDirectory() as folder:
-        manager = _manager(names, data_dir, Path(folder))
-        for name in names:
+        manager = _manager(asked.tasks, data_dir, Path(folder))
+        for name in asked.tasks:
             try:
-                if data_dir is not None and name not in LOCAL:
-                    with of_the_task(name):
-                        loaded |= manager.load([name])["tasks"]
-                else:
-                    loaded |= manager.load([name])["tasks"]
+                with nullcontext() if data_dir is None or name in shipped().tasks else of_the_task(name):
+                    found = manager.load([name])
             except BadInput:
                 raise
             except (
@@ -55,7 +79,17 @@ def load_tasks(names: Sequence[str], data_dir: str | None, *, allow_code: bool =
                 raise DataUnavailable(
                     f"task {name}: its documents could not be loaded ({line}); give local files with data_dir=DIR"
                 ) from error
-    return loaded
+            tasks |= found["tasks"]
+            groups |= {group: _members(of) for group, of in found.get("groups", {}).items()}
+    return Loaded(tasks, groups)
+
+
+def names_of(names: Sequence[str], data_dir: str | None, *, allow_code: bool = False) -> Named:
+    """The tasks and groups that names stand for; on the hub only lm-eval knows, so these are the names themselves."""
+    if data_dir is None:
+        return Named(list(names))
+    root = _folder(data_dir)
+    return reduce(or_, (named(name, root, allow_code=allow_code) for name in names), Named())
 
 
 def local_files(name: str, data_dir: str, *, allow_code: bool = False) -> list[Path]:
@@ -65,31 +99,36 @@ def local_files(name: str, data_dir: str, *, allow_code: bool = False) -> list[P
         BadInput: the task has no local form, or a line is not JSON or lacks a column.
         DataUnavailable: the folder or a file is missing.
     """
-    root = Path(data_dir).expanduser()
-    if not root.is_dir():
-        raise DataUnavailable(f"data_dir={data_dir} is not a folder")
-    if name not in LOCAL:
-        definition = own_task(name, root)
+    root = _folder(data_dir)
+    entry = shipped().tasks.get(name)
+    if entry is None:
+        definition = own_file(name, root)
+        assert definition is not None  # names_of found it
         settings, included = files_of(definition, allow_code=allow_code)
         return [*included, *_own_documents(definition, settings).values()]
-    paths = [root / path for path in LOCAL[name]["files"].values()]
+    paths = list(_splits(root, entry).values())
     for path in paths:
         if not path.is_file():
             raise DataUnavailable(f"task {name}: data_dir={data_dir} has no {path.relative_to(root)}")
-        _check_lines(path, LOCAL[name]["fields"])
+        if "columns" in entry:
+            deque(documents_of(path, entry), maxlen=0)
+        else:
+            _check_lines(path, entry["fields"])
     return paths
 
 
-def own_task(name: str, folder: Path) -> Path:
-    """The file ``NAME.yaml``, anywhere under ``folder``, that defines a user's own task in lm-eval's format.
+def _folder(data_dir: str) -> Path:
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise DataUnavailable(f"data_dir={data_dir} is not a folder")
+    return root
 
-    Raises:
-        BadInput: there is no such file.
-    """
-    for path in sorted(folder.rglob("*.yaml")):
-        if path.stem == name:
-            return path
-    raise BadInput(f"{unknown_task(name, LOCAL)}; a task of your own is a file {name}.yaml under data_dir={folder}")
+
+def _splits(root: Path, entry: Mapping[str, Any]) -> dict[str, Path]:
+    """The file of each split of a shipped task; a ``train.jsonl`` beside them is for few-shot examples."""
+    paths = {split: root / path for split, path in entry["files"].items()}
+    train = next(iter(paths.values())).with_name("train.jsonl")
+    return paths | ({"training": train} if train.is_file() and "columns" not in entry else {})
 
 
 def _own_documents(definition: Path, settings: Mapping[str, Any]) -> dict[str, Path]:
@@ -120,7 +159,7 @@ def fingerprint(
     if data_dir is None:
         return "hub"
     sha = hashlib.sha256()
-    for name in names:
+    for name in names_of(names, data_dir, allow_code=allow_code).tasks:
         try:
             for path in local_files(name, data_dir, allow_code=allow_code):
                 sha.update(f"{name}:{path.name}:".encode() + path.read_bytes())
@@ -128,12 +167,6 @@ def fingerprint(
             if not skip_missing:
                 raise
     return sha.hexdigest()[:16]
-
-
-def unknown_task(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """The message for an unknown task: similar names, or a short list."""
-    near = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
-    return f"task {name} is not known; " + (f"near it are: {', '.join(near)}" if near else f"try {', '.join(LOCAL)}")
 
 
 def _manager(names: Sequence[str], data_dir: str | None, folder: Path) -> TaskManager:
@@ -146,27 +179,38 @@ def _manager(names: Sequence[str], data_dir: str | None, folder: Path) -> TaskMa
             if name not in manager.task_index:
                 raise BadInput(unknown_task(name, manager.all_tasks))
         return manager
+    ours = shipped().tasks
     for name in names:
-        settings = _stock(name, data_dir) if name in LOCAL else _own(name, Path(data_dir or ".").expanduser())
+        root = Path(data_dir or ".").expanduser()
+        settings = _stock(ours[name], root if data_dir is not None else None) if name in ours else _own(name, root)
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | settings))
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
-def _stock(name: str, data_dir: str | None) -> dict[str, Any]:
-    """A stock task's settings; with ``data_dir``, its documents come from there."""
-    import lm_eval
+def _stock(entry: Mapping[str, Any], root: Path | None) -> dict[str, Any]:
+    """A stock task's settings; with a data folder, its documents come from there."""
+    settings: dict[str, Any] = {"include": str(lm_eval_tasks() / entry["stock"])}
+    if root is None:
+        return settings | entry.get("settings", {})
+    paths = _splits(root, entry)
+    if "columns" in entry:  # the splits are named as in lm-eval's own file
+        paths = {split: as_json_lines(path, entry) for split, path in paths.items()}
+    else:
+        settings |= {f"{split}_split": split if split in paths else None for split in _SPLITS}
+    where = {split: str(path) for split, path in paths.items()}
+    settings |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": where}}
+    return settings | entry.get("settings", {})
 
-    settings: dict[str, Any] = {"include": str(Path(lm_eval.__file__).parent / "tasks" / LOCAL[name]["stock"])}
-    if data_dir is not None:
-        where = {split: str(Path(data_dir).expanduser() / path) for split, path in LOCAL[name]["files"].items()}
-        settings |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": where}}
-        settings |= {f"{split}_split": split if split in where else None for split in _SPLITS}
-    return settings | LOCAL[name].get("settings", {})
+
+def _members(group: Group) -> Members:
+    means = {of.metric: of.weight_by_size for of in group.aggregate_metric_list or () if of.aggregation == "mean"}
+    return Members([task.task_name for task in group.get_all_tasks()], means)
 
 
 def _own(name: str, folder: Path) -> dict[str, Any]:
     """The settings of a user's own task; its documents are read from beside it, whatever the working directory."""
-    definition = own_task(name, folder)
+    definition = own_file(name, folder)
+    assert definition is not None
     settings, _ = files_of(definition, allow_code=True)  # already checked, by local_files
     documents = {split: str(path.resolve()) for split, path in _own_documents(definition, settings).items()}
     kwargs = {"data_files": documents}
