@@ -58,6 +58,30 @@ def test_unusual_networks_answer_as_to_each_text_alone(kind: str, caplog: pytest
     assert (wrong == pytest.approx(found, abs=1e-3)) == (scorer.ways == FASTEST)  # so it was needed where it was done
 
 
+def test_an_encoder_that_ignores_padding_is_read_one_text_at_a_time(caplog: pytest.LogCaptureFixture) -> None:
+    model = Model(build_network("t5"), make_tokenizer(), "t5")
+    assert Scorer(model).ways == FASTEST
+    ways._FOUND.clear()
+    encoder = model.network.get_encoder()
+    reads = encoder.forward
+    encoder.forward = lambda input_ids=None, attention_mask=None, **more: reads(input_ids=input_ids, **more)
+    questions = random_questions(5)
+    scorer = Scorer(model)
+    assert not scorer.ways.padded and "scored one text at a time" in caplog.text
+    found = [one.log_prob for answers in scorer.log_likelihoods(questions) for one in answers]
+    expected = []
+    for question in questions:
+        for said in question.continuations:
+            begun = torch.tensor([[model.decoder_start, *said[:-1]]])
+            with torch.no_grad():
+                logits = model.network(input_ids=torch.tensor([question.context]), decoder_input_ids=begun).logits[0]
+            rows = logits.log_softmax(-1)
+            expected.append(sum(float(row[token]) for row, token in zip(rows, said, strict=True)))
+    assert found == pytest.approx(expected, abs=1e-3)
+    wrong = [one.log_prob for answers in _forced(model, questions) for one in answers]
+    assert wrong != pytest.approx(expected, abs=1e-3)  # so it was needed
+
+
 def _forced(model: Model, questions: list) -> list:
     try:
         return Scorer(model, ways=FASTEST).log_likelihoods(questions)

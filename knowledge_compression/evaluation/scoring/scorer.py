@@ -81,7 +81,7 @@ class Scorer:
         self.dtype = dtype
         self.original = original
         self.notes = Notes()
-        self.ways = ways or ways_of(model, lambda ways: Scorer(model, 256, ways=ways))
+        self.ways = ways or ways_of(model, lambda ways: Scorer(model, 2048, ways=ways))
         self.budget = Budget(model, tokens_per_batch)
         self._linears = linears_for_onednn(model.network) if dtype is None else []
         self.tokens_read = 0
@@ -114,8 +114,7 @@ class Scorer:
 
         They cannot if prompts are placed before each row, because each text needs its own.
         """
-        prompted = self.soft_prompted or self.prompts.positions > 0
-        able = self.model.family != ENCODER_DECODER and not prompted
+        able = self.model.family != ENCODER_DECODER and not self.soft_prompted and self.prompts.positions == 0
         return self.ways.end_to_end and able and can_lie_end_to_end(self.model.network)
 
     @property
@@ -311,7 +310,7 @@ class Scorer:
         """Indices in batches, longest first, so that running out of memory shows at once.
 
         A batch keeps to the budgets of tokens, including padding, and of logits; once it is large enough, it ends
-        rather than be padded by more than a few per cent.
+        rather than be padded by more than a few per cent. Where texts may not share a pass, each is a batch.
         """
         batch: list[int] = []
         real = read = 0
@@ -319,7 +318,8 @@ class Scorer:
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             padded = real + lengths[i] if end_to_end else (len(batch) + 1) * lengths[batch[0]] if batch else 0
             wasteful = padded - real - lengths[i] > _MOST_PADDING * padded and 4 * padded > self.budget.tokens
-            if batch and (padded > self.budget.tokens or read + reads[i] > self.budget.reads or wasteful):
+            full = padded > self.budget.tokens or read + reads[i] > self.budget.reads or wasteful
+            if batch and (full or not self.ways.padded):
                 yield batch
                 batch, real, read = [], 0, 0
             batch.append(i)

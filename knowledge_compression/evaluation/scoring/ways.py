@@ -1,17 +1,17 @@
 """Which fast ways of scoring a network supports, found by trying them rather than from a list of architectures.
 
-Texts end to end in one row, and choices that branch from one context, need a network that obeys the masks and positions
-that it is given. A network with its own masks (chunked attention), with recurrent state, or with an attention function
-that ignores masks would silently give wrong answers. A few tokens are therefore read in each way and separately, and a
-way that gives different answers is not used.
+Texts end to end in one row, choices that branch from one context, and rows that are padded to one length need a network
+that obeys the masks and positions that it is given. A network with its own masks (chunked attention), with recurrent
+state, or with an attention function that ignores masks would silently give wrong answers. A few tokens are therefore
+read in each way and separately, and a way that gives different answers is not used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,13 +39,16 @@ class Ways(NamedTuple):
     Attributes:
         end_to_end: in one row, without padding.
         branching: as branches of one context, by a mask of our own.
+        padded: in rows that padding makes equally long.
     """
 
     end_to_end: bool
     branching: bool
+    padded: bool = True
 
 
 FASTEST = Ways(end_to_end=True, branching=True)
+_SLOWER = (Ways(False, True), Ways(False, False), Ways(False, False, padded=False))
 _FOUND: dict[str, Ways] = {}  # by class and configuration of a network, which decide; weights do not
 
 
@@ -65,9 +68,9 @@ def ways_of(model: Model, scorer: Callable[[Ways], Scorer]) -> Ways:
     config = model.network.config
     kind = f"{type(model.network).__name__}:{hashlib.sha256(config.to_json_string().encode()).hexdigest()}"
     if kind not in _FOUND:
-        if model.family == ENCODER_DECODER or not _is_plain(model):
+        if not _is_plain(model):
             return FASTEST
-        for found in (FASTEST, Ways(False, True), Ways(False, False)):
+        for found in (FASTEST, *(_SLOWER[2:] if model.family == ENCODER_DECODER else _SLOWER)):
             holds = _holds(model, scorer(found))
             if holds is None:  # a damaged network says nothing about its kind
                 return FASTEST
@@ -114,12 +117,11 @@ def _answers(model: Model, scorer: Scorer) -> tuple[Tensor, Tensor]:
     def ids(count: int) -> list[int]:
         return torch.randint(min(_FIRST_ID, words - 1), words, (count,), generator=draw).tolist()
 
-    def alone(text: list[int]) -> Tensor:
-        said = {} if model.family == ENCODER else {"use_cache": False}
-        logits = model.network(input_ids=torch.tensor([text], device=model.device), **said).logits[0]
+    def alone(text: list[int], **inputs: Any) -> Tensor:
+        logits = model.network(input_ids=torch.tensor([text], device=model.device), **inputs).logits[0]
         return logits.float().log_softmax(-1).cpu()
 
-    if model.family != DECODER:
+    if model.family == ENCODER:
         blanks = [Blank(text, position=len(text) // 2) for text in map(ids, _CONTEXTS)]
         rows: dict[int, Tensor] = {}
         for indices, part in scorer.distributions(blanks):
@@ -128,13 +130,17 @@ def _answers(model: Model, scorer: Scorer) -> tuple[Tensor, Tensor]:
         likely = torch.stack([alone(list(blank.ids))[len(blank.ids) // 2] for blank in blanks])
         best = likely.topk(min(5, words)).indices  # far tails differ by rounding
         return found.gather(1, best), likely.gather(1, best)
+
+    def read_alone(context: Sequence[int], said: Sequence[int]) -> float:
+        if model.family == DECODER:
+            log_probs = alone([*context, *said], use_cache=False)[len(context) - 1 :]
+        else:
+            begun = torch.tensor([[model.decoder_start, *said[:-1]]], device=model.device)
+            log_probs = alone(list(context), decoder_input_ids=begun, use_cache=False)
+        return sum(float(row[token]) for row, token in zip(log_probs, said, strict=False))
+
     scorer.budget.pairs_per_token = float("inf")  # so that everything that can branch does
     questions = [Question(context, [ids(3), ids(3), ids(1)]) for context in map(ids, _CONTEXTS)]
     found = torch.tensor([one.log_prob for answers in scorer.log_likelihoods(questions) for one in answers])
-    expected = []
-    for question in questions:
-        for said in question.continuations:
-            log_probs = alone([*question.context, *said])
-            start = len(question.context) - 1
-            expected.append(sum(float(log_probs[start + i, token]) for i, token in enumerate(said)))
+    expected = [read_alone(question.context, said) for question in questions for said in question.continuations]
     return found, torch.tensor(expected)
