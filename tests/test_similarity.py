@@ -85,3 +85,11 @@ def test_what_cannot_be_compared_says_so(tiny_model, suite):
         suite.evaluate(Scorer(tiny_model("llama")))
     with pytest.raises(BadInput, match=r"eval\.similarity.corpus=books does not exist; choose one of wikitext, c4"):
         Similarity(corpus="books")
+
+
+def test_the_fingerprint_is_of_the_text_that_is_read(suite):
+    first = suite.fingerprint()
+    (Path(suite.data_dir) / "wikitext2" / "train.raw.txt").write_text("another text to tune on")
+    assert suite.fingerprint() == first
+    (Path(suite.data_dir) / "wikitext2" / "test.raw.txt").write_text("another text to read " * 40)
+    assert suite.fingerprint() != first

@@ -163,9 +163,9 @@ class PublishedCorpus(TextCorpus):
             self.name, self.from_hub(split) if self.data_dir is None else self.from_file(self._file(split))
         )
 
-    def fingerprint(self) -> str:
-        """Digest of the local file with the training text, or its id on the hub."""
-        return self.hub_name if self.data_dir is None else digest_file(self._file(TRAIN))
+    def fingerprint(self, split: str = TRAIN) -> str:
+        """Digest of the local file with the text of a split, or the corpus's id on the hub."""
+        return self.hub_name if self.data_dir is None else digest_file(self._file(split))
 
     def check_data(self, split: str = TRAIN) -> None:
         """Refuse a split that is not to be had, before hours of work that it is needed after.

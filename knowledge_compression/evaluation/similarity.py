@@ -63,8 +63,9 @@ class Similarity:
                 raise BadInput(f"eval.similarity.{name}={getattr(self, name)} must be at least {least}")
 
     def fingerprint(self) -> str:
-        """Digest of the corpus, or its id on the hub."""
-        return _TEXTS[self.corpus][0](data_dir=self.data_dir).fingerprint()
+        """Digest of the text that is read, or the corpus's id on the hub."""
+        build, split = _TEXTS[self.corpus]
+        return build(data_dir=self.data_dir).fingerprint(split)
 
     def check_data(self) -> None:
         """Refuse a text that is not to be had."""
