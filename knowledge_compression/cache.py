@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 MADE = ".made.json"  # in a folder of the cache: the name under which it was made, and the digest of each of its files
 _PART = 2 << 20  # bytes read at a time, which fit in the processor's cache
 _SETTLED = 2.0  # seconds, within which a second write may leave a file's times unchanged
+_LEFT_FREE = 0.1  # of the disk, left free for everything else
 _LONG = 10 << 30  # bytes from which on reading is announced
 
 
@@ -127,6 +128,38 @@ def discard(folder: Path) -> None:
     except FileNotFoundError:
         return
     shutil.rmtree(rubbish, ignore_errors=True)
+
+
+def keep_within(newest: Path, gigabytes: float) -> None:
+    """Delete the least recently used folders beside the newest, which was just used, until they are few enough.
+
+    Args:
+        newest: a folder of the cache, which stays.
+        gigabytes: upper bound for all of them together; fewer where a tenth of the disk would not stay free.
+    """
+    os.utime(newest)
+    kept = [path for path in newest.parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    sizes = {folder: _size(folder) for folder in sorted(kept, key=_last_used, reverse=True)}
+    disk = shutil.disk_usage(newest)
+    room = min(gigabytes * 1e9, sum(sizes.values()) + disk.free - _LEFT_FREE * disk.total)
+    for folder, size in sizes.items():
+        room -= size
+        if room < 0 and folder != newest:
+            discard(folder)
+
+
+def _size(folder: Path) -> int:
+    try:
+        return sum(path.stat().st_size for path in folder.iterdir())
+    except FileNotFoundError:  # another process has just deleted it
+        return 0
+
+
+def _last_used(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def file_digest(path: Path) -> str:

@@ -67,6 +67,7 @@ class Values:
     dtype: str
     scoring: Literal["fast", "stock"]
     scoring_dtype: str
+    distance: bool
     limit: Annotated[int, Field(ge=1)] | None
     data_dir: Annotated[str, Field(min_length=1)] | None
     budget: Budget = field(default_factory=Budget)
@@ -179,6 +180,7 @@ def put_together(settings: Mapping[str, Any], made_of: Callable[[str], Any], cho
         device=values.device,
         dtype=values.dtype,
         scoring_dtype=values.scoring_dtype,
+        distance=values.distance,
         save_model=values.output.save_model,
         kept_models=KeptModels(values.output.compressed_gb),
     )

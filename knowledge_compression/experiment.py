@@ -47,6 +47,8 @@ class Experiment:
         seed: the seed given to the random parts; it has an effect only through their own ``seed`` fields.
         device, dtype: the user's choices.
         scoring_dtype: dtype of the products in scoring, see ``models.device``.
+        distance: whether a model that is not dense is compared with the dense one at every position that a suite reads,
+            see ``evaluation/distance.py``.
         save_model: whether and in which form (:data:`~knowledge_compression.compression.writing.writers.WRITERS`) the
             compressed model, before recovery, is saved in the run's folder.
         kept_models: the cache of compressed models for other runs; None compresses in every run.
@@ -65,6 +67,7 @@ class Experiment:
     device: str = "auto"
     dtype: str = "auto"
     scoring_dtype: str = "model"
+    distance: bool = False
     save_model: bool | str = False
     kept_models: KeptModels | None = None
     holds: bool = False
@@ -74,6 +77,11 @@ class Experiment:
         """Whether this is a baseline: nothing compressed, nothing recovered."""
         untouched = isinstance(self.compression, NoCompression) and isinstance(self.recovery, NoRecovery)
         return untouched and self.original is None
+
+    @property
+    def compares(self) -> bool:
+        """Whether distances to the dense model are a part of the result."""
+        return self.distance and not self.is_dense
 
     @property
     def streams(self) -> bool:
@@ -117,6 +125,8 @@ class Experiment:
                 f"output.save_model={self.save_model} needs the whole model, and model.stream=true compresses it from "
                 "disk to disk; choose output.save_model=true"
             )
+        if self.distance and any(getattr(suite, "scoring", None) == "stock" for suite in self.suites.values()):
+            raise BadInput("distance=true compares what our scoring core reads; choose scoring=fast")
 
     def check(self) -> None:
         """Refuse settings that contradict the model's configuration, before anything is loaded or computed.
@@ -133,7 +143,7 @@ class Experiment:
             targets = self.target.select(skeleton)
         if self.save_model:
             check_form(self.save_model, self.compression, targets)
-        if self.streams and self.loads:
+        if self.streams and (self.loads or self.compares):
             check_memory(skeleton, self.device, self.dtype)
 
     @cached_property
@@ -149,6 +159,8 @@ class Experiment:
             deciding["scored_in"] = f"torch.{self._scoring_type}"
         if self.original is not None:
             deciding["dense"] = known_identity(self.original)
+        if self.compares:
+            deciding["distance"] = True
         if not isinstance(self.recovery, NoRecovery):
             deciding["recovery"] = known_identity(self.recovery)
         if self.needs_text:
@@ -198,6 +210,7 @@ class Experiment:
             "device": self.device,
             "dtype": self.dtype,
             "scoring_dtype": self.scoring_dtype,
+            **({} if self.is_dense else {"distance": self.distance}),
             "identity": self.identity,
         }
         return cast(dict[str, Any], hidden(told))

@@ -20,6 +20,8 @@ from knowledge_compression.compression.methods.none import NoCompression
 from knowledge_compression.compression.walk.streaming import compress_streamed
 from knowledge_compression.compression.writing.writers import writer_of
 from knowledge_compression.corpora.corpus import Corpus, digest
+from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.distance import Beside, with_metrics
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import DividedSuite, Evaluation, Suite, ask, item_table
 from knowledge_compression.identity import CONTENT, known_identity
@@ -95,10 +97,11 @@ def do(experiment: Experiment, workplace: Workplace, tracker: Tracker, *, afresh
         scored_in = experiment.scored_in if model.dtype == torch.float32 else None  # narrower types stay
         original = partial(experiment.dense().loader.load, experiment.device, experiment.dtype)
         scorer = partial(Scorer, model, prompts=recovered.prompts, dtype=scored_in, original=original)
+        beside = _beside(experiment, report) if experiment.distance else None
         evaluations = {}
         for name, suite in experiment.suites.items():
             with cost.of(f"eval.{name}"):
-                evaluation = _evaluate(name, suite, parts[name], scorer, workplace)
+                evaluation = _evaluate(name, suite, parts[name], partial(_ask, scorer, beside, suite), workplace)
             evaluations[name] = evaluation.void() if sick else evaluation
         report["eval"] = {
             name: evaluation.description
@@ -172,20 +175,39 @@ def _data_at_hand(experiment: Experiment) -> dict[str, Mapping[str, Suite]]:
     return {name: suite.parts() if isinstance(suite, DividedSuite) else {} for name, suite in suites.items()}
 
 
-def _evaluate(
-    name: str, suite: Suite, parts: Mapping[str, Suite], scorer: Callable[[], Scorer], workplace: Workplace
-) -> Evaluation:
-    """Ask a suite, part by part if it has parts; parts that an interrupted attempt finished are not asked again."""
-    if not isinstance(suite, DividedSuite):
-        return workplace.evaluation(name, partial(_ask, suite, scorer))
-    return suite.joined(
-        {part: workplace.evaluation(f"{name}.{part}", partial(_ask, asked, scorer)) for part, asked in parts.items()}
+def _beside(experiment: Experiment, report: Mapping[str, Any]) -> Beside:
+    """The dense model, to compare with or, where it is the one that is asked, to be recorded."""
+    if report.get("dense", {}).get(OTHER_TOKENIZER):
+        raise BadInput(
+            f"distance=true compares probabilities of the same tokens; {experiment.source.name} has not the tokenizer "
+            "of its dense original"
+        )
+    dense = experiment.dense()
+    return Beside(
+        load=partial(dense.loader.load, experiment.device, experiment.dtype),
+        deciding=dense.compressed_id,
+        dtype=experiment.scored_in,
+        is_asked=experiment.is_dense,
+        gigabytes=0.0 if experiment.kept_models is None else experiment.kept_models.gigabytes,
     )
 
 
-def _ask(suite: Suite, scorer: Callable[[], Scorer]) -> Evaluation:
+Ask = Callable[[str, Suite], Evaluation]
+
+
+def _evaluate(name: str, suite: Suite, parts: Mapping[str, Suite], ask: Ask, workplace: Workplace) -> Evaluation:
+    """Ask a suite, part by part if it has parts; parts that an interrupted attempt finished are not asked again."""
+    if not isinstance(suite, DividedSuite):
+        return with_metrics(workplace.evaluation(name, partial(ask, name, suite)))
+    asked = {part: workplace.evaluation(f"{name}.{part}", partial(ask, part, one)) for part, one in parts.items()}
+    return with_metrics(suite.joined(asked))
+
+
+def _ask(scorer: Callable[[], Scorer], beside: Beside | None, whole: Suite, name: str, suite: Suite) -> Evaluation:
     torch.manual_seed(0)  # random draws of a suite without its own seed are the same in every run
-    return ask(suite, scorer())
+    if beside is None:
+        return ask(suite, scorer())
+    return beside.ask(suite, scorer(), [name, known_identity(whole)])
 
 
 def _record(

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from knowledge_compression.cache import cache_folder, cached_folder, discard
+from knowledge_compression.cache import cache_folder, cached_folder, discard, keep_within
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.layer_reports import CompressionReport
 from knowledge_compression.compression.solve.grid import FittedGrid, QuantizedWeight, quantized_weight
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LEFT_FREE = 0.1  # of the disk, left free for everything else
 FORMAT = 4  # raised whenever an old file would be misread
 _FILE = "changes.safetensors"
 _GRID = ("scales", "zeros", "group_of")
@@ -110,7 +108,7 @@ class KeptModels:
                 log.warning("the compressed model cannot be cached (%s); other runs will compress it again", error)
                 return made[0], False
             if made:
-                self._make_room(folder)
+                keep_within(folder, self.gigabytes)
                 return made[0], False
             try:
                 report = _restore(folder, model, kinds)
@@ -121,17 +119,6 @@ class KeptModels:
             os.utime(folder)
             log.info("the compressed model was read from the cache (%s)", folder)
             return report, True
-
-    def _make_room(self, newest: Path) -> None:
-        """Delete the least recently used until the rest is within the bound and leaves room on the disk."""
-        kept = [path for path in newest.parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        sizes = {folder: _size(folder) for folder in sorted(kept, key=_last_used, reverse=True)}
-        disk = shutil.disk_usage(newest)
-        room = min(self.gigabytes * 1e9, sum(sizes.values()) + disk.free - _LEFT_FREE * disk.total)
-        for folder, size in sizes.items():
-            room -= size
-            if room < 0 and folder != newest:
-                discard(folder)
 
 
 def code_of(compression: Compression) -> str:
@@ -149,20 +136,6 @@ def _our_code() -> bytes:
     package = Path(__file__).parents[1]
     files = sorted(path for folder in ("compression", "models") for path in (package / folder).rglob("*.py"))
     return b"".join(path.read_bytes() for path in files)
-
-
-def _size(folder: Path) -> int:
-    try:
-        return sum(path.stat().st_size for path in folder.iterdir())
-    except FileNotFoundError:  # another process has just deleted it
-        return 0
-
-
-def _last_used(folder: Path) -> float:
-    try:
-        return folder.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
 
 
 def _write(

@@ -10,7 +10,7 @@ import inspect
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from knowledge_compression.building import Seed
 from knowledge_compression.errors import BadInput
@@ -47,6 +47,7 @@ class Latency:
         seed: for the random tokens.
     """
 
+    scores: ClassVar[bool] = False
     batch: int = 16
     length: int = 1024
     decode_tokens: int = 16

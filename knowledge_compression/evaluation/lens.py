@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from tqdm import tqdm
 
@@ -64,6 +64,7 @@ class LogitLens:
         LAMA), see ``calibration.sampled``. data_dir: local files of LAMA instead of the hub.
     """
 
+    scores: ClassVar[bool] = False
     of: str = "atlas"
     calibrate: bool | None = None
     limit: int | None = None

@@ -205,7 +205,7 @@ def _continuations(scorer: Scorer, windows: LongTensor, ids: Sequence[str], begi
     """Score all tokens but the first for decoders, after ``begin``; the second half for encoder-decoders."""
     read = 1 if scorer.model.family == DECODER else windows.shape[1] // 2
     rows = zip(windows.tolist(), ids, strict=True)
-    questions = [Question([*begin, *row[:read]], [row[read:]], (name,)) for row, name in rows]
+    questions = [Question([*begin, *row[:read]], [row[read:]], (name,), gold=0) for row, name in rows]
     return [(answer.log_prob, windows.shape[1] - read) for (answer,) in scorer.log_likelihoods(questions)]
 
 
@@ -226,7 +226,7 @@ def _score_encoder(scorer: Scorer, windows: LongTensor, names: Sequence[str], ma
             ids = [*before, *row, *after]
             gold.append(row[place])
             ids[len(before) + place] = tokenizer.mask_token_id
-            blanks.append(Blank(ids, position=len(before) + place, items=(name,)))
+            blanks.append(Blank(ids, position=len(before) + place, items=(name,), gold=row[place]))
     log_probs = torch.zeros(len(blanks), dtype=torch.float64)
     for indices, distributions in scorer.distributions(blanks):
         wanted = torch.tensor([gold[i] for i in indices], device=distributions.device)

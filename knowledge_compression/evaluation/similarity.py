@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from knowledge_compression.corpora.c4 import C4
 from knowledge_compression.corpora.corpus import TEST, VALIDATION, PublishedCorpus
@@ -49,6 +49,7 @@ class Similarity:
         data_dir: local files instead of the hub.
     """
 
+    scores: ClassVar[bool] = False
     corpus: str = "wikitext"
     windows: int = 16
     length: int = 256

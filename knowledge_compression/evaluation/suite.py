@@ -105,6 +105,9 @@ class Suite(Protocol):
 
     One whose data may not be to be had may have a method ``check_data()`` that raises ``DataUnavailable`` then; it is
     called before anything is loaded or compressed.
+
+    One that reads no log-probabilities over the vocabulary has a class attribute ``scores = False``; ``distance=true``
+    then leaves it alone.
     """
 
     def evaluate(self, scorer: Scorer) -> Evaluation:

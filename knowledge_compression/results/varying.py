@@ -11,7 +11,7 @@ from typing import Any
 from knowledge_compression.identity import TARGET
 
 CHOSEN = ("model", "target", "compression", "recovery", "corpus")
-_AROUND = ("device", "dtype", "scoring_dtype")
+_AROUND = ("device", "dtype", "scoring_dtype", "distance")
 ANY = "any"  # the seed of a run without randomness
 Key = tuple[str, ...]
 

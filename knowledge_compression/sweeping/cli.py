@@ -162,7 +162,8 @@ def carry_out(config: DictConfig) -> tuple[Run, Run]:
     if in_sweep and HydraConfig.get().runtime.choices["hydra/launcher"] == "basic":  # all runs in this process
         experiment = replace(experiment, holds=True)
     store = RunStore(config.output.dir)
-    # The baseline comes second, so that jobs of a sweep that start together do not all wait for it.
+    # The baseline comes second, so that jobs of a sweep that start together do not all wait for it, unless it records
+    # what they compare with.
     # Where nothing is asked there is nothing to compare.
     wanted = [experiment] if experiment.is_dense or not experiment.suites else [experiment, experiment.dense()]
     tracker: Tracker = NoTracker()
@@ -174,8 +175,9 @@ def carry_out(config: DictConfig) -> tuple[Run, Run]:
         names = planned_names(sweep) if sweep else {experiment.id: _called(experiment, typed)}
         tracker = tracker_from(config, sweep.name if sweep else None, names)
     try:
-        done = [one.run(store, tracker, force=config.run.force and one is experiment) for one in wanted]
-        return done[0], done[-1]
+        first = wanted[::-1] if experiment.compares else wanted
+        done = {one.id: one.run(store, tracker, force=config.run.force and one is experiment) for one in first}
+        return done[experiment.id], done[wanted[-1].id]
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise

@@ -19,7 +19,8 @@ DONE, FAILED, BAD_INPUT = "done", "failed", "bad input"
 PLAN, OUTCOME = "plan.json", "outcome.json"
 _WHERE = ("run.", "output.", "hydra.", "tracker")  # overrides about where or how a run is done
 _PLACES = ("path", "data_dir", "adapter", "device")
-_VALUES = ("sparsity", "reading", "seed", "dtype", "scoring_dtype", "limit")  # settings that no part holds by itself
+# Settings that no part holds by itself.
+_VALUES = ("sparsity", "reading", "seed", "dtype", "scoring_dtype", "distance", "limit")
 
 
 @dataclass(frozen=True)

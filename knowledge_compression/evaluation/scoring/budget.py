@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ _FIRST, _LAST = 2048, 262_144  # sizes tried there
 _WORTH_PROBING = 65_536  # tokens of work
 _GAIN = 1.05  # doubling the tokens must be this much faster per token
 _ROW = 128  # tokens per row while probing
+_MOST_PADDING = 0.08  # of a batch's tokens
 _LOGIT_BYTES = 256 << 20  # bytes of logits in one pass, so that a large vocabulary does not fill the memory
 
 
@@ -62,6 +63,34 @@ class Budget:
             return
         self.tokens = _kept_probe(self._model)
         self._settled = True
+
+    def batches(
+        self, lengths: Sequence[int], reads: Sequence[int], *, end_to_end: bool, alone: bool
+    ) -> Iterator[list[int]]:
+        """Indices of texts in batches, longest first, so that running out of memory shows at once.
+
+        A batch keeps to the budgets of tokens, including padding, and of logits; once it is large enough, it ends
+        rather than be padded by more than a few per cent.
+
+        Args:
+            lengths, reads: tokens of each text, and positions to read in it.
+            end_to_end: texts lie end to end, without padding.
+            alone: texts may not share a pass, so that each is a batch.
+        """
+        batch: list[int] = []
+        real = read = 0
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            padded = real + lengths[i] if end_to_end else (len(batch) + 1) * lengths[batch[0]] if batch else 0
+            wasteful = padded - real - lengths[i] > _MOST_PADDING * padded and 4 * padded > self.tokens
+            full = padded > self.tokens or read + reads[i] > self.reads or wasteful
+            if batch and (full or alone):
+                yield batch
+                batch, real, read = [], 0, 0
+            batch.append(i)
+            real += lengths[i]
+            read += reads[i]
+        if batch:
+            yield batch
 
     def halve(self) -> None:
         """Reduce the budget after a pass that did not fit in memory."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def head_at(network: nn.Module, rows: Tensor, positions: Tensor, width: int, *, early: bool = True) -> Iterator[None]:
+def head_at(
+    network: nn.Module, rows: Tensor, positions: Tensor, width: int, *, early: bool = True
+) -> Iterator[list[Tensor]]:
     """Restrict the vocabulary head to chosen positions, so that the logits are ``[1, chosen, vocabulary]``.
 
     The head comes after the body (or the decoder) in every network, so a hook on the body's output serves all of them,
@@ -31,7 +33,11 @@ def head_at(network: nn.Module, rows: Tensor, positions: Tensor, width: int, *, 
         early: drop the other positions before the last block's pointwise part, if it has one; not possible with a
             prompt that is cut off the body's output.
         width: tokens in a row of input ids; what the body outputs beyond it belongs to soft prompts before the input.
+
+    Yields:
+        A list that after a forward pass holds what the head read, ``[1, chosen, hidden]``.
     """
+    read: list[Tensor] = []
 
     def chosen(hidden: Tensor) -> Tensor:
         return hidden[rows, positions + (hidden.shape[1] - width)][None]
@@ -39,25 +45,50 @@ def head_at(network: nn.Module, rows: Tensor, positions: Tensor, width: int, *, 
     def narrow_inputs(_part: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(map(chosen, inputs))
 
-    def narrow_output(_body: nn.Module, _inputs: Any, output: Any) -> Any:
-        output["last_hidden_state"] = chosen(output[0])
-        return output
-
     inner = without_adapters(network)
     architecture = architecture_of(inner)
-    if early and architecture.pointwise_from is not None:
-        *_, last_block = inner.get_submodule(architecture.stacks[-1].blocks).children()
-        part = last_block.get_submodule(architecture.pointwise_from)
-        handle = part.register_forward_pre_hook(narrow_inputs)
-    else:
-        body: nn.Module = inner.base_model if architecture.family == ENCODER else inner.get_decoder()
-        if body is inner:  # as Llama 4's does: the parent of the blocks outputs the hidden states
-            body = inner.get_submodule(architecture.stacks[-1].blocks.rpartition(".")[0])
-        handle = body.register_forward_hook(narrow_output)
+    narrows_early = early and architecture.pointwise_from is not None
+
+    def narrow_output(_body: nn.Module, _inputs: Any, output: Any) -> Any:
+        if not narrows_early:
+            output["last_hidden_state"] = chosen(output[0])
+        read.append(output[0])
+        return output
+
+    with ExitStack() as hooks:
+        if narrows_early:
+            *_, last_block = inner.get_submodule(architecture.stacks[-1].blocks).children()
+            part = last_block.get_submodule(architecture.pointwise_from)
+            hooks.callback(part.register_forward_pre_hook(narrow_inputs).remove)
+        hooks.callback(_body_of(inner).register_forward_hook(narrow_output).remove)
+        yield read
+
+
+@contextmanager
+def head_over(network: nn.Module, states: Tensor) -> Iterator[None]:
+    """Let the vocabulary head read these states, ``[1, chosen, hidden]``, in a pass over whatever input.
+
+    They are what :func:`head_at` gave of the same network: the logits are then those of that pass.
+    """
+
+    def replace(_body: nn.Module, _inputs: Any, output: Any) -> Any:
+        output["last_hidden_state"] = states
+        return output
+
+    handle = _body_of(without_adapters(network)).register_forward_hook(replace)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _body_of(inner: Any) -> nn.Module:
+    """What comes before the head: the encoder of an encoder, otherwise the decoder."""
+    architecture = architecture_of(inner)
+    body: nn.Module = inner.base_model if architecture.family == ENCODER else inner.get_decoder()
+    if body is inner:  # as Llama 4's does: the parent of the blocks outputs the hidden states
+        body = inner.get_submodule(architecture.stacks[-1].blocks.rpartition(".")[0])
+    return body
 
 
 def likeliest(logits: Tensor) -> Tensor:

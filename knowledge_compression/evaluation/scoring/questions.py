@@ -15,12 +15,14 @@ class Blank:
         position: index of the masked token in ``ids``; only for encoders.
         decoder_ids: the decoder's input so far, e.g. ``[start, <extra_id_0>]``; only for encoder-decoders.
         items: ids of the items that it belongs to; notes about the answer are filed under them.
+        gold: the token that is right, where a suite says so: its probability is compared with the dense model's.
     """
 
     ids: Sequence[int]
     position: int | None = None
     decoder_ids: Sequence[int] = ()
     items: Sequence[str] = ()
+    gold: int | None = None
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,14 @@ class Question:
         context: token ids of the context (for encoder-decoders: the encoder's whole input).
         continuations: token ids of each answer (for encoder-decoders: the decoder's output).
         items: ids of the items that it belongs to; notes about the answers are filed under them.
+        gold: index of the continuation that is right, where a suite says so: the probability of each of its tokens is
+            compared with the dense model's.
     """
 
     context: Sequence[int]
     continuations: Sequence[Sequence[int]] = field(default_factory=list)
     items: Sequence[str] = ()
+    gold: int | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from knowledge_compression.evaluation.scoring.heads import head_at, read_off
 from knowledge_compression.evaluation.scoring.layout import EndToEnd, Layout, Rows
 from knowledge_compression.evaluation.scoring.notes import Notes
 from knowledge_compression.evaluation.scoring.packed_attention import can_lie_end_to_end
+from knowledge_compression.evaluation.scoring.positions import Slots, Watcher, keys_in_rows, keys_in_trees, position_of
 from knowledge_compression.evaluation.scoring.products import linears_for_onednn, multiplied_by_onednn
 from knowledge_compression.evaluation.scoring.questions import Blank, Likelihood, Question
 from knowledge_compression.evaluation.scoring.trees import Tree, plant
@@ -33,7 +34,6 @@ from knowledge_compression.models.prompts import NO_PROMPTS, Choices, Prompts
 from knowledge_compression.progress import shown
 
 _TOKENS_A_STEP = 32  # of the budget per prompt in generation, as its keys and values count too
-_MOST_PADDING = 0.08  # of a batch's tokens
 _PROMPTED = "prompted"  # the attention function of a decoder with prompts
 _BRANCHING_ATTENTION = ("sdpa", "eager", _PROMPTED)  # attention functions that take a mask of any shape
 
@@ -51,6 +51,7 @@ class Scorer:
         dtype: dtype of the matrix products (see ``models.device``); None for the model's own.
         original: loads the dense model, for suites that compare with it.
         ways: how texts may share a forward pass; None uses the fastest correct ways for this network (see ``ways.py``).
+        watcher: is told of every position at which tokens are predicted, but for generation and the lens.
 
     Raises:
         BadInput: the model has prompts but ``prompts`` was not given.
@@ -70,6 +71,7 @@ class Scorer:
         dtype: torch.dtype | None = None,
         original: Callable[[], Model] | None = None,
         ways: Ways | None = None,
+        watcher: Watcher | None = None,
     ) -> None:
         if model.network.config._attn_implementation == _PROMPTED and not prompts.positions:
             raise BadInput(
@@ -80,6 +82,7 @@ class Scorer:
         self.prompts = prompts
         self.dtype = dtype
         self.original = original
+        self.watcher = watcher
         self.notes = Notes()
         self.ways = ways or ways_of(model, lambda ways: Scorer(model, 2048, ways=ways))
         self.budget = Budget(model, tokens_per_batch)
@@ -132,7 +135,7 @@ class Scorer:
         lengths = [len(blank.ids) for blank in blanks]
         self.budget.settle(sum(lengths))
         at = partial(head_at, early=self.prompts.positions == 0)
-        for batch in self._batches(lengths, reads=[1] * len(blanks)):
+        for batch in self._batches(lengths, [1] * len(blanks)):
             for part, logits in self._fitting(batch, lambda part: self._blank_logits([blanks[i] for i in part], at)):
                 if len(logits) != len(part):
                     raise RuntimeError(f"{len(part)} blanks were read and {len(logits)} answered")
@@ -152,7 +155,7 @@ class Scorer:
         count = depths(self.model.network)
         lengths = [len(blank.ids) for blank in blanks]
         self.budget.settle(sum(lengths))
-        for batch in self._batches(lengths, reads=[count] * len(blanks)):
+        for batch in self._batches(lengths, [count] * len(blanks)):
             for part, logits in self._fitting(
                 batch, lambda part: self._blank_logits([blanks[i] for i in part], head_at_every_depth)
             ):
@@ -203,11 +206,11 @@ class Scorer:
         )
 
     def _decoder_reads(self, questions: Sequence[Question]) -> Iterator[_Reads]:
-        trees = self.trees_of(questions)
+        trees, asked = self.trees_of(questions), Slots(questions)
         self.budget.settle(sum(map(len, trees)))
-        batches = self._batches([len(tree) for tree in trees], reads=[len(tree.nodes) for tree in trees])
+        batches = self._batches([len(tree) for tree in trees], [len(tree.nodes) for tree in trees])
         for batch in shown(list(batches), "scoring"):
-            for part, reads in self._fitting(batch, lambda part: self._read_trees([trees[i] for i in part])):
+            for part, reads in self._fitting(batch, lambda part: self._read_trees([trees[i] for i in part], asked)):
                 *found, choices = reads
                 for tree, chosen in zip([trees[i] for i in part], choices, strict=False):
                     for question in tree.questions:
@@ -215,7 +218,7 @@ class Scorer:
                 yield tuple(found)
 
     @torch.inference_mode()
-    def _read_trees(self, trees: Sequence[Tree]) -> tuple[NDArray[np.int64], Tensor, Tensor, Choices]:
+    def _read_trees(self, trees: Sequence[Tree], asked: Slots) -> tuple[NDArray[np.int64], Tensor, Tensor, Choices]:
         layout = self._layout([len(tree) for tree in trees], [not tree.is_chain for tree in trees])
         ids = self._laid(layout, np.concatenate([tree.ids for tree in trees]))
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
@@ -226,9 +229,12 @@ class Scorer:
         wanted, of_read = np.unique(nodes, return_inverse=True)
         flat = torch.from_numpy(wanted).to(ids.device)
         at = head_at(self.model.network, flat // layout.width, flat % layout.width, layout.width)
-        with self._choosing([tree.context for tree in trees]) as choices, at:
+        with self._choosing([tree.context for tree in trees]) as choices, at as states:
             logits = layout.read(self.model.network, inputs).logits[0]
         targets, slots = (np.concatenate([getattr(tree, name) for tree in trees]) for name in ("targets", "slots"))
+        if self.watcher:
+            keys = keys_in_trees(trees, layout.starts, wanted)
+            self.watcher.saw(asked.positions(keys, of_read, targets, slots), states[0][0], logits)
         return slots, *read_off(logits, of_read, targets, self.budget.rows), choices
 
     def _choosing(self, context: Sequence[int]) -> AbstractContextManager[Choices]:
@@ -264,25 +270,27 @@ class Scorer:
         return {"attention_mask": masks, "position_ids": self.model.first_position + places}
 
     def _encoder_decoder_reads(self, questions: Sequence[Question]) -> Iterator[_Reads]:
-        starts = np.cumsum([0, *(len(question.continuations) for question in questions)])
+        every = Slots(questions)
         asked = [i for i, question in enumerate(questions) if question.continuations]
         lengths = [
             len(questions[i].context) + sum(len(c) + len(questions[i].context) // 4 for c in questions[i].continuations)
             for i in asked
         ]
         self.budget.settle(sum(lengths))
-        batches = self._batches(lengths, reads=[sum(map(len, questions[i].continuations)) for i in asked])
+        reads = [sum(map(len, questions[i].continuations)) for i in asked]
+        batches = self._batches(lengths, reads)
         for batch in shown(list(batches), "scoring"):
             for _, reads in self._fitting(
                 batch,
-                lambda part: self._read_answers([questions[asked[i]] for i in part], [starts[asked[i]] for i in part]),
+                lambda part: self._read_answers([asked[i] for i in part], every),
             ):
                 yield reads
 
     @torch.inference_mode()
-    def _read_answers(self, questions: Sequence[Question], starts: Sequence[int]) -> _Reads:
+    def _read_answers(self, asked: Sequence[int], every: Slots) -> _Reads:
         """One encoder pass over each context, and one decoder row per distinct beginning."""
         network, begin = self.model.network, self.model.decoder_start
+        questions, starts = [every.questions[i] for i in asked], every.starts[asked]
         rows: dict[tuple[int, tuple[int, ...]], int] = {}
         reads: list[tuple[int, int, int, int]] = []  # row, position in it, target token, continuation
         for q, (question, start) in enumerate(zip(questions, starts, strict=True)):
@@ -302,31 +310,15 @@ class Scorer:
         of_row, places, targets, slots = np.array(reads, dtype=np.int64).T
         wanted, of_read = np.unique(of_row * said.shape[1] + places, return_inverse=True)
         flat = torch.from_numpy(wanted).to(ids.device)
-        with head_at(network, flat // said.shape[1], flat % said.shape[1], said.shape[1]):
+        with head_at(network, flat // said.shape[1], flat % said.shape[1], said.shape[1]) as states:
             logits = network(**inputs).logits[0]
+        if self.watcher:
+            keys = keys_in_rows([(questions[q].context, text) for q, text in rows], said.shape[1], wanted)
+            self.watcher.saw(every.positions(keys, of_read, targets, slots), states[0][0], logits)
         return slots, *read_off(logits, of_read, targets, self.budget.rows)
 
     def _batches(self, lengths: Sequence[int], reads: Sequence[int]) -> Iterator[list[int]]:
-        """Indices in batches, longest first, so that running out of memory shows at once.
-
-        A batch keeps to the budgets of tokens, including padding, and of logits; once it is large enough, it ends
-        rather than be padded by more than a few per cent. Where texts may not share a pass, each is a batch.
-        """
-        batch: list[int] = []
-        real = read = 0
-        end_to_end = self.end_to_end
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            padded = real + lengths[i] if end_to_end else (len(batch) + 1) * lengths[batch[0]] if batch else 0
-            wasteful = padded - real - lengths[i] > _MOST_PADDING * padded and 4 * padded > self.budget.tokens
-            full = padded > self.budget.tokens or read + reads[i] > self.budget.reads or wasteful
-            if batch and (full or not self.ways.padded):
-                yield batch
-                batch, real, read = [], 0, 0
-            batch.append(i)
-            real += lengths[i]
-            read += reads[i]
-        if batch:
-            yield batch
+        return self.budget.batches(lengths, reads, end_to_end=self.end_to_end, alone=not self.ways.padded)
 
     def _fitting(self, batch: list[int], score: Callable[[list[int]], Any]) -> Iterator[tuple[list[int], Any]]:
         """Score a batch; if memory does not suffice, score its halves and use half the budget from then on."""
@@ -349,7 +341,7 @@ class Scorer:
             yield
 
     @torch.inference_mode()
-    def _blank_logits(self, blanks: Sequence[Blank], at: Callable[..., AbstractContextManager[None]]) -> Tensor:
+    def _blank_logits(self, blanks: Sequence[Blank], at: Callable[..., AbstractContextManager[Any]]) -> Tensor:
         if self.end_to_end:
             return self._blank_logits_end_to_end(blanks, at)
         ids, mask = self._pad([blank.ids for blank in blanks])
@@ -365,15 +357,16 @@ class Scorer:
         rows = torch.arange(len(blanks), device=ids.device)
         with (
             self._choosing([len(blank.ids) for blank in blanks]) as choices,
-            at(self.model.network, rows, places, read_from.shape[1]),
+            at(self.model.network, rows, places, read_from.shape[1]) as states,
         ):
             logits: Tensor = self.model.network(**inputs).logits.flatten(0, 1)
+        self._tell(blanks, states, logits)
         for blank, chosen in zip(blanks, choices, strict=False):
             self.notes.add(blank.items, {"chosen_prompts": chosen})
         return logits
 
     def _blank_logits_end_to_end(
-        self, blanks: Sequence[Blank], at: Callable[..., AbstractContextManager[None]]
+        self, blanks: Sequence[Blank], at: Callable[..., AbstractContextManager[Any]]
     ) -> Tensor:
         lengths = np.array([len(blank.ids) for blank in blanks])
         layout = self._layout(lengths.tolist(), [False] * len(blanks))
@@ -382,8 +375,15 @@ class Scorer:
         inputs = {"input_ids": self._laid(layout, ids)} | self._places(layout, depths, np.repeat(lengths, lengths))
         asked = [n - 1 if blank.position is None else blank.position for n, blank in zip(lengths, blanks, strict=True)]
         flat = torch.from_numpy(layout.starts + asked).to(self.model.device)
-        with at(self.model.network, flat // layout.width, flat % layout.width, layout.width):
-            return layout.read(self.model.network, inputs).logits.flatten(0, 1)
+        with at(self.model.network, flat // layout.width, flat % layout.width, layout.width) as states:
+            logits: Tensor = layout.read(self.model.network, inputs).logits.flatten(0, 1)
+        self._tell(blanks, states, logits)
+        return logits
+
+    def _tell(self, blanks: Sequence[Blank], states: list[Tensor] | None, logits: Tensor) -> None:
+        """Tell the watcher of blanks, unless they were read at every depth."""
+        if self.watcher and states:
+            self.watcher.saw([position_of(blank) for blank in blanks], states[0][0], logits)
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Rows padded on the right and their masks, int64 ``[rows, longest]`` each."""

@@ -1,0 +1,266 @@
+"""Distances to the dense model, against whole logits of whole networks in float64."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import log_softmax, rel_entr, softmax
+
+from helpers.experiments import SUITE, made
+from helpers.questions import random_questions
+from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation import distance
+from knowledge_compression.evaluation.distance import Beside, distance_metrics, distances, with_metrics
+from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
+from knowledge_compression.evaluation.suite import Evaluation, item_table
+from knowledge_compression.models.families import DECODER, ENCODER
+from knowledge_compression.results.store import RunStore
+from knowledge_compression.results.tracker import NoTracker
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1e-4, 0.1, 1.0, 20.0]), st.sampled_from([3, 50, 4097]))
+def test_distances_are_scipys_on_whole_logits(seed, spread, vocabulary):
+    rng = np.random.default_rng(seed)
+    dense = (rng.normal(size=(7, vocabulary)) * rng.choice([0.1, 3, 30]) + 12).astype(np.float32)
+    other = (dense + spread * rng.normal(size=dense.shape)).astype(np.float32)
+    gold = rng.integers(vocabulary, size=7)
+    kl, reverse, same, change = distances(torch.from_numpy(dense), torch.from_numpy(other), gold.tolist())
+    p, q = (softmax(logits.astype(np.float64), axis=1) for logits in (dense, other))
+    assert kl.numpy() == pytest.approx(rel_entr(p, q).sum(1), rel=2e-5, abs=1e-6)
+    log_p, log_q = (log_softmax(logits.astype(np.float64), axis=1) for logits in (dense, other))
+    assert reverse.numpy() == pytest.approx((q * (log_q - log_p)).sum(1), rel=2e-5, abs=1e-6)
+    assert (same.numpy() == (dense.argmax(1) == other.argmax(1))).all()
+    rows = np.arange(7)
+    assert change.numpy() == pytest.approx(q[rows, gold] - p[rows, gold], abs=1e-6)
+
+
+def test_a_distribution_has_no_distance_from_itself_and_padding_of_embeddings_does_not_count():
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)) * 8
+    kl, reverse, same, change = distances(logits, logits.clone(), [0] * 5)
+    assert not kl.any() and not reverse.any() and same.all() and not change.any()
+    padded = torch.cat([logits, torch.full((5, 20), 3.0)], dim=1)
+    assert not distances(logits, padded, [1] * 5)[0].any() and not distances(padded, logits, [1] * 5)[0].any()
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A suite that asks given blanks and questions; each is an item."""
+
+    blanks: tuple = ()
+    questions: tuple = ()
+
+    def evaluate(self, scorer):
+        log_probs = {}
+        for batch, rows in scorer.distributions(self.blanks):
+            log_probs |= {self.blanks[i].items[0]: float(row[7]) for i, row in zip(batch, rows, strict=True)}
+        for question, answers in zip(self.questions, scorer.log_likelihoods(self.questions), strict=True):
+            log_probs[question.items[0]] = answers[0].log_prob
+        rows = [{"suite": "s", "task": "t", "id": name, "log_prob": value} for name, value in log_probs.items()]
+        return Evaluation({}, item_table(rows))
+
+
+def suite_for(model) -> Asking:
+    """Blanks, and for generators questions: the first names its right continuation, the last begins as a blank does."""
+    rows = [[9, 12, 30, 31], [8, 40, 41, 42, 43, 44, 10], [20, 21]]
+    if model.family == ENCODER:
+        return Asking(tuple(Blank(row, position=1, items=(f"b{i}",)) for i, row in enumerate(rows)))
+    said = () if model.family == DECODER else (model.decoder_start,)
+    blanks = tuple(Blank(row, decoder_ids=said, items=(f"b{i}",)) for i, row in enumerate(rows))
+    questions = [replace(q, items=(f"q{i}",)) for i, q in enumerate(random_questions(3, 5))]
+    questions[0] = replace(questions[0], continuations=questions[0].continuations[:1], gold=0)
+    questions.append(Question(rows[0], [[7, 8], [7, 9]], items=("b0",)))
+    return Asking(blanks, tuple(questions))
+
+
+def disturbed(model):
+    """A copy whose weights are a little off."""
+    other = replace(model, network=deepcopy(model.network))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in other.network.parameters():
+            weight += 0.05 * torch.randn(weight.shape, generator=generator) * weight.abs().mean()
+    return other
+
+
+@torch.no_grad()
+def plain_logits(model, suite) -> dict[str, dict[tuple, np.ndarray]]:
+    """Logits after every text that is read for an item, each in a pass of its own, float64."""
+    network, found = model.network, {}
+
+    def decoded(context, said):
+        if model.family == DECODER:
+            return network(input_ids=torch.tensor([[*context, *said]])).logits[0, -1]
+        decoder_ids = torch.tensor([[model.decoder_start, *said]])
+        return network(input_ids=torch.tensor([list(context)]), decoder_input_ids=decoder_ids).logits[0, -1]
+
+    for blank in suite.blanks:
+        if model.family == ENCODER:
+            logits = network(input_ids=torch.tensor([blank.ids])).logits[0, blank.position]
+        else:
+            logits = decoded(blank.ids, ())
+        found.setdefault(blank.items[0], {})[tuple(blank.ids), ()] = logits.double().numpy()
+    for question in suite.questions:
+        of = found.setdefault(question.items[0], {})
+        for answer in question.continuations:
+            for end in range(len(answer)):
+                of[tuple(question.context), tuple(answer[:end])] = (
+                    decoded(question.context, answer[:end]).double().numpy()
+                )
+    return found
+
+
+def compared(model, other, suite, tokens=None, **changes):
+    beside = Beside(lambda: model, "dense", **changes)
+    return beside.ask(suite, Scorer(other, tokens), "asked")
+
+
+def by_item(items: pl.DataFrame) -> dict[str, dict]:
+    return {row["id"]: row for row in items.iter_rows(named=True)}
+
+
+def test_every_position_is_compared_as_whole_networks_say_it(any_tiny_model):
+    other, suite = disturbed(any_tiny_model), suite_for(any_tiny_model)
+    rows = by_item(compared(any_tiny_model, other, suite).items)
+    before, after = (plain_logits(model, suite) for model in (any_tiny_model, other))
+    for name, positions in before.items():
+        p, q = (softmax(np.stack([of[name][key] for key in positions]), axis=1) for of in (before, after))
+        assert sorted(rows[name]["kl"]) == pytest.approx(sorted(rel_entr(p, q).sum(1)), rel=5e-3, abs=2e-6), name
+        assert sorted(rows[name]["reverse_kl"]) == pytest.approx(sorted(rel_entr(q, p).sum(1)), rel=5e-3, abs=2e-6)
+        assert sum(rows[name]["same_top"]) == (p.argmax(1) == q.argmax(1)).sum()
+    if suite.questions:  # its one continuation is named as right, token by token
+        answer, context = suite.questions[0].continuations[0], tuple(suite.questions[0].context)
+        keys = [(context, tuple(answer[:end])) for end in range(len(answer))]
+        p, q = (softmax(np.stack([of["q0"][key] for key in keys]), axis=1) for of in (before, after))
+        steps = np.arange(len(answer)), list(answer)
+        assert sorted(rows["q0"]["gold_change"]) == pytest.approx(sorted(q[steps] - p[steps]), abs=1e-6)
+    p, q = (softmax(of["b1"][next(iter(before["b1"]))]) for of in (before, after))
+    assert rows["b1"]["gold_change"] == pytest.approx([q[7] - p[7]], abs=1e-6)  # of the answer that the suite scored
+
+
+def test_batches_do_not_matter_and_the_same_model_has_no_distance(tiny_model):
+    model = tiny_model("llama")
+    other, suite = disturbed(model), suite_for(model)
+    small, large = (by_item(compared(model, other, suite, tokens).items) for tokens in (8, 4096))
+    for name, row in small.items():
+        assert sorted(row["kl"]) == pytest.approx(sorted(large[name]["kl"]), rel=1e-3, abs=1e-6)
+        assert len(set(row["kl"])) == len(row["kl"])  # a position that is read twice counts once
+    same = compared(model, replace(model, network=deepcopy(model.network)), suite)
+    assert max(same.items["kl"].explode()) < 1e-9 and same.items["same_top"].explode().all()
+
+
+def test_logits_in_small_parts_are_those_in_one(tiny_model, monkeypatch):
+    model = tiny_model("gpt2")
+    other, suite = disturbed(model), suite_for(model)
+    whole = compared(model, other, suite).items
+    monkeypatch.setattr(distance, "_BYTES", 1000)
+    parts = compared(model, other, suite).items
+    for one, same in zip(whole["kl"], parts["kl"], strict=True):
+        assert one.to_list() == pytest.approx(same.to_list(), rel=1e-3, abs=1e-6)
+
+
+def test_the_dense_side_is_recorded_once_and_by_the_dense_models_own_run(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    other, suite = disturbed(model), suite_for(model)
+    own = compared(model, model, suite, is_asked=True)
+    assert own.items.columns == item_table([]).columns  # nothing is compared
+    read = []
+    real = Scorer.log_likelihoods
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scorer, "log_likelihoods", lambda self, q: (read.append(self.model), real(self, q))[1])
+        first = compared(model, other, suite)
+        assert read == [other]  # the dense model was not asked again
+        unkept = compared(model, other, suite, gigabytes=0.0)
+        assert read == [other, model, other]
+    assert first.items.equals(unkept.items)
+    (folder,) = (tmp_path / "cache" / "dense_states").glob("[!.]*")
+    assert len(np.load(folder / "keys.npy")) * 16 * 4 == (folder / "states.bin").stat().st_size  # float32, width 16
+
+
+def test_a_bfloat16_model_is_recorded_in_its_own_type(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    model.network.to(torch.bfloat16)
+    suite = suite_for(model)
+    rows = compared(model, replace(model, network=deepcopy(model.network)), suite).items
+    assert max(rows["kl"].explode()) < 1e-6
+    (folder,) = (tmp_path / "cache" / "dense_states").glob("[!.]*")
+    assert len(np.load(folder / "keys.npy")) * 16 * 2 == (folder / "states.bin").stat().st_size
+
+
+@dataclass(frozen=True)
+class AskingOnceMore:
+    """A suite that asks more of the model with the marked name, as one whose questions depend on answers does."""
+
+    marked: int
+
+    def evaluate(self, scorer):
+        more = (Blank([9, 10, 11], items=("more",)),) if id(scorer.model.network) == self.marked else ()
+        return Asking((Blank([8, 9], items=("both",)), *more)).evaluate(scorer)
+
+
+def test_positions_that_the_dense_model_did_not_read_are_counted_and_said(tiny_model):
+    model = tiny_model("llama")
+    other = disturbed(model)
+    found = compared(model, other, AskingOnceMore(id(other.network)))
+    rows = by_item(found.items)
+    assert len(rows["both"]["kl"]) == 1 and rows["more"]["kl"] is None and rows["more"]["gold_change"] is None
+    assert found.fallbacks == ["1 positions were read that the dense model does not read; they are not compared"]
+
+
+def test_metrics_are_numpys_over_all_positions_and_by_task():
+    rng = np.random.default_rng(0)
+    lists = [rng.gamma(1, size=n).astype(np.float32).tolist() for n in (3, 900, 50)]
+    rows = [{"suite": "s", "task": f"t{i % 2}", "id": str(i)} for i in range(4)]
+    items = item_table(rows).with_columns(
+        kl=pl.Series([*lists, None], dtype=pl.List(pl.Float32)),
+        reverse_kl=pl.Series([*lists, None], dtype=pl.List(pl.Float32)),
+        same_top=pl.Series([[x > 0.5 for x in of] for of in lists] + [None], dtype=pl.List(pl.Boolean)),
+        gold_change=pl.Series([[0.1], [-0.3], [None], None], dtype=pl.List(pl.Float32)),
+    )
+    metrics = with_metrics(Evaluation({"accuracy": 1.0}, items)).metrics
+    flat = np.concatenate(lists).astype(np.float64)
+    expected = {"kl": flat.mean(), "kl_median": np.median(flat), "kl_p99": np.quantile(flat, 0.99)}
+    expected |= {"kl_p99_9": np.quantile(flat, 0.999), "same_top": (flat > 0.5).mean(), "positions": 953}
+    expected |= {"gold_rms": np.sqrt((0.1**2 + 0.3**2) / 2), "accuracy": 1.0, "t1.kl": np.mean(lists[1])}
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert distance_metrics(items[3:]) == {} and "kl" not in with_metrics(Evaluation({}, item_table([]))).metrics
+    assert "kl" not in with_metrics(Evaluation({}, items, not_finite=1)).metrics
+
+
+def test_distance_is_a_part_of_a_compressed_runs_identity_and_not_of_the_dense_run(tiny_folder):
+    plain = made(tiny_folder, {"a": SUITE})
+    asked = replace(plain, distance=True)
+    assert asked.id != plain.id and asked.dense().id == plain.dense().id and asked.compressed_id == plain.compressed_id
+    assert "distance" not in plain.identity and "distance" not in asked.dense().settings
+
+
+def test_a_run_is_compared_with_its_dense_run(tiny_folder, tmp_path):
+    store = RunStore(tmp_path / "outputs")
+    asked = replace(made(tiny_folder, {"a": SUITE}), distance=True)
+    dense, run = asked.dense().run(store, NoTracker()), asked.run(store, NoTracker())
+    assert "kl" not in dense.items.columns and run.metrics["a.kl"] > 0 and 0 < run.metrics["a.gold_rms"] < 1
+    assert run.metrics["a.positions"] >= run.items.height
+    both = run.items.join(dense.items, on=["task", "id"], suffix="_dense")
+    change = both["log_prob"].exp() - both["log_prob_dense"].exp()
+    assert both["gold_change"].list.first().to_list() == pytest.approx(change.to_list(), abs=1e-6)
+    untouched = replace(made(tiny_folder, {"a": SUITE}, sparsity=0.0), distance=True).run(store, NoTracker())
+    assert untouched.metrics["a.kl_p99_9"] < 1e-6 and untouched.metrics["a.same_top"] == 1
+
+
+def test_the_harness_itself_cannot_be_compared(tiny_folder):
+    from knowledge_compression.evaluation.harness import Harness
+
+    with pytest.raises(BadInput, match="choose scoring=fast"):
+        replace(made(tiny_folder, {"h": Harness(["boolq"], scoring="stock")}), distance=True)
