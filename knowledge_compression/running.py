@@ -81,6 +81,8 @@ def do(experiment: Experiment, workplace: Workplace, tracker: Tracker, *, afresh
             model, compressed, found = _compress(
                 experiment, model, targets, corpus, workplace.folder / SAVED, afresh=afresh
             )
+            if experiment.save_model and not experiment.streams:
+                report["saved"] = dict(writer_of(experiment.save_model).write(model, saved))
         left_out = [asdict(part) for part in targets.left_out]
         report["compression"] = compressed.to_json() | {"found": found, "left_out": left_out}
         report["saved_as"] = experiment.saved_as
@@ -126,7 +128,7 @@ def _told_of(original: ModelSource, model: Model) -> dict[str, Any]:
 def _compress(
     experiment: Experiment, model: Model, targets: Targets, corpus: Corpus | None, folder: Path, *, afresh: bool
 ) -> tuple[Model, CompressionReport, bool]:
-    """Compress, and save if asked, or find the result; a streamed model is loaded only if it is evaluated.
+    """Compress, or find the result; a streamed model is saved on the way, and loaded only if it is evaluated.
 
     Returns:
         The compressed model, the report, and whether it came from another run.
@@ -154,8 +156,6 @@ def _compress(
         report, found = experiment.kept_models.compress(
             experiment.compressed_id, model, targets, method, compress, afresh=afresh
         )
-    if experiment.save_model:
-        writer_of(experiment.save_model).write(model, folder)
     return model, report, found
 
 

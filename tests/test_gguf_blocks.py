@@ -37,7 +37,10 @@ def layer_of(weight: torch.Tensor) -> TargetLayer:
     return TargetLayer("0", "ff", network)
 
 
-@pytest.mark.parametrize("kind", sorted(BITS))
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=() if k in ("q2_k", "q5_k", "q8_0") else pytest.mark.slow) for k in sorted(BITS)],
+)
 def test_the_model_becomes_what_gguf_reads_in_the_blocks(kind: str, tiny_tokenizer: object) -> None:
     model = wide(tiny_tokenizer)
     targets = ALL.select(model)

@@ -21,10 +21,7 @@ from torch import Tensor
 from knowledge_compression.compression.solve.grid import QuantizedWeight, quantized_weight
 from knowledge_compression.compression.solve.k_quants import K_QUANTS
 from knowledge_compression.compression.solve.k_quants import encoded as encoded_as_k_quant
-from knowledge_compression.errors import BadInput
 from knowledge_compression.models import TargetLayer
-
-AUTO = "auto"
 
 # What llama.cpp takes instead where a row is not a whole number of super-blocks.
 FALLBACKS: Mapping[Kind, Kind] = {
@@ -35,8 +32,6 @@ FALLBACKS: Mapping[Kind, Kind] = {
     Kind.Q6_K: Kind.Q8_0,
 }
 FLOATS = (Kind.F16, Kind.BF16, Kind.F32)  # from narrow to wide
-QUANTIZED = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.MXFP4, Kind.IQ4_NL, *FALLBACKS)
-TYPES = (AUTO, *(kind.name.lower() for kind in (*FLOATS, *QUANTIZED)))
 
 # Types that stand for scale * level, and their lowest and highest level.
 _LEVELS: Mapping[Kind, tuple[int, int]] = {Kind.Q4_0: (-8, 7), Kind.Q5_0: (-16, 15), Kind.Q8_0: (-128, 127)}
@@ -90,17 +85,6 @@ def blocks_of(layer: TargetLayer) -> Blocks | None:
     return None
 
 
-def kind_of(name: str) -> Kind | None:
-    """The type that a setting names; None for ``auto``.
-
-    Raises:
-        BadInput: there is none of this name.
-    """
-    if name.lower() not in TYPES:
-        raise BadInput(f"output.gguf_type={name} is not a type that is written; choose one of {', '.join(TYPES)}")
-    return None if name.lower() == AUTO else Kind[name.upper()]
-
-
 def fitting(kind: Kind, width: int) -> Kind | None:
     """The type in which rows of some width are stored when one is asked for, as llama.cpp chooses it.
 
@@ -121,7 +105,9 @@ def encoded(values: Tensor, kind: Kind) -> NDArray[Any]:
 
 
 def narrowest(values: Tensor) -> Kind:
-    """The narrowest floats that hold values exactly."""
+    """The narrowest floats that hold values exactly; of two of one width, their own."""
+    if values.dtype == torch.bfloat16:
+        return Kind.BF16
     for kind, dtype in zip(FLOATS, (torch.float16, torch.bfloat16), strict=False):
         if torch.equal(values.to(dtype).to(values.dtype), values):
             return kind

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.models import Model, Targets
@@ -26,13 +27,26 @@ class Writer(ABC):
         This is asked before anything is computed, of a network that may be on the meta device.
         """
 
+    def check(self, model: Model) -> None:  # noqa: B027 (most forms hold every model)
+        """Refuse a model that this form cannot hold, whatever is done to it.
+
+        Args:
+            model: may be on the meta device; its tokenizer is the real one.
+
+        Raises:
+            BadInput: it cannot.
+        """
+
     @abstractmethod
-    def write(self, model: Model, folder: Path) -> None:
+    def write(self, model: Model, folder: Path) -> Mapping[str, Any]:
         """Save a compressed model under a temporary name and rename it when complete.
 
         Args:
             model: the compressed model, unchanged since.
             folder: where to; replaced if it is there.
+
+        Returns:
+            What a reader of the run's report must know of the files, JSON-ready; empty if nothing.
 
         Raises:
             BadInput: the form cannot hold this model, or a weight is not finite; nothing is written.
@@ -48,8 +62,9 @@ class Floats(Writer):
         """It holds everything."""
         return None
 
-    def write(self, model: Model, folder: Path) -> None:
+    def write(self, model: Model, folder: Path) -> Mapping[str, Any]:
         """Save network, configuration and tokenizer."""
         from knowledge_compression.models.saving import save_checkpoint
 
         save_checkpoint(model, folder)
+        return {}

@@ -76,7 +76,7 @@ class LayerWriter(Writer):
             )
         return self.unfit(coding, layer)
 
-    def write(self, model: Model, folder: Path) -> None:
+    def write(self, model: Model, folder: Path) -> Mapping[str, Any]:
         """Save the codes of coded layers, and everything else in the narrowest type that holds it exactly."""
         from knowledge_compression.models.saving import full_state, write_checkpoint
 
@@ -101,6 +101,7 @@ class LayerWriter(Writer):
         declared = {"quantization_config": settings, "dtype": str(floats).removeprefix("torch.")}
         files = {self.beside: json.dumps(settings, indent=2) + "\n"} if self.beside else {}
         write_checkpoint(model, folder, state, declared, files)
+        return {}
 
 
 def exact_type(state: Mapping[str, Tensor], own: torch.dtype) -> torch.dtype:

@@ -7,11 +7,17 @@ from collections.abc import Mapping
 from knowledge_compression.building import nearest
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.writing.base import Floats, Writer
+from knowledge_compression.compression.writing.gguf import TYPES, GgufWriter
 from knowledge_compression.compression.writing.gptq import GptqWriter
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Targets
 
-WRITERS: Mapping[bool | str, Writer] = {True: Floats(), "gptq": GptqWriter()}
+WRITERS: Mapping[bool | str, Writer] = {
+    True: Floats(),
+    "gptq": GptqWriter(),
+    "gguf": GgufWriter(),
+    **{f"gguf-{kind}": GgufWriter(kind) for kind in TYPES},
+}
 
 
 def writer_of(form: bool | str) -> Writer:

@@ -1,0 +1,326 @@
+"""GGUF files, which llama.cpp, transformers and this program read.
+
+A layer whose compression put it on a grid that a GGUF type has is stored in that type, with the codes and scales of the
+compression, so that the file holds exactly the compressed weights. Everything else is stored in the type asked for: by
+default in the narrowest floats that hold it exactly.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGUFWriter, LlamaFileType, dequantize
+from gguf import GGMLQuantizationType as Kind
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from knowledge_compression.compression.formats.gguf_blocks import (
+    FLOATS,
+    Blocks,
+    blocks_of,
+    encoded,
+    fitting,
+    narrowest,
+)
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model
+from knowledge_compression.models.checkpoints.gguf import GgufFile
+from knowledge_compression.models.checkpoints.gguf_architectures import Array, GgufArchitecture, architecture_for
+from knowledge_compression.models.checkpoints.gguf_vocabulary import GgufVocabulary
+from knowledge_compression.models.saving import check_finite, full_state
+from knowledge_compression.models.targets import linear_layers
+from knowledge_compression.models.tokenizers import read_alike
+
+log = logging.getLogger(__name__)
+
+FILE = "model.gguf"
+_ALWAYS_FLOAT32 = ("ffn_gate_inp", "position_embd", "ssm_conv1d", "ssm_a", "ssm_d")  # llama.cpp has no other type there
+
+# Attributes of a configuration on which no answer depends, or that the file's vocabulary says.
+_NO_MATTER = {
+    *(
+        "_name_or_path",
+        "_model_name_or_path",
+        "architectures",
+        "dtype",
+        "model_type",
+        "tie_word_embeddings",
+        "transformers_version",
+    ),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "use_cache", "initializer_range"),
+    *("initializer_std", "pretraining_tp", "slow_but_exact", "router_aux_loss_coef", "output_router_logits"),
+    *("cache_implementation", "rescale_prenorm_residual", "residual_in_fp32", "use_mambapy", "max_window_layers"),
+}
+_NO_MATTER_ANYWHERE = ("drop", "pdrop", "summary_", "time_step_")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One tensor of a file.
+
+    Attributes:
+        name: in the file.
+        kind: how it is stored.
+        shape: of its values.
+        make: gives what is stored, and the values from which it was rounded, where it was.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    make: Callable[[], tuple[Array, Array | None]]
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return int(np.prod(self.shape))
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A model as a GGUF file describes it, without its weights.
+
+    Attributes:
+        model: the model, which may be a skeleton.
+        architecture: how GGUF describes such networks.
+        vocabulary: its tokenizer.
+    """
+
+    model: Model
+    architecture: GgufArchitecture
+    vocabulary: GgufVocabulary
+
+    @classmethod
+    def of(cls, model: Model) -> GgufModel:
+        """Describe a model.
+
+        Raises:
+            BadInput: its architecture, a setting or its tokenizer is nothing that files written here can hold.
+        """
+        network: Any = model.network
+        architecture = architecture_for(network.config)
+        rows = network.get_input_embeddings().weight.shape[0]
+        described = cls(model, architecture, GgufVocabulary.of(model.tokenizer, rows))
+        described._check()
+        return described
+
+    @cached_property
+    def names(self) -> Mapping[str, Sequence[str]]:
+        """Each parameter of the network, and the tensors of the file that hold it.
+
+        Raises:
+            BadInput: gguf has no name for one.
+        """
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+        network: Any = self.model.network
+        processor = TENSOR_PROCESSORS.get(self.architecture.name, TensorProcessor)(config=network.config.to_dict())
+        found: dict[str, list[str]] = {}
+        for name, target in get_gguf_hf_weights_map(network, processor, model_type=self.architecture.name).items():
+            found.setdefault(target, []).append(name if name.endswith((".weight", ".bias")) else _ended(name))
+        parameters = dict(network.named_parameters())  # one that is tied stands here once
+        if nameless := [name for name in parameters if name not in found]:
+            raise BadInput(
+                f"output.save_model=gguf: {network.config.model_type} has {nameless[0]}, for which "
+                f"{self.architecture.name} has no tensor"
+            )
+        return {name: sorted(found[name]) for name in parameters}
+
+    def write(
+        self, path: Path, parts: Sequence[_Part], kind: LlamaFileType | None
+    ) -> Iterator[tuple[_Part, Array, Array | None]]:
+        """Write the file, a tensor at a time, each of which is handed out once it is written."""
+        writer = GGUFWriter(path, self.architecture.name)
+        writer.add_name(self.model.name)
+        writer.add_quantized_by("knowledge_compression")
+        if kind is not None:
+            writer.add_file_type(kind)
+        if any(part.kind not in FLOATS for part in parts):
+            writer.add_quantization_version(GGML_QUANT_VERSION)
+        for key, value in self.architecture.values(self.model.network.config):
+            if isinstance(value, bool):
+                writer.add_bool(key, value)
+            elif isinstance(value, float):
+                writer.add_float32(key, value)
+            else:
+                writer.add_uint32(key, int(value))
+        self.vocabulary.write(writer)
+        for part in parts:
+            block, size = GGML_QUANT_SIZES[part.kind]
+            writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), part.size // block * size, part.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for part in parts:
+            stored, values = part.make()
+            writer.write_tensor_data(stored)
+            yield part, stored, values
+        writer.close()
+
+    def _check(self) -> None:
+        """Refuse a network of which a reader of the file would make another.
+
+        Raises:
+            BadInput: a setting has no place in the file and is not the one that readers take for granted.
+        """
+        config = self.model.network.config
+        with TemporaryDirectory() as folder:
+            brief = Path(folder) / FILE
+            one = np.zeros(1, dtype=np.float32)
+            parts = [
+                _Part(name, Kind.F32, (1,), lambda: (one, None)) for names in self.names.values() for name in names
+            ]
+            for _ in self.write(brief, parts, LlamaFileType.ALL_F32):
+                pass
+            read = GgufFile.at(brief)
+            assert read is not None
+            told = read.configuration().to_dict()
+            if not read_alike(self.model.tokenizer, read.tokenizer()):
+                log.warning(
+                    "the tokenizer that transformers makes of a GGUF file differs from that of %s for some texts",
+                    self.model.name,
+                )
+        for name, value in config.to_dict().items():
+            if _matters(name) and name not in self.architecture.expressed and not _alike(value, told.get(name)):
+                raise BadInput(
+                    f"output.save_model=gguf: {config.model_type} has {name}={value}, which a GGUF file cannot say; "
+                    f"its readers take {told.get(name)}"
+                )
+
+
+def save_gguf(model: Model, folder: Path, kind: Kind | None = None) -> dict[str, Any]:
+    """Write a model as one GGUF file in a folder, under a temporary name until it is complete.
+
+    Args:
+        model: any whose architecture and tokenizer GGUF describes.
+        folder: where to; replaced if it is there.
+        kind: the type of what no compression has put on a grid; None takes the narrowest floats that hold it exactly.
+
+    Returns:
+        What was written, JSON-ready: weights by type, and of those that were rounded their number and relative error.
+
+    Raises:
+        BadInput: the architecture or the tokenizer cannot be written, or a weight is not finite; nothing is written.
+    """
+    described = GgufModel.of(model)
+    state = full_state(model.network)
+    check_finite(state)
+    parts = [
+        part for name, tensors in described.names.items() for part in _parts(described, state, name, tensors, kind)
+    ]
+    weights = Counter[str]()
+    for part in parts:
+        weights[part.kind.name] += part.size
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    rounded, lost, whole = 0, 0.0, 0.0
+    for part, stored, values in described.write(scratch / FILE, parts, _file_type(parts)):
+        if values is not None:
+            difference = dequantize(stored, part.kind) - values
+            if bool(difference.any()):
+                rounded += part.size
+                lost, whole = lost + float(np.square(difference).sum()), whole + float(np.square(values).sum())
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+    told: dict[str, Any] = {"format": "gguf", "weights": dict(weights), "bytes": (folder / FILE).stat().st_size}
+    if rounded:
+        told |= {"rounded": rounded, "relative_error": (lost / whole) ** 0.5 if whole else 0.0}
+        log.warning(
+            "%d of the %d weights of %s were rounded when the GGUF file was written (relative error %.2g), so the "
+            "file's answers differ from this run's; output.save_model=gguf rounds nothing",
+            rounded,
+            sum(weights.values()),
+            model.name,
+            told["relative_error"],
+        )
+    log.info("saved %s to %s", model.name, folder / FILE)
+    return told
+
+
+def _parts(
+    described: GgufModel, state: Mapping[str, Tensor], name: str, tensors: Sequence[str], asked: Kind | None
+) -> Iterator[_Part]:
+    """The tensors of the file that hold one parameter."""
+    config = described.model.network.config
+    values, kept = _oriented(described.model, state, name), _kept(described.model, name)
+    for tensor in tensors:
+        change = partial(described.architecture.changed, tensor, config=config)
+        shape = change(np.empty(values.shape, dtype=np.bool_)).shape if values.dim() > 1 else tuple(values.shape)
+        if kept is not None:
+            stored = [blocks.data for blocks in kept]
+            bank = values.dim() > 2  # of experts
+            make = partial(_moved, change, stored, bank=bank)
+            yield _Part(tensor, kept[0].kind, shape, make)
+            continue
+        kind = _kind_for(tensor, values, shape, asked)
+        yield _Part(tensor, kind, shape, partial(_made, change, values, kind, checks=asked is not None))
+
+
+def _kind_for(tensor: str, values: Tensor, shape: tuple[int, ...], asked: Kind | None) -> Kind:
+    if len(shape) < 2 or any(part in tensor for part in _ALWAYS_FLOAT32):
+        return Kind.F32
+    if asked is None:
+        return narrowest(values)
+    return asked if asked in FLOATS else fitting(asked, shape[-1]) or Kind.F16
+
+
+def _made(change: Callable[[Array], Array], values: Tensor, kind: Kind, *, checks: bool) -> tuple[Array, Array | None]:
+    whole = np.ascontiguousarray(change(values.detach().cpu().float().numpy()))
+    stored = encoded(torch.from_numpy(whole), kind)
+    return stored, whole if checks and kind != Kind.F32 else None
+
+
+def _moved(change: Callable[[Array], Array], stored: Sequence[NDArray[np.uint8]], *, bank: bool) -> tuple[Array, None]:
+    return np.ascontiguousarray(change(np.stack(stored) if bank else stored[0])), None
+
+
+def _oriented(model: Model, state: Mapping[str, Tensor], name: str) -> Tensor:
+    """A parameter's values, of matrices ``[..., out_features, in_features]``."""
+    module = model.network.get_submodule(name.rpartition(".")[0])
+    return state[name].T if isinstance(module, Conv1D) and name.endswith(".weight") else state[name]
+
+
+def _kept(model: Model, name: str) -> list[Blocks] | None:
+    """The blocks of a parameter's layers, where all of them have blocks of one type."""
+    found = [blocks_of(layer) for layer in linear_layers(model) if layer.weight_name == name]
+    blocks = [one for one in found if one is not None]
+    alike = len(blocks) == len(found) and len({one.kind for one in blocks}) == 1
+    return blocks if alike else None
+
+
+def _ended(name: str) -> str:
+    """GGUF's name of a tensor that is a parameter of its own in the network: a bank of experts, a state matrix."""
+    return name if name.endswith((".ssm_a", ".ssm_d")) else f"{name}.weight"
+
+
+def _file_type(parts: Sequence[_Part]) -> LlamaFileType | None:
+    """llama.cpp's name for the type that most weights of the blocks have, if it has one."""
+    sizes = Counter[Kind]()
+    for part in parts:
+        if "blk." in part.name and len(part.shape) > 1:
+            sizes[part.kind] += part.size
+    most = sizes.most_common(1)[0][0].name if sizes else "F32"
+    names = (f"{before}_{most}{after}" for before in ("ALL", "MOSTLY") for after in ("", "_S"))
+    return next((LlamaFileType[name] for name in names if name in LlamaFileType.__members__), None)
+
+
+def _matters(name: str) -> bool:
+    return name not in _NO_MATTER and not any(part in name for part in _NO_MATTER_ANYWHERE)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, int | float):
+        return bool(np.isclose(one, other, rtol=1e-6))
+    return bool(one == other)
