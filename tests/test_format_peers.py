@@ -1,6 +1,6 @@
 """Layers as the libraries themselves write them, read here and by them; skipped where a library is not installed.
 
-    python -m venv --system-site-packages peers && peers/bin/pip install compressed-tensors bitsandbytes
+    python -m venv --system-site-packages peers && peers/bin/pip install compressed-tensors bitsandbytes torchao
     peers/bin/python -m pytest tests/test_format_peers.py
 
 Scales are given in float32, so that the libraries' own products, which take the type of the scale, are rounded no more
@@ -9,13 +9,26 @@ than ours; of NVFP4 and MXFP4, which compressed-tensors makes bfloat16 of, ours 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from helpers.networks import build_network, logits_of
+from knowledge_compression.compression.base import Layerwise
+from knowledge_compression.compression.methods.fp8 import Fp8
+from knowledge_compression.compression.methods.mxfp4 import Mxfp4
+from knowledge_compression.compression.methods.nf4 import Nf4, levels
+from knowledge_compression.compression.methods.nvfp4 import Nvfp4
+from knowledge_compression.compression.methods.rtn import Rtn
+from knowledge_compression.compression.solve.floats import FloatWeight, fp8, mxfp4, nvfp4
+from knowledge_compression.compression.writing.writers import WRITERS
+from knowledge_compression.models import Model, Target
 from knowledge_compression.models.checkpoints.bitsandbytes import EightBit, FourBit
 from knowledge_compression.models.checkpoints.compressed_tensors import CompressedTensors
+from knowledge_compression.models.loading import LocalModel
 
 SHAPE = (48, 160)
 
@@ -107,3 +120,138 @@ def test_bitsandbytes_of_eight_bits() -> None:
     codes, scale, _ = functional.int8_vectorwise_quant(weight().half())
     ours = EightBit().decode("layer", {".weight": codes, ".SCB": scale})
     assert torch.equal(ours, functional.int8_vectorwise_dequant(codes, scale))
+
+
+def to_be_rounded() -> dict[str, torch.Tensor]:
+    """Weights that a rounding can get wrong."""
+    normal = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    uneven = torch.exp(6 * torch.randn(64, 16, generator=torch.Generator().manual_seed(1))).repeat_interleave(16, 1)
+    some_zero = normal.clone()
+    some_zero[3], some_zero[:, :64] = 0, 0
+    ties = torch.randint(-24, 25, (64, 256), generator=torch.Generator().manual_seed(2)) / 4
+    found = {"normal": normal / 10, "heavy": normal**5, "zeros": some_zero, "ties": ties, "uneven": normal * uneven}
+    return found | {"small": normal * 1e-30, "large": normal * 1e30, "subnormal": normal * 1e-40}
+
+
+ROUNDED = to_be_rounded()
+
+
+def halves(weight: FloatWeight) -> torch.Tensor:
+    low, high = weight.codes.unflatten(1, (-1, 2)).unbind(2)
+    return low | high << 4
+
+
+def theirs(weight: torch.Tensor, layout: str, blocks: torch.Tensor, **asked: Any) -> dict[str, torch.Tensor]:
+    """What compressed-tensors makes of a weight with the scales that it chooses for ``blocks`` ``[..., values]``."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    scheme = QuantizationScheme(targets=["Linear"], weights={"type": "float", **asked})
+    whole = generate_gparam(weight.amin(), weight.amax()) if asked["strategy"] == "tensor_group" else None
+    scale, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), scheme.weights, whole)
+    state = {"weight": weight, "weight_scale": scale} | ({} if whole is None else {"weight_global_scale": whole})
+    return dict(BaseCompressor.get_value_from_registry(layout).compress(state, scheme))
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounding_is_that_of_compressed_tensors(name: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    table = ROUNDED[name]
+    eight = {"num_bits": 8}
+    squares = torch.nn.functional.pad(table, (0, 24, 0, 16)).unflatten(1, (-1, 40)).unflatten(0, (-1, 40))
+    for block, blocks, asked in (
+        ((1, None), table[:, None], {"strategy": "channel"}),
+        ((None, None), table.flatten(), {"strategy": "tensor"}),
+        ((40, 40), squares.transpose(1, 2).flatten(2), {"strategy": "block", "block_structure": [40, 40]}),
+    ):
+        ours, stored = fp8(table, block), theirs(table, "float-quantized", blocks, **eight, **asked)
+        assert torch.equal(ours.codes.view(torch.float8_e4m3fn).float(), stored["weight"].float())
+        assert torch.equal(ours.scales.flatten(), stored["weight_scale"].flatten())
+    four: dict[str, Any] = {"num_bits": 4, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}
+    ours, stored = (
+        mxfp4(table, to_even=True),
+        theirs(table, "mxfp4-pack-quantized", table.unflatten(1, (-1, 32)), **four),
+    )
+    assert torch.equal(halves(ours), stored["weight_packed"]) and torch.equal(ours.scales, stored["weight_scale"])
+    four |= {"strategy": "tensor_group", "group_size": 16, "scale_dtype": torch.float8_e4m3fn}
+    ours, stored = nvfp4(table), theirs(table, "nvfp4-pack-quantized", table.unflatten(1, (-1, 16)), **four)
+    assert torch.equal(halves(ours), stored["weight_packed"])
+    assert torch.equal(ours.scales, stored["weight_scale"].view(torch.uint8))
+    assert torch.equal(ours.whole, stored["weight_global_scale"])
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounding_is_that_of_torchao(name: str) -> None:
+    pytest.importorskip("torchao")
+    from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode, to_mx
+    from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor_amax_to_scale
+    from torchao.quantization import quant_primitives
+
+    table = ROUNDED[name]
+    modes = {False: ScaleCalculationMode.FLOOR, True: ScaleCalculationMode.EVEN}
+    for to_even, mode in modes.items():
+        ours = mxfp4(table, to_even=to_even)
+        scales, codes = to_mx(table, torch.float4_e2m1fn_x2, 32, mode)
+        assert torch.equal(halves(ours), codes.reshape(64, -1).view(torch.uint8))
+        assert torch.equal(ours.scales, scales.view(torch.uint8))
+    for block, sizes in (((1, None), [1, 256]), ((None, None), [64, 256])):
+        scales = quant_primitives._choose_scale_float8(table, sizes)
+        codes = quant_primitives._quantize_affine_float8(table, scales).float()
+        alike = ~codes.isnan()  # a row of zeros
+        assert torch.equal(fp8(table, block).codes.view(torch.float8_e4m3fn).float()[alike], codes[alike])
+    if name in ("normal", "heavy", "small", "large"):  # for the others see docs/formats.md
+        whole = per_tensor_amax_to_scale(table.abs().amax())
+        _, codes = nvfp4_quantize(table, 16, whole)
+        assert torch.equal(halves(nvfp4(table)), codes)
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounding_is_that_of_gguf_but_for_ties(name: str) -> None:
+    quants = pytest.importorskip("gguf").quants
+    table, kind = ROUNDED[name], pytest.importorskip("gguf").GGMLQuantizationType.MXFP4
+    back = torch.from_numpy(np.array(quants.dequantize(quants.quantize(table.numpy(), kind), kind)))
+    ours = mxfp4(table).dequantize()
+    tied = (ours - table).abs() == (back - table).abs()
+    assert torch.equal(ours[~tied], back[~tied])
+    if name != "ties":
+        assert torch.equal(ours, back)
+
+
+def test_nf4_is_that_of_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    assert torch.equal(levels(), functional.get_4bit_type("nf4", device="cpu"))
+    for name, table in ROUNDED.items():
+        packed, state = functional.quantize_4bit(table, quant_type="nf4")
+        alike = torch.equal(Nf4().rounded(table), functional.dequantize_4bit(packed, state))
+        assert alike == (name != "subnormal"), name  # whose reciprocal scale is infinite
+
+
+SAVED: dict[str, tuple[Layerwise, torch.dtype, bool]] = {
+    "packed-4": (Rtn(bits=4, symmetric=True, group_size=32), torch.float32, False),
+    "packed-3": (Rtn(bits=3, symmetric=True, group_size=32), torch.float32, False),
+    "packed-4-zero": (Rtn(bits=4, group_size=32), torch.float32, True),
+    "packed-8-zero": (Rtn(bits=8), torch.float32, True),
+    "fp8": (Fp8(), torch.float32, False),
+    "fp8-tensor": (Fp8(granularity="tensor"), torch.float32, False),
+    "fp8-block": (Fp8(granularity="block", block_size=40), torch.float32, False),
+    "mxfp4": (Mxfp4(), torch.bfloat16, False),
+    "nvfp4": (Nvfp4(), torch.bfloat16, False),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_transformers_loads_what_is_written(name: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """With compressed-tensors, in the dtypes that it multiplies in."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    method, dtype, decoded = SAVED[name]
+    network = build_network("llama", hidden_size=64, intermediate_size=96, head_dim=32, tie_word_embeddings=False)
+    model = Model(network, tiny_tokenizer, "llama")
+    method.compress(model, Target("all", ["decoder_self_att", "ff"]).select(model))
+    WRITERS["compressed-tensors"].write(model, tmp_path / "written")
+    more = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if decoded else {}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "written", dtype=dtype, **more).eval()
+    ours = LocalModel("ours", str(tmp_path / "written")).load("cpu", str(dtype).removeprefix("torch."))
+    assert torch.equal(logits_of(Model(plain, tiny_tokenizer, "plain")), logits_of(ours))

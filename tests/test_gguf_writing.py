@@ -19,6 +19,7 @@ from helpers.networks import build_network
 from knowledge_compression.compression.formats.gguf import GgufModel, save_gguf
 from knowledge_compression.compression.methods.gguf import Gguf
 from knowledge_compression.compression.methods.gptq import Gptq
+from knowledge_compression.compression.methods.mxfp4 import Mxfp4
 from knowledge_compression.compression.writing.writers import writer_of
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
@@ -117,7 +118,8 @@ def test_narrow_weights_are_stored_in_the_narrowest_floats_that_hold_them(dtype:
     [
         slow_but(pair, ("q4_k", "gpt2"), ("q8_0", "qwen3moe"), ("gptq", "llama"))
         for pair in product(["q4_k", "q8_0", "gptq"], ["llama", "gpt2", "qwen3moe", "bloom"])
-    ],
+    ]
+    + [("mxfp4", "llama")],
 )
 def test_compressed_layers_are_stored_in_the_blocks_of_their_compression(
     method: str, architecture: str, tmp_path: Path
@@ -129,11 +131,11 @@ def test_compressed_layers_are_stored_in_the_blocks_of_their_compression(
         windows: Any = torch.randint(3, len(TOKENS), (4, 16), generator=torch.Generator().manual_seed(0))
         Gptq(bits=4, group_size=32, symmetric=True).compress(model, targets, windows)
     else:
-        Gguf(method).compress(model, targets)
+        (Mxfp4() if method == "mxfp4" else Gguf(method)).compress(model, targets)
     saved = save_gguf(model, tmp_path / "model")
     assert "rounded" not in saved
     kinds = kinds_in(tmp_path / "model")
-    expected = {"gptq": {Kind.Q4_0}, "q8_0": {Kind.Q8_0}, "q4_k": {Kind.Q5_0, Kind.Q4_K}}[method]
+    expected = {"gptq": {Kind.Q4_0}, "mxfp4": {Kind.MXFP4}, "q8_0": {Kind.Q8_0}, "q4_k": {Kind.Q5_0, Kind.Q4_K}}[method]
     coded = sum(weights for name, weights in saved["weights"].items() if Kind[name] in expected)
     assert coded == targets.parameters and set(kinds.values()) - expected == {Kind.F32}
     back = read_back(tmp_path / "model")

@@ -63,9 +63,11 @@ def test_no_text_is_one_line(method: str, tiny_model: Callable[[str], Model]) ->
 
 
 def test_the_levels_are_the_published_ones() -> None:
-    published = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
-    published += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
-    assert torch.allclose(levels(), torch.tensor(published), atol=2e-6)
+    published = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
+    published += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
+    published += [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941]
+    published += [0.7229568362236023, 1.0]  # of bitsandbytes, in float32
+    assert levels().tolist() == torch.tensor(published).tolist()
 
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 70), block=st.sampled_from([1, 16, 64]), seed=st.integers(0, 99))

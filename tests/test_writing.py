@@ -1,10 +1,11 @@
-"""Packed GPTQ checkpoints, field by field, against an unpacker that shares nothing with the packer."""
+"""Files of compressed models, tensor by tensor, against decoders in numpy that share nothing with the writers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from helpers.networks import VOCABULARY, build_network
+from helpers import decoders
+from helpers.decoders import columns
+from helpers.networks import VOCABULARY, build_network, logits_of
+from knowledge_compression.compression.methods.fp8 import Fp8
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.magnitude import Magnitude
+from knowledge_compression.compression.methods.mxfp4 import Mxfp4
+from knowledge_compression.compression.methods.nvfp4 import Nvfp4
 from knowledge_compression.compression.methods.pipeline import Pipeline
 from knowledge_compression.compression.methods.rtn import Rtn
 from knowledge_compression.compression.writing.gptq import GptqWriter
 from knowledge_compression.compression.writing.words import packed
-from knowledge_compression.compression.writing.writers import check_form
+from knowledge_compression.compression.writing.writers import WRITERS, check_form
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.loading import LocalModel
@@ -29,19 +35,12 @@ from knowledge_compression.models.targets import linear_layers
 ALL = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff"])
 
 
-def unpack(words: torch.Tensor, bits: int) -> np.ndarray:
-    """Codes ``[count, columns]``: the bits of each column's words, lowest first, taken ``bits`` at a time."""
-    columns = np.ascontiguousarray(words.numpy().T).astype("<i4").view(np.uint8)
-    stream = np.unpackbits(columns, axis=1, bitorder="little").reshape(len(columns), -1, bits)
-    return (stream * (1 << np.arange(bits))).sum(-1).T
-
-
-@given(bits=st.sampled_from([2, 3, 4, 8]), runs=st.integers(1, 3), columns=st.integers(1, 5), seed=st.integers(0, 99))
-def test_packing_is_a_stream_of_bits(bits: int, runs: int, columns: int, seed: int) -> None:
-    codes = torch.randint(2**bits, (32 * runs, columns), generator=torch.Generator().manual_seed(seed))
+@given(bits=st.sampled_from([2, 3, 4, 8]), count=st.integers(1, 100), wide=st.integers(1, 5), seed=st.integers(0, 99))
+def test_packing_is_a_stream_of_bits(bits: int, count: int, wide: int, seed: int) -> None:
+    codes = torch.randint(2**bits, (count, wide), generator=torch.Generator().manual_seed(seed))
     words = packed(codes.to(torch.uint8), bits)
-    assert words.dtype == torch.int32 and words.shape == (runs * bits, columns)
-    assert np.array_equal(unpack(words, bits), codes.numpy())
+    assert words.dtype == torch.int32 and words.shape == (-(-count * bits // 32), wide)
+    assert np.array_equal(columns(words, bits)[:count], codes.numpy())
 
 
 def test_three_bits_lie_as_in_published_checkpoints() -> None:
@@ -52,65 +51,139 @@ def test_three_bits_lie_as_in_published_checkpoints() -> None:
     assert (first, second, third) == (0b01 << 30, 1 | 1 << 31, 0b01)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
-@pytest.mark.parametrize(
-    "method",
-    [
-        Gptq(bits=4, group_size=16, symmetric=True),
-        Gptq(bits=3),
-        Gptq(bits=2, group_size=32, static_groups=False),
-        Rtn(bits=8, symmetric=True, scale_bits=16),
-    ],
-    ids=["gptq4-g16-sym", "gptq3", "gptq2-g32-act-order", "rtn8-sym"],
-)
-def test_a_packed_checkpoint_holds_the_weights(
-    method: Gptq | Rtn, architecture: str, tiny_tokenizer: object, tmp_path: Path
-) -> None:
-    wide = {
-        "llama": {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32},
-        "opt": {"hidden_size": 64, "ffn_dim": 96, "word_embed_proj_dim": 64},
-        "gpt2": {"n_embd": 64},
-    }
-    model = Model(build_network(architecture, **wide[architecture]), tiny_tokenizer, architecture)  # type: ignore[arg-type]
-    windows = torch.randint(7, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(2))
-    targets = ALL.select(model)
-    method.compress(model, targets, windows)  # type: ignore[arg-type]
-    weights = {layer.path: layer.weight.clone() for layer in targets}
-    biases = {layer.path: layer.bias for layer in targets}
-    GptqWriter().write(model, tmp_path / "packed")
+WIDE: dict[str, dict[str, int]] = {
+    "llama": {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32},
+    "opt": {"hidden_size": 64, "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "gpt2": {"n_embd": 64},
+    "bert": {},
+}
+METHODS: dict[str, Any] = {
+    "rtn4-g16": Rtn(bits=4, group_size=16, scale_bits=16),
+    "rtn4-sym": Rtn(bits=4, symmetric=True, scale_bits=16),
+    "rtn8-sym": Rtn(bits=8, symmetric=True, scale_bits=16),
+    "rtn3-wide-scales": Rtn(bits=3, group_size=32),
+    "gptq4-g16-sym": Gptq(bits=4, group_size=16, symmetric=True),
+    "gptq3": Gptq(bits=3),
+    "gptq2-g32-act-order": Gptq(bits=2, group_size=32, static_groups=False),
+    "fp8": Fp8(),
+    "fp8-tensor": Fp8(granularity="tensor"),
+    "fp8-block": Fp8(granularity="block", block_size=40),
+    "mxfp4": Mxfp4(),
+    "nvfp4": Nvfp4(),
+}
+DECODERS = {"gptq": decoders.gptq, "awq": decoders.awq, "compressed-tensors": decoders.compressed_tensors}
+_GPTQ = ["rtn4-g16", "rtn4-sym", "rtn8-sym", "gptq4-g16-sym", "gptq3", "gptq2-g32-act-order"]
+HELD = {
+    "gptq": {"llama": _GPTQ, "opt": _GPTQ[-3:], "gpt2": _GPTQ[-3:]},
+    "awq": {"llama": ["rtn4-g16", "rtn4-sym", "gptq4-g16-sym"], "opt": ["rtn4-g16"]},
+    "compressed-tensors": {"llama": [name for name in METHODS if "act-order" not in name], "opt": ["gptq3", "nvfp4"]},
+}
+CASES = [(form, family, name) for form, held in HELD.items() for family, names in held.items() for name in names]
 
-    state = load_file(tmp_path / "packed" / "model.safetensors")
-    config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
-    assert config == json.loads((tmp_path / "packed" / "quantize_config.json").read_text())
+
+def small(architecture: str, tokenizer: Any) -> Model:
+    return Model(build_network(architecture, **WIDE[architecture]), tokenizer, architecture)
+
+
+def compressed_by(name: str, model: Model, target: Target = ALL) -> Model:
+    windows = torch.randint(7, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(2))
+    METHODS[name].compress(model, target.select(model), windows)
+    return model
+
+
+@pytest.mark.parametrize(("form", "architecture", "name"), CASES)
+def test_a_file_holds_the_weights_and_is_read_back(
+    form: str, architecture: str, name: str, tiny_tokenizer: object, tmp_path: Path
+) -> None:
+    model = small(architecture, tiny_tokenizer)
+    check_form(form, METHODS[name], ALL.select(model))
+    compressed_by(name, model)
+    weights = {layer.path: layer.weight.clone() for layer in ALL.select(model)}
+    before = model.network.state_dict()
+    WRITERS[form].write(model, tmp_path / "written")
+
+    state = load_file(tmp_path / "written" / "model.safetensors")
+    settings = json.loads((tmp_path / "written" / "config.json").read_text())["quantization_config"]
+    for path, weight in weights.items():
+        layer = {key.removeprefix(f"{path}."): tensor for key, tensor in state.items() if key.startswith(f"{path}.")}
+        assert np.array_equal(DECODERS[form](layer, settings), weight.numpy()), path
+    rest = [key for key in state if key in before and key.rpartition(".")[0] not in weights]
+    assert len(rest) > 3 and all(torch.equal(state[key], before[key]) for key in rest)
+
+    back = LocalModel("local", str(tmp_path / "written")).load("cpu", "float32")
+    for layer_back in ALL.select(back):
+        assert torch.equal(layer_back.weight, weights[layer_back.path]), layer_back.path
+        assert (layer_back.bias is None) == (model.network.get_submodule(layer_back.path).bias is None)
+    assert torch.equal(logits_of(back), logits_of(model))
+    assert back.on_disk is not None and back.on_disk.format == form
+    assert [path.name for path in tmp_path.iterdir()] == ["written"]
+
+
+@pytest.mark.parametrize("name", ["gptq4-g16-sym", "gptq3", "gptq2-g32-act-order"])
+def test_the_settings_of_a_gptq_file(name: str, tiny_tokenizer: object, tmp_path: Path) -> None:
+    method, model = METHODS[name], compressed_by(name, small("llama", tiny_tokenizer))
+    GptqWriter().write(model, tmp_path / "written")
+    config = json.loads((tmp_path / "written" / "config.json").read_text())["quantization_config"]
+    assert config == json.loads((tmp_path / "written" / "quantize_config.json").read_text())
     assert (config["quant_method"], config["bits"], config["sym"]) == ("gptq", method.bits, method.symmetric)
     assert config["group_size"] == (method.group_size or -1)
     assert config["checkpoint_format"] == ("gptq" if method.symmetric else "gptq_v2")
     assert not config["lm_head"] and "dynamic" not in config
-    offset = 1 if config["checkpoint_format"] == "gptq" else 0
-    for path, weight in weights.items():
-        out, inputs = weight.shape
-        codes = unpack(state[f"{path}.qweight"], method.bits)
-        zeros = unpack(state[f"{path}.qzeros"].T.contiguous(), method.bits).T + offset
-        scales, groups = state[f"{path}.scales"], state[f"{path}.g_idx"]
-        assert scales.dtype == torch.float16 and groups.dtype == torch.int32
-        assert codes.shape == (inputs, out) and zeros.shape == scales.shape == (int(groups.max()) + 1, out)
-        g = groups.numpy()
-        read = scales.float().numpy()[g] * (codes.astype(np.float32) - zeros.astype(np.float32)[g])
-        assert np.array_equal(read.T, weight.numpy()), path
-        assert f"{path}.weight" not in state
-        if biases[path] is not None:
-            assert torch.equal(state[f"{path}.bias"], biases[path])
-    before, kept = model.network.state_dict(), state.keys() & model.network.state_dict().keys()
-    assert kept and all(torch.equal(state[name], before[name]) for name in kept)
-    if not getattr(method, "static_groups", True):
-        assert config["desc_act"]
+    assert config["desc_act"] == ("act-order" in name)
 
-    back = LocalModel("local", str(tmp_path / "packed")).load("cpu", "float32")
-    for layer in ALL.select(back):
-        assert torch.equal(layer.weight, weights[layer.path]), layer.path
-    told = back.on_disk
-    assert told is not None and (told.format, told.bits) == ("gptq", method.bits)
-    assert told.made_by == "knowledge_compression"
+
+def test_what_is_not_coded_is_as_narrow_as_it_can_be(tiny_tokenizer: object, tmp_path: Path) -> None:
+    """Weights that came from float16 or bfloat16 go back into it; others stay what they are."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        model = small("llama", tiny_tokenizer)
+        with torch.no_grad():
+            for parameter in model.network.parameters():
+                parameter.copy_(parameter.to(dtype))
+            if dtype != torch.float16:  # out of its reach
+                model.network.model.embed_tokens.weight.mul_(2.0**-30)
+        compressed_by("rtn4-g16", model)
+        WRITERS["gptq"].write(model, tmp_path / "written")
+        config = json.loads((tmp_path / "written" / "config.json").read_text())
+        state = load_file(tmp_path / "written" / "model.safetensors")
+        assert config["dtype"] == str(state["model.norm.weight"].dtype).removeprefix("torch.")
+        assert {t.dtype for n, t in state.items() if n.endswith("norm.weight") or "embed" in n} == {dtype}
+
+
+@pytest.mark.parametrize("form", ["awq", "compressed-tensors"])
+def test_layers_left_alone_are_named_by_their_paths(form: str, tiny_tokenizer: object, tmp_path: Path) -> None:
+    model = compressed_by("rtn4-sym", small("llama", tiny_tokenizer), Target("att", ["decoder_self_att"]))
+    WRITERS[form].write(model, tmp_path / "written")
+    settings = json.loads((tmp_path / "written" / "config.json").read_text())["quantization_config"]
+    left = settings["ignore" if form == "compressed-tensors" else "modules_to_not_convert"]
+    assert sorted(left) == sorted(
+        [f"model.layers.{i}.mlp.{part}_proj" for i in (0, 1) for part in ("gate", "up", "down")] + ["lm_head"]
+    )
+
+
+REFUSED: dict[str, tuple[str, str, Any, str]] = {
+    "plain numbers": ("awq", "llama", Magnitude(sparsity=0.5), "leaves floating-point numbers, and awq holds codes; "),
+    "three bits": ("awq", "llama", Gptq(bits=3), r"codes of 4 bits, not 3; choose true or gptq or compressed-tensors"),
+    "wide scales": ("awq", "llama", Rtn(), r"scales of 16 bits; .* choose true or compressed-tensors"),
+    "act-order": (
+        "compressed-tensors",
+        "llama",
+        METHODS["gptq2-g32-act-order"],
+        r"neighbours; choose compression\.static_groups=true; choose true or gptq",
+    ),
+    "short groups": ("compressed-tensors", "llama", Rtn(group_size=48), "48 does not divide the 64 inputs of"),
+    "conv": ("compressed-tensors", "gpt2", Rtn(scale_bits=16), r"holds nn\.Linear, and .* is Conv1D; choose .* gptq"),
+    "floats": ("gptq", "llama", Nvfp4(), "holds integers, not NVFP4; choose true or compressed-tensors"),
+    "words": ("gptq", "bert", Rtn(bits=3, scale_bits=16), "do not fill whole words"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_form_that_cannot_hold_the_result_names_those_that_can(case: str, tiny_tokenizer: object) -> None:
+    form, architecture, method, message = REFUSED[case]
+    model = small(architecture, tiny_tokenizer)
+    with pytest.raises(BadInput, match=message) as caught:
+        check_form(form, method, ALL.select(model))
+    assert "\n" not in str(caught.value)
 
 
 def test_layers_left_alone_are_named(tiny_tokenizer: object, tmp_path: Path) -> None:
@@ -151,7 +224,7 @@ def test_what_cannot_be_packed_is_one_line(tiny_model: Callable[[str], Model], t
     with pytest.raises(BadInput, match=r"one number of bits for all layers, and they have \[4, 8\]"):
         GptqWriter().write(model, tmp_path / "packed")
     Rtn(bits=4, group_size=10, scale_bits=16).compress(model, targets, None)
-    with pytest.raises(BadInput, match=r"group_size=10 does not divide the 16 inputs of model\.layers\.0"):
+    with pytest.raises(BadInput, match=r"groups of one size, and 10 does not divide the 16 inputs of model\.layers\.0"):
         GptqWriter().write(model, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
 

@@ -23,7 +23,9 @@ from safetensors import SafetensorError, safe_open
 from knowledge_compression.cache import cache_folder, cached_folder, discard, keep_within
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.layer_reports import CompressionReport
-from knowledge_compression.compression.solve.grid import FittedGrid, QuantizedWeight, quantized_weight
+from knowledge_compression.compression.solve.coding import INTEGERS, CodedWeight
+from knowledge_compression.compression.solve.floats import FloatWeight
+from knowledge_compression.compression.solve.grid import QuantizedWeight, quantized_weight
 from knowledge_compression.heavy import torch
 from knowledge_compression.models import Model, Targets
 from knowledge_compression.models.targets import linear_layers
@@ -35,10 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4  # raised whenever an old file would be misread
+FORMAT = 5  # raised whenever an old file would be misread
 _FILE = "changes.safetensors"
-_GRID = ("scales", "zeros", "group_of")
-_SETTINGS = ("bits", "symmetric", "scale_bits")
 
 
 class _NotKept(Exception):
@@ -166,9 +166,9 @@ def _write(
         elif layer.module._forward_hooks or layer.module._forward_pre_hooks:
             raise NotImplementedError(f"{layer.path} has hooks, which cannot be stored")
         elif (weight := quantized_weight(layer)) is not None:
-            codes[layer.path] = {name: getattr(weight.grid, name) for name in _SETTINGS}
-            tensors[f"codes/{layer.path}/codes"] = weight.codes
-            tensors |= {f"codes/{layer.path}/{name}": getattr(weight.grid, name).clone() for name in _GRID}
+            parts, codes[layer.path] = weight.taken_apart()
+            codes[layer.path]["kind"] = weight.coding.kind
+            tensors |= {f"codes/{layer.path}/{name}": tensor for name, tensor in parts.items()}
         elif (blocks := kept_blocks(layer)) is not None:
             kinds_of_blocks[layer.path] = blocks.kind.name
             tensors[f"blocks/{layer.path}"] = torch.from_numpy(blocks.data)
@@ -206,8 +206,10 @@ def _restore(folder: Path, model: Model, kinds: Sequence[type[ReplacedLinear]]) 
         layers[path].replace(kind_of[kind].from_buffers(buffers, layers[path].bias_parameter, **settings))
     with torch.no_grad():
         for path, settings in about["codes"].items():
-            grid = FittedGrid(**{name: tensors[f"codes/{path}/{name}"] for name in _GRID}, **settings)
-            QuantizedWeight(tensors[f"codes/{path}/codes"], grid).put_into(layers[path])
+            prefix = f"codes/{path}/"
+            parts = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
+            form: type[CodedWeight] = QuantizedWeight if settings["kind"] == INTEGERS else FloatWeight
+            form.put_together(parts, settings).put_into(layers[path])
         for path, kind in about["blocks"].items():
             Blocks(Kind[kind], tensors[f"blocks/{path}"].numpy()).put_into(layers[path])
         for name, tensor in tensors.items():

@@ -132,8 +132,13 @@ def _with_float_weights(network: PreTrainedModel) -> dict[str, Tensor]:
 def check_finite(state: Mapping[str, Tensor]) -> None:
     """Refuse a state that contains NaN or infinity."""
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(_wide(tensor)).all()):
             raise BadInput(f"{name} holds values that are not finite, so the model is not saved; use dtype=float32")
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """A tensor of 8-bit floats in a type for which there are more functions."""
+    return tensor.float() if tensor.element_size() == 1 else tensor
 
 
 def _ties_head(network: nn.Module) -> bool:

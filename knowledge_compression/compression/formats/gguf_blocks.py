@@ -18,6 +18,8 @@ from gguf.quants import IQ4_NL
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knowledge_compression.compression.solve.coding import MXFP4, CodedWeight
+from knowledge_compression.compression.solve.floats import FloatWeight
 from knowledge_compression.compression.solve.grid import QuantizedWeight, quantized_weight
 from knowledge_compression.compression.solve.k_quants import K_QUANTS
 from knowledge_compression.compression.solve.k_quants import encoded as encoded_as_k_quant
@@ -114,7 +116,17 @@ def narrowest(values: Tensor) -> Kind:
     return Kind.F32
 
 
-def _from_codes(weight: QuantizedWeight) -> Iterator[Blocks]:
+def _from_codes(weight: CodedWeight) -> Iterator[Blocks]:
+    """Blocks with a weight's own scales and codes, the narrowest first."""
+    if isinstance(weight, QuantizedWeight):
+        yield from _from_integers(weight)
+    elif isinstance(weight, FloatWeight) and weight.kind == MXFP4 and weight.codes.shape[1] % 32 == 0:
+        low, high = weight.codes.unflatten(1, (-1, 2, 16)).unbind(2)
+        data = torch.cat([weight.scales[..., None], low | high << 4], dim=-1)
+        yield Blocks(Kind.MXFP4, data.flatten(1).numpy())
+
+
+def _from_integers(weight: QuantizedWeight) -> Iterator[Blocks]:
     """Blocks with the scales and codes of integers that are ``scale * (code - zero)``, the narrowest first."""
     grid, (rows, columns) = weight.grid, weight.codes.shape
     groups = grid.group_of.long()

@@ -72,12 +72,16 @@ def levels() -> Tensor:
     """The sixteen levels, float32, rising from -1 to 1 with an exact zero (appendix E).
 
     Eight quantiles of the standard normal on the negative side and nine on the positive side, both counting the zero,
-    evenly spaced in probability from 1/2 to the mean of 1 - 1/32 and 1 - 1/30, and divided by the largest.
+    evenly spaced in probability from the mean of 1 - 1/32 and 1 - 1/30 to 1/2, and divided by the largest. That mean
+    has seven digits, and probabilities, quantiles and quotients are rounded to float32, as in the published code, whose
+    levels these are bit by bit.
     """
-    outermost = (1 - 1 / 32 + 1 - 1 / 30) / 2
-    up = torch.special.ndtri(torch.linspace(0.5, outermost, 9, dtype=torch.float64))
-    down = -torch.special.ndtri(torch.linspace(0.5, outermost, 8, dtype=torch.float64))
-    return (torch.cat([down.flip(0)[:-1], up]) / up[-1]).float()
+    outermost = 0.9677083
+    up, down = (
+        torch.special.ndtri(torch.linspace(outermost, 0.5, count, dtype=torch.float32).double()).float()
+        for count in (9, 8)
+    )
+    return torch.cat([-down[:-1], up.flip(0)]) / up[0]
 
 
 def _in_eight_bits(scales: Tensor) -> Tensor:

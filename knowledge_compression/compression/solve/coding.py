@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
-INTEGERS = "integers"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from knowledge_compression.compression.layer_reports import LayerReport
+    from knowledge_compression.models.targets import TargetLayer
+
+INTEGERS, FP8, MXFP4, NVFP4 = "integers", "FP8", "MXFP4", "NVFP4"
 
 
 @dataclass(frozen=True)
@@ -12,7 +21,7 @@ class Coding:
     """How the codes of a weight ``[out_features, in_features]`` are to be read.
 
     Attributes:
-        kind: what the codes are, e.g. :data:`INTEGERS`.
+        kind: what the codes are: :data:`INTEGERS`, :data:`FP8`, :data:`MXFP4` or :data:`NVFP4`.
         bits: of a code.
         block: outputs and inputs that share a scale; None stands for all of them.
         in_order: whether the inputs of a group are neighbours.
@@ -31,3 +40,33 @@ class Coding:
     def group(self) -> int | None:
         """Inputs that share a scale; None stands for all of them."""
         return self.block[1]
+
+
+class CodedWeight(ABC):
+    """The codes of one weight ``[out_features, in_features]``, from which other programs' files are made."""
+
+    @property
+    @abstractmethod
+    def coding(self) -> Coding:
+        """How the codes are to be read."""
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """The weight that the codes represent, float32 ``[out_features, in_features]``."""
+
+    @abstractmethod
+    def put_into(self, layer: TargetLayer) -> None:
+        """Write the weight that these codes represent into the layer, and store with it what recovers them."""
+
+    @abstractmethod
+    def report(self, layer: TargetLayer) -> LayerReport:
+        """The report on a layer that was given these codes."""
+
+    @abstractmethod
+    def taken_apart(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything in it as tensors and as JSON-ready settings."""
+
+    @classmethod
+    @abstractmethod
+    def put_together(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`taken_apart`."""

@@ -6,12 +6,12 @@ scale ``s`` and a whole-numbered zero point ``z`` for each output row and group 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.compression.layer_reports import LayerReport
-from knowledge_compression.compression.solve.coding import INTEGERS, Coding
+from knowledge_compression.compression.solve.coding import INTEGERS, CodedWeight, Coding
 from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import torch
 from knowledge_compression.models.targets import TargetLayer
@@ -24,6 +24,7 @@ _SHARES = [1 - step / 10 for step in range(8)]  # shares of the span that `mse` 
 _BETWEEN = 0.05  # and then as many above and below the best of them
 _SCALES = {16: "float16", 32: "float32"}  # by their bits
 _IN_CACHE = 1 << 18  # values
+_TENSORS, _SETTINGS = ("scales", "zeros", "group_of"), ("bits", "symmetric", "scale_bits")  # of a fitted grid
 SCALE_BITS = 16  # float16, the type of scales in packed checkpoints
 
 
@@ -86,7 +87,7 @@ class FittedGrid:
 
 
 @dataclass(frozen=True, eq=False)
-class QuantizedWeight:
+class QuantizedWeight(CodedWeight):
     """A weight as integer codes, from which a packed checkpoint is written.
 
     Attributes:
@@ -119,6 +120,17 @@ class QuantizedWeight:
         """The weight that the codes represent, float32 ``[out_features, in_features]``."""
         return self.grid.read(self.codes)
 
+    def taken_apart(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Codes and grid."""
+        tensors = {"codes": self.codes} | {name: getattr(self.grid, name).clone() for name in _TENSORS}
+        return tensors, {name: getattr(self.grid, name) for name in _SETTINGS}
+
+    @classmethod
+    def put_together(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> QuantizedWeight:
+        """The inverse of :meth:`taken_apart`."""
+        parts = {name: tensors[name] for name in _TENSORS} | {name: settings[name] for name in _SETTINGS}
+        return cls(tensors["codes"], FittedGrid(**parts))
+
     def rows(self, start: int, end: int) -> QuantizedWeight:
         """The part of some output rows: one layer, if several were quantized as one weight."""
         return QuantizedWeight(self.codes[start:end], self.grid.rows(start, end))
@@ -144,9 +156,9 @@ class QuantizedWeight:
         )
 
 
-def quantized_weight(layer: TargetLayer) -> QuantizedWeight | None:
+def quantized_weight(layer: TargetLayer) -> CodedWeight | None:
     """The codes of a layer's weight; None if it was not quantized or its weight has changed since."""
-    kept: FittedGrid | QuantizedWeight | None = layer.notes.get("quantized_weight")
+    kept: FittedGrid | CodedWeight | None = layer.notes.get("quantized_weight")
     if isinstance(kept, FittedGrid):
         kept = QuantizedWeight(kept.codes(layer.weight), kept)
     if kept is None or not torch.equal(kept.dequantize().to(layer.weight), layer.weight):

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from knowledge_compression.compression.solve.coding import INTEGERS, Coding
+from knowledge_compression.compression.solve.coding import INTEGERS, CodedWeight, Coding
 from knowledge_compression.compression.solve.grid import SCALE_BITS, QuantizedWeight
 from knowledge_compression.compression.writing.layers import LayerWriter, group_sizes, half_filled, same
 from knowledge_compression.compression.writing.words import packed
@@ -44,8 +44,9 @@ class GptqWriter(LayerWriter):
         outputs, inputs = layer.weight.shape
         return half_filled(coding.bits, layer, {"outputs": outputs, "inputs": inputs})
 
-    def tensors(self, weight: QuantizedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
+    def tensors(self, weight: CodedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
         """Words, scales and the group of each input."""
+        assert isinstance(weight, QuantizedWeight)
         grid = weight.grid
         zeros = grid.zeros - 1 if grid.symmetric else grid.zeros
         return {

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from knowledge_compression.compression.base import Compression
-from knowledge_compression.compression.solve.coding import Coding
-from knowledge_compression.compression.solve.grid import QuantizedWeight, quantized_weight
+from knowledge_compression.compression.solve.coding import CodedWeight, Coding
+from knowledge_compression.compression.solve.grid import quantized_weight
 from knowledge_compression.compression.writing.base import Writer
 from knowledge_compression.errors import BadInput
-from knowledge_compression.heavy import torch
+from knowledge_compression.heavy import nn, torch
 from knowledge_compression.models import Model, TargetLayer, Targets
 from knowledge_compression.models.targets import is_linear, linear_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+NEIGHBOURS = "the inputs of a group in {} are neighbours; choose compression.static_groups=true"
 _NARROW = ("float16", "bfloat16")
 
 
@@ -39,7 +40,7 @@ class LayerWriter(Writer):
         """Why the format cannot hold a linear layer with such codes; None if it can."""
 
     @abstractmethod
-    def tensors(self, weight: QuantizedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
+    def tensors(self, weight: CodedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
         """The tensors of one layer, by the endings of their names.
 
         Args:
@@ -59,6 +60,10 @@ class LayerWriter(Writer):
             BadInput: the layers differ in what the format says once for all.
         """
 
+    def runs_in(self, coded: Mapping[TargetLayer, Coding], floats: torch.dtype) -> torch.dtype:
+        """The type in which others load the model unless told otherwise: that in which everything else is stored."""
+        return floats
+
     def refusal(self, compression: Compression, targets: Targets) -> str | None:
         """It refuses numbers without codes, and layers whose codes do not fit into it."""
         if (coding := compression.coding) is None:
@@ -69,12 +74,18 @@ class LayerWriter(Writer):
         if layer.expert or not layer.is_replaceable:
             return f"{self.name} holds linear layers, and {layer.path} is an expert or a router"
         width = layer.weight.shape[1]
-        if coding.group is not None and width % coding.group:
+        if coding.block[0] == 1 and width % (coding.group or width):
             return (
-                f"{self.name} has groups of one size, and compression.group_size={coding.group} does not divide the "
-                f"{width} inputs of {layer.path}"
+                f"{self.name} has groups of one size, and {coding.group} does not divide the {width} inputs of "
+                f"{layer.path}"
             )
         return self.unfit(coding, layer)
+
+    def plain_linear(self, layer: TargetLayer) -> str | None:
+        """Why a format of ``nn.Linear`` layers cannot hold a layer; None if it can."""
+        if isinstance(layer.module, nn.Linear):
+            return None
+        return f"{self.name} holds nn.Linear, and {layer.path} is {type(layer.module).__name__}"
 
     def write(self, model: Model, folder: Path) -> Mapping[str, Any]:
         """Save the codes of coded layers, and everything else in the narrowest type that holds it exactly."""
@@ -98,7 +109,7 @@ class LayerWriter(Writer):
         state = {name: tensor.to(floats) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
         for layer, weight in weights.items():
             state |= {f"{layer.path}{ending}": tensor for ending, tensor in self.tensors(weight, floats).items()}
-        declared = {"quantization_config": settings, "dtype": str(floats).removeprefix("torch.")}
+        declared = {"quantization_config": settings, "dtype": str(self.runs_in(coded, floats)).removeprefix("torch.")}
         files = {self.beside: json.dumps(settings, indent=2) + "\n"} if self.beside else {}
         write_checkpoint(model, folder, state, declared, files)
         return {}

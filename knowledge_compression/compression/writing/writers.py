@@ -6,15 +6,19 @@ from collections.abc import Mapping
 
 from knowledge_compression.building import nearest
 from knowledge_compression.compression.base import Compression
+from knowledge_compression.compression.writing.awq import AwqWriter
 from knowledge_compression.compression.writing.base import Floats, Writer
+from knowledge_compression.compression.writing.compressed_tensors import CompressedTensorsWriter
 from knowledge_compression.compression.writing.gguf import TYPES, GgufWriter
 from knowledge_compression.compression.writing.gptq import GptqWriter
+from knowledge_compression.compression.writing.layers import LayerWriter
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Targets
 
+_OF_LAYERS: tuple[LayerWriter, ...] = (GptqWriter(), AwqWriter(), CompressedTensorsWriter())
 WRITERS: Mapping[bool | str, Writer] = {
     True: Floats(),
-    "gptq": GptqWriter(),
+    **{writer.name: writer for writer in _OF_LAYERS},
     "gguf": GgufWriter(),
     **{f"gguf-{kind}": GgufWriter(kind) for kind in TYPES},
 }
@@ -41,8 +45,12 @@ def check_form(form: bool | str, compression: Compression, targets: Targets) -> 
         BadInput: it cannot.
     """
     if why := writer_of(form).refusal(compression, targets):
-        others = [_shown(name) for name, writer in WRITERS.items() if writer.refusal(compression, targets) is None]
-        raise BadInput(f"output.save_model={_shown(form)} cannot hold this: {why}; choose {' or '.join(others)}")
+        fitting = {name: writer for name, writer in WRITERS.items() if writer.refusal(compression, targets) is None}
+        kinds = [type(writer) for writer in fitting.values()]
+        others = [name for place, name in enumerate(fitting) if kinds.index(kinds[place]) == place]  # one of a kind
+        raise BadInput(
+            f"output.save_model={_shown(form)} cannot hold this: {why}; choose {' or '.join(map(_shown, others))}"
+        )
 
 
 def _shown(form: bool | str) -> str:

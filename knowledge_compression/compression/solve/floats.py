@@ -1,0 +1,187 @@
+"""Small floating-point numbers with shared scales: FP8, MXFP4 and NVFP4.
+
+An element is E4M3 (8 bits) or E2M1 (4 bits), rounded to nearest with ties to even and clamped to the largest value. A
+block of elements shares a scale, which is a float32 (FP8), a power of two in one byte (E8M0; MXFP4), or an E4M3 number
+over one float32 for the whole weight (NVFP4). Everything is computed in float32.
+
+Sources: Micikevicius et al. 2022 ("FP8 formats for deep learning"); OCP Microscaling Formats v1.0, sections 5.3.3 and
+6.3; for the scales of NVFP4, compressed-tensors 0.20. ``docs/formats.md`` says where libraries differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from knowledge_compression.compression.layer_reports import LayerReport
+from knowledge_compression.compression.solve.coding import FP8, MXFP4, NVFP4, CodedWeight, Coding
+from knowledge_compression.heavy import functional, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from knowledge_compression.models.targets import TargetLayer
+
+Block = tuple[int | None, int | None]
+
+_BITS = {FP8: 8, MXFP4: 4, NVFP4: 4}
+_SCALE_BITS = {FP8: 32, MXFP4: 8, NVFP4: 8}
+_E4M3_MAX, _E2M1_MAX = 448.0, 6.0
+# Where E2M1 rounds up to the next of its magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6, and whether a tie does.
+_UP_FROM = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
+_BIAS = 127  # of E8M0
+_LARGEST_POWER = 2  # base-two logarithm of the largest power of two in E2M1
+_ZERO_FP8, _ZERO_NVFP4 = 2.0**-23, 0.125  # the scales that compressed-tensors gives to blocks of zeros
+
+
+@dataclass(frozen=True, eq=False)
+class FloatWeight(CodedWeight):
+    """A weight as small floats; all tensors are on the CPU.
+
+    Attributes:
+        kind: FP8, MXFP4 or NVFP4.
+        block: outputs and inputs that share a scale; None stands for all of them.
+        codes: uint8 ``[out_features, in_features]``: the bits of E4M3, or those of E2M1 in the lower half.
+        scales: one per block, ``[ceil(out / block outputs), ceil(in / block inputs)]``: float32 (FP8), or as uint8 the
+            bits of E8M0 (MXFP4) or E4M3 (NVFP4).
+        whole: float32 ``[1]``, by which the scales of NVFP4 were multiplied; empty for the others.
+    """
+
+    kind: str
+    block: Block
+    codes: Tensor
+    scales: Tensor
+    whole: Tensor
+
+    @property
+    def coding(self) -> Coding:
+        """How the codes are to be read."""
+        return coding_of(self.kind, self.block)
+
+    @property
+    def real_scales(self) -> Tensor:
+        """The scales as numbers, float32."""
+        from knowledge_compression.models.checkpoints.codes import powers_of_two
+
+        if self.kind == MXFP4:
+            return powers_of_two(self.scales)
+        if self.kind == NVFP4:
+            return self.scales.view(torch.float8_e4m3fn).float() / self.whole
+        return self.scales
+
+    def dequantize(self) -> Tensor:
+        """Each number times its scale, float32, rounded once; a scale of NVFP4 is rounded before."""
+        from knowledge_compression.models.checkpoints.codes import FP4
+
+        eight = _BITS[self.kind] == 8
+        numbers = self.codes.view(torch.float8_e4m3fn).float() if eight else torch.tensor(FP4)[self.codes.int()]
+        return numbers * _spread(self.real_scales, self.block, self.codes.shape)
+
+    def put_into(self, layer: TargetLayer) -> None:
+        """Write the weight into the layer, and store these codes with its module."""
+        layer.weight.copy_(self.dequantize())
+        layer.notes["quantized_weight"] = self
+
+    def report(self, layer: TargetLayer) -> LayerReport:
+        """Bits of the numbers, and of all scales."""
+        overhead = self.scales.numel() * _SCALE_BITS[self.kind] + 32 * self.whole.numel()
+        return LayerReport.of(layer, bits=float(_BITS[self.kind]), overhead_bits=overhead)
+
+    def taken_apart(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Codes and scales."""
+        tensors = {name: getattr(self, name) for name in ("codes", "scales", "whole")}
+        return tensors, {"block": list(self.block)}
+
+    @classmethod
+    def put_together(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> FloatWeight:
+        """The inverse of :meth:`taken_apart`."""
+        first, second = settings["block"]
+        return cls(settings["kind"], (first, second), **tensors)
+
+
+def coding_of(kind: str, block: Block) -> Coding:
+    """How such codes are to be read."""
+    return Coding(kind, _BITS[kind], block, scale_bits=_SCALE_BITS[kind])
+
+
+def fp8(weight: Tensor, block: Block) -> FloatWeight:
+    """E4M3 with a float32 scale per block: its largest magnitude becomes 448.
+
+    Args:
+        weight: ``[out_features, in_features]``, finite, of any floating dtype.
+        block: outputs and inputs that share a scale; None stands for all of them.
+    """
+    weight = weight.to("cpu", torch.float32)
+    scales = _largest(weight, block) / _E4M3_MAX
+    scales = torch.where(scales == 0, _ZERO_FP8, scales)
+    return FloatWeight(FP8, block, _e4m3(weight / _spread(scales, block, weight.shape)), scales, torch.empty(0))
+
+
+def mxfp4(weight: Tensor, *, to_even: bool = False) -> FloatWeight:
+    """E2M1 with a power of two per 32 inputs (OCP Microscaling Formats v1.0, section 6.3).
+
+    Args:
+        weight: ``[out_features, in_features]``, finite, of any floating dtype.
+        to_even: round a block's largest magnitude to one bit of mantissa before its power of two is taken, so that a
+            magnitude of 7 times the scale does not have to become 6; otherwise the power of two is rounded down.
+    """
+    weight = weight.to("cpu", torch.float32)
+    block = (1, 32)
+    fractions, exponents = torch.frexp(_largest(weight, block))  # a fraction in [0.5, 1), or 0
+    exponents = exponents - 1 + (fractions >= 0.875).int() * to_even
+    exponents = torch.where(fractions == 0, -_BIAS, exponents - _LARGEST_POWER).clamp(-_BIAS, _BIAS)
+    shares = torch.ldexp(weight, -_spread(exponents, block, weight.shape))
+    scales = (exponents + _BIAS).to(torch.uint8)
+    return FloatWeight(MXFP4, block, _e2m1(shares), scales, torch.empty(0))
+
+
+def nvfp4(weight: Tensor) -> FloatWeight:
+    """E2M1 with an E4M3 scale per 16 inputs, over one float32 for the whole weight.
+
+    That is ``448 * 6`` over the largest magnitude of the weight, so that the largest scale is 448.
+
+    Args:
+        weight: ``[out_features, in_features]``, finite, of any floating dtype.
+    """
+    weight = weight.to("cpu", torch.float32)
+    block = (1, 16)
+    largest = weight.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    # A product with the reciprocal, as in compressed-tensors, which differs from a quotient by a rounding.
+    whole = (largest.reciprocal() * (_E4M3_MAX * _E2M1_MAX)).nan_to_num(posinf=1.0).reshape(1)
+    scales = (whole * (_largest(weight, block) / _E2M1_MAX)).clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn).float()
+    scales = torch.where(scales == 0, _ZERO_NVFP4, scales)
+    shares = weight / _spread(scales / whole, block, weight.shape)
+    return FloatWeight(NVFP4, block, _e2m1(shares), scales.to(torch.float8_e4m3fn).view(torch.uint8), whole)
+
+
+def _e4m3(values: Tensor) -> Tensor:
+    return values.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _e2m1(values: Tensor) -> Tensor:
+    above = torch.tensor([edge for edge, _ in _UP_FROM])
+    ties = torch.tensor([tie for _, tie in _UP_FROM])
+    edges = torch.where(ties, above, above.nextafter(torch.tensor(torch.inf)))
+    codes = torch.bucketize(values.abs(), edges, right=True).to(torch.uint8)
+    return codes | (values.signbit().to(torch.uint8) << 3)
+
+
+def _sizes(block: Block, shape: tuple[int, ...]) -> tuple[int, int]:
+    outputs, inputs = (all_of if size is None else size for size, all_of in zip(block, shape, strict=True))
+    return outputs, inputs
+
+
+def _largest(weight: Tensor, block: Block) -> Tensor:
+    """The largest magnitude of each block; the last ones may be smaller."""
+    outputs, inputs = _sizes(block, weight.shape)
+    rows, columns = weight.shape
+    padded = functional.pad(weight.abs(), (0, -columns % inputs, 0, -rows % outputs))
+    return padded.unflatten(1, (-1, inputs)).unflatten(0, (-1, outputs)).amax((1, 3))
+
+
+def _spread(scales: Tensor, block: Block, shape: tuple[int, ...]) -> Tensor:
+    """Values of blocks, each for all weights of its block."""
+    from knowledge_compression.models.checkpoints.codes import spread
+
+    return spread(scales, shape, _sizes(block, shape))

@@ -1,0 +1,132 @@
+"""Checkpoints of compressed-tensors, which vLLM and transformers (with that library) load.
+
+``models/checkpoints/compressed_tensors.py`` reads them and says what each tensor is. There is one layout for each kind
+of code: ``pack-quantized`` for integers, ``float-quantized``, ``mxfp4-pack-quantized`` and ``nvfp4-pack-quantized``.
+The library multiplies codes by scales in the type of the scale. Scales are therefore stored in the type of everything
+else if that holds them exactly, and in float32 otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from knowledge_compression.compression.solve.coding import FP8, INTEGERS, MXFP4, NVFP4, CodedWeight, Coding
+from knowledge_compression.compression.solve.floats import FloatWeight
+from knowledge_compression.compression.solve.grid import QuantizedWeight
+from knowledge_compression.compression.writing.layers import NEIGHBOURS, LayerWriter, same
+from knowledge_compression.compression.writing.words import packed
+from knowledge_compression.heavy import torch
+from knowledge_compression.models import TargetLayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _integers(weight: CodedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
+    assert isinstance(weight, QuantizedWeight)
+    grid = weight.grid
+    exact = torch.equal(grid.scales.to(floats).float(), grid.scales)
+    tensors = {
+        ".weight_packed": packed(weight.codes.T, grid.bits).T.contiguous(),
+        ".weight_scale": grid.scales.to(floats if exact else torch.float32),
+        ".weight_shape": torch.tensor(weight.codes.shape),
+    }
+    if not grid.symmetric:
+        tensors[".weight_zero_point"] = packed(grid.zeros, grid.bits)
+    return tensors
+
+
+def _floats_of_eight(weight: CodedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
+    assert isinstance(weight, FloatWeight)
+    scales = weight.scales.reshape(1) if weight.block == (None, None) else weight.scales
+    return {".weight": weight.codes.view(torch.float8_e4m3fn), ".weight_scale": scales}
+
+
+def _floats_of_four(weight: CodedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
+    assert isinstance(weight, FloatWeight)
+    low, high = weight.codes.unflatten(1, (-1, 2)).unbind(2)
+    tensors = {".weight_packed": low | high << 4, ".weight_scale": weight.scales}
+    if weight.kind == NVFP4:
+        tensors[".weight_scale"] = weight.scales.view(torch.float8_e4m3fn)
+        tensors[".weight_global_scale"] = weight.whole
+    return tensors
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one kind of code is stored.
+
+    Attributes:
+        name: its ``format``.
+        number: its ``type``: ``int`` or ``float``.
+        tensors: the tensors of one layer, as :meth:`LayerWriter.tensors`.
+        more: settings of its weights besides those that follow from the coding.
+    """
+
+    name: str
+    number: str
+    tensors: Callable[[CodedWeight, torch.dtype], Mapping[str, Tensor]]
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    INTEGERS: Layout("pack-quantized", "int", _integers),
+    FP8: Layout("float-quantized", "float", _floats_of_eight),
+    MXFP4: Layout("mxfp4-pack-quantized", "float", _floats_of_four, {"scale_dtype": "torch.uint8"}),
+    NVFP4: Layout(
+        "nvfp4-pack-quantized",
+        "float",
+        _floats_of_four,
+        {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"},
+    ),
+}
+
+
+class CompressedTensorsWriter(LayerWriter):
+    """The compressed-tensors format."""
+
+    name = "compressed-tensors"
+
+    def unfit(self, coding: Coding, layer: TargetLayer) -> str | None:
+        """It holds every kind of code, in groups of neighbouring inputs."""
+        if not coding.in_order:
+            return NEIGHBOURS.format(self.name)
+        return self.plain_linear(layer)
+
+    def tensors(self, weight: CodedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
+        """Codes and scales in the layout of their kind."""
+        return LAYOUTS[weight.coding.kind].tensors(weight, floats)
+
+    def runs_in(self, coded: Mapping[TargetLayer, Coding], floats: torch.dtype) -> torch.dtype:
+        """The library makes bfloat16 of 4-bit floats, and then multiplies by nothing else."""
+        four = any(coding.kind in (MXFP4, NVFP4) for coding in coded.values())
+        return torch.bfloat16 if four else floats
+
+    def settings(self, coded: Mapping[TargetLayer, Coding], left: Mapping[str, str | None]) -> dict[str, Any]:
+        """One group of layers, and the names of those that are not in it."""
+        coding = same("coding", list(coded.values()))
+        layout = LAYOUTS[coding.kind]
+        group: dict[str, Any] = {"targets": ["Linear"], "weights": _weights(coding, layout), "format": layout.name}
+        group |= {"input_activations": None, "output_activations": None}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": layout.name,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": list(left),
+        }
+
+
+def _weights(coding: Coding, layout: Layout) -> dict[str, Any]:
+    outputs, inputs = coding.block
+    strategy = "block"
+    if outputs in (1, None):
+        strategy = "group" if inputs else "channel" if outputs else "tensor"
+    weights: dict[str, Any] = {"num_bits": coding.bits, "type": layout.number, "strategy": strategy}
+    if strategy == "group":
+        weights["group_size"] = inputs
+    if strategy == "block":
+        weights["block_structure"] = [outputs, inputs]
+    return weights | {"symmetric": coding.symmetric, "dynamic": False} | dict(layout.more)
