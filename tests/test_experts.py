@@ -158,6 +158,7 @@ def test_an_expert_without_tokens_is_named_and_rounded_to_the_nearest(name: str,
     ).compress(rounded, ONLY.select(rounded), None)
     assert set(report.fallbacks) == {"no_tokens", "few_tokens"}
     assert all((layer.tokens == 0) == ("no_tokens" in layer.fallbacks) for layer in report.layers)
+    assert [layer.path for layer in report.layers] == [layer.path for layer in ONLY.select(model)]
     for ours, theirs in zip(ONLY.select(model), ONLY.select(rounded), strict=True):
         torch.testing.assert_close(ours.weight, theirs.weight)
 

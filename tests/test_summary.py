@@ -85,3 +85,15 @@ def test_suites_without_a_headline_end_without_a_table(tmp_path, capsys):
     run.config["eval"] = {"similarity": {}}
     summary.show([run], {run.id: run}, tmp_path)
     assert "no accuracy or perplexity to compare" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_layers_that_no_calibration_text_reached_are_told(capsys):
+    dense, small = made_run(bits("1111110000"), compression="none"), made_run(bits("1110000000"), compression="gptq")
+    for fallbacks, wanted in (
+        ({"dead_input": 3}, None),
+        ({"few_tokens": 5, "no_tokens": 2}, "compression=gptq: 7 of 64 layers were compressed without calibration"),
+    ):
+        small.report["compression"] |= {"fallbacks": fallbacks, "layers_touched": 64}
+        summary.show([small], {small.id: dense})
+        said = " ".join(capsys.readouterr().out.split())
+        assert wanted in said and "(2: none)" in said if wanted else "without calibration" not in said

@@ -58,7 +58,7 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
         }
     ):
         console.print(shown(note), style="dim")
-    for line_of in (told, tokens_differ, _left_out):
+    for line_of in (told, tokens_differ, _left_out, _hardly_read):
         for line in sorted(set(filter(None, map(line_of, runs)))):
             console.print(shown(line), style="dim")
     if folder is None:
@@ -84,6 +84,21 @@ def _left_out(run: Run) -> str | None:
     what = ", ".join(sorted({part["reason"] for part in parts}))
     choices = run.config["choices"]
     return f"{choices['model']}, target={choices['target']}: {share:.2%} of the blocks' weights left out ({what})"
+
+
+def _hardly_read(run: Run) -> str | None:
+    """A line about the layers that hardly any calibration text reached, compressed without it; None if there are none."""
+    report = run.report.get("compression", {})
+    counts = [report.get("fallbacks", {}).get(name, 0) for name in ("few_tokens", "no_tokens")]
+    if not any(counts):
+        return None
+    few, none = counts
+    choices = run.config["choices"]
+    return (
+        f"{choices['model']}, target={choices['target']}, compression={choices['compression']}: {few + none:,} of "
+        f"{report['layers_touched']:,} layers were compressed without calibration, as too few tokens of the text "
+        f"reached them ({none:,}: none); more corpus.samples reach more experts"
+    )
 
 
 def drop_rows(runs: Sequence[Run], baselines: Mapping[str, Run]) -> list[dict[str, Any]]:

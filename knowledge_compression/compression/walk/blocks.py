@@ -163,7 +163,7 @@ class _Walk(Generic[S]):
                 if len(self.reports) == before:
                     missing = ", ".join(layer.path for layers in self.pending.values() for layer in layers)
                     raise BadInput(f"the forward pass of {self.model.name} on calibration text never runs {missing}")
-        return list(self.reports.values())
+        return [self.reports[layer.path] for layer in self.targets]  # experts without tokens come last in the walk
 
     def _pass(self, batches: Sequence[Tensor]) -> Iterator[str]:
         """Run all batches in step until nothing is pending or a block that is used several times is compressed."""
