@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy import stats
@@ -27,6 +28,7 @@ from knowledge_compression.analysis import markdown
 from knowledge_compression.analysis.comparisons import KEY, Group, compare, items_of
 from knowledge_compression.analysis.markdown import percent, points
 from knowledge_compression.analysis.marks import bars, panels
+from knowledge_compression.building import build
 from knowledge_compression.resampling import CONFIDENCE, SEED
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.statistics import (
@@ -48,8 +50,10 @@ EXPERTS, SPREAD, ATTENTION, SMALLEST, ALL = (
     "smallest",
     "all experts",
 )
-CONTROLS = (SPREAD, ATTENTION, SMALLEST)
-PERMUTATIONS, RESAMPLES = 2000, 2000
+KINDS = (EXPERTS, SPREAD, ATTENTION, SMALLEST)
+PERMUTATIONS, RESAMPLES = 1000, 2000
+LAST, EARLIER, NONE = 2, 1, 0  # the tokens of a question that an expert reads: the last one, others only, or none
+READS = {LAST: "the last token", EARLIER: "only earlier tokens", NONE: "none"}
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,21 @@ class Removals:
 
 @dataclass(frozen=True)
 class Model:
-    """One trained mixture and everything that was removed from it."""
+    """One trained mixture and everything that was removed from it.
+
+    Attributes:
+        seed: of its training.
+        source: its settings, from which it can be loaded.
+        relations, bins, prompts: of each known fact.
+        removals: by kind.
+        dense: share of all facts that it knows.
+    """
 
     seed: int
+    source: Mapping[str, Any]
     relations: NDArray[Any]
     bins: NDArray[Any]
+    prompts: list[str]
     removals: dict[str, Removals]
     dense: Estimate
 
@@ -126,7 +140,7 @@ def model_of(group: Group) -> Model:
     """The removals from one model, in the order of block and number."""
     known = group.correct(group.dense)
     facts = group.items.join(
-        items_of(group.dense, group.asked.suite).select(*KEY, "bin", "log_prob").collect(),
+        items_of(group.dense, group.asked.suite).select(*KEY, "bin", "prompt", "log_prob").collect(),
         on=KEY,
         maintain_order="left",
     )
@@ -142,14 +156,37 @@ def model_of(group: Group) -> Model:
         lost = [~group.correct(run)[known] for _, run in runs]
         removals[kind] = Removals([name for name, _ in runs], np.stack(lost), np.stack(falls)[:, known])
     relations, bins = facts["task"].to_numpy()[known], facts["bin"].to_numpy()[known]
+    prompts, source = facts["prompt"].filter(known).to_list(), group.dense.config["model"]
     seed = group.dense.report["model"]["made"]["recipe"]["training"]["seed"]
-    return Model(seed, relations, bins, removals, accuracy(known))
+    return Model(seed, source, relations, bins, prompts, removals, accuracy(known))
 
 
 def log_probs(group: Group, run: Run) -> NDArray[np.float64]:
     """Log-probability of the right answer to each item, in the dense run's order."""
     said = items_of(run, group.asked.suite).select(*KEY, "log_prob").collect()
     return group.items.join(said, on=KEY, how="left", maintain_order="left")["log_prob"].to_numpy()
+
+
+def reads_of(model: Model) -> NDArray[np.int64]:
+    """Which tokens of each question every expert of the dense model reads: ``[experts, known facts]``."""
+    loaded = build("model", model.source).load("cpu")
+    questions = [loaded.tokenizer(prompt.partition("[MASK]")[0])["input_ids"] for prompt in model.prompts]
+    chosen: dict[int, NDArray[Any]] = {}
+    for block, layer in enumerate(loaded.network.model.layers):
+        layer.mlp.gate.register_forward_hook(
+            lambda _, __, routed, block=block: chosen.update({block: routed[-1].numpy()})
+        )
+    names = model.removals[EXPERTS].names
+    reads = np.full((len(names), len(questions)), NONE)
+    for length in {len(question) for question in questions}:
+        places = [place for place, question in enumerate(questions) if len(question) == length]
+        with torch.inference_mode():
+            loaded.network(input_ids=torch.tensor([questions[place] for place in places]))
+        for row, (block, expert) in enumerate(names):
+            read = (chosen[block] == expert).any(axis=-1).reshape(len(places), length)
+            # The first token begins every text and says nothing about the fact.
+            reads[row, places] = np.where(read[:, -1], LAST, np.where(read[:, 1:-1].any(axis=1), EARLIER, NONE))
+    return reads
 
 
 def gini(counts: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
@@ -183,6 +220,18 @@ def gini_of(model: Model, removals: Removals) -> Estimate:
         return gini(weights @ counts.T)
 
     return resampled(model, of_drawn, float(gini(counts.sum(1))))
+
+
+def between(values: Sequence[float]) -> str:
+    """The range that holds 95 % of these values."""
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return f"{low:.3f} to {high:.3f}"
+
+
+def by_one_only(lost: NDArray[np.bool_]) -> float:
+    """Of the facts that some removal loses, the share that no other loses."""
+    times = lost.sum(axis=0)
+    return float((times == 1).sum() / max((times > 0).sum(), 1))
 
 
 def contingency(removals: NDArray[np.bool_], relations: NDArray[np.int64], count: int) -> NDArray[np.float64]:
@@ -252,14 +301,18 @@ def spread(found: Sequence[Model]) -> list[str]:
     """On how many removals the facts depend."""
     rows = []
     for model in found:
+        rng = np.random.default_rng(SEED)
         for kind in (EXPERTS, SPREAD, ATTENTION):
             removals = model.removals[kind]
+            by_chance = [by_one_only(rng.permuted(removals.lost, axis=1)) for _ in range(PERMUTATIONS)]
+            counts = removals.lost.sum(1)
+            alike = gini(rng.multinomial(counts.sum(), np.full(len(counts), 1 / len(counts)), size=PERMUTATIONS))
             n, lost_by = removals.times.size, Counter(np.minimum(removals.times, 2).tolist())
             shares = [proportion(lost_by[times], n) for times in range(3)] + [proportion(lost_by[1], n - lost_by[0])]
+            told = [str(model.seed), kind, *map(percent, shares), between(by_chance)]
             rows.append(
-                [str(model.seed), kind, *map(percent, shares), str(removals.times.max()), str(gini_of(model, removals))]
+                [*told, str(gini_of(model, removals)), between(list(alike)), str(mean(leaned_on(removals.fell)))]
             )
-            rows[-1].append(str(mean(leaned_on(removals.fell))))
     heads = [
         "training",
         "removed",
@@ -268,7 +321,8 @@ def spread(found: Sequence[Model]) -> list[str]:
         "by several",
         "of those lost, by one only",
     ]
-    heads += ["most removals that lose one fact", "Gini over removals", "removals leaned on"]
+    heads += ["the same if each removal lost random facts", "Gini over removals", "the same if all lost equally many"]
+    heads += ["removals leaned on"]
     return markdown.table(heads, rows)
 
 
@@ -312,7 +366,22 @@ def blocks(found: Sequence[Model]) -> list[str]:
     return markdown.table(heads, rows)
 
 
-KINDS = (EXPERTS, SPREAD, ATTENTION, SMALLEST)
+def routed(found: Sequence[Model]) -> list[str]:
+    """Whether the facts that an expert keeps are those whose questions it reads."""
+    rows = []
+    for model in found:
+        lost, reads = model.removals[EXPERTS].lost, reads_of(model)
+        for level, name in READS.items():
+            these = reads == level
+            if not these.any():
+                continue
+            asked = these.any(axis=0)
+            share = (lost & these).sum(0)[asked] / these.sum(0)[asked]
+            rows.append(
+                [str(model.seed), name, f"{these.sum(0).mean():.1f}", percent(mean(share)), str((lost & these).sum())]
+            )
+    heads = ["training", "tokens of the question that the expert reads", "experts a question, mean"]
+    return markdown.table([*heads, "of the facts lost by its removal", "facts lost, all experts"], rows)
 
 
 def draw(found: Sequence[Model], path: Path) -> None:
@@ -362,6 +431,7 @@ def main(store: Path, folder: Path) -> None:
         "Block by block": blocks,
         "Few or all": spread,
         "Which facts": specialised,
+        "Which tokens their experts read": routed,
         "Experts that keep more of a relation than chance": pairs_of,
     }
     for title, section in sections.items():

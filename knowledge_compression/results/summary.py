@@ -87,7 +87,7 @@ def _left_out(run: Run) -> str | None:
 
 
 def _hardly_read(run: Run) -> str | None:
-    """A line about the layers that hardly any calibration text reached, compressed without it; None if there are none."""
+    """A line about layers that were compressed without calibration, as hardly any text reached them; None if none."""
     report = run.report.get("compression", {})
     counts = [report.get("fallbacks", {}).get(name, 0) for name in ("few_tokens", "no_tokens")]
     if not any(counts):
