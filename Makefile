@@ -10,7 +10,7 @@ export KC_TEST_DEVICE ?= cuda
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test trials coverage test-slurm test-gpu test-fast lint format bench clean world world-study world-recovery
+.PHONY: help install run test trials coverage test-slurm test-gpu test-fast lint format bench clean world world-study world-recovery world-experts
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -72,3 +72,7 @@ world-study: $(INSTALLED)  ## the controlled world study: its runs (each done on
 world-recovery: $(INSTALLED)  ## the controlled world's recovery experiment: forgotten or displaced; table, figure, answer
 	$(BIN)/python run.py +experiment=controlled_world/recovery
 	$(BIN)/python experiments/controlled_world/recovery.py outputs/controlled_world_recovery experiments/controlled_world
+
+world-experts: $(INSTALLED)  ## facts in experts: removes each expert of the mixture; tables, figure, answer
+	$(BIN)/python run.py +experiment=facts_in_experts/removal
+	$(BIN)/python experiments/facts_in_experts/study.py outputs/facts_in_experts experiments/facts_in_experts
