@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-PARTS = Path(__file__).parent / "parts"
-
-from sweep_parts import do_run  # noqa: E402
+from sweep_parts import do_run
 
 pytestmark = pytest.mark.slow  # every test starts processes
 

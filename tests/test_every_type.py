@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from helpers.every_type import DECODERS, ENCODER_DECODERS, ENCODERS, TYPES, sentences, write_tiny
+from helpers.places import ROOT
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
@@ -208,6 +209,6 @@ def test_the_sample_has_every_family() -> None:
 
 
 def test_the_page_gives_their_number() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    page = (ROOT / "docs" / "models.md").read_text()
     assert f"\n{len(TYPES)} types were tried from end to end" in page
     assert all(f"| {name} |" in page for name in TYPES)

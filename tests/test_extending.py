@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from helpers.places import ROOT
 from knowledge_compression.analysis.ledger import restores_by
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.families import EXCEPTIONS
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.sweeping.cli import main
 
-GUIDE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+GUIDE = (ROOT / "docs" / "extending.md").read_text()
 FILES = re.findall(r"^`([\w/]+\.(?:py|yaml))`:\n\n```\w+\n(.*?)^```", GUIDE, flags=re.S | re.M)
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from helpers.places import CONF, ROOT
 from knowledge_compression import heavy
 from knowledge_compression.models import device
 
-ROOT = Path(__file__).resolve().parents[1]
 HEAVY = (
     "torch",
     "transformers",
@@ -30,9 +30,7 @@ HEAVY = (
     "statsmodels",
     "datasets",
 )
-PARTS = sorted(
-    {part for path in (ROOT / "conf").rglob("*.yaml") for part in re.findall(r"_target_: *(\S+)", path.read_text())}
-)
+PARTS = sorted({part for path in (CONF).rglob("*.yaml") for part in re.findall(r"_target_: *(\S+)", path.read_text())})
 COMMAND = """
 import atexit, json, runpy, sys
 file, heavy = sys.argv[1], sys.argv[2].split(",")

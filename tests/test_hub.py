@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 from helpers.hub import COMMIT, serving
+from helpers.places import ROOT
 from knowledge_compression.identity import CONTENT
 from knowledge_compression.results.earlier import contents_of
 from knowledge_compression.results.store import RunStore
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # Runs in a process of its own, because the hub's client reads its address when it is imported.
 CLIENT = """

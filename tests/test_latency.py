@@ -5,10 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
+from helpers.places import ROOT
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.latency import Latency
 from knowledge_compression.evaluation.scoring import Scorer
@@ -57,8 +57,7 @@ print(memory.bytes)
 
 @pytest.mark.slow
 def test_memory_is_that_of_the_worst_moment():
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run([sys.executable, "-c", HUNGRY], cwd=root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", HUNGRY], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     if sys.platform == "linux":
         assert 80e6 * 0.9 < int(done.stdout) < 200e6

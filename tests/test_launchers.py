@@ -17,20 +17,16 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 from rich.console import Console
 
-PARTS = Path(__file__).parent / "parts"
-
-from helpers.stores import made_run  # noqa: E402
-from knowledge_compression.errors import BadInput  # noqa: E402
-from knowledge_compression.results.store import RunStore  # noqa: E402
-from knowledge_compression.sweeping import status  # noqa: E402
-from knowledge_compression.sweeping.cli import CONF  # noqa: E402
-from knowledge_compression.sweeping.launching import Job  # noqa: E402
-from knowledge_compression.sweeping.local import LocalLauncher  # noqa: E402
-from knowledge_compression.sweeping.plan import Outcome, PlannedRun, labels, write_plan  # noqa: E402
-from knowledge_compression.sweeping.slurm import HandedIn, SlurmLauncher  # noqa: E402
-from sweep_chores import chore  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
+from helpers.places import CONF, PARTS, ROOT
+from helpers.stores import made_run
+from knowledge_compression.errors import BadInput
+from knowledge_compression.results.store import RunStore
+from knowledge_compression.sweeping import status
+from knowledge_compression.sweeping.launching import Job
+from knowledge_compression.sweeping.local import LocalLauncher
+from knowledge_compression.sweeping.plan import Outcome, PlannedRun, labels, write_plan
+from knowledge_compression.sweeping.slurm import HandedIn, SlurmLauncher
+from sweep_chores import chore
 
 
 def launched(tmp_path: Path, whats: list[str], retries: int = 0, **options: Any) -> list[Outcome]:

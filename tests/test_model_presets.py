@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from helpers.every_type import make
 from helpers.experiments import made
+from helpers.places import CONF, TESTS
 from knowledge_compression.evaluation.atlas import Atlas
 from knowledge_compression.evaluation.perplexity import Perplexity
 from knowledge_compression.library import choose
@@ -24,9 +25,8 @@ from knowledge_compression.results.store import RunStore
 from knowledge_compression.sweeping.forecast import Forecaster
 from knowledge_compression.sweeping.rehearsal import multiply_adds, reached
 
-CONF = Path(__file__).parent.parent / "conf" / "model"
-FROM_THE_HUB = sorted(path.stem for path in CONF.glob("[a-z]*.yaml") if "hub_id:" in path.read_text())
-SIZES: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "published_sizes.yaml").read_text())
+FROM_THE_HUB = sorted(path.stem for path in (CONF / "model").glob("[a-z]*.yaml") if "hub_id:" in path.read_text())
+SIZES: dict[str, dict[str, Any]] = yaml.safe_load((TESTS / "published_sizes.yaml").read_text())
 QUICK = ("qwen3_0_6b", "olmoe")
 
 

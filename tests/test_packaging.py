@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from helpers.places import ROOT
+
 OWN = {"knowledge_compression", "hydra_plugins"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from runpy import run_path
 from types import SimpleNamespace
 
@@ -10,13 +9,14 @@ import pytest
 import torch
 
 from helpers.layers import random_layer, relative_error
+from helpers.places import ROOT
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.rtn import Rtn
 from knowledge_compression.compression.methods.sparsegpt import SparseGpt
 from knowledge_compression.compression.methods.wanda import Wanda
 from knowledge_compression.compression.solve.grid import plainly_rounded
 
-SCRIPT = Path(__file__).parent.parent / "experiments" / "calibrated_smollm2" / "reference.py"
+SCRIPT = ROOT / "experiments" / "calibrated_smollm2" / "reference.py"
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from helpers.places import CONF
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.compression.methods.structured import Structured
 from knowledge_compression.configuration import experiment_from
 from knowledge_compression.sweeping.cli import settled_by_classes
 
-CONF = Path(__file__).parent.parent / "conf"
 FOLDER = "forgotten_or_displaced"
 OVERLAYS = ("small", "best", "older")
 PRESETS = sorted(

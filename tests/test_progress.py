@@ -7,13 +7,12 @@ import pty
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from helpers.places import PACKAGE
 from knowledge_compression.progress import bars, shown
 
-PACKAGE = Path(__file__).parents[1] / "knowledge_compression"
 SHOWING = "from knowledge_compression.progress import shown; print(list(shown(range(3), 'counting')))"
 
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from helpers.networks import build_network
+from helpers.places import CONF
 from helpers.recoveries import SHORT, STRATEGIES
 from helpers.shipped import NEEDED
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
@@ -29,7 +30,6 @@ from knowledge_compression.recovery.lora import Lora
 from knowledge_compression.recovery.prefix import Prefix
 from knowledge_compression.recovery.prompt import Prompt
 
-CONF = Path(__file__).parent.parent / "conf"
 # peft has prompts and prefixes for decoders only; ours join the input of the other families' stacks.
 FITTING = [("llama", strategy) for strategy in STRATEGIES] + [
     ("opt", "prompt"), ("opt", "idp"), ("gpt2", "lora"), ("gpt2", "prefix"), ("gpt2", "idp"), ("albert", "lora"),

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from helpers.networks import VOCABULARY, build_network, make_tokenizer
+from helpers.places import CONF
 from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
 from knowledge_compression.models import Model, Target
@@ -24,7 +25,7 @@ from knowledge_compression.models.families import ENCODER
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.soundness import check_finite, non_finite, shown, weights_of
 
-METHODS = sorted((Path(__file__).parents[1] / "conf" / "compression").glob("*.yaml"))
+METHODS = sorted((CONF / "compression").glob("*.yaml"))
 ALL = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff"])
 TYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn]
 

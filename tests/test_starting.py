@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+from helpers.places import TESTS
 
 
 def imported(path: Path) -> set[str]:

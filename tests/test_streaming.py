@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.layers import ALL, windows
 from helpers.networks import MIXTURES, TINY, build_network, logits_of
+from helpers.places import ROOT, TESTS
 from helpers.streaming import METHODS, streamed
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.methods.hqq import Hqq
@@ -244,8 +245,7 @@ print("done", flush=True)
 def test_kill_minus_nine_at_any_moment(method: str, saved: Callable[..., LocalModel], tmp_path: Path) -> None:
     source = saved("llama", num_hidden_layers=24, layer_types=None)
     streamed(source, METHODS[method], ALL, tmp_path / "whole")
-    tests = Path(__file__).parent
-    code = CHILD.format(tests=str(tests), root=str(tests.parent))
+    code = CHILD.format(tests=TESTS, root=ROOT)
     folder, kills = tmp_path / "killed", 0
     for wanted in (2, 15):
         child = subprocess.Popen(

@@ -12,13 +12,12 @@ import polars as pl
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from helpers.places import PARTS
 from knowledge_compression.compression.methods.rtn import Rtn
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.sweeping import sweeper as sweep
 from knowledge_compression.sweeping.cli import main
 from knowledge_compression.sweeping.plan import Outcome, read_plan
-
-PARTS = Path(__file__).parent / "parts"
 
 pytestmark = pytest.mark.slow  # every test is a command line of its own
 

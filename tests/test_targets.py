@@ -3,7 +3,6 @@
 import csv
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from helpers.networks import TINY, build_network, logits_of
+from helpers.places import ROOT, TESTS
 from knowledge_compression.compression.methods.ablation import Ablation
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.errors import BadInput
@@ -20,8 +20,7 @@ from knowledge_compression.models import Model, Target
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, family_of
 from knowledge_compression.models.targets import Targets, linear_layers
 
-ROOT = Path(__file__).resolve().parents[1]
-SHAPES = yaml.safe_load((Path(__file__).parent / "published_shapes.yaml").read_text())
+SHAPES = yaml.safe_load((TESTS / "published_shapes.yaml").read_text())
 with (ROOT / "experiments/cost_of_compression/published/table2.csv").open() as file:
     TABLE_2 = {row.pop("model"): {column: int(value) for column, value in row.items()} for row in csv.DictReader(file)}
 AUTO = {ENCODER: AutoModelForMaskedLM, ENCODER_DECODER: AutoModelForSeq2SeqLM, DECODER: AutoModelForCausalLM}

@@ -17,13 +17,12 @@ import wandb
 from hydra.core.global_hydra import GlobalHydra
 from wandb.proto.wandb_internal_pb2 import Record
 
+from helpers.places import PARTS
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.suite import item_table
 from knowledge_compression.results.store import Run
 from knowledge_compression.results.wandb_tracker import WandbTracker, flat
 from knowledge_compression.sweeping.cli import main
-
-PARTS = Path(__file__).parent / "parts"
 
 SETTINGS: dict[str, Any] = {
     "model": {"_target_": "x.Y", "name": "bert_tiny", "allow_pickle": False},
