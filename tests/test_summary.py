@@ -53,6 +53,25 @@ def test_the_terminal_shows_them(rows):
     assert "0.3 [0.1078, 0.6032]" in shown and "+50.0 [" in shown
 
 
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
+def test_a_narrow_terminal_shows_whole_cells_of_fewer_columns(rows, width):
+    """What varies, the values and the drops stay; what gives way is named, and what all rows share is in the title."""
+    accuracy = [row for row in rows if row["metric"] == "accuracy"]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(summary.as_rich(accuracy, width))
+    lines = console.export_text().splitlines()
+    text = "\n".join(lines)
+    assert max(map(len, map(str.rstrip, lines))) <= width and "…" not in text
+    assert "0.3 [0.1078, 0.6032]" in text and "+50.0 [" in text
+    everything = {column.header for column in summary.as_rich(accuracy).columns}
+    there = {column.header for column in summary.as_rich(accuracy, width).columns}
+    title = lines[0].removeprefix("What compression did").removeprefix(":").split()
+    for name in everything - there:
+        said = accuracy[0][name] in title if name in ("suite", "metric") else name in text.partition("no room for: ")[2]
+        assert said, name
+    assert (everything == there) == (width == 200)
+
+
 def test_the_bars_of_tasks_have_intervals():
     figure = drawing.task_figure(made_run(bits("1111110000")), "atlas")
     (axes,) = figure.axes

@@ -10,12 +10,14 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -49,7 +51,7 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
     if not rows:
         console.print("these suites have no accuracy or perplexity to compare; their results are in each run's folder")
         return
-    console.print(as_rich(rows))
+    console.print(as_rich(rows, console.width))
     for note in sorted(
         {
             f"{run.report['model']['name']}: {run.report['model']['note']}"
@@ -151,35 +153,82 @@ def heading(column: str) -> str:
     return column.removeprefix("asked_")
 
 
-def as_rich(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows of :func:`drop_rows` as a terminal shows them: what varies, what came out."""
+@dataclass(frozen=True)
+class _Column:
+    """A column of the terminal's table.
+
+    Attributes:
+        name: its heading.
+        cells: the text of each row.
+        right: whether it is set to the right, as numbers are.
+        spare: which columns give way first where the terminal is narrow: those of the largest number; None never.
+    """
+
+    name: str
+    cells: Sequence[Text | str]
+    right: bool = True
+    spare: int | None = None
+
+    @property
+    def says_little(self) -> bool:
+        """Whether all rows say the same."""
+        return len({str(cell) for cell in self.cells}) == 1
+
+
+def as_rich(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> Table:
+    """The rows of :func:`drop_rows` as a terminal shows them: what varies, what came out.
+
+    Args:
+        rows: the rows.
+        width: characters in a line. Where a row is longer, columns give way, first those that say the same throughout;
+            the table's caption names them. None shows all.
+    """
+    columns = _columns(rows)
+    gone: list[_Column] = []
+    while True:
+        made = _table(rows, columns, gone)
+        spare = [column for column in columns if column.spare is not None]
+        if width is None or not spare or Measurement.get(_WIDE, _WIDE.options, made).maximum <= width:
+            return made
+        gone.append(max(spare, key=lambda column: (column.says_little, column.spare)))
+        columns = [column for column in columns if column not in gone]
+
+
+_WIDE = Console(width=10_000)  # to measure a table that nothing squeezes
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[_Column]:
     asked = asked_columns(list(rows[0]))
-    shares = "kept_percent" in rows[0]
-    made = Table(title="What compression did", title_justify="left")
-    made.add_column("")
-    for column in asked:
-        texts = any(isinstance(row[column], str) for row in rows)
-        made.add_column(heading(column), justify="left" if texts else "right")
-    for column in ("suite", "metric"):
-        made.add_column(column)
-    for column in ("reached sparsity", "reached bits", "MB stored", "value", "drop %", *["kept %"] * shares):
-        made.add_column(column, justify="right")
-    for column in ("majority: drop %", "run"):
-        made.add_column(column, justify="right")
-    for row in rows:
-        made.add_row(
-            "dense" if row["run"] == row["baseline"] else "",
-            *(shown(text_of(row[name])) for name in asked),
-            *(shown(row[name]) for name in ("suite", "metric")),
-            f"{row['reached_sparsity']:.1%}",
-            f"{row['reached_bits']:.3g}",
-            "" if row["stored_mb"] is None else f"{row['stored_mb']:.0f}",
-            _with_interval(row, "value", ".4g"),
-            _with_interval(row, "drop", "+.1f"),
-            *["" if (share := row.get("kept_percent")) is None else f"{share:.1f}"] * shares,
-            "" if row["majority_percent"] is None else f"{row['majority_percent']:+.1f}",
-            shown(row["run"][:8]),
-        )
+    texts = {name for name in asked if any(isinstance(row[name], str) for row in rows)}
+    kept = [_Column("kept %", ["" if (s := row.get("kept_percent")) is None else f"{s:.1f}" for row in rows])]
+    stored = ["" if row["stored_mb"] is None else f"{row['stored_mb']:.0f}" for row in rows]
+    frequent = ["" if row["majority_percent"] is None else f"{row['majority_percent']:+.1f}" for row in rows]
+    return [
+        _Column("", ["dense" if row["run"] == row["baseline"] else "" for row in rows], right=False),
+        *(_Column(heading(name), [shown(text_of(row[name])) for row in rows], name not in texts) for name in asked),
+        _Column("suite", [shown(row["suite"]) for row in rows], right=False, spare=0),
+        _Column("metric", [shown(row["metric"]) for row in rows], right=False, spare=1),
+        _Column("reached sparsity", [f"{row['reached_sparsity']:.1%}" for row in rows], spare=4),
+        _Column("reached bits", [f"{row['reached_bits']:.3g}" for row in rows], spare=2),
+        _Column("MB stored", stored, spare=3),
+        _Column("value", [_with_interval(row, "value", ".4g") for row in rows]),
+        _Column("drop %", [_with_interval(row, "drop", "+.1f") for row in rows]),
+        *(kept if "kept_percent" in rows[0] else []),
+        _Column("majority: drop %", frequent, spare=6),
+        _Column("run", [shown(row["run"][:8]) for row in rows], spare=5),
+    ]
+
+
+def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[_Column], gone: Sequence[_Column]) -> Table:
+    said = [column for name in ("suite", "metric") for column in gone if column.name == name and column.says_little]
+    title = " ".join(["What compression did" + ":" * bool(said), *(str(column.cells[0]) for column in said)])
+    others = [column.name for column in gone if column not in said]
+    caption = f"no room for: {', '.join(others)}" if others else None
+    made = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for column in columns:
+        made.add_column(column.name, justify="right" if column.right else "left")
+    for i in range(len(rows)):
+        made.add_row(*(column.cells[i] for column in columns))
     return made
 
 

@@ -223,6 +223,9 @@ class PlannedSweeper(Sweeper):
             show(runs, baselines, folder)
         failed = sum(outcome.status == FAILED for outcome in outcomes)
         log.info("%d runs done, %d failed", len(done), failed)
+        if runs:
+            outputs = self.config.output.dir
+            log.info("next: kc report %s -o report.html, or kc advise %s --keep 95%%", outputs, outputs)
 
 
 def _distinct(accepted: Sequence[tuple[PlannedRun, Experiment]]) -> list[tuple[PlannedRun, Experiment]]:
