@@ -88,7 +88,7 @@ def _papers(comparisons: Comparisons, folder: Path, per_parameter: bool) -> list
     from knowledge_compression.analysis import figures, tables
 
     written = figures.draw(comparisons, folder, per_parameter=per_parameter)
-    for make in (tables.parameters_table, tables.cost_table, tables.recovery_table, tables.fates_table):
+    for make in tables.TABLES:
         written += tables.write(make(comparisons), folder)
     return written
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -123,3 +124,32 @@ def text():
     starts = torch.randint(0, 40, (24, 1), generator=generator)
     ids = 7 + (starts + 3 * torch.arange(16)) % 40
     return DrawnSamples("fixed", len(ids), 16, 0, ids=ids)
+
+
+@pytest.fixture
+def page_in_browser():
+    """Opens a file in headless Chromium; what the console complains of fails the test."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    problems = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"], timeout=300_000
+        )
+
+        def opened(path, *, complains=False, **settings):
+            page = browser.new_page(**settings)
+            page.set_default_timeout(300_000)  # a busy machine is no reason to fail
+            if not complains:
+                page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.goto(path.as_uri())
+            page.wait_for_selector("body[data-ready=yes]")
+            return page
+
+        yield opened
+        browser.close()
+    assert not problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,10 @@ from scipy.special import log_softmax, rel_entr, softmax
 
 from helpers.experiments import SUITE, made
 from helpers.questions import random_questions
+from helpers.stores import made_run
+from knowledge_compression.analysis import markdown, tables
+from knowledge_compression.analysis.comparisons import compare
+from knowledge_compression.analysis.page import _facts, render
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation import distance
 from knowledge_compression.evaluation.distance import Beside, distance_metrics, distances, with_metrics
@@ -264,3 +269,52 @@ def test_the_harness_itself_cannot_be_compared(tiny_folder):
 
     with pytest.raises(BadInput, match="choose scoring=fast"):
         replace(made(tiny_folder, {"h": Harness(["boolq"], scoring="stock")}), distance=True)
+
+
+def far_run(answers, distance: float, **rest):
+    """A run whose items have distances about a value, of one, two and three positions."""
+    run = made_run(answers, **rest)
+    lists = [[distance * (1 + i % 3 + k) for k in range(1 + i % 3)] for i in range(len(answers))]
+    run._items = run.items.with_columns(
+        kl=pl.Series(lists, dtype=pl.List(pl.Float32)),
+        reverse_kl=pl.Series(lists, dtype=pl.List(pl.Float32)),
+        same_top=pl.Series([[True] * len(of) for of in lists], dtype=pl.List(pl.Boolean)),
+        gold_change=pl.Series([[0.1 * (-1) ** i] for i in range(len(answers))], dtype=pl.List(pl.Float32)),
+    )
+    run.metrics |= {f"atlas.{name}": value for name, value in distance_metrics(run.items).items()}
+    return run
+
+
+def test_tables_and_page_tell_distances_with_intervals_over_items():
+    rng = np.random.default_rng(2)
+    runs = [made_run(rng.random(60) < 0.8, compression="none"), far_run(rng.random(60) < 0.7, 0.01)]
+    comparisons = compare(runs)
+    (row,) = tables.distance_table(comparisons).rows
+    kl, lists = row["kl"], runs[1].items["kl"].to_list()
+    assert kl.value == pytest.approx(np.mean([x for of in lists for x in of]))
+    redrawn = [lists[i] for i in range(60)]
+    draws = rng.integers(60, size=(3000, 60))
+    means = [np.mean([x for i in draw for x in redrawn[i]]) for draw in draws]  # of positions, items drawn anew
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert (kl.low, kl.high) == pytest.approx((low, high), rel=0.03)
+    assert row["gold_rms"].value == pytest.approx(0.1) and row["kl_p99_9"] == runs[1].metrics["atlas.kl_p99_9"]
+    assert "& 0.03 [" in tables.distance_table(comparisons).latex()
+    assert "| 0.03 [" in markdown.distances(comparisons)[-1]
+    assert '"kl": [0.01, 0.025' in json.dumps(_facts(comparisons.groups[0], 1))
+
+
+@pytest.mark.slow
+def test_in_a_browser_distances_are_told_beside_flips(tmp_path, page_in_browser):
+    rng = np.random.default_rng(2)
+    runs = [made_run(rng.random(60) < 0.8, compression="none")]
+    runs += [far_run(rng.random(60) < 0.7, far, sparsity=sparsity) for far, sparsity in ((0.01, 0.2), (0.1, 0.4))]
+    (tmp_path / "report.html").write_text(render(runs))
+    page = page_in_browser(tmp_path / "report.html")
+    assert page.locator("#distance-table tbody tr").count() == 2
+    assert "0.0300 [" in page.locator("#distance-table").inner_text()
+    assert page.locator("#distance-chart .scatterlayer .trace").count() == 1
+    page.click("#fact-list details.fact summary >> nth=0")
+    page.wait_for_selector("#fact-list table")
+    assert "kl from the dense" in page.locator("#fact-list table").inner_text().lower()
+    (tmp_path / "report.html").write_text(render(runs[:1]))
+    assert not page_in_browser(tmp_path / "report.html").locator("#distance").is_visible()

@@ -7,7 +7,6 @@ import gzip
 import itertools
 import json
 import re
-import shutil
 import time
 from xml.etree import ElementTree
 
@@ -22,8 +21,6 @@ from knowledge_compression.report import main, write_figures
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.summary import show
 from knowledge_compression.take import main as take
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -114,34 +111,6 @@ def test_above_the_limit_the_explorer_holds_fewer_facts_and_says_of_how_many(mon
     (group,) = facts_of(thinned)
     assert len(thinned) <= limit
     assert group["of"] == 3000 and 300 < len(group["question"]) < 3000
-
-
-@pytest.fixture
-def page_in_browser():
-    """Opens a file in headless Chromium; what the console complains of fails the test."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    problems = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"], timeout=300_000
-        )
-
-        def opened(path, *, complains=False, **settings):
-            page = browser.new_page(**settings)
-            page.set_default_timeout(300_000)  # a busy machine is no reason to fail
-            if not complains:
-                page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-            page.on("pageerror", lambda error: problems.append(str(error)))
-            page.goto(path.as_uri())
-            page.wait_for_selector("body[data-ready=yes]")
-            return page
-
-        yield opened
-        browser.close()
-    assert not problems
 
 
 def until(page, expression, argument=None):

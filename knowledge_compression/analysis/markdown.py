@@ -10,6 +10,7 @@ from knowledge_compression.analysis.claims import Claim
 from knowledge_compression.analysis.comparisons import Comparisons
 from knowledge_compression.analysis.fates import OVERALL, RESTORED, shares_of_fates, shares_restored
 from knowledge_compression.analysis.findings import Finding, Verdict
+from knowledge_compression.analysis.tables import DISTANCES, distance_table
 from knowledge_compression.statistics import Estimate
 
 
@@ -19,6 +20,7 @@ def report(comparisons: Comparisons, verdicts: Sequence[Verdict]) -> str:
         "Findings": findings(verdicts),
         "Accuracy and what was lost": fates(comparisons),
         "What brought lost facts back": restored(comparisons),
+        "Distance to the dense model": distances(comparisons),
         "Left out": [f"- {_code(run)}: {plain(why)}" for run, why in comparisons.skipped],
     }
     return "\n".join("\n".join([f"## {title}", "", *lines, ""]) for title, lines in sections.items() if lines)
@@ -77,6 +79,21 @@ def restored(comparisons: Comparisons) -> list[str]:
             told = [names[row["compressed"]], ", ".join(row["tried"]), row["value"], str(row["lost"])]
             rows.append([*map(plain, told), *map(percent, row["shares"])])
     return table(["compressed", "tried", "facts", "lost", *RESTORED], rows)
+
+
+def distances(comparisons: Comparisons) -> list[str]:
+    """One row per run with ``distance=true``: how far its distributions lie from the dense model's."""
+
+    def told(value: Estimate | float | None) -> str:
+        if isinstance(value, Estimate):
+            return f"{value.value:.3g} [{value.low:.3g}, {value.high:.3g}]"
+        return "" if value is None else f"{value:.3g}"
+
+    rows = distance_table(comparisons).rows
+    return table(
+        ["run", "suite", *(name.replace("_", " ") for name in DISTANCES)],
+        [[plain(row["run"]), plain(row["suite"]), *(told(row[name]) for name in DISTANCES)] for row in rows],
+    )
 
 
 def _finding(claim: Claim, finding: Finding) -> list[str]:

@@ -17,6 +17,7 @@ from knowledge_compression.statistics import Estimate, accuracies, macro_accurac
 
 Estimates = Callable[[Sequence[Any]], list[Estimate]]
 _perplexities: Estimates = partial(means, of_mean=np.exp)
+_root_mean_squares: Estimates = partial(means, of_mean=np.sqrt)
 
 # By the name of a metric within its suite: its columns, the values taken from them, and the kind of estimate.
 _MADE_OF: Mapping[str, tuple[list[str], Callable[[pl.DataFrame], Any], Estimates]] = {
@@ -32,6 +33,14 @@ _MADE_OF: Mapping[str, tuple[list[str], Callable[[pl.DataFrame], Any], Estimates
     "perplexity": (["nll"], lambda items: items["nll"].to_numpy(), _perplexities),
     "attention": (["cosine", "task", "id"], lambda items: _by_window(items, "attention"), means),
     "activation": (["cosine", "task", "id"], lambda items: _by_window(items, "activation"), means),
+    "kl": (["kl"], lambda items: _by_item(items["kl"]), means),
+    "reverse_kl": (["reverse_kl"], lambda items: _by_item(items["reverse_kl"]), means),
+    "same_top": (["same_top"], lambda items: _by_item(items["same_top"].cast(pl.List(pl.Float64))), means),
+    "gold_rms": (
+        ["gold_change"],
+        lambda items: _by_item(items["gold_change"].list.eval(pl.element().pow(2))),
+        _root_mean_squares,
+    ),
 }
 _TOP = re.compile(r"top(\d+)(_macro)?")
 _TIMED = re.compile(r"(\w+)_seconds")
@@ -93,6 +102,22 @@ def _by_window(items: pl.DataFrame, kind: str) -> np.ndarray:
     """Similarity of each window of text, over the layers."""
     windows = items.filter(pl.col("task") == kind).group_by(SIMILARITY.item, maintain_order=True)
     return windows.agg(pl.col("cosine").mean())["cosine"].to_numpy()
+
+
+def _by_item(positions: pl.Series) -> np.ndarray:
+    """One value an item whose mean is that over all positions, and varies like it when items are drawn anew.
+
+    The mean over positions is a ratio of sums over items; this is its linear part (Cochran, 1977, 2.11).
+
+    Args:
+        positions: lists, one entry a position.
+    """
+    positions = positions.list.drop_nulls().cast(pl.List(pl.Float64))
+    sums, counts = positions.list.sum().to_numpy(), positions.list.len().to_numpy()
+    if not counts.sum():
+        return np.empty(0)
+    mean = sums.sum() / counts.sum()
+    return mean + (sums - mean * counts) / counts.mean()
 
 
 def _by_task(items: pl.DataFrame, right: pl.Expr) -> list[np.ndarray]:

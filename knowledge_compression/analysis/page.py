@@ -40,7 +40,7 @@ from knowledge_compression.statistics import Estimate
 log = logging.getLogger(__name__)
 
 _SHOWN = ("prediction", "correct", "log_prob", "rank")  # of an answer, in the fact explorer
-_OF_ANSWER = "prediction_log_prob"  # the runs of early versions lack it
+_OF_ANSWER, _KL = "prediction_log_prob", "kl"  # which not all runs have
 LARGEST = 24_000_000  # bytes of a page; above this the fact explorer holds fewer facts, and says so
 
 
@@ -148,7 +148,8 @@ def _points(group: Group) -> list[dict[str, Any]]:
     points = []
     for run in group.settings:
         points.append(
-            {"run": run.id, "suite": group.asked.name, "majority": majority, "seeds": len(group.seeds_of(run))}
+            {"run": run.id, "suite": group.asked.name, "of": group.asked.suite, "seeds": len(group.seeds_of(run))}
+            | {"majority": majority}
             | {"accuracy": _interval(group.accuracies[run.id])}
             | {"drop": _interval(group.drops[run.id]) if run is not group.dense else None}
             | {"flips": _interval(group.flips[run.id]) if run is not group.dense else None}
@@ -160,7 +161,8 @@ def _measured(group: Group) -> list[dict[str, Any]]:
     """The settings of a group without right answers, each with the name of the metric that is shown first."""
     metric = f"{group.asked.suite}.{group.measure.metric}"
     return [
-        {"run": run.id, "suite": group.asked.name, "seeds": len(group.seeds_of(run)), "metric": metric}
+        {"run": run.id, "suite": group.asked.name, "of": group.asked.suite, "metric": metric}
+        | {"seeds": len(group.seeds_of(run))}
         for run in group.settings
     ]
 
@@ -204,7 +206,7 @@ def _facts(group: Group, every: int) -> dict[str, Any]:
     answers = {}
     for run in group.members:
         theirs = items.select(KEY).join(
-            items_of(run, group.asked.suite).select(*KEY, *_SHOWN, pl.col(f"^{_OF_ANSWER}$")).collect(),
+            items_of(run, group.asked.suite).select(*KEY, *_SHOWN, pl.col(f"^({_OF_ANSWER}|{_KL})$")).collect(),
             on=KEY,
             how="left",
             maintain_order="left",
@@ -214,6 +216,7 @@ def _facts(group: Group, every: int) -> dict[str, Any]:
             "right": [int(bool(right)) for right in theirs["correct"]],
             "gold": _rounded(theirs["log_prob"]),
             "sure": _rounded(theirs[_OF_ANSWER]) if _OF_ANSWER in theirs.columns else None,
+            "kl": _rounded(theirs[_KL].list.mean(), 3) if _KL in theirs.columns else None,
             "rank": theirs["rank"].to_list(),
             "depths": _ranks_by_depth(run, group.asked.suite, items),
         }
@@ -230,8 +233,8 @@ def _facts(group: Group, every: int) -> dict[str, Any]:
     }
 
 
-def _rounded(values: pl.Series) -> list[float | None]:
-    return [None if value is None else round(value, 2) for value in values]
+def _rounded(values: pl.Series, digits: int = 2) -> list[float | None]:
+    return [None if value is None else round(value, digits) for value in values]
 
 
 def _ranks_by_depth(run: Run, suite: str, items: pl.DataFrame) -> list[list[int] | None] | None:

@@ -13,6 +13,7 @@ import polars as pl
 from knowledge_compression.analysis import published
 from knowledge_compression.analysis.comparisons import Comparisons, Group
 from knowledge_compression.analysis.fates import CATEGORIES, FATES, RESTORED, shares_by_setting, shares_restored
+from knowledge_compression.analysis.metrics import with_intervals
 from knowledge_compression.analysis.naming import recovery_name, recovery_size
 from knowledge_compression.results.store import Run
 from knowledge_compression.statistics import Estimate, accuracy, macro_accuracy
@@ -43,11 +44,13 @@ class PaperTable:
         name: name of the files.
         caption: the caption.
         rows: one dictionary per row, all with the same keys; figures with intervals are :class:`Estimate`.
+        shares: whether figures are shares, written in percent in LaTeX.
     """
 
     name: str
     caption: str
     rows: Sequence[Mapping[str, Any]]
+    shares: bool = True
 
     def frame(self) -> pl.DataFrame:
         """Plain columns: ``x`` with ``x_low`` and ``x_high`` for every figure that has an interval."""
@@ -56,7 +59,10 @@ class PaperTable:
     def latex(self) -> str:
         """A tabular with booktabs rules, intervals in brackets."""
         keys = list(dict.fromkeys(key for row in self.rows for key in row))
-        rows = [[str(key) for key in keys], *([_cell(row.get(key)) for key in keys] for row in self.rows)]
+        rows = [
+            [str(key) for key in keys],
+            *([_cell(row.get(key), shares=self.shares) for key in keys] for row in self.rows),
+        ]
         head, *body = [" & ".join(map(_escaped, row)) + r" \\" for row in rows]
         opening = rf"\begin{{tabular}}{{{'l' * len(keys)}}}"
         return "\n".join([opening, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
@@ -169,6 +175,38 @@ def fates_table(comparisons: Comparisons) -> PaperTable:
     return PaperTable("fates", caption, rows)
 
 
+# Statistics of distance over positions, as metrics and as columns.
+_OVER_POSITIONS = ("", "_median", "_p99", "_p99_9")
+DISTANCES = (
+    *(f"{kl}{statistic}" for kl in ("kl", "reverse_kl") for statistic in _OVER_POSITIONS),
+    *("same_top", "gold_rms", "positions"),
+)
+
+
+def distance_table(comparisons: Comparisons) -> PaperTable:
+    """How far each run's distributions lie from the dense model's, for runs with ``distance=true``."""
+    groups = [*comparisons.groups, *comparisons.measured]
+    found = [(group, run) for group in groups for run in group.runs if f"{group.asked.suite}.kl" in run.metrics]
+    told = with_intervals(list({run.id: run for _, run in found}.values()))
+    rows = []
+    for group, run in found:
+        row: dict[str, Any] = {"model": group.asked.model, "suite": group.asked.name}
+        row["run"] = comparisons.names.of(run.id, ("eval",))
+        for name in DISTANCES:
+            value, estimate = told[run.id].get(f"{group.asked.suite}.{name}", (None, None))
+            row[name] = estimate or value
+        rows.append(row)
+    caption = (
+        "Distance of distributions from the dense model's at the positions read: KL(dense || run) and its reverse in "
+        "nats, share of positions with the same first token, root mean square of the change of the right answer's "
+        "probability; 95 % intervals of means over items."
+    )
+    return PaperTable("distance", caption, rows, shares=False)
+
+
+TABLES = (parameters_table, cost_table, recovery_table, fates_table, distance_table)
+
+
 def write(table: PaperTable, folder: Path) -> list[Path]:
     """Write a table as CSV and LaTeX, unless it has no rows."""
     if not table.rows:
@@ -210,13 +248,17 @@ def _number(value: float | None) -> str | None:
     return None if value is None else f"{value:.1f}".removesuffix(".0")
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, *, shares: bool) -> str:
     if value is None:
         return "--"
     if isinstance(value, Estimate):
-        ends = "" if math.isnan(value.low) else f" [{100 * value.low:.1f}, {100 * value.high:.1f}]"
-        return f"{100 * value.value:.1f}{ends}"
-    return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
+        ends = "" if math.isnan(value.low) else f" [{_figure(value.low, shares)}, {_figure(value.high, shares)}]"
+        return f"{_figure(value.value, shares)}{ends}"
+    return _figure(value, shares) if isinstance(value, float) else str(value)
+
+
+def _figure(value: float, share: bool) -> str:
+    return f"{100 * value:.1f}" if share else f"{value:.3g}"
 
 
 _LATEX = {

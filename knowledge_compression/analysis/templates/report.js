@@ -127,6 +127,30 @@ const main = ({runs, varying, points, measured, fates, names}, facts) => {
   };
   redraws.push(draw);
 
+  // Distances
+  const distant = all.map(row => ({...row, at: name => row.metrics[`${row.of}.${name}`]})).filter(row => row.at("kl"));
+  at("distance").hidden = !distant.length;
+  if (distant.length) {
+    const some = told => told ? [`${Number(told[0]).toPrecision(3)}${told.length > 1 && told[1] !== null ? ` [${told[1].toPrecision(3)}, ${told[2].toPrecision(3)}]` : ""}`, "number"] : "";
+    const statistics = ["kl", "kl_median", "kl_p99", "kl_p99_9", "reverse_kl", "reverse_kl_median", "reverse_kl_p99", "reverse_kl_p99_9"];
+    at("distance-table").append(table(["run", "suite", "positions", "KL, mean", "median", "99 %", "99.9 %", "reverse KL, mean", "median", "99 %", "99.9 %", "same first token", "right answer's probability: RMS change", "flips"],
+      distant.map(row => [button(row.run, row.setting), row.suite, [row.at("positions")[0], "number"], ...statistics.map(name => some(row.at(name))),
+        [interval(row.at("same_top")), "number"], some(row.at("gold_rms")), [row.flips ? interval(row.flips) : "", "number"]])));
+    const both = distant.filter(row => row.flips && row.at("kl")[0] > 0);
+    at("distance-chart").hidden = !both.length;
+    if (both.length) redraws.push(() => {
+      const chart = layout("mean KL from the dense model (nats)", "flips (%)");
+      chart.xaxis.type = "log"; chart.yaxis.rangemode = "tozero"; chart.showlegend = true;
+      const asked = [...new Set(both.map(row => `${row.model}, ${row.suite}`))];
+      return Plotly.react("distance-chart", asked.map(name => {
+        const theirs = both.filter(row => `${row.model}, ${row.suite}` === name);
+        return {name: literal(name), mode: "markers", x: theirs.map(row => row.at("kl")[0]), y: theirs.map(row => 100 * row.flips[0]),
+                error_x: {...bars(theirs.map(row => row.at("kl")), 1), color: undefined}, error_y: {...bars(theirs.map(row => row.flips)), color: undefined},
+                customdata: theirs.map(row => literal(row.setting)), hovertemplate: "%{customdata}<br>KL %{x:.3g}, flips %{y:.1f} %<extra></extra>"};
+      }), chart, CONFIG);
+    });
+  }
+
   // Fates
   const fateGroup = at("fate-group"), fateRun = at("fate-run"), fateFacts = at("fate-facts"), fateBy = at("fate-by");
   fates.forEach((group, i) => fateGroup.append(make("option", `${group.model}, ${group.suite}`, {value: i})));
@@ -210,10 +234,10 @@ const main = ({runs, varying, points, measured, fates, names}, facts) => {
   const haystacks = facts.map(() => null);
   const haystack = g => haystacks[g] ??= facts[g].question.map((q, i) => `${facts[g].task[i]} ${q} ${facts[g].answer[i]}`.toLowerCase());
   const answersTo = (group, i) => {
-    const all = Object.entries(group.runs), looked = all.some(([, run]) => run.depths), sure = all.some(([, run]) => run.sure);
-    const heads = ["run", "answer", ...(sure ? ["its log-probability"] : []), "log-probability of the right one", "rank of the right one", ...(looked ? ["rank of its first token by depth"] : [])];
+    const all = Object.entries(group.runs), looked = all.some(([, run]) => run.depths), sure = all.some(([, run]) => run.sure), far = all.some(([, run]) => run.kl);
+    const heads = ["run", "answer", ...(sure ? ["its log-probability"] : []), "log-probability of the right one", "rank of the right one", ...(far ? ["KL from the dense model (nats)"] : []), ...(looked ? ["rank of its first token by depth"] : [])];
     return table(heads, all.map(([id, run]) => [button(id, called(id)), [group.strings[run.said[i]], run.right[i] ? "right" : "wrong"],
-      ...(sure ? [[run.sure?.[i]?.toFixed(2) ?? "", "number"]] : []), [run.gold[i]?.toFixed(2) ?? "", "number"], [run.rank[i] ?? "", "number"], ...(looked ? [(run.depths?.[i] ?? []).join(" ")] : [])]));
+      ...(sure ? [[run.sure?.[i]?.toFixed(2) ?? "", "number"]] : []), [run.gold[i]?.toFixed(2) ?? "", "number"], [run.rank[i] ?? "", "number"], ...(far ? [[run.kl?.[i]?.toFixed(3) ?? "", "number"]] : []), ...(looked ? [(run.depths?.[i] ?? []).join(" ")] : [])]));
   };
   const KINDS = {
     "all flips": (before, after, i) => before.right[i] !== after.right[i] || KINDS["wrong otherwise"](before, after, i),
