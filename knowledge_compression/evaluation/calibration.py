@@ -10,7 +10,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.cloze import Cloze
@@ -19,6 +19,7 @@ from knowledge_compression.heavy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
 Group = tuple[str, str]  # relation and wording
 SAMPLING = b"sample 2"  # version of sampling and calibration; raised when results would change
 ENOUGH = 128  # prompts of a group over which calibration averages if only a sample of its questions is asked
@@ -59,8 +60,8 @@ class Questions:
         return read
 
 
-def sampled(clozes: Sequence[Cloze], limit: int | None, seed: int = 0) -> list[Cloze]:
-    """At most ``limit`` clozes from all parts of the list, in its order; the same ones for every model.
+def sampled(clozes: Sequence[T], limit: int | None, seed: int = 0) -> list[T]:
+    """At most ``limit`` clozes (or facts) from all parts of the list, in its order; the same ones for every model.
 
     The list is cut into as many stretches, and one cloze is drawn at random from each, so that no period in the list
     (its wordings alternate) matches that of the sample. The list is treated as a circle and its cuts are random too, so

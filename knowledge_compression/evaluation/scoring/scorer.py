@@ -208,7 +208,7 @@ class Scorer:
     def _decoder_reads(self, questions: Sequence[Question]) -> Iterator[_Reads]:
         trees, asked = self.trees_of(questions), Slots(questions)
         self.budget.settle(sum(map(len, trees)))
-        batches = self._batches([len(tree) for tree in trees], [len(tree.nodes) for tree in trees])
+        batches = self._batches([len(tree) for tree in trees], [tree.predictions for tree in trees])
         for batch in shown(list(batches), "scoring"):
             for part, reads in self._fitting(batch, lambda part: self._read_trees([trees[i] for i in part], asked)):
                 *found, choices = reads

@@ -48,6 +48,11 @@ class Tree:
         return len(self.ids)
 
     @property
+    def predictions(self) -> int:
+        """Number of tokens after which something is read, and so of rows of logits."""
+        return len(np.unique(self.nodes))
+
+    @property
     def is_chain(self) -> bool:
         """Whether it has no branches and so can be read like an ordinary text."""
         return bool(self.depths[-1] == len(self) - 1)

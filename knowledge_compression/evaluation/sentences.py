@@ -1,0 +1,210 @@
+"""Answers compared by the likelihood of the whole sentence that each completes, for all three families.
+
+As the reference implementation of BEAR (lm-pub-quiz 0.3.3) scores them: a decoder gives the log-likelihood of the
+sentence after its beginning-of-text token; an encoder the pseudo log-likelihood, in which each token is predicted with
+it and the rest of its word masked (Kauf & Ivanova 2023, "A Better Way to Do Masked Language Model Scoring"). The
+reference does not score encoder-decoders; here the encoder reads the sentence with its answer left out, and the decoder
+gives the log-likelihood of the answer.
+
+Sentences of a relation share beginnings with other answers, subjects and templates; these, and masked sentences that
+are alike, are read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.cloze import MASK, Candidates, Cloze, candidate_scores, distributions, reader_of
+from knowledge_compression.evaluation.scoring import Blank, Question
+from knowledge_compression.models.families import DECODER, ENCODER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from knowledge_compression.evaluation.scoring import Scorer
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A sentence with a blank, and the answers that may complete it.
+
+    Attributes:
+        id: of the item.
+        sentence: contains one ``[MASK]``.
+        answers: the answers to compare.
+    """
+
+    id: str
+    sentence: str
+    answers: Sequence[str]
+
+    def completed(self) -> list[str]:
+        """The sentence with each answer in its blank, with a capital letter at its beginning, as the reference does."""
+        whole = (self.sentence.replace(MASK, answer) for answer in self.answers)
+        return [text[:1].upper() + text[1:] for text in whole]
+
+
+def scores_of_answers(scorer: Scorer, statements: Sequence[Statement]) -> list[NDArray[np.float64] | None]:
+    """The score of each answer of each statement, in nats.
+
+    Args:
+        scorer: scores with the model, of any family.
+        statements: statements of one relation; the more share their beginnings, the faster.
+
+    Returns:
+        ``[answers]`` for each statement; None if one of its sentences is longer than the model's positions.
+
+    Raises:
+        BadInput: the model cannot be asked in this way.
+    """
+    if scorer.model.family == DECODER:
+        return _of_decoder(scorer, statements)
+    if scorer.model.family == ENCODER:
+        return _of_encoder(scorer, statements)
+    return list(_of_encoder_decoder(scorer, statements))
+
+
+def _of_decoder(scorer: Scorer, statements: Sequence[Statement]) -> list[NDArray[np.float64] | None]:
+    tokenizer = scorer.model.tokenizer
+    texts = [text for statement in statements for text in statement.completed()]
+    rows = iter(sentences_after_opening(tokenizer, texts))
+    limit = scorer.max_positions
+    of_each = [[next(rows) for _ in statement.answers] for statement in statements]
+    fits = [limit is None or max(map(len, ids)) <= limit for ids in of_each]
+    asked = [ids for ids, there in zip(of_each, fits, strict=True) if there]
+    if scorer.prompts.choosing is None:  # all in one question, so that whatever they share is read once
+        question = Question(asked[0][0][:1], [ids[1:] for of in asked for ids in of]) if asked else Question([])
+        likelihoods = iter(scorer.log_likelihoods([question])[0])
+        found = iter([np.array([next(likelihoods).log_prob for _ in of]) for of in asked])
+    else:  # what all answers share chooses the prompt, and so an answer cannot choose its own
+        contexts = [_shared([ids[:-1] for ids in of]) for of in asked]
+        items = [(statement.id,) for statement, there in zip(statements, fits, strict=True) if there]
+        questions = [
+            Question(context, [ids[len(context) :] for ids in of], item)
+            for context, of, item in zip(contexts, asked, items, strict=True)
+        ]
+        found = iter([np.array([one.log_prob for one in of]) for of in scorer.log_likelihoods(questions)])
+    return [next(found) if there else None for there in fits]
+
+
+def _shared(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The beginning that all rows share."""
+    same = (column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))
+    return list(same)
+
+
+def sentences_after_opening(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, after the token that begins a text and without special tokens behind it.
+
+    The beginning is the tokenizer's BOS token, put there by the tokenizer or, if it does not do so even if told to, as
+    text before the text, as the reference does; a tokenizer without a BOS token begins with its end-of-text token.
+    """
+    options: dict[str, Any] = {"return_special_tokens_mask": True, "return_attention_mask": False, "verbose": False}
+    begin = tokenizer.bos_token or tokenizer.eos_token
+    if begin is None:
+        raise BadInput(f"the tokenizer {tokenizer.name_or_path} has no token that begins a text (bos_token, eos_token)")
+    token = tokenizer.convert_tokens_to_ids(begin)
+    if not texts:
+        return []
+    with _told_to_add_bos(tokenizer):
+        batch = tokenizer(list(texts), **options)
+        if not batch["input_ids"][0] or batch["input_ids"][0][0] != token:
+            batch = tokenizer([begin + text for text in texts], **options)
+    rows = []
+    for ids, special in zip(batch["input_ids"], batch["special_tokens_mask"], strict=True):
+        start = ids.index(token)
+        rows.append(
+            [token, *(i for i, not_text in zip(ids[start + 1 :], special[start + 1 :], strict=True) if not not_text)]
+        )
+    return rows
+
+
+@contextmanager
+def _told_to_add_bos(tokenizer: Any) -> Iterator[None]:
+    told = getattr(tokenizer, "add_bos_token", None)
+    if told is None:
+        yield
+        return
+    tokenizer.add_bos_token = True
+    try:
+        yield
+    finally:
+        tokenizer.add_bos_token = told
+
+
+def _of_encoder(scorer: Scorer, statements: Sequence[Statement]) -> list[NDArray[np.float64] | None]:
+    model, tokenizer = scorer.model, scorer.model.tokenizer
+    if tokenizer.mask_token_id is None or not tokenizer.is_fast:
+        raise BadInput(
+            f"the tokenizer of {model.name} has no mask token, or is a slow one, which does not tell words apart"
+        )
+    if scorer.prompts.choosing is not None:
+        raise BadInput(
+            "an encoder reads the answer with its sentence, so the answer would choose among the prompts of a recovery "
+            "that lets the input choose (recovery=idp); choose recovery=prompt, prefix or lora"
+        )
+    texts = [text for statement in statements for text in statement.completed()]
+    batch = tokenizer(texts, return_special_tokens_mask=True, verbose=False)
+    of_text = np.repeat(np.arange(len(statements)), [len(statement.answers) for statement in statements])
+    lengths = np.array([len(ids) for ids in batch["input_ids"]])
+    limit = scorer.max_positions
+    long = set(of_text[lengths > limit].tolist()) if limit is not None else set()
+    blanks: dict[tuple[tuple[int, ...], int], int] = {}
+    reads: list[list[tuple[int, int]]] = []  # for each blank: texts, and the token of each
+    for text, (ids, special) in enumerate(zip(batch["input_ids"], batch["special_tokens_mask"], strict=True)):
+        if int(of_text[text]) in long:
+            continue
+        for place, masked in masked_by_word(ids, special, batch.word_ids(text), tokenizer.mask_token_id):
+            at = blanks.setdefault((masked, place), len(blanks))
+            if at == len(reads):
+                reads.append([])
+            reads[at].append((text, ids[place]))
+    scores = np.zeros(len(texts))
+    for part, log_probs in distributions(scorer, [Blank(ids, place) for ids, place in blanks]):
+        rows, tokens, into = np.array([(r, token, text) for r, i in enumerate(part) for text, token in reads[i]]).T
+        np.add.at(scores, into, log_probs[rows, tokens].double().cpu().numpy())
+    ends = np.cumsum([len(statement.answers) for statement in statements])[:-1]
+    return [None if i in long else part for i, part in enumerate(np.split(scores, ends))]
+
+
+def masked_by_word(
+    ids: Sequence[int], special: Sequence[int], words: Sequence[int | None], mask: int
+) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """The inputs whose predictions make up a pseudo log-likelihood, one for each token that is not special.
+
+    Args:
+        ids: the sentence's tokens.
+        special: for each, whether the tokenizer added it.
+        words: for each, the word to which it belongs.
+        mask: the mask token.
+
+    Yields:
+        The token's place, and the input, in which it and the later tokens of its word are masked.
+    """
+    for place, added in enumerate(special):
+        if added:
+            continue
+        end = place + 1
+        while words[place] is not None and end < len(ids) and words[end] == words[place] and not special[end]:
+            end += 1
+        yield place, (*ids[:place], *[mask] * (end - place), *ids[end:])
+
+
+def _of_encoder_decoder(scorer: Scorer, statements: Sequence[Statement]) -> Iterator[NDArray[np.float64] | None]:
+    reader = reader_of(scorer)
+    clozes = [Cloze(str(i), one.id, one.id, "", "", one.sentence, "") for i, one in enumerate(statements)]
+    answers: Mapping[str, Sequence[str]] = {str(i): one.answers for i, one in enumerate(statements)}
+    blanks = reader.blanks(clozes)
+    there = [i for i, blank in enumerate(blanks) if blank is not None]
+    asked = [clozes[i] for i in there]
+    scores = iter(candidate_scores(reader, asked, [blanks[i] for i in there], Candidates(reader, answers)))
+    for blank in blanks:
+        yield None if blank is None else next(scores).numpy()
