@@ -19,16 +19,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--flips", help="share of all facts that may flip (right to wrong or back), e.g. 5%%; none asked"
     )
+    parser.add_argument("--claims", action="store_true", help="also the commands that would test the papers' claims")
     options = parser.parse_args(arguments)
     try:
         flips = 1.0 if options.flips is None else _share("--flips", options.flips, 0.05)
-        advise(options.outputs, _share("--keep", options.keep, 0.95), flips)
+        advise(options.outputs, _share("--keep", options.keep, 0.95), flips, claims=options.claims)
     except BadInput as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
 
 
-def advise(outputs: Path, keep: float, flips: float = 1.0) -> None:
+def advise(outputs: Path, keep: float, flips: float = 1.0, *, claims: bool = False) -> None:
     """Print, for each model and suite, the Pareto front of size and knowledge and the smallest setting that keeps
     enough.
 
@@ -36,6 +37,7 @@ def advise(outputs: Path, keep: float, flips: float = 1.0) -> None:
         outputs: folder of the store.
         keep: share of the dense model's known facts to keep, in (0, 1].
         flips: share of all facts whose answers may go from right to wrong or from wrong to right, in (0, 1].
+        claims: whether to print the commands of the runs that the papers' untested claims lack.
 
     Raises:
         BadInput: there is nothing to compare.
@@ -64,16 +66,18 @@ def advise(outputs: Path, keep: float, flips: float = 1.0) -> None:
     for group in comparisons:
         rows = kept(group)
         for title, listed in (("the front", front(rows)), ("of unknown size", unsized(rows))):
-            table = Table(title=shown(f"{group.asked.model}, {group.asked.name}: {title}"), title_justify="left")
-            for column in ("setting", "MB stored", "facts kept", "at least (95 %)", "flips", "at most (95 %)", "run"):
-                table.add_column(column)
+            words = shown(f"{group.asked.model}, {group.asked.name}: {title}")
+            bounds = "≥, ≤: with 95 % confidence"
+            table = Table(title=words, title_justify="left", caption=bounds, caption_justify="left")
+            table.add_column("setting", overflow="fold")
+            for column in ("MB stored", "facts kept", "flips", "run"):
+                table.add_column(column, justify="right", no_wrap=True)
             for row in listed:
                 table.add_row(
                     shown(names.of(row.run.id, _POOLED)),
                     "" if row.size_mb is None else f"{row.size_mb:.1f}",
-                    f"{row.share:.1%}",
-                    f"{row.at_least:.1%}",
-                    *(("", "") if is_dense(row.run) else (f"{row.flips:.1%}", f"{row.flips_at_most:.1%}")),
+                    f"{row.share:.1%}, ≥ {row.at_least:.1%}",
+                    "" if is_dense(row.run) else f"{row.flips:.1%}, ≤ {row.flips_at_most:.1%}",
                     shown(row.run.id[:8]),
                 )
             if listed or not rows:
@@ -88,8 +92,12 @@ def advise(outputs: Path, keep: float, flips: float = 1.0) -> None:
             kept_by = f"{names.of(best.run.id, _POOLED)} ({best.size_mb:.1f} MB)"
             say(f"Smallest that keeps {wants} with 95 % confidence: {kept_by}")
         console.print()
-    for line in run_next(check(comparisons), comparisons):
+    verdicts = check(comparisons)
+    untested = [verdict for verdict in verdicts if not verdict.findings]
+    for line in run_next(verdicts if claims else [v for v in verdicts if v.findings], comparisons):
         say(f"undecided – {line}")
+    if untested and not claims:
+        say(f"untested – {len(untested)} claims of the papers have no runs here; --claims names the runs they need")
     for run_id, why in [*unreadable, *comparisons.skipped]:
         say(f"left out – {run_id}: {why}")
 

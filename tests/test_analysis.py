@@ -163,7 +163,12 @@ def test_advise_prints_a_front_and_refuses_nonsense(tmp_path, capsys):
     for run in (sized(made_run(bits("1" * 60), compression="none"), 10), sized(made_run(bits("1" * 50 + "0" * 10)), 5)):
         store.write(run)
     main([str(tmp_path), "--keep", "70%"])
-    assert "Smallest that keeps 70% with 95 % confidence: att magnitude (5.0 MB)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Smallest that keeps 70% with 95 % confidence: att magnitude (5.0 MB)" in said
+    assert "fewer_bits_hurt" not in said and "untested – " in said and "--claims names the runs they need" in said
+    main([str(tmp_path), "--claims"])
+    said = capsys.readouterr().out
+    assert "fewer_bits_hurt: no runs bear on it; python run.py" in said and "untested" not in said
     for nonsense in ("lots", "0", "120%"):
         with pytest.raises(SystemExit) as end:
             main([str(tmp_path), "--keep", nonsense])

@@ -207,6 +207,10 @@ def test_the_status_of_a_sweep(
     table = narrow.export_text()
     assert all(whole in table for whole in (f"│ {folder.name} │", " running ", " missing "))
     assert status.main([str(tmp_path)]) == 1
+    finished = tmp_path / "sweeps" / "2026-11-22_10-00-00.123456"  # nothing was left to do when it was started
+    finished.mkdir()
+    write_plan(finished, runs[:2], at_once=2)
+    assert status.sweeps(tmp_path)[-1].seconds_left == 0
     assert status.main([str(tmp_path / "nowhere")]) == 2
     assert "does not exist" in capsys.readouterr().err
 

@@ -96,7 +96,8 @@ def _status(outputs: Path, folder: Path, alive: set[str] | None) -> SweepStatus:
         states.count(RUNNING) * 0.5 + states.count(MISSING) + states.count(DAMAGED)
     )  # a running one is half done, on average
     each = sum(seconds) / len(seconds) if seconds else None
-    return SweepStatus(folder.name, states, troubled, None if each is None else each * left / min(at_once, left or 1))
+    seconds_left = 0.0 if not left else None if each is None else each * left / min(at_once, left)
+    return SweepStatus(folder.name, states, troubled, seconds_left)
 
 
 def _lost(job: Path, label: str, alive: set[str] | None) -> Outcome | None:
