@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from helpers.gguf_files import ARCHITECTURES, MERGES, TEMPLATE, TOKENS
+from helpers.gguf_files import MERGES, TEMPLATE, TOKENS
+from helpers.gguf_tiny import WRITTEN, byte_level, tiny
 from helpers.networks import build_network
 from knowledge_compression.compression.formats.gguf import GgufModel, save_gguf
 from knowledge_compression.compression.methods.gguf import Gguf
@@ -29,9 +30,6 @@ from knowledge_compression.models.pretrained import auto_class
 
 Kind = GGMLQuantizationType
 ALL = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff", "experts", "shared_experts"])
-ROUTED = {"norm_topk_prob": True}  # what readers take for granted of Qwen 3's mixtures
-WRITTEN = ["llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "stablelm", "starcoder2", "nemotron", "gemma2", "gemma3"]
-WRITTEN += ["gpt2", "bloom", "mamba"]
 CHANGED = {"nemotron", "gemma2", "gemma3", "mamba"}  # of which the file holds w + 1, or an exponential
 TEXTS = ("abc dead beef", "zebra", "a b c", "<|s|>ab")
 
@@ -40,30 +38,6 @@ def slow_but(case: Any, *fast: Any) -> Any:
     """A case that is slow unless it is one of these."""
     values = case if isinstance(case, tuple) else (case,)
     return pytest.param(*values, marks=() if case in fast else pytest.mark.slow)
-
-
-def byte_level(split: Any = None, *, template: str | None = None) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(TOKENS)}, [tuple(m.split()) for m in MERGES]))
-    tokenizer.pre_tokenizer = split or pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in TOKENS[:3]])
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=TOKENS[0], bos_token=TOKENS[1], eos_token=TOKENS[2]
-    )
-    made.chat_template = template
-    return made
-
-
-def tiny(architecture: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Model:
-    """A tiny network with random weights, norms and biases."""
-    model_type, settings = ARCHITECTURES.get(architecture, (architecture, {}))
-    settings = settings | (ROUTED if architecture == "qwen3moe" else {}) | changes
-    torch.manual_seed(len(architecture))
-    network = auto_class(config := AutoConfig.for_model(model_type, **settings)).from_config(config).eval().to(dtype)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return Model(network, byte_level(), architecture)
 
 
 def read_back(folder: Path, dtype: str = "float32") -> Model:
@@ -226,7 +200,7 @@ def test_what_a_reader_would_take_otherwise_is_one_line(changes: dict[str, Any],
 def test_other_architectures_are_one_line(architecture: str, tiny_tokenizer: Any) -> None:
     model = Model(build_network(architecture), tiny_tokenizer, architecture)
     with pytest.raises(BadInput, match=f"does not write models of the type {architecture}; it writes bloom, .*qwen3"):
-        writer_of("gguf").check(model)
+        writer_of("gguf").check(model, lambda: tiny_tokenizer)
 
 
 def test_a_tokenizer_that_gguf_cannot_describe_is_one_line(tiny_tokenizer: Any) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.models import Model, Targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Writer(ABC):
@@ -27,11 +30,12 @@ class Writer(ABC):
         This is asked before anything is computed, of a network that may be on the meta device.
         """
 
-    def check(self, model: Model) -> None:  # noqa: B027 (most forms hold every model)
+    def check(self, skeleton: Model, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> None:  # noqa: B027 (most forms hold every model)
         """Refuse a model that this form cannot hold, whatever is done to it.
 
         Args:
-            model: may be on the meta device; its tokenizer is the real one.
+            skeleton: the model's network, which may be on the meta device.
+            tokenizer: reads its tokenizer.
 
         Raises:
             BadInput: it cannot.

@@ -142,6 +142,20 @@ def _head_width(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def _head_width_as_scaled(config: Any) -> int:
+    """The width of heads, whose root llama.cpp divides attention by.
+
+    Raises:
+        BadInput: the network divides by another root, which a file cannot say.
+    """
+    if (divided := config.query_pre_attn_scalar) != (width := _head_width(config)):
+        raise BadInput(
+            f"output.save_model=gguf: {config.model_type} has query_pre_attn_scalar={divided}, which a GGUF file "
+            f"cannot say; llama.cpp takes the width of a head, {width}"
+        )
+    return width
+
+
 def _rotated(config: Any) -> int:
     return int(_head_width(config) * _rope(config).get("partial_rotary_factor", 1.0))
 
@@ -161,6 +175,10 @@ _WIDTHS: Settings = {
     "attention.key_length": _head_width,
     "attention.value_length": _head_width,
 }
+_SCALED_WIDTHS: Settings = {
+    "attention.key_length": _head_width_as_scaled,
+    "attention.value_length": _head_width_as_scaled,
+}
 _EXPERTS: Settings = {
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
@@ -168,7 +186,6 @@ _EXPERTS: Settings = {
 }
 _IN_ROPE = frozenset({"rope_parameters", "head_dim", "partial_rotary_factor"})
 _BANKS = {"ffn_gate_exps": _first_half, "ffn_up_exps": _second_half}
-_GATES = frozenset({"norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"})
 
 _LLAMA = GgufArchitecture(
     "llama",
@@ -210,7 +227,7 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         "gemma2",
         _COMMON
         | _ROTARY
-        | _WIDTHS
+        | _SCALED_WIDTHS
         | _ROOT
         | {
             "attention.sliding_window": "sliding_window",
@@ -222,7 +239,7 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     ),
     "gemma3_text": GgufArchitecture(
         "gemma3",
-        _COMMON | _ROTARY | _WIDTHS | _ROOT | {"attention.sliding_window": "sliding_window"},
+        _COMMON | _ROTARY | _SCALED_WIDTHS | _ROOT | {"attention.sliding_window": "sliding_window"},
         {"norm.weight": _plus_one},
         _IN_ROPE,
     ),

@@ -1,0 +1,204 @@
+"""What this program writes, read by the programs that others use, each in an environment of its own.
+
+    PYTHONPATH=tests python experiments/format_peers/study.py --environments DIR --outputs DIR --table
+
+makes the environments that are missing (GPTQModel brings its own torch, 6 GB in all; llama.cpp is compiled, which takes
+half an hour on one core), writes smollm2 in every form, and tiny networks of every architecture as GGUF, asks the peers
+for logits, and puts versions and differences into `docs/formats.md`. It ends with status 1 where a difference exceeds
+its bound. It is not run in CI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import knowledge_compression as kc
+from knowledge_compression.compression.writing.writers import WRITERS, writer_of
+from knowledge_compression.models.loading import LocalModel
+
+HERE = Path(__file__).parent
+PAGE = HERE.parents[1] / "docs" / "formats.md"
+BEGIN, END = "<!-- peers: made by experiments/format_peers/study.py -->", "<!-- peers: end -->"
+TEXT = (
+    "The capital of France is Paris, and the capital of Japan is Tokyo. Water boils at one hundred degrees. In 1969 "
+    "two men walked on the moon; the third stayed in orbit. The author of Hamlet was born in Stratford, in England."
+)
+TEXTS = ("The capital of France is Paris, isn't it?", " two  spaces\tand a tab\n", "Zürich, São Paulo, 東京, 🙂")
+EXACT = 2e-3  # of log-probabilities, where a peer multiplies as this program does
+ROUNDED = 1.0  # llama.cpp rounds activations to 8 bits where weights are quantized
+
+
+@dataclass(frozen=True)
+class Written:
+    """A form of smollm2, and the peers that read it.
+
+    Attributes:
+        name: for the table.
+        form: as in `output.save_model`.
+        peers: which read it; each with the largest difference of log-probabilities that is accepted.
+        compression: its name and settings.
+    """
+
+    name: str
+    form: str
+    peers: Mapping[str, float]
+    compression: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def integers(name: str, form: str, bits: int, peers: Mapping[str, float], **settings: Any) -> Written:
+    """Plain rounding with scales of 16 bits."""
+    chosen = {"bits": bits, "group_size": 64, "symmetric": True, "scale_bits": 16} | settings
+    return Written(name, form, peers, "rtn", chosen)
+
+
+BY_GPTQMODEL, BY_TRANSFORMERS = {"gptqmodel": EXACT}, {"transformers": EXACT}
+BY_LLAMA = BY_TRANSFORMERS | {"llama_cpp": ROUNDED}
+FILES = (
+    integers("GPTQ v1, 4 bits", "gptq", 4, BY_GPTQMODEL),
+    integers("GPTQ v2, 4 bits", "gptq", 4, BY_GPTQMODEL, symmetric=False),
+    integers("GPTQ v2, 3 bits", "gptq", 3, BY_GPTQMODEL, symmetric=False),
+    integers("GPTQ v1, 8 bits", "gptq", 8, BY_GPTQMODEL),
+    integers("AWQ, 4 bits", "awq", 4, BY_GPTQMODEL, symmetric=False),
+    integers("compressed-tensors, 4 bits", "compressed-tensors", 4, BY_TRANSFORMERS),
+    integers("compressed-tensors, 8 bits", "compressed-tensors", 8, BY_TRANSFORMERS),
+    Written("GGUF, F32", "gguf", BY_TRANSFORMERS | {"llama_cpp": EXACT}, "none"),
+    Written("GGUF, F16", "gguf-f16", BY_TRANSFORMERS | {"llama_cpp": 0.05}, "none"),
+    integers("GGUF, Q4_0 with the codes of symmetric rounding", "gguf", 4, BY_LLAMA, group_size=32),
+    integers("GGUF, Q5_0 with the codes of asymmetric rounding", "gguf", 4, BY_LLAMA, symmetric=False),
+    Written("GGUF, MXFP4", "gguf", BY_LLAMA, "gguf", {"type": "mxfp4"}),
+    Written("GGUF, Q8_0", "gguf", BY_LLAMA, "gguf", {"type": "q8_0"}),
+    Written("GGUF, Q6_K, Q8_0 where 256 does not divide", "gguf", BY_LLAMA, "gguf", {"type": "q6_k"}),
+    Written("GGUF, Q4_K, Q5_0 where 256 does not divide", "gguf", BY_LLAMA, "gguf", {"type": "q4_k"}),
+    Written("GGUF, Q2_K, IQ4_NL where 256 does not divide", "gguf", BY_LLAMA, "gguf", {"type": "q2_k"}),
+)
+
+
+def main() -> int:
+    """Write, ask, compare, tell."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--environments", type=Path, required=True, help="a folder of one environment a peer")
+    options.add_argument("--outputs", type=Path, required=True, help="a folder for the files that are written")
+    options.add_argument("--peers", default="gptqmodel,transformers,llama_cpp", help="which are asked")
+    options.add_argument("--only", default="", help="only files whose name contains this")
+    options.add_argument("--table", action="store_true", help="put the table into docs/formats.md")
+    asked = options.parse_args()
+    peers = asked.peers.split(",")
+    for peer in peers:
+        environment(asked.environments / peer, peer)
+    rows = [
+        row
+        for written in FILES
+        if asked.only in written.name
+        for row in of_smollm2(written, peers, asked.environments, asked.outputs)
+    ]
+    if "llama_cpp" in peers:
+        rows += of_architectures(asked.environments, asked.outputs / "architectures", asked.only)
+    table = ["| file | read by | largest difference of log-probabilities | same first choice |", "|---|---|---|---|"]
+    table += [row for row, _ in rows]
+    print("\n".join(table))
+    if asked.table:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text("\n".join([before + BEGIN, "", *table, "", END + rest.partition(END)[2].rstrip("\n"), ""]))
+    return int(not all(good for _, good in rows))
+
+
+def environment(place: Path, peer: str) -> None:
+    """Make a peer's environment where it is missing."""
+    if (place / ".complete").is_file():
+        return
+    subprocess.run([sys.executable, "-m", "venv", place], check=True)
+    pip = [place / "bin" / "pip", "install", "--quiet"]
+    needs = HERE / f"requirements-{peer}.txt"
+    if peer == "gptqmodel":  # its setup imports torch
+        first = [line for line in needs.read_text().split() if line.startswith("torch")]
+        subprocess.run([*pip, "setuptools", "wheel", "numpy", *first], check=True)
+        pip.append("--no-build-isolation")
+    subprocess.run([*pip, "-r", needs], check=True)
+    (place / ".complete").touch()
+
+
+def of_smollm2(written: Written, peers: Sequence[str], environments: Path, outputs: Path) -> Iterator[tuple[str, bool]]:
+    """Write smollm2 in a form and ask those who read it."""
+    wanted = [peer for peer in written.peers if peer in peers]
+    if wanted and written.form not in WRITERS:
+        print(f"{written.name}: output.save_model={written.form} is not offered yet")
+    if not wanted or written.form not in WRITERS:
+        return
+    model, method = kc.load("smollm2"), kc.choose(f"compression={written.compression}", **written.settings)
+    kc.compress(model, method, kc.choose("target=all"))
+    place = outputs / "".join(letter if letter.isalnum() else "_" for letter in written.name)
+    writer_of(written.form).write(model, place)
+    del model
+    read = LocalModel("written", str(place)).load("cpu", "float32")
+    ids = np.array([read.tokenizer(TEXT)["input_ids"]], dtype=np.int64)
+    with torch.no_grad():
+        ours = read.network(torch.from_numpy(ids)).logits.numpy()
+    for peer in wanted:
+        yield compared(written.name, peer, environments, place, ids, ours, written.peers[peer], read.tokenizer)
+
+
+def of_architectures(environments: Path, outputs: Path, only: str) -> Iterator[tuple[str, bool]]:
+    """Tiny random networks of every architecture that is written as GGUF, in float32, by llama.cpp."""
+    from helpers.gguf_tiny import WRITTEN, tiny
+
+    for name in WRITTEN:
+        if only in (title := f"GGUF, F32, a tiny random {name}"):
+            model = tiny(name)
+            writer_of("gguf").write(model, outputs / name)
+            ids = np.random.default_rng(0).integers(3, 60, (2, 24))
+            with torch.no_grad():
+                ours = model.network(torch.from_numpy(ids)).logits.numpy()
+            yield compared(title, "llama_cpp", environments, outputs / name, ids, ours, 5e-3)
+
+
+def compared(
+    name: str,
+    peer: str,
+    environments: Path,
+    place: Path,
+    ids: np.ndarray,
+    ours: np.ndarray,
+    bound: float,
+    tokenizer: Any = None,
+) -> tuple[str, bool]:
+    """A row of the table, and whether the difference is within its bound."""
+    (place / "texts.json").unlink(missing_ok=True)
+    np.save(place.parent / "ids.npy", ids)
+    if tokenizer is not None and peer == "llama_cpp":
+        (place / "texts.json").write_text(json.dumps(TEXTS))
+    program = [environments / peer / "bin" / "python", HERE / f"ask_{peer}.py", place, place.parent / "ids.npy"]
+    apart = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ended = subprocess.run(
+        [*program, place.parent / "logits.npy"], capture_output=True, text=True, check=False, env=apart
+    )
+    said = [line for line in ended.stdout.splitlines() if line.startswith("versions: ")]
+    if ended.returncode or not said:
+        return f"| {name} | {peer} | not read: {(ended.stderr.strip().splitlines() or ['?'])[-1][:200]} | |", False
+    theirs = np.load(place.parent / "logits.npy")
+    one, other = (torch.from_numpy(logits).double().log_softmax(-1) for logits in (ours, theirs))
+    difference = float((one - other).abs().max())
+    alike = float((one.argmax(-1) == other.argmax(-1)).double().mean())
+    told = f"{difference:.2g} (accepted: {bound:g})"
+    good = difference <= bound
+    if (read := place / "read.json").is_file():
+        wanted = [tokenizer(text)["input_ids"] for text in TEXTS]
+        good, told = good and json.loads(read.read_text()) == wanted, f"{told}; token ids of {len(TEXTS)} texts equal"
+        if json.loads(read.read_text()) != wanted:
+            told = told.replace("equal", "differ")
+    return f"| {name} | {said[0].partition(': ')[2]} | {told} | {alike:.1%} |", good
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
