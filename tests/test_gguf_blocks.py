@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from knowledge_compression.compression.formats.gguf_blocks import Blocks, blocks
 from knowledge_compression.compression.kept import KeptModels
 from knowledge_compression.compression.methods.gguf import BITS, Gguf
 from knowledge_compression.compression.methods.gptq import Gptq
+from knowledge_compression.compression.methods.mxfp4 import Mxfp4
+from knowledge_compression.compression.methods.nvfp4 import Nvfp4
 from knowledge_compression.compression.methods.rtn import Rtn
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target, TargetLayer
@@ -99,6 +102,19 @@ def test_integers_with_aligned_groups_are_held_exactly(
     assert torch.equal(blocks.decode(), layer.weight)
     assert blocks.kind in ({2: [Kind.Q4_0], 3: [Kind.Q4_0], 4: [Kind.Q4_0, Kind.Q5_0], 8: [Kind.Q8_0]}[bits])
     assert not (symmetric and bits == 4 and blocks.kind != Kind.Q4_0)
+
+
+@pytest.mark.parametrize("scale", ["floor", "even"])
+def test_mxfp4_is_held_exactly(scale: Any) -> None:
+    generator = torch.Generator().manual_seed(6)
+    weight = torch.randn(8, 128, generator=generator) * 10.0 ** torch.randint(-6, 3, (8, 1), generator=generator)
+    weight[1] = 0
+    layer = layer_of(weight)
+    Mxfp4(scale).shrink(layer)
+    blocks = blocks_of(layer)
+    assert blocks is not None and blocks.kind == Kind.MXFP4 and torch.equal(blocks.decode(), layer.weight)
+    Nvfp4().shrink(layer)
+    assert blocks_of(layer) is None  # scales of another kind
 
 
 def test_what_gguf_has_no_blocks_for_is_not_held() -> None:

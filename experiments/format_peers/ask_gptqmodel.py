@@ -1,14 +1,17 @@
-"""GPTQModel on a CPU: `python ask_gptqmodel.py MODEL IDS.npy LOGITS.npy`."""
+"""GPTQModel on a CPU, whose modules multiply in float16."""
 
-import sys
 from importlib.metadata import version
 
-import numpy as np
 import torch
+from ask import answer
 from gptqmodel import BACKEND, GPTQModel
 
-place, ids, logits = sys.argv[1:]
-model = GPTQModel.load(place, device="cpu", backend=BACKEND.TORCH, dtype=torch.float32)
-with torch.no_grad():
-    np.save(logits, model.model(torch.from_numpy(np.load(ids))).logits.float().numpy())
-print("versions:", f"gptqmodel {version('gptqmodel')}, torch {version('torch')}")
+
+def logits(place, ids):
+    """As GPTQModel computes them."""
+    model = GPTQModel.load(str(place), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
+    with torch.no_grad():
+        return model.model(torch.from_numpy(ids)).logits.float().numpy()
+
+
+answer("gptqmodel", logits, lambda place: f"gptqmodel {version('gptqmodel')}, torch {version('torch')}")

@@ -1,17 +1,25 @@
-"""Plain transformers: `python ask_transformers.py MODEL IDS.npy LOGITS.npy`."""
+"""Plain transformers, in float32."""
 
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
+from ask import answer
 from transformers import AutoModelForCausalLM
 
-place, ids, logits = map(Path, sys.argv[1:])
-file = {"gguf_file": "model.gguf"} if (place / "model.gguf").is_file() else {}
-model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **file).eval()
-with torch.no_grad():
-    np.save(logits, model(torch.from_numpy(np.load(ids))).logits.float().numpy())
-names = ("transformers", "gguf") if file else ("transformers", "compressed-tensors")
-print("versions:", ", ".join(f"{name} {version(name)}" for name in names))
+
+def logits(place, ids):
+    """As transformers computes them."""
+    file = {"gguf_file": "model.gguf"} if (place / "model.gguf").is_file() else {}
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **file).eval()
+    with torch.no_grad():
+        return model(torch.from_numpy(ids)).logits.float().numpy()
+
+
+def versions(place: Path) -> str:
+    """Of what read the file."""
+    names = ("transformers", "gguf" if (place / "model.gguf").is_file() else "compressed-tensors")
+    return ", ".join(f"{name} {version(name)}" for name in names)
+
+
+answer("transformers", logits, versions)

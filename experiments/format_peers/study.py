@@ -15,7 +15,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ TEXT = (
     "two men walked on the moon; the third stayed in orbit. The author of Hamlet was born in Stratford, in England."
 )
 TEXTS = ("The capital of France is Paris, isn't it?", " two  spaces\tand a tab\n", "Zürich, São Paulo, 東京, 🙂")
+BLOCKS = 6  # of smollm2, the first ones, so that all of this takes minutes
 EXACT = 2e-3  # of log-probabilities, where a peer multiplies as this program does
+HALF = 0.1  # where it multiplies in float16
 ROUNDED = 1.0  # llama.cpp rounds activations to 8 bits where weights are quantized
 
 
@@ -63,7 +65,7 @@ def integers(name: str, form: str, bits: int, peers: Mapping[str, float], **sett
     return Written(name, form, peers, "rtn", chosen)
 
 
-BY_GPTQMODEL, BY_TRANSFORMERS = {"gptqmodel": EXACT}, {"transformers": EXACT}
+BY_GPTQMODEL, BY_TRANSFORMERS = {"gptqmodel": HALF}, {"transformers": EXACT}
 BY_LLAMA = BY_TRANSFORMERS | {"llama_cpp": ROUNDED}
 FILES = (
     integers("GPTQ v1, 4 bits", "gptq", 4, BY_GPTQMODEL),
@@ -97,14 +99,17 @@ def main() -> int:
     peers = asked.peers.split(",")
     for peer in peers:
         environment(asked.environments / peer, peer)
-    rows = [
-        row
-        for written in FILES
-        if asked.only in written.name
-        for row in of_smollm2(written, peers, asked.environments, asked.outputs)
+    asking = [
+        question
+        for question in [*of_smollm2(asked.outputs), *of_architectures(asked.outputs / "architectures")]
+        if asked.only in question.name and question.peer in peers
     ]
-    if "llama_cpp" in peers:
-        rows += of_architectures(asked.environments, asked.outputs / "architectures", asked.only)
+    for peer in peers:
+        if places := [question.place for question in asking if question.peer == peer]:
+            apart = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+            program = [asked.environments / peer / "bin" / "python", HERE / f"ask_{peer}.py", *places]
+            subprocess.run(program, check=False, env=apart)
+    rows = [question.row() for question in asking]
     table = ["| file | read by | largest difference of log-probabilities | same first choice |", "|---|---|---|---|"]
     table += [row for row, _ in rows]
     print("\n".join(table))
@@ -129,75 +134,79 @@ def environment(place: Path, peer: str) -> None:
     (place / ".complete").touch()
 
 
-def of_smollm2(written: Written, peers: Sequence[str], environments: Path, outputs: Path) -> Iterator[tuple[str, bool]]:
-    """Write smollm2 in a form and ask those who read it."""
-    wanted = [peer for peer in written.peers if peer in peers]
-    if wanted and written.form not in WRITERS:
-        print(f"{written.name}: output.save_model={written.form} is not offered yet")
-    if not wanted or written.form not in WRITERS:
-        return
-    model, method = kc.load("smollm2"), kc.choose(f"compression={written.compression}", **written.settings)
-    kc.compress(model, method, kc.choose("target=all"))
-    place = outputs / "".join(letter if letter.isalnum() else "_" for letter in written.name)
-    writer_of(written.form).write(model, place)
-    del model
-    read = LocalModel("written", str(place)).load("cpu", "float32")
-    ids = np.array([read.tokenizer(TEXT)["input_ids"]], dtype=np.int64)
-    with torch.no_grad():
-        ours = read.network(torch.from_numpy(ids)).logits.numpy()
-    for peer in wanted:
-        yield compared(written.name, peer, environments, place, ids, ours, written.peers[peer], read.tokenizer)
+@dataclass(frozen=True)
+class Question:
+    """A file, and the peer that is to read it.
+
+    Attributes:
+        name: for the table.
+        peer: who.
+        place: the folder of the file, which also has what is asked and answered.
+        bound: the largest difference of log-probabilities that is accepted.
+    """
+
+    name: str
+    peer: str
+    place: Path
+    bound: float
+
+    def row(self) -> tuple[str, bool]:
+        """A row of the table, and whether the difference is within its bound."""
+        if (error := self.place / f"{self.peer}.error").is_file():
+            return f"| {self.name} | {self.peer} | not read: {error.read_text()} | |", False
+        if not (told := self.place / f"{self.peer}.txt").is_file():
+            return f"| {self.name} | {self.peer} | the peer ended without an answer | |", False
+        pair = np.load(self.place / "ours.npy"), np.load(self.place / f"{self.peer}.npy")
+        one, other = (torch.from_numpy(logits).double().log_softmax(-1) for logits in pair)
+        difference = float((one - other).abs().max())
+        alike = float((one.argmax(-1) == other.argmax(-1)).double().mean())
+        good, said = difference <= self.bound, f"{difference:.2g} (accepted: {self.bound:g})"
+        if self.peer == "llama_cpp":
+            ids, read = ((self.place / name).read_text() for name in ("texts_ids.json", "read.json"))
+            good, said = good and ids == read, f"{said}; token ids {'equal' if ids == read else 'differ'}"
+        return f"| {self.name} | {told.read_text()} | {said} | {alike:.1%} |", good
 
 
-def of_architectures(environments: Path, outputs: Path, only: str) -> Iterator[tuple[str, bool]]:
-    """Tiny random networks of every architecture that is written as GGUF, in float32, by llama.cpp."""
+def of_smollm2(outputs: Path) -> Iterator[Question]:
+    """Write smollm2, cut after a few blocks, in every form."""
+    for written in FILES:
+        if written.form not in WRITERS:
+            print(f"{written.name}: output.save_model={written.form} is not offered yet")
+            continue
+        place = outputs / "".join(letter if letter.isalnum() else "_" for letter in written.name)
+        if not (place / "ours.npy").is_file():
+            model = kc.load("smollm2")
+            network: Any = model.network
+            network.model.layers = network.model.layers[:BLOCKS]
+            network.config.num_hidden_layers = BLOCKS
+            method = kc.choose(f"compression={written.compression}", **written.settings)
+            kc.compress(model, method, kc.choose("target=all"))
+            writer_of(written.form).write(model, place)
+            ask(place, np.array([model.tokenizer(TEXT)["input_ids"]], dtype=np.int64))
+        yield from (Question(written.name, peer, place, bound) for peer, bound in written.peers.items())
+
+
+def of_architectures(outputs: Path) -> Iterator[Question]:
+    """Write tiny random networks of every architecture as GGUF."""
     from helpers.gguf_tiny import WRITTEN, tiny
 
     for name in WRITTEN:
-        if only in (title := f"GGUF, F32, a tiny random {name}"):
-            model = tiny(name)
-            writer_of("gguf").write(model, outputs / name)
-            ids = np.random.default_rng(0).integers(3, 60, (2, 24))
-            with torch.no_grad():
-                ours = model.network(torch.from_numpy(ids)).logits.numpy()
-            yield compared(title, "llama_cpp", environments, outputs / name, ids, ours, 5e-3)
+        if not (outputs / name / "ours.npy").is_file():
+            writer_of("gguf").write(tiny(name), outputs / name)
+            ask(outputs / name, np.random.default_rng(0).integers(3, 60, (2, 24)))
+        yield Question(f"GGUF, F32, a tiny random {name}", "llama_cpp", outputs / name, 5e-3)
 
 
-def compared(
-    name: str,
-    peer: str,
-    environments: Path,
-    place: Path,
-    ids: np.ndarray,
-    ours: np.ndarray,
-    bound: float,
-    tokenizer: Any = None,
-) -> tuple[str, bool]:
-    """A row of the table, and whether the difference is within its bound."""
-    (place / "texts.json").unlink(missing_ok=True)
-    np.save(place.parent / "ids.npy", ids)
-    if tokenizer is not None and peer == "llama_cpp":
-        (place / "texts.json").write_text(json.dumps(TEXTS))
-    program = [environments / peer / "bin" / "python", HERE / f"ask_{peer}.py", place, place.parent / "ids.npy"]
-    apart = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    ended = subprocess.run(
-        [*program, place.parent / "logits.npy"], capture_output=True, text=True, check=False, env=apart
-    )
-    said = [line for line in ended.stdout.splitlines() if line.startswith("versions: ")]
-    if ended.returncode or not said:
-        return f"| {name} | {peer} | not read: {(ended.stderr.strip().splitlines() or ['?'])[-1][:200]} | |", False
-    theirs = np.load(place.parent / "logits.npy")
-    one, other = (torch.from_numpy(logits).double().log_softmax(-1) for logits in (ours, theirs))
-    difference = float((one - other).abs().max())
-    alike = float((one.argmax(-1) == other.argmax(-1)).double().mean())
-    told = f"{difference:.2g} (accepted: {bound:g})"
-    good = difference <= bound
-    if (read := place / "read.json").is_file():
-        wanted = [tokenizer(text)["input_ids"] for text in TEXTS]
-        good, told = good and json.loads(read.read_text()) == wanted, f"{told}; token ids of {len(TEXTS)} texts equal"
-        if json.loads(read.read_text()) != wanted:
-            told = told.replace("equal", "differ")
-    return f"| {name} | {said[0].partition(': ')[2]} | {told} | {alike:.1%} |", good
+def ask(place: Path, ids: np.ndarray) -> None:
+    """Put beside a file what its readers are asked, and what this program answers, having read it."""
+    read = LocalModel("written", str(place)).load("cpu", "float32")
+    with torch.no_grad():
+        np.save(place / "ours.npy", read.network(torch.from_numpy(ids)).logits.numpy())
+    np.save(place / "ids.npy", ids)
+    texts = TEXTS if read.network.config.vocab_size > 1000 else ("abc dead beef", "zebra")
+    (place / "texts.json").write_text(json.dumps(texts))
+    ids_of_texts = [read.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    (place / "texts_ids.json").write_text(json.dumps(ids_of_texts))
 
 
 if __name__ == "__main__":

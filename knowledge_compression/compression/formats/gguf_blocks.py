@@ -6,7 +6,7 @@ The library gguf decodes every type and encodes the older ones; K quants are enc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,6 @@ FLOATS = (Kind.F16, Kind.BF16, Kind.F32)  # from narrow to wide
 
 # Types that stand for scale * level, and their lowest and highest level.
 _LEVELS: Mapping[Kind, tuple[int, int]] = {Kind.Q4_0: (-8, 7), Kind.Q5_0: (-16, 15), Kind.Q8_0: (-128, 127)}
-_ROWS_TRIED = 4  # before all rows are
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +81,13 @@ def blocks_of(layer: TargetLayer) -> Blocks | None:
     """Blocks that hold a layer's compressed weight exactly; None if no type of GGUF has its grid."""
     if (kept := kept_blocks(layer)) is not None:
         return kept
-    if (weight := quantized_weight(layer)) is not None:
-        return next((blocks for blocks in _from_codes(weight) if blocks.hold(layer)), None)
-    return None
+    weight = quantized_weight(layer)
+    candidates: Iterable[Blocks] = ()
+    if isinstance(weight, QuantizedWeight):
+        candidates = _from_codes(weight)
+    elif weight is not None and weight.coding.kind == MXFP4 and layer.weight.shape[1] % 32 == 0:
+        candidates = [Blocks.of(layer.weight, Kind.MXFP4)]
+    return next((blocks for blocks in candidates if blocks.hold(layer)), None)
 
 
 def fitting(kind: Kind, width: int) -> Kind | None:

@@ -1,0 +1,21 @@
+"""What the programs `ask_*.py` share: `python ask_PEER.py FOLDER ...` answers in each folder what `ids.npy` asks."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def answer(peer: str, logits: Callable[[Path, Any], Any], versions: Callable[[Path], str]) -> None:
+    """Write logits and versions beside the files, or why they cannot be read."""
+    for place in map(Path, sys.argv[1:]):
+        try:
+            np.save(place / f"{peer}.npy", logits(place, np.load(place / "ids.npy")))
+            (place / f"{peer}.txt").write_text(versions(place))
+        except Exception as error:  # one file that cannot be read leaves the others to be asked
+            traceback.print_exc()
+            told = str(error).strip().splitlines() or [""]
+            (place / f"{peer}.error").write_text(f"{type(error).__name__}: {told[0][:200]}")
