@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,3 +161,37 @@ def test_any_changed_byte_is_answered_in_one_line_or_read(good: Path) -> None:
             assert found.record().bytes == len(content)
         except BadInput as error:
             assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 32},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        ),
+        ({"type": "none"}, {"rope_type": "default"}),
+    ],
+)
+def test_scaled_rotary_embeddings_are_read(settings: dict[str, Any], wanted: dict[str, Any], tmp_path: Path) -> None:
+    gguf_files.write(tmp_path / "model.gguf", further={f"llama.rope.scaling.{k}": v for k, v in settings.items()})
+    told = LocalModel("local", str(tmp_path / "model.gguf")).load("cpu", "float32").network.config.rope_parameters
+    assert {name: told[name] for name in wanted} == wanted and told["rope_theta"] == 10_000
+
+
+@pytest.mark.parametrize(
+    ("further", "match"),
+    [
+        ({"llama.rope.scaling.type": "longrope"}, r"scaled by type \(longrope\), which is not read"),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_log_multiplier": 0.1},
+            r"scaled by type, yarn_log_multiplier \(yarn\)",
+        ),
+        ({"rope_freqs.weight": np.full(8, 3, np.float32)}, "rope_freqs.weight scale rotary embeddings otherwise"),
+        ({"rope_factors_long.weight": np.ones(8, np.float32)}, "that depend on the length of the text are not read"),
+    ],
+)
+def test_other_scalings_are_one_line(further: dict[str, Any], match: str, tmp_path: Path) -> None:
+    gguf_files.write(tmp_path / "model.gguf", further=further)
+    refused(tmp_path / "model.gguf", match)

@@ -186,7 +186,7 @@ def test_the_settings_are_those_of_the_specification(tmp_path: Path) -> None:
         ({"attention_bias": True}, "llama has attention_bias=True, which a GGUF file cannot say"),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "rotary embeddings of the type default, and this llama has linear",
+            "rotary embeddings of the type default or llama3, and this llama has linear",
         ),
     ],
 )
@@ -194,6 +194,24 @@ def test_what_a_reader_would_take_otherwise_is_one_line(changes: dict[str, Any],
     with pytest.raises(BadInput, match=match) as caught:
         save_gguf(tiny("llama", **changes), tmp_path / "model")
     assert "\n" not in str(caught.value) and not (tmp_path / "model").exists()
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192, "rope_theta": 500_000.0}
+
+
+def test_llama_3_1_scales_its_rotary_embeddings_after_reading_too(tmp_path: Path) -> None:
+    model = tiny("llama", hidden_size=256, head_dim=64, rope_parameters=LLAMA3)
+    save_gguf(model, tmp_path / "model")
+    back = read_back(tmp_path / "model").network
+    assert {name: back.config.rope_parameters[name] for name in LLAMA3} == LLAMA3
+    wanted, found = (network.model.rotary_emb.inv_freq for network in (model.network, back))
+    plain = tiny("llama", hidden_size=256, head_dim=64, rope_parameters={"rope_theta": 5e5}).network
+    stored = {t.name: t.data for t in GGUFReader(tmp_path / "model" / "model.gguf").tensors}["rope_freqs.weight"]
+    assert torch.equal(wanted, found)
+    assert torch.allclose(plain.model.rotary_emb.inv_freq / torch.tensor(stored), wanted, rtol=1e-5)
+    with pytest.raises(BadInput, match="scale rotary embeddings otherwise than Llama"):
+        save_gguf(tiny("llama", rope_parameters=LLAMA3 | {"low_freq_factor": 2.0}), tmp_path / "other")
 
 
 @pytest.mark.parametrize("architecture", ["bert", "opt", "bart"])

@@ -64,6 +64,7 @@ def write(
     kind: GGMLQuantizationType = GGMLQuantizationType.F32,
     *,
     settings: Mapping[str, Any] | None = None,
+    further: Mapping[str, Any] | None = None,
     parts: int = 0,
     seed: int = 0,
 ) -> None:
@@ -74,6 +75,7 @@ def write(
         architecture: a key of :data:`ARCHITECTURES`.
         kind: how matrices are stored: encoded where gguf can, random blocks otherwise.
         settings: of the network's configuration, beside the tiny ones.
+        further: settings of the file as texts and floats, and tensors as arrays.
         parts: most tensors a part; 0 writes one file.
         seed: of the weights.
     """
@@ -93,6 +95,9 @@ def write(
         if value is not None:
             add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
             add(f"{architecture}.{key}", value)
+    for key, value in (further or {}).items():
+        adds = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+        adds.get(type(value), writer.add_tensor)(key, value)
     _write_vocabulary(writer)
     rng, state = np.random.default_rng(seed), network.state_dict()
     for name, target in sorted(names.items()):

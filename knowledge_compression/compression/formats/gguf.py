@@ -36,7 +36,12 @@ from knowledge_compression.compression.formats.gguf_blocks import (
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 from knowledge_compression.models.checkpoints.gguf import GgufFile
-from knowledge_compression.models.checkpoints.gguf_architectures import Array, GgufArchitecture, architecture_for
+from knowledge_compression.models.checkpoints.gguf_architectures import (
+    Array,
+    GgufArchitecture,
+    architecture_for,
+    further_tensors,
+)
 from knowledge_compression.models.checkpoints.gguf_vocabulary import GgufVocabulary
 from knowledge_compression.models.saving import check_finite, full_state
 from knowledge_compression.models.targets import linear_layers
@@ -137,6 +142,12 @@ class GgufModel:
             )
         return {name: sorted(found[name]) for name in parameters}
 
+    @property
+    def further(self) -> list[_Part]:
+        """Tensors of the file that are no parameters of the network."""
+        found = further_tensors(self.model.network.config)
+        return [_Part(name, Kind.F32, values.shape, partial(_as_is, values)) for name, values in found.items()]
+
     def write(
         self, path: Path, parts: Sequence[_Part], kind: LlamaFileType | None
     ) -> Iterator[tuple[_Part, Array, Array | None]]:
@@ -181,6 +192,7 @@ class GgufModel:
             parts = [
                 _Part(name, Kind.F32, (1,), lambda: (one, None)) for names in self.names.values() for name in names
             ]
+            parts += self.further
             for _ in self.write(brief, parts, LlamaFileType.ALL_F32):
                 pass
             read = GgufFile.at(brief)
@@ -225,6 +237,7 @@ def save_gguf(model: Model, folder: Path, kind: Kind | None = None) -> dict[str,
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
+    parts += described.further
     rounded, lost, whole = 0, 0.0, 0.0
     for part, stored, values in described.write(scratch / FILE, parts, _file_type(parts)):
         if values is not None:
@@ -284,6 +297,10 @@ def _made(change: Callable[[Array], Array], values: Tensor, kind: Kind, *, check
 
 def _moved(change: Callable[[Array], Array], stored: Sequence[NDArray[np.uint8]], *, bank: bool) -> tuple[Array, None]:
     return np.ascontiguousarray(change(np.stack(stored) if bank else stored[0])), None
+
+
+def _as_is(values: Array) -> tuple[Array, None]:
+    return values, None
 
 
 def _oriented(model: Model, state: Mapping[str, Tensor], name: str) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
 from knowledge_compression.models.checkpoints.base import Coded, StoredAs
 from knowledge_compression.models.checkpoints.gguf_header import MAGIC, GgufHeader, GgufTensor
+from knowledge_compression.models.checkpoints.gguf_rope import FREQUENCIES, check_lengths, scaled_rope
 from knowledge_compression.models.checkpoints.stored import Later, Stored
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ logging.getLogger("gguf").setLevel(logging.WARNING)  # it reports every file tha
 
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _PLAIN = {kind for kind, (block, _) in GGML_QUANT_SIZES.items() if block == 1} | {GGMLQuantizationType.BF16}
+_SCALED_BY_TRANSFORMERS = ("gpt-oss", "gpt_oss")
 _TERNARY = {GGMLQuantizationType.TQ1_0: 1.625}  # five ternary digits a byte, and what is left over
 
 
@@ -168,7 +170,14 @@ class GgufFile(Stored):
                     f"it is a GGUF file of the architecture {self.architecture}; transformers reads {', '.join(known)}"
                 ) from None
         words = self._headers[0].settings.get("tokenizer.ggml.tokens")
-        return ({"vocab_size": words} if isinstance(words, int) else {}) | settings
+        settings = ({"vocab_size": words} if isinstance(words, int) else {}) | settings
+        if self.architecture in _SCALED_BY_TRANSFORMERS:
+            return settings
+        check_lengths({tensor.name for tensor, _ in self.described})
+        found = [(tensor, path) for tensor, path in self.described if tensor.name == FREQUENCIES]
+        divisors = next((dequantize(tensor.read(path), tensor.kind) for tensor, path in found), None)
+        rope = scaled_rope(self.architecture, self._headers[0].settings, settings, divisors)
+        return {name: value for name, value in settings.items() if not rope or name != "rope_theta"} | rope
 
     def _write_brief(self, path: Path) -> None:
         """Write a file that says what this one says of the model, all parts together, without vocabulary and weights.

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.models.checkpoints.gguf_rope import FREQUENCIES, llama3_divisors
 
 Array = NDArray[Any]
 Settings = dict[str, str | Callable[[Any], Any]]
@@ -126,12 +127,19 @@ def _rope(config: Any) -> Mapping[str, Any]:
     """
     told = config.rope_parameters or {}
     told = told.get("full_attention", told)
-    if (kind := told.get("rope_type", "default")) != "default":
+    known = ("default", "llama3") if config.model_type in ("llama", "mistral") else ("default",)
+    if (kind := told.get("rope_type", "default")) not in known:
         raise BadInput(
-            f"output.save_model=gguf writes rotary embeddings of the type default, and this {config.model_type} has "
-            f"{kind}"
+            f"output.save_model=gguf writes rotary embeddings of the type {' or '.join(known)}, and this "
+            f"{config.model_type} has {kind}"
         )
     return told
+
+
+def further_tensors(config: Any) -> dict[str, Array]:
+    """Tensors of a file that stand for settings of the network."""
+    told = getattr(config, "rope_parameters", None) or {}
+    return {FREQUENCIES: llama3_divisors(told, _rotated(config))} if told.get("rope_type") == "llama3" else {}
 
 
 def _theta(config: Any) -> Any:

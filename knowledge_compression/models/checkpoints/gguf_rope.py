@@ -1,0 +1,80 @@
+"""Scaled rotary embeddings in GGUF files, which transformers' tables for such files leave out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knowledge_compression.errors import BadInput
+
+FREQUENCIES = "rope_freqs.weight"  # by which each pair's frequency is divided, as Llama 3.1 has it
+_LENGTHS = ("rope_factors_long.weight", "rope_factors_short.weight")
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_PLAIN_SCALING = {"type", "factor", "original_context_length", "finetuned"}
+
+
+def llama3_divisors(parameters: Mapping[str, Any], width: int) -> NDArray[np.float32]:
+    """What Llama 3.1 divides frequencies by: long waves by ``factor``, short ones by 1, those between by a mean.
+
+    Args:
+        parameters: as in transformers' configurations of the type ``llama3``.
+        width: rotated numbers of a head.
+
+    Returns:
+        float32 ``[width / 2]``.
+    """
+    factor, low, high = (parameters[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    waves = 2 * math.pi * parameters["rope_theta"] ** (np.arange(0, width, 2) / width)
+    turns = parameters["original_max_position_embeddings"] / waves  # of the longest text before it was scaled
+    share = ((turns - low) / (high - low)).clip(0, 1)
+    return (1 / ((1 - share) / factor + share)).astype(np.float32)
+
+
+def scaled_rope(
+    architecture: str, stored: Mapping[str, Any], told: Mapping[str, Any], divisors: NDArray[np.float32] | None
+) -> dict[str, Any]:
+    """The setting ``rope_parameters`` of a file whose rotary embeddings are scaled; empty where they are not.
+
+    Args:
+        architecture: the file's name for it.
+        stored: the file's settings.
+        told: what transformers makes of them.
+        divisors: the tensor :data:`FREQUENCIES`, if the file has one.
+
+    Raises:
+        BadInput: they are scaled in a way that is not read.
+    """
+    prefix = f"{architecture}.rope.scaling."
+    scaling = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+    kind, theta = scaling.get("type", "none"), float(told.get("rope_theta", 10_000.0))
+    if divisors is not None:
+        factor = float(divisors.max())
+        parameters = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **_LLAMA3}
+        if not np.allclose(llama3_divisors(parameters, 2 * len(divisors)), divisors, rtol=1e-4):
+            raise BadInput(f"its {FREQUENCIES} scale rotary embeddings otherwise than Llama 3.1 does")
+    elif kind == "none":
+        return {}
+    elif kind not in ("linear", "yarn") or set(scaling) - _PLAIN_SCALING:
+        raise BadInput(f"its rotary embeddings are scaled by {', '.join(sorted(scaling))} ({kind}), which is not read")
+    else:
+        parameters = {"rope_type": kind, "rope_theta": theta, "factor": float(scaling["factor"])}
+        if kind == "yarn":
+            parameters["original_max_position_embeddings"] = int(scaling["original_context_length"])
+    if architecture == "gemma3":  # of its layers, only the global ones are scaled
+        local = {"rope_type": "default", "rope_theta": 10_000.0}
+        return {"rope_parameters": {"full_attention": parameters, "sliding_attention": local}}
+    return {"rope_parameters": parameters}
+
+
+def check_lengths(names: Collection[str]) -> None:
+    """Refuse a file with one scaling for short texts and another for long ones, as Phi 3 has it.
+
+    Raises:
+        BadInput: it has.
+    """
+    if found := [name for name in _LENGTHS if name in names]:
+        raise BadInput(f"it holds {found[0]}: rotary embeddings that depend on the length of the text are not read")
