@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from helpers.networks import build_network
+from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Question, Scorer
-from knowledge_compression.models import Model
+from knowledge_compression.models import Model, Target
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.recovery.base import RestoresBy
 from knowledge_compression.recovery.peft_adapter import PeftAdapter
@@ -75,6 +76,29 @@ def test_an_adapter_answers_as_peft_does(kind: str, tiny_tokenizer: PreTrainedTo
     (scores,) = Scorer(model, prompts=recovered.prompts).log_likelihoods([asked])
     wanted = theirs.log_softmax(-1)[0, 1, [30, 41]]
     assert torch.allclose(torch.tensor([score.log_prob for score in scores]), wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_merged_adapter_answers_the_same(kind: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    folder = written(tmp_path, kind)
+    beside, merged = (Model(build_network("llama"), tiny_tokenizer, "llama") for _ in range(2))
+    names = set(merged.network.state_dict())
+    PeftAdapter(str(folder)).recover(beside, None)
+    recovered = PeftAdapter(str(folder), merge=True).recover(merged, None)
+    ids = torch.tensor([[9, 12, 30, 41], [8, 8, 50, 13]])
+    with torch.no_grad():
+        one, other = (model.network(input_ids=ids).logits for model in (beside, merged))
+    assert torch.allclose(one, other, atol=2e-5) and set(merged.network.state_dict()) == names
+    assert recovered.report.trainable_parameters > 0 and recovered.restores_by == RestoresBy.WEIGHTS
+
+
+def test_what_cannot_be_merged_is_one_line(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    for kind, compression in (("prompt", None), ("lora", Int8Dynamic())):
+        model = Model(build_network("llama"), tiny_tokenizer, "llama")
+        if compression is not None:
+            compression.compress(model, Target("att", ["decoder_self_att"]).select(model))
+        with pytest.raises(BadInput, match=r"so choose recovery\.merge=false"):
+            PeftAdapter(str(written(tmp_path / kind, kind)), merge=True).recover(model, None)
 
 
 def _based(name: str) -> str:

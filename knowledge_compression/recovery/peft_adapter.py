@@ -17,6 +17,7 @@ from knowledge_compression.models import Model
 from knowledge_compression.models.content import files_fingerprint
 from knowledge_compression.models.families import DECODER
 from knowledge_compression.models.prompts import NO_PROMPTS, Prompts
+from knowledge_compression.models.targets import linear_layers
 from knowledge_compression.recovery.bank import bank_of, check_decoder, check_positions, embedding_width, key_shape
 from knowledge_compression.recovery.base import Recovered, Recovery, RecoveryReport, RestoresBy
 from knowledge_compression.recovery.joined import join_prompt
@@ -38,9 +39,12 @@ class PeftAdapter(Recovery):
 
     Attributes:
         path: a folder that peft's ``save_pretrained`` wrote.
+        merge: whether a LoRA is added into the weights, which costs nothing when the model runs, but rounds them once;
+            otherwise it stays beside them.
     """
 
     path: str = field(metadata=PLACE)
+    merge: bool = False
     name = "adapter"
     restores_by = RestoresBy.WEIGHTS  # a prompt or prefix says in its report that it redirects
 
@@ -57,9 +61,16 @@ class PeftAdapter(Recovery):
         """
         settings, tensors = self._settings(), self._tensors()
         kind = settings["peft_type"]
+        if self.merge and (kind != LORA or any(layer.is_replaced for layer in linear_layers(model))):
+            raise BadInput(
+                f"recovery.merge=true adds a LoRA into weights that are floating-point numbers; this is {kind} on "
+                f"{model.name}, so choose recovery.merge=false"
+            )
         model.network.requires_grad_(False)
         if kind == LORA:
             self._add_lora(model, settings, tensors)
+            if self.merge:
+                self._merge_lora(model)
             prompts = NO_PROMPTS
         else:
             prompts = self._place(model, kind, tensors)
@@ -113,8 +124,6 @@ class PeftAdapter(Recovery):
         from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
         from peft.tuners.lora import Linear as LoraLinear
 
-        from knowledge_compression.models.targets import linear_layers
-
         known = {name: value for name, value in settings.items() if name in LoraConfig.__dataclass_fields__}
         try:
             config = LoraConfig(**(known | {"inference_mode": True}))
@@ -130,6 +139,15 @@ class PeftAdapter(Recovery):
             raise self._of_another(model, f"nothing in it is for {missing[0]}")
         model.network.requires_grad_(False)
         model.network.eval()
+
+    def _merge_lora(self, model: Model) -> None:
+        """Add the low-rank additions into the weights, and take them away from beside the layers."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        found = {path: part for path, part in model.network.named_modules() if isinstance(part, BaseTunerLayer)}
+        for path, part in found.items():
+            part.merge(safe_merge=True)
+            model.network.set_submodule(path, part.get_base_layer())
 
     def _place(self, model: Model, kind: str, tensors: Mapping[str, Tensor]) -> Prompts:
         """Put the prompt or prefix before the model's input."""
