@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,77 @@ def test_a_form_that_does_not_fit_is_refused_before_anything_is_computed(tiny_mo
         check_form("gptq", Pipeline([Magnitude(sparsity=0.5), Rtn()]), targets)
     check_form("gptq", Pipeline([Magnitude(sparsity=0.5), Rtn(scale_bits=16)]), targets)
     check_form(True, Magnitude(sparsity=0.5), targets)
+
+
+MOE = {"mixtral": {"hidden_size": 64, "intermediate_size": 32}, "qwen3_moe": {"hidden_size": 64}, "olmoe": {}}
+MOE["qwen3_moe"]["moe_intermediate_size"] = MOE["olmoe"]["intermediate_size"] = 32
+MOE["olmoe"]["hidden_size"] = 64
+EXPERT_NAMES = {
+    "mixtral": ("block_sparse_moe.experts.{}.{}", ("w1", "w3", "w2")),
+    "qwen3_moe": ("mlp.experts.{}.{}", ("gate_proj", "up_proj", "down_proj")),
+    "olmoe": ("mlp.experts.{}.{}", ("gate_proj", "up_proj", "down_proj")),
+}
+EXPERTS_HELD = [
+    ("mixtral", "gptq", Gptq(bits=4, group_size=32)),
+    ("qwen3_moe", "gptq", Gptq(bits=3, symmetric=True)),
+    ("olmoe", "awq", Rtn(bits=4, group_size=16, scale_bits=16)),
+    ("qwen3_moe", "compressed-tensors", Rtn(bits=2, symmetric=True, group_size=32)),
+    ("mixtral", "compressed-tensors", Nvfp4()),
+    ("qwen3_moe", "compressed-tensors", Fp8(granularity="block", block_size=16)),
+]
+
+
+def mixture(name: str, tokenizer: Any) -> Model:
+    return Model(build_network(name, head_dim=32, **MOE[name]), tokenizer, name)
+
+
+@pytest.mark.parametrize(("architecture", "form", "method"), EXPERTS_HELD, ids=lambda case: str(case)[:20])
+@pytest.mark.parametrize("only", [None, [1]])
+def test_experts_are_stored_one_by_one_under_the_names_of_other_programs(
+    architecture: str, form: str, method: Any, only: list[int] | None, tiny_tokenizer: object, tmp_path: Path
+) -> None:
+    model = mixture(architecture, tiny_tokenizer)
+    target = Target("experts", ["experts"] if only else ["experts", "decoder_self_att"], experts=only)
+    targets = target.select(model)
+    check_form(form, method, targets)
+    method.compress(model, targets, torch.randint(7, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(2)))
+    WRITERS[form].write(model, tmp_path / "written")
+
+    state = load_file(tmp_path / "written" / "model.safetensors")
+    settings = json.loads((tmp_path / "written" / "config.json").read_text())["quantization_config"]
+    pattern, (gate, up, down) = EXPERT_NAMES[architecture]
+    for block, number in product(range(2), range(4)):
+        bank = model.network.model.layers[block].mlp.experts
+        inner = bank.gate_up_proj.shape[1] // 2
+        wanted = {gate: bank.gate_up_proj[number, :inner], up: bank.gate_up_proj[number, inner:]}
+        wanted[down] = bank.down_proj[number]
+        for name, weight in wanted.items():
+            path = f"model.layers.{block}.{pattern.format(number, name)}."
+            layer = {key.removeprefix(path): tensor for key, tensor in state.items() if key.startswith(path)}
+            coded = only is None or number in only
+            read = DECODERS[form](layer, settings) if coded else layer["weight"].float().numpy()
+            assert np.array_equal(read, weight.detach().numpy()), path
+            left = settings.get("ignore", settings.get("modules_to_not_convert")) or settings.get("dynamic", {})
+            named = any(path.rstrip(".").replace(".", r"\.") in one or path.rstrip(".") == one for one in left)
+            assert named is not coded
+    assert not any(".experts.gate_up_proj" in key for key in state)
+
+    back = LocalModel("local", str(tmp_path / "written")).load("cpu", "float32")
+    for name, value in model.network.state_dict().items():
+        assert torch.equal(value, back.network.state_dict()[name]), name
+    assert back.on_disk is not None and back.on_disk.format == form
+
+
+@pytest.mark.parametrize("architecture", ["gpt_oss", "granitemoe"])
+def test_experts_that_files_hold_in_one_tensor_are_refused(architecture: str, tiny_tokenizer: object) -> None:
+    model = Model(build_network(architecture), tiny_tokenizer, architecture)  # type: ignore[arg-type]
+    targets = Target("experts", ["experts"]).select(model)
+    for form in DECODERS:
+        with pytest.raises(BadInput, match=r"nor do files of this type of model store it as one; .*; choose true"):
+            check_form(form, Rtn(bits=4, scale_bits=16), targets)
+
+
+def test_blocks_that_do_not_end_where_a_matrix_does_are_refused(tiny_tokenizer: object) -> None:
+    targets = Target("experts", ["experts"]).select(mixture("mixtral", tiny_tokenizer))
+    with pytest.raises(BadInput, match="in parts of 32, and blocks of 24 outputs do not end there"):
+        check_form("compressed-tensors", Fp8(granularity="block", block_size=24), targets)

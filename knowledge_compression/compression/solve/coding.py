@@ -55,6 +55,10 @@ class CodedWeight(ABC):
         """The weight that the codes represent, float32 ``[out_features, in_features]``."""
 
     @abstractmethod
+    def rows(self, start: int, end: int) -> Self:
+        """The part of some output rows, which must begin with a block of scales."""
+
+    @abstractmethod
     def put_into(self, layer: TargetLayer) -> None:
         """Write the weight that these codes represent into the layer, and store with it what recovers them."""
 

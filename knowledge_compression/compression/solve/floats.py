@@ -11,7 +11,7 @@ Sources: Micikevicius et al. 2022 ("FP8 formats for deep learning"); OCP Microsc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.compression.layer_reports import LayerReport
@@ -77,6 +77,12 @@ class FloatWeight(CodedWeight):
         eight = _BITS[self.kind] == 8
         numbers = self.codes.view(torch.float8_e4m3fn).float() if eight else torch.tensor(FP4)[self.codes.int()]
         return numbers * _spread(self.real_scales, self.block, self.codes.shape)
+
+    def rows(self, start: int, end: int) -> FloatWeight:
+        """The part of some output rows."""
+        outputs, _ = _sizes(self.block, self.codes.shape)
+        scales = self.scales if self.block[0] is None else self.scales[start // outputs : -(-end // outputs)]
+        return replace(self, codes=self.codes[start:end], scales=scales)
 
     def put_into(self, layer: TargetLayer) -> None:
         """Write the weight into the layer, and store these codes with its module."""

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.compression.solve.coding import INTEGERS, CodedWeight, Coding
 from knowledge_compression.compression.solve.grid import SCALE_BITS, QuantizedWeight
-from knowledge_compression.compression.writing.layers import NEIGHBOURS, LayerWriter, group_sizes
+from knowledge_compression.compression.writing.layers import NEIGHBOURS, LayerWriter, same
+from knowledge_compression.compression.writing.places import Place
 from knowledge_compression.compression.writing.words import packed
-from knowledge_compression.models import TargetLayer
 from knowledge_compression.models.families import FINAL
 
 if TYPE_CHECKING:
@@ -29,9 +29,8 @@ class AwqWriter(LayerWriter):
 
     name = "awq"
 
-    def unfit(self, coding: Coding, layer: TargetLayer) -> str | None:
+    def unfit(self, coding: Coding, place: Place) -> str | None:
         """It holds 4-bit integers with scales of 16 bits, in groups of neighbouring inputs."""
-        outputs = layer.weight.shape[0]
         faults = {
             f"{self.name} holds integers, not {coding.kind}": coding.kind != INTEGERS,
             f"{self.name} holds codes of {_BITS} bits, not {coding.bits}": coding.bits != _BITS,
@@ -39,10 +38,12 @@ class AwqWriter(LayerWriter):
                 coding.scale_bits != SCALE_BITS
             ),
             NEIGHBOURS.format(self.name): not coding.in_order,
-            f"{self.name} leaves the final layer as it is, and {layer.path} is a target": layer.role == FINAL,
-            f"the {outputs} outputs of {layer.path} do not fill whole words of {_OUTPUTS} codes": outputs % _OUTPUTS,
+            f"{self.name} leaves the final layer as it is, and {place.path} is a target": place.role == FINAL,
+            f"the {place.outputs} outputs of {place.path} do not fill whole words of {_OUTPUTS} codes": (
+                place.outputs % _OUTPUTS > 0
+            ),
         }
-        return next((why for why, wrong in faults.items() if wrong), self.plain_linear(layer))
+        return next((why for why, wrong in faults.items() if wrong), self.plain_linear(place))
 
     def tensors(self, weight: CodedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
         """Words and scales, the outputs of a word in the order of the format."""
@@ -61,12 +62,12 @@ class AwqWriter(LayerWriter):
             ".scales": grid.scales.T.half().contiguous(),
         }
 
-    def settings(self, coded: Mapping[TargetLayer, Coding], left: Mapping[str, str | None]) -> dict[str, Any]:
+    def settings(self, coded: Mapping[Place, Coding], left: Mapping[str, str | None]) -> dict[str, Any]:
         """As AutoAWQ writes them; layers that are not quantized are named."""
         return {
             "quant_method": "awq",
             "bits": _BITS,
-            "group_size": group_sizes(coded),
+            "group_size": same("group size", [coding.group or -1 for coding in coded.values()]),
             "zero_point": True,
             "version": "gemm",
             "modules_to_not_convert": list(left) or None,

@@ -16,9 +16,9 @@ from knowledge_compression.compression.solve.coding import FP8, INTEGERS, MXFP4,
 from knowledge_compression.compression.solve.floats import FloatWeight
 from knowledge_compression.compression.solve.grid import QuantizedWeight
 from knowledge_compression.compression.writing.layers import NEIGHBOURS, LayerWriter, same
+from knowledge_compression.compression.writing.places import Place
 from knowledge_compression.compression.writing.words import packed
 from knowledge_compression.heavy import torch
-from knowledge_compression.models import TargetLayer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,22 +89,22 @@ class CompressedTensorsWriter(LayerWriter):
 
     name = "compressed-tensors"
 
-    def unfit(self, coding: Coding, layer: TargetLayer) -> str | None:
+    def unfit(self, coding: Coding, place: Place) -> str | None:
         """It holds every kind of code, in groups of neighbouring inputs."""
         if not coding.in_order:
             return NEIGHBOURS.format(self.name)
-        return self.plain_linear(layer)
+        return self.plain_linear(place)
 
     def tensors(self, weight: CodedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
         """Codes and scales in the layout of their kind."""
         return LAYOUTS[weight.coding.kind].tensors(weight, floats)
 
-    def runs_in(self, coded: Mapping[TargetLayer, Coding], floats: torch.dtype) -> torch.dtype:
+    def runs_in(self, coded: Mapping[Place, Coding], floats: torch.dtype) -> torch.dtype:
         """The library makes bfloat16 of 4-bit floats, and then multiplies by nothing else."""
         four = any(coding.kind in (MXFP4, NVFP4) for coding in coded.values())
         return torch.bfloat16 if four else floats
 
-    def settings(self, coded: Mapping[TargetLayer, Coding], left: Mapping[str, str | None]) -> dict[str, Any]:
+    def settings(self, coded: Mapping[Place, Coding], left: Mapping[str, str | None]) -> dict[str, Any]:
         """One group of layers, and the names of those that are not in it."""
         coding = same("coding", list(coded.values()))
         layout = LAYOUTS[coding.kind]

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.compression.solve.coding import INTEGERS, CodedWeight, Coding
 from knowledge_compression.compression.solve.grid import SCALE_BITS, QuantizedWeight
-from knowledge_compression.compression.writing.layers import LayerWriter, group_sizes, half_filled, same
+from knowledge_compression.compression.writing.layers import LayerWriter, half_filled, same
+from knowledge_compression.compression.writing.places import Place
 from knowledge_compression.compression.writing.words import packed
-from knowledge_compression.models import TargetLayer
 from knowledge_compression.models.families import FINAL, TRANSFORM
 
 if TYPE_CHECKING:
@@ -35,14 +35,13 @@ class GptqWriter(LayerWriter):
     name = "gptq"
     beside = "quantize_config.json"
 
-    def unfit(self, coding: Coding, layer: TargetLayer) -> str | None:
+    def unfit(self, coding: Coding, place: Place) -> str | None:
         """It holds integers with scales of 16 bits, in whole words."""
         if coding.kind != INTEGERS:
             return f"{self.name} holds integers, not {coding.kind}"
         if coding.scale_bits != SCALE_BITS:
             return f"{self.name} holds scales of {SCALE_BITS} bits; choose compression.scale_bits={SCALE_BITS}"
-        outputs, inputs = layer.weight.shape
-        return half_filled(coding.bits, layer, {"outputs": outputs, "inputs": inputs})
+        return half_filled(coding.bits, place)
 
     def tensors(self, weight: CodedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
         """Words, scales and the group of each input."""
@@ -56,17 +55,17 @@ class GptqWriter(LayerWriter):
             ".g_idx": grid.group_of.clone(),
         }
 
-    def settings(self, coded: Mapping[TargetLayer, Coding], left: Mapping[str, str | None]) -> dict[str, Any]:
+    def settings(self, coded: Mapping[Place, Coding], left: Mapping[str, str | None]) -> dict[str, Any]:
         """As GPTQModel writes them; linear layers of the blocks that are not quantized are named."""
         codings = list(coded.values())
         symmetric = same("kind of grid", [coding.symmetric for coding in codings])
         config: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": same("number of bits", [coding.bits for coding in codings]),
-            "group_size": group_sizes(coded),
+            "group_size": same("group size", [coding.group or -1 for coding in codings]),
             "sym": symmetric,
             "desc_act": not all(coding.in_order for coding in codings),
-            "lm_head": any(layer.role == FINAL for layer in coded),
+            "lm_head": any(place.role == FINAL for place in coded),
             "pack_dtype": "int32",
             "checkpoint_format": "gptq" if symmetric else "gptq_v2",
             "meta": {"quantizer": ["knowledge_compression"]},

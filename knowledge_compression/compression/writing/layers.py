@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,8 +13,9 @@ from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.solve.coding import CodedWeight, Coding
 from knowledge_compression.compression.solve.grid import quantized_weight
 from knowledge_compression.compression.writing.base import Writer
+from knowledge_compression.compression.writing.places import Place, places_of
 from knowledge_compression.errors import BadInput
-from knowledge_compression.heavy import nn, torch
+from knowledge_compression.heavy import torch
 from knowledge_compression.models import Model, TargetLayer, Targets
 from knowledge_compression.models.targets import is_linear, linear_layers
 
@@ -36,31 +38,31 @@ class LayerWriter(Writer):
     beside: ClassVar[str | None] = None
 
     @abstractmethod
-    def unfit(self, coding: Coding, layer: TargetLayer) -> str | None:
-        """Why the format cannot hold a linear layer with such codes; None if it can."""
+    def unfit(self, coding: Coding, place: Place) -> str | None:
+        """Why the format cannot hold a matrix with such codes; None if it can."""
 
     @abstractmethod
     def tensors(self, weight: CodedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
-        """The tensors of one layer, by the endings of their names.
+        """The tensors of one matrix, by the endings of their names.
 
         Args:
-            weight: the layer's codes.
+            weight: its codes.
             floats: the type in which everything else is stored.
         """
 
     @abstractmethod
-    def settings(self, coded: Mapping[TargetLayer, Coding], left: Mapping[str, str | None]) -> dict[str, Any]:
+    def settings(self, coded: Mapping[Place, Coding], left: Mapping[str, str | None]) -> dict[str, Any]:
         """The ``quantization_config``.
 
         Args:
-            coded: the layers that are stored in the format.
-            left: the paths of all other linear layers of the network, and their roles; None where they have none.
+            coded: the matrices that are stored in the format.
+            left: the paths of all others that linear layers multiply by, and their roles; None where they have none.
 
         Raises:
-            BadInput: the layers differ in what the format says once for all.
+            BadInput: the matrices differ in what the format says once for all.
         """
 
-    def runs_in(self, coded: Mapping[TargetLayer, Coding], floats: torch.dtype) -> torch.dtype:
+    def runs_in(self, coded: Mapping[Place, Coding], floats: torch.dtype) -> torch.dtype:
         """The type in which others load the model unless told otherwise: that in which everything else is stored."""
         return floats
 
@@ -68,24 +70,33 @@ class LayerWriter(Writer):
         """It refuses numbers without codes, and layers whose codes do not fit into it."""
         if (coding := compression.coding) is None:
             return f"compression={compression.name} leaves floating-point numbers, and {self.name} holds codes"
-        return next((why for layer in targets if (why := self._unfit(coding, layer))), None)
+        places = places_of(targets)
+        return next((why for layer in targets if (why := self._unfit(coding, layer, places[layer]))), None)
 
-    def _unfit(self, coding: Coding, layer: TargetLayer) -> str | None:
-        if layer.expert or not layer.is_replaceable:
-            return f"{self.name} holds linear layers, and {layer.path} is an expert or a router"
-        width = layer.weight.shape[1]
-        if coding.block[0] == 1 and width % (coding.group or width):
+    def _unfit(self, coding: Coding, layer: TargetLayer, places: Sequence[Place]) -> str | None:
+        if not places:
             return (
-                f"{self.name} has groups of one size, and {coding.group} does not divide the {width} inputs of "
-                f"{layer.path}"
+                f"{self.name} holds linear layers, and {layer.path} ({layer.role}) is none, nor do files of this type "
+                "of model store it as one; leave it out of the target, e.g. target=att"
             )
-        return self.unfit(coding, layer)
+        for place in places:
+            if place.start % (coding.block[0] or 1):
+                return (
+                    f"files hold the outputs of {layer.path} in parts of {place.outputs}, and blocks of "
+                    f"{coding.block[0]} outputs do not end there"
+                )
+            if coding.block[0] == 1 and place.inputs % (coding.group or place.inputs):
+                return (
+                    f"{self.name} has groups of one size, and {coding.group} does not divide the {place.inputs} inputs "
+                    f"of {place.path}"
+                )
+            if why := self.unfit(coding, place):
+                return why
+        return None
 
-    def plain_linear(self, layer: TargetLayer) -> str | None:
-        """Why a format of ``nn.Linear`` layers cannot hold a layer; None if it can."""
-        if isinstance(layer.module, nn.Linear):
-            return None
-        return f"{self.name} holds nn.Linear, and {layer.path} is {type(layer.module).__name__}"
+    def plain_linear(self, place: Place) -> str | None:
+        """Why a format of ``nn.Linear`` layers cannot hold a matrix; None if it can."""
+        return None if place.kind == "Linear" else f"{self.name} holds nn.Linear, and {place.path} is {place.kind}"
 
     def write(self, model: Model, folder: Path) -> Mapping[str, Any]:
         """Save the codes of coded layers, and everything else in the narrowest type that holds it exactly."""
@@ -95,24 +106,41 @@ class LayerWriter(Writer):
         weights = {layer: found for layer in layers if (found := quantized_weight(layer)) is not None}
         if not weights:
             raise BadInput(f"{model.name} has no layer with codes behind its weights, and {self.name} holds codes")
-        coded = {layer: weight.coding for layer, weight in weights.items()}
-        for layer, coding in coded.items():
-            if why := self._unfit(coding, layer):
+        banks = {layer.weight_name for layer in weights}  # of which a part may be coded alone
+        places = places_of(layer for layer in layers if layer.weight_name in banks or layer.expert is None)
+        for layer, weight in weights.items():
+            if why := self._unfit(weight.coding, layer, places[layer]):
                 raise BadInput(f"{model.name} cannot be saved as {self.name}: {why}")
-        linears = [path for path, part in model.network.named_modules() if is_linear(part)]
-        roles, names = {layer.path: layer.role for layer in layers}, {layer.path for layer in coded}
-        settings = self.settings(coded, {path: roles.get(path) for path in linears if path not in names})
+        coded = alike({place: weight.coding for layer, weight in weights.items() for place in places[layer]})
+        settings = self.settings(coded, _left(model, layers, places, {place.path for place in coded}))
         state = full_state(model.network)
-        for layer in coded:
-            del state[layer.weight_name]
+        for name in banks:
+            del state[name]
+        for layer, parts in places.items():
+            if layer not in weights and layer.weight_name in banks:
+                state |= {f"{part.path}.weight": layer.weight[slice(*part.rows)].contiguous() for part in parts}
         floats = exact_type(state, model.dtype)
         state = {name: tensor.to(floats) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
         for layer, weight in weights.items():
-            state |= {f"{layer.path}{ending}": tensor for ending, tensor in self.tensors(weight, floats).items()}
+            for part in places[layer]:
+                tensors = self.tensors(weight.rows(*part.rows), floats)
+                # Copies, as parts of one layer may share a scale, and no two entries of a checkpoint share memory.
+                state |= {f"{part.path}{ending}": tensor.clone() for ending, tensor in tensors.items()}
         declared = {"quantization_config": settings, "dtype": str(self.runs_in(coded, floats)).removeprefix("torch.")}
         files = {self.beside: json.dumps(settings, indent=2) + "\n"} if self.beside else {}
         write_checkpoint(model, folder, state, declared, files)
         return {}
+
+
+def _left(
+    model: Model, layers: Sequence[TargetLayer], places: Mapping[TargetLayer, Sequence[Place]], coded: set[str]
+) -> dict[str, str | None]:
+    """The paths of matrices that are not coded, and their roles."""
+    roles = {layer.path: layer.role for layer in layers if layer.expert is None}
+    linears = [path for path, part in model.network.named_modules() if is_linear(part)]
+    left: dict[str, str | None] = {path: roles.get(path) for path in dict.fromkeys([*linears, *roles])}
+    left |= {place.path: place.role for parts in places.values() for place in parts}
+    return {path: role for path, role in left.items() if path not in coded}
 
 
 def exact_type(state: Mapping[str, Tensor], own: torch.dtype) -> torch.dtype:
@@ -125,11 +153,11 @@ def exact_type(state: Mapping[str, Tensor], own: torch.dtype) -> torch.dtype:
     return own
 
 
-def half_filled(bits: int, layer: TargetLayer, sides: Mapping[str, int]) -> str | None:
-    """Why the codes of a layer do not fill whole words along its ``outputs`` and ``inputs``; None if they do."""
-    for name, count in sides.items():
+def half_filled(bits: int, place: Place) -> str | None:
+    """Why the codes of a matrix do not fill whole words along its outputs and inputs; None if they do."""
+    for name, count in (("outputs", place.outputs), ("inputs", place.inputs)):
         if count * bits % 32:
-            return f"the {count} {name} of {layer.path} do not fill whole words of 32 bits with {bits} bits each"
+            return f"the {count} {name} of {place.path} do not fill whole words of 32 bits with {bits} bits each"
     return None
 
 
@@ -140,16 +168,15 @@ def same(what: str, values: Sequence[Any]) -> Any:
         BadInput: they differ.
     """
     if len(found := set(values)) > 1:
-        raise BadInput(f"the format has one {what} for all layers, and they have {sorted(found)}")
+        raise BadInput(f"the format has one {what} for all layers, and they have {sorted(found, key=str)}")
     return found.pop()
 
 
-def group_sizes(coded: Mapping[TargetLayer, Coding]) -> int:
-    """The group size that all layers share; -1 if each row of each layer is one group.
-
-    Raises:
-        BadInput: they differ.
-    """
+def alike(coded: Mapping[Place, Coding]) -> dict[Place, Coding]:
+    """The same, with rows of one group called groups of that size, if there are others with several groups in a row."""
     if all(coding.group is None for coding in coded.values()):
-        return -1
-    return int(same("group size", [coding.group or layer.weight.shape[1] for layer, coding in coded.items()]))
+        return dict(coded)
+    rows = {place for place, coding in coded.items() if coding.block == (1, None)}
+    return {
+        place: replace(coding, block=(1, place.inputs)) if place in rows else coding for place, coding in coded.items()
+    }

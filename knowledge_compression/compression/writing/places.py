@@ -1,0 +1,90 @@
+"""Where the layers of a network are in files: other programs store the experts of a bank one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from knowledge_compression.heavy import nn, torch
+from knowledge_compression.models import TargetLayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """A matrix ``[out_features, in_features]`` as files hold it.
+
+    Attributes:
+        path: the name of its weight in the files without ``.weight``.
+        shape: outputs and inputs.
+        role: of the layer.
+        kind: class of the module that multiplies by it, ``Linear`` for a matrix of an expert.
+        start: the first of its rows in the layer, which is more than this matrix where gate and up projection of an
+            expert are one parameter.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    role: str
+    kind: str
+    start: int = 0
+
+    @property
+    def outputs(self) -> int:
+        """Number of rows."""
+        return self.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """Number of columns."""
+        return self.shape[1]
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Its rows in the layer, from and to."""
+        return self.start, self.start + self.outputs
+
+
+def places_of(layers: Iterable[TargetLayer]) -> dict[TargetLayer, list[Place]]:
+    """The places of layers; none for a layer that files do not hold as a matrix, or not as a linear layer does."""
+    banks: dict[str, Mapping[int, list[tuple[str, int, int]]]] = {}
+    found: dict[TargetLayer, list[Place]] = {}
+    for layer in layers:
+        outputs, inputs = layer.weight.shape
+        if layer.expert is None:
+            kind = "Linear" if isinstance(layer.module, nn.Linear) else type(layer.module).__name__
+            found[layer] = [Place(layer.path, (outputs, inputs), layer.role, kind)] if layer.is_replaceable else []
+            continue
+        if layer.weight_name not in banks:
+            banks[layer.weight_name] = _matrices(layer)
+        matrices = banks[layer.weight_name].get(layer.expert.number, [])
+        found[layer] = [Place(path, (rows, inputs), layer.role, "Linear", start) for path, start, rows in matrices]
+    return found
+
+
+def _matrices(layer: TargetLayer) -> Mapping[int, list[tuple[str, int, int]]]:
+    """For each expert of a layer's bank, the paths of its matrices, the first row of each and the number of its rows.
+
+    Transformers is asked what it makes of the parameter when it saves it, with the numbers of the rows for weights.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    assert layer.expert is not None
+    if layer.expert.transposed:
+        return {}
+    network: Any = layer.network
+    height, count = len(layer.weight), len(getattr(layer.module, layer.expert.parameter))
+    numbers = torch.arange(count * height).view(count, height, 1)
+    saved: Mapping[str, Tensor] = revert_weight_conversion(network, {layer.weight_name: numbers})
+    experts: dict[int, list[tuple[str, int, int]]] = {number: [] for number in range(count)}
+    for name, part in saved.items():
+        first = int(part.flatten()[0])
+        neighbours = torch.equal(part.flatten(), torch.arange(first, first + part.numel()))
+        number, start = divmod(first, height)
+        if part.dim() != 2 or not neighbours or start + len(part) > height or not name.endswith(".weight"):
+            return {}
+        experts[number].append((name.removesuffix(".weight"), start, len(part)))
+    return experts
