@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from helpers.networks import build_network, logits_of
 from helpers.stored_layers import E4M3, FP4
 from knowledge_compression.compression.base import Layerwise
 from knowledge_compression.compression.kept import _restore, _write
 from knowledge_compression.compression.methods.fp8 import Fp8
 from knowledge_compression.compression.methods.mxfp4 import Mxfp4
 from knowledge_compression.compression.methods.nvfp4 import Nvfp4
-from knowledge_compression.compression.solve.floats import fp8, mxfp4, nvfp4
+from knowledge_compression.compression.solve.floats import fp8, mxfp4, nvfp4, rounded_tokens
 from knowledge_compression.compression.solve.grid import quantized_weight
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
@@ -99,6 +102,31 @@ def test_nvfp4(weight: np.ndarray) -> None:
     assert np.array_equal(nvfp4(torch.from_numpy(weight)).dequantize().numpy(), wanted)
 
 
+@given(weight=matrices, kind=st.sampled_from(["fp8", "fp8-runs", "mxfp4", "mxfp4-even", "nvfp4"]))
+def test_inputs_are_rounded_token_by_token(weight: np.ndarray, kind: str) -> None:
+    """As a weight of one row is; a token is rounded as if it were alone."""
+    values = torch.from_numpy(weight)
+    alone: dict[str, Any] = {
+        "fp8": lambda row: fp8(row, (1, None)),
+        "fp8-runs": lambda row: fp8(row, (1, 7)),
+        "mxfp4": mxfp4,
+        "mxfp4-even": partial(mxfp4, to_even=True),
+        "nvfp4": nvfp4,
+    }
+    name, _, how = kind.partition("-")
+    block = (7, 7) if how == "runs" else (None, None)
+    found = rounded_tokens(values[None], name.upper(), block, to_even=how == "even")
+    assert torch.equal(found[0], torch.cat([alone[kind](row[None]).dequantize() for row in values]))
+
+
+def test_inputs_that_are_not_finite_stay_what_they_are() -> None:
+    values = torch.tensor([[1.0, float("nan")], [float("inf"), 2.0], [3.0, 4.0]])
+    for kind in ("FP8", "MXFP4", "NVFP4"):
+        found = rounded_tokens(values, kind, (1, None))
+        assert found[0, 1].isnan() and found[1, 0] == torch.inf and found[2].isfinite().all()
+        assert rounded_tokens(values[:0], kind, (1, None)).shape == (0, 2)
+
+
 METHODS: dict[str, Layerwise] = {
     "fp8": Fp8(),
     "fp8-tensor": Fp8(granularity="tensor"),
@@ -106,6 +134,9 @@ METHODS: dict[str, Layerwise] = {
     "mxfp4": Mxfp4(),
     "mxfp4-even": Mxfp4(scale="even"),
     "nvfp4": Nvfp4(),
+    "fp8-inputs": Fp8(activations=True),
+    "mxfp4-inputs": Mxfp4(scale="even", activations=True),
+    "nvfp4-inputs": Nvfp4(activations=True),
 }
 
 
@@ -114,7 +145,8 @@ def test_a_model_is_rounded_reported_and_kept(name: str, tiny_model: Callable[[s
     model, other = tiny_model("llama"), tiny_model("llama")
     targets = FF.select(model)
     before = {layer.path: layer.weight.clone() for layer in targets}
-    report = METHODS[name].compress(model, targets)
+    method = METHODS[name]
+    report = method.compress(model, targets)
     assert report.bits == (8 if name.startswith("fp8") else 4)
     for layer, told in zip(targets, report.layers, strict=True):
         found = quantized_weight(layer)
@@ -122,15 +154,17 @@ def test_a_model_is_rounded_reported_and_kept(name: str, tiny_model: Callable[[s
         error = (layer.weight - before[layer.path]).norm() / before[layer.path].norm()
         assert 0 < error < (0.04 if name.startswith("fp8") else 0.2)
         assert told.overhead_bits > 0
-    _write(tmp_path, model, report, [], untied=False)  # type: ignore[arg-type]
-    again = _restore(tmp_path, other, [])  # type: ignore[arg-type]
+    _write(tmp_path, model, report, method.modules, untied=False)  # type: ignore[arg-type]
+    again = _restore(tmp_path, other, method.modules)  # type: ignore[arg-type]
+    assert torch.equal(logits_of(model), logits_of(other))
     assert again.bits == report.bits
     for one, two in zip(targets, FF.select(other), strict=True):
         assert torch.equal(one.weight, two.weight)
         kept, first = quantized_weight(two), quantized_weight(one)
         assert kept is not None and first is not None and kept.coding == first.coding
-    targets[0].weight.mul_(2)
-    assert quantized_weight(targets[0]) is None
+    if not method.modules:
+        targets[0].weight.mul_(2)
+        assert quantized_weight(targets[0]) is None
 
 
 @pytest.mark.parametrize("wrong", [float("inf"), float("nan")])
@@ -148,3 +182,35 @@ def test_the_larger_scale_of_mxfp4_is_taken_where_the_largest_number_would_be_cu
     weight[0, 0] = 7.5  # of 6 and 8, which are in reach of the scales 1 and 2
     assert float(mxfp4(weight).dequantize()[0, 0]) == 6
     assert float(mxfp4(weight, to_even=True).dequantize()[0, 0]) == 8
+
+
+@pytest.mark.parametrize("name", ["fp8-inputs", "mxfp4-inputs", "nvfp4-inputs"])
+def test_a_layer_multiplies_rounded_inputs_and_passes_gradients_on(
+    name: str, tiny_model: Callable[[str], Model]
+) -> None:
+    model = tiny_model("gpt2")  # whose layers are transposed and have biases
+    layer = FF.select(model)[0]
+    bias = layer.bias
+    METHODS[name].compress(model, FF.select(model))
+    made: Any = layer.module
+    inputs = torch.randn(2, 3, made.in_features, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    rounded = rounded_tokens(inputs.detach(), made.kind, made.block, to_even=made.to_even)
+    assert not torch.equal(rounded, inputs)
+    outputs = made(inputs)
+    assert torch.equal(outputs, torch.nn.functional.linear(rounded, layer.weight, bias))
+    outputs.sum().backward()
+    assert torch.allclose(inputs.grad, layer.weight.sum(0).expand_as(inputs))  # type: ignore[arg-type]
+    assert made(inputs.bfloat16()).dtype == torch.bfloat16
+
+
+def test_experts_round_their_inputs_too() -> None:
+    model = Model(build_network("mixtral"), None, "mixtral")  # type: ignore[arg-type]
+    plain = logits_of(model)
+    experts = Target("experts", ["experts"])
+    Fp8(activations=True).compress(model, experts.select(model))
+    both = logits_of(model)
+    weights = Model(build_network("mixtral"), None, "mixtral")  # type: ignore[arg-type]
+    Fp8().compress(weights, experts.select(weights))
+    for one, two in zip(experts.select(model), experts.select(weights), strict=True):
+        assert torch.equal(one.weight, two.weight)
+    assert 0 < (both - logits_of(weights)).norm() < 0.1 * plain.norm()

@@ -71,6 +71,8 @@ METHODS: dict[str, Any] = {
     "fp8-block": Fp8(granularity="block", block_size=40),
     "mxfp4": Mxfp4(),
     "nvfp4": Nvfp4(),
+    "fp8-inputs": Fp8(activations=True),
+    "mxfp4-inputs": Mxfp4(activations=True),
 }
 DECODERS = {"gptq": decoders.gptq, "awq": decoders.awq, "compressed-tensors": decoders.compressed_tensors}
 _GPTQ = ["rtn4-g16", "rtn4-sym", "rtn8-sym", "gptq4-g16-sym", "gptq3", "gptq2-g32-act-order"]
@@ -115,7 +117,7 @@ def test_a_file_holds_the_weights_and_is_read_back(
     for layer_back in ALL.select(back):
         assert torch.equal(layer_back.weight, weights[layer_back.path]), layer_back.path
         assert (layer_back.bias is None) == (model.network.get_submodule(layer_back.path).bias is None)
-    assert torch.equal(logits_of(back), logits_of(model))
+    assert torch.equal(logits_of(back), logits_of(model)) is not name.endswith("inputs")
     assert back.on_disk is not None and back.on_disk.format == form
     assert [path.name for path in tmp_path.iterdir()] == ["written"]
 
@@ -161,6 +163,17 @@ def test_layers_left_alone_are_named_by_their_paths(form: str, tiny_tokenizer: o
     )
 
 
+def test_files_say_that_inputs_are_rounded(tiny_tokenizer: object, tmp_path: Path) -> None:
+    for name in ("fp8-inputs", "mxfp4-inputs", "fp8"):
+        WRITERS["compressed-tensors"].write(compressed_by(name, small("llama", tiny_tokenizer)), tmp_path / name)
+        settings = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        inputs = settings["config_groups"]["group_0"]["input_activations"]
+        told = LocalModel("local", str(tmp_path / name)).load("cpu", "float32").on_disk
+        assert told is not None and bool(told.notes) == (inputs is not None) == name.endswith("inputs")
+        if inputs:
+            assert inputs["dynamic"] and inputs["strategy"] == {"fp8-inputs": "token"}.get(name, "group")
+
+
 REFUSED: dict[str, tuple[str, str, Any, str]] = {
     "plain numbers": ("awq", "llama", Magnitude(sparsity=0.5), "leaves floating-point numbers, and awq holds codes; "),
     "three bits": ("awq", "llama", Gptq(bits=3), r"codes of 4 bits, not 3; choose true or gptq or compressed-tensors"),
@@ -174,6 +187,7 @@ REFUSED: dict[str, tuple[str, str, Any, str]] = {
     "short groups": ("compressed-tensors", "llama", Rtn(group_size=48), "48 does not divide the 64 inputs of"),
     "conv": ("compressed-tensors", "gpt2", Rtn(scale_bits=16), r"holds nn\.Linear, and .* is Conv1D; choose .* gptq"),
     "floats": ("gptq", "llama", Nvfp4(), "holds integers, not NVFP4; choose true or compressed-tensors"),
+    "each token's scale": ("compressed-tensors", "llama", Nvfp4(activations=True), "wants one scale for all inputs"),
     "words": ("gptq", "bert", Rtn(bits=3, scale_bits=16), "do not fill whole words"),
 }
 

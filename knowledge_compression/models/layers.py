@@ -106,9 +106,17 @@ class TargetLayer:
     @property
     def is_replaced(self) -> bool:
         """Whether a compression has put a module of its own in its place."""
-        from knowledge_compression.models.replaced import ReplacedLinear
+        return self.replacement is not None
 
-        return isinstance(self.module, ReplacedLinear)
+    @property
+    def replacement(self) -> ReplacedLinear | None:
+        """The module that a compression has put in its place, if it has."""
+        from knowledge_compression.models.replaced import ReplacedExperts, ReplacedLinear
+
+        module: Any = self.module
+        if self.expert and isinstance(bank := getattr(module, self.expert.parameter), ReplacedExperts):
+            module = bank.get_submodule(str(self.expert.number))
+        return module if isinstance(module, ReplacedLinear) else None
 
     def replace(self, module: ReplacedLinear) -> None:
         """Replace this layer by another module."""

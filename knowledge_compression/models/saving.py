@@ -111,7 +111,8 @@ def _with_float_weights(network: PreTrainedModel) -> dict[str, Tensor]:
         return state
     if ours:
         log.warning(
-            "saving float weights for %d int8 layers; the saved model does not round its activations", len(ours)
+            "saving float weights for %d layers of rounded numbers; the saved model does not round its activations",
+            len(ours),
         )
     of_banks = {f"{path}.{number}" for path, bank in banks.items() for number in range(len(bank))}
     with torch.device("meta"):

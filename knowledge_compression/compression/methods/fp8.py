@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from knowledge_compression.building import Positive
-from knowledge_compression.compression.base import Layerwise
-from knowledge_compression.compression.layer_reports import LayerReport
-from knowledge_compression.compression.solve.coding import FP8, Coding
-from knowledge_compression.compression.solve.floats import Block, coding_of, fp8
-from knowledge_compression.models import TargetLayer
+from knowledge_compression.compression.small_floats import SmallFloats
+from knowledge_compression.compression.solve.coding import FP8
+from knowledge_compression.compression.solve.floats import Block, FloatWeight, fp8
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Fp8(Layerwise):
+class Fp8(SmallFloats):
     """Divide each block of weights by a float32 scale so that its largest magnitude is 448, and round to E4M3.
 
     Attributes:
@@ -26,6 +27,7 @@ class Fp8(Layerwise):
     granularity: Literal["channel", "tensor", "block"] = "channel"
     block_size: Positive = 128
     name = "fp8"
+    kind = FP8
 
     @property
     def block(self) -> Block:
@@ -33,13 +35,6 @@ class Fp8(Layerwise):
         blocks: dict[str, Block] = {"channel": (1, None), "tensor": (None, None)}
         return blocks.get(self.granularity, (self.block_size, self.block_size))
 
-    @property
-    def coding(self) -> Coding:
+    def rounded(self, weight: Tensor) -> FloatWeight:
         """E4M3 and float32 scales."""
-        return coding_of(FP8, self.block)
-
-    def shrink(self, layer: TargetLayer) -> LayerReport:
-        """Round the layer in place."""
-        rounded = fp8(layer.weight, self.block)
-        rounded.put_into(layer)
-        return rounded.report(layer)
+        return fp8(weight, self.block)

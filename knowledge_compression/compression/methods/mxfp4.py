@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from knowledge_compression.compression.base import Layerwise
-from knowledge_compression.compression.layer_reports import LayerReport
-from knowledge_compression.compression.solve.coding import MXFP4, Coding
-from knowledge_compression.compression.solve.floats import coding_of, mxfp4
-from knowledge_compression.models import TargetLayer
+from knowledge_compression.compression.small_floats import SmallFloats
+from knowledge_compression.compression.solve.coding import MXFP4
+from knowledge_compression.compression.solve.floats import FloatWeight, mxfp4
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Mxfp4(Layerwise):
+class Mxfp4(SmallFloats):
     """Divide each block of 32 weights by a power of two, and round to E2M1.
 
     Attributes:
@@ -24,14 +25,9 @@ class Mxfp4(Layerwise):
 
     scale: Literal["floor", "even"] = "floor"
     name = "mxfp4"
+    kind = MXFP4
+    block = (1, 32)
 
-    @property
-    def coding(self) -> Coding:
+    def rounded(self, weight: Tensor) -> FloatWeight:
         """E2M1 and E8M0."""
-        return coding_of(MXFP4, (1, 32))
-
-    def shrink(self, layer: TargetLayer) -> LayerReport:
-        """Round the layer in place."""
-        rounded = mxfp4(layer.weight, to_even=self.scale == "even")
-        rounded.put_into(layer)
-        return rounded.report(layer)
+        return mxfp4(weight, to_even=self.scale == "even")

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from knowledge_compression.compression.base import Layerwise
-from knowledge_compression.compression.layer_reports import LayerReport
-from knowledge_compression.compression.solve.coding import NVFP4, Coding
-from knowledge_compression.compression.solve.floats import coding_of, nvfp4
-from knowledge_compression.models import TargetLayer
+from knowledge_compression.compression.small_floats import SmallFloats
+from knowledge_compression.compression.solve.coding import NVFP4
+from knowledge_compression.compression.solve.floats import FloatWeight, nvfp4
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Nvfp4(Layerwise):
+class Nvfp4(SmallFloats):
     """Divide each block of 16 weights by its scale, which is itself rounded to E4M3, and round to E2M1."""
 
     name = "nvfp4"
+    kind = NVFP4
+    block = (1, 16)
 
-    @property
-    def coding(self) -> Coding:
+    def rounded(self, weight: Tensor) -> FloatWeight:
         """E2M1 and E4M3."""
-        return coding_of(NVFP4, (1, 16))
-
-    def shrink(self, layer: TargetLayer) -> LayerReport:
-        """Round the layer in place."""
-        rounded = nvfp4(layer.weight)
-        rounded.put_into(layer)
-        return rounded.report(layer)
+        return nvfp4(weight)

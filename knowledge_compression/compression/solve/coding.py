@@ -27,6 +27,7 @@ class Coding:
         in_order: whether the inputs of a group are neighbours.
         symmetric: whether zero lies in the middle of the range.
         scale_bits: of a scale.
+        activations: whether a layer's inputs are rounded in the same way at run time.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Coding:
     in_order: bool = True
     symmetric: bool = True
     scale_bits: int = 32
+    activations: bool = False
 
     @property
     def group(self) -> int | None:

@@ -37,7 +37,7 @@ _ZERO_FP8, _ZERO_NVFP4 = 2.0**-23, 0.125  # the scales that compressed-tensors g
 
 @dataclass(frozen=True, eq=False)
 class FloatWeight(CodedWeight):
-    """A weight as small floats; all tensors are on the CPU.
+    """A weight as small floats, on the CPU; or, for a moment, a layer's inputs on the device of the layer.
 
     Attributes:
         kind: FP8, MXFP4 or NVFP4.
@@ -46,6 +46,8 @@ class FloatWeight(CodedWeight):
         scales: one per block, ``[ceil(out / block outputs), ceil(in / block inputs)]``: float32 (FP8), or as uint8 the
             bits of E8M0 (MXFP4) or E4M3 (NVFP4).
         whole: float32 ``[1]``, by which the scales of NVFP4 were multiplied; empty for the others.
+        activations: whether the layer's inputs are rounded too.
+        to_even: how powers of two were chosen, see :func:`mxfp4`.
     """
 
     kind: str
@@ -53,11 +55,13 @@ class FloatWeight(CodedWeight):
     codes: Tensor
     scales: Tensor
     whole: Tensor
+    activations: bool = False
+    to_even: bool = False
 
     @property
     def coding(self) -> Coding:
         """How the codes are to be read."""
-        return coding_of(self.kind, self.block)
+        return coding_of(self.kind, self.block, activations=self.activations)
 
     @property
     def real_scales(self) -> Tensor:
@@ -75,7 +79,8 @@ class FloatWeight(CodedWeight):
         from knowledge_compression.models.checkpoints.codes import FP4
 
         eight = _BITS[self.kind] == 8
-        numbers = self.codes.view(torch.float8_e4m3fn).float() if eight else torch.tensor(FP4)[self.codes.int()]
+        table = torch.tensor(FP4, device=self.codes.device)
+        numbers = self.codes.view(torch.float8_e4m3fn).float() if eight else table[self.codes.int()]
         return numbers * _spread(self.real_scales, self.block, self.codes.shape)
 
     def rows(self, start: int, end: int) -> FloatWeight:
@@ -89,26 +94,38 @@ class FloatWeight(CodedWeight):
         layer.weight.copy_(self.dequantize())
         layer.notes["quantized_weight"] = self
 
+    @property
+    def overhead_bits(self) -> int:
+        """Bits for all scales."""
+        return self.scales.numel() * _SCALE_BITS[self.kind] + 32 * self.whole.numel()
+
     def report(self, layer: TargetLayer) -> LayerReport:
         """Bits of the numbers, and of all scales."""
-        overhead = self.scales.numel() * _SCALE_BITS[self.kind] + 32 * self.whole.numel()
-        return LayerReport.of(layer, bits=float(_BITS[self.kind]), overhead_bits=overhead)
+        return LayerReport.of(layer, bits=float(_BITS[self.kind]), overhead_bits=self.overhead_bits)
 
     def taken_apart(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Codes and scales."""
         tensors = {name: getattr(self, name) for name in ("codes", "scales", "whole")}
-        return tensors, {"block": list(self.block)}
+        return tensors, {"block": list(self.block), "activations": self.activations, "to_even": self.to_even}
 
     @classmethod
     def put_together(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> FloatWeight:
         """The inverse of :meth:`taken_apart`."""
         first, second = settings["block"]
-        return cls(settings["kind"], (first, second), **tensors)
+        return cls(
+            settings["kind"],
+            (first, second),
+            tensors["codes"],
+            tensors["scales"],
+            tensors["whole"],
+            activations=settings["activations"],
+            to_even=settings["to_even"],
+        )
 
 
-def coding_of(kind: str, block: Block) -> Coding:
+def coding_of(kind: str, block: Block, *, activations: bool = False) -> Coding:
     """How such codes are to be read."""
-    return Coding(kind, _BITS[kind], block, scale_bits=_SCALE_BITS[kind])
+    return Coding(kind, _BITS[kind], block, scale_bits=_SCALE_BITS[kind], activations=activations)
 
 
 def fp8(weight: Tensor, block: Block) -> FloatWeight:
@@ -118,10 +135,14 @@ def fp8(weight: Tensor, block: Block) -> FloatWeight:
         weight: ``[out_features, in_features]``, finite, of any floating dtype.
         block: outputs and inputs that share a scale; None stands for all of them.
     """
-    weight = weight.to("cpu", torch.float32)
-    scales = _largest(weight, block) / _E4M3_MAX
+    return _fp8(weight.to("cpu", torch.float32), block)
+
+
+def _fp8(values: Tensor, block: Block) -> FloatWeight:
+    scales = _largest(values, block) / _E4M3_MAX
     scales = torch.where(scales == 0, _ZERO_FP8, scales)
-    return FloatWeight(FP8, block, _e4m3(weight / _spread(scales, block, weight.shape)), scales, torch.empty(0))
+    codes = (values / _spread(scales, block, values.shape)).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+    return FloatWeight(FP8, block, codes.view(torch.uint8), scales, torch.empty(0))
 
 
 def mxfp4(weight: Tensor, *, to_even: bool = False) -> FloatWeight:
@@ -132,14 +153,17 @@ def mxfp4(weight: Tensor, *, to_even: bool = False) -> FloatWeight:
         to_even: round a block's largest magnitude to one bit of mantissa before its power of two is taken, so that a
             magnitude of 7 times the scale does not have to become 6; otherwise the power of two is rounded down.
     """
-    weight = weight.to("cpu", torch.float32)
+    return _mxfp4(weight.to("cpu", torch.float32), to_even)
+
+
+def _mxfp4(values: Tensor, to_even: bool) -> FloatWeight:
     block = (1, 32)
-    fractions, exponents = torch.frexp(_largest(weight, block))  # a fraction in [0.5, 1), or 0
+    fractions, exponents = torch.frexp(_largest(values, block))  # a fraction in [0.5, 1), or 0
     exponents = exponents - 1 + (fractions >= 0.875).int() * to_even
     exponents = torch.where(fractions == 0, -_BIAS, exponents - _LARGEST_POWER).clamp(-_BIAS, _BIAS)
-    shares = torch.ldexp(weight, -_spread(exponents, block, weight.shape))
+    shares = torch.ldexp(values, -_spread(exponents, block, values.shape))
     scales = (exponents + _BIAS).to(torch.uint8)
-    return FloatWeight(MXFP4, block, _e2m1(shares), scales, torch.empty(0))
+    return FloatWeight(MXFP4, block, _e2m1(shares), scales, torch.empty(0), to_even=to_even)
 
 
 def nvfp4(weight: Tensor) -> FloatWeight:
@@ -151,25 +175,45 @@ def nvfp4(weight: Tensor) -> FloatWeight:
         weight: ``[out_features, in_features]``, finite, of any floating dtype.
     """
     weight = weight.to("cpu", torch.float32)
+    return _nvfp4(weight, weight.abs().amax().reshape(1))
+
+
+def _nvfp4(values: Tensor, largest: Tensor) -> FloatWeight:
+    """The same, with the largest magnitude of everything, ``[1]``, or of each row, ``[rows, 1]``."""
     block = (1, 16)
-    largest = weight.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    largest = largest.clamp(min=torch.finfo(torch.float32).tiny)
     # A product with the reciprocal, as in compressed-tensors, which differs from a quotient by a rounding.
-    whole = (largest.reciprocal() * (_E4M3_MAX * _E2M1_MAX)).nan_to_num(posinf=1.0).reshape(1)
-    scales = (whole * (_largest(weight, block) / _E2M1_MAX)).clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn).float()
+    whole = (largest.reciprocal() * (_E4M3_MAX * _E2M1_MAX)).nan_to_num(posinf=1.0)
+    scales = (whole * (_largest(values, block) / _E2M1_MAX)).clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn).float()
     scales = torch.where(scales == 0, _ZERO_NVFP4, scales)
-    shares = weight / _spread(scales / whole, block, weight.shape)
+    shares = values / _spread(scales / whole, block, values.shape)
     return FloatWeight(NVFP4, block, _e2m1(shares), scales.to(torch.float8_e4m3fn).view(torch.uint8), whole)
 
 
-def _e4m3(values: Tensor) -> Tensor:
-    return values.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+def rounded_tokens(values: Tensor, kind: str, block: Block, *, to_even: bool = False) -> Tensor:
+    """Inputs of a layer, rounded to small floats with scales from each token alone.
+
+    Args:
+        values: ``[..., in_features]``, float32, on any device; those that are not finite stay what they are.
+        kind: FP8, MXFP4 or NVFP4; the one float32 of NVFP4 is that of the token.
+        block: of the layer's weight, of which FP8 takes the number of inputs.
+        to_even: see :func:`mxfp4`.
+    """
+    if not values.numel():
+        return values
+    rows = values.flatten(0, -2)
+    if kind == FP8:
+        coded = _fp8(rows, (1, block[1]))
+    else:
+        coded = _mxfp4(rows, to_even) if kind == MXFP4 else _nvfp4(rows, rows.abs().amax(1, keepdim=True))
+    return torch.where(values.isfinite(), coded.dequantize().view_as(values), values)
 
 
 def _e2m1(values: Tensor) -> Tensor:
-    above = torch.tensor([edge for edge, _ in _UP_FROM])
-    ties = torch.tensor([tie for _, tie in _UP_FROM])
-    edges = torch.where(ties, above, above.nextafter(torch.tensor(torch.inf)))
-    codes = torch.bucketize(values.abs(), edges, right=True).to(torch.uint8)
+    above = torch.tensor([edge for edge, _ in _UP_FROM], device=values.device)
+    ties = torch.tensor([tie for _, tie in _UP_FROM], device=values.device)
+    edges = torch.where(ties, above, above.nextafter(torch.full_like(above, torch.inf)))
+    codes = torch.bucketize(values.abs().contiguous(), edges, right=True).to(torch.uint8)
     return codes | (values.signbit().to(torch.uint8) << 3)
 
 

@@ -158,7 +158,7 @@ class QuantizedWeight(CodedWeight):
 
 def quantized_weight(layer: TargetLayer) -> CodedWeight | None:
     """The codes of a layer's weight; None if it was not quantized or its weight has changed since."""
-    kept: FittedGrid | CodedWeight | None = layer.notes.get("quantized_weight")
+    kept: FittedGrid | CodedWeight | None = getattr(layer.replacement, "coded", layer.notes.get("quantized_weight"))
     if isinstance(kept, FittedGrid):
         kept = QuantizedWeight(kept.codes(layer.weight), kept)
     if kept is None or not torch.equal(kept.dequantize().to(layer.weight), layer.weight):

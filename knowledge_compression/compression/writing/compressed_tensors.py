@@ -93,6 +93,8 @@ class CompressedTensorsWriter(LayerWriter):
         """It holds every kind of code, in groups of neighbouring inputs."""
         if not coding.in_order:
             return NEIGHBOURS.format(self.name)
+        if coding.activations and coding.kind == NVFP4:
+            return f"{self.name} wants one scale for all inputs of a layer, and here each token has its own"
         return self.plain_linear(place)
 
     def tensors(self, weight: CodedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
@@ -109,7 +111,8 @@ class CompressedTensorsWriter(LayerWriter):
         coding = same("coding", list(coded.values()))
         layout = LAYOUTS[coding.kind]
         group: dict[str, Any] = {"targets": ["Linear"], "weights": _weights(coding, layout), "format": layout.name}
-        group |= {"input_activations": None, "output_activations": None}
+        inputs = _inputs(coding, group["weights"]) if coding.activations else None
+        group |= {"input_activations": inputs, "output_activations": None}
         return {
             "quant_method": "compressed-tensors",
             "format": layout.name,
@@ -130,3 +133,11 @@ def _weights(coding: Coding, layout: Layout) -> dict[str, Any]:
     if strategy == "block":
         weights["block_structure"] = [outputs, inputs]
     return weights | {"symmetric": coding.symmetric, "dynamic": False} | dict(layout.more)
+
+
+def _inputs(coding: Coding, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """How others are to round the inputs of a layer: token by token, or in blocks like those of the weights."""
+    strategy = "group" if coding.group else "token"
+    inputs = {name: weights[name] for name in ("num_bits", "type", "symmetric")} | {"dynamic": True}
+    inputs |= {"strategy": strategy} | ({"group_size": coding.group} if coding.group else {})
+    return inputs | ({"scale_dtype": weights["scale_dtype"]} if "scale_dtype" in weights else {})

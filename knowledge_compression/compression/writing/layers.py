@@ -137,7 +137,8 @@ def _left(
 ) -> dict[str, str | None]:
     """The paths of matrices that are not coded, and their roles."""
     roles = {layer.path: layer.role for layer in layers if layer.expert is None}
-    linears = [path for path, part in model.network.named_modules() if is_linear(part)]
+    experts = {layer.path for layer in layers if layer.expert}
+    linears = [path for path, part in model.network.named_modules() if is_linear(part) and path not in experts]
     left: dict[str, str | None] = {path: roles.get(path) for path in dict.fromkeys([*linears, *roles])}
     left |= {place.path: place.role for parts in places.values() for place in parts}
     return {path: role for path, role in left.items() if path not in coded}

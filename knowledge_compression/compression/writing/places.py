@@ -55,7 +55,8 @@ def places_of(layers: Iterable[TargetLayer]) -> dict[TargetLayer, list[Place]]:
     for layer in layers:
         outputs, inputs = layer.weight.shape
         if layer.expert is None:
-            kind = "Linear" if isinstance(layer.module, nn.Linear) else type(layer.module).__name__
+            plain = isinstance(layer.module, nn.Linear) or layer.is_replaced
+            kind = "Linear" if plain else type(layer.module).__name__
             found[layer] = [Place(layer.path, (outputs, inputs), layer.role, kind)] if layer.is_replaceable else []
             continue
         if layer.weight_name not in banks:

@@ -34,7 +34,7 @@ def fp4(packed: Tensor) -> Tensor:
 def powers_of_two(exponents: Tensor) -> Tensor:
     """``2 ** (e - 127)``, float32, of bytes (E8M0 of the OCP Microscaling Formats, v1.0); 255 is no number."""
     steps = exponents.view(torch.uint8).int()
-    return torch.where(steps == 255, torch.nan, torch.ldexp(torch.ones(steps.shape), steps - 127))
+    return torch.where(steps == 255, torch.nan, torch.ldexp(torch.ones_like(steps, dtype=torch.float32), steps - 127))
 
 
 def spread(scales: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> Tensor:
