@@ -7,9 +7,9 @@ import re
 import shlex
 
 import pytest
-from helpers.places import CONF, ROOT
 from hydra import compose, initialize_config_dir
 
+from helpers.places import CONF, ROOT
 from knowledge_compression.configuration import experiment_from
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/*.md")])

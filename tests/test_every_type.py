@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.places import ROOT
 from torch import Tensor
 
 from helpers.every_type import DECODERS, ENCODER_DECODERS, ENCODERS, TYPES, sentences, write_tiny
+from helpers.places import ROOT
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic

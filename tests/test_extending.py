@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.places import ROOT
 from hydra.core.global_hydra import GlobalHydra
 
+from helpers.places import ROOT
 from knowledge_compression.analysis.ledger import restores_by
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.families import EXCEPTIONS

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.places import CONF, ROOT
 
+from helpers.places import CONF, ROOT
 from knowledge_compression import heavy
 from knowledge_compression.models import device
 

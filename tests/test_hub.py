@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.places import ROOT
 
 from helpers.hub import COMMIT, serving
+from helpers.places import ROOT
 from knowledge_compression.identity import CONTENT
 from knowledge_compression.results.earlier import contents_of
 from knowledge_compression.results.store import RunStore

@@ -7,8 +7,8 @@ import sys
 import time
 
 import pytest
-from helpers.places import ROOT
 
+from helpers.places import ROOT
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.latency import Latency
 from knowledge_compression.evaluation.scoring import Scorer

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.places import CONF, PARTS, ROOT
 from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
@@ -18,6 +17,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from helpers.places import CONF, PARTS, ROOT
 from helpers.stores import made_run
 from knowledge_compression.errors import BadInput
 from knowledge_compression.results.store import RunStore

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.places import CONF, TESTS
 from transformers import AutoConfig
 
 from helpers.every_type import make
 from helpers.experiments import made
+from helpers.places import CONF, TESTS
 from knowledge_compression.evaluation.atlas import Atlas
 from knowledge_compression.evaluation.perplexity import Perplexity
 from knowledge_compression.library import choose

@@ -13,6 +13,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+
 from helpers.places import ROOT
 
 OWN = {"knowledge_compression", "hydra_plugins"}

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.places import ROOT
 
 from helpers.layers import random_layer, relative_error
+from helpers.places import ROOT
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.rtn import Rtn
 from knowledge_compression.compression.methods.sparsegpt import SparseGpt

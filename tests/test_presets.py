@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from helpers.places import CONF
 from hydra import compose, initialize_config_dir
 
+from helpers.places import CONF
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.compression.methods.structured import Structured

@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from helpers.places import PACKAGE
 
+from helpers.places import PACKAGE
 from knowledge_compression.progress import bars, shown
 
 SHOWING = "from knowledge_compression.progress import shown; print(list(shown(range(3), 'counting')))"

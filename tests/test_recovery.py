@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.places import CONF
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from peft import PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from helpers.networks import build_network
+from helpers.places import CONF
 from helpers.recoveries import SHORT, STRATEGIES
 from helpers.shipped import NEEDED
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic

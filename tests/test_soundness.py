@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.places import CONF
 from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from helpers.networks import VOCABULARY, build_network, make_tokenizer
+from helpers.places import CONF
 from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
 from knowledge_compression.models import Model, Target

@@ -16,12 +16,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.places import ROOT, TESTS
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
 from helpers.layers import ALL, windows
 from helpers.networks import MIXTURES, TINY, build_network, logits_of
+from helpers.places import ROOT, TESTS
 from helpers.streaming import METHODS, streamed
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.methods.hqq import Hqq

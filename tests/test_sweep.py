@@ -10,9 +10,9 @@ from typing import Any
 
 import polars as pl
 import pytest
-from helpers.places import PARTS
 from hydra.core.global_hydra import GlobalHydra
 
+from helpers.places import PARTS
 from knowledge_compression.compression.methods.rtn import Rtn
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.sweeping import sweeper as sweep

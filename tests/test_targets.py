@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from helpers.places import ROOT, TESTS
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from helpers.networks import TINY, build_network, logits_of
+from helpers.places import ROOT, TESTS
 from knowledge_compression.compression.methods.ablation import Ablation
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.errors import BadInput

@@ -14,10 +14,10 @@ from typing import Any
 import polars as pl
 import pytest
 import wandb
-from helpers.places import PARTS
 from hydra.core.global_hydra import GlobalHydra
 from wandb.proto.wandb_internal_pb2 import Record
 
+from helpers.places import PARTS
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.suite import item_table
 from knowledge_compression.results.store import Run
