@@ -143,7 +143,7 @@ class Experiment:
             targets = self.target.select(skeleton)
         if self.save_model:
             check_form(self.save_model, self.compression, targets)
-            writer_of(self.save_model).check(skeleton, lambda: self.source.tokenizer())
+            writer_of(self.save_model).check(skeleton, self.source)
         if self.streams and (self.loads or self.compares):
             check_memory(skeleton, self.device, self.dtype)
 

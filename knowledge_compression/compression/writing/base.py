@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,7 +11,7 @@ from knowledge_compression.compression.base import Compression
 from knowledge_compression.models import Model, Targets
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from knowledge_compression.models.loading import ModelSource
 
 
 class Writer(ABC):
@@ -30,12 +30,12 @@ class Writer(ABC):
         This is asked before anything is computed, of a network that may be on the meta device.
         """
 
-    def check(self, skeleton: Model, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> None:  # noqa: B027 (most forms hold every model)
+    def check(self, skeleton: Model, source: ModelSource) -> None:  # noqa: B027 (most forms hold every model)
         """Refuse a model that this form cannot hold, whatever is done to it.
 
         Args:
             skeleton: the model's network, which may be on the meta device.
-            tokenizer: reads its tokenizer.
+            source: where the model comes from.
 
         Raises:
             BadInput: it cannot.

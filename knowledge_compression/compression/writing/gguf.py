@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from knowledge_compression.compression.writing.base import Writer
 from knowledge_compression.models import Model, Targets
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from knowledge_compression.models.loading import ModelSource
 
 TYPES = (
     *("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4"),
@@ -35,11 +35,11 @@ class GgufWriter(Writer):
         """It holds the weights of every compression."""
         return None
 
-    def check(self, skeleton: Model, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> None:
+    def check(self, skeleton: Model, source: ModelSource) -> None:
         """Refuse an architecture, a setting or a tokenizer that such a file cannot describe."""
         from knowledge_compression.compression.formats.gguf import GgufModel
 
-        GgufModel.of(replace(skeleton, tokenizer=tokenizer()))
+        GgufModel.of(replace(skeleton, tokenizer=source.tokenizer()))
 
     def write(self, model: Model, folder: Path) -> Mapping[str, Any]:
         """Write the file into the folder."""
