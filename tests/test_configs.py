@@ -33,7 +33,7 @@ def test_every_choice_makes_an_experiment(choice):
 @pytest.mark.parametrize("choice", shipped("eval"))
 def test_every_suite_makes_an_experiment(choice, data_dir):
     name = choice.split("=")[1]
-    config, choices = composed(f"eval=[{name}]", f"data_dir={data_dir}")
+    config, choices = composed(f"eval=[{name}]", f"data_dir={data_dir}", *NEEDED.get(choice, []))
     assert list(experiment_from(config, choices).suites)
 
 

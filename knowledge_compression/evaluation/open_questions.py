@@ -1,0 +1,103 @@
+"""Questions answered in the model's own words: generated greedily, and compared with the accepted answers as texts."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models.families import ENCODER
+
+if TYPE_CHECKING:
+    from knowledge_compression.evaluation.scoring import Scorer
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class OpenQuestion:
+    """A question.
+
+    Attributes:
+        number: its place in the data set, from 0.
+        prompt: what the model reads.
+        answers: the accepted answers; the first is shown as the right one.
+        choices: answers to rank the first with, which is among them; empty if they are not ranked.
+    """
+
+    number: int
+    prompt: str
+    answers: Sequence[str]
+    choices: Sequence[str] = ()
+
+    @property
+    def id(self) -> str:
+        """Its id, of its place and its content."""
+        from knowledge_compression.evaluation.lm import item_id
+
+        return item_id(self.number, self._document)
+
+    @property
+    def _document(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, "answers": list(self.answers)}
+
+    def request(self, kind: str, arguments: tuple[Any, ...], index: int = 0) -> Any:
+        """The question as a request of lm-eval."""
+        from lm_eval.api.instance import Instance
+
+        return Instance(kind, self._document, arguments, index, ("", self.number, 1))
+
+
+def said(scorer: Scorer, questions: Sequence[OpenQuestion], most: int) -> list[str]:
+    """The first line that the model generates after each prompt, greedily, of at most ``most`` tokens.
+
+    Raises:
+        BadInput: the model is an encoder.
+    """
+    from knowledge_compression.evaluation.lm import ScorerLM
+
+    options = {"until": ["\n"], "max_gen_toks": most, "do_sample": False}
+    requests = [one.request("generate_until", (one.prompt, dict(options))) for one in questions]
+    return [text.strip() for text in ScorerLM(scorer).generate_until(requests)]
+
+
+def check_family(suite: str, scorer: Scorer) -> None:
+    """Refuse encoders, which generate no text."""
+    if scorer.model.family == ENCODER:
+        raise BadInput(
+            f"eval={suite} asks decoders and encoder-decoders, and {scorer.model.name} is an encoder; "
+            "choose eval=bear, eval=pararel, eval=lama or eval=atlas"
+        )
+
+
+def log_probs(scorer: Scorer, questions: Sequence[OpenQuestion]) -> list[list[float]]:
+    """The log-probability of each choice of each question, after its prompt and a space, in nats."""
+    from knowledge_compression.evaluation.lm import ScorerLM
+
+    requests = [
+        one.request("loglikelihood", (one.prompt, f" {choice}"), i)
+        for one in questions
+        for i, choice in enumerate(one.choices)
+    ]
+    scores = iter(ScorerLM(scorer).loglikelihood(requests))
+    return [[next(scores)[0] for _ in one.choices] for one in questions]
+
+
+def normal(text: str) -> str:
+    """The text in lower case, without punctuation, articles and superfluous space (as for SQuAD)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def matches(text: str, answers: Sequence[str]) -> bool:
+    """Whether the text is one of the answers, both in normal form."""
+    return normal(text) in {normal(answer) for answer in answers if normal(answer)}
+
+
+def contains(text: str, answers: Sequence[str]) -> bool:
+    """Whether the text contains one of the answers as whole words, both in normal form."""
+    within = f" {normal(text)} "
+    return any(f" {normal(answer)} " in within for answer in answers if normal(answer))

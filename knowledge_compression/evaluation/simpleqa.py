@@ -1,0 +1,133 @@
+"""SimpleQA: short questions with one indisputable answer, which a model may decline to answer.
+
+Wei et al. 2024, "Measuring short-form factuality in large language models". There a language model grades the answers.
+Here a rule does, the same for every model and without a network: an answer is correct if it contains the right one,
+*not attempted* if it is empty or says that the model does not know, and incorrect otherwise. Grades are therefore
+comparable between models here, and not with published ones.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.calibration import sampled
+from knowledge_compression.evaluation.open_questions import OpenQuestion, check_family, contains, normal, said
+from knowledge_compression.evaluation.suite import Evaluation, item_table
+from knowledge_compression.evaluation.tabular import Source
+from knowledge_compression.heavy import pl
+from knowledge_compression.identity import PLACE
+
+if TYPE_CHECKING:
+    from knowledge_compression.evaluation.scoring import Scorer
+
+READING = "simpleqa 1"  # version of the way from rows to grades; raised when it changes
+NAMES = ("simpleqa/simple_qa_test_set.csv", "simpleqa/test.csv", "simpleqa/test.jsonl")
+CORRECT, INCORRECT, NOT_ATTEMPTED = "correct", "incorrect", "not attempted"
+# What a model says that declines, in normal form (lower case, without punctuation and articles).
+_DECLINES = re.compile(
+    r"\b(i (do not|dont|cannot|cant|am not sure|am unable|have no)|im (not sure|unable|sorry)|i am sorry"
+    r"|(is|are) (not known|unknown|unclear)|unknown|no (information|idea)|not (sure|certain|available|publicly)"
+    r"|sorry|cannot (answer|determine|provide|say))\b"
+)
+
+
+@dataclass(frozen=True)
+class SimpleQA:
+    """SimpleQA as a suite, for decoders and encoder-decoders.
+
+    Attributes:
+        data_dir: a folder that contains ``simpleqa/``; None uses the hub.
+        prompt: what the model reads, with ``{question}``.
+        most: tokens generated for an answer, at most; only its first line counts.
+        limit: a random sample of at most this many questions.
+        hub_id: the data set on the hub.
+    """
+
+    data_dir: str | None = field(default=None, metadata=PLACE)
+    prompt: str = "Q: {question}\nA:"
+    most: int = 32
+    limit: int | None = None
+    hub_id: str = "basicv8vc/SimpleQA"
+
+    def __post_init__(self) -> None:
+        """Refuse options that ask nothing."""
+        if "{question}" not in self.prompt:
+            raise BadInput(f"simpleqa.prompt='{self.prompt}' lacks {{question}}")
+        if self.most < 1:
+            raise BadInput(f"simpleqa.most={self.most} generates nothing; give a number from 1")
+        sampled([], self.limit)
+
+    def fingerprint(self) -> str:
+        """Digest of the file that is read, or the hub's id; a damaged file is refused here."""
+        if self.data_dir is not None:
+            _ = self._questions
+        return self._source.digest(READING)
+
+    def check_data(self) -> None:
+        """Refuse data that is not to be had."""
+        _ = self._questions
+
+    def evaluate(self, scorer: Scorer) -> Evaluation:
+        """Ask every question.
+
+        Returns:
+            Items with a ``grade`` (correct, incorrect, not attempted) beside ``correct``. Metrics: ``accuracy``, which
+            is of all items, ``incorrect``, ``not_attempted``, ``correct_given_attempted``, and ``f_score``, the
+            harmonic mean of the first and the last (section 3 of the paper).
+        """
+        check_family("simpleqa", scorer)
+        questions, _ = self._questions
+        rows = [
+            {"suite": "simpleqa", "task": "simpleqa", "id": one.id, "prompt": one.prompt, "gold": one.answers[0]}
+            | {"prediction": text, "grade": graded(text, one.answers[0])}
+            for one, text in zip(questions, said(scorer, questions, self.most), strict=True)
+        ]
+        items = item_table([row | {"correct": row["grade"] == CORRECT} for row in rows], {"grade": pl.String()})
+        described = {
+            "facts": self.fingerprint(),
+            "graded": "by rule",
+            "prompt": self.prompt,
+            "most": self.most,
+            "limit": self.limit,
+            "duplicates_dropped": self._questions[1],
+        }
+        return Evaluation(grade_metrics(items), items, described)
+
+    @property
+    def _source(self) -> Source:
+        return Source("simpleqa", self.data_dir, NAMES, ("problem", "answer"), self.hub_id)
+
+    @cached_property
+    def _questions(self) -> tuple[list[OpenQuestion], int]:
+        """The questions that are asked, and how many rows said one again."""
+        rows = [row for _, row in self._source.rows()]
+        distinct = {str(row["problem"]): str(row["answer"]) for row in reversed(rows)}
+        every = [
+            OpenQuestion(number, self.prompt.replace("{question}", problem), [distinct[problem]])
+            for number, problem in enumerate(dict.fromkeys(str(row["problem"]) for row in rows))
+        ]
+        return sampled(every, self.limit), len(rows) - len(every)
+
+
+def graded(text: str, answer: str) -> str:
+    """The grade of an answer, by the rule of this module."""
+    if contains(text, [answer]):
+        return CORRECT
+    return NOT_ATTEMPTED if not normal(text) or _DECLINES.search(normal(text)) else INCORRECT
+
+
+def grade_metrics(items: pl.DataFrame) -> dict[str, float]:
+    """Shares of the grades, and the F-score."""
+    total = max(items.height, 1)
+    right, wrong, none = (int((items["grade"] == grade).sum()) for grade in (CORRECT, INCORRECT, NOT_ATTEMPTED))
+    metrics = {"accuracy": right / total, "incorrect": wrong / total, "not_attempted": none / total}
+    metrics |= {"items": float(items.height)}
+    if right + wrong:
+        given = right / (right + wrong)
+        metrics["correct_given_attempted"] = given
+        metrics["f_score"] = 2 * metrics["accuracy"] * given / (metrics["accuracy"] + given) if right else 0.0
+    return metrics
