@@ -132,6 +132,12 @@ def test_in_a_browser_the_filters_change_the_chart_and_the_search_finds_a_fact(s
     until(page, f"document.querySelectorAll('#drop-chart .scatterlayer .trace').length < {before}")
     page.fill("#fact-search", "q17")
     until(page, "document.querySelectorAll('#fact-list details.fact').length === 1")
+    answers = page.locator("#fact-list .answer")
+    assert answers.count() == 5  # of the dense model and the first four others, side by side
+    known = np.random.default_rng(0).random(120)[17] < 0.8
+    assert ("✓" if known else "✗") in answers.first.inner_text()
+    page.uncheck("#fact-runs input >> nth=1")
+    until(page, "document.querySelectorAll('#fact-list .answer').length === 4")
     page.focus("#fact-list details.fact summary")
     page.keyboard.press("Enter")
     page.wait_for_selector("#fact-list table")
@@ -143,6 +149,10 @@ def test_in_a_browser_the_filters_change_the_chart_and_the_search_finds_a_fact(s
     for kind, count in {"all flips": lost, "flips": lost, "lost": lost, "gained": 0, "wrong otherwise": 0}.items():
         page.select_option("#fact-change", kind)
         until(page, "n => document.querySelector('#fact-count').innerText.startsWith(`${n} facts`)", int(count))
+    page.check("#fact-runs label:has-text('ff') input >> nth=-1")
+    page.select_option("#fact-change", "lost")
+    until(page, "document.querySelectorAll('#fact-list .answer.changed').length > 0")
+    assert page.locator("#fact-list .answer.changed b").first.inner_text() == "lost"
     page.select_option("#fact-changed-in", "")
     page.fill("#fact-search", "q17")
     until(page, "document.querySelectorAll('#fact-list details.fact').length === 1")
@@ -151,8 +161,13 @@ def test_in_a_browser_the_filters_change_the_chart_and_the_search_finds_a_fact(s
     assert "flips" in page.locator("#overview-table thead").inner_text().lower()
     page.click("#fact-list button.run >> nth=1")
     assert "atlas.accuracy" in page.locator("#run-page").inner_text()
-    page.set_viewport_size({"width": 390, "height": 800})
-    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    for width in (1280, 800, 390):
+        page.set_viewport_size({"width": width, "height": 800})
+        until(page, "document.querySelector('#drop-chart .main-svg').clientWidth <= document.body.clientWidth")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width + 10
+        page.hover("#drop-chart .plot")
+        bar, legend = (page.locator(f"#drop-chart {part}").bounding_box() for part in (".modebar", ".legend"))
+        assert bar["x"] >= legend["x"] + legend["width"] or bar["y"] >= legend["y"] + legend["height"]
 
 
 @pytest.mark.slow

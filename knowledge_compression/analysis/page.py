@@ -69,7 +69,7 @@ def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
         labels={run.id: names.of(run.id) for run in runs},
         silent=[verdict.claim for verdict in verdicts if not verdict.findings],
         skipped=[*skipped, *comparisons.skipped],
-        counts=_counts(runs, comparisons, verdicts) | ({"folders left out": len(skipped)} if skipped else {}),
+        counts=_counts(runs, comparisons, verdicts, len(skipped)),
         version=__version__,
     )
     content = _packed(
@@ -98,14 +98,16 @@ def _packed(content: Any) -> str:
     return base64.b64encode(gzip.compress(json.dumps(finite(content)).encode(), mtime=0)).decode()
 
 
-def _counts(runs: Sequence[Run], comparisons: Comparisons, verdicts: Sequence[Verdict]) -> dict[str, int]:
-    return {
-        "runs": len(runs),
-        "dense baselines": sum(is_dense(run) for run in runs),
-        "models": len({run.config["choices"]["model"] for run in runs}),
-        "answers": sum(group.items.height * len(group.members) for group in comparisons),
-        "findings decided": sum(verdict.status != "undecided" for verdict in verdicts),
-    }
+def _counts(runs: Sequence[Run], comparisons: Comparisons, verdicts: Sequence[Verdict], skipped: int) -> dict[str, int]:
+    """How many there are of what, by the word for so many."""
+    found = {
+        ("run", "runs"): len(runs),
+        ("dense baseline", "dense baselines"): sum(is_dense(run) for run in runs),
+        ("model", "models"): len({run.config["choices"]["model"] for run in runs}),
+        ("answer", "answers"): sum(group.items.height * len(group.members) for group in comparisons),
+        ("finding decided", "findings decided"): sum(verdict.status != "undecided" for verdict in verdicts),
+    } | ({("folder left out", "folders left out"): skipped} if skipped else {})
+    return {one if count == 1 else several: count for (one, several), count in found.items()}
 
 
 def _run(run: Run, metrics: Mapping[str, tuple[float, Estimate | None]], names: Names) -> dict[str, Any]:

@@ -39,16 +39,18 @@ const ink = () => colour("--ink");
 const layout = (x, y, more = {}) => {
   const line = colour("--line");
   const axis = title => ({title: {text: title, standoff: 8}, gridcolor: line, zerolinecolor: line, automargin: true});
-  return {margin: {l: 60, r: 15, t: 15, b: 60}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: ink()},
-          xaxis: axis(x), yaxis: axis(y), legend: {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: {size: 11}}, hovermode: "closest", ...more};
+  return {margin: {l: 60, r: 40, t: 15, b: 60}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: ink()},
+          xaxis: axis(x), yaxis: axis(y), legend: {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: {size: 11}}, hovermode: "closest",
+          modebar: {orientation: "v", bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--accent")}, ...more};
 };
 const whole = (chart, count) => { chart.xaxis.dtick = Math.ceil(count / 20); return chart; };  // an axis of numbered blocks
-const CONFIG = {displaylogo: false, responsive: true};
+const CONFIG = {displaylogo: false, responsive: true};  // its tool bar stands upright in the right margin, beside the legend
 const FACETS = ["model", "suite", "target", "compression", "recovery"];
 const WENT = {"to the end": "after the last block too", late: "within the last third of the blocks", early: "in the first two thirds", "never there": "nowhere"};
 const OTHERWISE = "of these wrong otherwise", CHANGED = ["lost, of the known", "gained, of the unknown", "flips", "all flips"];
 const changed = row => [row.lost, row.gained, row.flips, row.all_flips].map(share => [interval(share), "number"]);
 const LINES = 16;  // in a chart before it is touched: with more, it starts with one model
+const BESIDE = 4;  // runs whose answers are shown side by side before others are chosen
 const SHOWN = 50;  // facts listed at once; the search narrows the rest
 const redraws = [];  // draw charts, anew when the colours change; each gives a promise
 
@@ -246,14 +248,28 @@ const main = ({runs, varying, points, measured, fates, names}, facts) => {
     gained: (before, after, i) => !before.right[i] && after.right[i],
     "wrong otherwise": (before, after, i) => !before.right[i] && !after.right[i] && before.said[i] !== after.said[i],
   };
-  const changedIn = at("fact-changed-in"), change = at("fact-change");
+  const changedIn = at("fact-changed-in"), change = at("fact-change"), beside = at("fact-runs");
   change.append(...Object.keys(KINDS).map(kind => make("option", kind, {value: kind})));
   const others = () => {
     const group = facts[Number(groupChoice.value || 0)];
     const ids = group ? Object.keys(group.runs).filter(id => id !== group.dense) : [];
     changedIn.replaceChildren(make("option", "whatever became of them", {value: ""}), ...ids.map(id => make("option", called(id), {value: id})));
     change.disabled = true;
+    beside.replaceChildren(make("legend", "Answers of"), ...(group ? [group.dense, ...ids] : []).map((id, i) => {
+      const label = make("label"), box = make("input", null, {type: "checkbox", value: id});
+      box.checked = i <= BESIDE;
+      label.append(box, ` ${called(id)}`);
+      return label;
+    }));
     list();
+  };
+  const answerOf = (group, id, i) => {
+    const run = group.runs[id], before = group.runs[group.dense];
+    const became = before && id !== group.dense ? ["lost", "gained", "wrong otherwise"].find(kind => KINDS[kind](before, run, i)) : undefined;
+    const node = make("span", null, {class: became ? "answer changed" : "answer"});
+    node.append(make("span", called(id), {class: "soft"}), make("span", `${run.right[i] ? "✓" : "✗"} ${group.strings[run.said[i]]}`, {class: run.right[i] ? "right" : "wrong"}));
+    if (became) node.append(make("b", became));
+    return node;
   };
   const list = () => {
     const g = Number(groupChoice.value || 0), group = facts[g], place = at("fact-list");
@@ -264,10 +280,13 @@ const main = ({runs, varying, points, measured, fates, names}, facts) => {
     const hits = [];
     haystack(g).forEach((text, i) => { if (words.every(word => text.includes(word)) && (!after || KINDS[change.value](before, after, i))) hits.push(i); });
     at("fact-count").textContent = `${hits.length} facts` + (hits.length > SHOWN ? `, the first ${SHOWN} shown` : "");
-    const all = Object.values(group.runs);
+    const all = Object.values(group.runs), chosen = [...beside.querySelectorAll("input:checked")].map(box => box.value);
     for (const i of hits.slice(0, SHOWN)) {
       const fact = make("details", null, {class: "fact"}), summary = make("summary", group.question[i] + " ");
       summary.append(make("b", group.answer[i]), make("span", ` – right in ${all.filter(run => run.right[i]).length} of ${all.length} runs`, {class: "soft"}));
+      const answers = make("span", null, {class: "answers"});
+      answers.append(...chosen.map(id => answerOf(group, id, i)));
+      summary.append(answers);
       fact.append(summary);
       fact.addEventListener("toggle", () => { if (fact.open && !fact.querySelector("table")) fact.append(answersTo(group, i)); });
       place.append(fact);
@@ -276,6 +295,7 @@ const main = ({runs, varying, points, measured, fates, names}, facts) => {
   let waiting;
   groupChoice.addEventListener("change", others);
   changedIn.addEventListener("change", () => { change.disabled = !changedIn.value; list(); }); change.addEventListener("change", list);
+  beside.addEventListener("change", list);
   search.addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(list, 80); });
   others();
 
@@ -307,6 +327,7 @@ const main = ({runs, varying, points, measured, fates, names}, facts) => {
     if (pressed) { choice.value = pressed.dataset.run; page(); at("run").scrollIntoView(); choice.focus(); }
   });
 
+  for (const link of document.querySelectorAll("nav a")) link.hidden = document.querySelector(link.hash).closest("[hidden]") !== null;
   const redraw = () => Promise.all(redraws.map(one => one()));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   return redraw().then(() => { document.body.dataset.ready = "yes"; });
