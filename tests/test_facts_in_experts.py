@@ -25,7 +25,7 @@ def study():
     return SimpleNamespace(**globals_of)
 
 
-def answered(lost: np.ndarray, target: str, compression: str, block: int, experts: list[int] | None, seed: int):
+def answered(lost: np.ndarray, target: str, compression: str, block: int | None, experts: list[int] | None, seed: int):
     """A run that answers all but these facts right, and the first of them never."""
     run = made_run(~lost & (np.arange(FACTS) > 0), compression=compression, target=target,
                    tasks=[f"r{relation}" for relation in range(RELATIONS)])  # fmt: skip
@@ -33,7 +33,7 @@ def answered(lost: np.ndarray, target: str, compression: str, block: int, expert
         bin=pl.Series(["head" if i % 8 < 4 else "tail" for i in range(FACTS)]),
         log_prob=pl.Series(np.where(lost, -3.0, -1.0)),
     )
-    limits = {"blocks": [block], "experts": experts}
+    limits = {"blocks": None if block is None else [block], "experts": experts}
     run.config |= {"target": limits if compression != "none" else {}, "seed": seed}
     run.config["model"] = {}
     run.report["model"]["made"] = {"recipe": {"training": {"seed": 0}}}
@@ -51,7 +51,7 @@ def world(lost_by) -> list:
     for block in BLOCKS:
         runs.append(answered(lost_by("smallest", block, 0), "experts", "magnitude", block, None, 0))
         runs.append(answered(lost_by("all", block, 0), "experts", "ablation", block, None, 0))
-    return runs
+    return [*runs, answered(np.ones(FACTS, bool), "experts", "ablation", None, None, 0)]
 
 
 def one_relation_an_expert(kind: str, block: int, number: int) -> np.ndarray:
@@ -73,7 +73,8 @@ def model(study):
 
 def test_removals_are_those_of_the_runs(study, model):
     assert {kind: len(removals.names) for kind, removals in model.removals.items()} == {
-        study.EXPERTS: 8, study.SPREAD: 8, study.ATTENTION: 8, study.SMALLEST: 2, study.ALL: 2,
+        study.EXPERTS: 8, study.SPREAD: 8, study.ATTENTION: 8, study.SMALLEST: 2, study.BLOCK: 2,
+        study.WHOLE: 1,
     }  # fmt: skip
     assert model.removals[study.EXPERTS].names == list(product(BLOCKS, EXPERTS))
     assert model.removals[study.EXPERTS].lost.shape == (8, FACTS - 1)  # the dense model knows all but one
@@ -108,7 +109,7 @@ def test_the_page_says_what_was_found(study, model, tmp_path):
     assert "| 0 | one expert | 0.0 % [0.0, 4.6] | 100.0 % [95.4, 100.0] |" in page  # each fact by one removal
     assert "| 0 | 0/1 | r1 | 20 | 5.1 |" in page
     assert "| 0 | the last token | 1.0 | 100.0 % [100.0, 100.0] | 79 |" in page
-    assert "| 0 | none | 7.0 | 0.0 % [0.0, 0.0] | 0 |" in page
+    assert "| 0 | none | 7.0 | 0.0 % [0.0, 4.6] | 0 |" in page
     assert (tmp_path / "figures" / "facts_in_experts.png").stat().st_size > 10_000
     study.main.__globals__["models"] = lambda _: []
     with pytest.raises(SystemExit, match="holds no model with every kind of removal"):

@@ -43,14 +43,9 @@ from knowledge_compression.statistics import (
 
 MARKER = "<!-- what follows is written by study.py -->"
 HELD_OUT = pl.col("asked_as") == "held_out"  # one item a fact, so that items are independent of each other
-EXPERTS, SPREAD, ATTENTION, SMALLEST, ALL = (
-    "one expert",
-    "random, all experts",
-    "random, attention",
-    "smallest",
-    "all experts",
-)
-KINDS = (EXPERTS, SPREAD, ATTENTION, SMALLEST)
+EXPERTS, SPREAD, ATTENTION, SMALLEST = "one expert", "random, experts", "random, attention", "smallest, experts"
+KINDS = (EXPERTS, SPREAD, ATTENTION, SMALLEST)  # as many weights each
+BLOCK, WHOLE = "all experts of a block", "all experts"
 PERMUTATIONS, RESAMPLES = 1000, 2000
 LAST, EARLIER, NONE = 2, 1, 0  # the tokens of a question that an expert reads: the last one, others only, or none
 READS = {LAST: "the last token", EARLIER: "only earlier tokens", NONE: "none"}
@@ -115,12 +110,14 @@ class Model:
 def kind_of(run: Run) -> tuple[str, tuple[int, int]] | None:
     """What kind of removal a run is, and its block and number."""
     target, choices = run.config["target"], run.config["choices"]
-    (block,) = target["blocks"]
+    (block,) = target["blocks"] or [0]
     match choices["target"], choices["compression"], target["experts"]:
+        case "experts", "ablation", None if target["blocks"] is None:
+            return WHOLE, (0, 0)
         case "experts", "ablation", [expert]:
             return EXPERTS, (block, expert)
         case "experts", "ablation", None:
-            return ALL, (block, 0)
+            return BLOCK, (block, 0)
         case "experts", "random", None:
             return SPREAD, (block, run.config["seed"])
         case "att", "random", None:
@@ -165,6 +162,11 @@ def log_probs(group: Group, run: Run) -> NDArray[np.float64]:
     """Log-probability of the right answer to each item, in the dense run's order."""
     said = items_of(run, group.asked.suite).select(*KEY, "log_prob").collect()
     return group.items.join(said, on=KEY, how="left", maintain_order="left")["log_prob"].to_numpy()
+
+
+def share_of(values: NDArray[np.float64]) -> Estimate:
+    """Mean over facts; if no fact was lost, with the interval of the share that could have been."""
+    return mean(values) if values.any() else proportion(0, len(values))
 
 
 def reads_of(model: Model) -> NDArray[np.int64]:
@@ -288,10 +290,12 @@ def losses(found: Sequence[Model]) -> list[str]:
     rows = []
     for model in found:
         experts = model.removals[EXPERTS]
-        for kind, removals in model.removals.items():
+        for kind in (*KINDS, BLOCK, WHOLE):
+            removals = model.removals[kind]
             counts = removals.lost.sum(1)
-            against = "" if kind == EXPERTS else points(mean_difference(experts.each - removals.each))
-            told = [str(model.seed), kind, str(len(removals.names)), percent(mean(removals.each))]
+            same = kind in KINDS and kind != EXPERTS  # number of weights
+            against = points(mean_difference(experts.each - removals.each)) if same else ""
+            told = [str(model.seed), kind, str(len(removals.names)), percent(share_of(removals.each))]
             rows.append([*told, f"{counts.min()}-{counts.max()}", against, points(head_minus_tail(model, removals))])
     heads = ["training", "removed", "removals", "of the known facts lost by one", "facts, least to most"]
     return markdown.table([*heads, "one expert minus this, points", "head minus tail, points"], rows)
@@ -359,8 +363,8 @@ def blocks(found: Sequence[Model]) -> list[str]:
     for model in found:
         for block in model.blocks:
             of = {kind: removals.of_block(block) for kind, removals in model.removals.items()}
-            some, every = accuracy(of[EXPERTS].times > 0), accuracy(of[ALL].lost[0])
-            each = [mean(of[kind].each) for kind in KINDS]
+            some, every = accuracy(of[EXPERTS].times > 0), accuracy(of[BLOCK].lost[0])
+            each = [share_of(of[kind].each) for kind in KINDS]
             rows.append([str(model.seed), str(block), *map(percent, [*each, some, every])])
     heads = ["training", "block", *KINDS, "lost by some one of the eight", "by all eight at once"]
     return markdown.table(heads, rows)
@@ -378,7 +382,13 @@ def routed(found: Sequence[Model]) -> list[str]:
             asked = these.any(axis=0)
             share = (lost & these).sum(0)[asked] / these.sum(0)[asked]
             rows.append(
-                [str(model.seed), name, f"{these.sum(0).mean():.1f}", percent(mean(share)), str((lost & these).sum())]
+                [
+                    str(model.seed),
+                    name,
+                    f"{these.sum(0).mean():.1f}",
+                    percent(share_of(share)),
+                    str((lost & these).sum()),
+                ]
             )
     heads = ["training", "tokens of the question that the expert reads", "experts a question, mean"]
     return markdown.table([*heads, "of the facts lost by its removal", "facts lost, all experts"], rows)
@@ -400,7 +410,10 @@ def draw(found: Sequence[Model], path: Path) -> None:
     heat.set(xlabel="expert removed, block by block", title="known facts of a relation lost (%)")
     figure.colorbar(drawn, ax=heat)
     for place, kind in enumerate(KINDS):
-        values = [mean(100 * first.removals[kind].of_block(block).each) for block in first.blocks]
+        values = [
+            share_of(first.removals[kind].of_block(block).each).through(lambda share: 100 * share)
+            for block in first.blocks
+        ]
         bars(by_block, kind, values, [block + (place - 1.5) * 0.2 for block in first.blocks], 0.2)
     by_block.set_xticks(first.blocks)
     by_block.set(xlabel="block", ylabel="known facts lost by one removal (%)", title="as many weights elsewhere")
@@ -418,7 +431,7 @@ def draw(found: Sequence[Model], path: Path) -> None:
 
 def main(store: Path, folder: Path) -> None:
     """Read the runs under ``store`` and write the study's files into ``folder``."""
-    found = [model for model in models(store) if {*KINDS, ALL} <= model.removals.keys()]
+    found = [model for model in models(store) if {*KINDS, BLOCK, WHOLE} <= model.removals.keys()]
     if not found:
         sys.exit(f"error: {store} holds no model with every kind of removal; run the preset first")
     (folder / "figures").mkdir(parents=True, exist_ok=True)
