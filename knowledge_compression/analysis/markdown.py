@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from knowledge_compression.analysis.claims import Claim
 from knowledge_compression.analysis.comparisons import Comparisons
 from knowledge_compression.analysis.fates import OVERALL, RESTORED, shares_of_fates, shares_restored
 from knowledge_compression.analysis.findings import Finding, Verdict
-from knowledge_compression.analysis.tables import DISTANCES, distance_table
+from knowledge_compression.analysis.tables import CALIBRATION, DISTANCES, calibration_table, distance_table
 from knowledge_compression.statistics import Estimate
 
 
@@ -21,6 +22,7 @@ def report(comparisons: Comparisons, verdicts: Sequence[Verdict]) -> str:
         "Accuracy and what was lost": fates(comparisons),
         "What brought lost facts back": restored(comparisons),
         "Distance to the dense model": distances(comparisons),
+        "Calibration": calibration(comparisons),
         "Left out": [f"- {_code(run)}: {plain(why)}" for run, why in comparisons.skipped],
     }
     return "\n".join("\n".join([f"## {title}", "", *lines, ""]) for title, lines in sections.items() if lines)
@@ -84,16 +86,28 @@ def restored(comparisons: Comparisons) -> list[str]:
 def distances(comparisons: Comparisons) -> list[str]:
     """One row per run with ``distance=true``: how far its distributions lie from the dense model's."""
 
-    def told(value: Estimate | float | None) -> str:
-        if isinstance(value, Estimate):
-            return f"{value.value:.3g} [{value.low:.3g}, {value.high:.3g}]"
-        return "" if value is None else f"{value:.3g}"
-
     rows = distance_table(comparisons).rows
-    return table(
-        ["run", "suite", *(name.replace("_", " ") for name in DISTANCES)],
-        [[plain(row["run"]), plain(row["suite"]), *(told(row[name]) for name in DISTANCES)] for row in rows],
-    )
+    return table(["run", "suite", *map(_spaced, DISTANCES)], [_plainly(row, DISTANCES) for row in rows])
+
+
+def calibration(comparisons: Comparisons) -> list[str]:
+    """One row per run: whether its confidence means something, and how that differs from the dense model's."""
+    rows = calibration_table(comparisons).rows
+    return table(["run", "suite", *map(_spaced, CALIBRATION)], [_plainly(row, CALIBRATION) for row in rows])
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _plainly(row: Mapping[str, Any], figures: Sequence[str]) -> list[str]:
+    return [plain(f"{row['model']} {row['run']}"), plain(row["suite"]), *(_number(row[name]) for name in figures)]
+
+
+def _number(value: Estimate | float | None) -> str:
+    if isinstance(value, Estimate):
+        return f"{value.value:.3g} [{value.low:.3g}, {value.high:.3g}]"
+    return "" if value is None else f"{value:.3g}"
 
 
 def _finding(claim: Claim, finding: Finding) -> list[str]:

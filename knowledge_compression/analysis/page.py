@@ -18,6 +18,7 @@ import yaml
 from jinja2 import Environment, PackageLoader
 
 from knowledge_compression import __version__
+from knowledge_compression.analysis.calibration import calibrated
 from knowledge_compression.analysis.comparisons import KEY, Comparisons, Group, compare, is_dense, items_of
 from knowledge_compression.analysis.fates import (
     FATES,
@@ -31,6 +32,7 @@ from knowledge_compression.analysis.findings import Verdict, check
 from knowledge_compression.analysis.ledger import looked_into
 from knowledge_compression.analysis.metrics import with_intervals
 from knowledge_compression.analysis.naming import reading_order
+from knowledge_compression.analysis.tables import CALIBRATION
 from knowledge_compression.errors import first_line
 from knowledge_compression.results.shape import finite
 from knowledge_compression.results.store import Run
@@ -79,6 +81,7 @@ def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
             "points": [point for group in comparisons for point in _points(group)],
             "measured": [point for group in comparisons.measured for point in _measured(group)],
             "fates": [_fates(group) for group in comparisons],
+            "sure": [row for group in comparisons for row in _sure(group)],
             "names": {"fates": FATES, "restored": RESTORED},
         }
     )
@@ -166,6 +169,15 @@ def _measured(group: Group) -> list[dict[str, Any]]:
         {"run": run.id, "suite": group.asked.name, "of": group.asked.suite, "metric": metric}
         | {"seeds": len(group.seeds_of(run))}
         for run in group.settings
+    ]
+
+
+def _sure(group: Group) -> list[dict[str, Any]]:
+    """Calibration of each setting of a group, if its answers are ranked among a list."""
+    return [
+        {"run": one.run.id, "suite": group.asked.name, "answers": one.answers}
+        | {name: _interval(getattr(one, name)) for name in CALIBRATION}
+        for one in calibrated(group)
     ]
 
 

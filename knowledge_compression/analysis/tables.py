@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 
 from knowledge_compression.analysis import published
+from knowledge_compression.analysis.calibration import COVERAGE, calibrated
 from knowledge_compression.analysis.comparisons import Comparisons, Group
 from knowledge_compression.analysis.fates import CATEGORIES, FATES, RESTORED, shares_by_setting, shares_restored
 from knowledge_compression.analysis.metrics import with_intervals
@@ -176,6 +177,7 @@ def fates_table(comparisons: Comparisons) -> PaperTable:
 
 
 # Statistics of distance over positions, as metrics and as columns.
+CALIBRATION = ("error", "error_change", "brier", "brier_change", "size", "size_change", "coverage", "coverage_of_dense")
 _OVER_POSITIONS = ("", "_median", "_p99", "_p99_9")
 DISTANCES = (
     *(f"{kl}{statistic}" for kl in ("kl", "reverse_kl") for statistic in _OVER_POSITIONS),
@@ -191,7 +193,7 @@ def distance_table(comparisons: Comparisons) -> PaperTable:
     rows = []
     for group, run in found:
         row: dict[str, Any] = {"model": group.asked.model, "suite": group.asked.name}
-        row["run"] = comparisons.names.of(run.id, ("eval",))
+        row["run"] = comparisons.names.of(run.id, ("model", "eval"))
         for name in DISTANCES:
             value, estimate = told[run.id].get(f"{group.asked.suite}.{name}", (None, None))
             row[name] = estimate or value
@@ -204,7 +206,23 @@ def distance_table(comparisons: Comparisons) -> PaperTable:
     return PaperTable("distance", caption, rows, shares=False)
 
 
-TABLES = (parameters_table, cost_table, recovery_table, fates_table, distance_table)
+def calibration_table(comparisons: Comparisons) -> PaperTable:
+    """Calibration error, Brier score and conformal sets of every run whose answers are ranked among a list."""
+    rows = []
+    for group in comparisons:
+        for one in calibrated(group):
+            row: dict[str, Any] = {"model": group.asked.model, "suite": group.asked.name}
+            row |= {"run": comparisons.names.of(one.run.id, ("model", "seed", "eval")), "answers": one.answers}
+            rows.append(row | {name: getattr(one, name) for name in CALIBRATION})
+    caption = (
+        "Confidence among the answers that an item is ranked with: expected calibration error (15 bins), Brier score, "
+        f"size and coverage of conformal answer sets at {COVERAGE:.0%}, coverage by the dense model's threshold, and "
+        "changes against the dense model, paired by item; 95 % intervals."
+    )
+    return PaperTable("calibration", caption, rows, shares=False)
+
+
+TABLES = (parameters_table, cost_table, recovery_table, fates_table, distance_table, calibration_table)
 
 
 def write(table: PaperTable, folder: Path) -> list[Path]:

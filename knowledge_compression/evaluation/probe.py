@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from knowledge_compression.evaluation.cloze import (
     distributions,
     reader_of,
 )
+from knowledge_compression.evaluation.confidence import columns, confidence
 from knowledge_compression.evaluation.scoring import Blank, likeliest
 from knowledge_compression.evaluation.suite import Evaluation, accuracy_metrics, item_table
 from knowledge_compression.heavy import pl, torch
@@ -52,6 +53,7 @@ class Ranking:
         choices: number of answers among which it was ranked.
         prediction: the gold answer if it ranks first, otherwise the best wrong answer.
         prediction_log_prob: the prediction's natural log-probability before calibration.
+        sure: the columns of :mod:`.confidence`; none if it was ranked in a vocabulary.
     """
 
     log_prob: float | None
@@ -60,6 +62,7 @@ class Ranking:
     choices: int
     prediction: str
     prediction_log_prob: float
+    sure: dict[str, Any] = field(default_factory=dict)
 
     @property
     def correct(self) -> bool:
@@ -143,7 +146,7 @@ class Probe:
                 rankings = self._rank_vocabulary(reader, read, there, singles, allowed=ranked, sizes=sizes)
         items = item_table(
             [_row(suite, cloze, ranking) for cloze, ranking in zip(asked, rankings, strict=True)],
-            dict.fromkeys(EXTRA_COLUMNS, pl.String()),
+            dict.fromkeys(EXTRA_COLUMNS, pl.String()) | columns(),
         )
         left_out: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for cloze, reason in zip(clozes[:count], reasons, strict=False):
@@ -282,7 +285,7 @@ def cloze_metrics(items: pl.DataFrame, top_k: Iterable[int]) -> dict[str, float]
 def _row(suite: str, cloze: Cloze, ranking: Ranking) -> dict[str, Any]:
     asked = {"suite": suite, "task": cloze.task, "id": cloze.id, "prompt": cloze.sentence, "gold": cloze.gold}
     about = {"subject": cloze.subject, "fact": cloze.fact, "wording": cloze.wording}
-    return asked | about | {"correct": ranking.correct} | vars(ranking)
+    return asked | about | {"correct": ranking.correct} | vars(ranking) | ranking.sure
 
 
 def rank_among(
@@ -310,7 +313,10 @@ def rank_among(
     rank = 1 + int((wrong & ~(calibrated < calibrated[place])).sum())
     said = place if rank == 1 else int(best.argmax())
     margin = float(calibrated[place] - best.max()) if wrong.any() else None
-    return Ranking(float(raw[place]), margin, rank, 1 + int(wrong.sum()), names[said], float(raw[said]))
+    among = wrong.clone()
+    among[place] = True
+    sure = confidence(calibrated[among].tolist(), int(among[:place].sum()))
+    return Ranking(float(raw[place]), margin, rank, int(among.sum()), names[said], float(raw[said]), sure)
 
 
 def _vocabulary_means(

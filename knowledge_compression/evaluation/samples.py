@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+from knowledge_compression.evaluation.confidence import columns, confidence
 from knowledge_compression.heavy import pl
 
 Sample = Mapping[str, Any]
@@ -83,6 +84,7 @@ def answer_of(
         "gold": choices[gold_index],
         "gold_index": gold_index,
         "log_prob": scores[gold_index],
+        **confidence(scores, gold_index),
         "margin": _margin(scores[gold_index], wrong),
         "rank": 1 + sum(score > scores[gold_index] for score in wrong),
     }
@@ -104,7 +106,7 @@ def extra_columns() -> dict[str, pl.DataType]:
         "share": pl.Float64(),  # what an item gives where it is neither right nor wrong, e.g. a share of probability
         # The answer under each filter, where a task has several; the other columns are of the first.
         "filters": pl.List(pl.Struct(answer)),
-    }
+    } | columns()
 
 
 def accuracies(items: pl.DataFrame) -> dict[str, float]:

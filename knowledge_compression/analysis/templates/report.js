@@ -54,7 +54,7 @@ const BESIDE = 4;  // runs whose answers are shown side by side before others ar
 const SHOWN = 50;  // facts listed at once; the search narrows the rest
 const redraws = [];  // draw charts, anew when the colours change; each gives a promise
 
-const main = ({runs, varying, points, measured, fates, names}, facts) => {
+const main = ({runs, varying, points, measured, fates, sure, names}, facts) => {
   const byId = Object.fromEntries(runs.map(run => [run.id, run]));
   const rows = points.map(point => ({...byId[point.run], ...point}));
   const called = id => byId[id].label;
@@ -151,6 +151,15 @@ const main = ({runs, varying, points, measured, fates, names}, facts) => {
                 customdata: theirs.map(row => literal(row.setting)), hovertemplate: "%{customdata}<br>KL %{x:.3g}, flips %{y:.1f} %<extra></extra>"};
       }), chart, CONFIG);
     });
+  }
+
+  // Calibration
+  at("calibration").hidden = !sure.length;
+  if (sure.length) {
+    const figure = e => e ? [`${e[0].toPrecision(3)}${e[1] === null ? "" : ` [${e[1].toPrecision(3)}, ${e[2].toPrecision(3)}]`}`, "number"] : ["", "number"];
+    at("calibration-table").append(table(["run", "suite", "answers", "calibration error", "change", "Brier score", "change", "answers in a conformal set", "change", "sets that hold the right answer", "by the dense model's threshold"],
+      sure.map(row => [button(row.run, byId[row.run].setting), row.suite, [row.answers.toFixed(1), "number"], ...[row.error, row.error_change, row.brier, row.brier_change, row.size, row.size_change].map(figure),
+        [interval(row.coverage), "number"], [interval(row.coverage_of_dense), "number"]])));
   }
 
   // Fates

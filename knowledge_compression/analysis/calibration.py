@@ -1,0 +1,200 @@
+"""Whether confidence still means something: calibration error, Brier score and conformal sets, dense and compressed.
+
+Confidence is the share of an answer among those it is ranked with (``evaluation/confidence.py``). The calibration error
+is that of Guo et al. (2017), over fifteen bins of equal width; the Brier score is the multi-class one, from 0 to 2.
+Conformal sets are those of split conformal prediction (Sadinle et al., 2019): with the right answers' shares on one
+half of the items a threshold is set, and the set of an item of the other half holds the answers whose share reaches it,
+so that it holds the right one with 90 % probability. Halves are drawn twenty times, the same ones for every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from knowledge_compression.analysis.comparisons import KEY, Group, items_of
+from knowledge_compression.resampling import CONFIDENCE, RESAMPLES_OF_ONE_SEED, SEED
+from knowledge_compression.results.store import Run
+from knowledge_compression.statistics import Estimate, means
+
+BINS = 15
+COVERAGE = 0.9  # asked of conformal sets
+HALVES = 20
+FEWEST = 40  # items of a group, so that half of them set a threshold
+_AT_A_TIME = 64  # resamples, so that their draws stay small
+
+
+@dataclass(frozen=True)
+class Sure:
+    """A run's confidence in the items of a group.
+
+    Attributes:
+        right: whether each item is answered right, ``[items]``.
+        shares: of the answers of each, largest first, padded with -1: ``[items, answers]``.
+        gold: share of the right answer, ``[items]``.
+        brier: Brier score of each, ``[items]``.
+    """
+
+    right: NDArray[np.bool_]
+    shares: NDArray[np.float64]
+    gold: NDArray[np.float64]
+    brier: NDArray[np.float64]
+
+    @cached_property
+    def gaps(self) -> NDArray[np.float64]:
+        """Confidence minus correctness of each item in the column of its bin: ``[items, bins]``."""
+        confidence = self.shares[:, 0]
+        bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+        found = np.zeros((len(bins), BINS))
+        found[np.arange(len(bins)), bins] = confidence - self.right
+        return found
+
+    def threshold(self, items: NDArray[np.bool_]) -> float:
+        """The least share with which an answer belongs to a set, by the right answers of some items.
+
+        The right answer of a new item reaches it with probability :data:`COVERAGE` at least: the k-th smallest share of
+        n, k = floor((n + 1) (1 - coverage)), and zero where that is none.
+        """
+        shares = np.sort(self.gold[items])
+        place = len(shares) + 1 - ceil((len(shares) + 1) * COVERAGE - 1e-9)
+        return float(shares[place - 1]) if place else 0.0
+
+    def sizes(self, threshold: float) -> NDArray[np.int64]:
+        """Number of answers in the set of each item; where more than those kept would belong to it, their number."""
+        return (self.shares >= np.float32(threshold)).sum(1)
+
+    def covered(self, threshold: float) -> NDArray[np.bool_]:
+        """Whether the set of each item holds the right answer."""
+        return self.gold >= threshold
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """One run of a group beside its baseline.
+
+    Attributes:
+        run: the run; of several seeds the one with the lowest.
+        answers: number of answers an item is ranked with, on average.
+        error, brier, size: calibration error, mean Brier score, and mean size of a conformal set.
+        coverage: share of conformal sets that hold the right answer.
+        coverage_of_dense: the same where the threshold is that of the dense model.
+        error_change, brier_change, size_change: this run's minus the dense model's, paired by item; None for the dense
+            run itself.
+    """
+
+    run: Run
+    answers: float
+    error: Estimate
+    brier: Estimate
+    size: Estimate
+    coverage: Estimate
+    coverage_of_dense: Estimate
+    error_change: Estimate | None
+    brier_change: Estimate | None
+    size_change: Estimate | None
+
+
+def calibrated(group: Group) -> list[Calibrated]:
+    """Every setting of a group, the dense one first; empty if the baseline lacks confidence or has too few items."""
+    dense = sure_of(group, group.dense)
+    if dense is None or len(dense.right) < FEWEST:
+        return []
+    halves = _halves(len(dense.right))
+    limits = [dense.threshold(half) for half in halves]
+    found = []
+    choices = items_of(group.dense, group.asked.suite).select(pl.col("choices").mean()).collect()["choices"].item()
+    before = _of_items(dense, halves, limits, limits)
+    for run in group.settings:
+        sure = dense if run is group.dense else sure_of(group, run)
+        if sure is None:
+            continue
+        after = before if sure is dense else _of_items(sure, halves, [sure.threshold(h) for h in halves], limits)
+        brier, size, coverage, of_dense = means([sure.brier, *after])
+        changes: tuple[Estimate | None, ...] = (None, None, None)
+        if sure is not dense:
+            by_item = means([sure.brier - dense.brier, after[0] - before[0]])
+            changes = (error_change(dense, sure), *by_item)
+        found.append(Calibrated(run, float(choices), error(sure), brier, size, coverage, of_dense, *changes))
+    return found
+
+
+def sure_of(group: Group, run: Run) -> Sure | None:
+    """A run's confidence in the items of a group, in their order; None if it was not recorded for all of them."""
+    items = items_of(run, group.asked.suite)
+    names = ["correct", "shares", "gold_share", "brier"]
+    if not {*names} <= {*items.collect_schema()}:
+        return None
+    there = group.items.join(items.select(*KEY, *names).collect(), on=KEY, how="left", maintain_order="left")
+    if there["gold_share"].null_count() or there["shares"].null_count() or there["correct"].null_count():
+        return None
+    lengths = there["shares"].list.len().to_numpy()
+    shares = np.full((there.height, int(lengths.max())), -1.0)
+    shares[np.arange(shares.shape[1]) < lengths[:, None]] = there["shares"].explode().to_numpy()
+    return Sure(there["correct"].to_numpy(), shares, there["gold_share"].to_numpy(), there["brier"].to_numpy())
+
+
+def error(sure: Sure) -> Estimate:
+    """The calibration error with a percentile bootstrap interval over items.
+
+    An error that is a sum of absolute values is never small by chance alone: with few items its interval lies above 0
+    for a calibrated model too.
+    """
+    low, high, _ = _ends(np.concatenate([_errors(sure.gaps, weights) for weights in _draws(len(sure.right))]))
+    value = float(_errors(sure.gaps, np.ones((1, len(sure.right))))[0])
+    return Estimate(value, low, high, len(sure.right))
+
+
+def error_change(before: Sure, after: Sure) -> Estimate:
+    """The change of the calibration error, both over the same items drawn anew in each resample; p by the bootstrap."""
+    n = len(before.right)
+    resampled = [_errors(after.gaps, weights) - _errors(before.gaps, weights) for weights in _draws(n)]
+    low, high, p = _ends(np.concatenate(resampled))
+    one = np.ones((1, n))
+    return Estimate(float((_errors(after.gaps, one) - _errors(before.gaps, one))[0]), low, high, n, p)
+
+
+def _of_items(
+    sure: Sure, halves: NDArray[np.bool_], own: list[float], others: list[float]
+) -> list[NDArray[np.float64]]:
+    """Of each item, size and coverage by the run's own thresholds, and coverage by others, mean over halves."""
+    tested = (~halves).sum(0)
+    pairs = list(zip(~halves, own, others, strict=True))
+    sizes = sum(test * sure.sizes(limit) for test, limit, _ in pairs) / tested
+    covered = sum(test * sure.covered(limit) for test, limit, _ in pairs) / tested
+    of_others = sum(test * sure.covered(limit) for test, _, limit in pairs) / tested
+    return [sizes, covered, of_others]
+
+
+def _halves(n: int) -> NDArray[np.bool_]:
+    """The items that set a threshold, each item in every other of them: ``[HALVES, n]``."""
+    rng = np.random.default_rng(SEED)
+    halves = np.zeros((HALVES, n), bool)
+    for pair in halves.reshape(HALVES // 2, 2, n):
+        pair[0, rng.permutation(n)[: n // 2]] = True
+        pair[1] = ~pair[0]
+    return halves
+
+
+def _draws(n: int) -> Iterator[NDArray[np.int64]]:
+    """How often each item is drawn, in resamples of which a few at a time are given, ``[resamples, n]``."""
+    rng = np.random.default_rng(SEED)
+    for start in range(0, RESAMPLES_OF_ONE_SEED, _AT_A_TIME):
+        yield rng.multinomial(n, np.full(n, 1 / n), size=min(_AT_A_TIME, RESAMPLES_OF_ONE_SEED - start))
+
+
+def _errors(gaps: NDArray[np.float64], weights: NDArray[np.float64 | np.int64]) -> NDArray[np.float64]:
+    """The calibration error of each weighting of the items, ``[weightings]``."""
+    errors: NDArray[np.float64] = np.abs(weights @ gaps).sum(1) / gaps.shape[0]
+    return errors
+
+
+def _ends(resampled: NDArray[np.float64]) -> tuple[float, float, float]:
+    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    beyond = min((resampled <= 0).sum(), (resampled >= 0).sum())
+    return float(low), float(high), float(min(1.0, 2 * (1 + beyond) / (1 + len(resampled))))
