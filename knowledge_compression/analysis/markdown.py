@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from knowledge_compression.analysis import wordings
 from knowledge_compression.analysis.claims import Claim
 from knowledge_compression.analysis.comparisons import Comparisons
 from knowledge_compression.analysis.fates import OVERALL, RESTORED, shares_of_fates, shares_restored
@@ -21,6 +22,8 @@ def report(comparisons: Comparisons, verdicts: Sequence[Verdict]) -> str:
         "Findings": findings(verdicts),
         "Accuracy and what was lost": fates(comparisons),
         "What brought lost facts back": restored(comparisons),
+        "Known in all, some or none of the wordings": by_fact(comparisons),
+        "Facts lost in one wording and kept in another": displaced(comparisons),
         "Distance to the dense model": distances(comparisons),
         "Calibration": calibration(comparisons),
         "Left out": [f"- {_code(run)}: {plain(why)}" for run, why in comparisons.skipped],
@@ -81,6 +84,31 @@ def restored(comparisons: Comparisons) -> list[str]:
             told = [names[row["compressed"]], ", ".join(row["tried"]), row["value"], str(row["lost"])]
             rows.append([*map(plain, told), *map(percent, row["shares"])])
     return table(["compressed", "tried", "facts", "lost", *RESTORED], rows)
+
+
+def by_fact(comparisons: Comparisons) -> list[str]:
+    """One row per run of a suite that asks facts in several wordings."""
+    rows = []
+    for group in comparisons:
+        names = {run.id: comparisons.names.of(run.id) for run in group.members}
+        for row in wordings.knowledge(group):
+            told = [names[row["run"]], group.asked.name, str(row["facts"])]
+            rows.append([*map(plain, told), *map(percent, row["known"]), percent(row["consistency"])])
+    return table(["run", "suite", "facts", *(f"known in {known}" for known in wordings.KNOWN), "consistency"], rows)
+
+
+def displaced(comparisons: Comparisons) -> list[str]:
+    """One row per recovered model and kind of recovery: did half-lost facts come back more often than others?"""
+    rows = []
+    for group in comparisons:
+        names = {run.id: comparisons.names.of(run.id) for run in group.members}
+        for row in wordings.brought_back(group):
+            told = [names[row["compressed"]], group.asked.name, row["by"], ", ".join(row["tried"])]
+            counts = [f"{percent(back)} of {n:,}" for back, n in zip(row["back"], row["facts"], strict=True)]
+            difference = row["difference"]
+            rows.append([*map(plain, told), *counts, points(difference) if difference else ""])
+    heads = ["compressed", "suite", "recovered by", "tried", f"back, {wordings.HALF}", f"back, {wordings.WHOLLY}"]
+    return table([*heads, "difference, points"], rows)
 
 
 def distances(comparisons: Comparisons) -> list[str]:
