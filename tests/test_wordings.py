@@ -1,4 +1,4 @@
-"""Facts asked in several wordings, over a store: what is half and wholly lost and what brings it back, by plain loops."""
+"""Facts asked in several wordings, over a store: what is half and wholly lost, and what brings it back."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from helpers.stores import made_run
 from knowledge_compression.analysis import markdown
 from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.analysis.findings import check
+from knowledge_compression.analysis.page import render
 from knowledge_compression.analysis.wordings import HALF, WHOLLY, brought_back, half_lost, knowledge
 from knowledge_compression.results.store import Run
 
@@ -95,6 +96,8 @@ def test_the_report_tells_both_and_is_silent_where_there_is_one_wording(runs: li
     told = markdown.report(comparisons, check(comparisons))
     assert "## Known in all, some or none of the wordings" in told
     assert "## Facts lost in one wording and kept in another" in told
+    page = render(runs)
+    assert "Facts in several wordings</h2>" in page and "redirection less weights" in page
     once = compare([made_run([True, False], compression="none"), made_run([False, False])])
     assert "wording" not in markdown.report(once, check(once))
     assert not knowledge(next(iter(once))) and not brought_back(next(iter(once)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from knowledge_compression.analysis import wordings
 from knowledge_compression.analysis.claims import Claim
@@ -22,8 +22,8 @@ def report(comparisons: Comparisons, verdicts: Sequence[Verdict]) -> str:
         "Findings": findings(verdicts),
         "Accuracy and what was lost": fates(comparisons),
         "What brought lost facts back": restored(comparisons),
-        "Known in all, some or none of the wordings": by_fact(comparisons),
-        "Facts lost in one wording and kept in another": displaced(comparisons),
+        "Known in all, some or none of the wordings": by_fact(comparisons).lines(),
+        "Facts lost in one wording and kept in another": displaced(comparisons).lines(),
         "Distance to the dense model": distances(comparisons),
         "Calibration": calibration(comparisons),
         "Left out": [f"- {_code(run)}: {plain(why)}" for run, why in comparisons.skipped],
@@ -86,18 +86,29 @@ def restored(comparisons: Comparisons) -> list[str]:
     return table(["compressed", "tried", "facts", "lost", *RESTORED], rows)
 
 
-def by_fact(comparisons: Comparisons) -> list[str]:
+class Table(NamedTuple):
+    """A table of text: in each row first the names, which come from the store, then the figures."""
+
+    heads: list[str]
+    rows: list[tuple[list[str], list[str]]]
+
+    def lines(self) -> list[str]:
+        """The table as Markdown; none where it has no rows."""
+        return table(self.heads, [[*map(plain, names), *figures] for names, figures in self.rows])
+
+
+def by_fact(comparisons: Comparisons) -> Table:
     """One row per run of a suite that asks facts in several wordings."""
     rows = []
     for group in comparisons:
         names = {run.id: comparisons.names.of(run.id) for run in group.members}
         for row in wordings.knowledge(group):
-            told = [names[row["run"]], group.asked.name, str(row["facts"])]
-            rows.append([*map(plain, told), *map(percent, row["known"]), percent(row["consistency"])])
-    return table(["run", "suite", "facts", *(f"known in {known}" for known in wordings.KNOWN), "consistency"], rows)
+            figures = [f"{row['facts']:,}", *map(percent, row["known"]), percent(row["consistency"])]
+            rows.append(([names[row["run"]], group.asked.name], figures))
+    return Table(["run", "suite", "facts", *(f"known in {known}" for known in wordings.KNOWN), "consistency"], rows)
 
 
-def displaced(comparisons: Comparisons) -> list[str]:
+def displaced(comparisons: Comparisons) -> Table:
     """One row per recovered model and kind of recovery: did half-lost facts come back more often than others?"""
     rows = []
     for group in comparisons:
@@ -106,9 +117,9 @@ def displaced(comparisons: Comparisons) -> list[str]:
             told = [names[row["compressed"]], group.asked.name, row["by"], ", ".join(row["tried"])]
             counts = [f"{percent(back)} of {n:,}" for back, n in zip(row["back"], row["facts"], strict=True)]
             difference = row["difference"]
-            rows.append([*map(plain, told), *counts, points(difference) if difference else ""])
+            rows.append((told, [*counts, points(difference) if difference else ""]))
     heads = ["compressed", "suite", "recovered by", "tried", f"back, {wordings.HALF}", f"back, {wordings.WHOLLY}"]
-    return table([*heads, "difference, points"], rows)
+    return Table([*heads, "difference, points"], rows)
 
 
 def distances(comparisons: Comparisons) -> list[str]:
