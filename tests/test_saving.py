@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch
 from helpers.networks import build_network, logits_of
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.methods.magnitude import Magnitude
+from knowledge_compression.compression.methods.rtn import Rtn
 from knowledge_compression.corpora.own_samples import OwnSamples
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Scorer
@@ -132,6 +135,9 @@ class Tiny:
     def skeleton(self) -> Model:
         return self.make()
 
+    def tokenizer(self) -> Any:
+        return self.make().tokenizer
+
     def fingerprint(self) -> str:
         return "tiny"
 
@@ -165,3 +171,30 @@ def test_a_run_keeps_its_model_where_asked(tiny_model: Callable[[str], Model], t
     shutil.rmtree(run.folder / "model")  # a run that was done without its model is done again
     assert (experiment.run(store, NoTracker()).folder / "model" / "config.json").is_file()  # type: ignore[operator]
     assert not experiment.dense().save_model
+
+
+def test_a_run_is_done_again_for_another_form(tiny_model: Callable[[str], Model], tmp_path: Path) -> None:
+    experiment = Experiment(
+        source=Tiny(lambda: tiny_model("llama")),
+        target=Target("att", ["decoder_self_att"]),
+        compression=Rtn(bits=4, scale_bits=16),
+        recovery=NoRecovery(),
+        corpus=OwnSamples(),
+        suites={"one": OneQuestion()},
+        save_model="gptq",
+    )
+    store, sums = RunStore(tmp_path), set()
+    for form in ("gptq", True, "compressed-tensors"):
+        asked = replace(experiment, save_model=form)
+        assert asked.id == experiment.id and not asked.is_done(store)
+        run = asked.run(store, NoTracker())
+        assert asked.is_done(store) and run.report["saved_as"] == form
+        config = json.loads((run.folder / "model" / "config.json").read_text())  # type: ignore[operator]
+        assert config.get("quantization_config", {}).get("quant_method", True) == form
+        sums.add(run.metrics["one.sum"])
+    assert len(sums) == 1
+    with pytest.raises(BadInput, match="compression=magnitude leaves floating-point numbers, and gptq holds codes"):
+        replace(experiment, compression=Magnitude(sparsity=0.5)).run(RunStore(tmp_path / "other"), NoTracker())
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(BadInput, match="did you mean gptq"):
+        replace(experiment, save_model="gptk")

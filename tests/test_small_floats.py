@@ -127,6 +127,14 @@ def test_inputs_that_are_not_finite_stay_what_they_are() -> None:
         assert rounded_tokens(values[:0], kind, (1, None)).shape == (0, 2)
 
 
+@pytest.mark.parametrize("kind", ["FP8", "MXFP4", "NVFP4"])
+def test_inputs_are_rounded_where_they_are(kind: str) -> None:
+    """Operations that mix the meta device and the processor fail, as those that mix a GPU and the processor do."""
+    values = torch.empty(3, 5, 64, device="meta")
+    found = rounded_tokens(values, kind, (1, None))
+    assert found.device.type == "meta" and found.shape == values.shape
+
+
 METHODS: dict[str, Layerwise] = {
     "fp8": Fp8(),
     "fp8-tensor": Fp8(granularity="tensor"),

@@ -26,8 +26,8 @@ WIDE: dict[str, dict[str, Any]] = {
     "t5": {"d_model": 128, "d_kv": 64, "d_ff": 256},
     "llama": {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "num_key_value_heads": 2},
 }
-BITS = {"int8_dynamic": 8, "prune_int8": 8, "int8_static": 8, "smoothquant": 8} | dict.fromkeys(
-    ["rtn", "gptq", "awq", "nf4", "hqq", "gguf"], 4
+BITS = {"int8_dynamic": 8, "prune_int8": 8, "int8_static": 8, "smoothquant": 8, "fp8": 8} | dict.fromkeys(
+    ["rtn", "gptq", "awq", "nf4", "hqq", "gguf", "mxfp4", "nvfp4"], 4
 )
 SPARSITY = 0.25
 REMOVED = dict.fromkeys(["magnitude", "random", "structured", "sparsegpt", "wanda", "prune_int8"], SPARSITY)
