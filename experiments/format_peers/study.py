@@ -106,7 +106,9 @@ def main() -> int:
     ]
     for peer in peers:
         if places := [question.place for question in asking if question.peer == peer]:
-            apart = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+            apart = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+                "TORCHDYNAMO_DISABLE": "1"
+            }
             program = [asked.environments / peer / "bin" / "python", HERE / f"ask_{peer}.py", *places]
             subprocess.run(program, check=False, env=apart)
     rows = [question.row() for question in asking]
