@@ -128,6 +128,17 @@ def test_the_search_is_worth_its_time(kind: str) -> None:
     assert ours < 0.95 * plain
 
 
+def test_five_bits_find_a_grid_of_four() -> None:
+    """Weights that were stored in four bits before, as those of many models have been."""
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(16, (16, 512), generator=generator).float()
+    scales, lows = (torch.rand(16, 16, 1, generator=generator) for _ in range(2))
+    weight = (codes.unflatten(1, (16, 32)) * (0.03 + 0.03 * scales) - 0.5 * lows).flatten(1)
+    values = dequantize(encoded(weight, K_QUANTS["Q5_K"]).numpy(), GGMLQuantizationType.Q5_K)
+    ours, plain = (np.square(v - weight.numpy()).mean() for v in (values, plainly("Q5_K", weight.numpy())))
+    assert ours < 0.4 * plain
+
+
 def test_half_precision_weights_are_encoded_as_their_floats() -> None:
     weight = torch.randn(2, 256, generator=torch.Generator().manual_seed(2)).bfloat16()
     for kind in K_QUANTS.values():

@@ -37,7 +37,7 @@ TEXT = (
 TEXTS = ("The capital of France is Paris, isn't it?", " two  spaces\tand a tab\n", "Zürich, São Paulo, 東京, 🙂")
 BLOCKS = 6  # of smollm2, the first ones, so that all of this takes minutes
 EXACT = 2e-3  # of log-probabilities, where a peer multiplies as this program does
-HALF = 0.1  # where it multiplies in float16
+HALF = 0.25  # where it multiplies in float16
 ROUNDED = 1.0  # llama.cpp rounds activations to 8 bits where weights are quantized
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 SUPER_BLOCK = 256
 _AT_ONCE = 1024  # super-blocks, few enough to stay in the processor's cache
-_STRETCHES = (0.7, 0.775, 0.85, 0.9, 0.95, 1.0, 1.05)  # of a grid, against the one that spans all values
+# Of a grid, against the one that spans all values. The last lets the steps of a 4-bit grid be two of a 5-bit one.
+_STRETCHES = (0.7, 0.775, 0.85, 0.9, 0.95, 0.98, 1.0, 1.015, 1.034)
 _ROUNDS = 2  # of solving for the shared scales
 _HALF = torch.finfo(torch.float16)
 
