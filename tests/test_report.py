@@ -165,7 +165,6 @@ def test_in_a_browser_the_filters_change_the_chart_and_the_search_finds_a_fact(s
         page.set_viewport_size({"width": width, "height": 800})
         until(page, "document.querySelector('#drop-chart .main-svg').clientWidth <= document.body.clientWidth")
         assert page.evaluate("document.documentElement.scrollWidth") <= width + 10
-        page.hover("#drop-chart .plot")
         bar, legend = (page.locator(f"#drop-chart {part}").bounding_box() for part in (".modebar", ".legend"))
         assert bar["x"] >= legend["x"] + legend["width"] or bar["y"] >= legend["y"] + legend["height"]
 
