@@ -261,9 +261,8 @@ class Experiment:
         """
         if not force and (done := self._done(store)):
             return done
-        from knowledge_compression.running import (
-            do,
-        )  # imports everything for computing, which a finished run does not need
+        # This imports everything for computing, which a finished run does not need.
+        from knowledge_compression.running import do
 
         self.check()
         with store.claim(self.id, afresh=force) as workplace:

@@ -163,9 +163,9 @@ def test_in_a_browser_the_filters_change_the_chart_and_the_search_finds_a_fact(s
     assert "atlas.accuracy" in page.locator("#run-page").inner_text()
     for width in (1280, 800, 390):
         page.set_viewport_size({"width": width, "height": 800})
-        until(page, "document.querySelector('#drop-chart .main-svg').clientWidth <= document.body.clientWidth")
+        until(page, "document.querySelector('#size-chart .main-svg').clientWidth <= document.body.clientWidth")
         assert page.evaluate("document.documentElement.scrollWidth") <= width + 10
-        bar, legend = (page.locator(f"#drop-chart {part}").bounding_box() for part in (".modebar", ".legend"))
+        bar, legend = (page.locator(f"#size-chart {part}").bounding_box() for part in (".modebar", ".legend"))
         assert bar["x"] >= legend["x"] + legend["width"] or bar["y"] >= legend["y"] + legend["height"]
 
 
