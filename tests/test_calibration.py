@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from helpers.experiments import SUITE
 from helpers.stores import made_run
 from knowledge_compression.analysis import calibration, markdown, tables
-from knowledge_compression.analysis.calibration import Sure, calibrated, error, error_change, sure_of
+from knowledge_compression.analysis.calibration import Sure, calibrated, errors, sure_of
 from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.analysis.page import _sure, render
 from knowledge_compression.evaluation.confidence import MOST, confidence
@@ -60,16 +60,16 @@ def test_the_calibration_error_is_that_of_a_plain_loop(seed, n, answers):
             confident = sum(sure.shares[i, 0] for i in inside) / len(inside)
             right = sum(bool(sure.right[i]) for i in inside) / len(inside)
             value += len(inside) / n * abs(right - confident)
-    found = error(sure)
+    found = errors([sure])[0][0]
     assert found.value == pytest.approx(value, abs=1e-9) and found.n == n
 
 
 def test_calibrated_answers_have_little_error_and_overconfident_ones_more():
     calm, bold = drawn(2000, 5), drawn(2000, 5, 3.0)
-    assert error(calm).value < 0.03 and error(bold).low > 0.1
-    change = error_change(calm, bold)
-    assert change.value == pytest.approx(error(bold).value - error(calm).value) and change.low > 0.1 and change.p < 0.01
-    assert error_change(calm, calm).value == 0 and error_change(calm, calm).p == 1
+    (little, much, same), (_, change, none) = errors([calm, bold, calm])
+    assert little.value < 0.03 and much.low > 0.1 and same == little
+    assert change.value == pytest.approx(much.value - little.value) and change.low > 0.1 and change.p < 0.01
+    assert (none.value, none.low, none.high, none.p) == (0, 0, 0, 1)
 
 
 def with_confidence(run, sure: Sure):

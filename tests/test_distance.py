@@ -318,3 +318,52 @@ def test_in_a_browser_distances_are_told_beside_flips(tmp_path, page_in_browser)
     assert "kl from the dense" in page.locator("#fact-list table").inner_text().lower()
     (tmp_path / "report.html").write_text(render(runs[:1]))
     assert not page_in_browser(tmp_path / "report.html").locator("#distance").is_visible()
+
+
+def test_tasks_of_the_harness_are_compared_and_what_is_generated_is_not(tiny_model, tasks_dir, monkeypatch):
+    from knowledge_compression.evaluation.harness import Harness
+
+    model = tiny_model("llama")
+    other, suite = disturbed(model), Harness(tasks=["winogrande", "triviaqa"], limit=4, data_dir=str(tasks_dir))
+    said, real = [], Scorer.generate
+    monkeypatch.setattr(Scorer, "generate", lambda self, *of: (said.append(self.model.network), real(self, *of))[1])
+    beside = Beside(lambda: model, "dense")
+    parts = {name: beside.ask(part, Scorer(other), name) for name, part in suite.parts().items()}
+    found = with_metrics(suite.joined(parts))
+    of_task = {task: found.items.filter(pl.col("task") == task) for task in ("winogrande", "triviaqa")}
+    assert of_task["winogrande"]["kl"].list.len().min() >= 1 and of_task["triviaqa"]["kl"].null_count() == 4
+    assert found.metrics["winogrande.kl"] == found.metrics["kl"] > 0 and "triviaqa.kl" not in found.metrics
+    assert set(map(id, said)) == {id(other.network)}  # the dense model says nothing
+    assert not [name for part in parts.values() for name in part.fallbacks]
+
+
+def test_behind_a_prompt_both_models_read_the_same_text(tiny_model):
+    model = tiny_model("gpt2")
+    other = disturbed(model)
+
+    class Prompted(Scorer):
+        """Has less room, as behind prompts."""
+
+        max_positions = 20
+
+    @dataclass(frozen=True)
+    class Filling:
+        """A suite that asks as much as there is room for."""
+
+        def evaluate(self, scorer):
+            row = [8 + i % 40 for i in range(scorer.max_positions)]
+            return Asking((Blank(row, items=("b",)),)).evaluate(scorer)
+
+    found = Beside(lambda: model, "dense").ask(Filling(), Prompted(other), "asked")
+    assert len(found.items["kl"][0]) == 1 and not found.fallbacks
+
+
+def test_suites_that_do_not_score_are_left_alone(tiny_model):
+    class Timing(Asking):
+        scores = False
+
+    model = tiny_model("gpt2")
+    found = Beside(lambda: pytest.fail("the dense model is not needed"), "dense").ask(
+        Timing((Blank([8, 9], items=("b",)),)), Scorer(model), "asked"
+    )
+    assert "kl" not in found.items.columns

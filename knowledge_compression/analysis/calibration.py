@@ -9,7 +9,7 @@ so that it holds the right one with 90 % probability. Halves are drawn twenty ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
@@ -102,26 +102,23 @@ class Calibrated:
 
 def calibrated(group: Group) -> list[Calibrated]:
     """Every setting of a group, the dense one first; empty if the baseline lacks confidence or has too few items."""
-    dense = sure_of(group, group.dense)
-    if dense is None or len(dense.right) < FEWEST:
+    found = [(run, sure) for run in group.settings if (sure := sure_of(group, run)) is not None]
+    if not found or found[0][0] is not group.dense or len(found[0][1].right) < FEWEST:
         return []
+    dense = found[0][1]
     halves = _halves(len(dense.right))
     limits = [dense.threshold(half) for half in halves]
-    found = []
     choices = items_of(group.dense, group.asked.suite).select(pl.col("choices").mean()).collect()["choices"].item()
     before = _of_items(dense, halves, limits, limits)
-    for run in group.settings:
-        sure = dense if run is group.dense else sure_of(group, run)
-        if sure is None:
-            continue
-        after = before if sure is dense else _of_items(sure, halves, [sure.threshold(h) for h in halves], limits)
+    told = []
+    for (run, sure), error, change in zip(found, *errors([sure for _, sure in found]), strict=True):
+        after = _of_items(sure, halves, [sure.threshold(half) for half in halves], limits)
         brier, size, coverage, of_dense = means([sure.brier, *after])
         changes: tuple[Estimate | None, ...] = (None, None, None)
         if sure is not dense:
-            by_item = means([sure.brier - dense.brier, after[0] - before[0]])
-            changes = (error_change(dense, sure), *by_item)
-        found.append(Calibrated(run, float(choices), error(sure), brier, size, coverage, of_dense, *changes))
-    return found
+            changes = (change, *means([sure.brier - dense.brier, after[0] - before[0]]))
+        told.append(Calibrated(run, float(choices), error, brier, size, coverage, of_dense, *changes))
+    return told
 
 
 def sure_of(group: Group, run: Run) -> Sure | None:
@@ -139,24 +136,23 @@ def sure_of(group: Group, run: Run) -> Sure | None:
     return Sure(there["correct"].to_numpy(), shares, there["gold_share"].to_numpy(), there["brier"].to_numpy())
 
 
-def error(sure: Sure) -> Estimate:
-    """The calibration error with a percentile bootstrap interval over items.
+def errors(sures: Sequence[Sure]) -> tuple[list[Estimate], list[Estimate]]:
+    """The calibration errors of several runs, and their changes from the first, with percentile bootstrap intervals.
 
-    An error that is a sum of absolute values is never small by chance alone: with few items its interval lies above 0
-    for a calibrated model too.
+    The items are drawn anew for all runs together, so that changes are paired. An error is a sum of absolute values and
+    never 0 by chance: with few items its interval lies above 0 for a calibrated model too.
     """
-    low, high, _ = _ends(np.concatenate([_errors(sure.gaps, weights) for weights in _draws(len(sure.right))]))
-    value = float(_errors(sure.gaps, np.ones((1, len(sure.right))))[0])
-    return Estimate(value, low, high, len(sure.right))
-
-
-def error_change(before: Sure, after: Sure) -> Estimate:
-    """The change of the calibration error, both over the same items drawn anew in each resample; p by the bootstrap."""
-    n = len(before.right)
-    resampled = [_errors(after.gaps, weights) - _errors(before.gaps, weights) for weights in _draws(n)]
-    low, high, p = _ends(np.concatenate(resampled))
-    one = np.ones((1, n))
-    return Estimate(float((_errors(after.gaps, one) - _errors(before.gaps, one))[0]), low, high, n, p)
+    n = len(sures[0].right)
+    gaps = np.concatenate([sure.gaps for sure in sures], axis=1)
+    values = _errors(gaps, np.ones((1, n)))
+    resampled = np.concatenate([_errors(gaps, weights) for weights in _draws(n)])
+    changes = resampled - resampled[:, :1]
+    found, changed = [], []
+    for i, value in enumerate(values[0]):
+        low, high, _ = _ends(resampled[:, i])
+        found.append(Estimate(float(value), low, high, n))
+        changed.append(Estimate(float(value - values[0, 0]), *_ends(changes[:, i])[:2], n, _ends(changes[:, i])[2]))
+    return found, changed
 
 
 def _of_items(
@@ -181,16 +177,23 @@ def _halves(n: int) -> NDArray[np.bool_]:
     return halves
 
 
-def _draws(n: int) -> Iterator[NDArray[np.int64]]:
+def _draws(n: int) -> Iterator[NDArray[np.float64]]:
     """How often each item is drawn, in resamples of which a few at a time are given, ``[resamples, n]``."""
     rng = np.random.default_rng(SEED)
     for start in range(0, RESAMPLES_OF_ONE_SEED, _AT_A_TIME):
-        yield rng.multinomial(n, np.full(n, 1 / n), size=min(_AT_A_TIME, RESAMPLES_OF_ONE_SEED - start))
+        drawn = rng.integers(n, size=(min(_AT_A_TIME, RESAMPLES_OF_ONE_SEED - start), n))
+        yield np.stack([np.bincount(row, minlength=n) for row in drawn]).astype(np.float64)
 
 
-def _errors(gaps: NDArray[np.float64], weights: NDArray[np.float64 | np.int64]) -> NDArray[np.float64]:
-    """The calibration error of each weighting of the items, ``[weightings]``."""
-    errors: NDArray[np.float64] = np.abs(weights @ gaps).sum(1) / gaps.shape[0]
+def _errors(gaps: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The calibration error of each run under each weighting of the items, ``[weightings, runs]``.
+
+    Args:
+        gaps: of the runs side by side, ``[items, runs * bins]``.
+        weights: ``[weightings, items]``.
+    """
+    of_bins = np.abs(weights @ gaps).reshape(len(weights), -1, BINS)
+    errors: NDArray[np.float64] = of_bins.sum(2) / len(gaps)
     return errors
 
 

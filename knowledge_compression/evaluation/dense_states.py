@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from knowledge_compression.evaluation.scoring.positions import KEY_BYTES
 from knowledge_compression.heavy import pl, torch
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Recording:
 
     def end(self, evaluation: Evaluation) -> None:
         """Write the rest, once the suite has been asked."""
-        keys = np.frombuffer(b"".join(self._keys), np.uint8).reshape(len(self._keys), -1)
+        keys = np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, KEY_BYTES)
         np.save(self._folder / _KEYS, keys)
         (self._folder / _ABOUT).write_text(json.dumps(self._about))
         evaluation.items.select(ANSWERS).write_parquet(self._folder / _ITEMS)

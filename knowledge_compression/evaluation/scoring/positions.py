@@ -14,7 +14,7 @@ from torch import Tensor
 from knowledge_compression.evaluation.scoring.questions import Blank, Question
 from knowledge_compression.evaluation.scoring.trees import Tree
 
-_BYTES = 16  # of a key
+KEY_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Watcher(Protocol):
 
 def key_of(text: Sequence[int], said: Sequence[int] = (), position: int | None = None) -> bytes:
     """The key of a position: after ``text``, or in it, or after ``said`` in answer to it."""
-    digest = blake2b(np.asarray(text, "<i4").tobytes(), digest_size=_BYTES)
+    digest = blake2b(np.asarray(text, "<i4").tobytes(), digest_size=KEY_BYTES)
     if position is not None or len(said):
         digest.update(np.asarray([len(text), -1 if position is None else position, *said], "<i4").tobytes())
     return digest.digest()
@@ -75,7 +75,7 @@ def keys_in_trees(trees: Sequence[Tree], starts: NDArray[np.int64], cells: NDArr
 
 def _keys_of_tree(tree: Tree, wanted: Set[int]) -> Iterator[bytes]:
     """The keys of the positions after the wanted tokens of a tree, each that of the text which ends with the token."""
-    path = [blake2b(digest_size=_BYTES)]  # digests of the beginnings of the current text, the empty one first
+    path = [blake2b(digest_size=KEY_BYTES)]  # digests of the beginnings of the current text, the empty one first
     ids = tree.ids.astype("<i4").tobytes()
     for i, depth in enumerate(tree.depths.tolist()):
         del path[depth + 1 :]
