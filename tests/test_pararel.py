@@ -155,6 +155,7 @@ def test_without_a_folder_it_says_so(tmp_path: Path) -> None:
             ParaRel(data_dir).check_data()
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_real_data_is_whole(data_dir: Path) -> None:
     suite = ParaRel(str(data_dir))
