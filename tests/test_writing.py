@@ -150,6 +150,7 @@ def test_what_is_not_coded_is_as_narrow_as_it_can_be(tiny_tokenizer: object, tmp
         state = load_file(tmp_path / "written" / "model.safetensors")
         assert config["dtype"] == str(state["model.norm.weight"].dtype).removeprefix("torch.")
         assert {t.dtype for n, t in state.items() if n.endswith("norm.weight") or "embed" in n} == {dtype}
+        assert model.head_is_tied and "lm_head.weight" not in state
 
 
 @pytest.mark.parametrize("form", ["awq", "compressed-tensors"])
@@ -175,7 +176,7 @@ def test_files_say_that_inputs_are_rounded(tiny_tokenizer: object, tmp_path: Pat
 
 
 REFUSED: dict[str, tuple[str, str, Any, str]] = {
-    "plain numbers": ("awq", "llama", Magnitude(sparsity=0.5), "leaves floating-point numbers, and awq holds codes; "),
+    "plain numbers": ("awq", "llama", Magnitude(sparsity=0.5), "leaves no codes that awq could hold; choose true"),
     "three bits": ("awq", "llama", Gptq(bits=3), r"codes of 4 bits, not 3; choose true or gptq or compressed-tensors"),
     "wide scales": ("awq", "llama", Rtn(), r"scales of 16 bits; .* choose true or compressed-tensors"),
     "act-order": (
@@ -248,7 +249,7 @@ def test_a_form_that_does_not_fit_is_refused_before_anything_is_computed(tiny_mo
     targets = ALL.select(tiny_model("llama"))
     with pytest.raises(BadInput, match=r"output.save_model=gtpq does not exist \(did you mean gptq\?\); choose one of"):
         check_form("gtpq", Rtn(), targets)
-    with pytest.raises(BadInput, match=r"compression=magnitude leaves floating-point numbers.*; choose true"):
+    with pytest.raises(BadInput, match=r"compression=magnitude leaves no codes that gptq could hold; choose true"):
         check_form("gptq", Magnitude(sparsity=0.5), targets)
     with pytest.raises(BadInput, match=r"scales of 16 bits; choose compression\.scale_bits=16"):
         check_form("gptq", Pipeline([Magnitude(sparsity=0.5), Rtn()]), targets)

@@ -69,7 +69,7 @@ class LayerWriter(Writer):
     def refusal(self, compression: Compression, targets: Targets) -> str | None:
         """It refuses numbers without codes, and layers whose codes do not fit into it."""
         if (coding := compression.coding) is None:
-            return f"compression={compression.name} leaves floating-point numbers, and {self.name} holds codes"
+            return f"compression={compression.name} leaves no codes that {self.name} could hold"
         places = places_of(targets)
         return next((why for layer in targets if (why := self._unfit(coding, layer, places[layer]))), None)
 
@@ -120,7 +120,7 @@ class LayerWriter(Writer):
             if layer not in weights and layer.weight_name in banks:
                 state |= {f"{part.path}.weight": layer.weight[slice(*part.rows)].contiguous() for part in parts}
         floats = exact_type(state, model.dtype)
-        state = {name: tensor.to(floats) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        state = narrowed(state, floats)
         for layer, weight in weights.items():
             for part in places[layer]:
                 tensors = self.tensors(weight.rows(*part.rows), floats)
@@ -152,6 +152,19 @@ def exact_type(state: Mapping[str, Tensor], own: torch.dtype) -> torch.dtype:
             found: torch.dtype = dtype
             return found
     return own
+
+
+def narrowed(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Floating-point tensors in another type; those that are one tensor stay one, so that they are saved once."""
+    made: dict[tuple[Any, ...], Tensor] = {}
+    for tensor in state.values():
+        if tensor.is_floating_point() and (key := _which(tensor)) not in made:
+            made[key] = tensor.to(dtype)
+    return {name: made.get(_which(tensor), tensor) for name, tensor in state.items()}
+
+
+def _which(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def half_filled(bits: int, place: Place) -> str | None:
