@@ -325,6 +325,17 @@ def test_experts_that_files_hold_in_one_tensor_are_refused(architecture: str, ti
             check_form(form, Rtn(bits=4, scale_bits=16), targets)
 
 
+def test_experts_that_round_their_inputs_are_refused(tiny_tokenizer: object, tmp_path: Path) -> None:
+    model, method = mixture("mixtral", tiny_tokenizer), Fp8(activations=True)
+    targets = Target("experts", ["experts"]).select(model)
+    with pytest.raises(BadInput, match=r"choose compression\.activations=false; choose true"):
+        check_form("compressed-tensors", method, targets)
+    method.compress(model, targets)
+    with pytest.raises(BadInput, match="experts that round their inputs are not saved as codes"):
+        WRITERS["compressed-tensors"].write(model, tmp_path / "written")
+    assert not list(tmp_path.iterdir())
+
+
 def test_blocks_that_do_not_end_where_a_matrix_does_are_refused(tiny_tokenizer: object) -> None:
     targets = Target("experts", ["experts"]).select(mixture("mixtral", tiny_tokenizer))
     with pytest.raises(BadInput, match="in parts of 32, and blocks of 24 outputs do not end there"):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NEIGHBOURS = "the inputs of a group in {} are neighbours; choose compression.static_groups=true"
+_OWN_MODULES = "experts that round their inputs are not saved as codes"
 _NARROW = ("float16", "bfloat16")
 
 
@@ -79,6 +80,8 @@ class LayerWriter(Writer):
                 f"{self.name} holds linear layers, and {layer.path} ({layer.role}) is none, nor do files of this type "
                 "of model store it as one; leave it out of the target, e.g. target=att"
             )
+        if layer.expert and coding.activations:
+            return f"{_OWN_MODULES}, as {layer.path}; choose compression.activations=false"
         for place in places:
             if place.start % (coding.block[0] or 1):
                 return (
@@ -100,8 +103,11 @@ class LayerWriter(Writer):
 
     def write(self, model: Model, folder: Path) -> Mapping[str, Any]:
         """Save the codes of coded layers, and everything else in the narrowest type that holds it exactly."""
+        from knowledge_compression.models.replaced import ReplacedExperts
         from knowledge_compression.models.saving import full_state, write_checkpoint
 
+        if any(isinstance(part, ReplacedExperts) for part in model.network.modules()):
+            raise BadInput(f"{model.name} cannot be saved as {self.name}: {_OWN_MODULES}")
         layers = linear_layers(model)
         weights = {layer: found for layer in layers if (found := quantized_weight(layer)) is not None}
         if not weights:
