@@ -25,6 +25,7 @@ from knowledge_compression.compression.layer_reports import CompressionReport
 from knowledge_compression.configuration import GROUPS, part
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.distance import Beside, with_metrics
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import Evaluation, Suite
 from knowledge_compression.evaluation.suite import ask as ask_suite
@@ -70,6 +71,7 @@ def ask(
     *,
     scoring_dtype: str = "model",
     original: Callable[[], Model] | None = None,
+    dense: Model | None = None,
 ) -> Evaluation:
     """Ask a model the questions of a suite.
 
@@ -79,6 +81,7 @@ def ask(
         recovered: the result of :func:`recover`, if the model was recovered.
         scoring_dtype: dtype of the products in scoring, as on the command line.
         original: loads the dense model, for suites that compare with it, e.g. ``lambda: kc.load("smollm2")``.
+        dense: the dense model, to compare distributions with at every position that is read, as ``distance=true`` does.
 
     Raises:
         BadInput: the suite does not fit the model, or its data is missing.
@@ -86,7 +89,10 @@ def ask(
     prompts = recovered.prompts if recovered is not None else NO_PROMPTS
     dtype = Device.of(model.device).product_dtype(scoring_dtype, torch.float32, "scoring_dtype")
     dtype = dtype if model.dtype == torch.float32 else None  # narrower types stay
-    return ask_suite(suite, Scorer(model, prompts=prompts, dtype=dtype, original=original))
+    scorer = Scorer(model, prompts=prompts, dtype=dtype, original=original)
+    if dense is None:
+        return ask_suite(suite, scorer)
+    return with_metrics(Beside(lambda: dense, deciding=None, dtype=dtype, gigabytes=0).ask(suite, scorer, asked=None))
 
 
 def drop(before: Evaluation, after: Evaluation) -> Estimate:

@@ -77,6 +77,7 @@ def do(experiment: Experiment, workplace: Workplace, tracker: Tracker, *, afresh
         }
         if experiment.original is not None:
             report["dense"] = _told_of(experiment.original, model)
+        beside = _beside(experiment, report) if experiment.distance else None
         with cost.of("compress"):
             model, compressed, found = _compress(
                 experiment, model, targets, corpus, workplace.folder / SAVED, afresh=afresh
@@ -99,7 +100,6 @@ def do(experiment: Experiment, workplace: Workplace, tracker: Tracker, *, afresh
         scored_in = experiment.scored_in if model.dtype == torch.float32 else None  # narrower types stay
         original = partial(experiment.dense().loader.load, experiment.device, experiment.dtype)
         scorer = partial(Scorer, model, prompts=recovered.prompts, dtype=scored_in, original=original)
-        beside = _beside(experiment, report) if experiment.distance else None
         evaluations = {}
         for name, suite in experiment.suites.items():
             with cost.of(f"eval.{name}"):

@@ -190,6 +190,20 @@ def test_another_tokenizer_is_said(
     line = tokens_differ(run)
     assert line is not None and "have different tokenizers: answers are compared by text" in line
     assert tokens_differ(done[0][0]) is None
+    with pytest.raises(BadInput, match="distance=true compares probabilities of the same tokens"):
+        replace(made, distance=True).run(RunStore(str(tmp_path / "store")), NoTracker())
+
+
+def test_files_lie_the_further_from_their_original_the_fewer_their_bits(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path / "cache"))
+    store = RunStore(str(tmp_path / "store"))
+    far = []
+    for name in ("eight", "two"):
+        made = experiment(f"model.path={files / name}", f"model.dense={files / 'dense'}", "distance=true")
+        far.append(made.run(store, NoTracker()).metrics["atlas.kl"])
+    assert 0 < 100 * far[0] < far[1]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax, rel_entr, softmax
 
+import knowledge_compression as kc
 from helpers.experiments import SUITE, made
 from helpers.questions import random_questions
 from helpers.stores import made_run
@@ -367,3 +368,11 @@ def test_suites_that_do_not_score_are_left_alone(tiny_model):
         Timing((Blank([8, 9], items=("b",)),)), Scorer(model), "asked"
     )
     assert "kl" not in found.items.columns
+
+
+def test_a_notebook_compares_with_a_dense_model_at_hand(tiny_model):
+    model = tiny_model("llama")
+    other, suite = disturbed(model), suite_for(model)
+    found = kc.ask(other, suite, dense=model)
+    assert found.metrics["kl"] > 0 and found.items.equals(compared(model, other, suite).items)
+    assert "kl" not in kc.ask(other, suite).metrics
