@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from helpers.gguf_files import MERGES, TEMPLATE, TOKENS
+from helpers.gguf_files import ARCHITECTURES, MERGES, TEMPLATE, TOKENS
 from helpers.gguf_tiny import WRITTEN, byte_level, tiny
 from helpers.networks import build_network
 from knowledge_compression.compression.formats.gguf import GgufModel, save_gguf
@@ -195,6 +195,17 @@ def test_what_a_reader_would_take_otherwise_is_one_line(changes: dict[str, Any],
     with pytest.raises(BadInput, match=match) as caught:
         save_gguf(tiny("llama", **changes), tmp_path / "model")
     assert "\n" not in str(caught.value) and not (tmp_path / "model").exists()
+
+
+def test_mistral_is_a_llama_unless_it_has_a_window(tmp_path: Path) -> None:
+    settings = ARCHITECTURES["llama"][1]
+    model = tiny("mistral", **settings, sliding_window=None)
+    save_gguf(model, tmp_path / "model")
+    ids = torch.randint(3, len(TOKENS), (2, 9))
+    with torch.no_grad():
+        assert torch.equal(model.network(ids).logits, read_back(tmp_path / "model").network(ids).logits)
+    with pytest.raises(BadInput, match="mistral has sliding_window=16, which a GGUF file cannot say"):
+        save_gguf(tiny("mistral", **settings, sliding_window=16), tmp_path / "other")
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

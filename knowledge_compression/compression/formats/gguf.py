@@ -153,7 +153,8 @@ class GgufModel:
     ) -> Iterator[tuple[_Part, Array, Array | None]]:
         """Write the file, a tensor at a time, each of which is handed out once it is written."""
         writer = GGUFWriter(path, self.architecture.name)
-        writer.add_name(self.model.name)
+        # Transformers takes a llama of the name mistral for a network with a sliding window.
+        writer.add_name(self.model.name.replace("mistral", "Mistral"))
         writer.add_quantized_by("knowledge_compression")
         if kind is not None:
             writer.add_file_type(kind)

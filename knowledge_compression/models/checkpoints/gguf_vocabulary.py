@@ -1,7 +1,6 @@
 """A tokenizer as GGUF describes it: vocabulary, merges, special tokens, and llama.cpp's name for how text is split.
 
-Byte-level BPE (GGUF's ``gpt2``), BPE with bytes to fall back on (``llama``, as made from sentencepiece) and unigram
-models (``t5``) are written.
+Byte-level BPE (GGUF's ``gpt2``) and BPE with bytes to fall back on (``llama``, as made from sentencepiece) are written.
 """
 
 from __future__ import annotations
@@ -27,14 +26,13 @@ class GgufVocabulary:
     """A tokenizer in GGUF's terms.
 
     Attributes:
-        model: ``gpt2``, ``llama`` or ``t5``.
+        model: ``gpt2`` or ``llama``.
         split: llama.cpp's name for the way in which text is split before BPE; None where it is not.
-        tokens, types, scores: of each id; a score is needed by ``llama`` and ``t5`` alone.
+        tokens, types, scores: of each id; a score is needed by ``llama`` alone.
         merges: in their order.
         special: ids of special tokens, by their role.
         begins, ends: whether the first and last special token are added to a text.
         template: the chat template, which is copied as it is.
-        charsmap: the normalizer of a unigram model.
     """
 
     model: str
@@ -47,7 +45,6 @@ class GgufVocabulary:
     begins: bool
     ends: bool
     template: str | None
-    charsmap: bytes | None = None
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, rows: int) -> GgufVocabulary:
@@ -61,8 +58,7 @@ class GgufVocabulary:
         told = json.loads(tokenizer.backend_tokenizer.to_str())
         model = told["model"]
         kind = _kind(told)
-        pieces = model["vocab"]
-        texts = dict(enumerate(piece for piece, _ in pieces)) if kind == "t5" else {i: t for t, i in pieces.items()}
+        texts = {i: text for text, i in model["vocab"].items()}
         types = {i: TokenType.BYTE if _is_byte(text, kind) else TokenType.NORMAL for i, text in texts.items()}
         for added in told["added_tokens"]:
             texts[added["id"]] = added["content"]
@@ -78,13 +74,12 @@ class GgufVocabulary:
             split=_split(told) if kind == "gpt2" else None,
             tokens=[texts.get(i, f"[PAD{i}]") for i in range(rows)],
             types=[types.get(i, TokenType.UNUSED) for i in range(rows)],
-            scores=_scores(kind, model, texts, merges, rows),
+            scores=_scores(kind, texts, merges, rows),
             merges=merges,
             special={role: found for role in _ROLES if (found := getattr(tokenizer, f"{role}_token_id")) is not None},
             begins=begins,
             ends=ends,
             template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
-            charsmap=_charsmap(told.get("normalizer")) if kind == "t5" else None,
         )
 
     def write(self, writer: GGUFWriter) -> None:
@@ -101,8 +96,6 @@ class GgufVocabulary:
             getattr(writer, f"add_{role}_token_id")(token)
         writer.add_add_bos_token(self.begins)
         writer.add_add_eos_token(self.ends)
-        if self.charsmap is not None:
-            writer.add_precompiled_charsmap(self.charsmap)
         if self.template is not None:
             writer.add_chat_template(self.template)
 
@@ -113,10 +106,8 @@ def _kind(told: Mapping[str, Any]) -> str:
         return "llama"
     if kind == "BPE" and any(step["type"] == "ByteLevel" for step in _steps(told["pre_tokenizer"])):
         return "gpt2"
-    if kind == "Unigram":
-        return "t5"
     raise BadInput(
-        f"output.save_model=gguf writes byte-level BPE, BPE with byte fallback and unigram tokenizers, and this is a "
+        f"output.save_model=gguf writes byte-level BPE and BPE with bytes to fall back on, and this is a "
         f"{kind} tokenizer of another kind"
     )
 
@@ -126,10 +117,10 @@ def _is_byte(text: str, kind: str) -> bool:
 
 
 def _steps(stage: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """A normalizer or pre-tokenizer, as the list of its steps."""
+    """A pre-tokenizer, as the list of its steps."""
     if stage is None:
         return []
-    inner = stage.get("pretokenizers", stage.get("normalizers"))
+    inner = stage.get("pretokenizers")
     return [stage] if inner is None else [step for part in inner for step in _steps(part)]
 
 
@@ -177,23 +168,11 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     )
 
 
-def _scores(
-    kind: str, model: Mapping[str, Any], texts: Mapping[int, str], merges: Sequence[str], rows: int
-) -> list[float] | None:
+def _scores(kind: str, texts: Mapping[int, str], merges: Sequence[str], rows: int) -> list[float] | None:
     """Scores by which sentencepiece's algorithm merges in the order of BPE: the higher, the earlier."""
     if kind == "gpt2":
         return None
-    if kind == "t5":
-        known = [float(score) for _, score in model["vocab"]]
-        return [*known, *[_UNREACHABLE] * (rows - len(known))]
     rank: dict[str, int] = {}
     for place, merge in enumerate(merges):
         rank.setdefault(merge.replace(" ", "", 1), place)
     return [-float(rank[texts[i]]) if texts.get(i) in rank else _UNREACHABLE for i in range(rows)]
-
-
-def _charsmap(normalizer: Mapping[str, Any] | None) -> bytes | None:
-    import base64
-
-    found = [step["precompiled_charsmap"] for step in _steps(normalizer) if step["type"] == "Precompiled"]
-    return base64.b64decode(found[0]) if found else None
