@@ -369,7 +369,8 @@ def test_every_family_learns_a_small_world_in_any_wording(trained, family):
 
 @pytest.mark.slow
 def test_a_mixture_learns_a_small_world_and_uses_every_expert(cache):
-    model = small_model("decoder", shape=Mixture(64, 2, 2, experts=4)).load()
+    plan = replace(small_model("decoder").training, steps=600)
+    model = small_model("decoder", shape=Mixture(64, 2, 2, experts=4), training=plan).load()
     metrics = WorldProbes().evaluate(Scorer(model)).metrics
     assert metrics["head.held_out"] >= 0.95 and metrics["accuracy"] >= 0.85
     windows = WorldText(samples=64, length=21).windows(model)
