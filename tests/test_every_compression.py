@@ -48,7 +48,8 @@ def test_every_compression_runs_and_its_model_is_read_back(folder: Path, data: P
     dense = runs.pop("none").metrics["perplexity.perplexity"]
     for name, run in runs.items():
         check(name, run, folder.name, "float32")
-        assert 0.5 * dense < run.metrics["perplexity.perplexity"] < 2 * dense, name
+        if name != "ablation":  # which leaves nothing of any block
+            assert 0.5 * dense < run.metrics["perplexity.perplexity"] < 2 * dense, name
 
     again = tmp_path / "again"
     paths = ",".join(str(outputs / "runs" / run.id / "model") for run in runs.values())
