@@ -215,10 +215,14 @@ def block_by_block(network, windows: Tensor, algorithm: Callable[[Tensor, Tensor
 
 @dataclass(frozen=True)
 class Row:
-    """An algorithm, and what it needs: text of a seed, nothing but each weight, or all weights at once."""
+    """An algorithm, and what it needs: text of a seed, nothing but each weight, or all weights at once.
+
+    ``backwards`` reads the windows in the reverse order, which changes nothing but the order of sums.
+    """
 
     algorithm: Callable[..., Tensor] | None = None
     seed: int | None = None
+    backwards: bool = False
 
     def compress(self, network, tokenizer, data: Path) -> None:
         if self.algorithm is None:
@@ -228,7 +232,8 @@ class Row:
         elif self.seed is None:
             layer_by_layer(network, self.algorithm)
         else:
-            block_by_block(network, calibration(data, tokenizer, self.seed), self.algorithm)
+            windows = calibration(data, tokenizer, self.seed)
+            block_by_block(network, windows.flip(0) if self.backwards else windows, self.algorithm)
 
 
 ROWS = {
@@ -236,6 +241,7 @@ ROWS = {
     "gptq3": Row(partial(gptq, bits=3), 0),
     "sparsegpt": Row(sparsegpt, 0),
     "gptq4": Row(partial(gptq, bits=4), 0),
+    "gptq4_backwards": Row(partial(gptq, bits=4), 0, backwards=True),
     "wanda": Row(wanda, 0),
     "rtn4": Row(partial(rtn, bits=4)),
     "rtn3": Row(partial(rtn, bits=3)),
