@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from knowledge_compression.evaluation.sentences import Statement, scores_of_answ
 from knowledge_compression.evaluation.suite import ask
 from knowledge_compression.models import Model
 from knowledge_compression.models.loading import PackagedModel
+from knowledge_compression.models.prompts import NO_PROMPTS
 
 TEMPLATES = ["The [X] is in [Y].", "it is [Y] where the [X] was.", "The [X] of [Y] ."]
 ANSWERS = ["paris", "rome", "the moon", "paris and berlin"]
@@ -174,6 +177,30 @@ def test_sentences_longer_than_the_model_are_left_out_and_counted(
         write(tmp_path, [("dog", "rome"), ("dog " * model.max_positions, "rome")])
         found = Bear(str(tmp_path)).evaluate(Scorer(model))
         assert found.items.height == 6 and found.description["left_out"] == {"P1": 3, "P2": 3}
+
+
+def test_where_the_input_chooses_a_prompt_what_the_answers_share_chooses_it(
+    folder: Path, tiny_model: Callable[[str], Model]
+) -> None:
+    """The beginning is not scored then, so that all answers of a sentence are that much likelier."""
+    read: list[int] = []
+
+    def choosing(contexts: Any) -> Any:
+        read.extend(contexts)
+        return nullcontext([])
+
+    model = tiny_model("llama")
+    statements = [Statement(str(i), f"The {animal} is in {MASK} .", ANSWERS) for i, animal in enumerate(ANIMALS)]
+    plain = scores_of_answers(Scorer(model), statements)
+    chosen = scores_of_answers(Scorer(model, prompts=replace(NO_PROMPTS, choosing=choosing)), statements)
+    assert set(read) == {5}  # the beginning of a text, and four words
+    for one, other in zip(plain, chosen, strict=True):
+        assert one is not None and other is not None
+        assert np.ptp(other - one) == pytest.approx(0.0, abs=1e-4) and (other > one).all()
+    with pytest.raises(BadInput, match="the answer would choose"):
+        encoder = Scorer(tiny_model("bert"))
+        encoder.prompts = replace(NO_PROMPTS, choosing=choosing)
+        scores_of_answers(encoder, statements)
 
 
 def test_a_tie_is_wrong_and_a_number_that_is_none_shows() -> None:
