@@ -57,12 +57,32 @@ def test_the_draw_is_that_of_the_published_scripts(tiny_model: Callable[[str], M
     for _ in range(6):
         start = random.randint(0, len(tokens) - 16 - 1)
         expected.append(tokens[start : start + 16])
-    assert TextFile(path=str(text_file), samples=6, length=16, seed=0).windows(model).tolist() == expected
+    corpus = TextFile(path=str(text_file), samples=6, length=16, seed=0, bos=False)
+    assert corpus.windows(model).tolist() == expected
+    behind = [[model.tokenizer.bos_token_id, *window[:-1]] for window in expected]  # as its tokenizer begins a text
+    for bos in ("auto", True):
+        assert replace(corpus, bos=bos).windows(model).tolist() == behind
+    tuned = replace(corpus, bos="auto").token_stream(model).view(-1, 16)
+    assert set(tuned[:, 0].tolist()) == {model.tokenizer.bos_token_id}
+    assert tuned[:, 1:].flatten().tolist() == tokens[: tuned[:, 1:].numel()] and len(tuned) == len(tokens) // 15
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_only_a_decoder_reads_behind_a_beginning_of_text_token(
+    family: str, tiny_model: Callable[[str], Model], text_file: Path
+) -> None:
+    corpus = TextFile(path=str(text_file), samples=2, length=8)
+    model = tiny_model(family)
+    assert torch.equal(corpus.windows(model), replace(corpus, bos=False).windows(model))
+    with pytest.raises(BadInput, match=r"corpus\.bos=true: .* is no decoder; choose auto or false"):
+        replace(corpus, bos=True).windows(model)
+    with pytest.raises(BadInput, match=r"corpus\.bos=maybe does not exist; choose one of auto, true, false"):
+        replace(corpus, bos="maybe")
 
 
 @given(seed=st.integers(0, 2**32), samples=st.integers(1, 5), length=st.integers(1, 30))
 def test_windows_are_pieces_of_the_stream(seed: int, samples: int, length: int, word_model: Model) -> None:
-    corpus = TextFile(path=str(word_model.provenance["path"]), samples=samples, length=length, seed=seed)
+    corpus = TextFile(path=str(word_model.provenance["path"]), samples=samples, length=length, seed=seed, bos=False)
     windows, stream = corpus.windows(word_model), corpus.token_stream(word_model)
     assert windows.shape == (samples, length)
     assert torch.equal(windows, corpus.windows(word_model))

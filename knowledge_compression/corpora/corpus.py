@@ -17,12 +17,14 @@ from knowledge_compression.errors import BadInput, DataUnavailable, first_line
 from knowledge_compression.heavy import torch
 from knowledge_compression.identity import LABEL, PLACE
 from knowledge_compression.models import Model
+from knowledge_compression.models.families import DECODER
 from knowledge_compression.reading import parsed, text_of
 
 if TYPE_CHECKING:
     from torch import LongTensor
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
+AUTO = "auto"
 
 
 class Corpus(Protocol):
@@ -52,7 +54,7 @@ class Corpus(Protocol):
         ...
 
     def token_stream(self, model: Model) -> LongTensor:
-        """All its text as one row of token ids ``[tokens]``, for tuning; enough for several epochs of windows."""
+        """All its text as one row of token ids ``[tokens]``, for tuning, to be cut into windows of ``length``."""
         ...
 
     def prepared(self, model: Model) -> Corpus:
@@ -76,8 +78,25 @@ class Documents:
         encoded = model.tokenizer("\n\n".join(self.texts), add_special_tokens=False, verbose=False)
         return torch.tensor(encoded["input_ids"], dtype=torch.long)  # type: ignore[return-value]
 
-    def draw(self, model: Model, samples: int, length: int, seed: int) -> LongTensor:
+    def windows_in_turn(self, model: Model, length: int, begin: Sequence[int]) -> LongTensor:
+        """The stream cut into windows, each behind the tokens of ``begin``; the remainder is dropped.
+
+        Returns:
+            Token ids ``[windows, length]``.
+        """
+        tokens, inside = self.stream(model), max(1, length - len(begin))
+        rows = tokens[: len(tokens) // inside * inside].view(-1, inside)
+        return torch.cat([torch.tensor(begin, dtype=torch.long).expand(len(rows), -1), rows], 1)  # type: ignore[return-value]
+
+    def draw(self, model: Model, samples: int, length: int, seed: int, begin: Sequence[int] = ()) -> LongTensor:
         """Windows at random starts, drawn as in the published GPTQ and SparseGPT scripts.
+
+        Args:
+            model: its tokenizer and its number of positions.
+            samples: number of windows.
+            length: tokens in a window.
+            seed: for the starts.
+            begin: what each window begins with; it takes the place of as many tokens of text.
 
         Returns:
             Token ids ``[samples, length]``.
@@ -94,7 +113,10 @@ class Documents:
             )
         generator = random.Random(seed)
         starts = [generator.randint(0, len(tokens) - length - 1) for _ in range(samples)]
-        return torch.stack([tokens[start : start + length] for start in starts])  # type: ignore[return-value]
+        windows = torch.stack([tokens[start : start + length] for start in starts])
+        if begin:
+            windows = torch.cat([torch.tensor(begin).expand(samples, -1), windows[:, : length - len(begin)]], 1)
+        return windows  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -119,7 +141,20 @@ class Windowed:
 
 @dataclass(frozen=True)
 class TextCorpus(Windowed, ABC):
-    """The common part of corpora made of text; subclasses provide the documents."""
+    """The common part of corpora made of text; subclasses provide the documents.
+
+    Attributes:
+        bos: decoders only: whether each window begins with the tokenizer's beginning-of-text token. ``auto`` does as
+            the tokenizer does before every text (see :func:`beginning`): without it, Gemma sees states in calibration
+            that it never has in use. The published scripts cut windows out of running text, hence without one.
+    """
+
+    bos: bool | str = field(default=AUTO, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Refuse what is neither yes, no nor ``auto``."""
+        super().__post_init__()
+        check_bos(self.bos, "corpus.bos")
 
     @abstractmethod
     def documents(self, split: str = TRAIN) -> Documents:
@@ -135,11 +170,15 @@ class TextCorpus(Windowed, ABC):
 
     def windows(self, model: Model) -> LongTensor:
         """Calibration windows ``[samples, length]``, drawn by :meth:`Documents.draw`."""
-        return self.documents().draw(model, self.samples, self.length, self.seed)
+        begin = beginning(model, self.bos, "corpus.bos")
+        return self.documents().draw(model, self.samples, self.length, self.seed, begin)
 
     def token_stream(self, model: Model) -> LongTensor:
-        """The training text as one row of token ids."""
-        return self.documents().stream(model)
+        """The training text as one row of token ids, in which each window of ``length`` tokens begins as asked for."""
+        begin, documents = beginning(model, self.bos, "corpus.bos"), self.documents()
+        if not begin:
+            return documents.stream(model)
+        return documents.windows_in_turn(model, self.length, begin).flatten()  # type: ignore[return-value]
 
     def prepared(self, model: Model) -> Corpus:
         """Itself: the text does not depend on the model."""
@@ -193,6 +232,35 @@ class PublishedCorpus(TextCorpus):
     def from_file(self, path: Path) -> Sequence[str]:
         """The texts of a local file."""
         return read_texts(path)
+
+
+def check_bos(bos: bool | str, setting: str) -> None:
+    """Refuse what is neither yes, no nor ``auto``."""
+    if bos not in (AUTO, True, False):
+        raise BadInput(f"{setting}={bos} does not exist; choose one of auto, true, false")
+
+
+def beginning(model: Model, bos: bool | str, setting: str) -> list[int]:
+    """The tokens before each window of a decoder: the beginning-of-text token, or none.
+
+    Args:
+        model: any family.
+        bos: ``auto`` does as the tokenizer does before every text: those of Gemma and LLaMA put one there, those of
+            GPT-2 and Qwen do not.
+        setting: what the user calls it, for messages.
+
+    Raises:
+        BadInput: it was asked for and the tokenizer has none, or the model is no decoder.
+    """
+    token = model.tokenizer.bos_token_id if model.family == DECODER else None
+    if bos == AUTO:
+        return [int(token)] if token is not None and model.tokenizer("a")["input_ids"][:1] == [token] else []
+    if not bos:
+        return []
+    if token is None:
+        why = "is no decoder" if model.family != DECODER else "has a tokenizer without a beginning-of-text token"
+        raise BadInput(f"{setting}=true: {model.name} {why}; choose auto or false")
+    return [int(token)]
 
 
 def check_fits(model: Model, length: int) -> None:

@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.corpora.c4 import C4
-from knowledge_compression.corpora.corpus import TEST, VALIDATION, Documents, PublishedCorpus
+from knowledge_compression.corpora.corpus import (
+    AUTO,
+    TEST,
+    VALIDATION,
+    Documents,
+    PublishedCorpus,
+    beginning,
+    check_bos,
+)
 from knowledge_compression.corpora.wikitext import WikiText
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Blank, Question
@@ -39,7 +47,6 @@ _JOINS: Mapping[tuple[str, str], Callable[[Sequence[str]], str]] = {
     ("c4", "gptq"): lambda pages: " ".join(pages[:1100]),
 }
 JOINS = ("text", "gptq")
-AUTO = "auto"
 _LARGEST = math.log(sys.float_info.max)  # nats; the perplexity of more exceeds a float
 
 
@@ -81,8 +88,7 @@ class Perplexity:
                 raise BadInput(
                     f"eval.perplexity.{option}={getattr(self, option)} does not exist; choose one of {', '.join(known)}"
                 )
-        if self.bos not in (AUTO, True, False):
-            raise BadInput(f"eval.perplexity.bos={self.bos} does not exist; choose one of auto, true, false")
+        check_bos(self.bos, "eval.perplexity.bos")
         for option, least in (("window", 2), ("limit", 1), ("masked_per_window", 1)):
             value = getattr(self, option)
             if (value is not None or option == "window") and (not isinstance(value, int) or value < least):
@@ -134,16 +140,8 @@ class Perplexity:
         Raises:
             BadInput: it was asked for and the tokenizer has none, or the model is no decoder.
         """
-        token = model.tokenizer.bos_token_id if model.family == DECODER else None
-        if self.bos == AUTO:
-            habit = model.tokenizer("a")["input_ids"][:1] == [token]
-            return [int(token)] if token is not None and habit and self.join != "gptq" else []
-        if not self.bos:
-            return []
-        if token is None:
-            why = "is no decoder" if model.family != DECODER else "has a tokenizer without a beginning-of-text token"
-            raise BadInput(f"eval.perplexity.bos=true: {model.name} {why}; choose auto or false")
-        return [int(token)]
+        bos = False if self.bos == AUTO and self.join == "gptq" else self.bos
+        return beginning(model, bos, "eval.perplexity.bos")
 
     def windows(self, scorer: Scorer) -> tuple[LongTensor, int]:
         """The windows to score, int64 ``[N, window]``, and the number of windows in the text.
