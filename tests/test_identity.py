@@ -100,8 +100,9 @@ def test_no_number_of_any_part_may_be_below_zero_or_beyond_64_bits(choice):
 
 @cache
 def settings_of(choice):
-    given = dict(one.partition(".")[2].split("=") for one in NEEDED.get(choice, []))
-    return plain(kc.choose(choice, **given))
+    given = dict(one.split("=") for one in NEEDED.get(choice, []))
+    named = {key.rpartition(".")[2]: None if value == "null" else value for key, value in given.items()}
+    return plain(kc.choose(choice, **named))
 
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
