@@ -48,7 +48,7 @@ def test_a_file_alone(start: list[str], folder: Path) -> None:
     """The bare command is the one of this environment."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    file = str((TESTS / "test_held.py").relative_to(folder))
+    file = str((TESTS / "models" / "test_held.py").relative_to(folder))
     command = [*start, "-p", "no:cacheprovider", file, "-k", "llama"]
     ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import product
-from pathlib import Path
 from runpy import run_path
 from types import SimpleNamespace
 
@@ -11,10 +10,11 @@ import numpy as np
 import polars as pl
 import pytest
 
+from helpers.places import ROOT
 from helpers.stores import made_run
 from knowledge_compression.analysis.comparisons import compare
 
-SCRIPT = Path(__file__).parent.parent / "experiments" / "facts_in_experts" / "study.py"
+SCRIPT = ROOT / "experiments" / "facts_in_experts" / "study.py"
 BLOCKS, EXPERTS, RELATIONS, FACTS = range(2), range(4), 4, 80
 
 

@@ -1,7 +1,7 @@
 """Layers as the libraries themselves write them, read here and by them; skipped where a library is not installed.
 
     python -m venv --system-site-packages peers && peers/bin/pip install compressed-tensors bitsandbytes torchao
-    peers/bin/python -m pytest tests/test_format_peers.py
+    peers/bin/python -m pytest tests/models/test_format_peers.py
 
 Scales are given in float32, so that the libraries' own products, which take the type of the scale, are rounded no more
 than ours; of NVFP4 and MXFP4, which compressed-tensors makes bfloat16 of, ours are compared after the same rounding.
