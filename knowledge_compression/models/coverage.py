@@ -35,8 +35,8 @@ _TRIED = (
     "89 types were tried from end to end: a tiny network of each with random weights and a tokenizer of its kind is "
     "loaded, pruned by magnitude (`target=att`, `ff`, `all` and `final`), quantized to int8 and by GPTQ, saved and "
     "read back to equal logits, and scored: decoders and encoder-decoders as stock lm-eval scores them, encoders as a "
-    "plain pass over each text, to 1e-4. The command is `python -m pytest tests/models/test_every_type.py -m 'slow or not "
-    "slow'`; the list is `tests/helpers/every_type.py`. All go through, with these notes:",
+    "plain pass over each text, to 1e-4. The command is `python -m pytest tests/models/test_every_type.py -m 'slow or "
+    "not slow'`; the list is `tests/helpers/every_type.py`. All go through, with these notes:",
     "",
     "- `mamba` and `mamba2` have no attention and no feed-forward layers: `target=att` and `ff` say so, `mixer` and "
     "`all` take what they have.",
