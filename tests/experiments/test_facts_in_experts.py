@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import product
 from runpy import run_path
 from types import SimpleNamespace
@@ -20,9 +21,16 @@ BLOCKS, EXPERTS, RELATIONS, FACTS = range(2), range(4), 4, 80
 
 @pytest.fixture(scope="module")
 def study():
-    globals_of = run_path(str(SCRIPT))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)  # as when it is run
+        globals_of = run_path(str(SCRIPT))
     globals_of["main"].__globals__.update(PERMUTATIONS=100, RESAMPLES=100)
     return SimpleNamespace(**globals_of)
+
+
+@pytest.fixture(scope="module")
+def removals(study):
+    return sys.modules["removals"]
 
 
 def answered(lost: np.ndarray, target: str, compression: str, block: int | None, experts: list[int] | None, seed: int):
@@ -66,14 +74,14 @@ def one_relation_an_expert(kind: str, block: int, number: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def model(study):
+def model(removals):
     (group,) = compare(world(one_relation_an_expert))
-    return study.model_of(group)
+    return removals.model_of(group)
 
 
-def test_removals_are_those_of_the_runs(study, model):
-    assert {kind: len(removals.names) for kind, removals in model.removals.items()} == {
-        study.EXPERTS: 8, study.SPREAD: 8, study.ATTENTION: 8, study.SMALLEST: 2, study.BLOCK: 2,
+def test_removals_are_those_of_the_runs(removals, study, model):
+    assert {kind: len(found.names) for kind, found in model.removals.items()} == {
+        study.EXPERTS: 8, study.SPREAD: 8, study.ATTENTION: 8, removals.SMALLEST: 2, study.BLOCK: 2,
         study.WHOLE: 1,
     }  # fmt: skip
     assert model.removals[study.EXPERTS].names == list(product(BLOCKS, EXPERTS))
