@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from knowledge_compression.corpora.corpus import Windowed, check_fits
+from knowledge_compression.corpora.corpus import AUTO, Windowed, check_bos, check_fits
 from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import torch
-from knowledge_compression.identity import LABEL
+from knowledge_compression.identity import ADDED, LABEL
 from knowledge_compression.models import Model
-from knowledge_compression.models.families import ENCODER, ENCODER_DECODER
+from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 
 if TYPE_CHECKING:
     from torch import LongTensor
@@ -28,10 +28,19 @@ class WorldText(Windowed):
 
     Its windows are like those in the model's training: as many whole sentences as fit, with its family's special
     tokens.
+
+    Attributes:
+        bos: decoders only: false leaves out the beginning-of-text token, with which every window in training began.
     """
 
     name: str = field(default="world", metadata=LABEL)
     length: int = 11
+    bos: bool | str = field(default=AUTO, kw_only=True, metadata=ADDED)
+
+    def __post_init__(self) -> None:
+        """Refuse what is neither yes, no nor ``auto``."""
+        super().__post_init__()
+        check_bos(self.bos, "corpus.bos")
 
     def fingerprint(self) -> str:
         """Empty: the model's fingerprint identifies the world and so the text."""
@@ -48,14 +57,17 @@ class WorldText(Windowed):
 
     def windows(self, model: Model) -> LongTensor:
         """Calibration windows ``[samples, length]``."""
-        return sentence_windows(model, self._sentences(model), self.length, self.samples, self.seed)
+        return self._windows(model, self._sentences(model), self.samples)
 
     def token_stream(self, model: Model) -> LongTensor:
         """Windows, concatenated, enough to contain every sentence."""
         sentences = self._sentences(model)
         a_window = max(1, self.length // (max(map(len, sentences)) + 2))
-        windows = sentence_windows(model, sentences, self.length, ceil(len(sentences) / a_window), self.seed)
-        return windows.flatten()  # type: ignore[return-value]
+        return self._windows(model, sentences, ceil(len(sentences) / a_window)).flatten()  # type: ignore[return-value]
+
+    def _windows(self, model: Model, sentences: Sequence[Sequence[int]], count: int) -> LongTensor:
+        begins = self.bos is not False or model.family != DECODER
+        return sentence_windows(model, sentences, self.length, count, self.seed, begins=begins)
 
     def _sentences(self, model: Model) -> list[list[int]]:
         lines = self._file(model).read_text(encoding="utf-8").splitlines()
@@ -72,7 +84,7 @@ class WorldText(Windowed):
 
 
 def sentence_windows(
-    model: Model, sentences: Sequence[Sequence[int]], length: int, count: int, seed: int
+    model: Model, sentences: Sequence[Sequence[int]], length: int, count: int, seed: int, *, begins: bool = True
 ) -> LongTensor:
     """Windows of whole shuffled sentences, reshuffled in every epoch, padded on the right.
 
@@ -82,6 +94,7 @@ def sentence_windows(
         length: tokens in a window.
         count: number of windows.
         seed: for shuffling.
+        begins: whether a window of a decoder or encoder begins with the beginning-of-text token.
 
     Returns:
         Token ids ``[count, length]``.
@@ -91,7 +104,7 @@ def sentence_windows(
     """
     check_fits(model, length)
     tokenizer = model.tokenizer
-    begin = [] if model.family == ENCODER_DECODER else [tokenizer.bos_token_id]
+    begin = [tokenizer.bos_token_id] if begins and model.family != ENCODER_DECODER else []
     end = [tokenizer.eos_token_id] if model.family == ENCODER else []
     windows = np.full((count, length), tokenizer.pad_token_id)
     for window, row in zip(windows, packed(sentences, length - len(begin) - len(end), count, seed), strict=True):

@@ -70,7 +70,7 @@ class DenseStates:
     def __init__(self, folder: Path) -> None:
         about = json.loads((folder / _ABOUT).read_text())
         self._dtype, self._width = getattr(torch, about["dtype"]), int(about["width"])
-        self._row = {key.tobytes(): row for row, key in enumerate(np.load(folder / _KEYS))}
+        self._row = {key.tobytes(): row for row, key in enumerate(np.load(folder / _KEYS, allow_pickle=False))}
         self.answers = pl.read_parquet(folder / _ITEMS, glob=False)
         self._file = (folder / _STATES).open("rb")
 

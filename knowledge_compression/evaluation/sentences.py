@@ -133,11 +133,16 @@ def _told_to_add_bos(tokenizer: Any) -> Iterator[None]:
     if told is None:
         yield
         return
+    # Either assignment replaces what the tokenizer puts around a text by what the library derives from its settings.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    around = getattr(backend, "post_processor", None)
     tokenizer.add_bos_token = True
     try:
         yield
     finally:
         tokenizer.add_bos_token = told
+        if backend is not None:
+            backend.post_processor = around
 
 
 def _of_encoder(scorer: Scorer, statements: Sequence[Statement]) -> list[NDArray[np.float64] | None]:

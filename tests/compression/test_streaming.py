@@ -245,7 +245,7 @@ print("done", flush=True)
 def test_kill_minus_nine_at_any_moment(method: str, saved: Callable[..., LocalModel], tmp_path: Path) -> None:
     source = saved("llama", num_hidden_layers=24, layer_types=None)
     streamed(source, METHODS[method], ALL, tmp_path / "whole")
-    code = CHILD.format(tests=TESTS, root=ROOT)
+    code = CHILD.format(tests=str(TESTS), root=str(ROOT))
     folder, kills = tmp_path / "killed", 0
     for wanted in (2, 15):
         child = subprocess.Popen(

@@ -19,7 +19,7 @@ from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.evaluation.bear import Bear, ranked
 from knowledge_compression.evaluation.cloze import MASK
 from knowledge_compression.evaluation.scoring import Scorer
-from knowledge_compression.evaluation.sentences import Statement, scores_of_answers
+from knowledge_compression.evaluation.sentences import Statement, scores_of_answers, sentences_after_opening
 from knowledge_compression.evaluation.suite import ask
 from knowledge_compression.models import Model
 from knowledge_compression.models.loading import PackagedModel
@@ -265,3 +265,13 @@ def test_real_data_is_whole(data_dir: Path) -> None:
     suite = Bear(str(data_dir))
     parts = suite.parts()
     assert len(parts) == 60 and sum(len(part.relation.facts) for part in parts.values()) == 7731  # type: ignore[attr-defined]
+
+
+def test_reading_sentences_leaves_the_tokenizer_as_it_was(tiny_model: Callable[[str], Model]) -> None:
+    """It is told to begin a text, which makes the library derive anew what stands around one."""
+    tokenizer = tiny_model("llama").tokenizer
+    texts = ["paris and berlin", "the moon"]
+    before = tokenizer(texts)["input_ids"]
+    opened = sentences_after_opening(tokenizer, texts)
+    assert tokenizer(texts)["input_ids"] == before
+    assert [row[0] for row in opened] == [tokenizer.bos_token_id] * 2

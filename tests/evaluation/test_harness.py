@@ -44,12 +44,14 @@ def test_every_task_answers_as_stock_does(
     )
     assert set(fast.items["task"]) == set(tasks)
     assert fast.items.height == 3 * len(tasks)
-    numbers = ("log_prob", "prediction_log_prob", "margin")
-    same = [name for name in stock.items.columns if name not in numbers]
+    numbers = ("log_prob", "prediction_log_prob", "margin", "gold_share", "brier")
+    same = [name for name in stock.items.columns if name not in (*numbers, "shares")]
     assert fast.items.select(same).equals(stock.items.select(same))
     for column in numbers:
         pairs = zip(fast.items[column], stock.items[column], strict=True)
         assert all(a == b or a == pytest.approx(b, rel=1e-4, abs=1e-4) for a, b in pairs)
+    for a, b in zip(fast.items["shares"].to_list(), stock.items["shares"].to_list(), strict=True):
+        assert a == b or a == pytest.approx(b, rel=1e-3, abs=1e-4)
     assert fast.metrics == pytest.approx(stock.metrics, rel=1e-4)
 
 

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from helpers.matrix import WIDE
 from helpers.networks import VOCABULARY, build_network, make_tokenizer
 from helpers.places import CONF
 from knowledge_compression.errors import BadInput, ModelUnavailable
@@ -71,7 +72,8 @@ def test_no_method_turns_a_nan_away_or_keeps_it(path: Path, where: str, tiny_mod
     """In a layer that it compresses, and in one that it does not."""
     settings = yaml.safe_load(path.read_text())
     method = instantiate(_resolved(settings) | ({"group_size": 8} if "group_size" in settings else {}), _convert_="all")
-    model = tiny_model("llama")
+    wide = build_network("llama", **WIDE["llama"])  # for blocks of 32 inputs
+    model = Model(wide, tiny_model("llama").tokenizer, "llama")
     with torch.no_grad():
         model.network.get_parameter(where).view(-1)[3] = float("nan")
     before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -187,6 +187,8 @@ def _fits(value: str, hint: Any) -> bool | None:
     if origin in (Union, UnionType):
         found = [_fits(value, one) for one in arguments]
         return True if True in found else None if None in found else False
+    if origin is Literal:
+        return value in map(str, arguments)
     if hint is NoneType:
         return value == "null"
     if hint is Any:

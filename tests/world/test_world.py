@@ -24,6 +24,7 @@ from knowledge_compression.corpora.world_text import WorldText, packed
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.world_facts import WorldProbes
+from knowledge_compression.identity import identity
 from knowledge_compression.objectives import NextToken, objective_for
 from knowledge_compression.training import TrainingSettings
 from knowledge_compression.world import models
@@ -154,6 +155,14 @@ def test_recovery_reads_whole_sentences_as_training_did(cache, family):
     with torch.no_grad():
         loss, count = objective_for(model)(model.network, windows)
     assert math.isfinite(loss) and count
+
+
+def test_windows_begin_as_in_training_unless_told_otherwise(cache):
+    model = small_model("decoder").load("cpu")
+    corpus, begin = WorldText(samples=4, length=21), model.tokenizer.bos_token_id
+    without = replace(corpus, bos=False)
+    assert (corpus.windows(model)[:, 0] == begin).all() and not (without.windows(model) == begin).any()
+    assert identity(corpus) == identity(replace(corpus, bos="auto")) != identity(without)
 
 
 def test_text_of_a_world_is_refused_to_other_models_before_anything_is_done(tiny_model):
