@@ -143,7 +143,7 @@ def settings() -> Iterator[Trial]:
     for group, parts in _RUNNABLE.items():
         seen: set[tuple[type, str]] = set()
         for name, command in parts.items():
-            part = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+            part = _written(group, name)
             key, chosen = (f"eval.{name}", f"eval=[{name}]") if group == "eval" else (group, f"{group}={name}")
             kind = _class(part[name] if group == "eval" else part)
             if "group_size" in part:  # the layers are narrow
@@ -159,6 +159,14 @@ def settings() -> Iterator[Trial]:
                     rest = tuple(one for one in command.split() if not one.startswith(f"{chosen.partition('=')[0]}="))
                     must = EITHER if fits and value not in _NEVER else REFUSE
                     yield Trial(f"{chosen}: {path}={value}", (*rest, chosen, f"++{path}={value}"), must=must)
+
+
+def _written(group: str, name: str) -> dict[str, Any]:
+    """What a choice's file says, and the files that it builds on."""
+    part: dict[str, Any] = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+    for base in part.get("defaults", ()):
+        part = part if base == "_self_" else _written(group, base) | part
+    return part
 
 
 def _class(part: Mapping[str, Any]) -> type:
