@@ -160,6 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BadInput as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    if not found:
+        sys.stdout.write("no sweep was started with this folder; kc report compares its single runs\n")
+        return 0
     show(found, Console())
     return 1 if any(outcome.status != DONE for sweep in found for outcome in sweep.outcomes) else 0
 

@@ -211,6 +211,8 @@ def test_the_status_of_a_sweep(
     finished.mkdir()
     write_plan(finished, runs[:2], at_once=2)
     assert status.sweeps(tmp_path)[-1].seconds_left == 0
+    (tmp_path / "without").mkdir()
+    assert status.main([str(tmp_path / "without")]) == 0 and "no sweep was started" in capsys.readouterr().out
     assert status.main([str(tmp_path / "nowhere")]) == 2
     assert "does not exist" in capsys.readouterr().err
 
