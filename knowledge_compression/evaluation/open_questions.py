@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import string
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.calibration import sampled
+from knowledge_compression.evaluation.tabular import Source
+from knowledge_compression.identity import PLACE
 from knowledge_compression.models.families import ENCODER
 
 if TYPE_CHECKING:
@@ -50,6 +54,56 @@ class OpenQuestion:
         from lm_eval.api.instance import Instance
 
         return Instance(kind, self._document, arguments, index, ("", self.number, 1))
+
+
+@dataclass(frozen=True)
+class OpenSuite(ABC):
+    """The common part of suites of open questions.
+
+    Attributes:
+        data_dir: a folder that contains one of ``NAMES``; None uses the hub.
+        prompt: what the model reads, with ``{question}``.
+        most: tokens generated for an answer, at most; only its first line counts.
+        limit: a random sample of at most this many questions.
+        hub_id: the data set on the hub.
+    """
+
+    SUITE: ClassVar[str]
+    READING: ClassVar[str]  # version of the way from rows to results; raised when it changes
+    NAMES: ClassVar[Sequence[str]]
+    COLUMNS: ClassVar[Sequence[str]]
+    data_dir: str | None = field(default=None, metadata=PLACE)
+    prompt: str = "Q: {question}\nA:"
+    most: int = 15
+    limit: int | None = None
+    hub_id: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse options that ask nothing."""
+        if "{question}" not in self.prompt:
+            raise BadInput(f"{self.SUITE}.prompt='{self.prompt}' lacks {{question}}")
+        if self.most < 1:
+            raise BadInput(f"{self.SUITE}.most={self.most} generates nothing; give a number from 1")
+        sampled([], self.limit)
+
+    def fingerprint(self) -> str:
+        """Digest of the file that is read, or the hub's id; a damaged file is refused here."""
+        if self.data_dir is not None:
+            self.check_data()
+        return self._source.digest(self.READING)
+
+    def check_data(self) -> None:
+        """Refuse data that is not to be had."""
+        _ = self._questions
+
+    @property
+    def _source(self) -> Source:
+        return Source(self.SUITE, self.data_dir, self.NAMES, self.COLUMNS, self.hub_id)
+
+    @property
+    @abstractmethod
+    def _questions(self) -> Any:
+        """What is asked, read from the source."""
 
 
 def said(scorer: Scorer, questions: Sequence[OpenQuestion], most: int) -> list[str]:

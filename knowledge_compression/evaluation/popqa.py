@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from knowledge_compression.evaluation.bear import ranked
 from knowledge_compression.evaluation.calibration import sampled
 from knowledge_compression.evaluation.open_questions import (
     OpenQuestion,
+    OpenSuite,
     check_family,
     contains,
     log_probs,
@@ -26,60 +27,37 @@ from knowledge_compression.evaluation.open_questions import (
     said,
 )
 from knowledge_compression.evaluation.suite import Evaluation, accuracy_metrics, item_table
-from knowledge_compression.evaluation.tabular import Source
 from knowledge_compression.heavy import pl
-from knowledge_compression.identity import PLACE
 from knowledge_compression.reading import parsed
 
 if TYPE_CHECKING:
     from knowledge_compression.evaluation.scoring import Scorer
 
-READING = "popqa 1"  # version of the way from rows to questions; raised when it changes
-NAMES = ("popqa/test.jsonl", "popqa/popQA.tsv", "popqa/test.tsv", "popqa/test.csv")
-COLUMNS = ("question", "prop", "obj", "s_pop", "possible_answers")
 BINS = ("tail", "middle", "head")
 
 
 @dataclass(frozen=True)
-class PopQA:
+class PopQA(OpenSuite):
     """PopQA as a suite, for decoders and encoder-decoders.
 
     Attributes:
-        data_dir: a folder that contains ``popqa/``; None uses the hub.
-        prompt: what the model reads, with ``{question}``.
-        most: tokens generated for an answer, at most; only its first line counts.
         candidates: number of answers among which the right one is ranked: itself and others of its relation, drawn at
             random but the same for every model; None takes all of them, 0 does not rank.
-        limit: a random sample of at most this many questions.
-        hub_id: the data set on the hub.
+        data_dir, prompt, most, limit, hub_id: see :class:`OpenSuite`.
     """
 
-    data_dir: str | None = field(default=None, metadata=PLACE)
-    prompt: str = "Q: {question}\nA:"
-    most: int = 15
+    SUITE = "popqa"
+    READING = "popqa 1"
+    NAMES = ("popqa/test.jsonl", "popqa/popQA.tsv", "popqa/test.tsv", "popqa/test.csv")
+    COLUMNS = ("question", "prop", "obj", "s_pop", "possible_answers")
     candidates: int | None = 20
-    limit: int | None = None
     hub_id: str = "akariasai/PopQA"
 
     def __post_init__(self) -> None:
         """Refuse options that ask nothing."""
-        if "{question}" not in self.prompt:
-            raise BadInput(f"popqa.prompt='{self.prompt}' lacks {{question}}")
-        if self.most < 1:
-            raise BadInput(f"popqa.most={self.most} generates nothing; give a number from 1")
+        super().__post_init__()
         if self.candidates is not None and (self.candidates < 0 or self.candidates == 1):
             raise BadInput(f"popqa.candidates={self.candidates} is no choice; give a number from 2, null for all, or 0")
-        sampled([], self.limit)
-
-    def fingerprint(self) -> str:
-        """Digest of the file that is read, or the hub's id; a damaged file is refused here."""
-        if self.data_dir is not None:
-            _ = self._questions
-        return self._source.digest(READING)
-
-    def check_data(self) -> None:
-        """Refuse data that is not to be had."""
-        _ = self._questions
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
         """Ask every question.
@@ -117,10 +95,6 @@ class PopQA:
             "duplicates_dropped": self._read[1],
         }
         return Evaluation(accuracy_metrics(items) | popularity_metrics(items), items, described)
-
-    @property
-    def _source(self) -> Source:
-        return Source("popqa", self.data_dir, NAMES, COLUMNS, self.hub_id)
 
     @cached_property
     def _read(self) -> tuple[list[dict[str, Any]], int]:

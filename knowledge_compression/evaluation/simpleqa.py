@@ -9,23 +9,25 @@ comparable between models here, and not with published ones.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.calibration import sampled
-from knowledge_compression.evaluation.open_questions import OpenQuestion, check_family, contains, normal, said
+from knowledge_compression.evaluation.open_questions import (
+    OpenQuestion,
+    OpenSuite,
+    check_family,
+    contains,
+    normal,
+    said,
+)
 from knowledge_compression.evaluation.suite import Evaluation, item_table
-from knowledge_compression.evaluation.tabular import Source
 from knowledge_compression.heavy import pl
-from knowledge_compression.identity import PLACE
 
 if TYPE_CHECKING:
     from knowledge_compression.evaluation.scoring import Scorer
 
-READING = "simpleqa 1"  # version of the way from rows to grades; raised when it changes
-NAMES = ("simpleqa/simple_qa_test_set.csv", "simpleqa/test.csv", "simpleqa/test.jsonl")
 CORRECT, INCORRECT, NOT_ATTEMPTED = "correct", "incorrect", "not attempted"
 # What a model says that declines, in normal form (lower case, without punctuation and articles).
 _DECLINES = re.compile(
@@ -36,40 +38,15 @@ _DECLINES = re.compile(
 
 
 @dataclass(frozen=True)
-class SimpleQA:
-    """SimpleQA as a suite, for decoders and encoder-decoders.
+class SimpleQA(OpenSuite):
+    """SimpleQA as a suite, for decoders and encoder-decoders; its settings are those of :class:`OpenSuite`."""
 
-    Attributes:
-        data_dir: a folder that contains ``simpleqa/``; None uses the hub.
-        prompt: what the model reads, with ``{question}``.
-        most: tokens generated for an answer, at most; only its first line counts.
-        limit: a random sample of at most this many questions.
-        hub_id: the data set on the hub.
-    """
-
-    data_dir: str | None = field(default=None, metadata=PLACE)
-    prompt: str = "Q: {question}\nA:"
+    SUITE = "simpleqa"
+    READING = "simpleqa 1"
+    NAMES = ("simpleqa/simple_qa_test_set.csv", "simpleqa/test.csv", "simpleqa/test.jsonl")
+    COLUMNS = ("problem", "answer")
     most: int = 32
-    limit: int | None = None
     hub_id: str = "basicv8vc/SimpleQA"
-
-    def __post_init__(self) -> None:
-        """Refuse options that ask nothing."""
-        if "{question}" not in self.prompt:
-            raise BadInput(f"simpleqa.prompt='{self.prompt}' lacks {{question}}")
-        if self.most < 1:
-            raise BadInput(f"simpleqa.most={self.most} generates nothing; give a number from 1")
-        sampled([], self.limit)
-
-    def fingerprint(self) -> str:
-        """Digest of the file that is read, or the hub's id; a damaged file is refused here."""
-        if self.data_dir is not None:
-            _ = self._questions
-        return self._source.digest(READING)
-
-    def check_data(self) -> None:
-        """Refuse data that is not to be had."""
-        _ = self._questions
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
         """Ask every question.
@@ -96,10 +73,6 @@ class SimpleQA:
             "duplicates_dropped": self._questions[1],
         }
         return Evaluation(grade_metrics(items), items, described)
-
-    @property
-    def _source(self) -> Source:
-        return Source("simpleqa", self.data_dir, NAMES, ("problem", "answer"), self.hub_id)
 
     @cached_property
     def _questions(self) -> tuple[list[OpenQuestion], int]:
