@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from transformers import AutoModelForCausalLM
 
+from helpers.networks import build_network, make_tokenizer
 from helpers.places import ROOT
 from knowledge_compression.analysis.ledger import restores_by
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models.families import EXCEPTIONS
+from knowledge_compression.models import Model
+from knowledge_compression.models.families import EXCEPTIONS, EXPERTS
+from knowledge_compression.models.targets import linear_layers
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.sweeping.cli import main
 
@@ -43,7 +47,7 @@ def run(folder: Path, monkeypatch, *overrides: str):
 
 
 def test_every_example_is_short():
-    assert len(FILES) == 10
+    assert len(FILES) == 12
     assert all(content.count("\n") < 40 for _, content in FILES)
 
 
@@ -86,11 +90,30 @@ def test_a_corpus_of_ones_own_calibrates_a_method_of_ones_own(users_folder, monk
     assert compressed.report["compression"]["sparsity"] == pytest.approx(0.1, abs=0.01)
 
 
+@pytest.mark.slow
+def test_a_method_of_ones_own_removes_the_smallest_experts(users_folder, monkeypatch, capsys):
+    network = build_network("mixtral")
+    layers = [layer for layer in linear_layers(Model(network, None, "m")) if layer.role == EXPERTS]
+    for layer in layers:  # one in each block is small
+        layer.weight.mul_(0.1 if layer.expert_number == 3 - layer.block else 1.0)
+    network.save_pretrained(users_folder / "mixture")
+    make_tokenizer().save_pretrained(users_folder / "mixture")
+    settings = ["compression=small_experts", "model=local", f"model.path={users_folder / 'mixture'}", "eval=[days]"]
+    runs = run(users_folder, monkeypatch, "target=experts", "output.save_model=true", *settings)
+    (compressed,) = (run for run in runs if run.report["compression"].get("method") == "small_experts")
+    saved = Model(AutoModelForCausalLM.from_pretrained(compressed.folder / "model"), None, "m")
+    zero = {(layer.block, layer.expert_number) for layer in linear_layers(saved) if not layer.weight.any()}
+    assert zero == {(0, 3), (1, 2)} and compressed.report["compression"]["sparsity"] == 0.25
+    with pytest.raises(SystemExit):
+        run(users_folder, monkeypatch, "target=all", *settings)
+    assert "takes experts alone: target=experts" in capsys.readouterr().err
+
+
 def test_a_family_of_ones_own(monkeypatch):
     import torch
     from transformers import StableLmConfig, StableLmForCausalLM
 
-    from knowledge_compression.models import Model, Target
+    from knowledge_compression.models import Target
 
     example = GUIDE.split("## A model family")[1].split("```python\n")[1].split("```")[0]
     monkeypatch.setattr(sys.modules["knowledge_compression.models.families"], "EXCEPTIONS", dict(EXCEPTIONS))

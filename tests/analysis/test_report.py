@@ -156,6 +156,13 @@ def test_in_a_browser_the_filters_change_the_chart_and_the_search_finds_a_fact(s
         assert page.evaluate("document.documentElement.scrollWidth") <= width + 10
         bar, legend = (page.locator(f"#size-chart {part}").bounding_box() for part in (".modebar", ".legend"))
         assert bar["x"] >= legend["x"] + legend["width"] or bar["y"] >= legend["y"] + legend["height"]
+    only_on_screen = ["nav", "#filters", "#fact-runs", "#size-chart .modebar", "#fact-search", "#run-choice"]
+    assert all(page.locator(part).is_visible() for part in only_on_screen)
+    page.emulate_media(media="print")  # nothing to click, and nothing cut off by a box that scrolls
+    assert not any(page.locator(part).is_visible() for part in only_on_screen)
+    for part in ("#overview-table", "#fact-list"):
+        assert page.locator(part).evaluate("e => e.scrollHeight <= e.clientHeight + 1"), part
+    assert page.locator("#overview-table tbody tr").last.is_visible()
 
 
 @pytest.mark.slow
@@ -200,6 +207,9 @@ def test_in_a_browser_runs_without_right_answers_are_told_all_the_same(tmp_path,
     page = page_in_browser(tmp_path / "report.html")
     assert "perplexity 33.12" in page.locator("#overview-table").inner_text()
     assert not page.locator("#charts").is_visible() and not page.locator("#facts").is_visible()
+    links = {link.get_attribute("href"): link.is_visible() for link in page.locator("nav a").all()}
+    assert links["#overview"] and links["#findings"] and links["#run"]
+    assert not any(links[name] for name in ("#charts", "#distance", "#calibration", "#fates-of-facts", "#facts"))
 
 
 @pytest.mark.slow

@@ -129,6 +129,9 @@ def test_a_damaged_run_is_named_and_done_again(command: Any, tmp_path: Path) -> 
     (one.folder / "metrics.json").write_text('{"probe.accuracy": "high"}')
     status, said = command("-m", *given)
     assert status == 0 and f"{one.id} is left out: damaged: metrics.json" in said and "2 runs done, 0 failed" in said
+    outputs = tmp_path / "outputs"
+    last = said.strip().splitlines()[-1]  # what to type next
+    assert last.endswith(f"next: kc report {outputs} -o report.html, or kc advise {outputs} --keep 95%")
     again = store.find(one.id)
     assert again is not None and again.metrics == one.metrics
     (one.folder / "items.parquet").write_bytes(b"PAR1 PAR1")
