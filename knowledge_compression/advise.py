@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.progress import underway
 
 _POOLED = ("model", "seed", "eval")  # a table has one model and suite, and pools the seeds of a setting
 
@@ -51,8 +52,9 @@ def advise(outputs: Path, keep: float, flips: float = 1.0, *, claims: bool = Fal
     from knowledge_compression.results.store import RunStore
     from knowledge_compression.results.summary import shown
 
-    runs, unreadable = RunStore(outputs).scan()
-    comparisons = compare(runs)
+    with underway("comparing the runs"):
+        runs, unreadable = RunStore(outputs).scan()
+        comparisons = compare(runs)
     if not comparisons.groups and not comparisons.measured:
         damaged = f" that can be read ({unreadable[0][0]}: {unreadable[0][1]})" if unreadable else ""
         raise BadInput(f"{outputs} holds no dense run to compare with{damaged}; run one with compression=none")

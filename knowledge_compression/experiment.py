@@ -22,6 +22,7 @@ from knowledge_compression.models.device import Device, kind_of, product_type, r
 from knowledge_compression.models.held import HeldSource
 from knowledge_compression.models.loading import ModelSource
 from knowledge_compression.models.pretrained import check_memory
+from knowledge_compression.progress import underway
 from knowledge_compression.recovery.base import Recovery
 from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results.layout import SAVED
@@ -261,8 +262,8 @@ class Experiment:
         """
         if not force and (done := self._done(store)):
             return done
-        # This imports everything for computing, which a finished run does not need.
-        from knowledge_compression.running import do
+        with underway("starting"):  # this imports everything for computing, which a finished run does not need
+            from knowledge_compression.running import do
 
         self.check()
         with store.claim(self.id, afresh=force) as workplace:

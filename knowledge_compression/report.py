@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.progress import underway
 
 if TYPE_CHECKING:
     from knowledge_compression.analysis.comparisons import Comparisons
@@ -20,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), help="the file to write (report.html)"
     )
-    parser.add_argument("--figures", type=Path, help="also write the papers' tables and figures into this folder")
+    parser.add_argument("--figures", type=Path, help="also write tables, figures and what to cite into this folder")
     parser.add_argument(
         "--per-parameter", action="store_true", help="drops in the figures divided by the share of parameters touched"
     )
@@ -43,13 +44,15 @@ def write_report(outputs: Path, output: Path) -> None:
     from knowledge_compression.analysis.page import render, write
     from knowledge_compression.results.store import RunStore
 
-    runs, skipped = RunStore(outputs).scan()
+    with underway("reading the runs"):
+        runs, skipped = RunStore(outputs).scan()
     if not runs:
         unreadable = f" that can be read ({skipped[0][0]}: {skipped[0][1]})" if skipped else ""
         raise BadInput(
             f"{outputs} holds no finished runs{unreadable}; give the folder that output.dir named (it has runs/ inside)"
         )
-    html = render(runs, skipped)
+    with underway(f"comparing {len(runs)} runs"):
+        html = render(runs, skipped)
     try:
         write(html, output)
     except OSError as error:
@@ -59,28 +62,34 @@ def write_report(outputs: Path, output: Path) -> None:
 
 
 def write_figures(outputs: Path, folder: Path, *, per_parameter: bool = False) -> None:
-    """Write those of both papers' tables (CSV, LaTeX) and figures (SVG, PDF) for which ``outputs`` has runs.
+    """Write all results as a table (CSV, LaTeX) and a figure (SVG, PDF), and those of both papers' for which there are
+    runs.
 
-    Also write ``findings.md``: findings, fates and what restored lost facts, as Markdown.
+    Also write, as Markdown, ``findings.md`` (findings, fates and what restored lost facts) and ``how_to_cite.md``.
 
     Raises:
         BadInput: the folder cannot be written.
     """
-    from knowledge_compression.analysis import markdown
+    from knowledge_compression.analysis import markdown, paper, tables
     from knowledge_compression.analysis.comparisons import compare
     from knowledge_compression.analysis.findings import check
     from knowledge_compression.analysis.naming import reading_order
     from knowledge_compression.results.store import RunStore
 
-    runs, unreadable = RunStore(outputs).scan()
-    comparisons = compare(sorted(runs, key=reading_order))
-    comparisons.skipped[:0] = unreadable
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "findings.md").write_text(markdown.report(comparisons, check(comparisons)), encoding="utf-8")
-        written = [folder / "findings.md", *_papers(comparisons, folder, per_parameter)]
-    except OSError as error:
-        raise BadInput(f"{folder} cannot be written ({error.strerror})") from None
+    with underway("drawing tables and figures"):
+        runs, unreadable = RunStore(outputs).scan()
+        comparisons = compare(sorted(runs, key=reading_order))
+        comparisons.skipped[:0] = unreadable
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "findings.md").write_text(markdown.report(comparisons, check(comparisons)), encoding="utf-8")
+            (folder / "how_to_cite.md").write_text(paper.how_to_cite(comparisons), encoding="utf-8")
+            written = [folder / "findings.md", folder / "how_to_cite.md", *paper.draw(comparisons, folder)]
+            for make in (paper.results_table, paper.values_table):
+                written += tables.write(make(comparisons), folder)
+            written += _papers(comparisons, folder, per_parameter)
+        except OSError as error:
+            raise BadInput(f"{folder} cannot be written ({error.strerror})") from None
     sys.stdout.write(f"{folder}: {len(written)} files\n")
 
 

@@ -32,6 +32,7 @@ from knowledge_compression.models.loading import LocalModel, ModelSource
 from knowledge_compression.models.soundness import non_finite, shown, weights_of
 from knowledge_compression.models.streamed import StreamedModel
 from knowledge_compression.models.tokenizers import read_alike
+from knowledge_compression.progress import underway
 from knowledge_compression.results.environment import environment
 from knowledge_compression.results.files import OTHER_TOKENIZER
 from knowledge_compression.results.layer_map import layer_map
@@ -83,7 +84,8 @@ def do(experiment: Experiment, workplace: Workplace, tracker: Tracker, *, afresh
                 experiment, model, targets, corpus, workplace.folder / SAVED, afresh=afresh
             )
             if experiment.save_model and not experiment.streams:
-                report["saved"] = dict(writer_of(experiment.save_model).write(model, saved))
+                with underway("saving the compressed model"):
+                    report["saved"] = dict(writer_of(experiment.save_model).write(model, saved))
         left_out = [asdict(part) for part in targets.left_out]
         report["compression"] = compressed.to_json() | {"found": found, "left_out": left_out}
         report["saved_as"] = experiment.saved_as

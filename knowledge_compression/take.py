@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.errors import BadInput, DataUnavailable
+from knowledge_compression.progress import underway
 
 if TYPE_CHECKING:
     from knowledge_compression.taking.answers import Answers
@@ -68,9 +69,11 @@ def take_results(results: Path, output: Path, said: Path | None, by: str | None,
             raise BadInput(f"{results} is a store, whose runs say themselves how they were made; give only --by")
         if results.resolve() == output.resolve():
             raise BadInput(f"{results} is the store itself; give another one with -o")
-        runs, notes = runs_of(results, by), []
+        with underway(f"reading {results}"):
+            runs, notes = runs_of(results, by), []
     else:
-        found = _answers(results, statement, said, told)
+        with underway(f"reading {results}"):
+            found = _answers(results, statement, said, told)
         runs, notes = [run_of(one, by) for one in found], [note for one in found for note in one.notes]
     taken = take(runs, output, notes)
     for line in taken.notes:

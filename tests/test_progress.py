@@ -9,17 +9,27 @@ import subprocess
 import sys
 
 import pytest
+from transformers.utils import logging
 
 from helpers.places import PACKAGE
-from knowledge_compression.progress import bars, shown
+from knowledge_compression.models.failures import quiet
+from knowledge_compression.progress import bars, counted, shown, underway
 
-SHOWING = "from knowledge_compression.progress import shown; print(list(shown(range(3), 'counting')))"
+SHOWING = """
+from knowledge_compression.progress import counted, shown, underway
+with underway("starting"):
+    print(list(shown(range(3), "counting")))
+with counted(10, "decoding") as advance:
+    advance(10)
+"""
 
 
 def test_nothing_is_shown_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     assert list(shown(range(3), "counting")) == [0, 1, 2]
     with bars() as display:
         display.advance(display.add_task("training", total=2))
+    with underway("starting"), counted(2, "decoding") as advance:
+        advance(2)
     assert capfd.readouterr() == ("", "")
 
 
@@ -29,15 +39,24 @@ def test_a_terminal_gets_it_on_the_error_stream() -> None:
     ended = subprocess.run([sys.executable, "-c", SHOWING], stdout=subprocess.PIPE, stderr=terminal, env=environment)
     os.close(terminal)
     assert ended.stdout == b"[0, 1, 2]\n"
-    assert b"counting" in os.read(ours, 10_000)
+    said = os.read(ours, 100_000)
+    assert b"starting" in said and b"counting" in said and b"decoding" in said and b"100%" in said
     os.close(ours)
 
 
+def test_the_hubs_downloads_are_shown_while_transformers_is_silent() -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    enable_progress_bars()
+    with quiet():
+        assert not are_progress_bars_disabled() and not logging.is_progress_bar_enabled()
+    disable_progress_bars()  # a user's choice
+    with quiet():
+        assert are_progress_bars_disabled()
+
+
 def test_there_is_one_way_to_show_it() -> None:
-    """Bars of their own would go to standard output, or into logs; tqdm with ``disable=None`` does neither."""
+    """Bars of their own would go to standard output, or into logs, or be drawn over ours."""
     for path in PACKAGE.rglob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        made = re.search(r"(?<!def )(?<!\.)\b(?:track|Progress)\(", text)
+        made = re.search(r"(?<!def )(?<!\.)\b(?:track|tqdm|Progress)\(", path.read_text(encoding="utf-8"))
         assert path.name == "progress.py" or made is None, path
-        for call in re.findall(r"tqdm\(.*", text):
-            assert "disable=None" in call, path

@@ -27,6 +27,7 @@ from knowledge_compression.memory import peak_memory
 from knowledge_compression.models import Model, TargetLayer, Targets
 from knowledge_compression.models.families import FINAL
 from knowledge_compression.models.soundness import check_finite, weights_of
+from knowledge_compression.progress import shown
 
 if TYPE_CHECKING:
     from torch import LongTensor, Tensor, nn
@@ -153,8 +154,8 @@ class LayerByLayer(Method):
 
     def apply(self, model: Model, targets: Targets, calibration: LongTensor | None) -> list[LayerReport]:
         """Compress the layers in order."""
-        shrinker = self.shrinker(targets, lambda: targets)
-        return [shrinker(layer) for layer in targets]
+        shrinker = self.shrinker(targets, lambda: shown(targets, "ranking"))
+        return [shrinker(layer) for layer in shown(targets, "compressing")]
 
 
 @dataclass(frozen=True)

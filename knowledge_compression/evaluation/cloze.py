@@ -11,13 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Blank, Question
 from knowledge_compression.evaluation.tokens import encode
 from knowledge_compression.heavy import torch
 from knowledge_compression.models.families import DECODER, ENCODER
+from knowledge_compression.progress import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -204,10 +203,10 @@ def candidate_scores(
 
 def distributions(scorer: Scorer, blanks: Sequence[Blank]) -> Iterator[tuple[list[int], Tensor]]:
     """:meth:`Scorer.distributions` with a progress bar if the output is a terminal."""
-    with tqdm(total=len(blanks), desc="cloze", unit="blank", leave=False, disable=None) as bar:
+    with counted(len(blanks), "asking") as advance:
         for batch, log_probs in scorer.distributions(blanks):
             yield batch, log_probs
-            bar.update(len(batch))
+            advance(len(batch))
 
 
 class _EncoderReader(Reader):

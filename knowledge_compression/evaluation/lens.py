@@ -13,8 +13,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from tqdm import tqdm
-
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.atlas import Atlas
 from knowledge_compression.evaluation.calibration import GroupMean, Questions, group_sizes
@@ -26,6 +24,7 @@ from knowledge_compression.evaluation.world_facts import WorldProbes
 from knowledge_compression.heavy import pl, torch
 from knowledge_compression.identity import PLACE
 from knowledge_compression.models import Model
+from knowledge_compression.progress import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,10 +109,10 @@ class LogitLens:
                 by_task[cloze.task].append((cloze, blank))
         wanted = {cloze.id for cloze in questions.asked}
         rows = []
-        with tqdm(total=sum(fits), desc="lens", unit="blank", leave=False, disable=None) as bar:
+        with counted(sum(fits), "lens") as advance:
             for task in by_task.values():
                 rows += self._look(scorer, task, candidates, sizes, wanted)
-                bar.update(len(task))
+                advance(len(task))
         asked = len(rows)
         if not asked:
             name = scorer.model.name

@@ -58,12 +58,19 @@ def _why_unavailable(where: str, name: str, error: Exception, allow_pickle: bool
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' own progress bars and reports: what matters is raised, and the bars are ours."""
+    """Silence transformers' own progress bars and reports: what matters is raised, and the bars are ours.
+
+    The hub's bars stay: nobody else knows how far a download is.
+    """
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as their_logging
 
     verbosity, bars = their_logging.get_verbosity(), their_logging.is_progress_bar_enabled()
     their_logging.set_verbosity_error()
-    their_logging.disable_progress_bar()
+    downloads_are_shown = not are_progress_bars_disabled()
+    their_logging.disable_progress_bar()  # which disables the hub's, too
+    if downloads_are_shown:
+        enable_progress_bars()
     try:
         yield
     finally:

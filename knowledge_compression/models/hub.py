@@ -70,3 +70,11 @@ def cached_commit(repository: str, revision: str) -> str | None:
 
     file = try_to_load_from_cache(repository, "config.json", revision=revision)
     return Path(file).parent.name if isinstance(file, str) else None
+
+
+def is_cached(repository: str, revision: str = "main", **_: object) -> bool:
+    """Whether weights of a model's revision are in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    files = ("model.safetensors", "model.safetensors.index.json")
+    return any(isinstance(try_to_load_from_cache(repository, file, revision=revision), str) for file in files)

@@ -5,6 +5,7 @@ A place is a folder, a hub id or a file. What is stored there in a compressed fo
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,11 @@ from knowledge_compression.models.content import check_shards
 from knowledge_compression.models.device import DTYPES, resolve_device, resolve_dtype, torch_dtype
 from knowledge_compression.models.failures import one_line_failures, quiet
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, family_of
+from knowledge_compression.models.hub import is_cached
 from knowledge_compression.models.model import Model
 from knowledge_compression.models.soundness import check_configuration, check_it_runs, check_loaded, check_tokenizer
 from knowledge_compression.models.streamed import Checkpoint, StreamedModel, check_kinds
+from knowledge_compression.progress import underway
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,7 +81,9 @@ def from_pretrained(
         reuse_freed_memory()
     if Path(where).is_dir():
         check_shards(Path(where))
-    with one_line_failures(where, name, allow_pickle), quiet():
+    # A download shows the hub's own bars, which do not go together with ours.
+    waiting = underway(f"loading {name}") if Path(where).exists() or is_cached(where, **hub) else nullcontext()
+    with one_line_failures(where, name, allow_pickle), quiet(), waiting:
         config = _configuration(where, stored, **hub)
         if stored is not None:
             network, loaded = stored.network(auto_class(config), config, resolve_dtype(dtype, place))

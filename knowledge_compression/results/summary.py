@@ -23,6 +23,7 @@ from rich.text import Text
 
 from knowledge_compression.cache import cached_folder, file_digest, kept_finding
 from knowledge_compression.identity import digest_of
+from knowledge_compression.progress import underway
 from knowledge_compression.results.files import is_file, kept, tokens_differ, told
 from knowledge_compression.results.store import Run
 from knowledge_compression.results.varying import text_of, varied
@@ -41,7 +42,8 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
         baselines: the dense run of each, by run id.
         folder: where the files are written.
     """
-    rows = drop_rows(runs, baselines)
+    with underway("comparing the runs"):
+        rows = drop_rows(runs, baselines)
     console = Console()
     if not console.is_terminal:
         console = Console(width=190)  # a log keeps whole rows

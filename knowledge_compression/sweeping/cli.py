@@ -42,6 +42,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES}  # a disk tha
 def main() -> None:
     """Entry point of ``run.py``."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive unchanged; what the user sees is decided here
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports each list of fonts that it makes
     command = hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)
     try:
         check_choices(sys.argv[1:])

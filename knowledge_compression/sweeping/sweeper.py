@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from knowledge_compression.cache import check_cache
 from knowledge_compression.configuration import Values, settings_of, values_of
 from knowledge_compression.errors import BadInput
+from knowledge_compression.progress import shown
 from knowledge_compression.results.secrets import hidden
 from knowledge_compression.sweeping.cli import EXIT_STATUS, one_line, settled_by_classes
 from knowledge_compression.sweeping.combinations import combinations, selected
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from knowledge_compression.sweeping.parts import Parts
 
 log = logging.getLogger(__name__)
+
+_MANY = 200  # combinations whose checks a bar shows
 
 _SHOWN = 1000  # runs of a sweep with nothing to do; a table of more would take longer than everything else
 
@@ -77,7 +80,9 @@ class PlannedSweeper(Sweeper):
         jobs = self._jobs(arguments)
         composer = Composer(self.hydra_context.config_loader, self.config, jobs)
         parts = Parts()
-        checked = [self._check(composer, parts, *job) for job in zip(jobs, labels(jobs), strict=True)]
+        named = list(zip(jobs, labels(jobs), strict=True))
+        shows = len(named) > _MANY  # fewer are checked in a moment
+        checked = [self._check(composer, parts, *job) for job in (shown(named, "checking") if shows else named)]
         refused = [outcome for outcome in checked if isinstance(outcome, Outcome)]
         accepted = _distinct([one for one in checked if not isinstance(one, Outcome)])
         for outcome in refused:

@@ -15,6 +15,7 @@ from knowledge_compression.evaluation.scoring.heads import head_at
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER_DECODER
 from knowledge_compression.models.prompts import NO_PROMPTS, Choices, Prompts
+from knowledge_compression.progress import shown
 
 Done = Callable[[Sequence[int]], bool]
 
@@ -56,7 +57,7 @@ def generate(
     said = [Said() for _ in prompts]
     choose = soft.choosing or _nothing_chosen
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for start in range(0, len(order), rows):
+    for start in shown(range(0, len(order), rows), "generating"):
         going = order[start : start + rows]
         state = _start(model, [prompts[i] for i in going])
         steps = _steps(model, state, most, choose)

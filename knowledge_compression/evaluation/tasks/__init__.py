@@ -28,6 +28,7 @@ from knowledge_compression.evaluation.tasks.names import (
 )
 from knowledge_compression.evaluation.tasks.own import files_of, of_the_task, sandboxed
 from knowledge_compression.evaluation.tasks.tables import as_json_lines, documents_of
+from knowledge_compression.progress import underway
 from knowledge_compression.reading import objects
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def load_tasks(names: Sequence[str], data_dir: str | None, *, allow_code: bool =
     tasks: dict[str, Task] = {}
     groups: dict[str, Members] = dict(asked.groups)
     with _quiet(), sandboxed(), tempfile.TemporaryDirectory() as folder:
-        manager = _manager(asked.tasks, data_dir, Path(folder))
+        with underway("reading lm-eval's tasks"):
+            manager = _manager(asked.tasks, data_dir, Path(folder))
         for name in asked.tasks:
             try:
                 with nullcontext() if data_dir is None or name in shipped().tasks else of_the_task(name):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.checkpoints.base import StoredAs
+from knowledge_compression.progress import counted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +35,16 @@ class Later:
         """The whole weight; a lock makes the loader's threads decode one at a time."""
         with _one_at_a_time:
             return self._make()
+
+    def then(self, tell: Callable[[], None]) -> Later:
+        """The same weight, which tells when it has been decoded."""
+
+        def make() -> Tensor:
+            weight = self._make()
+            tell()
+            return weight
+
+        return Later(make)
 
 
 class Stored(ABC):
@@ -87,14 +98,16 @@ class Stored(ABC):
             skeleton = kind.from_config(config)
         if dtype == "auto":
             dtype = config.dtype or torch.float16
-        network, said = type(skeleton).from_pretrained(
-            None,
-            config=config,
-            state_dict=dict(self.weights(skeleton)),
-            dtype=dtype,
-            ignore_mismatched_sizes=True,  # so that they are told in one line
-            output_loading_info=True,
-        )
+        weights = self.weights(skeleton)
+        with counted(len(weights), "decoding weights") as advance:
+            network, said = type(skeleton).from_pretrained(
+                None,
+                config=config,
+                state_dict={name: weight.then(lambda: advance(1)) for name, weight in weights.items()},
+                dtype=dtype,
+                ignore_mismatched_sizes=True,  # so that they are told in one line
+                output_loading_info=True,
+            )
         for name, stored, wanted in said["mismatched_keys"]:
             raise BadInput(f"it holds {name} of shape {list(stored)}, and its configuration describes {list(wanted)}")
         return network, said

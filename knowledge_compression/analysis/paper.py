@@ -1,0 +1,194 @@
+"""For a paper, from any store: all results as one table and one figure; what to cite, with versions and hashes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from operator import mul
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from knowledge_compression import __version__
+from knowledge_compression.analysis.comparisons import Comparisons, Group
+from knowledge_compression.analysis.fates import OVERALL, shares_of_fates
+from knowledge_compression.analysis.markdown import plain, table
+from knowledge_compression.analysis.metrics import with_intervals
+from knowledge_compression.analysis.tables import PaperTable
+from knowledge_compression.results.drawing import drop_figure, literal_text
+from knowledge_compression.results.store import Run
+from knowledge_compression.results.summary import drop_rows
+
+_PERCENT = partial(mul, 0.01)
+
+# Of each method, recovery, suite and corpus that a paper describes, by its name in conf/: authors, title, where it is.
+PAPERS = {
+    "gptq": (
+        "Frantar et al. (2023)",
+        "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+        "arXiv:2210.17323",
+    ),
+    "sparsegpt": (
+        "Frantar and Alistarh (2023)",
+        "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
+        "arXiv:2301.00774",
+    ),
+    "wanda": (
+        "Sun et al. (2024)",
+        "A Simple and Effective Pruning Approach for Large Language Models",
+        "arXiv:2306.11695",
+    ),
+    "awq": (
+        "Lin et al. (2024)",
+        "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration",
+        "arXiv:2306.00978",
+    ),
+    "smoothquant": (
+        "Xiao et al. (2023)",
+        "SmoothQuant: Accurate and Efficient Post-Training Quantization for LLMs",
+        "arXiv:2211.10438",
+    ),
+    "nf4": ("Dettmers et al. (2023)", "QLoRA: Efficient Finetuning of Quantized LLMs", "arXiv:2305.14314"),
+    "lora": ("Hu et al. (2022)", "LoRA: Low-Rank Adaptation of Large Language Models", "arXiv:2106.09685"),
+    "prompt": ("Lester et al. (2021)", "The Power of Scale for Parameter-Efficient Prompt Tuning", "arXiv:2104.08691"),
+    "prefix": (
+        "Li and Liang (2021)",
+        "Prefix-Tuning: Optimizing Continuous Prompts for Generation",
+        "arXiv:2101.00190",
+    ),
+    "idp": ("Hoang et al. (2023)", "Do Compressed LLMs Forget Knowledge?", "arXiv:2310.00867"),
+    "concat": ("Hoang et al. (2023)", "Do Compressed LLMs Forget Knowledge?", "arXiv:2310.00867"),
+    "lama": ("Petroni et al. (2019)", "Language Models as Knowledge Bases?", "arXiv:1909.01066"),
+    "pararel": (
+        "Elazar et al. (2021)",
+        "Measuring and Improving Consistency in Pretrained Language Models",
+        "arXiv:2102.01017",
+    ),
+    "bear": (
+        "Wiland et al. (2024)",
+        "BEAR: A Unified Framework for Evaluating Relational Knowledge",
+        "arXiv:2404.04113",
+    ),
+    "popqa": ("Mallen et al. (2023)", "When Not to Trust Language Models", "arXiv:2212.10511"),
+    "simpleqa": ("Wei et al. (2024)", "Measuring Short-Form Factuality in Large Language Models", "arXiv:2411.04368"),
+    "harness": ("Gao et al.", "The Language Model Evaluation Harness", "doi:10.5281/zenodo.12608602"),
+    "nine_tasks": ("Gao et al.", "The Language Model Evaluation Harness", "doi:10.5281/zenodo.12608602"),
+    "c4": (
+        "Raffel et al. (2020)",
+        "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
+        "arXiv:1910.10683",
+    ),
+    "wikitext": ("Merity et al. (2017)", "Pointer Sentinel Mixture Models", "arXiv:1609.07843"),
+}
+
+
+def results_table(comparisons: Comparisons) -> PaperTable:
+    """One row per setting of every suite with right answers, pooled over its seeds: size, accuracy, losses."""
+    rows = []
+    for group in comparisons:
+        for run in group.settings:
+            row = _setting(comparisons, group, run) | {"seeds": len(group.seeds_of(run))}
+            row |= {"accuracy": group.accuracies[run.id], "drop": None, "flips": None, "lost_of_known": None}
+            if run is not group.dense:
+                row |= {"drop": group.drops[run.id].through(_PERCENT), "flips": group.flips[run.id]}
+                whole = next(told for told in shares_of_fates(group, run) if told["value"] == OVERALL)
+                row["lost_of_known"] = whole["lost"]
+            rows.append(row)
+    caption = (
+        "Accuracy, relative drop against the dense model, flips (of all facts, those lost or gained) and facts lost of "
+        "those that the dense model knew, in percent with 95 % intervals; MB: stored size in 10^6 bytes."
+    )
+    return PaperTable("results", caption, rows)
+
+
+def values_table(comparisons: Comparisons) -> PaperTable:
+    """One row per setting of every suite without right answers, with its headline metric, e.g. perplexity."""
+    rows = []
+    told = with_intervals(comparisons.runs)
+    for group in comparisons.measured:
+        for run in group.settings:
+            value, estimate = told[run.id].get(f"{group.asked.suite}.{group.measure.metric}", (None, None))
+            row = _setting(comparisons, group, run) | {"metric": group.measure.metric}
+            rows.append(row | {"value": estimate or value})
+    return PaperTable("values", "Values with 95 % intervals; MB: stored size in 10^6 bytes.", rows, shares=False)
+
+
+def draw(comparisons: Comparisons, folder: Path) -> list[Path]:
+    """Write the figure that a sweep ends with, over the whole store, as ``results.svg`` and ``.pdf``."""
+    found = {run.id: (run, group.dense) for group in [*comparisons.groups, *comparisons.measured] for run in group.runs}
+    rows = drop_rows([run for run, _ in found.values()], {name: dense for name, (_, dense) in found.items()})
+    if not found or not rows:
+        return []
+    paths = [folder / f"results.{suffix}" for suffix in ("svg", "pdf")]
+    with literal_text():
+        figure = drop_figure(pl.DataFrame(rows, infer_schema_length=None, strict=False))
+        for path in paths:
+            figure.savefig(path)
+    return paths
+
+
+def how_to_cite(comparisons: Comparisons) -> str:
+    """What these results rest on, as Markdown: program, papers, models, data, versions, and each run's hash."""
+    runs = comparisons.runs
+    chosen = {name for run in runs for name in _names(run)}
+    papers = sorted({"{}. {}. {}".format(*PAPERS[name]).replace("?.", "?") for name in chosen & PAPERS.keys()})
+    models = {run.config["choices"]["model"]: run.report["model"] for run in runs}
+    versions = sorted(
+        {f"{name} {found}" for run in runs for name, found in run.environment.get("packages", {}).items()}
+    )
+    data = sorted(
+        {(suite, str(told.get("fingerprint"))) for run in runs for suite, told in run.report["eval"].items()},
+    )
+    listed = [[f"`{run.id}`", plain(comparisons.names.of(run.id)), _made_by(run)] for run in runs]
+    bibtex = [
+        "```bibtex",
+        "@software{knowledge_compression,",
+        "  title = {knowledge\\_compression: what compression does to the knowledge inside a language model},",
+        "  author = {{The knowledge\\_compression maintainers}},",
+        f"  version = {{{__version__}}},",
+        "}",
+        "```",
+    ]
+    sections = {
+        "This program": bibtex,
+        "Papers of the methods and data that these runs used": [f"- {paper}" for paper in papers],
+        "Models": [f"- {plain(name)}: {plain(_origin(told))}" for name, told in sorted(models.items())],
+        "Questions, by the digest of their data": [f"- {plain(suite)}: {plain(digest)}" for suite, digest in data],
+        "Versions": [plain(", ".join(versions))] if versions else [],
+        "Runs: their hashes decide every result": table(["run", "setting", "made"], listed),
+    }
+    return "\n".join("\n".join([f"## {title}", "", *lines, ""]) for title, lines in sections.items() if lines)
+
+
+def _setting(comparisons: Comparisons, group: Group, run: Run) -> dict[str, Any]:
+    report, size = run.report["compression"], run.stored_mb
+    bits = report.get("bits")
+    return {
+        "model": group.asked.model,
+        "suite": group.asked.name,
+        "setting": comparisons.names.of(run.id, ("model", "seed", "eval")),
+        "sparsity": report.get("sparsity"),
+        "bits": f"{bits:.4g}" if bits else None,
+        "MB": None if size is None else f"{size:.1f}",
+    }
+
+
+def _names(run: Run) -> Iterable[str]:
+    choices = run.config["choices"]
+    yield from (choices["compression"], choices["recovery"])
+    yield from run.report["eval"]
+    used = run.report["compression"].get("calibration") or run.report["recovery"].get("trainable_parameters")
+    corpora: Sequence[Any] = [settings.get("corpus") for settings in run.config["eval"].values() if settings]
+    yield from map(str, [*corpora, *([choices.get("corpus")] if used else [])])
+
+
+def _origin(told: dict[str, Any]) -> str:
+    where = [f"{told['hub_id']} at {told.get('commit') or told.get('revision')}"] if told.get("hub_id") else []
+    return ", ".join([*where, *(str(told[key]) for key in ("package", "file", "fingerprint", "note") if told.get(key))])
+
+
+def _made_by(run: Run) -> str:
+    if run.taken:
+        return plain(f"elsewhere, taken from {run.config['taken'].get('by') or 'an unnamed author'}")
+    return plain(str(run.environment.get("time", "")))
