@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import LongTensor, Tensor
 
     from knowledge_compression.compression.walk.blocks import Hold
+    from knowledge_compression.compression.walk.tuning import CompressedBlock
     from knowledge_compression.models.replaced import ReplacedLinear
 
 S = TypeVar("S", bound=Statistics)
@@ -94,6 +95,11 @@ class Calibrated(Method, Generic[S]):
         """How the walk goes through the blocks."""
         return WalkSettings(forward_dtype=self.forward_dtype, device=self.device)
 
+    @property
+    def streams(self) -> bool:
+        """Not if the text also goes through the uncompressed blocks, which a resumed stream has written over."""
+        return super().streams and not self.walk.beside
+
     @abstractmethod
     def observe(self, in_features: int, device: torch.device) -> S:
         """Empty statistics for inputs of this width; all linears that read the same tensor share one."""
@@ -107,6 +113,10 @@ class Calibrated(Method, Generic[S]):
             statistics: the statistics of the inputs.
             heights: number of rows of each linear, for methods that treat each separately.
         """
+
+    def tune(self, block: CompressedBlock) -> None:
+        """Improve a block whose layers have been solved for, in place; for methods whose :attr:`walk` is ``tuned``."""
+        raise NotImplementedError(f"{self.name} asks for blocks to be tuned and does not say how")
 
     def multiplies_in(self, model: Model) -> str:
         """The user's choice, as far as the device and the network's dtype allow."""

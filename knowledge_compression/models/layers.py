@@ -61,8 +61,6 @@ class TargetLayer:
     @property
     def weight(self) -> torch.Tensor:
         """The weight ``[out_features, in_features]`` as a view to be modified in place, also for GPT-2's Conv1D."""
-        from transformers.pytorch_utils import Conv1D
-
         from knowledge_compression.models.replaced import ReplacedExperts
 
         module = self.module
@@ -70,9 +68,21 @@ class TargetLayer:
             bank = getattr(module, self.expert.parameter)
             if isinstance(bank, ReplacedExperts):  # others of the bank have been replaced
                 return bank.get_submodule(str(self.expert.number)).weight.detach()  # type: ignore[operator]
-            return bank.data[self.expert.number].T if self.expert.transposed else bank.data[self.expert.number]
-        weight: torch.Tensor = module.weight.data  # type: ignore[assignment]
-        return weight.T if isinstance(module, Conv1D) else weight
+        return self.part_of(self.parameter.data)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The network's parameter that holds the weight; the experts of a bank share one."""
+        held: nn.Parameter = getattr(self.module, self.expert.parameter) if self.expert else self.module.weight  # type: ignore[assignment]
+        return held
+
+    def part_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This layer's ``[out_features, in_features]`` of a tensor of :attr:`parameter`'s shape, e.g. its gradient."""
+        from transformers.pytorch_utils import Conv1D
+
+        if self.expert:
+            return tensor[self.expert.number].T if self.expert.transposed else tensor[self.expert.number]
+        return tensor.T if isinstance(self.module, Conv1D) else tensor
 
     @property
     def bias(self) -> torch.Tensor | None:

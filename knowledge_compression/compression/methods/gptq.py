@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,15 @@ from knowledge_compression.compression.solve.grid import (
     QuantizedWeight,
     plainly_rounded,
 )
-from knowledge_compression.compression.solve.hessian import Hessian, inverse_factor
+from knowledge_compression.compression.solve.hessian import Hessian, InverseFactor, inverse_factor
 from knowledge_compression.heavy import torch
 from knowledge_compression.identity import SPEED
 from knowledge_compression.models import Targets
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    Pulls = Callable[[InverseFactor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,23 @@ class Gptq(SecondOrder):
 
     def solve(self, weight: Tensor, statistics: Hessian, heights: Sequence[int]) -> Solved:
         """Quantize the weight, using the Hessian of its inputs."""
-        quantized, damping, fallbacks = self.quantize(weight, statistics.matrix)
+        quantized, damping, fallbacks = self.quantize(weight, statistics.matrix, self.pulls_of(statistics))
         plain = plainly_rounded(weight, replace(self.grid, clip="minmax")).dequantize().to(weight)
         return Solved(quantized=quantized, plain=plain, damping=damping, fallbacks=fallbacks)
 
-    def quantize(self, weight: Tensor, hessian: Tensor) -> tuple[QuantizedWeight, float | None, list[str]]:
+    def pulls_of(self, statistics: Hessian) -> Pulls | None:
+        """How each column moves the later ones besides its rounding error, if it does: see ``compensate``."""
+        return None
+
+    def quantize(
+        self, weight: Tensor, hessian: Tensor, pulls: Pulls | None = None
+    ) -> tuple[QuantizedWeight, float | None, list[str]]:
         """The algorithm itself, on tensors alone.
 
         Args:
             weight: float32 ``[out_features, in_features]``.
             hessian: mean second moments of the inputs, ``[in_features, in_features]``.
+            pulls: gives ``pull`` of :func:`~knowledge_compression.compression.solve.compensation.compensate`.
 
         Returns:
             The quantized weight, the relative damping used (None if it fell back to plain rounding), and the names of
@@ -110,7 +119,8 @@ class Gptq(SecondOrder):
             groups.fit(start // width, turned[start:end], importance[order[start:end]])
 
         in_turn: dict[str, Any] = {} if beforehand else {"prepare": fit, "unit": width}
-        compensate(turned, factor.upper, groups.round, block_size=self.block_size, **in_turn)
+        pull = pulls and pulls(factor, order)
+        compensate(turned, factor.upper, groups.round, block_size=self.block_size, pull=pull, **in_turn)
         damping, fallbacks = factor.damping, factor.fallbacks
         del factor  # which is as large as the Hessian
         return groups.quantized(turned, order), damping, fallbacks

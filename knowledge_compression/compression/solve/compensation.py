@@ -27,6 +27,7 @@ def compensate(
     prepare: Callable[[int, int], None] = lambda start, end: None,
     unit: int = _LEAF,
     block_size: int = 128,
+    pull: Tensor | None = None,
 ) -> None:
     """Replace every column by its projection, and let the later columns compensate for its error as the Hessian
     prescribes.
@@ -42,22 +43,31 @@ def compensate(
         unit: columns that are prepared together.
         block_size: columns whose errors are accumulated before they are applied to the columns after the block, rounded
             to whole units; it affects the speed, not the result.
+        pull: ``[in_features, in_features]``, zero on and below the diagonal: by how much each column, as it is when it
+            is projected, moves the later ones on top of that (GPTAQ, Li et al. 2025).
     """
     block_size = unit * max(1, block_size // unit)
     errors = columns.new_empty(block_size, columns.shape[1])
+    values = errors if pull is None else torch.empty_like(errors)
 
-    def errors_of(start: int, end: int) -> Tensor:
-        return errors[start % block_size :][: end - start]
+    def of(kept: Tensor, start: int, end: int) -> Tensor:
+        return kept[start % block_size :][: end - start]
 
     def move(start: int, middle: int, end: int) -> None:
-        columns[middle:end].addmm_(upper[start:middle, middle:end].T, errors_of(start, middle), alpha=-1)
+        columns[middle:end].addmm_(upper[start:middle, middle:end].T, of(errors, start, middle), alpha=-1)
+        if pull is not None:
+            columns[middle:end].addmm_(pull[start:middle, middle:end].T, of(values, start, middle))
 
     def one_by_one(start: int, end: int) -> None:
         part, rows = columns[start:end], upper[start:end, start:end]
+        pulls = rows if pull is None else pull[start:end, start:end]
         projected = []
-        for i, column, error, row in zip(range(start, end), part, errors_of(start, end), rows, strict=True):
+        for i, column, error, row in zip(range(start, end), part, of(errors, start, end), rows, strict=True):
             projected.append(project(i, column))
             torch.sub(column, projected[-1], out=error)
+            if pull is not None:
+                values[i % block_size].copy_(column)
+                part.addr_(pulls[i - start], values[i % block_size])
             part.addr_(row, error, alpha=-1)  # unsliced: zeros leave finished columns as they are
         torch.stack(projected, out=part)  # which it already is up to rounding, because of the ones on the diagonal
 

@@ -21,10 +21,12 @@ from torch import LongTensor, Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from knowledge_compression.compression.layer_reports import LayerReport
+from knowledge_compression.compression.walk.beside import Beside, beside, hidden_of
 from knowledge_compression.compression.walk.expert_inputs import one_expert_after_the_other
 from knowledge_compression.compression.walk.layer_inputs import finite, first_tensor, reading, sharing
 from knowledge_compression.compression.walk.statistics import BlockMethod, LayerInputs, S, Statistics, WalkSettings
 from knowledge_compression.compression.walk.suspended import SuspendedForward, marked
+from knowledge_compression.compression.walk.tuning import Call, CompressedBlock
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Targets
 from knowledge_compression.models.device import multiplied_in
@@ -126,6 +128,14 @@ class _Group(Generic[S]):
     tokens: int = 0
 
 
+@dataclass(frozen=True)
+class _Arguments:
+    """Those of one call of a unit, for as long as the pass that made it may have gone on."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 @dataclass
 class _Walk(Generic[S]):
     """The state of one walk through the network.
@@ -148,6 +158,7 @@ class _Walk(Generic[S]):
         for layer in self.targets:
             unit = next((path for path in self.units if layer.path.startswith(f"{path}.")), layer.path)
             self.pending.setdefault(unit, []).append(layer)
+        self.blocks = frozenset(self.units)
         self.units += [unit for unit in self.pending if unit not in self.units]
         self.reports: dict[str, LayerReport] = {}
 
@@ -169,25 +180,30 @@ class _Walk(Generic[S]):
         """Run all batches in step until nothing is pending or a block that is used several times is compressed."""
         groups: dict[str, list[_Group[S]]] = defaultdict(list)
         calls: Counter[str] = Counter()
+        calls_of: dict[str, list[Call]] = defaultdict(list)
         forwards = [SuspendedForward(partial(self._forward, batch), self._multiplying) for batch in batches]
+        twins = [SuspendedForward(partial(self._forward, batch), self._multiplying) for batch in batches]
+        twins = twins if self.settings.beside else []  # the same text in the uncompressed network
         with marked(self.network, self.units):
             try:
-                for forward in forwards:
+                for forward in [*forwards, *twins]:
                     forward.resume()
                 while unit := forwards[0].unit:
                     with self.hold(unit, self.network.get_submodule(unit), self.reports):
                         uses = max((layer.uses for layer in self.pending.get(unit, ())), default=1)
+                        dense = [self._beside(unit, twin) for twin in twins]
                         if unit in self.pending and self.settings.true_sequential and uses == 1:
-                            self._one_by_one(unit, forwards)
+                            self._one_by_one(unit, forwards, dense)
                             yield unit
                             if self.pending:
                                 continue
                             return
                         if unit in self.pending:
-                            self._observe(unit, forwards, groups[unit])
+                            self._observe(unit, forwards, dense, groups[unit])
+                            calls_of[unit] += self._calls(unit, forwards, dense)
                             calls[unit] += 1
                             if calls[unit] == uses:
-                                self._compress(unit, groups.pop(unit))
+                                self._compress(unit, groups.pop(unit), calls_of.pop(unit))
                                 if uses > 1:  # its earlier uses must be run again
                                     return
                         yield unit
@@ -199,9 +215,9 @@ class _Walk(Generic[S]):
                             forward.give(output)
                 for unit, seen in groups.items():  # used fewer times than the configuration says
                     with self.hold(unit, self.network.get_submodule(unit), self.reports):
-                        self._compress(unit, seen)
+                        self._compress(unit, seen, calls_of.pop(unit))
             finally:
-                for forward in forwards:
+                for forward in [*forwards, *twins]:
                     forward.cancel()
 
     def _multiplying(self) -> AbstractContextManager[Any]:
@@ -220,13 +236,34 @@ class _Walk(Generic[S]):
             said = torch.cat([start, said[:, :-1]], dim=1)
             self.network(input_ids=text, decoder_input_ids=said, use_cache=False)
 
-    def _run(self, module: Callable[..., Any], forward: SuspendedForward) -> Any:
+    def _run(self, module: Callable[..., Any], forward: SuspendedForward | _Arguments) -> Any:
         """Call the module before which ``forward`` is suspended, with that pass's arguments, on the compute device."""
         home = first_tensor(forward.args, forward.kwargs).device
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(self.device), (forward.args, forward.kwargs))
         return tree_map_only(Tensor, lambda t: t.to(home), module(*args, **kwargs))
 
-    def _one_by_one(self, unit: str, forwards: Sequence[SuspendedForward]) -> None:
+    def _beside(self, unit: str, twin: SuspendedForward) -> Beside:
+        """Let a pass through the uncompressed network go through the unit, which is not compressed yet."""
+        layers = {layer.path: layer for layer in self.pending.get(unit, ())}
+        with self._multiplying():
+            run = partial(self._run, self.network.get_submodule(unit), twin)
+            kept, output = beside(layers, run, inputs=self.settings.dense_inputs)
+        twin.give(output)
+        return kept
+
+    def _calls(self, unit: str, forwards: Sequence[SuspendedForward], dense: Sequence[Beside]) -> list[Call]:
+        """The unit's calls on all batches, if it is a block to be tuned."""
+
+        def run(call: _Arguments) -> Tensor:
+            with self._multiplying():
+                return hidden_of(self._run(self.network.get_submodule(unit), call))
+
+        if not self.settings.tuned or unit not in self.blocks:
+            return []
+        calls = [_Arguments(forward.args, forward.kwargs) for forward in forwards]
+        return [Call(partial(run, call), one.output) for call, one in zip(calls, dense, strict=True)]
+
+    def _one_by_one(self, unit: str, forwards: Sequence[SuspendedForward], dense: Sequence[Beside]) -> None:
         """Run all batches through the unit, stopping before each linear to compress it on the inputs that it is about
         to read.
 
@@ -241,6 +278,7 @@ class _Walk(Generic[S]):
         for path in ran:
             stops.setdefault(layers[path].holder, []).append(layers[path])
         order = {path: place for place, path in enumerate(stops)}
+        of_pass = {id(forward): one for forward, one in zip(forwards, dense, strict=False)}
         done_with_another = {path for path, group in together.items() if path != group[0] and not layers[path].expert}
         with marked(self.network, [path for path in stops if path != unit and path not in done_with_another]):
             moving = [] if unit in layers else list(forwards)
@@ -260,7 +298,8 @@ class _Walk(Generic[S]):
                     group.layers = [layers[member] for member in together.get(stop, [stop])]
                     for forward in moving:
                         values = finite(stop, first_tensor(forward.args, forward.kwargs))
-                        group.statistics.update(LayerInputs(values.to(self.device).flatten(0, -2)))
+                        there = of_pass[id(forward)].of(stop, values) if dense else None
+                        group.statistics.update(self._inputs(values.to(self.device), None, there))
                         group.tokens += values.numel() // values.shape[-1]
                     self._shrink(group)
                 if len(self.reports) == len(self.targets):
@@ -283,10 +322,17 @@ class _Walk(Generic[S]):
             for group in groups.values():
                 self._shrink(group)
 
-    def _observe(self, unit: str, forwards: Sequence[SuspendedForward], groups: list[_Group[S]]) -> None:
+    @staticmethod
+    def _inputs(values: Tensor, influence: Tensor | None, dense: Tensor | None) -> LayerInputs:
+        """What is passed to the method of one batch ``[..., in_features]``."""
+        return LayerInputs(values.flatten(0, -2), influence, None if dense is None else dense.flatten(0, -2))
+
+    def _observe(
+        self, unit: str, forwards: Sequence[SuspendedForward], dense: Sequence[Beside], groups: list[_Group[S]]
+    ) -> None:
         """Run all batches through the unit; its groups, found in the first batch, observe their inputs."""
         layers = {layer.path: layer for layer in self.pending[unit]}
-        for forward in forwards:
+        for i, forward in enumerate(forwards):
             inputs, influence = self._read(unit, forward)  # in the order in which the layers ran
             known = {layer.path for group in groups for layer in group.layers}
             for paths in sharing({path: values for path, values in inputs.items() if path not in known}):
@@ -296,10 +342,12 @@ class _Walk(Generic[S]):
                 first = group.layers[0].path
                 if first not in inputs:
                     continue
-                values = finite(first, inputs[first]).flatten(0, -2)
+                values = finite(first, inputs[first])
                 shares = [influence[layer.path] for layer in group.layers] if self.settings.by_influence else []
-                group.statistics.update(LayerInputs(values, torch.stack(shares).sum(dim=0) if shares else None))
-                group.tokens += len(values)
+                together = torch.stack(shares).sum(dim=0) if shares else None
+                there = dense[i].of(first, values) if dense else None
+                group.statistics.update(self._inputs(values, together, there))
+                group.tokens += values.numel() // values.shape[-1]
 
     def _read(self, unit: str, forward: SuspendedForward) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Run the unit; return the inputs of its pending layers and, if wanted, the influence of each token."""
@@ -330,10 +378,14 @@ class _Walk(Generic[S]):
         statistics.update(LayerInputs(torch.eye(width, device=self.device), influence))
         return statistics
 
-    def _compress(self, unit: str, groups: Sequence[_Group[S]]) -> None:
+    def _compress(self, unit: str, groups: Sequence[_Group[S]], calls: Sequence[Call]) -> None:
+        layers = self.pending[unit]
+        dense = {layer.path: layer.weight.clone() for layer in layers} if calls else {}
         for group in groups:
             self._shrink(group)
         self._finish(unit)
+        if calls:
+            self.method.tune(CompressedBlock(unit, layers, dense, calls))
 
     def _finish(self, unit: str) -> None:
         """Mark the unit as done; what ran in none of its passes is compressed without statistics.

@@ -16,6 +16,8 @@ from knowledge_compression.models.targets import TargetLayer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from knowledge_compression.compression.walk.tuning import CompressedBlock
+
 
 @dataclass(frozen=True)
 class LayerInputs:
@@ -25,10 +27,13 @@ class LayerInputs:
         values: the inputs ``[tokens, in_features]`` in the dtype of the forward pass, on the compute device.
         influence: how far an error in the layer's output at each token moves the output of its block, relative to that
             output's size, summed over the linears that read the tensor; float32 ``[tokens]``, None unless asked for.
+        dense: what the layer reads at the same tokens in the uncompressed network, ``[tokens, in_features]``; None
+            unless asked for, and for experts, to which other tokens may be sent there.
     """
 
     values: Tensor
     influence: Tensor | None = None
+    dense: Tensor | None = None
 
 
 class Statistics(ABC):
@@ -62,6 +67,10 @@ class BlockMethod(Protocol[S]):
         """
         ...
 
+    def tune(self, block: CompressedBlock) -> None:
+        """Improve a compressed block as a whole, in place; only called if the walk's settings say ``tuned``."""
+        ...
+
 
 @dataclass(frozen=True)
 class WalkSettings:
@@ -76,12 +85,26 @@ class WalkSettings:
         device: where blocks are computed, one at a time, e.g. ``cuda:0``; None computes them where they are stored.
         forward_dtype: dtype of the matrix products in the forward passes of a float32 network: ``auto`` (see
             ``models.device``), ``bfloat16`` or ``float32``.
+        dense_inputs: also pass the method what each layer reads in the uncompressed network, through which the text
+            then goes too, block by block.
+        tuned: pass each compressed block as a whole to the method's ``tune``, with the output that the uncompressed
+            block has in the uncompressed network. Needs whole blocks.
+        tuning_passes: how often the text goes forwards and backwards through a block while it is tuned; for the
+            forecast.
     """
 
     true_sequential: bool = False
     by_influence: bool = False
     device: str | None = None
     forward_dtype: str = "auto"
+    dense_inputs: bool = False
+    tuned: bool = False
+    tuning_passes: float = 0.0
+
+    @property
+    def beside(self) -> bool:
+        """Whether the text also goes through the uncompressed network."""
+        return self.dense_inputs or self.tuned
 
     def computed_on(self, model: Model) -> Device:
         """The device on which blocks are computed."""
@@ -96,8 +119,10 @@ class WalkSettings:
         return self.computed_on(model).product_dtype(self.forward_dtype, model.dtype, "compression.forward_dtype")
 
     @property
-    def text_passes(self) -> int:
+    def text_passes(self) -> float:
         """How often the calibration text runs through each block; used by the forecast."""
+        extra = int(self.beside) + 3 * self.tuning_passes  # backwards is twice the work of forwards
         if self.true_sequential:
-            return 1  # every linear is compressed on the way
-        return 3 if self.by_influence else 2  # to observe (perhaps backwards too), and to run the compressed block
+            return extra + 1  # every linear is compressed on the way
+        # to observe (perhaps backwards too), and to run the compressed block
+        return extra + (3 if self.by_influence else 2)
