@@ -13,10 +13,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from helpers.gguf_files import ARCHITECTURES, MERGES, TEMPLATE, TOKENS
-from helpers.gguf_tiny import WRITTEN, byte_level, tiny
+from helpers.gguf_tiny import FURTHER, WRITTEN, byte_level, tiny
 from helpers.networks import build_network
 from knowledge_compression.compression.formats.gguf import GgufModel, save_gguf
 from knowledge_compression.compression.methods.gguf import Gguf
@@ -31,7 +32,14 @@ from knowledge_compression.models.pretrained import auto_class
 
 Kind = GGMLQuantizationType
 ALL = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff", "experts", "shared_experts"])
-CHANGED = {"nemotron", "gemma2", "gemma3", "mamba"}  # of which the file holds w + 1, or an exponential
+# Of which the file holds w + 1, or an exponential.
+CHANGED = {"nemotron", "gemma", "gemma2", "gemma3", "mamba", "mamba2"}
+# What transformers' own reader cannot read, or makes another model of (findings/transformers_misreads_gguf_settings.sh).
+OURS_ALONE = {
+    *("llama with biases", "mixtral", "qwen2moe with widths", "qwen3 with widths", "starcoder2 with another base"),
+    *("phi3", "falcon 40b", "t5", "t5 of relu", "umt5"),
+}
+OURS_ALONE |= {name for name in FURTHER if name.split()[0] not in GGUF_SUPPORTED_ARCHITECTURES}
 TEXTS = ("abc dead beef", "zebra", "a b c", "<|s|>ab")
 
 
@@ -49,30 +57,40 @@ def kinds_in(folder: Path) -> dict[str, Kind]:
     return {tensor.name: tensor.tensor_type for tensor in GGUFReader(folder / "model.gguf").tensors}
 
 
-@pytest.mark.parametrize("architecture", [slow_but(name, "llama", "gpt2", "gemma2", "mamba") for name in WRITTEN])
+def logits(network: Any, ids: torch.Tensor) -> torch.Tensor:
+    decoded = {"decoder_input_ids": ids[:, :5]} if network.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        answer: torch.Tensor = network(ids, **decoded).logits
+    return answer
+
+
+@pytest.mark.parametrize(
+    "architecture", [slow_but(name, "llama", "gpt2", "gemma2", "mamba", "falcon 40b", "t5") for name in WRITTEN]
+)
 def test_every_architecture_is_read_back_by_us_and_by_transformers(architecture: str, tmp_path: Path) -> None:
     model = tiny(architecture)
     saved = save_gguf(model, tmp_path / "model")
     assert saved["weights"] == {"F32": model.parameter_count()} and "rounded" not in saved
     ours = read_back(tmp_path / "model")
-    theirs = auto_class(ours.network.config).from_pretrained(
-        tmp_path / "model", gguf_file="model.gguf", dtype=torch.float32
-    )
-    for name, value in model.network.state_dict().items():
-        for other in (ours.network.state_dict()[name], theirs.state_dict()[name]):
-            if architecture in CHANGED:
-                assert torch.allclose(other, value, rtol=0, atol=2e-7), name
-            else:
-                assert torch.equal(other, value), name
+    networks = [ours.network]
+    if architecture not in OURS_ALONE:
+        kind = auto_class(ours.network.config)
+        networks.append(kind.from_pretrained(tmp_path / "model", gguf_file="model.gguf", dtype=torch.float32))
     ids = torch.randint(3, len(TOKENS), (2, 9))
-    with torch.no_grad():
-        logits = [network(ids).logits for network in (model.network, ours.network, theirs)]
-    bound = {"rtol": 1e-4, "atol": 1e-5} if architecture in CHANGED else {"rtol": 0, "atol": 0}
-    assert all(torch.allclose(logits[0], other, **bound) for other in logits[1:])
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", gguf_file="model.gguf")
-    for text in TEXTS:
-        wanted = model.tokenizer(text)["input_ids"]
-        assert ours.tokenizer(text)["input_ids"] == wanted and tokenizer(text)["input_ids"] == wanted
+    exact = architecture not in CHANGED
+    bound = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5}
+    for network in networks:
+        there = network.state_dict()
+        assert there.keys() == model.network.state_dict().keys()
+        for name, value in model.network.state_dict().items():
+            assert (
+                torch.equal(there[name], value) if exact else torch.allclose(there[name], value, rtol=0, atol=5e-7)
+            ), name
+        assert torch.allclose(logits(model.network, ids), logits(network, ids), **bound)
+    kind = model.network.config.model_type
+    assert ours.network.config.model_type == {"mistral": "llama"}.get(kind, kind)
+    for text in TEXTS[:3]:
+        assert ours.tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -184,7 +202,6 @@ def test_the_settings_are_those_of_the_specification(tmp_path: Path) -> None:
     ("changes", "match"),
     [
         ({"hidden_act": "gelu"}, "llama has hidden_act=gelu, which a GGUF file cannot say; its readers take silu"),
-        ({"attention_bias": True}, "llama has attention_bias=True, which a GGUF file cannot say"),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
             "rotary embeddings of the type default or llama3, and this llama has linear",
@@ -229,7 +246,9 @@ def test_llama_3_1_scales_its_rotary_embeddings_after_reading_too(tmp_path: Path
 @pytest.mark.parametrize("architecture", ["bert", "opt", "bart"])
 def test_other_architectures_are_one_line(architecture: str, tiny_tokenizer: Any) -> None:
     model = Model(build_network(architecture), tiny_tokenizer, architecture)
-    with pytest.raises(BadInput, match=f"does not write models of the type {architecture}; it writes bloom, .*qwen3"):
+    with pytest.raises(
+        BadInput, match=f"does not write models of the type {architecture}; it writes arcee, bloom, .*qwen3"
+    ):
         writer_of("gguf").check(model, SimpleNamespace(tokenizer=lambda: tiny_tokenizer))  # type: ignore[arg-type]
 
 

@@ -20,31 +20,31 @@ TOKENS = ["<|pad|>", "<|s|>", "<|e|>", *_WORDS, *(a + b for a in _WORDS[:8] for 
 MERGES = [f"{a} {b}" for a in _WORDS[:8] for b in _WORDS[:8]]
 TEMPLATE = "{{ raise_exception('a chat template was rendered') }}"
 
-_TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-_TINY |= {"intermediate_size": 96, "max_position_embeddings": 64, "vocab_size": len(TOKENS)}
-_HEADS = {"head_dim": 16}
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY |= {"intermediate_size": 96, "max_position_embeddings": 64, "vocab_size": len(TOKENS)}
+HEADS = {"head_dim": 16}
 _EXPERTS = {"num_experts": 2, "num_experts_per_tok": 2}  # of the width that transformers has for files that name none
 
 # Architectures as GGUF names them: what transformers calls them, and a tiny network's configuration.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", _TINY | _HEADS),
-    "qwen2": ("qwen2", _TINY),
-    "qwen3": ("qwen3", _TINY | {"num_attention_heads": 2, "num_key_value_heads": 1}),
-    "qwen2moe": ("qwen2_moe", _TINY | _EXPERTS),
-    "qwen3moe": ("qwen3_moe", _TINY | _EXPERTS | _HEADS),
-    "phi3": ("phi3", _TINY | {"pad_token_id": 0}),
+    "llama": ("llama", TINY | HEADS),
+    "qwen2": ("qwen2", TINY),
+    "qwen3": ("qwen3", TINY | {"num_attention_heads": 2, "num_key_value_heads": 1}),
+    "qwen2moe": ("qwen2_moe", TINY | _EXPERTS),
+    "qwen3moe": ("qwen3_moe", TINY | _EXPERTS | HEADS),
+    "phi3": ("phi3", TINY | {"pad_token_id": 0}),
     "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": len(TOKENS)}),
-    "starcoder2": ("starcoder2", _TINY),
-    "stablelm": ("stablelm", _TINY),
+    "starcoder2": ("starcoder2", TINY),
+    "stablelm": ("stablelm", TINY),
     "bloom": ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": len(TOKENS)}),
     "falcon": (
         "falcon",
         {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 1}
         | {"vocab_size": len(TOKENS)},
     ),
-    "nemotron": ("nemotron", _TINY),
-    "gemma2": ("gemma2", _TINY | _HEADS),
-    "gemma3": ("gemma3_text", _TINY | _HEADS),
+    "nemotron": ("nemotron", TINY),
+    "gemma2": ("gemma2", TINY | HEADS),
+    "gemma3": ("gemma3_text", TINY | HEADS),
     "mamba": (
         "mamba",
         {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 4, "vocab_size": len(TOKENS)}

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast, T5Tokenizer
 
-from helpers.gguf_files import ARCHITECTURES, MERGES, TOKENS
+from helpers.gguf_files import ARCHITECTURES, HEADS, MERGES, TINY, TOKENS
 from knowledge_compression.models import Model
 from knowledge_compression.models.pretrained import auto_class
 
@@ -17,9 +17,70 @@ GRANTED: dict[str, dict[str, Any]] = {
     "qwen3moe": {"norm_topk_prob": True},
     "gemma2": {"head_dim": 256},
     "gemma3": {"head_dim": 256},
+    "mistral": {"sliding_window": None},
+    "phi3": {"original_max_position_embeddings": 64, "sliding_window": 8},
+}
+_WORDS = {"vocab_size": len(TOKENS)}
+_GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64} | _WORDS
+_SCALES = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.25}
+_T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4} | _WORDS
+_T5 |= {"decoder_start_token_id": 0}
+# Beside those of gguf_files.py: networks by GGUF's name for them and, where several share one, a word more.
+FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("mistral", TINY | HEADS),
+    "llama with biases": ("llama", TINY | HEADS | {"attention_bias": True, "mlp_bias": True}),
+    "mixtral": ("mixtral", TINY | HEADS | {"num_local_experts": 3, "num_experts_per_tok": 2}),
+    "qwen2moe with widths": (
+        "qwen2_moe",
+        TINY
+        | {"num_experts": 3, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+        | {"shared_expert_intermediate_size": 48},
+    ),
+    "qwen3 with widths": ("qwen3", TINY | HEADS),
+    "starcoder2 with another base": (
+        "starcoder2",
+        TINY | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    "arcee": ("arcee", TINY | HEADS),
+    "smollm3": ("smollm3", TINY | {"num_hidden_layers": 4, "pad_token_id": 0}),
+    "granite": ("granite", TINY | _SCALES),
+    "granitemoe": ("granitemoe", TINY | _SCALES | {"num_local_experts": 3}),
+    "granitemoe shared": (
+        "granitemoeshared",
+        TINY | _SCALES | {"num_local_experts": 3, "shared_intermediate_size": 48},
+    ),
+    "seed_oss": ("seed_oss", TINY | HEADS),
+    "ernie4_5": ("ernie4_5", TINY | HEADS),
+    "glm4": ("glm4", TINY | HEADS | {"pad_token_id": 0}),
+    "phi2": ("phi", TINY),
+    "stablelm with a share": ("stablelm", TINY | {"use_qkv_bias": True}),
+    "olmo": ("olmo", TINY | {"clip_qkv": 2.0}),
+    "olmo2": ("olmo2", TINY),
+    "olmoe": ("olmoe", TINY | {"num_experts": 3, "num_experts_per_tok": 2}),
+    "command-r": ("cohere", TINY | {"use_qk_norm": True}),
+    "cohere2": ("cohere2", TINY | HEADS | {"sliding_window": 4, "num_hidden_layers": 4}),
+    "gemma": ("gemma", TINY | HEADS),
+    "starcoder": ("gpt_bigcode", _GPT),
+    "gptneox": ("gpt_neox", {k: v for k, v in TINY.items() if k != "num_key_value_heads"}),
+    "falcon 40b": (
+        "falcon",
+        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2}
+        | {"new_decoder_architecture": True}
+        | _WORDS,
+    ),
+    "mpt": ("mpt", {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64} | _WORDS),
+    "mamba2": (
+        "mamba2",
+        {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 16}
+        | {"n_groups": 2, "conv_kernel": 4, "chunk_size": 8}
+        | _WORDS,
+    ),
+    "t5": ("t5", _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "t5 of relu": ("t5", _T5 | {"feed_forward_proj": "relu", "num_decoder_layers": 3}),
+    "umt5": ("umt5", _T5 | {"feed_forward_proj": "gated-gelu"}),
 }
 WRITTEN = ["llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "stablelm", "starcoder2", "nemotron", "gemma2", "gemma3"]
-WRITTEN += ["gpt2", "bloom", "mamba"]
+WRITTEN += ["gpt2", "bloom", "mamba", "phi3", "falcon", *FURTHER]
 
 
 def byte_level(split: Any = None, *, template: str | None = None) -> PreTrainedTokenizerFast:
@@ -34,13 +95,24 @@ def byte_level(split: Any = None, *, template: str | None = None) -> PreTrainedT
     return made
 
 
+def unigram() -> PreTrainedTokenizerFast:
+    """A tokenizer as T5 has it, of as many tokens as the others."""
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁a", -2.5), ("ab", -2.7)]
+    words += [(word, -3.0 - place / 100) for place, word in enumerate([*TOKENS[3:], "▁dead"])]
+    return T5Tokenizer(vocab=words[: len(TOKENS)], extra_ids=0)
+
+
 def tiny(architecture: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Model:
     """A tiny network with random weights, norms and biases."""
-    model_type, settings = ARCHITECTURES.get(architecture, (architecture, {}))
+    model_type, settings = (ARCHITECTURES | FURTHER).get(architecture, (architecture, {}))
     settings = settings | GRANTED.get(architecture, {}) | changes
     torch.manual_seed(len(architecture))
     network = auto_class(config := AutoConfig.for_model(model_type, **settings)).from_config(config).eval().to(dtype)
+    if settings.get("tie_word_embeddings") is False and network.config.is_encoder_decoder:
+        network.lm_head.weight = torch.nn.Parameter(
+            network.lm_head.weight.detach().clone()
+        )  # its configuration ties it
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return Model(network, byte_level(), architecture)
+    return Model(network, unigram() if network.config.is_encoder_decoder else byte_level(), architecture)

@@ -122,25 +122,22 @@ class GgufModel:
 
     @cached_property
     def names(self) -> Mapping[str, Sequence[str]]:
-        """Each parameter of the network, and the tensors of the file that hold it.
+        """Each weight of the network, and the tensors of the file that hold it.
 
         Raises:
             BadInput: gguf has no name for one.
         """
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
-
         network: Any = self.model.network
-        processor = TENSOR_PROCESSORS.get(self.architecture.name, TensorProcessor)(config=network.config.to_dict())
-        found: dict[str, list[str]] = {}
-        for name, target in get_gguf_hf_weights_map(network, processor, model_type=self.architecture.name).items():
-            found.setdefault(target, []).append(name if name.endswith((".weight", ".bias")) else _ended(name))
-        parameters = dict(network.named_parameters())  # one that is tied stands here once
-        if nameless := [name for name in parameters if name not in found]:
+        found, kept = self.architecture.names(network), network.state_dict().keys()
+        # One that is tied stands here once.
+        weights = [name for name, _ in network.named_parameters()]
+        weights += [name for name, value in network.named_buffers() if name in kept and value.is_floating_point()]
+        if nameless := [name for name in weights if name not in found]:
             raise BadInput(
                 f"output.save_model=gguf: {network.config.model_type} has {nameless[0]}, for which "
                 f"{self.architecture.name} has no tensor"
             )
-        return {name: sorted(found[name]) for name in parameters}
+        return {name: found[name] for name in weights}
 
     @property
     def further(self) -> list[_Part]:
@@ -165,6 +162,10 @@ class GgufModel:
                 writer.add_bool(key, value)
             elif isinstance(value, float):
                 writer.add_float32(key, value)
+            elif isinstance(value, str):
+                writer.add_string(key, value)
+            elif isinstance(value, list | tuple):
+                writer.add_array(key, value)
             else:
                 writer.add_uint32(key, int(value))
         self.vocabulary.write(writer)
@@ -205,7 +206,7 @@ class GgufModel:
                     self.model.name,
                 )
         for name, value in config.to_dict().items():
-            if _matters(name) and name not in self.architecture.expressed and not _alike(value, told.get(name)):
+            if _matters(name) and name not in self.architecture.covers and not _alike(value, told.get(name)):
                 raise BadInput(
                     f"output.save_model=gguf: {config.model_type} has {name}={value}, which a GGUF file cannot say; "
                     f"its readers take {told.get(name)}"
@@ -318,11 +319,6 @@ def _kept(model: Model, name: str) -> list[Blocks] | None:
     return blocks if alike else None
 
 
-def _ended(name: str) -> str:
-    """GGUF's name of a tensor that is a parameter of its own in the network: a bank of experts, a state matrix."""
-    return name if name.endswith((".ssm_a", ".ssm_d")) else f"{name}.weight"
-
-
 def _file_type(parts: Sequence[_Part]) -> LlamaFileType | None:
     """llama.cpp's name for the type that most weights of the blocks have, if it has one."""
     sizes = Counter[Kind]()
@@ -339,6 +335,8 @@ def _matters(name: str) -> bool:
 
 
 def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_alike(value, other[name]) for name, value in one.items())
     if isinstance(one, float) and isinstance(other, int | float):
         return bool(np.isclose(one, other, rtol=1e-6))
     return bool(one == other)

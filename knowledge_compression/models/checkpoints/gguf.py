@@ -21,11 +21,14 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType, dequantize
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
 from knowledge_compression.models.checkpoints.base import Coded, StoredAs
+from knowledge_compression.models.checkpoints.gguf_architectures import GgufArchitecture, architecture_in
+from knowledge_compression.models.checkpoints.gguf_families import ARCHITECTURES
 from knowledge_compression.models.checkpoints.gguf_header import MAGIC, GgufHeader, GgufTensor
-from knowledge_compression.models.checkpoints.gguf_rope import FREQUENCIES, check_lengths, scaled_rope
+from knowledge_compression.models.checkpoints.gguf_rope import FREQUENCIES, check_lengths, with_rope
 from knowledge_compression.models.checkpoints.stored import Later, Stored
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ logging.getLogger("gguf").setLevel(logging.WARNING)  # it reports every file tha
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _PLAIN = {kind for kind, (block, _) in GGML_QUANT_SIZES.items() if block == 1} | {GGMLQuantizationType.BF16}
 _SCALED_BY_TRANSFORMERS = ("gpt-oss", "gpt_oss")
+_ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
 _TERNARY = {GGMLQuantizationType.TQ1_0: 1.625}  # five ternary digits a byte, and what is left over
 
 
@@ -108,6 +112,18 @@ class GgufFile(Stored):
 
     def weights(self, skeleton: PreTrainedModel) -> dict[str, Later]:
         """Each weight of the network, from the tensor or tensors that form it."""
+        there = {tensor.name: (tensor, path) for tensor, path in self.described}
+        if self._known is not None:
+            _, known = self._known
+            found = known.names(skeleton)
+            return {
+                name: Later(partial(_decoded, name, [there[one] for one in of], known=known, skeleton=skeleton))
+                for name, of in found.items()
+                if all(one in there for one in of)
+            }
+        return self._weights_by_transformers(skeleton)
+
+    def _weights_by_transformers(self, skeleton: PreTrainedModel) -> dict[str, Later]:
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
         processor = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=self._settings)
@@ -149,12 +165,40 @@ class GgufFile(Stored):
         return [GgufHeader.of(path) for path in self.files]
 
     @cached_property
+    def _known(self) -> tuple[str, GgufArchitecture] | None:
+        """The model type and description of its architecture, if it is one of those described here."""
+        return architecture_in(self.architecture, {tensor.name for tensor, _ in self.described})
+
+    @cached_property
     def _settings(self) -> dict[str, Any]:
-        """What transformers' tables make of the file's settings, and of which tensors it holds.
+        """What the file's settings, and which tensors it holds, say of the configuration.
 
         Raises:
-            BadInput: transformers cannot read its architecture from GGUF files.
+            BadInput: its architecture cannot be read from GGUF files.
         """
+        stored, names = self._headers[0].settings, {tensor.name for tensor, _ in self.described}
+        settings = self._settings_by_transformers()
+        if self._known is not None:
+            kind, known = self._known
+            own = {"tie_word_embeddings": "output.weight" not in names}
+            own |= {f"{role}_token_id": stored.get(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()}
+            if known.marks or not settings:
+                settings = settings | {"model_type": kind}
+            try:
+                settings = own | settings | known.told(stored, names)
+            except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+                raise BadInput(f"its settings do not describe a model ({first_line(error)})") from None
+        words = stored.get("tokenizer.ggml.tokens")
+        settings = ({"vocab_size": words} if isinstance(words, int) else {}) | settings
+        if self.architecture in _SCALED_BY_TRANSFORMERS:
+            return settings
+        check_lengths(names)
+        found = [(tensor, path) for tensor, path in self.described if tensor.name == FREQUENCIES]
+        divisors = next((dequantize(tensor.read(path), tensor.kind) for tensor, path in found), None)
+        return with_rope(self.architecture, stored, settings, divisors)
+
+    def _settings_by_transformers(self) -> dict[str, Any]:
+        """What transformers' tables make of them; empty where only the descriptions here know the architecture."""
         from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, load_gguf_checkpoint
 
         with TemporaryDirectory() as folder:
@@ -163,21 +207,16 @@ class GgufFile(Stored):
             try:
                 settings: dict[str, Any] = load_gguf_checkpoint(str(brief))["config"]
             except (ValueError, KeyError) as error:
-                known = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer"})
                 if "not supported" not in str(error):
                     raise BadInput(f"its settings do not describe a model ({first_line(error)})") from None
+                if self._known is not None:
+                    return {}
+                known = {*GGUF_SUPPORTED_ARCHITECTURES, *(one.name for one in ARCHITECTURES.values())}
+                readable = ", ".join(sorted(known - {"general", "tokenizer"}))
                 raise BadInput(
-                    f"it is a GGUF file of the architecture {self.architecture}; transformers reads {', '.join(known)}"
+                    f"it is a GGUF file of the architecture {self.architecture}; those that can be read are {readable}"
                 ) from None
-        words = self._headers[0].settings.get("tokenizer.ggml.tokens")
-        settings = ({"vocab_size": words} if isinstance(words, int) else {}) | settings
-        if self.architecture in _SCALED_BY_TRANSFORMERS:
-            return settings
-        check_lengths({tensor.name for tensor, _ in self.described})
-        found = [(tensor, path) for tensor, path in self.described if tensor.name == FREQUENCIES]
-        divisors = next((dequantize(tensor.read(path), tensor.kind) for tensor, path in found), None)
-        rope = scaled_rope(self.architecture, self._headers[0].settings, settings, divisors)
-        return {name: value for name, value in settings.items() if not rope or name != "rope_theta"} | rope
+        return settings
 
     def _write_brief(self, path: Path) -> None:
         """Write a file that says what this one says of the model, all parts together, without vocabulary and weights.
@@ -222,6 +261,17 @@ class _Outline:
     def named_children(self) -> list[tuple[str, Any]]:
         inside = self._network.named_children() if self._depth else ()
         return [(name, _Outline(child, self._depth - 1)) for name, child in inside if hasattr(child, "config")]
+
+
+def _decoded(
+    name: str, of: Sequence[tuple[GgufTensor, Path]], *, known: GgufArchitecture, skeleton: PreTrainedModel
+) -> Tensor:
+    """The weight that some tensors form."""
+    values = [(tensor.name, dequantize(tensor.read(path), tensor.kind)) for tensor, path in of]
+    whole = known.put_together(values, skeleton.config)
+    if isinstance(skeleton.get_submodule(name.rpartition(".")[0]), Conv1D) and whole.ndim > 1:
+        whole = whole.T
+    return torch.from_numpy(np.require(whole, requirements=["C", "W", "O"]))
 
 
 def _made(target: str, of: Sequence[tuple[GgufTensor, Path]], *, processor: Any, names: dict[str, str]) -> Tensor:

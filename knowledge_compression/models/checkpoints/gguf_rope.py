@@ -57,7 +57,9 @@ def scaled_rope(
         if not np.allclose(llama3_divisors(parameters, 2 * len(divisors)), divisors, rtol=1e-4):
             raise BadInput(f"its {FREQUENCIES} scale rotary embeddings otherwise than Llama 3.1 does")
     elif kind == "none":
-        return {}
+        if architecture != "gemma3":
+            return {}
+        parameters = {"rope_type": "default", "rope_theta": theta}
     elif kind not in ("linear", "yarn") or set(scaling) - _PLAIN_SCALING:
         raise BadInput(f"its rotary embeddings are scaled by {', '.join(sorted(scaling))} ({kind}), which is not read")
     else:
@@ -65,7 +67,10 @@ def scaled_rope(
         if kind == "yarn":
             parameters["original_max_position_embeddings"] = int(scaling["original_context_length"])
     if architecture == "gemma3":  # of its layers, only the global ones are scaled
-        local = {"rope_type": "default", "rope_theta": 10_000.0}
+        local = {
+            "rope_type": "default",
+            "rope_theta": float(stored.get(f"{architecture}.rope.freq_base_swa", 10_000.0)),
+        }
         return {"rope_parameters": {"full_attention": parameters, "sliding_attention": local}}
     return {"rope_parameters": parameters}
 
@@ -78,3 +83,24 @@ def check_lengths(names: Collection[str]) -> None:
     """
     if found := [name for name in _LENGTHS if name in names]:
         raise BadInput(f"it holds {found[0]}: rotary embeddings that depend on the length of the text are not read")
+
+
+def with_rope(
+    architecture: str, stored: Mapping[str, Any], told: Mapping[str, Any], divisors: NDArray[np.float32] | None
+) -> dict[str, Any]:
+    """The attributes of a configuration, with ``rope_parameters`` in the place of those that tell of them one by one.
+
+    Args:
+        architecture, stored, told, divisors: as for :func:`scaled_rope`; ``told`` may hold ``rope_theta`` and
+            ``partial_rotary_factor``.
+
+    Raises:
+        BadInput: they are scaled in a way that is not read.
+    """
+    rope = scaled_rope(architecture, stored, told, divisors)
+    if "partial_rotary_factor" in told:
+        parameters = rope.get("rope_parameters") or {"rope_type": "default"}
+        if "rope_theta" in told:
+            parameters = {"rope_theta": told["rope_theta"]} | parameters
+        rope = {"rope_parameters": parameters | {"partial_rotary_factor": told["partial_rotary_factor"]}}
+    return {name: told[name] for name in told if not rope or name not in ("rope_theta", "partial_rotary_factor")} | rope

@@ -1,10 +1,12 @@
 """A tokenizer as GGUF describes it: vocabulary, merges, special tokens, and llama.cpp's name for how text is split.
 
-Byte-level BPE (GGUF's ``gpt2``) and BPE with bytes to fall back on (``llama``, as made from sentencepiece) are written.
+Byte-level BPE (GGUF's ``gpt2``), BPE with bytes to fall back on (``llama``, as made from sentencepiece) and T5's
+Unigram (``t5``) are written.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,13 +28,14 @@ class GgufVocabulary:
     """A tokenizer in GGUF's terms.
 
     Attributes:
-        model: ``gpt2`` or ``llama``.
+        model: ``gpt2``, ``llama`` or ``t5``.
         split: llama.cpp's name for the way in which text is split before BPE; None where it is not.
-        tokens, types, scores: of each id; a score is needed by ``llama`` alone.
+        tokens, types, scores: of each id; ``gpt2`` has no scores.
         merges: in their order.
         special: ids of special tokens, by their role.
         begins, ends: whether the first and last special token are added to a text.
         template: the chat template, which is copied as it is.
+        characters: sentencepiece's table of characters that are replaced before a text is split; may be empty.
     """
 
     model: str
@@ -45,6 +48,7 @@ class GgufVocabulary:
     begins: bool
     ends: bool
     template: str | None
+    characters: bytes = b""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, rows: int) -> GgufVocabulary:
@@ -58,7 +62,7 @@ class GgufVocabulary:
         told = json.loads(tokenizer.backend_tokenizer.to_str())
         model = told["model"]
         kind = _kind(told)
-        texts = {i: text for text, i in model["vocab"].items()}
+        texts = _texts(model)
         types = {i: TokenType.BYTE if _is_byte(text, kind) else TokenType.NORMAL for i, text in texts.items()}
         for added in told["added_tokens"]:
             texts[added["id"]] = added["content"]
@@ -74,12 +78,13 @@ class GgufVocabulary:
             split=_split(told) if kind == "gpt2" else None,
             tokens=[texts.get(i, f"[PAD{i}]") for i in range(rows)],
             types=[types.get(i, TokenType.UNUSED) for i in range(rows)],
-            scores=_scores(kind, texts, merges, rows),
+            scores=_scores(kind, model, texts, merges, rows),
             merges=merges,
             special={role: found for role in _ROLES if (found := getattr(tokenizer, f"{role}_token_id")) is not None},
             begins=begins,
             ends=ends,
             template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+            characters=_characters(told["normalizer"]) if kind == "t5" else b"",
         )
 
     def write(self, writer: GGUFWriter) -> None:
@@ -96,6 +101,11 @@ class GgufVocabulary:
             getattr(writer, f"add_{role}_token_id")(token)
         writer.add_add_bos_token(self.begins)
         writer.add_add_eos_token(self.ends)
+        if self.model == "t5":
+            writer.add_add_space_prefix(True)
+            writer.add_remove_extra_whitespaces(True)
+            if self.characters:
+                writer.add_precompiled_charsmap(self.characters)
         if self.template is not None:
             writer.add_chat_template(self.template)
 
@@ -106,9 +116,35 @@ def _kind(told: Mapping[str, Any]) -> str:
         return "llama"
     if kind == "BPE" and any(step["type"] == "ByteLevel" for step in _steps(told["pre_tokenizer"])):
         return "gpt2"
+    match [*_steps(told["pre_tokenizer"])]:
+        case [{"type": "WhitespaceSplit"}, {"type": "Metaspace", "prepend_scheme": "always"}] if kind == "Unigram":
+            return "t5"
     raise BadInput(
-        f"output.save_model=gguf writes byte-level BPE and BPE with bytes to fall back on, and this is a "
-        f"{kind} tokenizer of another kind"
+        f"output.save_model=gguf writes byte-level BPE, BPE with bytes to fall back on, and T5's Unigram, and this is "
+        f"a {kind} tokenizer of another kind"
+    )
+
+
+def _texts(model: Mapping[str, Any]) -> dict[int, str]:
+    if model["type"] == "Unigram":
+        return {i: text for i, (text, _) in enumerate(model["vocab"])}
+    return {i: text for text, i in model["vocab"].items()}
+
+
+def _characters(normalizer: Mapping[str, Any] | None) -> bytes:
+    """Sentencepiece's table of a normalizer.
+
+    Raises:
+        BadInput: it does something else.
+    """
+    match normalizer:
+        case None:
+            return b""
+        case {"type": "Precompiled", "precompiled_charsmap": table}:
+            return base64.b64decode(table)
+    raise BadInput(
+        f"output.save_model=gguf writes a Unigram tokenizer with sentencepiece's own table of characters, and this one "
+        f"has the normalizer {normalizer['type']}"
     )
 
 
@@ -168,10 +204,15 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     )
 
 
-def _scores(kind: str, texts: Mapping[int, str], merges: Sequence[str], rows: int) -> list[float] | None:
-    """Scores by which sentencepiece's algorithm merges in the order of BPE: the higher, the earlier."""
+def _scores(
+    kind: str, model: Mapping[str, Any], texts: Mapping[int, str], merges: Sequence[str], rows: int
+) -> list[float] | None:
+    """A Unigram's own scores, or those by which sentencepiece merges in the order of BPE: the higher, the earlier."""
     if kind == "gpt2":
         return None
+    if kind == "t5":
+        own = [float(score) for _, score in model["vocab"]]
+        return own + [_UNREACHABLE] * (rows - len(own))
     rank: dict[str, int] = {}
     for place, merge in enumerate(merges):
         rank.setdefault(merge.replace(" ", "", 1), place)

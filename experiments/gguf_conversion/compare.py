@@ -1,0 +1,114 @@
+"""Hold GGUF files written here beside those that llama.cpp's own conversion makes of the same models.
+
+Tiny random networks of every architecture are saved by transformers and converted by llama.cpp; the names, values and
+settings of both files are compared. Of the conversion, only the choice of a tokenizer is left out.
+
+    git clone https://github.com/ggml-org/llama.cpp
+    PYTHONPATH=tests python experiments/gguf_conversion/compare.py --llama-cpp llama.cpp
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFReader
+
+CONVERT = """
+import logging, sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
+from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+import gguf
+logging.disable(logging.WARNING)
+for folder in map(Path, sys.argv[2:]):
+    try:
+        hparams = ModelBase.load_hparams(folder, False)
+        kind = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
+        kind.set_vocab = lambda self: None
+        kind(folder, gguf.LlamaFileType.ALL_F32, folder / "theirs.gguf").write()
+    except Exception as error:
+        (folder / "refused").write_text(f"{type(error).__name__}: {error}")
+"""
+# Settings that say nothing of the network, or that llama.cpp finds without being told.
+IGNORED = ("general.", "GGUF.", "tokenizer.", "vocab_size")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare; the status is 1 if a tensor or a setting differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-cpp", type=Path, required=True, help="a checkout of llama.cpp")
+    parser.add_argument(
+        "names", nargs="*", help="architectures as tests/helpers/gguf_tiny.py names them; all by default"
+    )
+    chosen = parser.parse_args(arguments)
+    from helpers.gguf_tiny import WRITTEN, tiny
+    from knowledge_compression.compression.formats.gguf import save_gguf
+
+    logging.disable(logging.WARNING)
+    failed = 0
+    with tempfile.TemporaryDirectory() as place:
+        folders = {}
+        for number, name in enumerate(chosen.names or WRITTEN):
+            folder = folders[name] = Path(place) / f"{number:02d}"
+            model = tiny(name)
+            model.network.save_pretrained(folder)
+            model.tokenizer.save_pretrained(folder)
+            save_gguf(model, folder / "ours")
+        environment = os.environ | {"TQDM_DISABLE": "1"}
+        command = [sys.executable, "-c", CONVERT, str(chosen.llama_cpp), *map(str, folders.values())]
+        subprocess.run(command, check=True, env=environment)
+        for name, folder in folders.items():
+            said = compared(folder)
+            failed += said.startswith("differs")
+            print(f"{name:30s} {said}")
+    return min(failed, 1)
+
+
+def compared(folder: Path) -> str:
+    """What the two files of a folder have in common."""
+    if (refused := folder / "refused").exists():
+        return f"not converted by llama.cpp ({refused.read_text().splitlines()[0]})"
+    ours, theirs = (GGUFReader(path) for path in (folder / "ours" / "model.gguf", folder / "theirs.gguf"))
+    mine, other = ({tensor.name: tensor.data for tensor in file.tensors} for file in (ours, theirs))
+    wrong = [
+        f"tensor {name} is only in {'ours' if name in mine else 'theirs'}"
+        for name in sorted(mine.keys() ^ other.keys())
+    ]
+    apart = 0.0
+    for name in mine.keys() & other.keys():
+        if mine[name].size != other[name].size:
+            wrong.append(f"tensor {name} has {mine[name].shape} in ours and {other[name].shape} in theirs")
+        elif not np.array_equal(a := mine[name].ravel(), b := other[name].ravel()):
+            apart = max(apart, float(np.abs(a - b).max()))
+    if apart > 1e-6:
+        wrong.append(f"tensors differ by {apart:.2g}")
+    told, said = ({key: field.contents() for key, field in file.fields.items()} for file in (ours, theirs))
+    said = {key: value for key, value in said.items() if not any(part in key for part in IGNORED)}
+    for key, value in said.items():
+        if key not in told:
+            wrong.append(f"{key}={value} is only in theirs")
+        elif not alike(told[key], value):
+            wrong.append(f"{key} is {told[key]} in ours and {value} in theirs")
+    if wrong:
+        return "differs: " + "; ".join(wrong)
+    equal = "bit for bit" if apart == 0 else f"to {apart:.1g}"
+    return f"{len(mine)} tensors equal {equal}, {len(said)} settings equal"
+
+
+def alike(one: object, other: object) -> bool:
+    """Whether two settings are equal, as far as their types can hold them."""
+    if isinstance(one, float | int) and isinstance(other, float | int):
+        return bool(np.isclose(one, other, rtol=1e-6))
+    return one == other
+
+
+if __name__ == "__main__":
+    sys.exit(main())

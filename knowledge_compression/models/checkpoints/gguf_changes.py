@@ -1,0 +1,117 @@
+"""How a tensor of a GGUF file differs from the network's, both ways: what llama.cpp's own conversion does to it.
+
+Matrices come as ``[..., out_features, in_features]`` or, encoded, as ``[..., out_features, bytes]``, so that a change
+moves whole rows alone unless it says otherwise; tensors of one dimension, and convolutions, are never encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Function = Callable[[Array, Any], Array]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of a tensor, given the network's configuration.
+
+    Attributes:
+        store: makes of the network's tensor the one of the file.
+        load: makes of the file's tensor the one of the network. Where several tensors form one parameter, what it gives
+            is put together along the rows.
+        rows: whether only whole rows are moved, so that encoded ones may be.
+    """
+
+    store: Function
+    load: Function
+    rows: bool = True
+
+
+def paired(heads: str) -> Change:
+    """Rows of a rotated projection: in the file the two halves of each head's rows, one row of each in turn."""
+
+    def store(tensor: Array, config: Any) -> Array:
+        return tensor.reshape(getattr(config, heads), 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+
+    def load(tensor: Array, config: Any) -> Array:
+        return tensor.reshape(getattr(config, heads), -1, 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+
+    return Change(store, load)
+
+
+def of_each_kind(heads: str) -> Change:
+    """Rows of queries, keys and values: of each head in turn in the network, of each kind in turn in the file."""
+
+    def store(tensor: Array, config: Any) -> Array:
+        return tensor.reshape(getattr(config, heads), 3, -1, *tensor.shape[1:]).swapaxes(0, 1).reshape(tensor.shape)
+
+    def load(tensor: Array, config: Any) -> Array:
+        return tensor.reshape(3, getattr(config, heads), -1, *tensor.shape[1:]).swapaxes(0, 1).reshape(tensor.shape)
+
+    return Change(store, load)
+
+
+def of_each_group(groups: Callable[[Any], int]) -> Change:
+    """The same for grouped heads: in the network each group's queries, its key and its value."""
+
+    def store(tensor: Array, config: Any) -> Array:
+        parts = tensor.reshape(groups(config), config.num_attention_heads // groups(config) + 2, -1, *tensor.shape[1:])
+        kinds = (parts[:, :-2], parts[:, -2], parts[:, -1])
+        return np.concatenate([part.reshape(-1, *tensor.shape[1:]) for part in kinds])
+
+    def load(tensor: Array, config: Any) -> Array:
+        count, heads = groups(config), config.num_attention_heads
+        width = len(tensor) // (heads + 2 * count)
+        kinds = np.split(tensor, [heads * width, (heads + count) * width])
+        parts = [kind.reshape(count, -1, width, *tensor.shape[1:]) for kind in kinds]
+        return np.concatenate(parts, axis=1).reshape(tensor.shape)
+
+    return Change(store, load)
+
+
+def half(number: int) -> Change:
+    """The first or second half of a matrix's rows, of each expert in a bank."""
+
+    def store(tensor: Array, config: Any) -> Array:
+        return np.split(tensor, 2, axis=-2)[number]
+
+    return Change(store, _same)
+
+
+def _same(tensor: Array, config: Any) -> Array:
+    return tensor
+
+
+def _add(number: float) -> Function:
+    def change(tensor: Array, config: Any) -> Array:
+        return np.asarray(tensor + np.float32(number))
+
+    return change
+
+
+PLUS_ONE = Change(_add(1), _add(-1))
+NEGATIVE_EXPONENTIAL = Change(lambda tensor, _: -np.exp(tensor), lambda tensor, _: np.log(-tensor))
+WITHOUT_MIDDLE = Change(lambda tensor, _: tensor[:, 0], lambda tensor, _: tensor[:, None])
+FLAT = Change(lambda tensor, _: tensor[0], lambda tensor, _: tensor.reshape(1, -1))
+COLUMN = Change(lambda tensor, _: tensor[:, None], lambda tensor, _: tensor.reshape(-1))
+NEGATIVE_EXPONENTIAL_COLUMN = Change(
+    lambda tensor, _: -np.exp(tensor)[:, None], lambda tensor, _: np.log(-tensor.reshape(-1))
+)
+ROW_PER_GROUP = Change(lambda tensor, config: tensor.reshape(config.n_groups, -1), lambda tensor, _: tensor.reshape(-1))
+BANK_HALVES = {"ffn_gate_exps": half(0), "ffn_up_exps": half(1)}
+SHARED_HALVES = {"ffn_gate_shexp": half(0), "ffn_up_shexp": half(1)}
+
+
+def interleaved(number: int) -> Change:
+    """Every second column of a bank ``[experts, in_features, out_features]``, turned."""
+
+    def store(tensor: Array, config: Any) -> Array:
+        return tensor.swapaxes(-1, -2)[..., number::2, :]
+
+    return Change(store, lambda tensor, _: tensor.swapaxes(-1, -2), rows=False)

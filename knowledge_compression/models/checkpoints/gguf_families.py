@@ -1,0 +1,418 @@
+"""What a GGUF file says of each architecture that is read and written here, by transformers' model type.
+
+The keys are those of the GGUF specification that llama.cpp asks for; the changes are those of its own conversion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from knowledge_compression.models.checkpoints.gguf_architectures import GgufArchitecture
+from knowledge_compression.models.checkpoints.gguf_changes import (
+    BANK_HALVES,
+    COLUMN,
+    FLAT,
+    NEGATIVE_EXPONENTIAL,
+    NEGATIVE_EXPONENTIAL_COLUMN,
+    PLUS_ONE,
+    ROW_PER_GROUP,
+    SHARED_HALVES,
+    WITHOUT_MIDDLE,
+    of_each_group,
+    of_each_kind,
+    paired,
+)
+from knowledge_compression.models.checkpoints.gguf_settings import (
+    COMMON,
+    EXPERTS,
+    LOCAL_EXPERTS,
+    PARTLY_ROTARY,
+    ROOT,
+    ROTARY,
+    SCALED_WIDTHS,
+    WIDTHS,
+    Setting,
+    Settings,
+)
+
+_PAIRED = {".attn_q.": paired("num_attention_heads"), ".attn_k.": paired("num_key_value_heads")}
+_MEAN: Settings = {"attention.layer_norm_epsilon": "layer_norm_eps"}
+_UNSCALED: Settings = {"rope.scaling.type": lambda config: "none"}
+_NORMS = {"norm.weight": PLUS_ONE}
+_SCALES: Settings = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+_BIASES = {"attention_bias": "attn_q.bias"}
+
+
+def _groups(config: Any) -> int:
+    """How many keys Falcon's attention has."""
+    if config.new_decoder_architecture or not config.multi_query:
+        return int(config.num_kv_heads)
+    return 1
+
+
+def _generation(told: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Falcon's attention of 7B or of 40B, from the number of keys and norms."""
+    keys, norms = told.get("num_kv_heads", 1), told["num_ln_in_parallel_attn"]
+    new = norms == 2 or keys not in (1, told["num_attention_heads"])
+    return {
+        "new_decoder_architecture": new,
+        "multi_query": keys == 1 or new,
+        "num_ln_in_parallel_attn": norms if new else None,
+    }
+
+
+def _of_attention(name: str, stored: Callable[[Any], Any], loaded: Callable[[Any], Any]) -> Setting:
+    """A setting of MPT's attention, which its configuration holds in one of its own."""
+
+    def store(config: Any) -> Any:
+        value = getattr(config.attn_config, name)
+        return None if value is None else stored(value)
+
+    return Setting("attn_config", store, lambda value, told: told.get("attn_config", {}) | {name: loaded(value)})
+
+
+_LLAMA = GgufArchitecture("llama", {**COMMON, **ROTARY, **WIDTHS, **ROOT}, _PAIRED)
+_GRANITE = GgufArchitecture("granite", {**COMMON, **ROTARY, **ROOT, **_SCALES}, _PAIRED, present=_BIASES)
+
+_LLAMAS = {
+    "llama": replace(_LLAMA, present={"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}),
+    "mistral": _LLAMA,
+    "mixtral": replace(
+        _LLAMA, settings={**_LLAMA.settings, **LOCAL_EXPERTS}, changes={**_PAIRED, **BANK_HALVES}, marks="ffn_gate_inp"
+    ),
+    "arcee": replace(_LLAMA, name="arcee", present={"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}),
+    "smollm3": GgufArchitecture(
+        "smollm3",
+        {**COMMON, **ROTARY, **ROOT},
+        _PAIRED,
+        present={"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"},
+    ),
+    "granite": replace(_GRANITE, present={**_BIASES, "mlp_bias": "ffn_up.bias"}),
+    "granitemoe": replace(
+        _GRANITE,
+        name="granitemoe",
+        settings={**_GRANITE.settings, **LOCAL_EXPERTS},
+        changes={**_PAIRED, **BANK_HALVES},
+    ),
+    "granitemoeshared": replace(
+        _GRANITE,
+        name="granitemoe",
+        settings={
+            **_GRANITE.settings,
+            **LOCAL_EXPERTS,
+            "expert_shared_feed_forward_length": "shared_intermediate_size",
+        },
+        changes={**_PAIRED, **BANK_HALVES, **SHARED_HALVES},
+        marks="ffn_gate_shexp",
+    ),
+    "seed_oss": GgufArchitecture(
+        "seed_oss",
+        {**COMMON, **ROTARY, **WIDTHS, **ROOT},
+        present={**_BIASES, "attention_out_bias": "attn_output.bias", "mlp_bias": "ffn_up.bias"},
+    ),
+    "ernie4_5": GgufArchitecture(
+        "ernie4_5", {**COMMON, **ROTARY, **WIDTHS, **ROOT}, present={"use_bias": "attn_q.bias"}
+    ),
+    "glm4": GgufArchitecture("glm4", {**COMMON, **WIDTHS, **PARTLY_ROTARY, **ROOT}, present=_BIASES),
+    "phi": GgufArchitecture("phi2", {**COMMON, **PARTLY_ROTARY, **_MEAN}, present={"qk_layernorm": "attn_q_norm"}),
+    "phi3": GgufArchitecture(
+        "phi3",
+        {
+            **COMMON,
+            **PARTLY_ROTARY,
+            **ROOT,
+            "attention.sliding_window": Setting("sliding_window", None, lambda value, _: value or None),
+            "rope.scaling.original_context_length": "original_max_position_embeddings",
+        },
+    ),
+    "stablelm": GgufArchitecture(
+        "stablelm",
+        {**COMMON, **PARTLY_ROTARY, **_MEAN, "use_parallel_residual": "use_parallel_residual"},
+        present={"use_qkv_bias": "attn_q.bias", "qk_layernorm": "attn_q_norm"},
+    ),
+    "starcoder2": GgufArchitecture(
+        "starcoder2",
+        {**COMMON, **ROTARY, "attention.layer_norm_epsilon": "norm_epsilon"},
+        present={"use_bias": "attn_q.bias"},
+    ),
+    "nemotron": GgufArchitecture(
+        "nemotron",
+        {
+            **COMMON,
+            **WIDTHS,
+            **PARTLY_ROTARY,
+            **_UNSCALED,
+            "attention.layer_norm_epsilon": "norm_eps",
+            "attention.layer_norm_rms_epsilon": lambda config: config.norm_eps,
+        },
+        _NORMS,
+        present={**_BIASES, "mlp_bias": "ffn_up.bias"},
+    ),
+}
+
+_QWENS = {
+    "qwen2": GgufArchitecture("qwen2", {**COMMON, **ROTARY, **ROOT}),
+    "qwen3": GgufArchitecture("qwen3", {**COMMON, **ROTARY, **WIDTHS, **ROOT}, present=_BIASES),
+    "qwen2_moe": GgufArchitecture(
+        "qwen2moe",
+        {
+            **COMMON,
+            **ROTARY,
+            **ROOT,
+            **EXPERTS,
+            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        },
+        {**BANK_HALVES, "ffn_gate_inp_shexp": FLAT},
+        present={"qkv_bias": "attn_q.bias"},
+    ),
+    "qwen3_moe": GgufArchitecture(
+        "qwen3moe",
+        {**COMMON, **ROTARY, **WIDTHS, **ROOT, **EXPERTS},
+        BANK_HALVES,
+        given={"norm_topk_prob": True},
+        present=_BIASES,
+    ),
+}
+
+_OLMOS = {
+    "olmo": GgufArchitecture(
+        "olmo",
+        {
+            **COMMON,
+            **ROTARY,
+            "attention.layer_norm_epsilon": lambda config: 1e-5,
+            "attention.clamp_kqv": "clip_qkv",
+        },
+        _PAIRED,
+    ),
+    "olmo2": GgufArchitecture("olmo2", {**COMMON, **ROTARY, **ROOT}),
+    "olmoe": GgufArchitecture(
+        "olmoe",
+        {**COMMON, **ROTARY, **ROOT, "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
+        BANK_HALVES,
+    ),
+}
+
+_COHERES = {
+    "cohere": GgufArchitecture(
+        "command-r",
+        {**COMMON, **ROTARY, **_UNSCALED, **_MEAN, "logit_scale": "logit_scale"},
+        present={**_BIASES, "use_qk_norm": "attn_q_norm"},
+    ),
+    "cohere2": GgufArchitecture(
+        "cohere2",
+        {
+            **COMMON,
+            **ROTARY,
+            **WIDTHS,
+            **_UNSCALED,
+            **_MEAN,
+            "logit_scale": "logit_scale",
+            "attention.sliding_window": "sliding_window",
+        },
+    ),
+}
+
+_GEMMAS = {
+    "gemma": GgufArchitecture("gemma", {**COMMON, **ROTARY, **WIDTHS, **ROOT}, _NORMS),
+    "gemma2": GgufArchitecture(
+        "gemma2",
+        {
+            **COMMON,
+            **ROTARY,
+            **SCALED_WIDTHS,
+            **ROOT,
+            "attention.sliding_window": "sliding_window",
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        _NORMS,
+    ),
+    "gemma3_text": GgufArchitecture(
+        "gemma3",
+        {
+            **COMMON,
+            **ROTARY,
+            "rope.freq_base_swa": lambda config: config.rope_parameters["sliding_attention"]["rope_theta"],
+            **SCALED_WIDTHS,
+            **ROOT,
+            "attention.sliding_window": "sliding_window",
+        },
+        _NORMS,
+    ),
+}
+
+_OLDER = {
+    "gpt2": GgufArchitecture(
+        "gpt2",
+        {
+            "context_length": "n_positions",
+            "embedding_length": "n_embd",
+            "block_count": "n_layer",
+            "feed_forward_length": lambda config: config.n_inner or 4 * config.n_embd,
+            "attention.head_count": "n_head",
+            "attention.layer_norm_epsilon": "layer_norm_epsilon",
+            "vocab_size": "vocab_size",
+        },
+        covers=frozenset({"n_inner", "n_ctx"}),
+    ),
+    "gpt_bigcode": GgufArchitecture(
+        "starcoder",
+        {
+            "context_length": "n_positions",
+            "embedding_length": "n_embd",
+            "block_count": "n_layer",
+            "feed_forward_length": lambda config: config.n_inner or 4 * config.n_embd,
+            "attention.head_count": "n_head",
+            "attention.head_count_kv": lambda config: 1,
+            "attention.layer_norm_epsilon": "layer_norm_epsilon",
+            "vocab_size": "vocab_size",
+        },
+        covers=frozenset({"n_inner"}),
+    ),
+    "gpt_neox": GgufArchitecture(
+        "gptneox",
+        {
+            **{key: value for key, value in COMMON.items() if key != "attention.head_count_kv"},
+            **PARTLY_ROTARY,
+            **_MEAN,
+            "use_parallel_residual": "use_parallel_residual",
+        },
+        {"attn_qkv": of_each_kind("num_attention_heads")},
+        present={"attention_bias": "attn_qkv.bias"},
+    ),
+    "bloom": GgufArchitecture(
+        "bloom",
+        {
+            "context_length": lambda config: getattr(config, "seq_length", None) or config.hidden_size,
+            "embedding_length": "hidden_size",
+            "block_count": "n_layer",
+            "feed_forward_length": lambda config: 4 * config.hidden_size,
+            "attention.head_count": "n_head",
+            "attention.head_count_kv": "n_head",
+            "attention.layer_norm_epsilon": "layer_norm_epsilon",
+            "vocab_size": "vocab_size",
+        },
+        {"attn_qkv": of_each_kind("n_head")},
+        frozenset({"seq_length"}),
+    ),
+    "falcon": GgufArchitecture(
+        "falcon",
+        {
+            "context_length": "max_position_embeddings",
+            "tensor_data_layout": lambda config: "jploski",
+            "embedding_length": "hidden_size",
+            "block_count": "num_hidden_layers",
+            "feed_forward_length": "ffn_hidden_size",
+            "attention.head_count": "num_attention_heads",
+            "attention.head_count_kv": Setting("num_kv_heads", _groups),
+            "attention.layer_norm_epsilon": "layer_norm_epsilon",
+            "vocab_size": "vocab_size",
+            "rope.freq_base": ROTARY["rope.freq_base"],
+        },
+        {"attn_qkv": of_each_group(_groups)},
+        frozenset({"num_kv_heads"}),
+        present={"num_ln_in_parallel_attn": ("attn_norm_2", 2, 1), "bias": "attn_qkv.bias"},
+        also=_generation,
+    ),
+    "mpt": GgufArchitecture(
+        "mpt",
+        {
+            "context_length": "max_seq_len",
+            "embedding_length": "d_model",
+            "block_count": "n_layers",
+            "feed_forward_length": lambda config: config.expansion_ratio * config.d_model,
+            "attention.head_count": "n_heads",
+            "attention.layer_norm_epsilon": "layer_norm_epsilon",
+            "attention.max_alibi_bias": _of_attention("alibi_bias_max", float, int),
+            "attention.clamp_kqv": _of_attention("clip_qkv", float, float),
+            "vocab_size": "vocab_size",
+        },
+    ),
+    "mamba": GgufArchitecture(
+        "mamba",
+        {
+            "context_length": lambda config: 1 << 20,  # it has no limit, and llama.cpp asks for one
+            "embedding_length": "hidden_size",
+            "block_count": "num_hidden_layers",
+            "feed_forward_length": lambda config: 0,
+            "attention.head_count": lambda config: 0,
+            "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
+            "ssm.conv_kernel": "conv_kernel",
+            "ssm.inner_size": "intermediate_size",
+            "ssm.state_size": "state_size",
+            "ssm.time_step_rank": "time_step_rank",
+            "ssm.dt_b_c_rms": lambda config: False,
+            "vocab_size": "vocab_size",
+        },
+        {"ssm_a": NEGATIVE_EXPONENTIAL, "ssm_conv1d.weight": WITHOUT_MIDDLE},
+        frozenset({"expand", "max_position_embeddings"}),
+    ),
+    "mamba2": GgufArchitecture(
+        "mamba2",
+        {
+            "context_length": lambda config: 1 << 20,
+            "embedding_length": "hidden_size",
+            "block_count": "num_hidden_layers",
+            "feed_forward_length": lambda config: 0,
+            "attention.head_count": lambda config: 0,
+            "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
+            "ssm.conv_kernel": "conv_kernel",
+            "ssm.state_size": "state_size",
+            "ssm.time_step_rank": "num_heads",
+            "ssm.inner_size": Setting(
+                "head_dim",
+                lambda config: config.num_heads * config.head_dim,
+                lambda value, told: value // told["num_heads"],
+            ),
+            "ssm.group_count": "n_groups",
+            "vocab_size": "vocab_size",
+        },
+        {
+            "ssm_a": NEGATIVE_EXPONENTIAL_COLUMN,
+            "ssm_d": COLUMN,
+            "ssm_conv1d.weight": WITHOUT_MIDDLE,
+            "ssm_norm": ROW_PER_GROUP,
+        },
+        frozenset({"time_step_rank", "chunk_size"}),
+        also=lambda told: {"expand": told["num_heads"] * told["head_dim"] // told["hidden_size"]},
+    ),
+}
+
+
+_T5 = GgufArchitecture(
+    "t5",
+    {
+        "context_length": lambda config: getattr(config, "n_positions", None) or 512,
+        "embedding_length": "d_model",
+        "feed_forward_length": "d_ff",
+        "block_count": "num_layers",
+        "decoder_block_count": "num_decoder_layers",
+        "attention.head_count": "num_heads",
+        "attention.key_length": "d_kv",
+        "attention.value_length": lambda config: config.d_kv,
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        "attention.layer_norm_rms_epsilon": lambda config: config.layer_norm_epsilon,
+        "attention.relative_buckets_count": "relative_attention_num_buckets",
+        "decoder_start_token_id": "decoder_start_token_id",
+        "vocab_size": "vocab_size",
+    },
+    covers=frozenset({"n_positions"}),
+    present={
+        "feed_forward_proj": ("ffn_gate", "gated-gelu", "relu"),
+        "is_gated_act": "ffn_gate",
+        "dense_act_fn": ("ffn_gate", "gelu_new", "relu"),
+    },
+)
+_ENCODER_DECODERS = {"t5": _T5, "umt5": replace(_T5, marks="enc.blk.1.attn_rel_b")}
+
+ARCHITECTURES: Mapping[str, GgufArchitecture] = (
+    _LLAMAS | _QWENS | _OLMOS | _COHERES | _GEMMAS | _OLDER | _ENCODER_DECODERS
+)

@@ -1,0 +1,118 @@
+"""Settings of GGUF files under the keys of its specification, and the attributes of configurations that they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from knowledge_compression.errors import BadInput
+
+Told = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value of a file, and an attribute of the configuration.
+
+    Attributes:
+        attribute: its name in transformers.
+        store: gives the file's value for a configuration; by default the attribute itself.
+        load: gives the attribute for the file's value and the attributes read before it; by default the value itself.
+    """
+
+    attribute: str
+    store: Callable[[Any], Any] | None = None
+    load: Callable[[Any, Told], Any] | None = None
+
+    def stored(self, config: Any) -> Any:
+        """The file's value; None where the configuration has none."""
+        return self.store(config) if self.store else getattr(config, self.attribute, None)
+
+    def loaded(self, value: Any, told: Told) -> Any:
+        """The attribute."""
+        return self.load(value, told) if self.load else value
+
+
+Settings = Mapping[str, str | Setting | Callable[[Any], Any]]
+"""Each key without the architecture's name, and the attribute it holds; of a function, it is only written."""
+
+
+def rope(config: Any) -> Mapping[str, Any]:
+    """The settings of rotary embeddings, of global layers where those of others differ.
+
+    Raises:
+        BadInput: they are scaled in a way that files written here cannot say.
+    """
+    told = config.rope_parameters or {}
+    told = told.get("full_attention", told)
+    known = ("default", "llama3") if config.model_type in ("llama", "mistral") else ("default",)
+    if (kind := told.get("rope_type", "default")) not in known:
+        raise BadInput(
+            f"output.save_model=gguf writes rotary embeddings of the type {' or '.join(known)}, and this "
+            f"{config.model_type} has {kind}"
+        )
+    return told
+
+
+def head_width(config: Any) -> int:
+    """Width of an attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def rotated(config: Any) -> int:
+    """How many numbers of a head are rotated."""
+    return int(head_width(config) * rope(config).get("partial_rotary_factor", 1.0))
+
+
+def _told_width(told: Told) -> int:
+    return int(told.get("head_dim") or told["hidden_size"] // told["num_attention_heads"])
+
+
+def _head_width_as_scaled(config: Any) -> int:
+    """The width of heads, whose root llama.cpp divides attention by.
+
+    Raises:
+        BadInput: the network divides by another root, which a file cannot say.
+    """
+    if (divided := config.query_pre_attn_scalar) != (width := head_width(config)):
+        raise BadInput(
+            f"output.save_model=gguf: {config.model_type} has query_pre_attn_scalar={divided}, which a GGUF file "
+            f"cannot say; llama.cpp takes the width of a head, {width}"
+        )
+    return width
+
+
+COMMON: Settings = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+}
+WIDTHS: Settings = {"attention.key_length": Setting("head_dim", head_width), "attention.value_length": head_width}
+SCALED_WIDTHS: Settings = {
+    "attention.key_length": Setting("head_dim", _head_width_as_scaled),
+    "attention.value_length": _head_width_as_scaled,
+}
+ROTARY: Settings = {
+    "rope.freq_base": Setting(
+        "rope_theta", lambda config: rope(config).get("rope_theta"), lambda value, _: float(value)
+    ),
+    "rope.dimension_count": rotated,
+}
+PARTLY_ROTARY: Settings = {
+    **ROTARY,
+    "rope.dimension_count": Setting(
+        "partial_rotary_factor", rotated, lambda value, told: float(value) / _told_width(told)
+    ),
+}
+ROOT: Settings = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+EXPERTS: Settings = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+LOCAL_EXPERTS: Settings = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
