@@ -49,11 +49,23 @@ def _why_unavailable(where: str, name: str, error: Exception, allow_pickle: bool
     if "trust_remote_code" in message:
         return f"model={name}: {where} needs to run its own code, which is refused unless model.trust_remote_code=true"
     if local:
-        return f"model={name}: {where} cannot be read ({said(error)}); give a folder saved by save_pretrained"
+        return f"model={name}: {where} cannot be read ({said(error)}); {_accepted(Path(where))}"
     return (
         f"model={name}: '{where}' is not cached and could not be downloaded ({said(error)}); "
         "give a local copy with model=local model.path=DIR"
     )
+
+
+def _accepted(place: Path) -> str:
+    """What would be read in the place of a folder that is not."""
+    from knowledge_compression.models.checkpoints.folder import readable, settings_of
+
+    if method := settings_of(place).get("quant_method"):
+        return (
+            f"it is compressed by {method}, which only transformers reads; without it, {', '.join(readable())} and "
+            "GGUF files are read"
+        )
+    return "give a folder saved by save_pretrained"
 
 
 @contextmanager

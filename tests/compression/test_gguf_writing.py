@@ -34,7 +34,7 @@ Kind = GGMLQuantizationType
 ALL = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff", "experts", "shared_experts"])
 # Of which the file holds w + 1, or an exponential.
 CHANGED = {"nemotron", "gemma", "gemma2", "gemma3", "mamba", "mamba2"}
-# What transformers' own reader cannot read, or makes another model of (findings/transformers_misreads_gguf_settings.sh).
+# What transformers cannot read, or makes another model of (findings/transformers_misreads_gguf_settings.sh).
 OURS_ALONE = {
     *("llama with biases", "mixtral", "qwen2moe with widths", "qwen3 with widths", "starcoder2 with another base"),
     *("phi3", "falcon 40b", "t5", "t5 of relu", "umt5"),

@@ -286,6 +286,35 @@ def block_fp8(rng: np.random.Generator, out: int, inputs: int, *, block: tuple[i
     return Made(tensors, E4M3[codes] * each, settings, 8, block[0] * block[1])
 
 
+def torchao(rng: np.random.Generator, out: int, inputs: int, *, kind: str = "int8", group: int = 0) -> Made:
+    """torchao: 8 bits with one scale for ``group`` inputs (0: a row, -1: the whole layer), or 4 bits, plain."""
+    group = group or inputs
+    blocks = (1, 1) if group < 0 else (out, inputs // group)
+    run = out * inputs if group < 0 else group
+    scales = rng.uniform(0.001, 0.1, blocks).astype(np.float32)
+    zeros = rng.integers(-5, 6, blocks).astype(np.int8)
+    each = (np.arange(out)[:, None] * (0 if group < 0 else 1), np.arange(inputs)[None] * (0 if group < 0 else 1) // run)
+    settings: dict[str, Any] = {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}
+    tensors = {"._weight_scale": torch.from_numpy(scales)}
+    if kind == "float8":
+        codes = finite_codes(rng, out, inputs)
+        tensors["._weight_qdata"] = float8(codes)
+        weight = E4M3[codes] * scales[each]
+    elif kind == "int8":
+        codes = rng.integers(-128, 128, (out, inputs)).astype(np.int8)
+        tensors |= {"._weight_qdata": torch.from_numpy(codes), "._weight_zero_point": torch.from_numpy(zeros)}
+        weight = (codes.astype(np.float32) - zeros[each]) * scales[each]
+    else:
+        codes = rng.integers(-8, 8, (out, inputs))
+        shifts = rng.normal(0, 0.1, blocks).astype(np.float32)
+        tensors["._weight_qdata"] = halves(codes & 15)
+        tensors["._weight_scale"] = torch.from_numpy(np.ascontiguousarray(scales.T))
+        tensors["._weight_zero_point"] = torch.from_numpy(np.ascontiguousarray(shifts.T))
+        weight = codes.astype(np.float32) * scales[each] + shifts[each]
+    made = {"quant_method": "torchao", "quant_type": {"default": settings}}
+    return Made(tensors, weight.astype(np.float32), made, 4 if kind == "int4" else 8, run)
+
+
 def experts(rng: np.random.Generator, count: int, out: int, inputs: int) -> Made:
     """MXFP4 of gpt-oss: a bank of experts."""
     codes = rng.integers(0, 16, (count, out, inputs // 32, 32))

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.gguf_tiny import byte_level
 from helpers.networks import build_network, logits_of
 from knowledge_compression.compression.base import Layerwise
 from knowledge_compression.compression.methods.fp8 import Fp8
@@ -260,3 +261,32 @@ def test_transformers_loads_what_is_written(name: str, tiny_tokenizer: Any, tmp_
     if name.endswith("inputs"):  # which files do not make us do
         method.compress(ours, Target("all", ["decoder_self_att", "ff"]).select(ours))
     assert torch.equal(logits_of(Model(plain, tiny_tokenizer, "plain")), logits_of(ours))
+
+
+AO = ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "Float8WeightOnlyConfig", "IntxWeightOnlyConfig"]
+AO += ["Int8DynamicActivationIntxWeightConfig"]
+
+
+@pytest.mark.parametrize("config", AO)
+def test_torchao_checkpoints(config: str, tmp_path: Path) -> None:
+    """What transformers saves of a model that torchao quantized reads as torchao's own floats."""
+    quantization = pytest.importorskip("torchao.quantization")
+    from transformers import AutoModelForCausalLM, LlamaConfig, TorchAoConfig
+
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 93,
+    }
+    AutoModelForCausalLM.from_config(LlamaConfig(**shape)).save_pretrained(tmp_path / "dense")
+    byte_level().save_pretrained(tmp_path / "ao")
+    settings = TorchAoConfig(getattr(quantization, config)())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32, quantization_config=settings)
+    theirs.save_pretrained(tmp_path / "ao")
+    ours = LocalModel("local", str(tmp_path / "ao")).load("cpu", "float32").network.state_dict()
+    layers = [name for name, value in theirs.state_dict().items() if hasattr(value, "dequantize") and "proj" in name]
+    assert len(layers) == 7
+    for name in layers:
+        assert torch.equal(ours[name], theirs.state_dict()[name].dequantize()), name

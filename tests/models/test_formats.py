@@ -42,6 +42,9 @@ LAYERS: dict[str, Maker] = {
     "bnb-nf4-nested": partial(made_of.four_bit, nested=True),
     "bnb-int8": made_of.eight_bit,
     "fp8": made_of.block_fp8,
+    **{f"torchao-{kind}": partial(made_of.torchao, kind=kind) for kind in ("int8", "float8", "int4")},
+    **{f"torchao-{kind}-groups": partial(made_of.torchao, kind=kind, group=16) for kind in ("int8", "float8", "int4")},
+    "torchao-tensor": partial(made_of.torchao, kind="float8", group=-1),
 }
 PACKED_EVENLY = {"gptq", "awq"}  # formats whose outputs and inputs fill whole words
 # MXFP4 has blocks of 32; 48 codes of 3 bits fill five words either way, and are read as they are packed today.
@@ -242,11 +245,24 @@ def test_a_file_that_is_cut_short_is_one_line(stored: Callable[..., tuple[Path, 
         LocalModel("local", str(folder)).load("cpu", "float32")
 
 
-def test_unknown_formats_are_left_to_transformers(stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:
+@pytest.mark.parametrize(
+    ("method", "match"),
+    [
+        (
+            "no-such-method",
+            "which neither this program nor transformers knows; gptq, awq, .* and GGUF files can be read",
+        ),
+        ("hqq", "it is compressed by hqq, which only transformers reads; without it, gptq, awq, .* are read"),
+        ("eetq", "it is compressed by eetq, which only transformers reads"),
+        ("quanto", "it is compressed by quanto, which only transformers reads"),
+    ],
+)
+def test_other_formats_are_one_line(
+    method: str, match: str, stored: Callable[..., tuple[Path, dict[str, Made]]]
+) -> None:
     folder, _ = stored(LAYERS["awq"])
-    write_settings(folder, {"quant_method": "no-such-method"})
-    assert QuantizedFolder.at(folder) is None
-    with pytest.raises(BadInput) as caught:
+    write_settings(folder, {"quant_method": method})
+    with pytest.raises(BadInput, match=match) as caught:
         LocalModel("local", str(folder)).load("cpu", "float32")
     assert "\n" not in str(caught.value)
 

@@ -37,11 +37,11 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 from knowledge_compression.models.checkpoints.gguf import GgufFile
 from knowledge_compression.models.checkpoints.gguf_architectures import (
-    Array,
     GgufArchitecture,
     architecture_for,
     further_tensors,
 )
+from knowledge_compression.models.checkpoints.gguf_changes import Array
 from knowledge_compression.models.checkpoints.gguf_vocabulary import GgufVocabulary
 from knowledge_compression.models.saving import check_finite, full_state
 from knowledge_compression.models.targets import linear_layers
@@ -50,7 +50,8 @@ from knowledge_compression.models.tokenizers import read_alike
 log = logging.getLogger(__name__)
 
 FILE = "model.gguf"
-_ALWAYS_FLOAT32 = ("ffn_gate_inp", "position_embd", "ssm_conv1d", "ssm_a", "ssm_d")  # llama.cpp has no other type there
+# llama.cpp has no other type there.
+_ALWAYS_FLOAT32 = ("ffn_gate_inp", "position_embd", "ssm_conv1d", "ssm_a", "ssm_d", "_norm", "attn_rel_b")
 
 # Attributes of a configuration on which no answer depends, or that the file's vocabulary says.
 _NO_MATTER = {

@@ -22,12 +22,13 @@ from knowledge_compression.models.checkpoints.fp8 import BlockFp8
 from knowledge_compression.models.checkpoints.gptq import Gptq
 from knowledge_compression.models.checkpoints.mxfp4 import Mxfp4
 from knowledge_compression.models.checkpoints.stored import Later, Stored
+from knowledge_compression.models.checkpoints.torchao import TorchAo
 from knowledge_compression.models.streamed import Checkpoint, Described, names_in_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-FORMATS: tuple[type[Format], ...] = (Gptq, Awq, CompressedTensors, FourBit, EightBit, BlockFp8, Mxfp4)
+FORMATS: tuple[type[Format], ...] = (Gptq, Awq, CompressedTensors, FourBit, EightBit, BlockFp8, Mxfp4, TorchAo)
 # The files in which older programs wrote the settings.
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _SETTINGS = ("quantization_config", "compression_config")
@@ -67,11 +68,19 @@ class QuantizedFolder(Stored):
         """The content of a folder, if it declares a format that can be read.
 
         Raises:
-            BadInput: it is in a variant that cannot be read.
+            BadInput: it is in a variant that cannot be read, or in a format that transformers does not know either.
         """
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
         settings = settings_of(folder)
-        found = _format(settings)
-        return None if found is None else cls(folder, found.of(settings))
+        if (found := _format(settings)) is not None:
+            return cls(folder, found.of(settings))
+        if settings and settings.get("quant_method") not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            raise BadInput(
+                f"its quantization_config names quant_method={settings.get('quant_method')!r}, which neither this "
+                f"program nor transformers knows; {', '.join(readable())} and GGUF files can be read"
+            )
+        return None
 
     def configuration(self, **hub: Any) -> PretrainedConfig:
         """That of the folder, without its quantization."""
@@ -181,6 +190,11 @@ def settings_of(folder: Path) -> Mapping[str, Any]:
         if settings := _read(folder / name):
             return {"quant_method": method} | dict(settings)
     return {}
+
+
+def readable() -> list[str]:
+    """The values of ``quant_method`` that are read here."""
+    return list(dict.fromkeys(name.split("_")[0] for form in FORMATS for name in form.methods))
 
 
 def is_compressed(config: Mapping[str, Any]) -> bool:

@@ -180,7 +180,7 @@ class GgufFile(Stored):
         settings = self._settings_by_transformers()
         if self._known is not None:
             kind, known = self._known
-            own = {"tie_word_embeddings": "output.weight" not in names}
+            own: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in names}
             own |= {f"{role}_token_id": stored.get(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()}
             if known.marks or not settings:
                 settings = settings | {"model_type": kind}

@@ -106,7 +106,7 @@ class GgufArchitecture:
         config = network.config
         blocks = max(config.num_hidden_layers, getattr(config, "num_decoder_layers", None) or 0)
         table = get_tensor_name_map(kind, blocks)
-        found = {}
+        found: dict[str, Sequence[str]] = {}
         for name in network.state_dict():
             if further := next((n for form, n in _FURTHER_NAMES.items() if re.fullmatch(form, name)), None):
                 block = re.search(r"layers\.(\d+)\.", name)
