@@ -18,7 +18,7 @@ from helpers import stored_layers as made_of
 from helpers.networks import build_network
 from helpers.stored_layers import Made
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models.checkpoints.folder import FORMATS, QuantizedFolder
+from knowledge_compression.models.checkpoints.folder import FORMATS
 from knowledge_compression.models.loading import LocalModel
 
 Maker = Callable[..., Made]
