@@ -163,6 +163,7 @@ class _OneRelation:
                 f"{relation.name}/{fact.id}/{number}",
                 relation.templates[number].replace("[X]", fact.subject).replace("[Y]", MASK),
                 relation.answers,
+                fact.gold,
             )
             for fact, number in keys
         ]

@@ -44,8 +44,8 @@ class Recording:
         (folder / _STATES).touch()
 
     def saw(self, positions: Sequence[Position], states: Tensor, logits: Tensor) -> None:
-        """Write the states of the positions that are new."""
-        new = {position.key: i for i, position in enumerate(positions) if position.key not in self._keys}
+        """Write the states of the positions that are new and compared for some item."""
+        new = {one.key: i for i, one in enumerate(positions) if one.gold and one.key not in self._keys}
         rows = states[list(new.values())].detach().cpu().contiguous()
         self._about = {"dtype": str(rows.dtype).removeprefix("torch."), "width": rows.shape[1]}
         with (self._folder / _STATES).open("ab") as file:

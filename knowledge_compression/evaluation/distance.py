@@ -28,6 +28,7 @@ from knowledge_compression.identity import digest_of
 from knowledge_compression.models.families import ENCODER_DECODER
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
     from torch import Tensor
 
     from knowledge_compression.evaluation.scoring.positions import Position
@@ -194,30 +195,40 @@ class Comparing:
     def saw(self, positions: Sequence[Position], states: Tensor, logits: Tensor) -> None:
         """Compare; logits are processed in parts, so that a second set of them does not fill the memory."""
         rows = self._states.rows([position.key for position in positions])
-        there = np.flatnonzero(rows >= 0)
-        known = [positions[i] for i in there.tolist()]
-        self.unknown += len(positions) - len(known)
-        owners = [(place, item, gold) for place, one in enumerate(known) for item, gold in one.gold.items()]
-        if not owners:
+        asked = np.array([bool(position.gold) for position in positions])
+        there = np.flatnonzero(asked & (rows >= 0))
+        self.unknown += int(asked.sum()) - len(there)
+        if not len(there):
             return
-        parts = []
-        for part in np.array_split(there, -(-len(there) * logits.shape[1] * 4 // _BYTES)):
-            dense = self._head(self._states[rows[part]])
-            gold = [next((g for g in positions[i].gold.values() if g is not None), 0) for i in part.tolist()]
-            compared = distances(dense, logits[torch.from_numpy(part).to(logits.device)], gold)
-            parts.append(np.stack([column.float().cpu().numpy() for column in compared]))
-        table = np.concatenate(parts, axis=1)
-        places = [place for place, *_ in owners]
-        changes = [float(table[3, place]) if gold is not None else None for place, _, gold in owners]
+        known = [positions[i] for i in there.tolist()]
+        owners = [(place, item, gold) for place, one in enumerate(known) for item, gold in one.gold.items()]
+        rows_of_owners = np.array([place for place, *_ in owners])
+        tokens = np.array([0 if gold is None else gold for *_, gold in owners])
+        parts, changes = [], []
+        for part in np.array_split(np.arange(len(there)), -(-len(there) * logits.shape[1] * 4 // _BYTES)):
+            dense = self._head(self._states[rows[there[part]]])
+            low, high = np.searchsorted(rows_of_owners, [part[0], part[-1] + 1])
+            compared = distances(
+                dense,
+                logits[torch.from_numpy(there[part]).to(logits.device)],
+                tokens[low:high],
+                rows_of_owners[low:high] - part[0],
+            )
+            parts.append(np.stack([column.float().cpu().numpy() for column in compared[:3]]))
+            changes.append(compared[3].cpu().numpy())
+        table, change = np.concatenate(parts, axis=1), np.concatenate(changes)
+        named = np.array([gold is not None for *_, gold in owners])
         self._found.append(
             pl.DataFrame(
                 {
                     "id": [item for _, item, _ in owners],
-                    "key": [known[place].key for place in places],
-                    KL: table[0, places],
-                    REVERSE: table[1, places],
-                    SAME_TOP: table[2, places] > 0,
-                    GOLD: pl.Series(changes, dtype=pl.Float32),
+                    "key": [known[place].key for place, *_ in owners],
+                    KL: table[0, rows_of_owners],
+                    REVERSE: table[1, rows_of_owners],
+                    SAME_TOP: table[2, rows_of_owners] > 0,
+                    GOLD: pl.Series(
+                        [float(c) if n else None for c, n in zip(change, named, strict=True)], dtype=pl.Float32
+                    ),
                 }
             )
         )
@@ -241,26 +252,30 @@ class Comparing:
         return joined.with_columns(answered.alias(GOLD)).drop("dense")
 
 
-def distances(dense: Tensor, compressed: Tensor, gold: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def distances(
+    dense: Tensor, compressed: Tensor, gold: ArrayLike, of: ArrayLike | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compare the distributions of two sets of logits, ``[positions, vocabulary]`` each.
 
     Where one has more columns (embeddings are padded differently), only those that both have are compared.
 
     Args:
         dense, compressed: the logits; in float32 inside.
-        gold: a token for each position.
+        gold: tokens, ``[tokens]``.
+        of: the position of each, ascending; without it, one token a position in order.
 
     Returns:
         ``[positions]`` each: KL(dense || compressed) and KL(compressed || dense) in nats, float32; whether the same
-        token is first; and the probability of ``gold`` in the compressed model minus that in the dense one, float32.
+        token is first; and ``[tokens]``: the probability of each of ``gold`` in the compressed model minus that in the
+        dense one, float32.
     """
     width = min(dense.shape[1], compressed.shape[1])
     at_a_time = max(1, (2 << 20) // (4 * width)) if dense.device.type == "cpu" else len(dense)  # fits in its cache
+    tokens = np.asarray(gold, dtype=np.int64)
+    places = np.arange(len(dense)) if of is None else np.asarray(of, dtype=np.int64)
     columns = []
-    tokens = torch.tensor(gold, device=dense.device)[:, None]
-    for one, other, token in zip(
-        dense[:, :width].split(at_a_time), compressed[:, :width].split(at_a_time), tokens.split(at_a_time), strict=True
-    ):
+    for start in range(0, len(dense), at_a_time):
+        one, other = (logits[start : start + at_a_time, :width] for logits in (dense, compressed))
         log_p, log_q = (torch.log_softmax(logits.float(), -1) for logits in (one, other))
         p, q = log_p.exp(), log_q.exp()
         log_ratio = log_p - log_q
@@ -268,7 +283,9 @@ def distances(dense: Tensor, compressed: Tensor, gold: Sequence[int]) -> tuple[T
         excess = p.sum(-1) - q.sum(-1)
         kl = (p * log_ratio).sum(-1) - excess
         reverse = excess - (q * log_ratio).sum(-1)
-        change = (q.gather(1, token) - p.gather(1, token))[:, 0]
+        low, high = np.searchsorted(places, [start, start + len(one)])
+        row, token = (torch.from_numpy(a).to(p.device) for a in (places[low:high] - start, tokens[low:high]))
+        change = q[row, token] - p[row, token]
         columns.append((kl.clamp_min(0), reverse.clamp_min(0), likeliest(one) == likeliest(other), change))
     kl, reverse, same, change = (torch.cat(column) for column in zip(*columns, strict=True))
     return kl, reverse, same, change

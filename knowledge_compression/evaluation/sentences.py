@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,16 +40,24 @@ class Statement:
         id: of the item.
         sentence: contains one ``[MASK]``.
         answers: the answers to compare.
+        gold: the right one, where the distance to the dense model is asked for: it is that of the sentence with this
+            answer, at each of its tokens.
     """
 
     id: str
     sentence: str
     answers: Sequence[str]
+    gold: str | None = None
 
     def completed(self) -> list[str]:
         """The sentence with each answer in its blank, with a capital letter at its beginning, as the reference does."""
         whole = (self.sentence.replace(MASK, answer) for answer in self.answers)
         return [text[:1].upper() + text[1:] for text in whole]
+
+    @property
+    def right(self) -> Mapping[int, str]:
+        """The index of the right answer, with the item's id; empty where none is named."""
+        return {} if self.gold is None else {self.answers.index(self.gold): self.id}
 
 
 def scores_of_answers(scorer: Scorer, statements: Sequence[Statement]) -> list[NDArray[np.float64] | None]:
@@ -80,16 +88,18 @@ def _of_decoder(scorer: Scorer, statements: Sequence[Statement]) -> list[NDArray
     of_each = [[next(rows) for _ in statement.answers] for statement in statements]
     fits = [limit is None or max(map(len, ids)) <= limit for ids in of_each]
     asked = [ids for ids, there in zip(of_each, fits, strict=True) if there]
+    about = [statement for statement, there in zip(statements, fits, strict=True) if there]
     if scorer.prompts.choosing is None:  # all in one question, so that whatever they share is read once
-        question = Question(asked[0][0][:1], [ids[1:] for of in asked for ids in of]) if asked else Question([])
-        likelihoods = iter(scorer.log_likelihoods([question])[0])
+        begin, whole = (asked[0][0][:1] if asked else []), [ids[1:] for of in asked for ids in of]
+        starts = accumulate((len(of) for of in asked), initial=0)
+        right = {start + i: item for start, one in zip(starts, about, strict=False) for i, item in one.right.items()}
+        likelihoods = iter(scorer.log_likelihoods([Question(begin, whole, right=right)])[0])
         found = iter([np.array([next(likelihoods).log_prob for _ in of]) for of in asked])
     else:  # what all answers share chooses the prompt, and so an answer cannot choose its own
         contexts = [_shared([ids[:-1] for ids in of]) for of in asked]
-        items = [(statement.id,) for statement, there in zip(statements, fits, strict=True) if there]
         questions = [
-            Question(context, [ids[len(context) :] for ids in of], item)
-            for context, of, item in zip(contexts, asked, items, strict=True)
+            Question(context, [ids[len(context) :] for ids in of], (one.id,), right=one.right)
+            for context, of, one in zip(contexts, asked, about, strict=True)
         ]
         found = iter([np.array([one.log_prob for one in of]) for of in scorer.log_likelihoods(questions)])
     return [next(found) if there else None for there in fits]
@@ -162,18 +172,30 @@ def _of_encoder(scorer: Scorer, statements: Sequence[Statement]) -> list[NDArray
     lengths = np.array([len(ids) for ids in batch["input_ids"]])
     limit = scorer.max_positions
     long = set(of_text[lengths > limit].tolist()) if limit is not None else set()
-    blanks: dict[tuple[tuple[int, ...], int], int] = {}
+    starts = accumulate((len(statement.answers) for statement in statements), initial=0)
+    right = {start + i: item for start, one in zip(starts, statements, strict=False) for i, item in one.right.items()}
+    blanks: dict[tuple[tuple[int, ...], int, int], int] = {}
+    gold: dict[tuple[tuple[int, ...], int, int], int] = {}  # the token that is right at a blank
     reads: list[list[tuple[int, int]]] = []  # for each blank: texts, and the token of each
+    items: list[list[str]] = []  # for each blank: those for which it is compared with the dense model
     for text, (ids, special) in enumerate(zip(batch["input_ids"], batch["special_tokens_mask"], strict=True)):
         if int(of_text[text]) in long:
             continue
         for place, masked in masked_by_word(ids, special, batch.word_ids(text), tokenizer.mask_token_id):
-            at = blanks.setdefault((masked, place), len(blanks))
+            key = (masked, place, 0)
+            if text in right and gold.setdefault(key, ids[place]) != ids[place]:
+                key = (masked, place, ids[place])  # the same sentence with another right answer is read once more
+                gold[key] = ids[place]
+            at = blanks.setdefault(key, len(blanks))
             if at == len(reads):
                 reads.append([])
+                items.append([])
             reads[at].append((text, ids[place]))
+            if text in right:
+                items[at].append(right[text])
     scores = np.zeros(len(texts))
-    for part, log_probs in distributions(scorer, [Blank(ids, place) for ids, place in blanks]):
+    asked = [Blank(k[0], k[1], items=tuple(of), gold=gold.get(k)) for k, of in zip(blanks, items, strict=True)]
+    for part, log_probs in distributions(scorer, asked):
         rows, tokens, into = np.array([(r, token, text) for r, i in enumerate(part) for text, token in reads[i]]).T
         np.add.at(scores, into, log_probs[rows, tokens].double().cpu().numpy())
     ends = np.cumsum([len(statement.answers) for statement in statements])[:-1]

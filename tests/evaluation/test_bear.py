@@ -5,21 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from scipy.special import rel_entr, softmax
 
 from helpers.networks import without_special_tokens
 from helpers.tasks import ANIMALS
 from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.evaluation.bear import Bear, ranked
 from knowledge_compression.evaluation.cloze import MASK
+from knowledge_compression.evaluation.distance import Beside, with_metrics
 from knowledge_compression.evaluation.scoring import Scorer
-from knowledge_compression.evaluation.sentences import Statement, scores_of_answers, sentences_after_opening
+from knowledge_compression.evaluation.sentences import (
+    Statement,
+    masked_by_word,
+    scores_of_answers,
+    sentences_after_opening,
+)
 from knowledge_compression.evaluation.suite import ask
 from knowledge_compression.models import Model
 from knowledge_compression.models.loading import PackagedModel
@@ -109,6 +117,50 @@ def test_an_encoder_decoder_says_the_answer(folder: Path, tiny_model: Callable[[
             likely = network(input_ids=ids, decoder_input_ids=decoder_ids).logits[0].log_softmax(-1)
         expected = sum(float(likely[i, token]) for i, token in enumerate(said) if i > 0)
         assert row["log_prob"] == pytest.approx(expected, abs=1e-4)
+
+
+def whole_sentences(model: Model, text: str) -> list[tuple[np.ndarray, int]]:
+    """The logits before each token of a sentence, float64, and the token; one forward pass each."""
+    tokenizer, network, rows = model.tokenizer, cast("Any", model.network), []
+    if model.family == "decoder":
+        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
+        inputs = [(ids[:n], -1, ids[n]) for n in range(1, len(ids))]
+    else:
+        of = tokenizer(text, return_special_tokens_mask=True)
+        places = masked_by_word(of.input_ids, of.special_tokens_mask, of.word_ids(), tokenizer.mask_token_id)
+        inputs = [(list(masked), place, of.input_ids[place]) for place, masked in places]
+    with torch.no_grad():
+        for read, place, token in inputs:
+            rows.append((network(torch.tensor([read])).logits[0, place].double().numpy(), token))
+    return rows
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_the_distance_of_a_fact_is_that_along_its_right_sentence(
+    architecture: str, tmp_path: Path, tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path / "cache"))
+    suite = Bear(str(write(tmp_path, [])), relations=["P1"], templates=[0, 2])
+    # The first two facts are of namesakes: the same sentence with another right answer.
+    facts = [("Q1", "cat", "paris"), ("Q2", "cat", "rome"), ("Q3", "dog", "paris and berlin")]
+    rows = [{"sub_id": of, "sub_label": subject, "obj_label": gold} for of, subject, gold in facts]
+    (tmp_path / "bear" / "BEAR" / "P1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dense = tiny_model(architecture)
+    other = replace(dense, network=deepcopy(dense.network))
+    with torch.no_grad():
+        for weight in other.network.parameters():
+            weight.mul_(1.1)
+    found = with_metrics(Beside(lambda: dense, "dense").ask(suite, Scorer(other), "asked"))
+    assert found.items.height == 6
+    for row in found.items.iter_rows(named=True):
+        text = row["prompt"].replace(MASK, row["gold"])
+        before, after = (whole_sentences(model, text[0].upper() + text[1:]) for model in (dense, other))
+        p, q = (softmax(np.stack([logits for logits, _ in of]), axis=1) for of in (before, after))
+        steps = np.arange(len(before)), [token for _, token in before]
+        assert sorted(row["kl"]) == pytest.approx(sorted(rel_entr(p, q).sum(1)), rel=5e-3, abs=2e-6)
+        assert sorted(row["gold_change"]) == pytest.approx(sorted(q[steps] - p[steps]), abs=1e-6)
+    lengths = found.items["kl"].list.len()
+    assert found.metrics["positions"] == lengths.sum() and lengths.min() >= 4 and not found.fallbacks
 
 
 def test_a_tokenizer_that_puts_no_beginning_is_given_one(folder: Path, tiny_model: Callable[[str], Model]) -> None:

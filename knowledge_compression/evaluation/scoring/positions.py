@@ -24,6 +24,7 @@ class Position:
     Attributes:
         key: digest of what the model reads before it: equal for the same text, whatever the batch.
         gold: by the id of each item for which it is read, the token that is right there; None where no suite says.
+            Empty where it is compared for no item.
     """
 
     key: bytes
@@ -128,7 +129,9 @@ class Slots:
         places = slots - self.starts[owners]
         for read, owner, place, target in zip(*(a.tolist() for a in (of_read, owners, places, targets)), strict=True):
             question = self.questions[owner]
-            for item in question.items:
+            if place in question.right:
+                gold[read][question.right[place]] = target
+            for item in question.items if not question.right else ():
                 if question.gold == place:
                     gold[read][item] = target
                 else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -35,12 +35,15 @@ class Question:
         items: ids of the items that it belongs to; notes about the answers are filed under them.
         gold: index of the continuation that is right, where a suite says so: the probability of each of its tokens is
             compared with the dense model's.
+        right: for suites that compare whole sentences: the right continuations, by index, and the item of each. Only
+            the positions of these are compared with the dense model's, each for its own item.
     """
 
     context: Sequence[int]
     continuations: Sequence[Sequence[int]] = field(default_factory=list)
     items: Sequence[str] = ()
     gold: int | None = None
+    right: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
