@@ -1,9 +1,13 @@
-"""The work of a suite on a kind of network, counted on a miniature of equal depth and vocabulary but tiny width."""
+"""The work of a suite on a kind of network, counted on a miniature of equal depth but tiny width and vocabulary.
+
+How many tokens pass each matrix depends neither on widths nor on what the network says. Without a short vocabulary the
+miniature's logits, hundreds of thousands a position, would take all of the time.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -14,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from knowledge_compression.compression.walk.expert_inputs import ExpertProducts, one_expert_after_the_other
-from knowledge_compression.evaluation.scoring import Scorer
+from knowledge_compression.evaluation.scoring import Blank, Likelihood, Question, Scorer
+from knowledge_compression.evaluation.scoring.budget import Budget
+from knowledge_compression.evaluation.scoring.positions import Position
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER_DECODER
 from knowledge_compression.models.pretrained import auto_class
@@ -34,6 +40,7 @@ _WIDTHS = (
     "intermediate_size_mlp",
 )
 _TRIED = 512  # tokens that show which share of them reaches an expert
+_WORDS = 2048  # in a miniature's vocabulary at most
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,13 @@ class Work:
         tokens: number of tokens that pass each matrix, by path; for an expert, the tokens sent to it.
         widest: maximum number that pass the head at once.
         items: number of rows in the item table.
+        compared: number of positions at which ``distance=true`` compares distributions.
     """
 
     tokens: Mapping[str, int]
     widest: int
     items: int
+    compared: int
 
 
 def rehearse(skeleton: Model, suite: Any) -> Work:
@@ -66,11 +75,62 @@ def rehearse(skeleton: Model, suite: Any) -> Work:
         nonlocal widest
         widest = max(widest, inputs[0].numel() // inputs[0].shape[-1])
 
-    scorer = Scorer(small, original=lambda: replace(small, network=dense))
+    scorer = _Rehearsing(small, skeleton, original=lambda: replace(small, network=dense))
     small.network.get_submodule(small.architecture.final).register_forward_hook(note_width)
     with counting(small) as tokens, torch.random.fork_rng([]):
         evaluation = suite.evaluate(scorer)
-    return Work(dict(tokens), widest, evaluation.items.height)
+    return Work(dict(tokens), widest, evaluation.items.height, len(scorer.compared.keys))
+
+
+class _Rehearsing(Scorer):
+    """A scorer of a miniature that asks what the true model's scorer would, and answers that all is equally likely."""
+
+    def __init__(self, small: Model, skeleton: Model, original: Callable[[], Model]) -> None:
+        super().__init__(small, original=original, watcher=_Compared())
+        self.compared: _Compared = self.watcher  # type: ignore[assignment]
+        self._skeleton = skeleton
+        self.budget = Budget(skeleton, device=small.device)
+
+    @property
+    def max_positions(self) -> int | None:
+        return self._skeleton.max_positions
+
+    def distributions(self, blanks: Sequence[Blank]) -> Iterator[tuple[list[int], Tensor]]:
+        words = int(self._skeleton.text_config.vocab_size)
+        for indices, _ in super().distributions(blanks):
+            yield indices, torch.zeros(1, 1).expand(len(indices), words)
+
+    def distributions_by_depth(self, blanks: Sequence[Blank]) -> Iterator[tuple[list[int], Tensor]]:
+        words = int(self._skeleton.text_config.vocab_size)
+        for indices, of_each in super().distributions_by_depth(blanks):
+            yield indices, torch.zeros(1, 1, 1).expand(*of_each.shape[:2], words)
+
+    def log_likelihoods(self, questions: Sequence[Question]) -> list[list[Likelihood]]:
+        """Of the same questions in the miniature's words: numbers in their order, so that beginnings stay shared."""
+        texts = [of for question in questions for of in (question.context, *question.continuations)]
+        there = sorted({token for text in texts for token in text})
+        words = int(self.model.text_config.vocab_size)
+        number = {token: i % words for i, token in enumerate(there)}
+        return super().log_likelihoods(
+            [
+                replace(
+                    question,
+                    context=[number[token] for token in question.context],
+                    continuations=[[number[token] for token in text] for text in question.continuations],
+                )
+                for question in questions
+            ]
+        )
+
+
+class _Compared:
+    """A watcher that counts the positions at which ``distance=true`` compares."""
+
+    def __init__(self) -> None:
+        self.keys: set[bytes] = set()
+
+    def saw(self, positions: Sequence[Position], states: Tensor, logits: Tensor) -> None:
+        self.keys |= {position.key for position in positions if position.gold}
 
 
 @contextmanager
@@ -129,7 +189,7 @@ def reached(skeleton: Model) -> Callable[[int], dict[str, float]]:
 
 
 def miniature(skeleton: Model) -> Model:
-    """A network of the same kind and vocabulary, a few numbers wide, on the CPU."""
+    """A network of the same kind, a few numbers wide, on the CPU, which reads any token as one of a few."""
     from transformers import AutoTokenizer
 
     config = deepcopy(skeleton.network.config)
@@ -137,8 +197,15 @@ def miniature(skeleton: Model) -> Model:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         network = auto_class(config).from_config(config, dtype=torch.float32).eval()
+    for module in network.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_pre_hook(_as_one_of_its_words)
     tokenizer = skeleton.tokenizer or AutoTokenizer.from_pretrained(skeleton.network.config._name_or_path)
     return Model(network, tokenizer, skeleton.name)
+
+
+def _as_one_of_its_words(module: nn.Embedding, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0] % module.num_embeddings, *inputs[1:])
 
 
 def _shrink(config: Any) -> None:
@@ -149,6 +216,10 @@ def _shrink(config: Any) -> None:
     width = getattr(config, "hidden_size", None)
     if width is None:  # it only holds others
         return
+    if getattr(config, "vocab_size", None):
+        config.vocab_size = min(config.vocab_size, _WORDS)
+        if isinstance(config.pad_token_id, int):
+            config.pad_token_id %= config.vocab_size
     if getattr(config, "head_dim", None):
         config.head_dim = _NARROW if config.head_dim * config.num_attention_heads == width else _HEAD
     if hasattr(config, "d_kv"):

@@ -32,6 +32,7 @@ class Budget:
     Args:
         model: the model that scores.
         tokens: padded tokens; None chooses what suits the device.
+        device: where it will score; None where it is.
 
     Attributes:
         tokens: padded tokens in one pass.
@@ -41,14 +42,15 @@ class Budget:
         pairs_per_token: number of query-key pairs of attention that cost as much as everything else for one token.
     """
 
-    def __init__(self, model: Model, tokens: int | None = None) -> None:
+    def __init__(self, model: Model, tokens: int | None = None, device: torch.device | None = None) -> None:
         config = model.text_config
+        on_cpu = (device or model.device).type == "cpu"
         self._model = model
         self.fallbacks: list[str] = []
-        self._settled = tokens is not None or model.device.type == "cpu"
-        self.tokens = tokens or (_tokens_on_cpu(model) if model.device.type == "cpu" else _UNPROBED)
+        self._settled = tokens is not None or on_cpu
+        self.tokens = tokens or (_tokens_on_cpu(model) if on_cpu else _UNPROBED)
         self.reads = max(1, _LOGIT_BYTES // (config.vocab_size * model.dtype.itemsize))
-        self.rows = max(1, _CACHE // (config.vocab_size * 4)) if model.device.type == "cpu" else self.reads
+        self.rows = max(1, _CACHE // (config.vocab_size * 4)) if on_cpu else self.reads
         embeddings = sum(p.numel() for p in model.network.get_input_embeddings().parameters())
         body = model.parameter_count() - embeddings
         self.pairs_per_token = body / (2 * config.num_hidden_layers * config.hidden_size)
