@@ -97,7 +97,7 @@ class Beside:
         if not scores(suite):
             return ask(suite, scorer)
         room = scorer.max_positions
-        name = f"dense_states/{digest_of([FORMAT, _our_code(), str(self.dtype), self.deciding, asked, room])}"
+        name = self.place(asked, room)
         if self.is_asked:
             return self._recorded(suite, scorer, name)
         with self._states(suite, name, room) as states:
@@ -109,6 +109,15 @@ class Beside:
             evaluation.fallbacks.append(missing)
             log.warning(missing)
         return evaluation
+
+    def place(self, asked: Any, room: int | None) -> str:
+        """Where in the cache the dense model's states lie.
+
+        Args:
+            asked: as for :meth:`ask`.
+            room: the longest text that the model which is asked can read.
+        """
+        return f"dense_states/{digest_of([FORMAT, _our_code(), str(self.dtype), self.deciding, asked, room])}"
 
     def _recorded(self, suite: Suite, scorer: Scorer, name: str) -> Evaluation:
         """Ask the dense model itself, and record its states unless they are there."""

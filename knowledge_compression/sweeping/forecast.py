@@ -5,8 +5,9 @@ vocabulary, but only a few numbers wide. Hooks count the tokens that pass each l
 shapes, from the configuration on the meta device, that gives the multiply-adds. Their speed is measured on one block of
 true width with random weights, or taken from the finished runs of the store, or given (``run.rate``).
 
-Counted are linear layers, calibrated compressions by their passes and second moments, and training. Not counted are
-attention's own products and any work of a suite outside its model.
+Counted are linear layers, calibrated compressions by their passes and second moments, training, and with
+``distance=true`` the dense model's head at every position that is compared, its states on disk, and a pass of its own
+where no run records them. Not counted are attention's own products and any work of a suite outside its model.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from knowledge_compression.cache import cache_folder
 from knowledge_compression.compression.calibrated import Calibrated
 from knowledge_compression.corpora.own_samples import OwnSamples
 from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.distance import Beside, scores
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.scoring.ways import FASTEST
+from knowledge_compression.evaluation.suite import DividedSuite
 from knowledge_compression.experiment import Experiment
 from knowledge_compression.identity import digest_of, known_identity
 from knowledge_compression.memory import reuse_freed_memory
@@ -99,6 +102,7 @@ class Forecaster:
         self._compressed: set[str] = set()
         self._done: set[str] = set()
         self._written: set[Any] = set()  # models that have written their own samples by then
+        self._recorded: set[Any] = set()  # dense models and suites whose states are on disk by then
 
     def of(self, experiment: Experiment, label: str) -> list[Forecast]:
         """The run, and its dense baseline where this sweep has not made it by then."""
@@ -128,6 +132,11 @@ class Forecaster:
             forecast.macs += multiply_adds(skeleton, work.tokens)
             forecast.disk += work.items * _ITEM_BYTES
             forecast.memory = max(forecast.memory, before + size + 8.0 * work.widest * skeleton.text_config.vocab_size)
+            if experiment.distance and scores(experiment.suites[name]):
+                self._compare(forecast, experiment, skeleton, name)
+        if experiment.compares and any(map(scores, experiment.suites.values())):  # the dense model beside
+            forecast.memory += size
+            forecast.seconds += size / _READING
         forecast.seconds += forecast.macs / self.rate_of(experiment, skeleton)
         return forecast
 
@@ -171,6 +180,22 @@ class Forecaster:
                     read * width**2 + _SOLVING * (width**3 + rows * width**2) for read, rows, width in shapes
                 )
                 forecast.memory += 12.0 * max(width**2 for _, _, width in shapes)
+
+    def _compare(self, forecast: Forecast, experiment: Experiment, skeleton: Model, suite: str) -> None:
+        """What the distance to the dense model adds to a suite of one run."""
+        work, dense = self.work(experiment, skeleton, suite), experiment.dense()
+        assert work is not None  # it has been rehearsed
+        key = (dense.compressed_id, digest_of(known_identity(experiment.suites[suite])))
+        records = key not in self._recorded and not _is_recorded(dense, skeleton, suite)
+        if records and (experiment.is_dense or dense.is_done(self.store)):
+            self._recorded.add(key)
+            kept = experiment.kept_models is not None and experiment.kept_models.gigabytes
+            state = skeleton.text_config.hidden_size * _dtype(experiment, skeleton).itemsize
+            forecast.disk += work.compared * state if kept else 0.0
+            if not experiment.is_dense:
+                forecast.macs += multiply_adds(skeleton, work.tokens)
+        if not experiment.is_dense:
+            forecast.macs += _of_head(skeleton, work)
 
     def _past_seconds(self, experiment: Experiment) -> float | None:
         """The cost of this compression in a finished run with other later settings."""
@@ -242,6 +267,8 @@ class Forecaster:
                 took = run.report.get("cost", {}).get("seconds", {}).get(f"eval.{name}", 0.0)
                 if took and (work := self.work(experiment, skeleton, name)) is not None:
                     macs, seconds = macs + multiply_adds(skeleton, work.tokens), seconds + took
+                    if run.config["identity"].get("distance") and scores(experiment.suites[name]):
+                        macs += _of_head(skeleton, work)
         return macs / seconds if seconds else None
 
 
@@ -265,6 +292,22 @@ def measured_rate(experiment: Experiment, skeleton: Model) -> float:
         while sum(passes) < _PROBING or len(passes) < _PASSES:
             passes.append(timed(device, lambda: network.base_model(**inputs))[0])
     return macs / median(passes)
+
+
+def _of_head(skeleton: Model, work: Work) -> float:
+    """Multiply-adds of a head over the positions at which distributions are compared."""
+    return float(work.compared * skeleton.network.get_submodule(skeleton.architecture.final).weight.numel())  # type: ignore[operator]
+
+
+def _is_recorded(dense: Experiment, skeleton: Model, suite: str) -> bool:
+    """Whether a dense model's states for a suite lie in the cache."""
+    if dense.kept_models is None or not dense.kept_models.gigabytes:
+        return False
+    whole = dense.suites[suite]
+    parts = whole.parts() if isinstance(whole, DividedSuite) else [suite]
+    beside = Beside(dense.loader.skeleton, dense.compressed_id, dense.scored_in)
+    asked = known_identity(whole)
+    return all((cache_folder() / beside.place([part, asked], skeleton.max_positions)).is_dir() for part in parts)
 
 
 def _cut_to_one_block(config: Any) -> None:

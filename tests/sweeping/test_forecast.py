@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
 from helpers.experiments import SUITE, made
 from helpers.networks import MIXTURES, build_network, make_tokenizer
 from knowledge_compression.compression.methods.gptq import Gptq
+from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.compression.methods.wanda import Wanda
 from knowledge_compression.corpora.text import TextFile
 from knowledge_compression.evaluation.scoring import Scorer
@@ -123,6 +127,50 @@ def test_what_is_there_and_what_is_shared(
 
     unknown = Forecaster(store, 1e6).of(made(tiny_folder, {"c": Unaskable()}), "run")
     assert unknown[0].unknown == ["c"] and "no such data" in caplog.text
+
+
+def test_distance_costs_the_dense_head_again_and_states_on_disk(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("KC_CACHE_DIR", str(cache))
+    store = RunStore(tmp_path / "outputs")
+    plain = made(tiny_folder, {"a": SUITE})
+    far = replace(plain, distance=True)
+    (alone, dense), (compared, recorded) = (Forecaster(store, 1e6).of(run, "") for run in (plain, far))
+    assert recorded.macs == dense.macs and compared.disk == alone.disk
+    far.dense().run(store, NoTracker())
+    (states,) = cache.glob("dense_states/*/states.bin")
+    assert recorded.disk - dense.disk == states.stat().st_size > 0
+    head = far.source.skeleton().network.get_submodule("cls.predictions.decoder").weight.numel()
+    positions = len(np.load(states.with_name("keys.npy")))
+    assert compared.macs - alone.macs == positions * head
+    assert compared.memory > alone.memory and compared.seconds > alone.seconds + positions * head / 1e6
+
+    (again,) = Forecaster(store, 1e6).of(far, "")
+    assert again.macs == compared.macs and again.disk == compared.disk
+    shutil.rmtree(cache / "dense_states")  # the dense run is there, so the first that compares asks the dense model too
+    first, second = Forecaster(store, 1e6), replace(far, compression=Magnitude(0.2))
+    (lacking,), (served,) = first.of(far, ""), first.of(second, "")
+    assert lacking.macs == compared.macs + dense.macs and lacking.disk == compared.disk + recorded.disk - dense.disk
+    assert served.macs == compared.macs
+
+
+def test_a_large_vocabulary_costs_a_plan_nothing() -> None:
+    """Of a network with ten times the words the same is counted, and the miniature computes no more logits."""
+    model = Model(build_network("llama"), make_tokenizer(), "llama")
+    config = deepcopy(model.network.config)
+    config.vocab_size = 262_144
+    with torch.device("meta"):
+        wide = Model(type(model.network)(config), model.tokenizer, "wide")
+    seen: list[int] = []
+    suite = replace(SUITE, relations=["currency"])
+    with torch.nn.modules.module.register_module_forward_hook(
+        lambda module, _, out: seen.append(out.shape[-1]) if isinstance(module, torch.nn.Linear) else None
+    ):
+        work = rehearse(wide, suite)
+    assert max(seen) <= 2048
+    assert work.tokens == rehearse(model, suite).tokens
 
 
 def test_a_calibrated_compression(tiny_folder: Path, tmp_path: Path) -> None:
