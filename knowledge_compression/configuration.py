@@ -15,6 +15,7 @@ from pydantic import Field
 
 from knowledge_compression.building import Seed, build, nearest
 from knowledge_compression.errors import BadInput, first_line
+from knowledge_compression.models.spread import Spread
 
 if TYPE_CHECKING:
     from knowledge_compression.experiment import Experiment
@@ -70,6 +71,8 @@ class Values:
     distance: bool
     limit: Annotated[int, Field(ge=1)] | None
     data_dir: Annotated[str, Field(min_length=1)] | None
+    device_map: Literal["auto"] | None = None
+    max_memory: dict[str, int | str] | None = None
     budget: Budget = field(default_factory=Budget)
 
 
@@ -177,13 +180,26 @@ def put_together(settings: Mapping[str, Any], made_of: Callable[[str], Any], cho
         suites=made["eval"],
         called={type(made[group]): choices[group] for group in ("compression", "recovery") if choices.get(group)},
         seed=values.seed,
-        device=values.device,
+        device=_place(values),
         dtype=values.dtype,
         scoring_dtype=values.scoring_dtype,
         distance=values.distance,
         save_model=values.output.save_model,
         kept_models=KeptModels(values.output.compressed_gb),
     )
+
+
+def _place(values: Values) -> str | Spread:
+    """One device, or the choice to divide the model over several.
+
+    Raises:
+        BadInput: there are limits for a model that is not divided, or one that is not a limit.
+    """
+    if values.device_map is not None:
+        return Spread.over(values.device, values.max_memory)
+    if values.max_memory is not None:
+        raise BadInput("max_memory limits what a divided model puts on each device; choose device_map=auto as well")
+    return values.device
 
 
 @cache

@@ -22,7 +22,11 @@ from knowledge_compression.models.device import Device, kind_of, product_type, r
 from knowledge_compression.models.held import HeldSource
 from knowledge_compression.models.loading import ModelSource
 from knowledge_compression.models.pretrained import check_memory
+<<<<<<< HEAD
 from knowledge_compression.progress import underway
+=======
+from knowledge_compression.models.spread import Spread
+>>>>>>> 8a9f7e5 (A model larger than one device: device_map=auto divides it over GPUs, memory and disk)
 from knowledge_compression.recovery.base import Recovery
 from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results.layout import SAVED
@@ -46,7 +50,8 @@ class Experiment:
         suites: the evaluation suites, by name.
         called: the user's name for a compression or recovery class, e.g. ``{Gptq: "gptq"}``.
         seed: the seed given to the random parts; it has an effect only through their own ``seed`` fields.
-        device, dtype: the user's choices.
+        device, dtype: the user's choices; a :class:`~knowledge_compression.models.spread.Spread` divides a model over
+            several devices.
         scoring_dtype: dtype of the products in scoring, see ``models.device``.
         distance: whether a model that is not dense is compared with the dense one at every position that a suite reads,
             see ``evaluation/distance.py``.
@@ -65,7 +70,7 @@ class Experiment:
     original: ModelSource | None = None
     called: Mapping[type, str] = field(default_factory=dict)
     seed: int = 0
-    device: str = "auto"
+    device: str | Spread = "auto"
     dtype: str = "auto"
     scoring_dtype: str = "model"
     distance: bool = False
@@ -87,7 +92,8 @@ class Experiment:
     @property
     def streams(self) -> bool:
         """Whether the model is compressed from disk to disk, without being loaded whole."""
-        return getattr(self.source, "stream", False) and not isinstance(self.compression, NoCompression)
+        asked = getattr(self.source, "stream", False) or isinstance(self.device, Spread)
+        return asked and not isinstance(self.compression, NoCompression)
 
     @property
     def loads(self) -> bool:
@@ -97,7 +103,7 @@ class Experiment:
     @cached_property
     def loader(self) -> ModelSource:
         """The source from which this run gets its model: its own, or one that holds the loaded model."""
-        return HeldSource(self.source) if self.holds else self.source
+        return HeldSource(self.source) if self.holds and not isinstance(self.device, Spread) else self.source
 
     @property
     def saved_as(self) -> bool | str:
@@ -123,8 +129,8 @@ class Experiment:
             )
         if self.save_model and not writer_of(self.save_model).streams and self.streams:
             raise BadInput(
-                f"output.save_model={self.save_model} needs the whole model, and model.stream=true compresses it from "
-                "disk to disk; choose output.save_model=true"
+                f"output.save_model={self.save_model} needs the whole model, and model.stream=true and device_map=auto "
+                "compress it from disk to disk; choose output.save_model=true"
             )
         if self.distance and any(getattr(suite, "scoring", None) == "stock" for suite in self.suites.values()):
             raise BadInput("distance=true compares what our scoring core reads; choose scoring=fast")
@@ -145,7 +151,7 @@ class Experiment:
         if self.save_model:
             check_form(self.save_model, self.compression, targets)
             writer_of(self.save_model).check(skeleton, self.source)
-        if self.streams and (self.loads or self.compares):
+        if self.streams and (self.loads or self.compares) and isinstance(self.device, str):
             check_memory(skeleton, self.device, self.dtype)
 
     @cached_property
@@ -209,7 +215,7 @@ class Experiment:
             "sparsity": _asked_sparsity(self.compression),
             "reading": self.target.reading,
             "seed": self.seed if self.drawn else None,
-            "device": self.device,
+            **(self.device.told() if isinstance(self.device, Spread) else {"device": self.device}),
             "dtype": self.dtype,
             "scoring_dtype": self.scoring_dtype,
             **({} if self.is_dense else {"distance": self.distance}),

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from knowledge_compression.models import Model, Targets
 from knowledge_compression.models.device import resolve_device
 from knowledge_compression.models.loading import LocalModel, ModelSource
 from knowledge_compression.models.soundness import non_finite, shown, weights_of
+from knowledge_compression.models.spread import bytes_by_place, is_spread
 from knowledge_compression.models.streamed import StreamedModel
 from knowledge_compression.models.tokenizers import read_alike
 from knowledge_compression.progress import underway
@@ -92,6 +93,7 @@ def do(experiment: Experiment, workplace: Workplace, tracker: Tracker, *, afresh
         if compressed.layers:
             workplace.add("layer_map.png", layer_map(compressed))
         with cost.of("recover"):
+            experiment.recovery.check_reach(model)
             recovered = experiment.recovery.recover(model, corpus, tracked.log)
         report["recovery"] = recovered.report.to_json() | {
             "restores_by": recovered.restores_by or experiment.recovery.restores_by
@@ -99,6 +101,8 @@ def do(experiment: Experiment, workplace: Workplace, tracker: Tracker, *, afresh
         if sick := non_finite(weights_of(model)):
             report["non_finite_weights"] = sick
             log.warning("%s has weights that are not finite (%s): its answers are void", model.name, shown(sick))
+        if is_spread(model.network):
+            report["spread"] = bytes_by_place(model.network)
         scored_in = experiment.scored_in if model.dtype == torch.float32 else None  # narrower types stay
         original = partial(experiment.dense().loader.load, experiment.device, experiment.dtype)
         scorer = partial(Scorer, model, prompts=recovered.prompts, dtype=scored_in, original=original)
@@ -151,7 +155,11 @@ def _compress(
         report = compress_streamed(method, model, targets, text, folder)
         report.calibration = None if text is None else digest(text)
         whole = LocalModel(model.name, str(folder))
-        return (whole.load(experiment.device, experiment.dtype) if experiment.loads else model), report, False
+        if not experiment.loads:
+            return model, report, False
+        loaded = whole.load(experiment.device, experiment.dtype)
+        told = {"provenance": model.provenance, "note": model.note, "objective": model.objective}
+        return replace(loaded, **told), report, False
     if experiment.kept_models is None or not targets:
         report, found = compress(), False
     else:

@@ -265,6 +265,6 @@ def check_sparsity(sparsity: float) -> None:
 
 
 def memory_bytes(network: nn.Module) -> int:
-    """Bytes of all distinct parameters and buffers."""
-    tensors = {t.data_ptr(): t for t in [*network.parameters(), *network.buffers()]}
+    """Bytes of all distinct parameters and buffers, also of those that a divided network keeps elsewhere."""
+    tensors = {t.data_ptr() or id(t): t for t in [*network.parameters(), *network.buffers()]}
     return sum(t.numel() * t.element_size() for t in tensors.values())

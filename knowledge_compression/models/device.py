@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 from knowledge_compression.cache import kept_finding
 from knowledge_compression.errors import BadInput, first_line
 from knowledge_compression.heavy import torch
+from knowledge_compression.models.spread import Spread
 from knowledge_compression.timing import timed
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Device:
         return cls.known[place]
 
     @classmethod
-    def named(cls, choice: str) -> Device:
+    def named(cls, choice: str | Spread) -> Device:
         """The device that the user typed, see :func:`resolve_device`."""
         return cls.of(resolve_device(choice))
 
@@ -114,12 +115,13 @@ def product_type(choice: str, setting: str, bfloat16_is_faster: Callable[[], boo
     return "bfloat16" if choice == "bfloat16" or bfloat16_is_faster() else None
 
 
-def kind_of(choice: str) -> str:
+def kind_of(choice: str | Spread) -> str:
     """``cpu``, ``cuda`` or ``mps``, of what the user typed; torch is imported only where that needs it.
 
     Raises:
         BadInput: it is not to be had here.
     """
+    choice = choice.device if isinstance(choice, Spread) else choice
     return "cpu" if choice == "cpu" or (choice == "auto" and not _may_have_gpu()) else resolve_device(choice).type
 
 
@@ -140,12 +142,13 @@ def _may_have_gpu() -> bool:
     return True
 
 
-def resolve_device(choice: str) -> torch.device:
-    """The torch device that the user named; ``auto`` is the GPU if there is one.
+def resolve_device(choice: str | Spread) -> torch.device:
+    """The torch device that the user named; ``auto`` is the GPU if there is one. Of several, that which begins.
 
     Raises:
         BadInput: the device is not available.
     """
+    choice = choice.device if isinstance(choice, Spread) else choice
     if choice == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

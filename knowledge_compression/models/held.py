@@ -12,6 +12,7 @@ import psutil
 from knowledge_compression.heavy import torch
 from knowledge_compression.models.loading import ModelSource
 from knowledge_compression.models.model import Model
+from knowledge_compression.models.spread import Spread
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class HeldSource:
             _skeletons[key] = self.source.skeleton()
         return _skeletons[key]
 
-    def load(self, device: str = "auto", dtype: str = "auto") -> Model:
+    def load(self, device: str | Spread = "auto", dtype: str = "auto") -> Model:
         """A copy of the loaded model."""
         key = (self.source.fingerprint(), device, dtype)
         if key not in _loaded:

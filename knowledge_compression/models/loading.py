@@ -11,7 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from knowledge_compression.cache import cached_folder
 from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
@@ -21,6 +21,7 @@ from knowledge_compression.models.failures import one_line_failures
 from knowledge_compression.models.hub import cache_alone_where_no_hub_answers, cached_commit, commit_of
 from knowledge_compression.models.model import Model
 from knowledge_compression.models.pretrained import from_pretrained, skeleton_of, streamed_from, tokenizer_of
+from knowledge_compression.models.spread import Spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+M = TypeVar("M", bound=Model)
+
 ADAPTER = "adapter_config.json"  # what makes a folder one of peft's
 
 
@@ -39,7 +42,7 @@ class ModelSource(Protocol):
 
     name: str
 
-    def load(self, device: str = "auto", dtype: str = "auto") -> Model:
+    def load(self, device: str | Spread = "auto", dtype: str = "auto") -> Model:
         """Load the model in evaluation mode.
 
         Args:
@@ -82,7 +85,7 @@ class StreamableSource(ModelSource, Protocol):
 
     stream: bool
 
-    def streamed(self, device: str = "auto", dtype: str = "auto") -> StreamedModel:
+    def streamed(self, device: str | Spread = "auto", dtype: str = "auto") -> StreamedModel:
         """A skeleton and where its weights are; ``dtype=auto`` is the checkpoint's own on every device."""
         ...
 
@@ -127,7 +130,7 @@ class HubModel:
             "commit": commit_of(self.hub_id, self.revision),
         }
 
-    def load(self, device: str = "auto", dtype: str = "auto") -> Model:
+    def load(self, device: str | Spread = "auto", dtype: str = "auto") -> Model:
         """Download (or find in the cache) and load."""
         with cache_alone_where_no_hub_answers():
             with one_line_failures(self.hub_id, self.name, self.allow_pickle):
@@ -140,7 +143,7 @@ class HubModel:
         model.note = self.note
         return model
 
-    def streamed(self, device: str = "auto", dtype: str = "auto") -> StreamedModel:
+    def streamed(self, device: str | Spread = "auto", dtype: str = "auto") -> StreamedModel:
         """Download (or find in the cache) without loading."""
         with cache_alone_where_no_hub_answers(), one_line_failures(self.hub_id, self.name, allow_pickle=False):
             folder = self._download()
@@ -208,7 +211,7 @@ class LocalModel:
         place, stored = self._found()
         return skeleton_of(str(place), self.name, stored, trust_remote_code=self.trust_remote_code)
 
-    def load(self, device: str = "auto", dtype: str = "auto") -> Model:
+    def load(self, device: str | Spread = "auto", dtype: str = "auto") -> Model:
         """Load from the folder or file."""
         place, stored = self._found()
         model = from_pretrained(
@@ -239,7 +242,7 @@ class LocalModel:
         place = Path(self.path).expanduser().resolve()
         return place.name if place.is_file() else "/".join(place.parts[-2:])
 
-    def streamed(self, device: str = "auto", dtype: str = "auto") -> StreamedModel:
+    def streamed(self, device: str | Spread = "auto", dtype: str = "auto") -> StreamedModel:
         """The weights stay in the folder."""
         folder, stored = self._found()
         if stored is not None:
@@ -329,9 +332,15 @@ class Packaged(ABC):
         """The network's shape from its configuration."""
         return skeleton_of(str(self.place()), self.name)
 
-    def load(self, device: str = "auto", dtype: str = "auto") -> Model:
+    def load(self, device: str | Spread = "auto", dtype: str = "auto") -> Model:
         """Load it."""
-        model = from_pretrained(str(self.place()), self.name, device, dtype)
+        return self._described(from_pretrained(str(self.place()), self.name, device, dtype))
+
+    def streamed(self, device: str | Spread = "auto", dtype: str = "auto") -> StreamedModel:
+        """The weights stay in the folder."""
+        return self._described(streamed_from(self.place(), self.name, device, dtype))
+
+    def _described(self, model: M) -> M:
         model.provenance = self.provenance()
         model.note = self.note
         return model

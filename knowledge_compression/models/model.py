@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import nn, torch
 from knowledge_compression.models.families import ENCODER_DECODER, Architecture, architecture_of
+from knowledge_compression.models.spread import is_spread, main_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,8 +51,8 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """The device of the parameters."""
-        return next(self.network.parameters()).device
+        """The device of the parameters; of a network divided over several, the one that reads its input."""
+        return main_device(self.network) if is_spread(self.network) else next(self.network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:

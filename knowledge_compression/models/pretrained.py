@@ -21,6 +21,7 @@ from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECO
 from knowledge_compression.models.hub import is_cached
 from knowledge_compression.models.model import Model
 from knowledge_compression.models.soundness import check_configuration, check_it_runs, check_loaded, check_tokenizer
+from knowledge_compression.models.spread import Spread, is_spread, keep_scratch
 from knowledge_compression.models.streamed import Checkpoint, StreamedModel, check_kinds
 from knowledge_compression.progress import underway
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from knowledge_compression.models.checkpoints.stored import Stored
 
 
-def check_memory(skeleton: Model, device: str, dtype: str) -> None:
+def check_memory(skeleton: Model, device: str | Spread, dtype: str) -> None:
     """Refuse a model whose weights do not fit on the device.
 
     Raises:
@@ -53,7 +54,7 @@ def check_memory(skeleton: Model, device: str, dtype: str) -> None:
 def from_pretrained(
     where: str,
     name: str,
-    device: str,
+    device: str | Spread,
     dtype: str,
     *,
     stored: Stored | None = None,
@@ -77,6 +78,7 @@ def from_pretrained(
     from transformers import AutoTokenizer
 
     place = resolve_device(device)
+    spread = device.loading(place) if isinstance(device, Spread) else {}
     if place.type == "cpu":
         reuse_freed_memory()
     if Path(where).is_dir():
@@ -86,6 +88,9 @@ def from_pretrained(
     with one_line_failures(where, name, allow_pickle), quiet(), waiting:
         config = _configuration(where, stored, **hub)
         if stored is not None:
+            if spread:
+                form = stored.record().format
+                raise BadInput(f"it is compressed already ({form}) and is decoded as a whole; choose device_map=null")
             network, loaded = stored.network(auto_class(config), config, resolve_dtype(dtype, place))
         else:
             network, loaded = auto_class(config).from_pretrained(
@@ -94,13 +99,17 @@ def from_pretrained(
                 dtype=resolve_dtype(dtype, place),
                 use_safetensors=None if allow_pickle else True,
                 output_loading_info=True,
+                **spread,
                 **hub,
             )
         check_loaded(network, loaded["missing_keys"], loaded["unexpected_keys"])
         if stored is None:
             check_kinds(network, Path(where))
         tokenizer = stored.tokenizer(**hub) if stored is not None else AutoTokenizer.from_pretrained(where, **hub)
-        model = Model(network.to(place).eval(), tokenizer, name, on_disk=stored.record() if stored else None)
+        if spread:
+            keep_scratch(network, spread["offload_folder"])
+        placed = network if is_spread(network) else network.to(place)
+        model = Model(placed.eval(), tokenizer, name, on_disk=stored.record() if stored else None)
         if not model.head_is_tied:  # T5's configuration says that the head is tied even if the checkpoint has one
             model.keep_head_untied()
         check_tokenizer(model)
@@ -132,7 +141,7 @@ def skeleton_of(where: str, name: str, stored: Stored | None = None, **hub: Any)
     return model
 
 
-def streamed_from(folder: Path, name: str, device: str, dtype: str, **hub: Any) -> StreamedModel:
+def streamed_from(folder: Path, name: str, device: str | Spread, dtype: str, **hub: Any) -> StreamedModel:
     """A network whose parameters are on the meta device; buffers that are in no checkpoint are computed."""
     from accelerate import init_empty_weights
     from transformers import AutoTokenizer

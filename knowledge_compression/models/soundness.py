@@ -11,6 +11,7 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import nn, torch
 from knowledge_compression.models.families import ENCODER_DECODER, architecture_of
 from knowledge_compression.models.model import Model
+from knowledge_compression.models.spread import at_hand
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,12 +125,12 @@ def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
 
 
 def weights_of(model: Model) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and persistent buffer of a model by name, each once."""
+    """Every parameter and persistent buffer of a model by name, each once, wherever a divided network keeps it."""
     seen = set[int]()
     for name, tensor in model.network.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            yield name, tensor.detach()
+            yield name, at_hand(model.network, name, tensor.detach())
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], of: str) -> None:

@@ -21,6 +21,7 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import torch
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER_DECODER
+from knowledge_compression.models.spread import at_hand
 from knowledge_compression.models.targets import is_linear
 from knowledge_compression.objectives import objective_for
 from knowledge_compression.training import LogCallback, TrainingReport, TrainingSettings, train
@@ -45,6 +46,7 @@ class FrozenBase:
     """
 
     def __init__(self, network: nn.Module) -> None:
+        self._network = network
         self._tensors = dict(chain(network.named_parameters(), network.named_buffers()))
         network.requires_grad_(False)
         self.digest = self._digest()
@@ -56,7 +58,8 @@ class FrozenBase:
             RuntimeError: a weight was replaced or changed, which no recovery may do.
         """
         there = {id(tensor) for tensor in chain(network.parameters(), network.buffers())}
-        if gone := [name for name, tensor in self._tensors.items() if id(tensor) not in there]:
+        gone = [name for name, tensor in self._tensors.items() if id(tensor) not in there and not tensor.is_meta]
+        if gone:
             raise RuntimeError(f"recovery took {gone[0]} and {len(gone) - 1} more weights from the compressed model")
         if self._digest() != self.digest:
             raise RuntimeError("recovery changed weights of the compressed model, which must stay unchanged")
@@ -65,7 +68,7 @@ class FrozenBase:
         sha = hashlib.sha256()
         for name, tensor in self._tensors.items():
             sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
-            for part in tensor.detach().reshape(-1).view(torch.uint8).split(_CHUNK):
+            for part in at_hand(self._network, name, tensor).detach().reshape(-1).view(torch.uint8).split(_CHUNK):
                 sha.update(part.cpu().numpy())
         return sha.hexdigest()
 

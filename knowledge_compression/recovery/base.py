@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.errors import BadInput
@@ -99,9 +99,12 @@ class Recovery(ABC):
 
     Attributes:
         restores_by: new weights, redirection of the input, or nothing.
+        beside_offloaded: whether it also works where weights of a divided network lie in memory or on disk until they
+            are used (``device_map=auto``).
     """
 
     restores_by: RestoresBy
+    beside_offloaded: ClassVar[bool] = False
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         """Refuse a recovery class that does not declare how it restores.
@@ -127,6 +130,20 @@ class Recovery(ABC):
     def trains(self) -> bool:
         """Whether it needs text to train on."""
         return self.budget is not None
+
+    def check_reach(self, model: Model) -> None:
+        """Refuse a network whose weights are not all at hand, if this recovery needs that.
+
+        Raises:
+            BadInput: weights lie in memory or on disk until they are used.
+        """
+        network = model.network.get_input_embeddings() if self.beside_offloaded else model.network
+        if any(weight.is_meta for weight in network.parameters()):
+            part = "the embeddings" if self.beside_offloaded else "all weights"
+            raise BadInput(
+                f"{type(self).__name__} needs {part} at hand, and device_map=auto keeps some in memory or on disk "
+                "until they are used; choose recovery=prompt, idp or concat, or give more memory"
+            )
 
     @abstractmethod
     def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> Recovered:

@@ -16,6 +16,9 @@ class NoRecovery(Recovery):
 
     restores_by = RestoresBy.NOTHING
 
+    def check_reach(self, model: Model) -> None:
+        """It needs no weights."""
+
     def recover(self, model: Model, corpus: Corpus | None, report_to: LogCallback | None = None) -> Recovered:
         """Do nothing."""
         return Recovered(RecoveryReport("none"))

@@ -38,6 +38,7 @@ class Prompt(OneAdapter):
     init: str = "vocabulary"
     name = "prompt"
     restores_by = RestoresBy.REDIRECTION
+    beside_offloaded = True
 
     def __post_init__(self) -> None:
         """Refuse empty prompts and unknown ways to begin."""

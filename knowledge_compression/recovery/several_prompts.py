@@ -34,6 +34,7 @@ class SeveralPrompts(Tuned):
     prompts: Sequence[int] = (50, 100)
     init: str = "vocabulary"
     restores_by = RestoresBy.REDIRECTION
+    beside_offloaded = True
 
     def __post_init__(self) -> None:
         """Refuse an empty list, empty prompts, and duplicates."""

@@ -39,6 +39,7 @@ from knowledge_compression.models import Model
 from knowledge_compression.models.device import resolve_device, resolve_dtype
 from knowledge_compression.models.families import ENCODER_DECODER
 from knowledge_compression.models.pretrained import auto_class
+from knowledge_compression.models.spread import Spread
 from knowledge_compression.models.targets import linear_layers
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.sweeping.rehearsal import Work, counting, multiply_adds, reached, rehearse
@@ -51,6 +52,7 @@ _VOCABULARY = 256  # of the block that is measured
 _PROBED = (8, 128)  # rows and tokens of the pass that measures the rate: what a CPU's budget holds
 _PASSES, _PROBING = 3, 2.0  # of them at least, and seconds: what else a machine does comes and goes
 _READING = 1e9  # bytes a second that a model is read with
+_A_PASS = 4096  # tokens for which a divided network's weights are brought once to the device that computes
 _ITEM_BYTES = 100.0  # of a row of items.parquet
 # What a calibrated method's solving (columns one by one, the search for a grid) and a model's writing of its own
 # samples take, in products of matrices: fitted to one run of GPTQ on smollm2, held against others in docs/scaling.md.
@@ -120,7 +122,8 @@ class Forecaster:
         skeleton = experiment.loader.skeleton()
         size = _bytes_of_weights(experiment, skeleton)
         before = self.libraries + self.holds * size
-        forecast = Forecast(label, "to do", memory=before + 1.2 * size)
+        held, travelling = _divided(experiment, size)
+        forecast = Forecast(label, "to do", memory=before + 1.2 * held)
         forecast.seconds = self.started + size / _READING
         self._compress(forecast, experiment, skeleton)
         self._train(forecast, experiment, skeleton)
@@ -130,12 +133,13 @@ class Forecaster:
                 forecast.unknown.append(name)
                 continue
             forecast.macs += multiply_adds(skeleton, work.tokens)
+            forecast.seconds += travelling / _READING * max(work.tokens.values()) / _A_PASS
             forecast.disk += work.items * _ITEM_BYTES
-            forecast.memory = max(forecast.memory, before + size + 8.0 * work.widest * skeleton.text_config.vocab_size)
+            forecast.memory = max(forecast.memory, before + held + 8.0 * work.widest * skeleton.text_config.vocab_size)
             if experiment.distance and scores(experiment.suites[name]):
                 self._compare(forecast, experiment, skeleton, name)
         if experiment.compares and any(map(scores, experiment.suites.values())):  # the dense model beside
-            forecast.memory += size
+            forecast.memory += held
             forecast.seconds += size / _READING
         forecast.seconds += forecast.macs / self.rate_of(experiment, skeleton)
         return forecast
@@ -329,6 +333,16 @@ def _dtype(experiment: Experiment, skeleton: Model) -> torch.dtype:
 
 def _bytes_of_weights(experiment: Experiment, skeleton: Model) -> float:
     return float(skeleton.parameter_count() * _dtype(experiment, skeleton).itemsize)
+
+
+def _divided(experiment: Experiment, size: float) -> tuple[float, float]:
+    """Of a model of so many bytes: the most that memory holds, and what travels to where it computes in each pass."""
+    if not isinstance(experiment.device, Spread):
+        return size, 0.0
+    main = resolve_device(experiment.device)
+    room = experiment.device.room(main)
+    computing = sum(bytes_ for place, bytes_ in room.items() if place != "cpu" or main.type == "cpu")
+    return min(size, float(room["cpu"])), max(0.0, size - computing)
 
 
 def totals(found: Iterable[Forecast], at_once: int, gpus: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import shutil
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import Field
 
@@ -34,7 +34,12 @@ from knowledge_compression.world.tokenizer import SENTINELS, train_tokenizer
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+    from knowledge_compression.models.spread import Spread
+    from knowledge_compression.models.streamed import StreamedModel
+
 log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=Model)
 
 FORMAT = 2  # of a cached model; raised whenever the same recipe would give another one
 FAMILIES = (ENCODER, ENCODER_DECODER, DECODER)
@@ -199,20 +204,27 @@ class WorldModel:
         """The network on the meta device."""
         return Model(*_skeleton(self.world, self.shape, self.family), self.name)
 
-    def load(self, device: str = "auto", dtype: str = "auto") -> Model:
+    def load(self, device: str | Spread = "auto", dtype: str = "auto") -> Model:
         """Read it from the cache, training it first if necessary.
 
         Raises:
             BadInput: the world is too large: the trained model does not reach the required recall.
         """
         folder = self.folder(device)
-        model = LocalModel(self.name, str(folder)).load(device, dtype)
+        return self._described(LocalModel(self.name, str(folder)).load(device, dtype), folder)
+
+    def streamed(self, device: str | Spread = "auto", dtype: str = "auto") -> StreamedModel:
+        """The weights stay in the cache."""
+        folder = self.folder(device)
+        return self._described(LocalModel(self.name, str(folder)).streamed(device, dtype), folder)
+
+    def _described(self, model: M, folder: Path) -> M:
         made = json.loads((folder / "made.json").read_text())
         self._check_recall(made["recall"]["head_held_out"], made["facts"], made["training"]["steps"])
         provenance = {"recipe": self.fingerprint(), "world": str(folder / "world"), "made": made}
         return replace(model, provenance=provenance, objective=_objective(self.family, model.tokenizer))
 
-    def folder(self, device: str = "auto") -> Path:
+    def folder(self, device: str | Spread = "auto") -> Path:
         """Its folder in the cache: a saved model, ``world/`` (its facts) and ``made.json`` (how it was trained)."""
         name = f"worlds/{self.name}-{self.fingerprint()}"
         there = cache_folder() / name
@@ -229,7 +241,7 @@ class WorldModel:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def _make(self, folder: Path, device: str) -> None:
+    def _make(self, folder: Path, device: str | Spread) -> None:
         world = generate(self.world)
         files.write(world, folder / "world")
         tokenizer = train_tokenizer(world, self.family)

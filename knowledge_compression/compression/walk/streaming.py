@@ -55,8 +55,8 @@ def compress_streamed(
     """
     if not isinstance(compression, LayerByLayer | Calibrated) or not compression.streams:
         raise BadInput(
-            f"compression={compression.name} cannot be streamed; model.stream=true takes methods of one step that "
-            "leave linear layers as they are, e.g. magnitude, rtn, gptq or sparsegpt"
+            f"compression={compression.name} cannot be streamed; model.stream=true and device_map=auto take methods of "
+            "one step that leave linear layers as they are, e.g. magnitude, rtn, gptq or sparsegpt"
         )
     if any(layer.role == FINAL for layer in targets):
         model.untie_head()

@@ -40,7 +40,8 @@ def head_at(
     read: list[Tensor] = []
 
     def chosen(hidden: Tensor) -> Tensor:
-        return hidden[rows, positions + (hidden.shape[1] - width)][None]
+        device = hidden.device  # another than that of the input, where the network is divided
+        return hidden[rows.to(device), positions.to(device) + (hidden.shape[1] - width)][None]
 
     def narrow_inputs(_part: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(map(chosen, inputs))

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from knowledge_compression.models.device import Device
+from knowledge_compression.models.spread import main_device
 
+_SLOT = "_old_forward"  # where accelerate keeps the forward that it calls once a layer's weights are there
 _NARROWEST = 256  # input features; below this a call costs more than the product
 
 
@@ -27,20 +29,31 @@ def linears_for_onednn(network: nn.Module) -> list[nn.Linear]:
 
 def _suits(linear: nn.Linear) -> bool:
     weight = linear.weight
-    is_plain = "forward" not in vars(linear) and weight.layout == torch.strided and weight.is_contiguous()
-    return is_plain and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.shape[1] >= _NARROWEST
+    is_plain = weight.layout == torch.strided and weight.is_contiguous()
+    if "forward" in vars(linear):  # a part of a divided network that computes here, or a stranger's
+        on_cpu = _SLOT in vars(linear) and main_device(linear).type == "cpu"
+    else:
+        on_cpu = weight.device.type == "cpu"
+    return is_plain and on_cpu and weight.dtype == torch.float32 and weight.shape[1] >= _NARROWEST
+
+
+def _slot(linear: nn.Linear) -> str:
+    return _SLOT if _SLOT in vars(linear) else "forward"
 
 
 @contextmanager
 def multiplied_by_onednn(linears: Sequence[nn.Linear]) -> Iterator[None]:
     """Use oneDNN for these layers' products, without gradients, until the end of the context."""
     for linear in linears:
-        linear.forward = partial(onednn_product, linear)  # type: ignore[method-assign]
+        setattr(linear, _slot(linear), partial(onednn_product, linear))
     try:
         yield
     finally:
         for linear in linears:
-            del linear.forward
+            if _slot(linear) == _SLOT:
+                setattr(linear, _SLOT, partial(nn.Linear.forward, linear))
+            else:
+                del linear.forward
 
 
 def onednn_product(linear: nn.Linear, states: Tensor) -> Tensor:
