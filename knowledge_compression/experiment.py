@@ -22,11 +22,8 @@ from knowledge_compression.models.device import Device, kind_of, product_type, r
 from knowledge_compression.models.held import HeldSource
 from knowledge_compression.models.loading import ModelSource
 from knowledge_compression.models.pretrained import check_memory
-<<<<<<< HEAD
-from knowledge_compression.progress import underway
-=======
 from knowledge_compression.models.spread import Spread
->>>>>>> 8a9f7e5 (A model larger than one device: device_map=auto divides it over GPUs, memory and disk)
+from knowledge_compression.progress import underway
 from knowledge_compression.recovery.base import Recovery
 from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results.layout import SAVED

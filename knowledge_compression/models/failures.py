@@ -79,17 +79,13 @@ def quiet() -> Iterator[None]:
 
     verbosity, bars = their_logging.get_verbosity(), their_logging.is_progress_bar_enabled()
     their_logging.set_verbosity_error()
-<<<<<<< HEAD
     downloads_are_shown = not are_progress_bars_disabled()
     their_logging.disable_progress_bar()  # which disables the hub's, too
     if downloads_are_shown:
         enable_progress_bars()
-=======
-    their_logging.disable_progress_bar()
     dispatching = logging.getLogger("accelerate.big_modeling")  # says that a divided network is divided
     before = dispatching.level
     dispatching.setLevel(logging.ERROR)
->>>>>>> 8a9f7e5 (A model larger than one device: device_map=auto divides it over GPUs, memory and disk)
     try:
         yield
     finally:
