@@ -73,6 +73,11 @@ class Compression(ABC):
         return None
 
     @property
+    def for_codes(self) -> str:
+        """The setting with which it leaves codes, if :attr:`coding` is None because of another; otherwise empty."""
+        return ""
+
+    @property
     def streams(self) -> bool:
         """Whether it can compress a model from disk to disk: linear layers must stay linear layers."""
         return not self.modules
@@ -83,7 +88,8 @@ class Compression(ABC):
 
         Args:
             model: the model whose network is changed.
-            targets: the layers to compress; nothing else changes, except that a tied head among them is untied first.
+            targets: the layers to compress; nothing else changes, except that a tied head among them is untied first,
+                and what the report names as having taken factors.
             calibration: token ids ``[samples, length]``, int64 on the CPU, where :attr:`calibrated`.
 
         Returns:

@@ -17,7 +17,7 @@ from knowledge_compression.compression.base import Method
 from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.compression.solve.grid import QuantizedWeight
 from knowledge_compression.compression.solve.hessian import Hessian, relative_errors
-from knowledge_compression.compression.walk.statistics import Statistics, WalkSettings
+from knowledge_compression.compression.walk.statistics import Observed, Statistics, WalkSettings
 from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import torch
 from knowledge_compression.identity import SPEED
@@ -49,6 +49,7 @@ class Solved:
         overhead_bits: bits for scales and zero points, per output row and for the whole layer.
         damping: relative damping of the Hessian, if one was factored.
         fallbacks: names of the fallbacks taken, e.g. ``dead_input``.
+        factors_in: names of the parameters that took factors of the inputs.
     """
 
     weight: Tensor | None = None
@@ -60,6 +61,7 @@ class Solved:
     overhead_bits: tuple[int, int] = (0, 0)
     damping: float | None = None
     fallbacks: Sequence[str] = ()
+    factors_in: Sequence[str] = ()
 
     def rows(self, start: int, end: int) -> Solved:
         """The part that belongs to one layer, if the weights of several were stacked."""
@@ -103,6 +105,9 @@ class Calibrated(Method, Generic[S]):
     @abstractmethod
     def observe(self, in_features: int, device: torch.device) -> S:
         """Empty statistics for inputs of this width; all linears that read the same tensor share one."""
+
+    def prepare(self, block: Observed[S]) -> None:
+        """Change a block before its layers are compressed; most methods do not."""
 
     @abstractmethod
     def solve(self, weight: Tensor, statistics: S, heights: Sequence[int]) -> Solved:
@@ -202,4 +207,5 @@ def _put(solved: Solved, layer: TargetLayer, old: Tensor, hessian: Tensor | None
             layer.weight.copy_(stored)
     report.damping = solved.damping
     report.fallbacks += solved.fallbacks
+    report.factors_in += solved.factors_in
     return report

@@ -1,8 +1,8 @@
 """A cache of compressed models: runs that differ only in recovery or evaluation compress once.
 
 The cache holds what a compression may change, which is the layers that its report names: their weights, the integer
-codes or GGUF blocks of quantized weights, and the modules that replaced them. All of it is copied into a freshly loaded
-model, which is then bit for bit the compressed one.
+codes or GGUF blocks of quantized weights, the modules that replaced them, and the norms and biases that took factors of
+their inputs. All of it is copied into a freshly loaded model, which is then bit for bit the compressed one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 5  # raised whenever an old file would be misread
+FORMAT = 6  # raised whenever an old file would be misread
 _FILE = "changes.safetensors"
 
 
@@ -155,6 +155,9 @@ def _write(
     codes: dict[str, dict[str, Any]] = {}
     kinds_of_blocks: dict[str, str] = {}
     modules: dict[str, tuple[str, dict[str, Any]]] = {}
+    weights = {layer.weight_name for layer in linear_layers(model) if layer.path in touched}
+    for name in {name for layer in report.layers for name in layer.factors_in} - weights:
+        tensors[f"parameter/{name}"] = model.network.get_parameter(name)
     for layer in linear_layers(model):
         if layer.path not in touched:
             continue
@@ -215,4 +218,6 @@ def _restore(folder: Path, model: Model, kinds: Sequence[type[ReplacedLinear]]) 
         for name, tensor in tensors.items():
             if name.startswith("weight/"):
                 layers[name.removeprefix("weight/")].weight.copy_(tensor)
+            elif name.startswith("parameter/"):
+                model.network.get_parameter(name.removeprefix("parameter/")).copy_(tensor)
     return CompressionReport.from_json(about["report"])

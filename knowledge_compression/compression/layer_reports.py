@@ -29,6 +29,8 @@ class LayerReport:
         seconds: time spent on the layer's algorithm.
         removable: whether the layer was to be pruned and so counts towards the sparsity; false if a quantization after
             a pruning includes a layer that the pruning left out.
+        factors_in: names of the parameters that were divided by factors of the layer's inputs: of a norm, or of the
+            linear layer before.
         tokens: for an expert and a calibrated method, the number of calibration tokens that the router sent to it; 0
             for another layer that the calibration text never reached.
     """
@@ -46,6 +48,7 @@ class LayerReport:
     seconds: float = 0.0
     removable: bool = True
     tokens: int | None = None
+    factors_in: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, layer: TargetLayer, **what: Any) -> LayerReport:
@@ -189,6 +192,7 @@ def followed_by(first: CompressionReport, second: CompressionReport) -> Compress
             layer.removed = max(layer.removed, earlier.removed)
             layer.bits = min(layer.bits, earlier.bits)
             layer.fallbacks = [*earlier.fallbacks, *layer.fallbacks]
+            layer.factors_in = [*earlier.factors_in, *layer.factors_in]
             layer.seconds += earlier.seconds
             layer.removable = earlier.removable or layer.removable
         else:

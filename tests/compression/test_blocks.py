@@ -40,6 +40,9 @@ class Shrinking:
     def observe(self, in_features: int, device: torch.device) -> Kept:
         return Kept()
 
+    def prepare(self, block) -> None:
+        pass
+
     def shrink(self, layers, statistics: Kept) -> list[LayerReport]:
         self.groups.append(([layer.path for layer in layers], statistics))
         for layer in layers:

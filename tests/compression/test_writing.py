@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from helpers import decoders
 from helpers.decoders import columns
 from helpers.networks import VOCABULARY, build_network, logits_of
+from knowledge_compression.compression.methods.awq import Awq
 from knowledge_compression.compression.methods.fp8 import Fp8
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.magnitude import Magnitude
@@ -66,6 +67,7 @@ METHODS: dict[str, Any] = {
     "gptq4-g16-sym": Gptq(bits=4, group_size=16, symmetric=True),
     "gptq3": Gptq(bits=3),
     "gptq2-g32-act-order": Gptq(bits=2, group_size=32, static_groups=False),
+    "awq4-g16": Awq(bits=4, group_size=16, fold=True),
     "fp8": Fp8(),
     "fp8-tensor": Fp8(granularity="tensor"),
     "fp8-block": Fp8(granularity="block", block_size=40),
@@ -75,10 +77,10 @@ METHODS: dict[str, Any] = {
     "mxfp4-inputs": Mxfp4(activations=True),
 }
 DECODERS = {"gptq": decoders.gptq, "awq": decoders.awq, "compressed-tensors": decoders.compressed_tensors}
-_GPTQ = ["rtn4-g16", "rtn4-sym", "rtn8-sym", "gptq4-g16-sym", "gptq3", "gptq2-g32-act-order"]
+_GPTQ = ["rtn4-g16", "awq4-g16", "rtn4-sym", "rtn8-sym", "gptq4-g16-sym", "gptq3", "gptq2-g32-act-order"]
 HELD = {
     "gptq": {"llama": _GPTQ, "opt": _GPTQ[-3:], "gpt2": _GPTQ[-3:]},
-    "awq": {"llama": ["rtn4-g16", "rtn4-sym", "gptq4-g16-sym"], "opt": ["rtn4-g16"]},
+    "awq": {"llama": ["awq4-g16", "rtn4-g16", "rtn4-sym", "gptq4-g16-sym"], "opt": ["awq4-g16", "rtn4-g16"]},
     "compressed-tensors": {"llama": [name for name in METHODS if "act-order" not in name], "opt": ["gptq3", "nvfp4"]},
 }
 CASES = [(form, family, name) for form, held in HELD.items() for family, names in held.items() for name in names]
@@ -177,6 +179,7 @@ def test_files_say_that_inputs_are_rounded(tiny_tokenizer: object, tmp_path: Pat
 
 REFUSED: dict[str, tuple[str, str, Any, str]] = {
     "plain numbers": ("awq", "llama", Magnitude(sparsity=0.5), "leaves no codes that awq could hold; choose true"),
+    "factors": ("awq", "llama", Awq(group_size=16), "hold; choose compression.fold=true; choose true"),
     "three bits": ("awq", "llama", Gptq(bits=3), r"codes of 4 bits, not 3; choose true or gptq or compressed-tensors"),
     "wide scales": ("awq", "llama", Rtn(), r"scales of 16 bits; .* choose true or compressed-tensors"),
     "act-order": (

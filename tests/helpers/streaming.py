@@ -21,7 +21,7 @@ METHODS: dict[str, Compression] = {
     "gptq": Gptq(bits=3, forward_dtype="float32"),
     "sparsegpt": SparseGpt(sparsity=0.5),
     "wanda": Wanda(sparsity=0.5),
-    "awq": Awq(group_size=16),
+    "awq": Awq(group_size=16, fold=True),
     "rtn": Rtn(group_size=16),
 }
 

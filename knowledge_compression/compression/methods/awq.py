@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.calibrated import Calibrated, Solved
+from knowledge_compression.compression.solve.coding import Coding
 from knowledge_compression.compression.solve.grid import SCALE_BITS, Grid, plainly_rounded
 from knowledge_compression.compression.solve.hessian import Hessian
-from knowledge_compression.compression.walk.statistics import LayerInputs
+from knowledge_compression.compression.walk.statistics import Divisible, LayerInputs, Observed
 from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import torch
+from knowledge_compression.identity import ADDED
 from knowledge_compression.models import Targets
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class InputSizes(Hessian):
+class InputSizes(Hessian, Divisible):
     """Second moments of the inputs, which weight a layer's output error, and the mean magnitude of each channel."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -38,24 +40,35 @@ class InputSizes(Hessian):
         """The mean magnitude of each input channel, float32 ``[in_features]``."""
         return self._magnitudes / max(self._tokens, 1)
 
+    def divide(self, factors: Tensor) -> None:
+        """Become those of divided inputs."""
+        self.matrix.div_(factors).div_(factors[:, None])
+        self._magnitudes /= factors
+
 
 @dataclass(frozen=True)
 class Awq(Calibrated[InputSizes]):
     """Multiply each input channel's weights by a power of its mean activation, round, and divide by it again.
 
     Linears that read the same inputs share the power: of ``steps`` values between 0 (plain rounding) and 1, the one
-    with the least output error on the calibration text (eq. 4 and 5). The published code folds the factors into the
-    preceding norm; here the weights are divided by them, which gives the same product.
+    with the least output error on the calibration text (eq. 4 and 5).
+
+    With ``fold``, as in the published code, the inputs are divided rather than the rounded weights: by whatever makes
+    them, a norm or the linear layers before (``walk/folding.py``). The weights are then integers that other programs
+    can load. Inputs that nothing can divide get no factors, and a fallback says so. Without ``fold``, the rounded
+    weights are divided by the factors, which gives the same product and leaves no integers.
 
     Attributes:
         bits, group_size, symmetric: the grid (:class:`~knowledge_compression.compression.solve.grid.Grid`).
         steps: number of powers tried.
+        fold: whether what precedes the layers takes the factors.
     """
 
     bits: int = 4
     group_size: int | None = 128
     symmetric: bool = False
     steps: int = 20
+    fold: bool = field(default=False, metadata=ADDED)
     name = "awq"
 
     def __post_init__(self) -> None:
@@ -73,12 +86,31 @@ class Awq(Calibrated[InputSizes]):
         """Refuse groups that do not fit a layer."""
         self.grid.check(targets, whole=False)
 
+    @property
+    def coding(self) -> Coding | None:
+        """Integers, if the factors are not in the weights."""
+        return self.grid.coding() if self.fold else None
+
+    @property
+    def for_codes(self) -> str:
+        """What leaves integers."""
+        return "compression.fold=true"
+
     def observe(self, in_features: int, device: torch.device) -> InputSizes:
         """The statistics that all linears with one input share."""
         return InputSizes(in_features, device)
 
+    def prepare(self, block: Observed[InputSizes]) -> None:
+        """Move the factors of all inputs of a block into what makes them."""
+        if self.fold:
+            from knowledge_compression.compression.walk.folding import fold
+
+            fold(block, lambda weight, seen, entry: self.factors(weight, seen.matrix, seen.magnitudes, entry))
+
     def solve(self, weight: Tensor, statistics: InputSizes, heights: Sequence[int]) -> Solved:
         """Round the weight with the power that gives the least output error."""
+        if self.fold:
+            return self._folded(weight, statistics)
         inputs = weight.shape[1]
         width = self.grid.width(inputs)
         dead = bool((statistics.magnitudes <= 0).any())
@@ -89,6 +121,17 @@ class Awq(Calibrated[InputSizes]):
             bits=float(self.bits),
             overhead_bits=(math.ceil(inputs / width) * a_scale, SCALE_BITS * inputs),
             fallbacks=["dead_input"] * dead + ["short_group"] * (inputs % width > 0),
+        )
+
+    def _folded(self, weight: Tensor, statistics: InputSizes) -> Solved:
+        """Round a weight that has been multiplied by the factors."""
+        factors = 1.0 if statistics.factors is None else statistics.factors
+        return Solved(
+            quantized=plainly_rounded(weight, self.grid),
+            plain=plainly_rounded(weight / factors, self.grid).dequantize().to(weight) * factors,
+            fallbacks=["dead_input"] * bool((statistics.magnitudes <= 0).any())
+            + ["no_place_for_factors"] * (statistics.factors is None),
+            factors_in=statistics.divided_by,
         )
 
     def rounded(self, weight: Tensor, hessian: Tensor, magnitudes: Tensor) -> Tensor:
@@ -102,16 +145,35 @@ class Awq(Calibrated[InputSizes]):
         Returns:
             The rounded weight, of the same shape.
         """
-        alive = magnitudes > 0
-        if not bool(alive.any()):
+        if not bool((magnitudes > 0).any()):
             return plainly_rounded(weight, self.grid).dequantize().to(weight)
-        best, least = weight, torch.inf
+        factors = self.factors(weight, hessian, magnitudes)
+        return self.grid.nearest(weight * factors) / factors
+
+    def factors(self, weight: Tensor, hessian: Tensor, magnitudes: Tensor, entry: Tensor | None = None) -> Tensor:
+        """The best factors.
+
+        Args:
+            weight, hessian, magnitudes: as in :meth:`rounded`.
+            entry: the number of the factor that each input has, int64 ``[in_features]``; by default its own.
+
+        Returns:
+            Float32, ``[in_features]``, or one more than the largest entry.
+        """
+        if entry is None:
+            entry = torch.arange(len(magnitudes), device=magnitudes.device)
+        count = torch.bincount(entry)
+        shared = torch.zeros(len(count), device=magnitudes.device).index_add_(0, entry, magnitudes) / count.clamp(min=1)
+        alive = shared > 0
+        best, least = torch.ones_like(shared), torch.inf
+        if not bool(alive.any()):
+            return best
         for step in range(self.steps):
-            factors = torch.where(alive, magnitudes, 1.0).pow(step / self.steps).clamp(min=1e-4)
+            factors = torch.where(alive, shared, 1.0).pow(step / self.steps).clamp(min=1e-4)
             factors = torch.where(alive, factors / (factors[alive].max() * factors[alive].min()).sqrt(), 1.0)
-            read = self.grid.nearest(weight * factors) / factors
-            error = read - weight
+            each = factors[entry]
+            error = self.grid.nearest(weight * each) / each - weight
             loss = float(((error @ hessian) * error).sum())
             if loss < least:
-                best, least = read, loss
+                best, least = factors, loss
         return best

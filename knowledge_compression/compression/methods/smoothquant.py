@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.calibrated import Calibrated, Solved
-from knowledge_compression.compression.walk.statistics import LayerInputs, Statistics
+from knowledge_compression.compression.walk.statistics import Divisible, LayerInputs, Observed
 from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import torch
+from knowledge_compression.identity import ADDED
 from knowledge_compression.models import TargetLayer
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from knowledge_compression.models.replaced import ReplacedLinear
 
 
-class LargestInputs(Statistics):
+class LargestInputs(Divisible):
     """The largest magnitude of each input channel."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -29,20 +30,28 @@ class LargestInputs(Statistics):
         """Add a batch."""
         self.largest = torch.maximum(self.largest, inputs.values.float().abs().amax(0))
 
+    def divide(self, factors: Tensor) -> None:
+        """Become those of divided inputs."""
+        self.largest = self.largest / factors
+
 
 @dataclass(frozen=True)
 class SmoothQuant(Calibrated[LargestInputs]):
     """Replace the targets by int8 layers that divide their inputs, channel by channel, before rounding them.
 
-    Linears that read the same inputs share one divisor, ``max|X_j|^alpha / max|W_j|^(1 - alpha)`` (eq. 4). The
-    published code folds it into the preceding norm; here each layer divides by it, which gives the same product.
-    Activations are rounded per token at run time (the paper's O1), weights per row.
+    Linears that read the same inputs share one divisor, ``max|X_j|^alpha / max|W_j|^(1 - alpha)`` (eq. 4). Each layer
+    divides by it. With ``fold``, as in the published code, what makes the inputs is divided instead (a norm, or the
+    linear layers before; see ``walk/folding.py``), which gives the same product, and layers that other programs can
+    load; inputs that nothing can divide are rounded as they are, and a fallback says so. Activations are rounded per
+    token at run time (the paper's O1), weights per row.
 
     Attributes:
         alpha: migration strength: how much of the outliers is moved into the weights, in [0, 1].
+        fold: whether what precedes the layers takes the divisors.
     """
 
     alpha: float = 0.5
+    fold: bool = field(default=False, metadata=ADDED)
     name = "smoothquant"
 
     def __post_init__(self) -> None:
@@ -52,17 +61,27 @@ class SmoothQuant(Calibrated[LargestInputs]):
 
     @property
     def modules(self) -> tuple[type[ReplacedLinear], ...]:
-        """Int8 layers with a divisor."""
+        """Int8 layers, with a divisor if it is theirs."""
+        from knowledge_compression.compression.formats.int8_linear import Int8Linear
         from knowledge_compression.compression.formats.int8_variants import SmoothedInt8Linear
 
-        return (SmoothedInt8Linear,)
+        return (Int8Linear,) if self.fold else (SmoothedInt8Linear,)
 
     def observe(self, in_features: int, device: torch.device) -> LargestInputs:
         """The channel maxima that all linears with one input share."""
         return LargestInputs(in_features, device)
 
+    def prepare(self, block: Observed[LargestInputs]) -> None:
+        """Move the divisors of all inputs of a block into what makes them."""
+        if self.fold:
+            from knowledge_compression.compression.walk.folding import fold
+
+            fold(block, lambda weight, seen, entry: self.divisor(weight, seen.largest, entry)[0])
+
     def solve(self, weight: Tensor, statistics: LargestInputs, heights: Sequence[int]) -> Solved:
         """Replace the linears by int8 layers that share one divisor."""
+        if self.fold:
+            return self._folded(statistics)
         from knowledge_compression.compression.formats.int8_variants import SmoothedInt8Linear
 
         divisor, dead = self.divisor(weight, statistics.largest)
@@ -72,17 +91,31 @@ class SmoothQuant(Calibrated[LargestInputs]):
 
         return Solved(module=module, fallbacks=["dead_input"] * dead)
 
-    def divisor(self, weight: Tensor, largest: Tensor) -> tuple[Tensor, bool]:
+    def _folded(self, statistics: LargestInputs) -> Solved:
+        from knowledge_compression.compression.formats.int8_linear import Int8Linear
+
+        def module(layer: TargetLayer) -> Int8Linear:
+            return Int8Linear(layer.weight, layer.bias_parameter, "per_channel")
+
+        fallbacks = ["no_place_for_factors"] * (statistics.factors is None)
+        return Solved(module=module, fallbacks=fallbacks, factors_in=statistics.divided_by)
+
+    def divisor(self, weight: Tensor, largest: Tensor, entry: Tensor | None = None) -> tuple[Tensor, bool]:
         """The divisor of each input channel.
 
         Args:
             weight: the stacked weights of all linears that read these inputs, ``[out_features, in_features]``.
             largest: the largest magnitude of each input channel, ``[in_features]``.
+            entry: the number of the divisor that each channel has, int64 ``[in_features]``; by default its own.
 
         Returns:
-            The divisors, float32 ``[in_features]``, and whether any channel is dead and so left undivided.
+            The divisors, float32 ``[in_features]`` or one more than the largest entry, and whether any channel is dead
+            and so left undivided.
         """
         heaviest = weight.float().abs().amax(0)
+        if entry is not None:
+            zeros = heaviest.new_zeros(int(entry.max()) + 1)
+            heaviest, largest = (zeros.scatter_reduce(0, entry, sizes, "amax") for sizes in (heaviest, largest))
         alive = (largest > 0) & (heaviest > 0)
         divisor = largest.pow(self.alpha) / heaviest.pow(1 - self.alpha)
         return torch.where(alive, divisor.clamp(min=1e-5), 1.0), not bool(alive.all())

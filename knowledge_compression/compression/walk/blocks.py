@@ -24,7 +24,14 @@ from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.compression.walk.beside import Beside, beside, hidden_of
 from knowledge_compression.compression.walk.expert_inputs import one_expert_after_the_other
 from knowledge_compression.compression.walk.layer_inputs import finite, first_tensor, reading, sharing
-from knowledge_compression.compression.walk.statistics import BlockMethod, LayerInputs, S, Statistics, WalkSettings
+from knowledge_compression.compression.walk.statistics import (
+    BlockMethod,
+    LayerInputs,
+    Observed,
+    S,
+    Statistics,
+    WalkSettings,
+)
 from knowledge_compression.compression.walk.suspended import SuspendedForward, marked
 from knowledge_compression.compression.walk.tuning import Call, CompressedBlock
 from knowledge_compression.errors import BadInput
@@ -126,6 +133,17 @@ class _Group(Generic[S]):
     statistics: S
     layers: list[TargetLayer] = field(default_factory=list)
     tokens: int = 0
+    settled: bool = False
+
+    @property
+    def routed(self) -> bool:
+        """Whether it is an expert's."""
+        return self.layers[0].role == EXPERTS
+
+    @property
+    def few(self) -> bool:
+        """Whether too few tokens were observed to go by them."""
+        return self.tokens < FEWEST_TOKENS if self.routed else self.tokens == 0
 
 
 @dataclass(frozen=True)
@@ -203,7 +221,9 @@ class _Walk(Generic[S]):
                             calls_of[unit] += self._calls(unit, forwards, dense)
                             calls[unit] += 1
                             if calls[unit] == uses:
-                                self._compress(unit, groups.pop(unit), calls_of.pop(unit))
+                                seen = groups.pop(unit)
+                                self._prepare(unit, seen, forwards[0])
+                                self._compress(unit, seen, calls_of.pop(unit))
                                 if uses > 1:  # its earlier uses must be run again
                                     return
                         yield unit
@@ -356,12 +376,28 @@ class _Walk(Generic[S]):
         with self._multiplying():
             return reading(layers, run, by_influence=self.settings.by_influence)
 
+    def _prepare(self, unit: str, groups: Sequence[_Group[S]], forward: SuspendedForward) -> None:
+        """Let the method change the block before any of its layers is compressed."""
+        module = self.network.get_submodule(unit)
+
+        def run() -> Any:
+            with self._multiplying():
+                return self._run(module, forward)
+
+        for group in groups:
+            self._settle(group)
+        self.method.prepare(Observed(unit, module, [(group.layers, group.statistics) for group in groups], run))
+
+    def _settle(self, group: _Group[S]) -> None:
+        """Give a group of too few tokens the statistics of unknown inputs."""
+        if group.few and not group.settled:
+            group.statistics, group.settled = self._of_nothing(group.layers[0]), True
+
     def _shrink(self, group: _Group[S]) -> None:
-        routed = group.layers[0].role == EXPERTS
-        few = group.tokens < FEWEST_TOKENS if routed else group.tokens == 0
-        statistics = self._of_nothing(group.layers[0]) if few else group.statistics
-        for report in self.method.shrink(group.layers, statistics):
-            if routed or few:
+        self._settle(group)
+        few = group.few
+        for report in self.method.shrink(group.layers, group.statistics):
+            if group.routed or few:
                 report.tokens = group.tokens
             if few:
                 report.fallbacks.append("few_tokens" if group.tokens else "no_tokens")

@@ -83,8 +83,13 @@ def sharing(inputs: Mapping[str, Tensor]) -> list[list[str]]:
     """Group the layers that read the very same tensor; all tensors are kept alive, so that no address is reused."""
     groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for path, values in inputs.items():
-        groups[values.data_ptr(), values.shape, values.stride(), values._version].append(path)
+        groups[identified(values)].append(path)
     return list(groups.values())
+
+
+def identified(values: Tensor) -> tuple[Any, ...]:
+    """What the very same tensor has in common with itself, and with no other tensor that is alive."""
+    return values.data_ptr(), values.shape, values.stride(), values._version
 
 
 def _influence(result: Any, outputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from knowledge_compression.compression.layer_reports import LayerReport
-from knowledge_compression.heavy import torch
+from knowledge_compression.heavy import nn, torch
 from knowledge_compression.models import Model
 from knowledge_compression.models.device import Device
 from knowledge_compression.models.targets import TargetLayer
@@ -49,7 +49,41 @@ class Statistics(ABC):
         return None
 
 
+class Divisible(Statistics):
+    """Statistics of inputs that can be divided by factors, if there is something that makes them and can be.
+
+    Attributes:
+        factors: by which the inputs have been divided, float32 ``[in_features]``; None if they have not.
+        divided_by: names of the parameters that do it.
+    """
+
+    factors: Tensor | None = None
+    divided_by: Sequence[str] = ()
+
+    @abstractmethod
+    def divide(self, factors: Tensor) -> None:
+        """Become what they would be had the inputs been divided by ``factors`` from the beginning."""
+
+
 S = TypeVar("S", bound=Statistics)
+D = TypeVar("D", bound=Divisible)
+
+
+@dataclass(frozen=True)
+class Observed(Generic[S]):
+    """A block whose inputs have been observed and whose layers are about to be compressed.
+
+    Attributes:
+        path: its name in the network.
+        module: the block.
+        groups: its layers that read the same tensor, in the order in which they run, and the statistics of it.
+        run: runs the block on the first of the calibration text and returns its output.
+    """
+
+    path: str
+    module: nn.Module
+    groups: Sequence[tuple[Sequence[TargetLayer], S]]
+    run: Callable[[], Any]
 
 
 class BlockMethod(Protocol[S]):
@@ -57,6 +91,10 @@ class BlockMethod(Protocol[S]):
 
     def observe(self, in_features: int, device: torch.device) -> S:
         """Empty statistics for inputs of this width."""
+        ...
+
+    def prepare(self, block: Observed[S]) -> None:
+        """Change a block before its layers are compressed, if the method wants to."""
         ...
 
     def shrink(self, layers: Sequence[TargetLayer], statistics: S) -> list[LayerReport]:

@@ -70,7 +70,8 @@ class LayerWriter(Writer):
     def refusal(self, compression: Compression, targets: Targets) -> str | None:
         """It refuses numbers without codes, and layers whose codes do not fit into it."""
         if (coding := compression.coding) is None:
-            return f"compression={compression.name} leaves no codes that {self.name} could hold"
+            asked = f"; choose {compression.for_codes}" if compression.for_codes else ""
+            return f"compression={compression.name} leaves no codes that {self.name} could hold{asked}"
         places = places_of(targets)
         return next((why for layer in targets if (why := self._unfit(coding, layer, places[layer]))), None)
 
