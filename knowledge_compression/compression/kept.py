@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from knowledge_compression.cache import cache_folder, cached_folder, discard, keep_within
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.layer_reports import CompressionReport
-from knowledge_compression.compression.solve.coding import INTEGERS, CodedWeight
+from knowledge_compression.compression.solve.coding import FP8, INTEGERS, MXFP4, NF4, NVFP4, CodedWeight
 from knowledge_compression.compression.solve.floats import FloatWeight
 from knowledge_compression.compression.solve.grid import QuantizedWeight, quantized_weight
+from knowledge_compression.compression.solve.nf4 import Nf4Weight
 from knowledge_compression.heavy import torch
 from knowledge_compression.models import Model, Targets
 from knowledge_compression.models.targets import linear_layers
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT = 6  # raised whenever an old file would be misread
+_FORMS: Mapping[str, type[CodedWeight]] = {
+    **{INTEGERS: QuantizedWeight, NF4: Nf4Weight},
+    **{FP8: FloatWeight, MXFP4: FloatWeight, NVFP4: FloatWeight},
+}
 _FILE = "changes.safetensors"
 
 
@@ -211,8 +216,7 @@ def _restore(folder: Path, model: Model, kinds: Sequence[type[ReplacedLinear]]) 
         for path, settings in about["codes"].items():
             prefix = f"codes/{path}/"
             parts = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
-            form: type[CodedWeight] = QuantizedWeight if settings["kind"] == INTEGERS else FloatWeight
-            form.put_together(parts, settings).put_into(layers[path])
+            _FORMS[settings["kind"]].put_together(parts, settings).put_into(layers[path])
         for path, kind in about["blocks"].items():
             Blocks(Kind[kind], tensors[f"blocks/{path}"].numpy()).put_into(layers[path])
         for name, tensor in tensors.items():

@@ -35,6 +35,11 @@ def save_checkpoint(model: Model, folder: Path) -> None:
     Raises:
         BadInput: a weight is not finite; nothing is written.
     """
+    if ours := sum(isinstance(part, ReplacedLinear) for part in model.network.modules()):
+        log.warning(
+            "saving float weights for %d layers of rounded numbers; the saved model does not round its activations",
+            ours,
+        )
     write_checkpoint(model, folder, full_state(model.network))
 
 
@@ -109,11 +114,6 @@ def _with_float_weights(network: PreTrainedModel) -> dict[str, Tensor]:
     }
     if not ours and not banks:
         return state
-    if ours:
-        log.warning(
-            "saving float weights for %d layers of rounded numbers; the saved model does not round its activations",
-            len(ours),
-        )
     of_banks = {f"{path}.{number}" for path, bank in banks.items() for number in range(len(bank))}
     with torch.device("meta"):
         plain = type(network)(network.config)

@@ -135,7 +135,9 @@ def test_heads_that_share_values_share_factors(tiny_tokenizer: Any) -> None:
     before, attention = logits_of(model), network.model.layers[0].self_attn
     old = attention.o_proj.weight.clone()
     UnroundedSmoothQuant().compress(model, EVERYTHING.select(model), windows(6, 16))
-    factors = (attention.o_proj.weight.detach() / old.detach()).median(0).values.view(2, 2, 4)  # pairs, heads of a pair, width
+    factors = (
+        (attention.o_proj.weight.detach() / old.detach()).median(0).values.view(2, 2, 4)
+    )  # pairs, heads of a pair, width
     torch.testing.assert_close(factors[:, 0], factors[:, 1])
     assert float(factors.max() / factors.min()) > 1.05
     torch.testing.assert_close(logits_of(model), before, rtol=0, atol=1e-5 * float(before.abs().max()))

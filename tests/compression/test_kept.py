@@ -19,6 +19,7 @@ from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.methods.int8_static import Int8Static
 from knowledge_compression.compression.methods.magnitude import Magnitude
+from knowledge_compression.compression.methods.nf4 import Nf4
 from knowledge_compression.compression.methods.pipeline import Pipeline
 from knowledge_compression.compression.methods.rtn import Rtn
 from knowledge_compression.compression.methods.smoothquant import SmoothQuant
@@ -35,6 +36,7 @@ METHODS: dict[str, Any] = {
     "gptq": Gptq(bits=3, group_size=8),
     "awq": Awq(bits=4, group_size=8),
     "awq_folded": Awq(bits=4, group_size=8, fold=True),
+    "nf4": Nf4(),
     "sparsegpt": SparseGpt(sparsity=0.5),
     "int8_dynamic": Int8Dynamic("per_channel"),
     "int8_static": Int8Static(),
@@ -91,13 +93,14 @@ def test_what_is_found_is_what_was_made(name: str, architecture: str, tiny_model
     second.network.tie_weights()  # lm-eval does
     assert torch.equal(logits_of(first), logits_of(second))
     integers = [[quantized_weight(layer) for layer in linear_layers(model)] for model in (first, second)]
-    assert any(integers[0]) == (name in ("rtn", "gptq", "awq_folded"))
+    coded = ("rtn", "gptq", "awq_folded", "nf4", "int8_dynamic", "int8_static", "smoothquant_folded")
+    assert any(integers[0]) == (name in coded)
     for one, other in zip(*integers, strict=True):
         assert (one is None) == (other is None)
-        if one is not None:
-            assert torch.equal(one.codes, other.codes)
-            assert torch.equal(one.grid.group_of, other.grid.group_of)
-            assert one.grid.scale_bits == other.grid.scale_bits == getattr(METHODS[name], "scale_bits", 16)
+        if one is not None and other is not None:
+            (here, said), (there, said_there) = one.taken_apart(), other.taken_apart()
+            assert said == said_there and here.keys() == there.keys()
+            assert all(torch.equal(here[part], there[part]) for part in here)
 
 
 def test_only_what_changed_is_kept(tiny_model: Callable[[str], Model], cache: Path) -> None:

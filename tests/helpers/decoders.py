@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,6 +67,9 @@ def compressed_tensors(layer: Tensors, settings: Mapping[str, Any]) -> Weight:
             zeros = columns(layer["weight_zero_point"], bits)[:outputs].astype(np.float32) - 2 ** (bits - 1)
             codes -= np.repeat(zeros, inputs // scales.shape[1], axis=1)
         return codes * np.repeat(scales, inputs // scales.shape[1], axis=1)
+    if layout == "int-quantized":
+        assert layer["weight"].dtype == torch.int8 and args["strategy"] == "channel"
+        return layer["weight"].numpy() * layer["weight_scale"].numpy()
     if layout == "float-quantized":
         values, scales = E4M3[bytes_of(layer["weight"])], layer["weight_scale"].numpy()
         if args["strategy"] == "block":
@@ -80,3 +84,13 @@ def compressed_tensors(layer: Tensors, settings: Mapping[str, Any]) -> Weight:
     assert layout == "nvfp4-pack-quantized"
     scales = E4M3[bytes_of(layer["weight_scale"])] / layer["weight_global_scale"].numpy()
     return values * np.repeat(scales, 16, axis=1)
+
+
+def bitsandbytes(layer: Tensors, settings: Mapping[str, Any]) -> Weight:
+    """NF4: two codes a byte, the first in the high half."""
+    assert settings["load_in_4bit"] and settings["bnb_4bit_quant_type"] == "nf4"
+    told = json.loads(layer["weight.quant_state.bitsandbytes__nf4"].numpy().tobytes())
+    stored = layer["weight"].numpy()
+    assert stored.shape == (np.prod(told["shape"]) // 2, 1)
+    values = layer["weight.quant_map"].numpy()[np.concatenate([stored >> 4, stored & 15], axis=1).ravel()]
+    return (values * np.repeat(layer["weight.absmax"].numpy(), told["blocksize"])[: len(values)]).reshape(told["shape"])

@@ -24,6 +24,7 @@ from knowledge_compression.compression.formats.two_of_four import (
     can_skip_zeros,
     faster_product,
 )
+from knowledge_compression.compression.solve.int8 import Int8Weight
 from knowledge_compression.models.device import Device, torch_dtype
 from knowledge_compression.models.replaced import ReplacedLinear
 
@@ -75,6 +76,13 @@ class Int8Linear(ReplacedLinear):
         weight, bias = linear.get_parameter("weight").detach(), linear.bias
         assert bias is None or isinstance(bias, nn.Parameter)
         return cls(weight.T if isinstance(linear, Conv1D) else weight, bias, granularity)
+
+    @property
+    def coded(self) -> Int8Weight | None:
+        """The integers, on the CPU; None where the scale of the inputs is that of a whole batch."""
+        if self.granularity != "per_channel":
+            return None
+        return Int8Weight(self.weight_int8.cpu(), self.weight_scale[:, None].cpu())
 
     @property
     def overhead_bits(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from knowledge_compression.compression.formats.int8_linear import Int8Linear, quantize_tokens
+from knowledge_compression.compression.solve.int8 import Int8Weight
 
 
 class StaticInt8Linear(Int8Linear):
@@ -31,6 +33,12 @@ class StaticInt8Linear(Int8Linear):
         scale = torch.where(span > 0, span / 127, torch.ones_like(span)).to(weight.device)
         self.register_buffer("input_scale", scale)
         self.register_buffer("input_zero", (-least.to(scale) / scale).round().clamp(0, 127).to(torch.int32))
+
+    @property
+    def coded(self) -> Int8Weight | None:
+        """The integers, and the range of the inputs, on the CPU; None if the rows share one scale."""
+        dynamic = super().coded
+        return dynamic and replace(dynamic, input_scale=self.input_scale.cpu(), input_zero=self.input_zero.cpu())
 
     @property
     def overhead_bits(self) -> int:
@@ -60,6 +68,10 @@ class SmoothedInt8Linear(Int8Linear):
         super().__init__(weight.float() * divisor, bias, "per_channel")
         self.dtype = weight.dtype
         self.register_buffer("input_factor", divisor.reciprocal())
+
+    @property
+    def coded(self) -> None:
+        """Nothing: the inputs are divided here."""
 
     @property
     def overhead_bits(self) -> int:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from knowledge_compression.compression.base import Layerwise
 from knowledge_compression.compression.formats.granularity import check_granularity
 from knowledge_compression.compression.layer_reports import LayerReport
+from knowledge_compression.compression.solve.coding import Coding
+from knowledge_compression.compression.solve.int8 import int8_coding
 from knowledge_compression.models import TargetLayer
 
 if TYPE_CHECKING:
@@ -31,6 +33,16 @@ class Int8Dynamic(Layerwise):
     def __post_init__(self) -> None:
         """Refuse an unknown granularity before anything is loaded."""
         check_granularity(self.granularity)
+
+    @property
+    def coding(self) -> Coding | None:
+        """Integers with a scale per row."""
+        return int8_coding(static=False) if self.granularity == "per_channel" else None
+
+    @property
+    def for_codes(self) -> str:
+        """What leaves codes that others know."""
+        return "compression.granularity=per_channel"
 
     @property
     def modules(self) -> tuple[type[ReplacedLinear], ...]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.calibrated import Calibrated, Solved
 from knowledge_compression.compression.formats.granularity import check_granularity
+from knowledge_compression.compression.solve.coding import Coding
+from knowledge_compression.compression.solve.int8 import int8_coding
 from knowledge_compression.compression.walk.statistics import LayerInputs, Statistics
 from knowledge_compression.heavy import torch
 from knowledge_compression.models import TargetLayer
@@ -49,6 +51,16 @@ class Int8Static(Calibrated[InputRange]):
     def __post_init__(self) -> None:
         """Refuse an unknown granularity."""
         check_granularity(self.granularity)
+
+    @property
+    def coding(self) -> Coding | None:
+        """Integers with a scale per row."""
+        return int8_coding(static=True) if self.granularity == "per_channel" else None
+
+    @property
+    def for_codes(self) -> str:
+        """What leaves codes that others know."""
+        return "compression.granularity=per_channel"
 
     @property
     def modules(self) -> tuple[type[ReplacedLinear], ...]:

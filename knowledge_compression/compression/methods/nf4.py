@@ -7,11 +7,12 @@ Written here because the one library that has it stores packed bytes in ``.weigh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.base import Layerwise
 from knowledge_compression.compression.layer_reports import LayerReport
+from knowledge_compression.compression.solve.coding import Coding
+from knowledge_compression.compression.solve.nf4 import SCALE_BITS, Nf4Weight, levels, nf4, nf4_coding
 from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import torch
 from knowledge_compression.models import TargetLayer
@@ -19,7 +20,7 @@ from knowledge_compression.models import TargetLayer
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SCALE_BITS, _DOUBLE_BLOCK = 32, 256
+_DOUBLE_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -41,47 +42,38 @@ class Nf4(Layerwise):
         if self.block_size < 1:
             raise BadInput(f"compression.block_size={self.block_size} is not a number of weights; choose e.g. 64")
 
+    @property
+    def coding(self) -> Coding | None:
+        """NF4, if its scales are not rounded again."""
+        return None if self.double_quant else nf4_coding(self.block_size)
+
+    @property
+    def for_codes(self) -> str:
+        """What leaves codes."""
+        return "compression.double_quant=false"
+
     def shrink(self, layer: TargetLayer) -> LayerReport:
         """Round the layer's weights in place."""
         weight = layer.weight
+        if not self.double_quant:
+            codes, scales = nf4(weight, self.block_size)
+            codes = codes.flatten()[: weight.numel()].view(weight.shape)
+            coded = Nf4Weight(codes.to("cpu", torch.uint8), scales.flatten().cpu(), self.block_size)
+            coded.put_into(layer)
+            return coded.report(layer)
         weight.copy_(self.rounded(weight))
         blocks = -(-weight.numel() // self.block_size)
         return LayerReport.of(layer, bits=4.0, overhead_bits=self._scale_bits(blocks))
 
     def rounded(self, weight: Tensor) -> Tensor:
         """The nearest values that NF4 can store, in the weight's shape, computed in float32."""
-        count = weight.numel()
-        blocks = torch.nn.functional.pad(weight.float().flatten(), (0, -count % self.block_size))
-        blocks = blocks.view(-1, self.block_size)
-        scales = blocks.abs().amax(1, keepdim=True)
-        shares = blocks / torch.where(scales > 0, scales, 1.0)
-        grid = levels().to(weight.device)
-        codes = torch.bucketize(shares, (grid[1:] + grid[:-1]) / 2)
+        codes, scales = nf4(weight, self.block_size)
         if self.double_quant:
             scales = _in_eight_bits(scales)
-        return (grid[codes] * scales).flatten()[:count].view(weight.shape)
+        return (levels().to(weight.device)[codes] * scales).flatten()[: weight.numel()].view(weight.shape)
 
     def _scale_bits(self, blocks: int) -> int:
-        if not self.double_quant:
-            return blocks * _SCALE_BITS
-        return blocks * 8 + -(-blocks // _DOUBLE_BLOCK) * _SCALE_BITS + _SCALE_BITS
-
-
-@cache
-def levels() -> Tensor:
-    """The sixteen levels, float32, rising from -1 to 1 with an exact zero (appendix E).
-
-    Eight quantiles of the standard normal on the negative side and nine on the positive side, both counting the zero,
-    evenly spaced in probability from the mean of 1 - 1/32 and 1 - 1/30 to 1/2, and divided by the largest. That mean
-    has seven digits, and probabilities, quantiles and quotients are rounded to float32, as in the published code, whose
-    levels these are bit by bit.
-    """
-    outermost = 0.9677083
-    up, down = (
-        torch.special.ndtri(torch.linspace(outermost, 0.5, count, dtype=torch.float32).double()).float()
-        for count in (9, 8)
-    )
-    return torch.cat([-down[:-1], up.flip(0)]) / up[0]
+        return blocks * 8 + -(-blocks // _DOUBLE_BLOCK) * SCALE_BITS + SCALE_BITS
 
 
 def _in_eight_bits(scales: Tensor) -> Tensor:

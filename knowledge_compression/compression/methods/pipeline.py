@@ -49,6 +49,11 @@ class Pipeline(Compression):
         return self.steps[-1].coding
 
     @property
+    def for_codes(self) -> str:
+        """That of the last step."""
+        return self.steps[-1].for_codes
+
+    @property
     def parts(self) -> Sequence[Compression]:
         """The steps."""
         return [part for step in self.steps for part in step.parts]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.calibrated import Calibrated, Solved
+from knowledge_compression.compression.solve.coding import Coding
+from knowledge_compression.compression.solve.int8 import int8_coding
 from knowledge_compression.compression.walk.statistics import Divisible, LayerInputs, Observed
 from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import torch
@@ -58,6 +60,16 @@ class SmoothQuant(Calibrated[LargestInputs]):
         """Refuse an alpha outside [0, 1]."""
         if not 0.0 <= self.alpha <= 1.0:
             raise BadInput(f"compression.alpha={self.alpha} is out of range; it must lie in [0, 1], e.g. 0.5")
+
+    @property
+    def coding(self) -> Coding | None:
+        """Integers with a scale per row, if the divisors are not in the layers."""
+        return int8_coding(static=False) if self.fold else None
+
+    @property
+    def for_codes(self) -> str:
+        """What leaves codes that others know."""
+        return "compression.fold=true"
 
     @property
     def modules(self) -> tuple[type[ReplacedLinear], ...]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from knowledge_compression.compression.layer_reports import LayerReport
     from knowledge_compression.models.targets import TargetLayer
 
-INTEGERS, FP8, MXFP4, NVFP4 = "integers", "FP8", "MXFP4", "NVFP4"
+INTEGERS, FP8, MXFP4, NVFP4, INT8, NF4 = "integers", "FP8", "MXFP4", "NVFP4", "INT8", "NF4"
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,16 @@ class Coding:
     """How the codes of a weight ``[out_features, in_features]`` are to be read.
 
     Attributes:
-        kind: what the codes are: :data:`INTEGERS`, :data:`FP8`, :data:`MXFP4` or :data:`NVFP4`.
+        kind: what the codes are: :data:`INTEGERS`, :data:`FP8`, :data:`MXFP4`, :data:`NVFP4`, :data:`INT8` or
+            :data:`NF4`.
         bits: of a code.
         block: outputs and inputs that share a scale; None stands for all of them.
         in_order: whether the inputs of a group are neighbours.
         symmetric: whether zero lies in the middle of the range.
         scale_bits: of a scale.
         activations: whether a layer's inputs are rounded in the same way at run time.
+        static: whether that is over a range fixed beforehand.
+        run: number of neighbouring weights that share a scale, across rows, where no :attr:`block` does.
     """
 
     kind: str
@@ -37,6 +40,8 @@ class Coding:
     symmetric: bool = True
     scale_bits: int = 32
     activations: bool = False
+    static: bool = False
+    run: int | None = None
 
     @property
     def group(self) -> int | None:

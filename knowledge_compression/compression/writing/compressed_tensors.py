@@ -1,7 +1,8 @@
 """Checkpoints of compressed-tensors, which vLLM and transformers (with that library) load.
 
 ``models/checkpoints/compressed_tensors.py`` reads them and says what each tensor is. There is one layout for each kind
-of code: ``pack-quantized`` for integers, ``float-quantized``, ``mxfp4-pack-quantized`` and ``nvfp4-pack-quantized``.
+of code: ``pack-quantized`` for integers, ``int-quantized`` for those of layers that round their inputs to integers too,
+``float-quantized``, ``mxfp4-pack-quantized`` and ``nvfp4-pack-quantized``.
 The library multiplies codes by scales in the type of the scale. Scales are therefore stored in the type of everything
 else if that holds them exactly, and in float32 otherwise.
 """
@@ -12,9 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from knowledge_compression.compression.solve.coding import FP8, INTEGERS, MXFP4, NVFP4, CodedWeight, Coding
+from knowledge_compression.compression.solve.coding import FP8, INT8, INTEGERS, MXFP4, NVFP4, CodedWeight, Coding
 from knowledge_compression.compression.solve.floats import FloatWeight
 from knowledge_compression.compression.solve.grid import QuantizedWeight
+from knowledge_compression.compression.solve.int8 import SEVEN_BITS, Int8Weight
 from knowledge_compression.compression.writing.layers import NEIGHBOURS, LayerWriter, same
 from knowledge_compression.compression.writing.places import Place
 from knowledge_compression.compression.writing.words import packed
@@ -27,15 +29,29 @@ if TYPE_CHECKING:
 def _integers(weight: CodedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
     assert isinstance(weight, QuantizedWeight)
     grid = weight.grid
-    exact = torch.equal(grid.scales.to(floats).float(), grid.scales)
     tensors = {
         ".weight_packed": packed(weight.codes.T, grid.bits).T.contiguous(),
-        ".weight_scale": grid.scales.to(floats if exact else torch.float32),
+        ".weight_scale": _exact(grid.scales, floats),
         ".weight_shape": torch.tensor(weight.codes.shape),
     }
     if not grid.symmetric:
         tensors[".weight_zero_point"] = packed(grid.zeros, grid.bits)
     return tensors
+
+
+def _integers_of_eight(weight: CodedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
+    assert isinstance(weight, Int8Weight)
+    tensors = {".weight": weight.codes, ".weight_scale": _exact(weight.scales, floats)}
+    if weight.input_scale is not None and weight.input_zero is not None:
+        signed = weight.input_zero - 2 ** (SEVEN_BITS - 1)  # the library's codes of 7 bits begin at -64
+        tensors |= {".input_scale": weight.input_scale.reshape(1)}
+        tensors |= {".input_zero_point": signed.reshape(1).to(torch.int8)}
+    return tensors
+
+
+def _exact(scales: Tensor, floats: torch.dtype) -> Tensor:
+    """Scales in the type of everything else, if that holds them."""
+    return scales.to(floats if torch.equal(scales.to(floats).float(), scales) else torch.float32)
 
 
 def _floats_of_eight(weight: CodedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
@@ -73,6 +89,7 @@ class Layout:
 
 LAYOUTS: Mapping[str, Layout] = {
     INTEGERS: Layout("pack-quantized", "int", _integers),
+    INT8: Layout("int-quantized", "int", _integers_of_eight),
     FP8: Layout("float-quantized", "float", _floats_of_eight),
     MXFP4: Layout("mxfp4-pack-quantized", "float", _floats_of_four, {"scale_dtype": "torch.uint8"}),
     NVFP4: Layout(
@@ -90,7 +107,9 @@ class CompressedTensorsWriter(LayerWriter):
     name = "compressed-tensors"
 
     def unfit(self, coding: Coding, place: Place) -> str | None:
-        """It holds every kind of code, in groups of neighbouring inputs."""
+        """It holds most kinds of codes, in groups of neighbouring inputs."""
+        if coding.kind not in LAYOUTS:
+            return f"{self.name} holds no {coding.kind}"
         if not coding.in_order:
             return NEIGHBOURS.format(self.name)
         if coding.activations and coding.kind == NVFP4:
@@ -136,7 +155,12 @@ def _weights(coding: Coding, layout: Layout) -> dict[str, Any]:
 
 
 def _inputs(coding: Coding, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """How others are to round the inputs of a layer: token by token, or in blocks like those of the weights."""
+    """How others are to round the inputs of a layer: token by token, or in blocks like those of the weights.
+
+    Inputs of a fixed range have codes of 7 bits here; the format says so, and others clip where this program does.
+    """
+    if coding.static:
+        return {"num_bits": SEVEN_BITS, "type": "int", "symmetric": False, "dynamic": False, "strategy": "tensor"}
     strategy = "group" if coding.group else "token"
     inputs = {name: weights[name] for name in ("num_bits", "type", "symmetric")} | {"dynamic": True}
     inputs |= {"strategy": strategy} | ({"group_size": coding.group} if coding.group else {})

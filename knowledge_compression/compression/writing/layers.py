@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from knowledge_compression.compression.base import Compression
-from knowledge_compression.compression.solve.coding import CodedWeight, Coding
+from knowledge_compression.compression.solve.coding import INT8, CodedWeight, Coding
 from knowledge_compression.compression.solve.grid import quantized_weight
 from knowledge_compression.compression.writing.base import Writer
 from knowledge_compression.compression.writing.places import Place, places_of
@@ -82,7 +82,8 @@ class LayerWriter(Writer):
                 "of model store it as one; leave it out of the target, e.g. target=att"
             )
         if layer.expert and coding.activations:
-            return f"{_OWN_MODULES}, as {layer.path}; choose compression.activations=false"
+            other = "a target without experts" if coding.kind == INT8 else "compression.activations=false"
+            return f"{_OWN_MODULES}, as {layer.path}; choose {other}"
         for place in places:
             if place.start % (coding.block[0] or 1):
                 return (

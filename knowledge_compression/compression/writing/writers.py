@@ -8,6 +8,7 @@ from knowledge_compression.building import nearest
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.writing.awq import AwqWriter
 from knowledge_compression.compression.writing.base import Floats, Writer
+from knowledge_compression.compression.writing.bitsandbytes import BitsandbytesWriter
 from knowledge_compression.compression.writing.compressed_tensors import CompressedTensorsWriter
 from knowledge_compression.compression.writing.gguf import TYPES, GgufWriter
 from knowledge_compression.compression.writing.gptq import GptqWriter
@@ -15,7 +16,12 @@ from knowledge_compression.compression.writing.layers import LayerWriter
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Targets
 
-_OF_LAYERS: tuple[LayerWriter, ...] = (GptqWriter(), AwqWriter(), CompressedTensorsWriter())
+_OF_LAYERS: tuple[LayerWriter, ...] = (
+    GptqWriter(),
+    AwqWriter(),
+    CompressedTensorsWriter(),
+    BitsandbytesWriter(),
+)
 WRITERS: Mapping[bool | str, Writer] = {
     True: Floats(),
     **{writer.name: writer for writer in _OF_LAYERS},

@@ -1,0 +1,76 @@
+"""A weight as signed 8-bit integers, for layers that round their inputs to integers too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from knowledge_compression.compression.layer_reports import LayerReport
+from knowledge_compression.compression.solve.coding import INT8, CodedWeight, Coding
+from knowledge_compression.models.targets import TargetLayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SEVEN_BITS = 7  # of inputs whose range is fixed: the codes 0 to 127
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Weight(CodedWeight):
+    """The integers of a layer that multiplies integers, on the CPU.
+
+    Attributes:
+        codes: int8 ``[out_features, in_features]``.
+        scales: float32 ``[out_features, 1]``; a weight is its code times its scale.
+        input_scale, input_zero: float32 and int32 scalars, if the range of the inputs is fixed: an input is rounded to
+            ``input_scale * (code - input_zero)``, with codes from 0 to 127. Otherwise None: each token's largest
+            magnitude becomes 127.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    input_scale: Tensor | None = None
+    input_zero: Tensor | None = None
+
+    @property
+    def coding(self) -> Coding:
+        """How the codes are to be read."""
+        return int8_coding(static=self.input_scale is not None)
+
+    def dequantize(self) -> Tensor:
+        """Each integer times its scale, float32 ``[out_features, in_features]``."""
+        return self.codes * self.scales
+
+    def rows(self, start: int, end: int) -> Int8Weight:
+        """The part of some output rows."""
+        return replace(self, codes=self.codes[start:end], scales=self.scales[start:end])
+
+    def put_into(self, layer: TargetLayer) -> None:
+        """Write the weight into the layer, and store these codes with its module."""
+        layer.weight.copy_(self.dequantize())
+        layer.notes["quantized_weight"] = self
+
+    def report(self, layer: TargetLayer) -> LayerReport:
+        """Bits of the integers, and of the scales."""
+        return LayerReport.of(layer, bits=8.0, overhead_bits=32 * self.scales.numel())
+
+    def taken_apart(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Codes and scales."""
+        parts = {"codes": self.codes, "scales": self.scales, "input_scale": self.input_scale}
+        parts |= {"input_zero": self.input_zero}
+        return {name: part for name, part in parts.items() if part is not None}, {}
+
+    @classmethod
+    def put_together(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Int8Weight:
+        """The inverse of :meth:`taken_apart`."""
+        return cls(**tensors)
+
+
+def int8_coding(*, static: bool) -> Coding:
+    """How such codes are to be read.
+
+    Args:
+        static: whether the range of the inputs is fixed.
+    """
+    return Coding(INT8, 8, (1, None), activations=True, static=static)
