@@ -92,7 +92,7 @@ def check(name: str, run: Run, architecture: str, dtype: str) -> None:
         assert layer["bits"] == (5 if falls_back else BITS.get(name, 32 if wide else 16)), (name, layer)
     assert report["sparsity"] == pytest.approx(REMOVED.get(name, 0.0), abs=0.02), name
     assert report["parameters_touched"] == sum(expected.values())
-    assert not set(report["fallbacks"]) - {"dead_input", "q5_0_for_q4_k"}, name
+    assert not set(report["fallbacks"]) - {"dead_input", "q5_0_for_q4_k", "no_place_for_factors"}, name
     assert 0 < report["stored_bytes"] <= report["memory_bytes_before"] * 1.05
     assert all(math.isfinite(value) for value in run.metrics.values()), name
     for layer in run.layers:
