@@ -6,6 +6,7 @@ their bits, and every weight is computed from its definition.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -333,3 +334,38 @@ def _groups(layout: str, weights: dict[str, Any], activations: Any = None) -> di
         "config_groups": {"group_0": group},
         "version": "0.20",
     }
+
+
+def sparse(rng: np.random.Generator, out: int, inputs: int, *, two_of_four: bool = True, fp8: bool = False) -> Made:
+    """compressed-tensors 0.9 to 0.12: values that are not zero, row by row, and a bit for each place, lowest first."""
+    there = np.zeros((out, inputs), dtype=bool)
+    if two_of_four:
+        for row, start in itertools.product(range(out), range(0, inputs, 4)):
+            there[row, start + rng.permutation(4)[:2]] = True
+    else:
+        there |= rng.random((out, inputs)) < 0.3
+    layout = "sparse-24-bitmask" if two_of_four else "sparse-bitmask"
+    settings: dict[str, Any] = {"quant_method": "compressed-tensors", "config_groups": {}, "version": "0.9"}
+    settings["sparsity_config"] = {"format": layout, "targets": ["Linear"], "ignore": ["lm_head"]}
+    bits = np.zeros((out, -(-inputs // 8)), dtype=np.uint8)
+    for row, column in zip(*there.nonzero(), strict=True):
+        bits[row, column // 8] |= 1 << column % 8
+    tensors = {".bitmask": torch.from_numpy(bits), ".shape": torch.tensor([out, inputs])}
+    weight = np.zeros((out, inputs), dtype=np.float32)
+    if fp8:
+        codes = finite_codes(rng, int(there.sum()))
+        scale = rng.uniform(0.001, 0.1, (out, 1)).astype(np.float32)
+        weight[there] = E4M3[codes]
+        weight *= scale
+        values = float8(codes)
+        tensors[".weight_scale"] = torch.from_numpy(scale)
+        group = {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}, "targets": ["Linear"]}
+        settings["config_groups"] = {"group_0": group}
+    else:
+        values = torch.from_numpy(rng.normal(size=int(there.sum())).astype(np.float16))
+        weight[there] = values.float().numpy()
+    if two_of_four:
+        tensors[".shape"], values = tensors[".shape"][:, None], values.view(out, inputs // 2)
+    else:
+        tensors[".row_offsets"] = torch.from_numpy(there.sum(1).cumsum() - there.sum(1))
+    return Made(tensors | {".compressed": values}, weight, settings, 8 if fp8 else 16, None)

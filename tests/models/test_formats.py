@@ -38,6 +38,9 @@ LAYERS: dict[str, Maker] = {
     "ct-int-zero": partial(made_of.plain, zero=True),
     "ct-nvfp4": made_of.nvfp4,
     "ct-mxfp4": made_of.mxfp4_packed,
+    "sparse-24": made_of.sparse,
+    "sparse-24-fp8": partial(made_of.sparse, fp8=True),
+    "sparse-any": partial(made_of.sparse, two_of_four=False),
     **{f"bnb-{k}": partial(made_of.four_bit, kind=k) for k in ("nf4", "fp4")},
     "bnb-nf4-nested": partial(made_of.four_bit, nested=True),
     "bnb-int8": made_of.eight_bit,
@@ -121,7 +124,7 @@ def write_settings(folder: Path, settings: Any) -> None:
 
 
 WHOLE = ["gptq-v1-4", "gptq-act-order", "awq", "ct-packed-asymmetric", "ct-float-channel", "ct-nvfp4", "ct-mxfp4"]
-WHOLE += ["bnb-nf4-nested", "bnb-int8", "fp8"]
+WHOLE += ["bnb-nf4-nested", "bnb-int8", "fp8", "sparse-24", "sparse-24-fp8", "sparse-any"]
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -174,8 +177,13 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "groups": ("ct-int-channel", {"config_groups": {}}, "has no config_groups"),
     "sparse": (
         "ct-int-channel",
+        {"sparsity_config": {"format": "sparse-96"}},
+        "in the sparse layout sparse-96; read are sparse-24-bitmask, sparse-bitmask",
+    ),
+    "sparse groups": (
+        "ct-packed-4",
         {"sparsity_config": {"format": "sparse-24-bitmask"}},
-        "layout sparse-24-bitmask",
+        "config_groups.group_0 is not symmetric FP8 or int8",
     ),
     "blocks": ("fp8", {"weight_block_size": [0, 1]}, "should be two sizes"),
 }
@@ -210,6 +218,11 @@ DAMAGE: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor | None],
     ),
     "bytes": ("bnb-nf4", ".weight", lambda t: t[:-1].clone(), "bytes, and its settings say"),
     "int8": ("bnb-int8", ".SCB", lambda t: t[:-1].clone(), r"\.SCB has the shape"),
+    "half": ("sparse-24", ".compressed", lambda t: t[:-1].clone(), "values, which is not half of"),
+    "bits": ("sparse-24", ".bitmask", lambda t: t ^ 1, "does not set two bits of each four"),
+    "sparse bits": ("sparse-any", ".bitmask", lambda t: t | 1, r"\.bitmask sets .* bits for .* values"),
+    "sparse scale": ("sparse-24-fp8", ".weight_scale", lambda t: t[:-1].clone(), r"\.weight_scale has .* numbers"),
+    "not sparse": ("sparse-24-fp8", ".bitmask", lambda t: None, "as codes without a bitmask beside sparse layers"),
     "cells": ("fp8", ".weight_scale_inv", lambda t: t[:-1].clone(), r"\.weight_scale_inv has the shape"),
 }
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.checkpoints.base import Coded, Format, fits, needed, number
 from knowledge_compression.models.checkpoints.codes import fp4, powers_of_two, spread, unpacked
+from knowledge_compression.models.checkpoints.sparse import SparseTensors
 from knowledge_compression.models.streamed import Described
 
 PACKED, NVFP4, MXFP4 = "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"
@@ -81,13 +82,11 @@ class CompressedTensors(Format):
     telling = (".weight_shape",)
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> CompressedTensors:
-        """Its ``config_groups``."""
+    def of(cls, settings: Mapping[str, Any]) -> CompressedTensors | SparseTensors:  # type: ignore[override]
+        """Its ``config_groups``; a sparse checkpoint has another layout."""
         sparse = settings.get("sparsity_config")
         if isinstance(sparse, Mapping) and sparse.get("format") not in (None, "dense"):
-            raise BadInput(
-                f"it is a compressed-tensors checkpoint in the layout {sparse['format']}; only dense ones can be read"
-            )
+            return SparseTensors.of(settings)
         groups = settings.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             raise BadInput("its quantization_config has no config_groups, which say how its layers are stored")
