@@ -25,7 +25,7 @@ from knowledge_compression.compression.methods.rtn import Rtn
 from knowledge_compression.compression.methods.sparsegpt import SparseGpt
 from knowledge_compression.compression.methods.structured import Structured
 from knowledge_compression.compression.methods.wanda import Wanda
-from knowledge_compression.compression.walk import blocks
+from knowledge_compression.compression.walk import blocks, groups
 from knowledge_compression.compression.walk.expert_inputs import one_expert_after_the_other
 from knowledge_compression.compression.walk.layer_inputs import reading
 from knowledge_compression.errors import BadInput
@@ -143,7 +143,7 @@ def test_gptq_of_an_expert_is_gptq_of_a_linear_that_reads_its_tokens(sequential:
         assert solved.quantized is not None
         name = f"{path}.gate_up_proj.{expert}"
         found = model.network.get_submodule(path).gate_up_proj[expert]
-        assert report[name].tokens == len(inputs) >= blocks.FEWEST_TOKENS and not report[name].fallbacks
+        assert report[name].tokens == len(inputs) >= groups.FEWEST_TOKENS and not report[name].fallbacks
         torch.testing.assert_close(found, solved.quantized.dequantize())
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic
 
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.compression.walk.beside import Beside, beside, hidden_of
 from knowledge_compression.compression.walk.expert_inputs import one_expert_after_the_other
+from knowledge_compression.compression.walk.groups import Group
 from knowledge_compression.compression.walk.layer_inputs import finite, first_tensor, reading, sharing
 from knowledge_compression.compression.walk.statistics import (
     BlockMethod,
@@ -37,12 +38,11 @@ from knowledge_compression.compression.walk.tuning import Call, CompressedBlock
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Targets
 from knowledge_compression.models.device import multiplied_in
-from knowledge_compression.models.families import DECODER, ENCODER, EXPERTS
+from knowledge_compression.models.families import DECODER, ENCODER
 from knowledge_compression.models.targets import TargetLayer
 from knowledge_compression.progress import bars
 
 TOKENS_PER_BATCH = 4096
-FEWEST_TOKENS = 16  # for an expert to be compressed on its own inputs
 TOKENS_PER_BATCH_CPU = 1024  # as fast there, and a forward pass needs less memory
 
 
@@ -126,26 +126,6 @@ def _checked(model: Model, calibration: LongTensor | None) -> Tensor:
     return calibration
 
 
-@dataclass
-class _Group(Generic[S]):
-    """Linears of a block that read the same tensor, and its statistics; only the first of them observes it."""
-
-    statistics: S
-    layers: list[TargetLayer] = field(default_factory=list)
-    tokens: int = 0
-    settled: bool = False
-
-    @property
-    def routed(self) -> bool:
-        """Whether it is an expert's."""
-        return self.layers[0].role == EXPERTS
-
-    @property
-    def few(self) -> bool:
-        """Whether too few tokens were observed to go by them."""
-        return self.tokens < FEWEST_TOKENS if self.routed else self.tokens == 0
-
-
 @dataclass(frozen=True)
 class _Arguments:
     """Those of one call of a unit, for as long as the pass that made it may have gone on."""
@@ -196,7 +176,7 @@ class _Walk(Generic[S]):
 
     def _pass(self, batches: Sequence[Tensor]) -> Iterator[str]:
         """Run all batches in step until nothing is pending or a block that is used several times is compressed."""
-        groups: dict[str, list[_Group[S]]] = defaultdict(list)
+        groups: dict[str, list[Group[S]]] = defaultdict(list)
         calls: Counter[str] = Counter()
         calls_of: dict[str, list[Call]] = defaultdict(list)
         forwards = [SuspendedForward(partial(self._forward, batch), self._multiplying) for batch in batches]
@@ -314,7 +294,7 @@ class _Walk(Generic[S]):
                 if stops[stop][0].expert:
                     self._bank(stop, moving, stops[stop])
                 else:
-                    group = _Group(self.method.observe(layers[stop].weight.shape[1], self.device))
+                    group = Group(self.method.observe(layers[stop].weight.shape[1], self.device))
                     group.layers = [layers[member] for member in together.get(stop, [stop])]
                     for forward in moving:
                         values = finite(stop, first_tensor(forward.args, forward.kwargs))
@@ -332,7 +312,7 @@ class _Walk(Generic[S]):
         for name in dict.fromkeys(layer.weight_name for layer in layers):
             part = {layer.path: layer for layer in layers if layer.weight_name == name}
             width = next(iter(part.values())).weight.shape[1]
-            groups = {path: _Group(self.method.observe(width, self.device), [layer]) for path, layer in part.items()}
+            groups = {path: Group(self.method.observe(width, self.device), [layer]) for path, layer in part.items()}
             for forward in forwards:
                 with self._multiplying():
                     inputs, _ = reading(part, partial(run, forward))
@@ -348,7 +328,7 @@ class _Walk(Generic[S]):
         return LayerInputs(values.flatten(0, -2), influence, None if dense is None else dense.flatten(0, -2))
 
     def _observe(
-        self, unit: str, forwards: Sequence[SuspendedForward], dense: Sequence[Beside], groups: list[_Group[S]]
+        self, unit: str, forwards: Sequence[SuspendedForward], dense: Sequence[Beside], groups: list[Group[S]]
     ) -> None:
         """Run all batches through the unit; its groups, found in the first batch, observe their inputs."""
         layers = {layer.path: layer for layer in self.pending[unit]}
@@ -357,7 +337,7 @@ class _Walk(Generic[S]):
             known = {layer.path for group in groups for layer in group.layers}
             for paths in sharing({path: values for path, values in inputs.items() if path not in known}):
                 width = inputs[paths[0]].shape[-1]
-                groups.append(_Group(self.method.observe(width, self.device), [layers[path] for path in paths]))
+                groups.append(Group(self.method.observe(width, self.device), [layers[path] for path in paths]))
             for group in groups:
                 first = group.layers[0].path
                 if first not in inputs:
@@ -376,7 +356,7 @@ class _Walk(Generic[S]):
         with self._multiplying():
             return reading(layers, run, by_influence=self.settings.by_influence)
 
-    def _prepare(self, unit: str, groups: Sequence[_Group[S]], forward: SuspendedForward) -> None:
+    def _prepare(self, unit: str, groups: Sequence[Group[S]], forward: SuspendedForward) -> None:
         """Let the method change the block before any of its layers is compressed."""
         module = self.network.get_submodule(unit)
 
@@ -385,16 +365,14 @@ class _Walk(Generic[S]):
                 return self._run(module, forward)
 
         for group in groups:
-            self._settle(group)
+            group.settle(self._empty, by_influence=self.settings.by_influence)
         self.method.prepare(Observed(unit, module, [(group.layers, group.statistics) for group in groups], run))
 
-    def _settle(self, group: _Group[S]) -> None:
-        """Give a group of too few tokens the statistics of unknown inputs."""
-        if group.few and not group.settled:
-            group.statistics, group.settled = self._of_nothing(group.layers[0]), True
+    def _empty(self, width: int) -> S:
+        return self.method.observe(width, self.device)
 
-    def _shrink(self, group: _Group[S]) -> None:
-        self._settle(group)
+    def _shrink(self, group: Group[S]) -> None:
+        group.settle(self._empty, by_influence=self.settings.by_influence)
         few = group.few
         for report in self.method.shrink(group.layers, group.statistics):
             if group.routed or few:
@@ -403,18 +381,7 @@ class _Walk(Generic[S]):
                 report.fallbacks.append("few_tokens" if group.tokens else "no_tokens")
             self.reports[report.path] = report
 
-    def _of_nothing(self, layer: TargetLayer) -> S:
-        """Statistics for unknown inputs: all features uncorrelated and of equal magnitude.
-
-        With these, GPTQ rounds to nearest, and SparseGPT and Wanda remove the smallest weights.
-        """
-        width = layer.weight.shape[1]
-        statistics = self.method.observe(width, self.device)
-        influence = torch.ones(width, device=self.device) if self.settings.by_influence else None
-        statistics.update(LayerInputs(torch.eye(width, device=self.device), influence))
-        return statistics
-
-    def _compress(self, unit: str, groups: Sequence[_Group[S]], calls: Sequence[Call]) -> None:
+    def _compress(self, unit: str, groups: Sequence[Group[S]], calls: Sequence[Call]) -> None:
         layers = self.pending[unit]
         dense = {layer.path: layer.weight.clone() for layer in layers} if calls else {}
         for group in groups:
@@ -431,4 +398,4 @@ class _Walk(Generic[S]):
         """
         for layer in self.pending.pop(unit):
             if layer.path not in self.reports:
-                self._shrink(_Group(self.method.observe(layer.weight.shape[1], self.device), [layer]))
+                self._shrink(Group(self.method.observe(layer.weight.shape[1], self.device), [layer]))
