@@ -47,7 +47,6 @@ TOKENS_PER_BATCH_CPU = 1024  # as fast there, and a forward pass needs less memo
 
 
 __all__ = ["BlockMethod", "LayerInputs", "Statistics", "WalkSettings", "compress_blocks"]
-
 DEFAULT_WALK = WalkSettings()
 
 # Brings a block (its module path and module) to where it is computed for as long as the context is open; the reports,
