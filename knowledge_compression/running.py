@@ -125,7 +125,7 @@ def do(experiment: Experiment, workplace: Workplace, tracker: Tracker, *, afresh
 
 
 def _told_of(original: ModelSource, model: Model) -> dict[str, Any]:
-    """What the run of an original says of its model, by which runs are found to belong together, and its tokenizer."""
+    """The original's record of its model, by which runs are matched, and whether its tokenizer differs."""
     note = getattr(original, "note", "")
     told = {"name": original.name, "family": original.skeleton().family, "note": note, **original.provenance()}
     return told | {OTHER_TOKENIZER: not read_alike(model.tokenizer, original.tokenizer())}
@@ -186,7 +186,7 @@ def _data_at_hand(experiment: Experiment) -> dict[str, Mapping[str, Suite]]:
 
 
 def _beside(experiment: Experiment, report: Mapping[str, Any]) -> Beside:
-    """The dense model, to compare with or, where it is the one that is asked, to be recorded."""
+    """The dense model: to be compared with or, if it is the model that is asked, to be recorded."""
     if report.get("dense", {}).get(OTHER_TOKENIZER):
         raise BadInput(
             f"distance=true compares probabilities of the same tokens; {experiment.source.name} has not the tokenizer "

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from knowledge_compression.taking.answers import Answers
     from knowledge_compression.taking.said import Made, Statement
 
-# What the command line says of one model; the fields of Made.
+# What the command line can state about one model; the fields of Made.
 _SAID = ("model", "compression", "target", "recovery", "restores_by", "family", "bits", "sparsity", "stored_mb", "seed")
 
 
@@ -54,7 +54,7 @@ def take_results(results: Path, output: Path, said: Path | None, by: str | None,
         told: how the one model was made, as far as the command line says.
 
     Raises:
-        BadInput: the results are none that can be read, or what is said of them does not fit.
+        BadInput: the results cannot be read, or the statements about them do not fit.
     """
     from knowledge_compression.results.layout import Layout
     from knowledge_compression.taking.said import Statement, read_statement

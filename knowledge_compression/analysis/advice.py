@@ -103,7 +103,7 @@ def run_next(verdicts: Sequence[Verdict], comparisons: Comparisons) -> list[str]
             continue
         if not verdict.findings:
             advice += [
-                f"{verdict.claim.name}: no runs bear on it; {how}" for how in _commands(verdict.claim, comparisons)
+                f"{verdict.claim.name}: no runs here test it; {how}" for how in _commands(verdict.claim, comparisons)
             ]
         for finding in verdict.findings:
             if finding.status == UNDECIDED and (needed := _needed(finding, told)):

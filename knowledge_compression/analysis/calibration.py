@@ -158,7 +158,7 @@ def errors(sures: Sequence[Sure]) -> tuple[list[Estimate], list[Estimate]]:
 def _of_items(
     sure: Sure, halves: NDArray[np.bool_], own: list[float], others: list[float]
 ) -> list[NDArray[np.float64]]:
-    """Of each item, size and coverage by the run's own thresholds, and coverage by others, mean over halves."""
+    """Of each item, size and coverage by the run's own thresholds, and coverage by another run's; means over halves."""
     tested = (~halves).sum(0)
     pairs = list(zip(~halves, own, others, strict=True))
     sizes = sum(test * sure.sizes(limit) for test, limit, _ in pairs) / tested

@@ -26,7 +26,7 @@ class Claim:
         text: the claim in our words.
         source: paper and section.
         better, worse: settings (``compression``, its ``bits``, ``target``, ``recovery``, ``level`` of sparsity) of the
-            run that should keep more, and of the one that should keep less; ``answers: majority`` is no run but always
+            run that should keep more, and of the one that should keep less; ``answers: majority`` is not a run but always
             giving a task's most frequent answer.
         families: the families for which it is claimed.
         sparsity: closed range of sparsities at which pairs are formed; None uses every available pair.

@@ -159,8 +159,8 @@ def shares_by_depth(group: Group, run: Run) -> Row | None:
 
     Returns:
         ``before`` and ``after``: an :class:`Estimate` a depth, the first before the first block; ``went``: share of
-        the lost facts by where they went, deepest first, as in :func:`~.ledger.depths`. None where the lens was not
-        held over both runs, or nothing was lost.
+        the lost facts by where they went, deepest first, as in :func:`~.ledger.depths`. None if the lens was not
+        applied to both runs, or nothing was lost.
     """
     lost = depths(group.dense, run, group.asked.suite)
     if lost is None or lost.is_empty():
@@ -198,7 +198,7 @@ def _subsets(group: Group) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
 
 
 def _rates(such: Sequence[NDArray[np.bool_] | None]) -> Sequence[Estimate | None]:
-    """The share of each that is such; None where there are no facts, or nobody knows."""
+    """The share of each; None if there are no facts, or it is unknown."""
     found = iter(accuracies([one for one in such if one is not None and one.size]))
     return [next(found) if one is not None and one.size else None for one in such]
 

@@ -1,4 +1,4 @@
-"""What is compared of an item: whether it is right or, if items are not right or wrong, a value."""
+"""What is compared for each item: whether it is right or, if items are not right or wrong, a value."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def recovery_name(run: Run) -> str:
 
 
 def recovery_size(run: Run) -> tuple[int, ...]:
-    """What a recovery's size is set by: the rank of LoRA, the lengths of its prompts; empty for one without."""
+    """The settings that decide a recovery's size: the rank of LoRA, the lengths of its prompts; empty for one without."""
     settings = run.config.get("recovery") or {}
     if "prompts" in settings:
         return tuple(settings["prompts"])
@@ -23,7 +23,7 @@ def recovery_size(run: Run) -> tuple[int, ...]:
 
 
 def reading_order(run: Run) -> tuple[Any, ...]:
-    """What to sort runs by so that a reader finds them: the dense one first, then by what was done and how much."""
+    """The order in which a reader looks for runs: the dense one first, then by method and amount."""
     choices = run.config["choices"]
     done = [choices.get(key, "") for key in ("target", "compression", "recovery")]
     compression = run.config["compression"]

@@ -104,7 +104,7 @@ def _packed(content: Any) -> str:
 
 
 def _counts(runs: Sequence[Run], comparisons: Comparisons, verdicts: Sequence[Verdict], skipped: int) -> dict[str, int]:
-    """How many there are of what, by the word for so many."""
+    """How many of each thing there are, by its name in the singular or plural."""
     found = {
         ("run", "runs"): len(runs),
         ("dense baseline", "dense baselines"): sum(is_dense(run) for run in runs),

@@ -137,7 +137,7 @@ def recovery_table(comparisons: Comparisons) -> PaperTable:
                 row |= {f"{name}_published": theirs[name] for name in [*tasks, *(published.AVERAGES if whole else ())]}
             rows.append(row)
     caption = (
-        "Accuracy of compressed models and of what each recovery makes of them, with 95 % intervals. TriviaQA: the "
+        "Accuracy of compressed models, and of the same models after each recovery, with 95 % intervals. TriviaQA: the "
         "paper calls all nine tasks multiple-choice. The task triviaqa generates an answer and matches it exactly, as "
         "the harness defines it today, so that this column and the means with it are not the paper's measure; "
         "triviaqa_greedy is right where an answer is what the model says greedily, as in the harness's first versions."

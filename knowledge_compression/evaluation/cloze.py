@@ -39,7 +39,7 @@ class Cloze:
         subject, gold: the subject and the right answer.
         sentence: contains one ``[MASK]`` or several.
         wording: the template, or ``sentence``; calibration averages over prompts of one wording.
-        mask: index of the mask that is asked, from 0; only encoders can be asked others than the first.
+        mask: index of the mask that is asked, from 0; only encoders can be asked about any but the first.
     """
 
     task: str

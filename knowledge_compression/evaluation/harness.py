@@ -231,7 +231,7 @@ class _OneTask:
         with of_the_task(self.name):
             there = len(list(self.task.fewshot_docs() or []))
         config = self.task.config
-        if config.fewshot_split == config.test_split:  # lm-eval draws one more, lest a document be its own example
+        if config.fewshot_split == config.test_split:  # lm-eval draws one more, so that no document is its own example
             there -= 1
         if wanted > there:
             raise BadInput(

@@ -1,4 +1,4 @@
-"""What lm-eval's log of a document says of its answer, as columns of the item table."""
+"""The answer to a document in lm-eval's log, as columns of the item table."""
 
 from __future__ import annotations
 

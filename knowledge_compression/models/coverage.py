@@ -30,7 +30,7 @@ _COLUMNS = {"attention": (ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT)} | {
 }
 
 
-# What the tests do beside this table; one of them holds the figure against the list.
+# What the tests do in addition to this table; one of them compares the number with the list.
 _TRIED = (
     "89 types were tried from end to end: a tiny network of each with random weights and a tokenizer of its kind is "
     "loaded, pruned by magnitude (`target=att`, `ff`, `all` and `final`), quantized to int8 and by GPTQ, saved and "

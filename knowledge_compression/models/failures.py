@@ -72,7 +72,7 @@ def _accepted(place: Path) -> str:
 def quiet() -> Iterator[None]:
     """Silence transformers' own progress bars and reports: what matters is raised, and the bars are ours.
 
-    The hub's bars stay: nobody else knows how far a download is.
+    The hub's bars stay: only they know how far a download is.
     """
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as their_logging

@@ -69,7 +69,7 @@ def from_pretrained(
         device, dtype: as the user chose them.
         stored: the compressed checkpoint that is there, if it is one.
         allow_pickle: whether a pickle may be read.
-        **hub: the revision and the like, for transformers.
+        **hub: further arguments for transformers, such as the revision.
 
     Raises:
         ModelUnavailable: it cannot be read.

@@ -89,17 +89,17 @@ class ReplacedExperts(nn.ModuleList):
 
     @property
     def shape(self) -> torch.Size:
-        """Of the parameter that it stands for."""
+        """Of the parameter that it replaces."""
         first: Any = self._modules["0"]
         sizes = (first.in_features, first.out_features) if self.transposed else (first.out_features, first.in_features)
         return torch.Size((len(self), *sizes))
 
     def __getitem__(self, number: Any) -> Any:
-        """What stands for one expert's matrix in a product."""
+        """The replacement of one expert's matrix in a product."""
         return _Factor([self._modules[str(int(number))]], self.transposed, whole=False)
 
     def transpose(self, *_: int) -> _Factor:
-        """What stands for the bank with the last two dimensions swapped."""
+        """The replacement of the bank, with the last two dimensions swapped."""
         return _Factor(list(self._modules.values()), not self.transposed, whole=True)
 
     @classmethod

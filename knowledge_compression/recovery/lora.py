@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 ROLES = (ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT, FF)
-# As in targets, experts are feed-forward; a mixer stands for attention.
+# As in targets, experts are feed-forward; a mixer counts as attention.
 _TAKES = {FF: (FF, EXPERTS, SHARED_EXPERTS), DECODER_SELF_ATT: (DECODER_SELF_ATT, MIXER)}
 
 
@@ -37,7 +37,7 @@ _TAKES = {FF: (FF, EXPERTS, SHARED_EXPERTS), DECODER_SELF_ATT: (DECODER_SELF_ATT
 class Lora(OneAdapter):
     """Train low-rank additions to every attention and feed-forward projection; they are not merged into the weights.
 
-    Each expert of a mixture gets one of its own; what stands for attention (linear attention, state-space mixers)
+    Each expert of a mixture gets one of its own; what replaces attention (linear attention, state-space mixers)
     counts as attention.
 
     Attributes:

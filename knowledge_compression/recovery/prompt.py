@@ -85,7 +85,7 @@ def check_prompt(tokens: int, init: str = "vocabulary") -> None:
 def prompt_adapter(
     model: Model, base: FrozenBase, corpus: Corpus, tuning: Tuning, *, tokens: int, init: str
 ) -> Adapter:
-    """Train one soft prompt for ``model``, or use the one that an earlier run trained; a decoder is left unchanged."""
+    """Train one soft prompt for ``model``, or use that of an earlier run; a decoder is left unchanged."""
     check_positions(model, tokens)
     kind = {"adapter": Prompt.name, "tokens": tokens, "init": init}
     return tuning.adapter(model, base, corpus, kind, trainable=lambda: _trainable(model, tokens, init), reserved=tokens)

@@ -21,7 +21,7 @@ def is_file(run: Run) -> bool:
 
 
 def kept(run: Run, baseline: Run, suite: str) -> dict[str, Any]:
-    """What a table tells of a file, all None for any other run.
+    """What a table shows about a file; all None for any other run.
 
     Returns:
         ``file``, its name, and ``kept_percent, kept_low, kept_high``: the share of the items that the original answers
@@ -43,7 +43,7 @@ def kept(run: Run, baseline: Run, suite: str) -> dict[str, Any]:
 
 
 def told(run: Run) -> str | None:
-    """A line on the file that a run's model was read from; None where it was not compressed."""
+    """A line about the file from which a run's model was read; None if it was not compressed."""
     stored: Mapping[str, Any] | None = run.report.get("compression", {}).get("stored")
     if not stored:
         return None
@@ -56,7 +56,7 @@ def told(run: Run) -> str | None:
 
 
 def tokens_differ(run: Run) -> str | None:
-    """A line where a file's tokenizer is not that of its original."""
+    """A line if a file's tokenizer is not that of its original."""
     if not run.report.get("dense", {}).get(OTHER_TOKENIZER):
         return None
     names = run.config["choices"]

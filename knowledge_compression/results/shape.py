@@ -48,7 +48,7 @@ class _Config(TypedDict):
     choices: _Choices
     eval: dict[str, dict[str, Any]]
     seed: int | None  # of the random draws; None if there were none
-    sparsity: float | None  # None if nobody knows
+    sparsity: float | None  # None if unknown
     reading: str
     compression: _HowCompressed
     recovery: NotRequired[_HowRecovered]

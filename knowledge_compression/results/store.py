@@ -50,7 +50,7 @@ class Run:
         report: the reports of compression, recovery and each suite, JSON-ready.
         environment: versions, hardware, time, command.
         folder: its folder; None before it is written.
-        items_digest: of the file of its items, as it was written; None where nobody noted it.
+        items_digest: of the file of its items, as it was written; None if it was not recorded.
     """
 
     id: str
@@ -111,7 +111,7 @@ class Run:
 
     @property
     def taken(self) -> bool:
-        """Whether other tools made it, so that only what was said of it is known (docs/taking.md)."""
+        """Whether it was made by other tools, so that only what its taker stated is known (docs/taking.md)."""
         return "content" in self.config.get("identity", {})
 
     @property
@@ -300,7 +300,7 @@ class RunStore:
         return run
 
     def _fill(self, scratch: Path, run: Run, extra_files: Mapping[str, bytes]) -> dict[str, str]:
-        """Write all of a run and see it to the disk; gives the digests of its large files."""
+        """Write all of a run and flush it to the disk; returns the digests of its large files."""
         (scratch / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
         compression = dict(run.report.get("compression", {}))
         if layers := compression.pop("layers", None):

@@ -90,7 +90,7 @@ def _typed(value: str) -> str:
 
 @dataclass(frozen=True)
 class Composed:
-    """What a combination stands for.
+    """A combination, composed.
 
     Attributes:
         settings: its whole configuration as plain data; shared between combinations and never changed.
@@ -121,7 +121,7 @@ class Composer:
         self._values = {one: value for one in swept if (value := self._value(one, keys))}
 
     def __call__(self, overrides: Sequence[str]) -> Composed:
-        """What a combination stands for.
+        """Compose a combination.
 
         Raises:
             BadInput: a required value is missing, or a reference is invalid.

@@ -1,6 +1,6 @@
 """The common part of launchers: each run of a sweep gets its own process, so one that dies does not affect others.
 
-``local`` starts the processes on this machine, ``slurm`` hands them to a cluster.
+``local`` starts the processes on this machine, ``slurm`` submits them to a cluster.
 """
 
 from __future__ import annotations

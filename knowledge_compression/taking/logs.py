@@ -57,7 +57,7 @@ def read_log(folder: Path, root: Path, made: Made, suite: str | None) -> Answers
             if task in found_in:
                 raise BadInput(f"{folder}: task {task} was logged twice ({found_in[task].name}, {file.name}); keep one")
             if not file.is_file():
-                raise BadInput(f"{path} tells of task {task}, whose samples ({file.name}) are not there")
+                raise BadInput(f"{path} reports task {task}, whose samples ({file.name}) are not there")
             found_in[task] = file
             read.append(file)
             items = _items(file, config, results, task)
@@ -152,7 +152,7 @@ def _item(samples: list[Mapping[str, Any]], output_type: str | None, judge: Any)
     if output_type != "multiple_choice" or isinstance(first["target"], list):
         return answer_of(samples, str(output_type), judge)
     inputs = [str(arguments[0]) for arguments in first["arguments"]]
-    if len(set(inputs)) > 1:  # the choices stand in the context; the log does not say which of them is right
+    if len(set(inputs)) > 1:  # the choices are in the context; the log does not say which of them is right
         return answer_of(samples, output_type, judge, (inputs, None))
     choices = [str(arguments[1]).strip() for arguments in first["arguments"]]
     return answer_of(samples, output_type, judge, (choices, _gold(first, choices)))

@@ -147,7 +147,7 @@ def _chosen(columns: Columns, mapping: Mapping[str, str], file: Path, where: str
 
 
 class _Questions:
-    """The questions that answers are to, where they stand in a file of their own."""
+    """The questions to which the answers belong, if they are in a file of their own."""
 
     def __init__(self, folder: Path, said: Questions | None, task: str) -> None:
         self.said, self.file = said, folder / said.file if said else None

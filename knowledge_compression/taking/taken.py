@@ -88,7 +88,7 @@ def run_of(answers: Answers, by: str) -> Run:
 
 
 def runs_of(store: Path, by: str) -> list[Run]:
-    """The runs of another store, marked as taken; each keeps its id, its settings and what it says of its machine.
+    """The runs of another store, marked as taken; each keeps its id, its settings and its record of the machine.
 
     Raises:
         BadInput: there are none that can be read.
@@ -113,7 +113,7 @@ def take(runs: Sequence[Run], outputs: Path, notes: Sequence[str] = ()) -> Taken
     """Write runs into a store; all of them are checked before the first is written.
 
     Raises:
-        BadInput: two of them say of the same model that it is the uncompressed one, an item has another right answer
+        BadInput: two of them claim to be the uncompressed run of the same model, an item has another right answer
             than in the store, or the store cannot be written.
     """
     store = RunStore(outputs)

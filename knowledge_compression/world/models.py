@@ -97,7 +97,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Mixture(Shape):
-    """The size of a decoder with routed experts in the place of its feed-forward layers (shaped like Mixtral).
+    """The size of a decoder with routed experts in place of its feed-forward layers (shaped like Mixtral).
 
     All experts of a block together have about as many weights as the feed-forward layers of the dense decoder, so that
     the two models are of one size and each expert is one part in ``experts`` of it.

@@ -62,7 +62,7 @@ def test_what_cannot_be_read_or_compared_is_named_and_counted_on_the_page(tmp_pa
     html = (tmp_path / "report.html").read_text()
     assert "half-copied: report.json is not there" in html
     assert "no dense run of m with the same atlas settings (limit=5)" in html
-    assert "2 of what lies in the store cannot be read, or compared." in html
+    assert "2 entries of the store cannot be read or compared." in html
 
 
 def test_a_store_of_broken_folders_alone_is_one_line_that_names_one(tmp_path, capsys):

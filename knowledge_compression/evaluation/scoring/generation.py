@@ -144,7 +144,7 @@ def _steps(
 
 
 def pad_id(model: Model) -> int:
-    """The token that fills rows up; 0 where the tokenizer has none, as nobody attends to it.
+    """The token that fills rows up; 0 if the tokenizer has none, as no token attends to it.
 
     Raises:
         BadInput: the network has no embedding for it.

@@ -1,4 +1,4 @@
-"""What a name stands for in a data folder: a task, a group of tasks, or all tasks with a tag."""
+"""What a name means in a data folder: a task, a group of tasks, or all tasks with a tag."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def shipped() -> Shipped:
 
 
 def named(name: str, folder: Path, *, allow_code: bool = False) -> Named:
-    """What ``name`` stands for: a shipped task, group or tag, or a user's own under ``folder``.
+    """What ``name`` means: a shipped task, group or tag, or a user's own under ``folder``.
 
     A user's own task or group is a file ``NAME.yaml`` in lm-eval's format; a tag is one of a user's own tasks.
 
@@ -148,7 +148,7 @@ def _tagged(tag: str, folder: Path, allow_code: bool) -> list[str]:
 def _tags_of(path: Path, allow_code: bool) -> Iterator[str]:
     try:
         tags = files_of(path, allow_code=allow_code)[0].get("tag") or []
-    except (BadInput, DataUnavailable):  # another file's fault, which is told when that is asked
+    except (BadInput, DataUnavailable):  # another file's fault, which is reported when that file is asked for
         return
     yield from [tags] if isinstance(tags, str) else (tag for tag in tags if isinstance(tag, str))
 
