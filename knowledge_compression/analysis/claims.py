@@ -26,8 +26,8 @@ class Claim:
         text: the claim in our words.
         source: paper and section.
         better, worse: settings (``compression``, its ``bits``, ``target``, ``recovery``, ``level`` of sparsity) of the
-            run that should keep more, and of the one that should keep less; ``answers: majority`` is not a run but always
-            giving a task's most frequent answer.
+            run that should keep more, and of the one that should keep less; ``answers: majority`` is not a run but
+            always giving a task's most frequent answer.
         families: the families for which it is claimed.
         sparsity: closed range of sparsities at which pairs are formed; None uses every available pair.
         suites: the suites for which it is claimed; empty means all that have right answers.

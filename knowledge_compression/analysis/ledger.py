@@ -80,7 +80,8 @@ def depths(dense: Run, compressed: Run, suite: str) -> pl.DataFrame | None:
     """In which depth the right answers to lost facts are found (both runs with ``eval=[<suite>,lens]``).
 
     Returns:
-        One row for each lost fact to which the lens was applied: ``task, id, question, gold``; ``ranks_before, ranks_after``,
+        One row for each lost fact to which the lens was applied: ``task, id, question, gold``; ``ranks_before,
+        ranks_after``,
         the answer's rank by depth, before the first block and after each; ``first_until``, the last depth at which the
         compressed model ranks it first (null: at none); and ``went``: ``to the end`` where that is after the last
         block (the lens reads an answer's first token, so the rest of it went wrong, or another that begins alike won),

@@ -15,7 +15,7 @@ def recovery_name(run: Run) -> str:
 
 
 def recovery_size(run: Run) -> tuple[int, ...]:
-    """The settings that decide a recovery's size: the rank of LoRA, the lengths of its prompts; empty for one without."""
+    """The settings that decide a recovery's size: the rank of LoRA, the lengths of prompts; empty if there are none."""
     settings = run.config.get("recovery") or {}
     if "prompts" in settings:
         return tuple(settings["prompts"])
@@ -23,7 +23,7 @@ def recovery_size(run: Run) -> tuple[int, ...]:
 
 
 def reading_order(run: Run) -> tuple[Any, ...]:
-    """The order in which a reader looks for runs: the dense one first, then by method and amount."""
+    """The order in which runs are listed: the dense one first, then by method and amount."""
     choices = run.config["choices"]
     done = [choices.get(key, "") for key in ("target", "compression", "recovery")]
     compression = run.config["compression"]

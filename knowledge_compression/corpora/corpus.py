@@ -152,7 +152,7 @@ class TextCorpus(Windowed, ABC):
     bos: bool | str = field(default=AUTO, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse what is neither yes, no nor ``auto``."""
+        """Refuse anything but true, false and ``auto``."""
         super().__post_init__()
         check_bos(self.bos, "corpus.bos")
 
@@ -235,7 +235,7 @@ class PublishedCorpus(TextCorpus):
 
 
 def check_bos(bos: bool | str, setting: str) -> None:
-    """Refuse what is neither yes, no nor ``auto``."""
+    """Refuse anything but true, false and ``auto``."""
     if bos not in (AUTO, True, False):
         raise BadInput(f"{setting}={bos} does not exist; choose one of auto, true, false")
 
@@ -250,7 +250,7 @@ def beginning(model: Model, bos: bool | str, setting: str) -> list[int]:
         setting: what the user calls it, for messages.
 
     Raises:
-        BadInput: it was asked for and the tokenizer has none, or the model is no decoder.
+        BadInput: it was asked for and the tokenizer has none, or the model is not a decoder.
     """
     token = model.tokenizer.bos_token_id if model.family == DECODER else None
     if bos == AUTO:

@@ -116,10 +116,10 @@ def product_type(choice: str, setting: str, bfloat16_is_faster: Callable[[], boo
 
 
 def kind_of(choice: str | Spread) -> str:
-    """``cpu``, ``cuda`` or ``mps``, of what the user typed; torch is imported only where that needs it.
+    """``cpu``, ``cuda`` or ``mps``, of what the user typed; torch is imported only if that needs it.
 
     Raises:
-        BadInput: it is not to be had here.
+        BadInput: it is not available here.
     """
     choice = choice.device if isinstance(choice, Spread) else choice
     return "cpu" if choice == "cpu" or (choice == "auto" and not _may_have_gpu()) else resolve_device(choice).type
@@ -127,7 +127,7 @@ def kind_of(choice: str | Spread) -> str:
 
 @cache
 def _may_have_gpu() -> bool:
-    """Whether torch may find a GPU here: not where it was built without, or where the driver it needs is not there."""
+    """Whether torch may find a GPU here: not if it was built without GPU support, or the driver is missing."""
     spec = find_spec("torch")
     assert spec is not None and spec.origin is not None
     built = run_path(str(Path(spec.origin).with_name("version.py")))  # what torch.version is, without torch
@@ -166,7 +166,7 @@ def weight_type(choice: str, device: Callable[[], str]) -> str:
 
     Args:
         choice: what the user typed.
-        device: gives the kind of device, where ``auto`` leaves it to that.
+        device: gives the kind of device, on which ``auto`` depends.
 
     Raises:
         BadInput: there is no such choice.

@@ -303,7 +303,7 @@ def _read(network: Any) -> Architecture:
     head = network.get_output_embeddings()
     if head is None:
         raise BadInput(f"a network of type '{config.model_type}' has no projection to the vocabulary")
-    if family == ENCODER_DECODER and network.get_encoder() is network:  # a decoder that also hears, filed by its task
+    if family == ENCODER_DECODER and network.get_encoder() is network:  # an audio decoder, listed under its task
         family = DECODER
     halves = [network.get_encoder(), network.get_decoder()] if family == ENCODER_DECODER else [network]
     bodies, outside = tuple(_body(half, paths) for half in halves), exceptions.outside

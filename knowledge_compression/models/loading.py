@@ -17,7 +17,7 @@ from knowledge_compression.cache import cached_folder
 from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
 from knowledge_compression.identity import LABEL, PLACE, SPEED
 from knowledge_compression.models.content import files_fingerprint, folder_fingerprint
-from knowledge_compression.models.failures import one_line_failures
+from knowledge_compression.models.failures import one_line_failures, quiet
 from knowledge_compression.models.hub import cache_alone_where_no_hub_answers, cached_commit, commit_of
 from knowledge_compression.models.model import Model
 from knowledge_compression.models.pretrained import from_pretrained, skeleton_of, streamed_from, tokenizer_of
@@ -383,9 +383,10 @@ class PackagedGguf(Packaged):
         from knowledge_compression.models.checkpoints.gguf import GgufFile
 
         path = _package_folder(self.package, self.requirement) / self.file
-        log.info("converting %s to safetensors, once (a few seconds)", self.file)
+        log.info("converting %s to safetensors, once", self.file)
         model = from_pretrained(str(path), self.name, "cpu", "float32", stored=GgufFile.at(path))
-        model.network.save_pretrained(folder)
+        with quiet():
+            model.network.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
 
 

@@ -61,14 +61,14 @@ class Model:
 
     @property
     def text_config(self) -> Any:
-        """The configuration of what reads text, which a network that also sees has inside its own; of what says text
-        in an encoder-decoder."""
+        """The configuration of the part that reads text, inside that of a multimodal network; in an encoder-decoder, of
+        the part that generates text."""
         config = self.network.config
         return config.get_text_config(decoder=True) if self.family == ENCODER_DECODER else config.get_text_config()
 
     @property
     def decoder_start(self) -> int:
-        """The token before everything that an encoder-decoder says, found as transformers' own generation finds it.
+        """The token with which an encoder-decoder begins to generate, found as transformers' own generation finds it.
 
         Raises:
             BadInput: its settings name none.
@@ -105,7 +105,7 @@ class Model:
 
     @property
     def head_is_tied(self) -> bool:
-        """Whether the final layer's weight is that of embeddings: of the input, or of what a decoder has said."""
+        """Whether the final layer's weight is that of embeddings: those of the input, or of the decoder."""
         head = self.network.get_submodule(self.architecture.final)
         embeddings = (module for module in self.network.modules() if isinstance(module, nn.Embedding))
         return isinstance(head, nn.Linear) and any(head.weight is module.weight for module in embeddings)

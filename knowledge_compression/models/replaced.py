@@ -127,7 +127,7 @@ class _Factor:
         if not self.whole and (name == "linear" if not self.transposed else name in ("matmul", "__matmul__", "mm")):
             return self.experts[0](left)
         raise BadInput(
-            f"this network multiplies by its experts in a way ({name}) that modules in their place do not know; choose "
+            f"this network multiplies by its experts in a way ({name}) that replaced modules do not support; choose "
             "a method that writes weights, e.g. compression=rtn compression.bits=8"
         )
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.models.failures import quiet
 from knowledge_compression.models.model import Model
 from knowledge_compression.models.replaced import ReplacedExperts, ReplacedLinear
 
@@ -66,7 +67,8 @@ def write_checkpoint(
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    model.network.save_pretrained(scratch, state_dict=state, max_shard_size=SHARD_SIZE)
+    with quiet():
+        model.network.save_pretrained(scratch, state_dict=state, max_shard_size=SHARD_SIZE)
     model.tokenizer.save_pretrained(scratch)
     keep_scaling(model.network, scratch / "config.json")
     if settings:
@@ -76,7 +78,6 @@ def write_checkpoint(
         (scratch / name).write_text(text)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
-    log.info("saved %s to %s", model.name, folder)
 
 
 def keep_scaling(network: nn.Module, config_file: Path) -> None:

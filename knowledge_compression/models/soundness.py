@@ -101,7 +101,7 @@ def _refuse_beyond(name: str, unknown: Mapping[int, str], embeddings: nn.Module,
 
 
 def check_it_runs(model: Model) -> None:
-    """Run the network on a few tokens, so that one which cannot run fails before anything else is done.
+    """Run the network on a few tokens, so that a network that cannot run fails before anything else is done.
 
     Raises:
         Exception: any error that its modules raise.

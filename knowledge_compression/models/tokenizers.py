@@ -1,4 +1,4 @@
-"""Whether two tokenizers read text alike."""
+"""Whether two tokenizers read text in the same way."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Words, numbers, spaces, line ends, signs, other scripts: what tokenizers of one vocabulary still take apart unlike.
+# Words, numbers, spaces, line ends, signs, other scripts: where tokenizers with the same vocabulary still differ.
 _TEXTS = (
     "The capital of France is Paris, isn't it?",
     " two  spaces\tand a tab\n\nand 12,345.67 lines\n",

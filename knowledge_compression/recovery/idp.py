@@ -24,7 +24,7 @@ class Idp(SeveralPrompts):
 
     The prompts do not attend to each other, and their keys and values are computed once. The prompt that gets the most
     attention from the input (mean over heads, input tokens and the prompt's tokens) is selected; the answer being
-    scored has no say.
+    scored has no influence.
 
     Attributes:
         selection: ``per_layer`` (each attention layer selects, as in the paper's wording) or ``once`` (the first layer

@@ -163,7 +163,7 @@ class _Column:
         name: its heading.
         cells: the text of each row.
         right: whether it is set to the right, as numbers are.
-        spare: which columns are left out first if the terminal is narrow: those with the largest number; None for never.
+        spare: which columns are left out first in a narrow terminal: those with the largest number; None: never.
     """
 
     name: str
@@ -182,7 +182,7 @@ def as_rich(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> Tabl
 
     Args:
         rows: the rows.
-        width: characters in a line. If a row is longer, columns are left out, first those that are the same in all rows;
+        width: characters in a line. For longer rows, columns are left out, first those that are the same in all rows;
             the table's caption names them. None shows all.
     """
     columns = _columns(rows)

@@ -22,6 +22,7 @@ from knowledge_compression.heavy import torch
 from knowledge_compression.identity import LABEL
 from knowledge_compression.models import Model
 from knowledge_compression.models.device import resolve_device
+from knowledge_compression.models.failures import quiet
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.objectives import LastWords, MaskedTokens, NextToken, Objective, SpanCorruption
@@ -263,7 +264,8 @@ class WorldModel:
         made = self._made(world, model, report, recall)
         log.info("%s recalls %.1f %% of head facts in held-out wordings", self.name, 100 * recall["head.held_out"])
         self._check_recall(recall["head.held_out"], made["facts"], report.steps)
-        network.save_pretrained(folder)
+        with quiet():
+            network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "made.json").write_text(json.dumps(made, indent=1) + "\n")
         state.unlink()

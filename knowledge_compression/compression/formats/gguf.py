@@ -261,7 +261,6 @@ def save_gguf(model: Model, folder: Path, kind: Kind | None = None) -> dict[str,
             model.name,
             told["relative_error"],
         )
-    log.info("saved %s to %s", model.name, folder / FILE)
     return told
 
 
