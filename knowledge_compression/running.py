@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
 import torch
@@ -44,6 +44,7 @@ from knowledge_compression.results.workplace import Workplace
 
 if TYPE_CHECKING:
     from knowledge_compression.experiment import Experiment
+    from knowledge_compression.models.loading import StreamableSource
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def do(experiment: Experiment, workplace: Workplace, tracker: Tracker, *, afresh
     saved, cost = workplace.folder / SAVED, _Cost(resolve_device(experiment.device))
     parts = _data_at_hand(experiment)
     with cost.of("load"):
-        load = experiment.source.streamed if experiment.streams else experiment.loader.load  # type: ignore[attr-defined]
+        load = cast("StreamableSource", experiment.source).streamed if experiment.streams else experiment.loader.load
         model = load(experiment.device, experiment.dtype)
         if not experiment.streams:
             Scorer(model)  # finds out how texts may share a pass, while the model is still dense

@@ -81,11 +81,6 @@ class Targets(Sequence[TargetLayer]):
         """Number of weights in the selection, each counted once."""
         return sum(layer.parameters for layer in self._layers)
 
-    @cached_property
-    def parameters_in_use(self) -> int:
-        """Number of weights in the selection, counted once per use (as the first paper's Table 2 counts ALBERT)."""
-        return sum(layer.parameters * layer.uses for layer in self._layers)
-
     def with_final(self) -> Targets:
         """The same selection with the final layer, as in published quantization of the whole model."""
         if any(layer.role == FINAL for layer in self._layers):

@@ -320,6 +320,7 @@ class RunStore:
                     path.rename(scratch / path.name)
         for path in scratch.rglob("*"):
             if path.is_file():
+                path.chmod((scratch / "config.yaml").stat().st_mode)  # safetensors lets only the owner read its files
                 _flush(path)
         scratch.chmod(0o755)
         return digests

@@ -108,7 +108,9 @@ def test_magnitude(dense: Model, part: str, tmp_path: Path) -> None:
             assert torch.equal(parameter, before[name]) == (name not in touched), name
     if part == "all":
         selected = target(part).select(dense)
-        assert selected.parameters_in_use + sum(part.parameters for part in selected.left_out) == matrices(dense)
+        assert sum(layer.parameters * layer.uses for layer in selected) + sum(
+            part.parameters for part in selected.left_out
+        ) == matrices(dense)
     elsewhere = logits(model)
     assert elsewhere.isfinite().all() and not torch.equal(elsewhere, logits(dense))
     assert torch.equal(logits(back(model, tmp_path / "again")), elsewhere)

@@ -187,6 +187,17 @@ def test_what_a_run_keeps_for_others_moves_into_its_folder_and_the_rest_goes(tmp
     assert not (tmp_path / "unfinished").exists()
 
 
+def test_what_others_may_read_of_a_run_they_may_read_whole(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    with store.claim("a1") as place:
+        place.add("model.safetensors", b"weights")
+        (place.folder / "model.safetensors").chmod(0o600)  # as safetensors leaves it
+        run = store.write(made())
+    assert run.folder is not None
+    modes = {path.name: path.stat().st_mode for path in run.folder.iterdir()}
+    assert modes["model.safetensors"] == modes["config.yaml"] != 0o100600
+
+
 def test_outputs_that_cannot_be_written_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "outputs").write_text("a file")
     with pytest.raises(BadInput, match=r"output\.dir=.*cannot be written"), RunStore(tmp_path / "outputs").claim("a1"):
