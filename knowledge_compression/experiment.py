@@ -283,7 +283,7 @@ class Experiment:
 
     def _done(self, store: RunStore) -> Run | None:
         if (done := self._found(store)) is not None:
-            log.info("run %s is already finished", self.id)
+            log.info("%s %s is already finished", "the dense baseline" if self.is_dense else "run", self.id)
         return done
 
     def _found(self, store: RunStore) -> Run | None:

@@ -9,7 +9,7 @@ import shlex
 import pytest
 from hydra import compose, initialize_config_dir
 
-from helpers.places import CONF, ROOT
+from helpers.places import CONF, PACKAGE, ROOT
 from knowledge_compression.configuration import experiment_from
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/*.md")])
@@ -31,6 +31,19 @@ def commands(start: str) -> list[tuple[str, str]]:
     return sorted(
         {(page, code) for page, text in TEXTS.items() for code in snippets(text) if code.startswith(f"{start} ")}
     )
+
+
+def test_the_architecture_names_every_module_and_package_and_no_other():
+    """Of the top level all; a table's cell may name several files of one folder, ``models/loading.py`` and others."""
+    text = TEXTS["docs/architecture.md"]
+    top = {path.name for path in PACKAGE.iterdir() if not path.name.startswith("_")}
+    assert {name for name in top if name.removesuffix(".py") not in text} == set()
+    rows = re.findall(r"^\| (`[^|]*) \|", text, re.M)
+    for row in rows:
+        folder = PACKAGE
+        for name in re.findall(r"`([\w/]+(?:\.py|/))`", row):
+            folder = (PACKAGE / name).parent if "/" in name.rstrip("/") else folder
+            assert (PACKAGE / name).exists() or (folder / name).exists(), name
 
 
 @pytest.mark.parametrize("page", TEXTS)
