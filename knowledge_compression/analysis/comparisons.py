@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from knowledge_compression.results.varying import is_dense as _is_dense
 from knowledge_compression.statistics import Estimate, accuracies, drops, macro_accuracies
 
 KEY = ["task", "id"]  # an item of a suite
+_DIGEST, _BRIEF = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{8,}\b"), r"\1"  # a reader needs no more of it
 _PLACES = (
     "path",
     "data_dir",
@@ -369,7 +371,7 @@ def _particular(mine: Mapping[str, str], all_of_them: Sequence[Mapping[str, str]
     """The settings of a protocol that differ between runs."""
     names = {name for said in all_of_them for name in said}
     unlike = sorted(name for name in names if len({said.get(name) for said in all_of_them}) > 1)
-    return ", ".join(f"{name}={mine[name]}" for name in unlike if name in mine)
+    return ", ".join(f"{name}={_DIGEST.sub(_BRIEF, mine[name])}" for name in unlike if name in mine)
 
 
 def _in_brackets(text: str) -> str:

@@ -18,6 +18,7 @@ from knowledge_compression.heavy import torch
 from knowledge_compression.identity import LABEL, PLACE
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER
+from knowledge_compression.models.hub import cache_alone_where_no_hub_answers
 from knowledge_compression.reading import parsed, text_of
 
 if TYPE_CHECKING:
@@ -308,8 +309,10 @@ def hub_texts(repository: str, split: str, *, config: str | None = None, files: 
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    files_of = {split: files} if files else None
     try:
-        return load_dataset(repository, config, data_files={split: files} if files else None, split=split)["text"]
+        with cache_alone_where_no_hub_answers():
+            return load_dataset(repository, config, data_files=files_of, split=split)["text"]
     except (OSError, ValueError, DatasetsError) as error:
         raise DataUnavailable(
             f"the data set '{repository}' is not cached and could not be downloaded ({first_line(error)}); give local "

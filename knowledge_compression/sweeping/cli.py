@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -22,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from knowledge_compression.building import nearest
 from knowledge_compression.cache import check_cache
-from knowledge_compression.configuration import GROUPS, conf_folder, settings_of, values_of
+from knowledge_compression.configuration import GROUPS, Values, conf_folder, settings_of, values_of
 from knowledge_compression.errors import BadInput
 from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, Outcome, planned_names, settings_typed
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONF = conf_folder()
+SETTINGS = {*GROUPS, "tracker", *Values.__dataclass_fields__}
 
 EXIT_STATUS = {DONE: 0, FAILED: 1, BAD_INPUT: 2}
 _NO_ROOM = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES}  # a disk that cannot be written, by any user
@@ -75,12 +77,17 @@ def check_own_files(arguments: Sequence[str]) -> None:
 
 
 def check_choices(arguments: Sequence[str]) -> None:
-    """Refuse a group whose value is not a file name, which Hydra answers with a stack trace or misreads as a name.
+    """Refuse what Hydra answers with a stack trace, with lines about its own options, or misreads as a name.
 
     Raises:
-        BadInput: there is such a group; the message names it.
+        BadInput: a group's value is not a file name, or a setting is not written ``NAME=VALUE``; the message names it.
     """
-    for argument in arguments:
+    for before, argument in pairwise(["", *arguments]):
+        name = argument.lstrip("-").partition("=")[0]
+        if argument.startswith("--") and name.partition(".")[0] in SETTINGS and name != "run":  # which is Hydra's
+            raise BadInput(f"{argument} is not an option; write settings as {name}=VALUE, without dashes")
+        if argument in SETTINGS and not before.startswith("-"):
+            raise BadInput(f"{argument} has no value; write {argument}=VALUE, without spaces")
         group, equals, choice = argument.partition("=")
         if equals and group in (*GROUPS, "tracker"):
             listed = choice.startswith("[") and group != "eval"

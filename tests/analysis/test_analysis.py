@@ -115,7 +115,7 @@ def test_advise_prints_a_front_and_refuses_nonsense(tmp_path, capsys):
     assert "fewer_bits_hurt" not in said and "untested – " in said and "--claims names the runs they need" in said
     main([str(tmp_path), "--claims"])
     said = capsys.readouterr().out
-    assert "fewer_bits_hurt: no runs bear on it; python run.py" in said and "untested" not in said
+    assert "fewer_bits_hurt: no runs here test it; python run.py" in said and "untested" not in said
     for nonsense in ("lots", "0", "120%"):
         with pytest.raises(SystemExit) as end:
             main([str(tmp_path), "--keep", nonsense])
