@@ -109,15 +109,16 @@ class Calibrated(Method, Generic[S]):
     def prepare(self, block: Observed[S]) -> None:
         """Change a block before its layers are compressed; most methods do not."""
 
-    @abstractmethod
     def solve(self, weight: Tensor, statistics: S, heights: Sequence[int]) -> Solved:
-        """Compress the stacked weights of linears that read the same inputs.
+        """Compress the stacked weights of linears that read the same inputs; a method whose results depend on which
+        layers they are implements :meth:`shrink` instead.
 
         Args:
             weight: float32 ``[sum of heights, in_features]`` on the compute device; must not be modified.
             statistics: the statistics of the inputs.
             heights: number of rows of each linear, for methods that treat each separately.
         """
+        raise NotImplementedError(f"{self.name} does not say how weights are compressed")
 
     def tune(self, block: CompressedBlock) -> None:
         """Improve a block whose layers have been solved for, in place; for methods whose :attr:`walk` is ``tuned``."""

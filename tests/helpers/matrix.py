@@ -18,7 +18,7 @@ from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.sweeping.cli import CONF
 
 COMPRESSIONS = [choice.partition("=")[2] for choice in shipped("compression")]
-CALIBRATED = ["gptq", "gptaq", "sparsegpt", "wanda", "awq", "smoothquant", "int8_static"]
+CALIBRATED = ["gptq", "gptaq", "imatrix", "sparsegpt", "wanda", "awq", "smoothquant", "int8_static"]
 PUTS_MODULES = ["int8_dynamic", "prune_int8", "int8_static", "smoothquant"]
 # Wide enough for the shipped group sizes of 64 and 128.
 WIDE: dict[str, dict[str, Any]] = {
@@ -27,7 +27,7 @@ WIDE: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "num_key_value_heads": 2},
 }
 BITS = {"int8_dynamic": 8, "prune_int8": 8, "int8_static": 8, "smoothquant": 8, "fp8": 8} | dict.fromkeys(
-    ["rtn", "gptq", "gptaq", "awq", "nf4", "hqq", "gguf", "mxfp4", "nvfp4"], 4
+    ["rtn", "gptq", "gptaq", "awq", "nf4", "hqq", "gguf", "imatrix", "mxfp4", "nvfp4"], 4
 )
 SPARSITY = 0.25
 REMOVED = dict.fromkeys(["magnitude", "random", "structured", "sparsegpt", "wanda", "prune_int8"], SPARSITY)
@@ -88,7 +88,9 @@ def check(name: str, run: Run, architecture: str, dtype: str) -> None:
     assert touched == expected, name
     for layer in run.layers:  # transformers keeps T5's wo in float32 where all else is loaded in float16
         wide = dtype == "float32" or (architecture == "t5" and dtype == "float16" and layer["path"].endswith("wo"))
-        falls_back = name == "gguf" and layer["fallbacks"] == ["q5_0_for_q4_k"]  # rows of less than 256 inputs
+        falls_back = name in ("gguf", "imatrix") and layer["fallbacks"] == [
+            "q5_0_for_q4_k"
+        ]  # rows of less than 256 inputs
         assert layer["bits"] == (5 if falls_back else BITS.get(name, 32 if wide else 16)), (name, layer)
     assert report["sparsity"] == pytest.approx(REMOVED.get(name, 0.0), abs=0.02), name
     assert report["parameters_touched"] == sum(expected.values())

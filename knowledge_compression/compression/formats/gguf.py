@@ -33,6 +33,7 @@ from knowledge_compression.compression.formats.gguf_blocks import (
     fitting,
     narrowest,
 )
+from knowledge_compression.compression.formats.gguf_mixtures import MixedModel
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 from knowledge_compression.models.checkpoints.gguf import GgufFile
@@ -214,13 +215,14 @@ class GgufModel:
                 )
 
 
-def save_gguf(model: Model, folder: Path, kind: Kind | None = None) -> dict[str, Any]:
+def save_gguf(model: Model, folder: Path, kind: Kind | str | None = None) -> dict[str, Any]:
     """Write a model as one GGUF file in a folder, under a temporary name until it is complete.
 
     Args:
         model: any whose architecture and tokenizer GGUF describes.
         folder: where to; replaced if it is there.
-        kind: the type of what no compression has put on a grid; None takes the narrowest floats that hold it exactly.
+        kind: the type of what no compression has put on a grid, or the name of a mixture of types; None takes the
+            narrowest floats that hold it exactly.
 
     Returns:
         What was written, JSON-ready: weights by type, and of those that were rounded their number and relative error.
@@ -231,8 +233,9 @@ def save_gguf(model: Model, folder: Path, kind: Kind | None = None) -> dict[str,
     described = GgufModel.of(model)
     state = full_state(model.network)
     check_finite(state)
+    asked = MixedModel.of(model.network, kind) if isinstance(kind, str) else kind
     parts = [
-        part for name, tensors in described.names.items() for part in _parts(described, state, name, tensors, kind)
+        part for name, tensors in described.names.items() for part in _parts(described, state, name, tensors, asked)
     ]
     weights = Counter[str]()
     for part in parts:
@@ -242,7 +245,7 @@ def save_gguf(model: Model, folder: Path, kind: Kind | None = None) -> dict[str,
     scratch.mkdir(parents=True)
     parts += described.further
     rounded, lost, whole = 0, 0.0, 0.0
-    for part, stored, values in described.write(scratch / FILE, parts, _file_type(parts)):
+    for part, stored, values in described.write(scratch / FILE, parts, _file_type(parts, kind)):
         if values is not None:
             difference = dequantize(stored, part.kind) - values
             if bool(difference.any()):
@@ -265,15 +268,20 @@ def save_gguf(model: Model, folder: Path, kind: Kind | None = None) -> dict[str,
 
 
 def _parts(
-    described: GgufModel, state: Mapping[str, Tensor], name: str, tensors: Sequence[str], asked: Kind | None
+    described: GgufModel,
+    state: Mapping[str, Tensor],
+    name: str,
+    tensors: Sequence[str],
+    asked: Kind | MixedModel | None,
 ) -> Iterator[_Part]:
     """The tensors of the file that hold one parameter."""
     config = described.model.network.config
     values, kept = _oriented(described.model, state, name), _kept(described.model, name)
     for tensor in tensors:
         change = partial(described.architecture.changed, tensor, config=config)
+        moved = described.architecture.change(tensor)
         shape = change(np.empty(values.shape, dtype=np.bool_)).shape if values.dim() > 1 else tuple(values.shape)
-        if kept is not None:
+        if kept is not None and (moved is None or moved.rows):
             stored = [blocks.data for blocks in kept]
             bank = values.dim() > 2  # of experts
             make = partial(_moved, change, stored, bank=bank)
@@ -283,11 +291,13 @@ def _parts(
         yield _Part(tensor, kind, shape, partial(_made, change, values, kind, checks=asked is not None))
 
 
-def _kind_for(tensor: str, values: Tensor, shape: tuple[int, ...], asked: Kind | None) -> Kind:
+def _kind_for(tensor: str, values: Tensor, shape: tuple[int, ...], asked: Kind | MixedModel | None) -> Kind:
     if len(shape) < 2 or any(part in tensor for part in _ALWAYS_FLOAT32):
         return Kind.F32
     if asked is None:
         return narrowest(values)
+    if isinstance(asked, MixedModel):
+        asked = asked.of_tensor(tensor, shape[-1])
     return asked if asked in FLOATS else fitting(asked, shape[-1]) or Kind.F16
 
 
@@ -319,8 +329,10 @@ def _kept(model: Model, name: str) -> list[Blocks] | None:
     return blocks if alike else None
 
 
-def _file_type(parts: Sequence[_Part]) -> LlamaFileType | None:
-    """llama.cpp's name for the type that most weights of the blocks have, if it has one."""
+def _file_type(parts: Sequence[_Part], asked: Kind | str | None) -> LlamaFileType | None:
+    """llama.cpp's name for a mixture, or for the type that most weights of the blocks have, if it has one."""
+    if isinstance(asked, str):
+        return LlamaFileType[f"MOSTLY_{asked.removesuffix('_mixed').upper()}"]
     sizes = Counter[Kind]()
     for part in parts:
         if "blk." in part.name and len(part.shape) > 1:

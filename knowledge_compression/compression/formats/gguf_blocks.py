@@ -21,7 +21,7 @@ from torch import Tensor
 from knowledge_compression.compression.solve.coding import MXFP4, CodedWeight
 from knowledge_compression.compression.solve.floats import FloatWeight
 from knowledge_compression.compression.solve.grid import QuantizedWeight, quantized_weight
-from knowledge_compression.compression.solve.k_quants import K_QUANTS
+from knowledge_compression.compression.solve.k_quants import K_QUANTS, Grid, codes_of, searched
 from knowledge_compression.compression.solve.k_quants import encoded as encoded_as_k_quant
 from knowledge_compression.models import TargetLayer
 
@@ -35,6 +35,7 @@ FALLBACKS: Mapping[Kind, Kind] = {
 }
 FLOATS = (Kind.F16, Kind.BF16, Kind.F32)  # from narrow to wide
 
+_GRIDS = {Kind.Q4_0: Grid(4, False), Kind.Q4_1: Grid(4, True), Kind.Q5_0: Grid(5, False), Kind.Q5_1: Grid(5, True)}
 # Types that stand for scale * level, and their lowest and highest level.
 _LEVELS: Mapping[Kind, tuple[int, int]] = {Kind.Q4_0: (-8, 7), Kind.Q5_0: (-16, 15), Kind.Q8_0: (-128, 127)}
 
@@ -52,9 +53,14 @@ class Blocks:
     data: NDArray[np.uint8]
 
     @classmethod
-    def of(cls, weight: Tensor, kind: Kind) -> Blocks:
-        """The blocks of a weight ``[out_features, in_features]``, rounded to nearest."""
-        return cls(kind, encoded(weight, kind))
+    def of(cls, weight: Tensor, kind: Kind, importance: Tensor | None = None) -> Blocks:
+        """The blocks of a weight ``[out_features, in_features]``, rounded to nearest.
+
+        Args:
+            weight, kind: what is rounded, and to what.
+            importance: weights of the squared errors of each input, float32 ``[in_features]``.
+        """
+        return cls(kind, encoded(weight, kind, importance))
 
     def decode(self) -> Tensor:
         """The weight that they stand for, float32 ``[out_features, in_features]``."""
@@ -100,13 +106,40 @@ def fitting(kind: Kind, width: int) -> Kind | None:
     return next((one for one in candidates if width % GGML_QUANT_SIZES[one][0] == 0), None)
 
 
-def encoded(values: Tensor, kind: Kind) -> NDArray[Any]:
-    """Values ``[..., in_features]`` in a type: float32 or float16, or the bytes of blocks."""
+def encoded(values: Tensor, kind: Kind, importance: Tensor | None = None) -> NDArray[Any]:
+    """Values ``[..., in_features]`` in a type: float32 or float16, or the bytes of blocks.
+
+    Importance ``[in_features]`` weighs the squared errors of all types but floats, Q8_0 and MXFP4.
+    """
+    rows = values.reshape(-1, values.shape[-1])
     if kind.name in K_QUANTS:
-        data = encoded_as_k_quant(values.reshape(-1, values.shape[-1]), K_QUANTS[kind.name]).numpy()
+        data = encoded_as_k_quant(rows, K_QUANTS[kind.name], importance).numpy()
         return data.reshape(*values.shape[:-1], -1)
+    if importance is not None and kind in _GRIDS:
+        return _weighted(rows, kind, importance).reshape(*values.shape[:-1], -1)
     floats = np.ascontiguousarray(values.detach().cpu().float().numpy())
-    return _nearest_levels(floats) if kind == Kind.IQ4_NL else quantize(floats, kind)
+    return _nearest_levels(floats, importance) if kind == Kind.IQ4_NL else quantize(floats, kind)
+
+
+def _weighted(rows: Tensor, kind: Kind, importance: Tensor) -> NDArray[Any]:
+    """Blocks of 32 with a scale, and a lowest value where the type has one, searched for by weighted squared error."""
+    grid = _GRIDS[kind]
+    groups = rows.detach().float().cpu().reshape(-1, 1, 32)
+    weights = importance.float().cpu().reshape(1, -1, 32).expand(len(rows), -1, -1).reshape(-1, 1, 32)
+    scale, bottom = (part.half().float() for part in searched(groups, grid, weights))
+    codes = codes_of(groups, grid, scale, bottom)[:, 0].to(torch.int16)
+    if not grid.minima:
+        return _packed(scale.flatten().half(), codes - grid.codes[0], kind).reshape(len(rows), -1).numpy()
+    halves = [part.reshape(-1, 1).half().view(torch.uint8) for part in (scale, bottom)]
+    low = (codes.reshape(-1, 2, 16) & 15).to(torch.uint8)
+    parts = [*halves, *([_fifths(codes)] if kind == Kind.Q5_1 else []), low[:, 0] | (low[:, 1] << 4)]
+    return torch.cat(parts, 1).reshape(len(rows), -1).numpy()
+
+
+def _fifths(codes: Tensor) -> Tensor:
+    """The fifth bits of 32 codes, four bytes a block."""
+    bits = (codes.reshape(-1, 32) >> 4).to(torch.uint8).numpy()
+    return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little"))
 
 
 def narrowest(values: Tensor) -> Kind:
@@ -155,19 +188,22 @@ def _packed(scales: Tensor, codes: Tensor, kind: Kind) -> Tensor:
     nibbles = low[:, 0] | (low[:, 1] << 4)
     if kind == Kind.Q4_0:
         return torch.cat([halves, nibbles], 1)
-    fifth = np.packbits((codes.reshape(-1, 32) >> 4).to(torch.uint8).numpy(), axis=1, bitorder="little")
-    return torch.cat([halves, torch.from_numpy(fifth), nibbles], 1)
+    return torch.cat([halves, _fifths(codes), nibbles], 1)
 
 
-def _nearest_levels(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _nearest_levels(values: NDArray[np.float32], importance: Tensor | None) -> NDArray[np.uint8]:
     """IQ4_NL: 16 levels of unequal distance and a float16 scale for 32 weights.
 
-    Several scales are tried for each block, each improved by least squares; the one with the least squared error
-    stays.
+    Several scales are tried for each block, each improved by least squares; the one with the least squared error,
+    weighted by importance, stays.
     """
     levels = np.array(IQ4_NL.kvalues, dtype=np.float32)
     between = (levels[1:] + levels[:-1]) / 2
     blocks = values.reshape(-1, 32)
+    matter: NDArray[Any] = np.ones(1, dtype=np.float32)
+    if importance is not None:
+        each = importance.float().cpu().numpy().reshape(1, -1, 32)
+        matter = np.broadcast_to(each, (values.size // values.shape[-1], *each.shape[1:])).reshape(-1, 32)
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(1, keepdims=True), 1)
     best, least = np.zeros_like(extreme), np.full_like(extreme, np.inf)
 
@@ -177,10 +213,13 @@ def _nearest_levels(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     for reached in (levels[0], levels[0] * 0.95, levels[0] * 1.1, levels[-1], levels[-1] * 1.1):
         scale = (extreme / reached).astype(np.float32)
         found = levels[codes(scale)]
-        solved = (found * blocks).sum(1, keepdims=True) / (found * found).sum(1, keepdims=True)
+        squares = (matter * found * found).sum(1, keepdims=True)
+        solved = np.divide(
+            (matter * found * blocks).sum(1, keepdims=True), squares, out=scale.copy(), where=squares > 0
+        )
         for attempt in (scale, solved):
             stored = attempt.astype(np.float16).astype(np.float32)
-            error = np.square(levels[codes(stored)] * stored - blocks).sum(1, keepdims=True)
+            error = (matter * np.square(levels[codes(stored)] * stored - blocks)).sum(1, keepdims=True)
             best, least = np.where(error < least, stored, best), np.minimum(error, least)
     chosen = codes(best).astype(np.uint8).reshape(-1, 2, 16)
     nibbles = chosen[:, 0] | (chosen[:, 1] << 4)

@@ -6,12 +6,13 @@ are float16 and shared by the super-block, ``scale`` and ``minimum`` belong to a
 
 The fit is ours and minimizes the squared rounding error: for each group several grids are tried, each improved by least
 squares; the scales are rounded to their integers, and ``d`` and ``d_min`` solved for once more. A super-block for which
-plain rounding does better is rounded plainly.
+plain rounding does better is rounded plainly. Where the importance of each input is given (the mean of its squares on
+some text), squared errors are weighted by it, as llama.cpp's importance matrices do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,29 +27,38 @@ _HALF = torch.finfo(torch.float16)
 
 
 @dataclass(frozen=True)
-class KQuant:
-    """A type of K quants.
+class Grid:
+    """Codes that stand for ``scale * code``, or for ``scale * code + lowest``.
 
     Attributes:
         bits: of a code.
-        group: weights that share an integer scale.
-        scales: the lowest and highest integer scale.
-        minima: whether groups have minima, in the range of the scales; codes are then from 0, otherwise signed.
-        pack: makes the bytes of super-blocks from ``d``, ``d_min`` (float16 ``[blocks, 1]``), scales and minima (int64
-            ``[blocks, groups]``), and codes (int64 ``[blocks, 256]``).
+        minima: whether groups have a lowest value; codes are then from 0, otherwise signed.
     """
 
     bits: int
-    group: int
-    scales: tuple[int, int]
     minima: bool
-    pack: Callable[[Fitted], Tensor]
 
     @property
     def codes(self) -> tuple[int, int]:
         """The lowest and highest code."""
         half = 1 << (self.bits - 1)
         return (0, 2 * half - 1) if self.minima else (-half, half - 1)
+
+
+@dataclass(frozen=True)
+class KQuant(Grid):
+    """A type of K quants.
+
+    Attributes:
+        group: weights that share an integer scale.
+        scales: the lowest and highest integer scale, and the range of minima.
+        pack: makes the bytes of super-blocks from ``d``, ``d_min`` (float16 ``[blocks, 1]``), scales and minima (int64
+            ``[blocks, groups]``), and codes (int64 ``[blocks, 256]``).
+    """
+
+    group: int
+    scales: tuple[int, int]
+    pack: Callable[[Fitted], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,9 +82,9 @@ class Fitted:
         """The weights that they stand for."""
         return self.d * self.scale * self.code - self.d_min * self.minimum
 
-    def error(self, weights: Tensor) -> Tensor:
+    def error(self, weights: Tensor, importance: Tensor | None) -> Tensor:
         """Sum of squared differences from the weights, ``[blocks, 1, 1]``."""
-        return (self.values - weights).square().sum((1, 2), keepdim=True)
+        return _total((self.values - weights).square(), importance, (1, 2))
 
     def where(self, better: Tensor, other: Fitted) -> Fitted:
         """The other's super-blocks where ``better`` ``[blocks, 1, 1]`` is true."""
@@ -82,33 +92,45 @@ class Fitted:
         return Fitted(*(torch.where(better, new, old) for new, old in pairs))
 
 
-def encoded(weight: Tensor, kind: KQuant) -> Tensor:
+def encoded(weight: Tensor, kind: KQuant, importance: Tensor | None = None) -> Tensor:
     """The bytes of a weight.
 
     Args:
         weight: floating ``[out_features, in_features]``, with a multiple of 256 inputs.
         kind: the type.
+        importance: weights of the squared errors of each input, ``[in_features]``; None where all are alike.
 
     Returns:
         uint8 ``[out_features, bytes of a row]`` on the CPU.
     """
-    blocks = weight.detach().float().reshape(-1, SUPER_BLOCK // kind.group, kind.group)
-    data = torch.cat([kind.pack(_fitted(part, kind)) for part in blocks.split(_AT_ONCE)])
+    shape = (-1, SUPER_BLOCK // kind.group, kind.group)
+    blocks = weight.detach().float().reshape(shape)
+    parts = blocks.split(_AT_ONCE)
+    matters: Sequence[Tensor | None] = [None] * len(parts)
+    if importance is not None:
+        each = importance.to(blocks).expand(len(weight), -1).reshape(shape)
+        matters = each.split(_AT_ONCE)
+    data = torch.cat([kind.pack(_fitted(part, kind, matter)) for part, matter in zip(parts, matters, strict=True)])
     return data.reshape(len(weight), -1).cpu()
 
 
-def _fitted(weights: Tensor, kind: KQuant) -> Fitted:
+def _fitted(weights: Tensor, kind: KQuant, importance: Tensor | None) -> Fitted:
     best = plain = _shared(weights, kind, *_spanning(weights, kind))
-    least = plain.error(weights)
-    searched = _shared(weights, kind, *_searched(weights, kind))
-    for attempt in [searched, *_resolved(weights, kind, searched)]:
-        error = attempt.error(weights)
+    least = plain.error(weights, importance)
+    first = _shared(weights, kind, *searched(weights, kind, importance))
+    for attempt in [first, *_resolved(weights, kind, first, importance)]:
+        error = attempt.error(weights, importance)
         best = best.where(error < least, attempt)
         least = torch.minimum(error, least)
     return best
 
 
-def _spanning(weights: Tensor, kind: KQuant, stretch: float = 1.0) -> tuple[Tensor, Tensor]:
+def _total(values: Tensor, importance: Tensor | None, along: int | tuple[int, ...] = -1) -> Tensor:
+    """A sum of values, each as often as it matters."""
+    return (values if importance is None else values * importance).sum(along, keepdim=True)
+
+
+def _spanning(weights: Tensor, kind: Grid, stretch: float = 1.0) -> tuple[Tensor, Tensor]:
     """A scale and a lowest value of each group, ``[blocks, groups, 1]``: the grid that just holds all its values."""
     low, high = kind.codes
     if kind.minima:
@@ -118,14 +140,20 @@ def _spanning(weights: Tensor, kind: KQuant, stretch: float = 1.0) -> tuple[Tens
     return largest * stretch / low, torch.zeros_like(largest)
 
 
-def _searched(weights: Tensor, kind: KQuant) -> tuple[Tensor, Tensor]:
-    """The scale and lowest value of each group with the least squared error among those tried."""
+def searched(weights: Tensor, kind: Grid, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The scale and lowest value of each group with the least squared error among those tried.
+
+    Args:
+        weights: float32 ``[blocks, groups, group]``.
+        kind: the codes that there are.
+        importance: of each weight, of the same shape; None where all are alike.
+    """
     best: tuple[Tensor, Tensor] | None = None
     least = torch.empty(0)
     for stretch in _STRETCHES:
         scale, bottom = _spanning(weights, kind, stretch)
-        scale, bottom = _least_squares(weights, _codes(weights, kind, scale, bottom), kind)
-        error = (scale * _codes(weights, kind, scale, bottom) + bottom - weights).square().sum(-1, keepdim=True)
+        scale, bottom = _least_squares(weights, codes_of(weights, kind, scale, bottom), kind, importance)
+        error = _total((scale * codes_of(weights, kind, scale, bottom) + bottom - weights).square(), importance)
         if best is None:
             best, least = (scale, bottom), error
             continue
@@ -136,7 +164,8 @@ def _searched(weights: Tensor, kind: KQuant) -> tuple[Tensor, Tensor]:
     return best
 
 
-def _codes(weights: Tensor, kind: KQuant, scale: Tensor, bottom: Tensor) -> Tensor:
+def codes_of(weights: Tensor, kind: Grid, scale: Tensor, bottom: Tensor) -> Tensor:
+    """The nearest codes, as whole numbers in float32."""
     return _quotient(weights - bottom, scale).round_().clamp_(*kind.codes)
 
 
@@ -145,14 +174,18 @@ def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(denominator != 0, numerator / denominator, 0.0)
 
 
-def _least_squares(weights: Tensor, codes: Tensor, kind: KQuant) -> tuple[Tensor, Tensor]:
+def _least_squares(weights: Tensor, codes: Tensor, kind: Grid, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scale and lowest value of each group that fit best with these codes; the lowest value is never above 0."""
-    products, squares = (codes * weights).sum(-1, keepdim=True), codes.square().sum(-1, keepdim=True)
+    products, squares = _total(codes * weights, importance), _total(codes.square(), importance)
     through_zero = _quotient(products, squares)
     if not kind.minima:
         return through_zero, torch.zeros_like(through_zero)
-    mean, middle = weights.mean(-1, keepdim=True), codes.mean(-1, keepdim=True)
-    count = codes.shape[-1]
+    if importance is None:
+        count: Tensor | int = codes.shape[-1]
+        mean, middle = weights.mean(-1, keepdim=True), codes.mean(-1, keepdim=True)
+    else:
+        count = importance.sum(-1, keepdim=True)
+        mean, middle = (_quotient(_total(one, importance), count) for one in (weights, codes))
     scale = _quotient(products - count * mean * middle, squares - count * middle.square())
     bottom = mean - scale * middle
     below = bottom <= 0
@@ -169,16 +202,16 @@ def _shared(weights: Tensor, kind: KQuant, scale: Tensor, bottom: Tensor) -> Fit
         d, d_min = _half(largest / lowest), torch.zeros_like(largest)
     whole = _quotient(scale, d).round_().clamp_(lowest, highest)
     minimum = _quotient(-bottom, d_min).round_().clamp_(0, highest)
-    return Fitted(d, d_min, whole, minimum, _codes(weights, kind, d * whole, -d_min * minimum))
+    return Fitted(d, d_min, whole, minimum, codes_of(weights, kind, d * whole, -d_min * minimum))
 
 
-def _resolved(weights: Tensor, kind: KQuant, fitted: Fitted) -> list[Fitted]:
+def _resolved(weights: Tensor, kind: KQuant, fitted: Fitted, importance: Tensor | None) -> list[Fitted]:
     """The same super-blocks with ``d`` and ``d_min`` solved for, and their codes chosen anew, some times over."""
     attempts = []
     for _ in range(_ROUNDS):
         steps, offsets = fitted.scale * fitted.code, fitted.minimum.expand_as(fitted.code)
         ss, so, oo, sw, ow = (
-            (one * other).sum((1, 2), keepdim=True)
+            _total(one * other, importance, (1, 2))
             for one, other in (
                 (steps, steps),
                 (steps, offsets),
@@ -196,7 +229,7 @@ def _resolved(weights: Tensor, kind: KQuant, fitted: Fitted) -> list[Fitted]:
         else:
             d, d_min = _quotient(sw, ss), fitted.d_min
         d, d_min = _half(d), _half(d_min)
-        codes = _codes(weights, kind, d * fitted.scale, -d_min * fitted.minimum)
+        codes = codes_of(weights, kind, d * fitted.scale, -d_min * fitted.minimum)
         fitted = Fitted(d, d_min, fitted.scale, fitted.minimum, codes)
         attempts.append(fitted)
     return attempts
@@ -264,9 +297,9 @@ def _pack_6(fitted: Fitted) -> Tensor:
 
 # By ggml's names.
 K_QUANTS: Mapping[str, KQuant] = {
-    "Q2_K": KQuant(2, 16, (0, 15), True, _pack_2),
-    "Q3_K": KQuant(3, 16, (-32, 31), False, _pack_3),
-    "Q4_K": KQuant(4, 32, (0, 63), True, _pack_4),
-    "Q5_K": KQuant(5, 32, (0, 63), True, _pack_5),
-    "Q6_K": KQuant(6, 16, (-128, 127), False, _pack_6),
+    "Q2_K": KQuant(2, True, 16, (0, 15), _pack_2),
+    "Q3_K": KQuant(3, False, 16, (-32, 31), _pack_3),
+    "Q4_K": KQuant(4, True, 32, (0, 63), _pack_4),
+    "Q5_K": KQuant(5, True, 32, (0, 63), _pack_5),
+    "Q6_K": KQuant(6, False, 16, (-128, 127), _pack_6),
 }

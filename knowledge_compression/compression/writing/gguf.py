@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.compression.base import Compression
+from knowledge_compression.compression.solve.mixtures import MIXTURES
 from knowledge_compression.compression.writing.base import Writer
 from knowledge_compression.models import Model, Targets
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 TYPES = (
     *("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4"),
     *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
+    *MIXTURES,
 )
 
 
@@ -47,4 +49,6 @@ class GgufWriter(Writer):
 
         from knowledge_compression.compression.formats.gguf import save_gguf
 
-        return save_gguf(model, folder, GGMLQuantizationType[self.kind.upper()] if self.kind else None)
+        if self.kind is None or self.kind in MIXTURES:
+            return save_gguf(model, folder, self.kind)
+        return save_gguf(model, folder, GGMLQuantizationType[self.kind.upper()])
