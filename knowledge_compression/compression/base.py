@@ -53,6 +53,9 @@ class Compression(ABC):
     calibrated: ClassVar[bool] = False
     takes_final: ClassVar[bool] = False
 
+    # Whether it also changes weights that are no targets; its result is then not kept for other runs.
+    beyond_targets: ClassVar[bool] = False
+
     @property
     def parts(self) -> Sequence[Compression]:
         """The methods that this one consists of, in order: itself, unless it is a pipeline."""

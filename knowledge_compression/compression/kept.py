@@ -90,7 +90,8 @@ class KeptModels:
         Returns:
             The report of the compression, and whether it came from the cache.
         """
-        if not self.takes(sum(layer.weight.nbytes for layer in targets)):
+        beyond = any(part.beyond_targets for part in method.parts)
+        if beyond or not self.takes(sum(layer.weight.nbytes for layer in targets)):
             return compress(), False
         name = f"compressions/{key}"
         kinds = [kind for part in method.parts for kind in part.modules]
