@@ -121,7 +121,7 @@ class Calibrated(Method, Generic[S]):
         raise NotImplementedError(f"{self.name} does not say how weights are compressed")
 
     def tune(self, block: CompressedBlock) -> None:
-        """Improve a block whose layers have been solved for, in place; for methods whose :attr:`walk` is ``tuned``."""
+        """Improve a block whose layers have been solved for, in place; for methods whose :attr:`walk` asks for it."""
         raise NotImplementedError(f"{self.name} asks for blocks to be tuned and does not say how")
 
     def multiplies_in(self, model: Model) -> str:

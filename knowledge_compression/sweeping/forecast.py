@@ -178,7 +178,7 @@ class Forecaster:
         for part in experiment.compression.parts:
             if not isinstance(part, Calibrated):
                 continue
-            forecast.macs += part.walk.text_passes * multiply_adds(skeleton, one_pass)
+            forecast.macs += part.walk.passes(tokens) * multiply_adds(skeleton, one_pass)
             if part.second_order:
                 forecast.macs += sum(
                     read * width**2 + _SOLVING * (width**3 + rows * width**2) for read, rows, width in shapes

@@ -314,9 +314,15 @@ class Grid:
         if self.symmetric:
             high = torch.maximum(-low, high)
             low = -high
-        scales = storable((high - low) / self.top, getattr(torch, _SCALES[self.scale_bits]))
+        scales = storable((high - low) / self.top, float_of(self.scale_bits))
         zeros = torch.full_like(scales, 2 ** (self.bits - 1)) if self.symmetric else torch.round(-low / scales)
         return scales, zeros.clamp(0, self.top)
+
+
+def float_of(bits: int) -> torch.dtype:
+    """The type of a scale of this width."""
+    found: torch.dtype = getattr(torch, _SCALES[bits])
+    return found
 
 
 def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -257,7 +257,7 @@ class _Walk(Generic[S]):
             with self._multiplying():
                 return hidden_of(self._run(self.network.get_submodule(unit), call))
 
-        if not self.settings.tuned or unit not in self.blocks:
+        if not self.settings.tuned_tokens or unit not in self.blocks:
             return []
         calls = [_Arguments(forward.args, forward.kwargs) for forward in forwards]
         return [Call(partial(run, call), one.output) for call, one in zip(calls, dense, strict=True)]
@@ -387,7 +387,8 @@ class _Walk(Generic[S]):
             self._shrink(group)
         self._finish(unit)
         if calls:
-            self.method.tune(CompressedBlock(unit, layers, dense, calls))
+            moments = {x.path: m for g in groups for x in g.layers if (m := g.statistics.second_moments) is not None}
+            self.method.tune(CompressedBlock(unit, layers, dense, moments, self.reports, calls))
 
     def _finish(self, unit: str) -> None:
         """Mark the unit as done; what ran in none of its passes is compressed without statistics.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,10 +53,10 @@ def rotate_stream(model: Model, rotation: Tensor) -> None:
         BadInput: the network does more with its stream than root mean square norms, matrices and sums, as one line; the
             model is as it was.
     """
-    ids = torch.arange(_TOKENS, device=model.device)[None] % model.network.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.network.get_input_embeddings()
+    ids = torch.arange(_TOKENS, device=model.device)[None] % len(embeddings.weight)
     with torch.no_grad():
         norms, before = _traced(model, ids)
-        embeddings = model.network.get_input_embeddings()
         readers = {layer.path for norm in norms for layer in norm.readers}
         hidden = len(rotation)
         writers = [
@@ -71,7 +72,7 @@ def rotate_stream(model: Model, rotation: Tensor) -> None:
         _write(embeddings.weight, lambda weight: weight @ turn)
         for norm in norms:
             for layer in norm.readers:
-                _write(layer.weight, lambda weight, factors=norm.factors: (weight * factors) @ turn)
+                _write(layer.weight, partial(_folded, factors=norm.factors, turn=turn))
             norm.module.weight.fill_(1 - norm.offset)
         for layer in writers:
             _write(layer.weight, lambda weight: turn.T @ weight)
@@ -91,6 +92,10 @@ def _write(weight: Tensor, change: Callable[[Tensor], Tensor]) -> None:
     weight.copy_(change(weight.double()))
 
 
+def _folded(weight: Tensor, factors: Tensor, turn: Tensor) -> Tensor:
+    return (weight * factors) @ turn
+
+
 def _logits(model: Model, ids: Tensor) -> Tensor:
     network: Any = model.network
     if model.family == ENCODER:
@@ -99,7 +104,7 @@ def _logits(model: Model, ids: Tensor) -> Tensor:
         logits = network(input_ids=ids, use_cache=False).logits
     else:
         logits = network(input_ids=ids, decoder_input_ids=ids, use_cache=False).logits
-    return logits.detach().float().clone()  # type: ignore[no-any-return]
+    return torch.as_tensor(logits).detach().float().clone()
 
 
 def _traced(model: Model, ids: Tensor) -> tuple[list[Norm], Tensor]:

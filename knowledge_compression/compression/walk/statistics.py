@@ -106,7 +106,7 @@ class BlockMethod(Protocol[S]):
         ...
 
     def tune(self, block: CompressedBlock) -> None:
-        """Improve a compressed block as a whole, in place; only called if the walk's settings say ``tuned``."""
+        """Improve a compressed block as a whole, in place; only called if the walk's settings ask for it."""
         ...
 
 
@@ -125,10 +125,9 @@ class WalkSettings:
             ``models.device``), ``bfloat16`` or ``float32``.
         dense_inputs: also pass the method what each layer reads in the uncompressed network, through which the text
             then goes too, block by block.
-        tuned: pass each compressed block as a whole to the method's ``tune``, with the output that the uncompressed
-            block has in the uncompressed network. Needs whole blocks.
-        tuning_passes: how often the text goes forwards and backwards through a block while it is tuned; for the
-            forecast.
+        tuned_tokens: if above 0, pass each compressed block as a whole to the method's ``tune``, with the output that
+            the uncompressed block has in the uncompressed network. Needs whole blocks. The number, of the tokens that
+            go forwards and backwards through each block, is for the forecast.
     """
 
     true_sequential: bool = False
@@ -136,13 +135,12 @@ class WalkSettings:
     device: str | None = None
     forward_dtype: str = "auto"
     dense_inputs: bool = False
-    tuned: bool = False
-    tuning_passes: float = 0.0
+    tuned_tokens: int = 0
 
     @property
     def beside(self) -> bool:
         """Whether the text also goes through the uncompressed network."""
-        return self.dense_inputs or self.tuned
+        return self.dense_inputs or self.tuned_tokens > 0
 
     def computed_on(self, model: Model) -> Device:
         """The device on which blocks are computed."""
@@ -156,10 +154,9 @@ class WalkSettings:
         """
         return self.computed_on(model).product_dtype(self.forward_dtype, model.dtype, "compression.forward_dtype")
 
-    @property
-    def text_passes(self) -> float:
-        """How often the calibration text runs through each block; used by the forecast."""
-        extra = int(self.beside) + 3 * self.tuning_passes  # backwards is twice the work of forwards
+    def passes(self, tokens: int) -> float:
+        """How often calibration text of so many tokens goes through each block, for the forecast."""
+        extra = self.beside + 3 * self.tuned_tokens / tokens  # backwards is twice the work of forwards
         if self.true_sequential:
             return extra + 1  # every linear is compressed on the way
         # to observe (perhaps backwards too), and to run the compressed block

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.heavy import torch
 from knowledge_compression.models.targets import TargetLayer
 
@@ -41,12 +42,17 @@ class CompressedBlock:
         path: its module path.
         layers: its compressed layers.
         dense: their weights before that, ``[out_features, in_features]`` in the network's dtype, by path.
+        second_moments: of what each layer read, ``[in_features, in_features]``, by path, as far as the method keeps
+            them.
+        reports: the report of each layer, by path.
         calls: all batches of the calibration text; for a block that is used several times, at each use.
     """
 
     path: str
     layers: Sequence[TargetLayer]
     dense: Mapping[str, Tensor]
+    second_moments: Mapping[str, Tensor]
+    reports: Mapping[str, LayerReport]
     calls: Sequence[Call]
 
 
