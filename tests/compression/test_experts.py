@@ -260,7 +260,7 @@ def test_a_bank_that_is_read_in_another_way_is_refused() -> None:
         lambda: torch.nn.functional.conv1d(torch.ones(1, 16, 2), bank[0]),
         lambda: torch.bmm(torch.ones(4, 2, 16), bank),
     ):
-        with pytest.raises(BadInput, match="modules in their place do not know"):
+        with pytest.raises(BadInput, match="replaced modules do not support"):
             product()
     torch.testing.assert_close(
         torch.bmm(torch.ones(4, 2, 16), bank.transpose(1, 2)),
