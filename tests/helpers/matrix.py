@@ -99,6 +99,6 @@ def check(name: str, run: Run, architecture: str, dtype: str) -> None:
     assert 0 < report["stored_bytes"] <= report["memory_bytes_before"] * 1.05
     assert all(math.isfinite(value) for value in run.metrics.values()), name
     for layer in run.layers:
-        if name in ("gptq", "gptaq", "autoround", "autoround", "sparsegpt", "awq"):
+        if name in ("gptq", "gptaq", "autoround", "sparsegpt", "awq"):
             assert 0 < layer["error_after"] < 1 and layer["error_before"] > 0, (name, layer)
     assert bool(report.get("calibration")) == (name in CALIBRATED)

@@ -1,0 +1,73 @@
+"""The study of knowledge per bit: its figures on runs whose answer is known beforehand."""
+
+from __future__ import annotations
+
+import math
+import runpy
+from types import SimpleNamespace
+
+import polars as pl
+import pytest
+
+from helpers.places import ROOT
+from helpers.stores import bits, made_run
+from knowledge_compression.results.store import RunStore
+
+STUDY = SimpleNamespace(**runpy.run_path(str(ROOT / "experiments" / "knowledge_per_bit" / "study.py")))
+
+
+def quantized(answers: str, nll: float, compression: str, width: int | None):
+    """A run of ten facts and two windows of text; the layer has 1,000 weights and 300 bits of scales."""
+    run = made_run(bits(answers), compression=compression)
+    text = {"suite": "perplexity", "task": "wikitext", "correct": False, "rank": 0, "log_prob": 0.0, "prompt": ""}
+    rows = [text | {"id": str(i), "nll": nll + 0.1 * i, "gold": "", "prediction": ""} for i in range(2)]
+    items = pl.concat([run.items, pl.DataFrame(rows)], how="diagonal_relaxed")
+    run._items = items
+    run.metrics["perplexity.perplexity"] = math.exp(nll + 0.05)
+    run.report["eval"]["perplexity"] = run.report["eval"]["atlas"]
+    layer = {"path": "a", "role": "ff", "parameters": 1000, "bits": float(width or 32)}
+    layers = [layer | {"overhead_bits": 300}] if width else []
+    run.report["compression"] = run.report.get("compression", {}) | {
+        "layers": layers, "model_parameters": 1500, "seconds": 3.0, "peak_memory": None, "method": compression,
+    }  # fmt: skip
+    if width:
+        run.config["compression"] |= {"bits": width}
+    return run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> RunStore:
+    store = RunStore(tmp_path_factory.mktemp("store"))
+    store.write(quantized("1111111100", 3.0, "none", None))
+    store.write(quantized("1111110000", 3.4, "rtn", 3))
+    store.write(quantized("1111111000", 3.6, "gptq", 3))
+    store.write(quantized("1111111101", 3.1, "rtn", 4))
+    return store
+
+
+def test_rows_are_what_the_store_holds(store: RunStore) -> None:
+    rows = {(round(row.bits, 1), round(row.kept.value, 3)): row for row in STUDY.rows_of(store.folder)}
+    assert set(rows) == {(3.3, 0.75), (3.3, 0.875), (4.3, 1.0)}
+    row = rows[3.3, 0.75]
+    assert row.megabytes == pytest.approx((3300 / 8 + 2 * 500) / 1e6)
+    assert (row.nats.value, row.flips.value) == (pytest.approx(0.4), pytest.approx(0.2))
+    assert rows[4.3, 1.0].flips.value == pytest.approx(0.1)
+
+
+def test_the_page_says_whether_facts_follow_perplexity(store: RunStore, tmp_path) -> None:
+    (tmp_path / "README.md").write_text(f"# Title\n\nWords.\n\n{STUDY.MARKER}\nold\n")
+    STUDY.main(store.folder, tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert page.startswith("# Title\n\nWords.\n") and "old" not in page
+    said = next(line for line in page.splitlines() if line.startswith("- 3.30 to 3.30 bits"))
+    assert "gptq" in said.split(" keeps most, 87.5 %")[0] and "has the lowest perplexity" in said and "75.0 %" in said
+    assert (tmp_path / "figures" / "knowledge_per_bit.png").stat().st_size > 1000
+
+
+def test_the_front_is_of_rows_that_no_smaller_one_beats(store: RunStore) -> None:
+    assert [round(row.kept.value, 3) for row in STUDY.best(STUDY.rows_of(store.folder))] == [0.875, 1.0]
+
+
+def test_an_empty_store_is_one_line(tmp_path) -> None:
+    with pytest.raises(SystemExit, match=r"^error: .* holds no compressed model asked for both atlas and perplexity"):
+        STUDY.main(tmp_path, tmp_path)
