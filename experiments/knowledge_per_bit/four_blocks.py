@@ -2,8 +2,8 @@
 
 OMP_NUM_THREADS=2 python experiments/knowledge_per_bit/four_blocks.py DIR gptq:bits=3 autoround:bits=3,steps=40
 
-DIR holds local data (docs/data.md). Calibration: 32 windows of 512 tokens of C4, seed 0; asked: 12 spread windows of 512
-tokens of WikiText-2, in bfloat16. Groups of 64. Nats are above the dense model's, with the standard error of the
+DIR holds local data (docs/data.md). Calibration: 32 windows of 512 tokens of C4, seed 0; asked: 12 spread windows of
+512 tokens of WikiText-2, in bfloat16. Groups of 64. Nats are above the dense model's, with the standard error of the
 differences over windows.
 """
 
