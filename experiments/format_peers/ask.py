@@ -1,4 +1,4 @@
-"""What the programs `ask_*.py` share: `python ask_PEER.py FOLDER ...` answers in each folder what `ids.npy` asks."""
+"""What `ask_*.py` share: `python ask_PEER.py FOLDER ...` answers in each folder what `ids.npy` asks of `model`."""
 
 import sys
 import traceback
@@ -13,8 +13,8 @@ def answer(peer: str, logits: Callable[[Path, Any], Any], versions: Callable[[Pa
     """Write logits and versions beside the files, or why they cannot be read."""
     for place in map(Path, sys.argv[1:]):
         try:
-            np.save(place / f"{peer}.npy", logits(place, np.load(place / "ids.npy")))
-            (place / f"{peer}.txt").write_text(versions(place))
+            np.save(place / f"{peer}.npy", logits(place / "model", np.load(place / "ids.npy")))
+            (place / f"{peer}.txt").write_text(versions(place / "model"))
         except Exception as error:  # one file that cannot be read leaves the others to be asked
             traceback.print_exc()
             told = str(error).strip().splitlines() or [""]

@@ -17,9 +17,9 @@ def logits(place, ids):
         model.reset()
         model.eval(row.tolist())
         found.append(np.array(model.scores[: len(row)]))
-    texts = json.loads((place / "texts.json").read_text())
+    texts = json.loads((place.parent / "texts.json").read_text())
     read = [model.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
-    (place / "read.json").write_text(json.dumps(read))
+    (place.parent / "read.json").write_text(json.dumps(read))
     return np.stack(found)
 
 

@@ -1,5 +1,6 @@
-"""Plain transformers, in float32."""
+"""Plain transformers, in float32; MXFP4 and NVFP4 in bfloat16, which compressed-tensors makes of them."""
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,14 +12,23 @@ from transformers import AutoModelForCausalLM
 def logits(place, ids):
     """As transformers computes them."""
     file = {"gguf_file": "model.gguf"} if (place / "model.gguf").is_file() else {}
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **file).eval()
+    four = settings_of(place).get("format", "").startswith(("mxfp4", "nvfp4"))
+    dtype = torch.bfloat16 if four else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **file).eval()
     with torch.no_grad():
         return model(torch.from_numpy(ids)).logits.float().numpy()
 
 
+def settings_of(place: Path) -> dict:
+    """What a file says of its quantization."""
+    config = place / "config.json"
+    return json.loads(config.read_text()).get("quantization_config", {}) if config.is_file() else {}
+
+
 def versions(place: Path) -> str:
     """Of what read the file."""
-    names = ("transformers", "gguf" if (place / "model.gguf").is_file() else "compressed-tensors")
+    with_it = "gguf" if (place / "model.gguf").is_file() else settings_of(place)["quant_method"]
+    names = ("transformers", with_it)
     return ", ".join(f"{name} {version(name)}" for name in names)
 
 

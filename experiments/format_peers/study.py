@@ -3,9 +3,9 @@
     PYTHONPATH=tests python experiments/format_peers/study.py --environments DIR --outputs DIR --table
 
 makes the environments that are missing (GPTQModel brings its own torch, 6 GB in all; llama.cpp is compiled, which takes
-half an hour on one core), writes smollm2 in every form, and tiny networks of every architecture as GGUF, asks the peers
-for logits, and puts versions and differences into `docs/formats.md`. It ends with status 1 where a difference exceeds
-its bound. It is not run in CI.
+half an hour on one core), has `run.py` compress the whole of smollm2 and save it in every form, writes tiny networks of
+every architecture as GGUF, asks the peers for logits, and puts versions and differences into `docs/formats.md`. It ends
+with status 1 where a difference exceeds its bound. What is written or answered is not repeated. It is not run in CI.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-import knowledge_compression as kc
-from knowledge_compression.compression.writing.writers import WRITERS, writer_of
+from knowledge_compression.compression.writing.writers import writer_of
 from knowledge_compression.models.loading import LocalModel
 
 HERE = Path(__file__).parent
@@ -35,12 +35,12 @@ TEXT = (
     "two men walked on the moon; the third stayed in orbit. The author of Hamlet was born in Stratford, in England."
 )
 TEXTS = ("The capital of France is Paris, isn't it?", " two  spaces\tand a tab\n", "Zürich, São Paulo, 東京, 🙂")
-BLOCKS = 6  # of smollm2, the first ones, so that all of this takes minutes
 # The largest mean divergence (KL, nats a token) of a peer's answers from ours that is accepted:
 EXACT = 1e-9  # where it multiplies as this program does
 HALF = 1e-4  # where it multiplies in float16
 TABLE = 1e-5  # where llama.cpp takes GELU from a table in float16
-ROUNDED = 5e-3  # where llama.cpp rounds activations to 8 bits, as it does where weights are quantized
+ROUNDED = 5e-3  # where it rounds activations to 8 bits and this program, reading the file, does not
+SHORT = 1e-2  # where it multiplies in bfloat16
 
 
 @dataclass(frozen=True)
@@ -51,41 +51,63 @@ class Written:
         name: for the table.
         form: as in `output.save_model`.
         peers: which read it; each with the largest divergence that is accepted.
-        compression: its name and settings.
+        choices: what is typed after `run.py`, besides the model and what is saved.
     """
 
     name: str
     form: str
     peers: Mapping[str, float]
-    compression: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    choices: str
 
 
 def integers(name: str, form: str, bits: int, peers: Mapping[str, float], **settings: Any) -> Written:
     """Plain rounding with scales of 16 bits."""
     chosen = {"bits": bits, "group_size": 64, "symmetric": True, "scale_bits": 16} | settings
-    return Written(name, form, peers, "rtn", chosen)
+    typed = [f"compression.{key}={str(value).lower()}" for key, value in chosen.items()]
+    return Written(name, form, peers, " ".join(["compression=rtn", *typed]))
+
+
+def blocks(name: str, kind: str) -> Written:
+    """A type of llama.cpp."""
+    return Written(f"GGUF, {name}", "gguf", BY_LLAMA, f"compression=gguf compression.type={kind}")
 
 
 BY_GPTQMODEL, BY_TRANSFORMERS = {"gptqmodel": HALF}, {"transformers": EXACT}
 BY_LLAMA = BY_TRANSFORMERS | {"llama_cpp": ROUNDED}
+AWQ = "compression=awq compression.group_size=64 corpus=self corpus.samples=16 corpus.length=128"
+SMOOTH = "compression=smoothquant compression.fold=true corpus=self corpus.samples=16 corpus.length=128"
+STATIC = "compression=int8_static corpus=self corpus.samples=16 corpus.length=128"
 FILES = (
+    Written("AWQ, 4 bits", "awq", BY_GPTQMODEL, AWQ),
+    Written("compressed-tensors, AWQ, 4 bits", "compressed-tensors", BY_TRANSFORMERS, AWQ),
+    Written(
+        "compressed-tensors, int8",
+        "compressed-tensors",
+        {"transformers": ROUNDED},
+        "compression=int8_dynamic compression.granularity=per_channel",
+    ),
+    Written("compressed-tensors, int8, static inputs", "compressed-tensors", {"transformers": 5e-1}, STATIC),
+    Written("compressed-tensors, SmoothQuant", "compressed-tensors", {"transformers": ROUNDED}, SMOOTH),
+    Written("bitsandbytes, NF4", "bitsandbytes", {"transformers": EXACT}, "compression=nf4"),
+    Written("compressed-tensors, FP8", "compressed-tensors", BY_TRANSFORMERS, "compression=fp8"),
+    Written("compressed-tensors, MXFP4", "compressed-tensors", {"transformers": SHORT}, "compression=mxfp4"),
+    Written("compressed-tensors, NVFP4", "compressed-tensors", {"transformers": SHORT}, "compression=nvfp4"),
     integers("GPTQ v1, 4 bits", "gptq", 4, BY_GPTQMODEL),
     integers("GPTQ v2, 4 bits", "gptq", 4, BY_GPTQMODEL, symmetric=False),
     integers("GPTQ v2, 3 bits", "gptq", 3, BY_GPTQMODEL, symmetric=False),
     integers("GPTQ v1, 8 bits", "gptq", 8, BY_GPTQMODEL),
-    integers("AWQ, 4 bits", "awq", 4, BY_GPTQMODEL, symmetric=False),
+    integers("AWQ's format, plainly rounded", "awq", 4, BY_GPTQMODEL, symmetric=False),
     integers("compressed-tensors, 4 bits", "compressed-tensors", 4, BY_TRANSFORMERS),
     integers("compressed-tensors, 8 bits", "compressed-tensors", 8, BY_TRANSFORMERS),
-    Written("GGUF, F32", "gguf", BY_TRANSFORMERS | {"llama_cpp": EXACT}, "none"),
-    Written("GGUF, F16", "gguf-f16", BY_TRANSFORMERS | {"llama_cpp": HALF}, "none"),
+    Written("GGUF, F32", "gguf-f32", BY_TRANSFORMERS | {"llama_cpp": EXACT}, "compression=none"),
+    Written("GGUF, F16", "gguf-f16", BY_TRANSFORMERS | {"llama_cpp": HALF}, "compression=none"),
     integers("GGUF, Q4_0 with the codes of symmetric rounding", "gguf", 4, BY_LLAMA, group_size=32),
     integers("GGUF, Q5_0 with the codes of asymmetric rounding", "gguf", 4, BY_LLAMA, symmetric=False),
-    Written("GGUF, MXFP4", "gguf", BY_LLAMA, "gguf", {"type": "mxfp4"}),
-    Written("GGUF, Q8_0", "gguf", BY_LLAMA, "gguf", {"type": "q8_0"}),
-    Written("GGUF, Q6_K, Q8_0 where 256 does not divide", "gguf", BY_LLAMA, "gguf", {"type": "q6_k"}),
-    Written("GGUF, Q4_K, Q5_0 where 256 does not divide", "gguf", BY_LLAMA, "gguf", {"type": "q4_k"}),
-    Written("GGUF, Q2_K, IQ4_NL where 256 does not divide", "gguf", BY_LLAMA, "gguf", {"type": "q2_k"}),
+    blocks("MXFP4", "mxfp4"),
+    blocks("Q8_0", "q8_0"),
+    blocks("Q6_K, Q8_0 where 256 does not divide", "q6_k"),
+    blocks("Q4_K, Q5_0 where 256 does not divide", "q4_k"),
+    blocks("Q2_K, IQ4_NL where 256 does not divide", "q2_k"),
 )
 
 
@@ -101,11 +123,8 @@ def main() -> int:
     peers = asked.peers.split(",")
     for peer in peers:
         environment(asked.environments / peer, peer)
-    asking = [
-        question
-        for question in [*of_smollm2(asked.outputs), *of_architectures(asked.outputs / "architectures")]
-        if asked.only in question.name and question.peer in peers
-    ]
+    wanted = partial(chosen, asked.only, peers)
+    asking = [*of_smollm2(asked.outputs, wanted), *of_architectures(asked.outputs / "architectures", wanted)]
     for peer in peers:
         asked_before = f"{peer}.npy"  # what is answered is not asked again
         if places := [q.place for q in asking if q.peer == peer and not (q.place / asked_before).is_file()]:
@@ -180,39 +199,50 @@ class Question:
         return f"| {self.name} | {told.read_text()} | {said}", good
 
 
-def of_smollm2(outputs: Path) -> Iterator[Question]:
-    """Write smollm2, cut after a few blocks, in every form."""
+def chosen(part: str, peers: Sequence[str], name: str, peer: str) -> bool:
+    """Whether a file is to be asked about, by its name and who would be asked."""
+    return part in name and peer in peers
+
+
+def of_smollm2(outputs: Path, wanted: Callable[[str, str], bool]) -> Iterator[Question]:
+    """Have run.py compress smollm2 and save it in every form."""
     for written in FILES:
-        if written.form not in WRITERS:
-            print(f"{written.name}: output.save_model={written.form} is not offered yet")
-            continue
         place = outputs / "".join(letter if letter.isalnum() else "_" for letter in written.name)
-        if not (place / "ours.npy").is_file():
-            model = kc.load("smollm2")
-            network: Any = model.network
-            network.model.layers = network.model.layers[:BLOCKS]
-            network.config.num_hidden_layers = BLOCKS
-            method = kc.choose(f"compression={written.compression}", **written.settings)
-            kc.compress(model, method, kc.choose("target=all"))
-            writer_of(written.form).write(model, place)
-            ask(place, np.array([model.tokenizer(TEXT)["input_ids"]], dtype=np.int64))
-        yield from (Question(written.name, peer, place, bound) for peer, bound in written.peers.items())
+        asking = [(peer, bound) for peer, bound in written.peers.items() if wanted(written.name, peer)]
+        if asking and not (place / "ours.npy").is_file():
+            typed = ["model=smollm2", "target=all", *written.choices.split(), "eval=[]", f"output.dir={place}"]
+            program = [sys.executable, str(HERE.parents[1] / "run.py"), *typed, f"output.save_model={written.form}"]
+            subprocess.run(program, check=True)
+            (saved,) = place.glob("runs/*/model")
+            (place / "model").symlink_to(saved.relative_to(place))
+            ask(place, None)
+        yield from (Question(written.name, peer, place, bound) for peer, bound in asking)
 
 
-def of_architectures(outputs: Path) -> Iterator[Question]:
+def of_architectures(outputs: Path, wanted: Callable[[str, str], bool]) -> Iterator[Question]:
     """Write tiny random networks of every architecture as GGUF."""
     from helpers.gguf_tiny import WRITTEN, tiny
 
     for name in WRITTEN:
+        told = f"GGUF, F32, a tiny random {name}"
+        if not wanted(told, "llama_cpp"):
+            continue
         if not (outputs / name / "ours.npy").is_file():
-            writer_of("gguf").write(tiny(name), outputs / name)
+            writer_of("gguf").write(tiny(name), outputs / name / "model")
             ask(outputs / name, np.random.default_rng(0).integers(3, 60, (2, 24)))
-        yield Question(f"GGUF, F32, a tiny random {name}", "llama_cpp", outputs / name, TABLE)
+        yield Question(told, "llama_cpp", outputs / name, TABLE)
 
 
-def ask(place: Path, ids: np.ndarray) -> None:
-    """Put beside a file what its readers are asked, and what this program answers, having read it."""
-    read = LocalModel("written", str(place)).load("cpu", "float32")
+def ask(place: Path, ids: np.ndarray | None) -> None:
+    """Put beside a file what its readers are asked, and what this program answers, having read it.
+
+    Args:
+        place: the folder of the file.
+        ids: token ids ``[texts, tokens]``; None for those of a text.
+    """
+    read = LocalModel("written", str(place / "model")).load("cpu", "float32")
+    if ids is None:
+        ids = np.array([read.tokenizer(TEXT)["input_ids"]], dtype=np.int64)
     with torch.no_grad():
         np.save(place / "ours.npy", read.network(torch.from_numpy(ids)).logits.numpy())
     np.save(place / "ids.npy", ids)
