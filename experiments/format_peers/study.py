@@ -35,6 +35,7 @@ TEXT = (
     "two men walked on the moon; the third stayed in orbit. The author of Hamlet was born in Stratford, in England."
 )
 TEXTS = ("The capital of France is Paris, isn't it?", " two  spaces\tand a tab\n", "Zürich, São Paulo, 東京, 🙂")
+QUICK = ("eval=[atlas]", "eval.atlas.relations=[capital_of]")  # a run asks something
 # The largest mean divergence (KL, nats a token) of a peer's answers from ours that is accepted:
 EXACT = 1e-9  # where it multiplies as this program does
 HALF = 1e-4  # where it multiplies in float16
@@ -210,11 +211,12 @@ def of_smollm2(outputs: Path, wanted: Callable[[str, str], bool]) -> Iterator[Qu
         place = outputs / "".join(letter if letter.isalnum() else "_" for letter in written.name)
         asking = [(peer, bound) for peer, bound in written.peers.items() if wanted(written.name, peer)]
         if asking and not (place / "ours.npy").is_file():
-            typed = ["model=smollm2", "target=all", *written.choices.split(), "eval=[]", f"output.dir={place}"]
+            typed = ["model=smollm2", "target=all", *written.choices.split(), *QUICK, f"output.dir={place / 'store'}"]
             program = [sys.executable, str(HERE.parents[1] / "run.py"), *typed, f"output.save_model={written.form}"]
             subprocess.run(program, check=True)
-            (saved,) = place.glob("runs/*/model")
-            (place / "model").symlink_to(saved.relative_to(place))
+            (saved,) = place.glob("store/runs/*/model")  # the dense run beside it has none
+            (place / "model").unlink(missing_ok=True)
+            (place / "model").symlink_to(saved.resolve())
             ask(place, None)
         yield from (Question(written.name, peer, place, bound) for peer, bound in asking)
 
