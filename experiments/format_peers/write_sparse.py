@@ -2,9 +2,9 @@
 
     python experiments/format_peers/write_sparse.py DIR
 
-in an environment of `requirements-sparse.txt`. Each folder of DIR holds a model; beside it, `NAME-dense.safetensors` has
-the weights from which the library made it. `tests/models/files/` holds what it wrote, which `tests/models/test_sparse.py`
-reads.
+in an environment of `requirements-sparse.txt`. Each folder of DIR holds a model; beside it, `NAME-dense.safetensors`
+has the weights from which the library made it. `tests/models/files/` holds what it wrote, which
+`tests/models/test_sparse.py` reads.
 """
 
 import sys
