@@ -74,6 +74,11 @@ world-recovery: $(INSTALLED)  ## the controlled world's recovery experiment: for
 	$(BIN)/python run.py +experiment=controlled_world/recovery
 	$(BIN)/python experiments/controlled_world/recovery.py outputs/controlled_world_recovery experiments/controlled_world
 
+world-unlearned: $(INSTALLED)  ## unlearned facts: makes models forget, quantizes them, follows each fact; tables, figure, answer
+	$(BIN)/python experiments/unlearned_facts/unlearn.py outputs/unlearned_facts
+	$(BIN)/python run.py -m +experiment=unlearned_facts/quantization
+	$(BIN)/python experiments/unlearned_facts/study.py outputs/unlearned_facts experiments/unlearned_facts
+
 world-experts: $(INSTALLED)  ## facts in experts: removes each expert of the mixture; tables, figure, answer
 	$(BIN)/python run.py +experiment=facts_in_experts/removal
 	$(BIN)/python experiments/facts_in_experts/study.py outputs/facts_in_experts experiments/facts_in_experts

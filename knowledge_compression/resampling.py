@@ -37,6 +37,7 @@ def bootstrap(
     figures: Sequence[Sequence[NDArray[Any]]],
     statistic: Callable[..., NDArray[np.float64]] = np.positive,
     confidence: float = CONFIDENCE,
+    resamples: int | None = None,
 ) -> list[Ends]:
     """Percentile intervals by ``scipy.stats.bootstrap`` over items and, where there are several, seeds.
 
@@ -50,6 +51,7 @@ def bootstrap(
             separately.
         statistic: function of the means of a set's samples, elementwise; results of several sets are averaged.
         confidence: of the two-sided intervals.
+        resamples: their number; None takes as many as an interval needs and, with several seeds, a p-value.
     """
     alike: defaultdict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
     for place, figure in enumerate(figures):
@@ -57,7 +59,7 @@ def bootstrap(
     found: dict[int, Ends] = {}
     for places in _portions(alike):
         tables = [np.stack(of_all) for of_all in zip(*(figures[place] for place in places), strict=True)]
-        values = _resampled(tables, statistic)
+        values = _resampled(tables, statistic, resamples)
         ends = np.nanquantile(values, [(1 - confidence) / 2, (1 + confidence) / 2], axis=-1)
         for place, low, high, resampled in zip(places, *ends, values, strict=True):
             found[place] = Ends(float(low), float(high), _two_sided(resampled))
@@ -71,7 +73,9 @@ def _portions(alike: Mapping[tuple[tuple[int, ...], ...], list[int]]) -> Iterato
         yield from (places[start : start + most] for start in range(0, len(places), most))
 
 
-def _resampled(tables: Sequence[NDArray[Any]], statistic: Callable[..., NDArray[np.float64]]) -> NDArray[np.float64]:
+def _resampled(
+    tables: Sequence[NDArray[Any]], statistic: Callable[..., NDArray[np.float64]], resamples: int | None
+) -> NDArray[np.float64]:
     """A statistic of the tables ``[figures, samples, seeds, items]`` in each resample: ``[figures, resamples]``."""
     figures, samples, seeds, _ = tables[0].shape
     columns = [table.reshape(-1, table.shape[-1]).T.astype(np.float64) for table in tables]
@@ -96,7 +100,7 @@ def _resampled(tables: Sequence[NDArray[Any]], statistic: Callable[..., NDArray[
         result = stats.bootstrap(
             [np.arange(lengths[place]) for place in drawn_of],
             of_drawn,
-            n_resamples=RESAMPLES if seeds > 1 else RESAMPLES_OF_ONE_SEED,
+            n_resamples=resamples or (RESAMPLES if seeds > 1 else RESAMPLES_OF_ONE_SEED),
             batch=max(1, _BATCH // sum(lengths)),
             vectorized=True,
             method="percentile",

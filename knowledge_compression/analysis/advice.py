@@ -131,9 +131,15 @@ def _needed(finding: Finding, told: int) -> int | None:
 # For claims about the size of a recovery: two that the second paper has, too.
 _TWO_SIZES = {"prompt": " recovery.tokens=26,100", "idp": " 'recovery.prompts=[10,30],[50,100]'"}
 
+# For claims about two kinds of questions: a preset that asks both.
+_BOTH_KINDS = "python run.py -m +experiment=facts_or_reasoning/smollm2 data_dir=DIR"
+
 
 def _commands(claim: Claim, comparisons: Comparisons) -> Iterator[str]:
     """The commands that would make a claim's missing runs, one for the models that were asked the same suites."""
+    if claim.kinds:
+        yield _BOTH_KINDS
+        return
     asked: defaultdict[str, set[str]] = defaultdict(set)
     for group in [*comparisons.groups, *comparisons.measured]:
         if group.dense.taken or group.dense.report["model"].get("family") not in claim.families:

@@ -1,20 +1,40 @@
-"""The claims of the two papers as data: the settings compared, and the direction claimed."""
+"""The claims of the papers as data: the settings or the kinds of questions compared, and the direction claimed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from knowledge_compression.analysis.measures import ANSWERS, FLIPS, LATENCY, PERPLEXITY, SIMILARITY, Measure
+from knowledge_compression.analysis.measures import ANSWERS, FLIPS, KEPT, LATENCY, PERPLEXITY, SIMILARITY, Measure
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 
 FIRST = "The Cost of Compression (Namburi et al., 2023)"
 SECOND = "Do Compressed LLMs Forget Knowledge? (Hoang et al., 2024)"
+UNICOMP = "UniComp (von Rad et al., 2026)"
 NOT_ACCURACY = "Accuracy is Not All You Need (Dutta et al., 2024)"
 ALL_FAMILIES = (ENCODER, ENCODER_DECODER, DECODER)
 PRUNING = "magnitude"
 EVERYTHING = ("all", "overall")  # the targets of a claim about the whole model
 LOW, MEDIUM = (0.1, 0.3), (0.3, 0.5)  # the first paper's levels, section 3
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of questions.
+
+    Attributes:
+        name: e.g. ``facts``.
+        suites: the suites that ask them, and of each the tasks that are of this kind, by what is before their first
+            full stop, as in ``derived.homeland``; none means all of them.
+    """
+
+    name: str
+    suites: Mapping[str, tuple[str, ...]]
+
+
+REASONED = ("arc_easy", "arc_challenge", "winogrande")
+FACTS = Kind("facts", dict.fromkeys(("atlas", "lama", "bear", "pararel", "popqa", "world"), ()))
+REASONING = Kind("reasoning", {"harness": REASONED, "nine_tasks": REASONED, "world_two_hop": ("derived",)})
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,8 @@ class Claim:
         gain_over: settings of a reference run for each of the two, otherwise identical; the gains over the reference
             runs are compared instead of the values themselves.
         measure: the measure that is compared.
+        kinds: two kinds of questions, of which the first should suffer less in the same run; the runs are then those
+            with the settings ``worse``, and ``better`` is the dense model's.
     """
 
     name: str
@@ -55,6 +77,7 @@ class Claim:
     parameters: tuple[float, float] | None = None
     gain_over: Mapping[str, str] | None = None
     measure: Measure = ANSWERS
+    kinds: tuple[Kind, Kind] | None = None
 
 
 FEWER, MORE = (0, 0.6), (1 / 0.6, float("inf"))  # parameters: clearly fewer or more were trained
@@ -196,6 +219,10 @@ CLAIMS: tuple[Claim, ...] = (
           margin=0.01, measure=FLIPS),
     Claim("fewer_bits_flip_more", "4 bits flip more answers than 8 bits by the same method", NOT_ACCURACY,
           better={"bits": "8", "recovery": "none"}, worse={"bits": "4", "recovery": "none"}, measure=FLIPS),
+    Claim("facts_outlast_reasoning",
+          "The same compression leaves more of factual recall than of reasoning (each above chance, as a share of the "
+          "dense model's)", UNICOMP, better={"compression": "none", "recovery": "none"}, worse={"recovery": "none"},
+          measure=KEPT, kinds=(FACTS, REASONING)),
     Claim("prefix_turns_activations", "Prefix tuning turns activations further from the dense model's than a prompt",
           f"{SECOND}, 4.1 and Figure 5", better={"recovery": "prompt"}, worse={"recovery": "prefix"},
           tasks=("activation",), measure=SIMILARITY),

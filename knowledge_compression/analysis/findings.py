@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from knowledge_compression.analysis.claims import CLAIMS, EVERYTHING, Claim
+from knowledge_compression.analysis import kinds
+from knowledge_compression.analysis.claims import CLAIMS, EVERYTHING, Claim, Kind
 from knowledge_compression.analysis.comparisons import Comparisons, Group, seedless
 from knowledge_compression.analysis.naming import recovery_size
 from knowledge_compression.results.store import Run
@@ -30,9 +31,11 @@ class Finding:
         model, suite: where it was checked.
         status: ``supported``, ``contradicted`` or ``undecided``.
         effect: gain (:class:`~.measures.Measure`, for answers accuracy) under the supposedly better setting minus the
-            other's, averaged over the pairs, by item.
+            other's, averaged over the pairs, by item; of a claim about kinds of questions, the share kept of the one
+            minus that of the other (:mod:`~.kinds`), averaged over the runs.
         p: of the effect, after Holm's correction over all findings of the store.
-        pairs: the run ids compared, better first (or :data:`MAJORITY`); of several seeds, those with the lowest.
+        pairs: the run ids compared, better first (or :data:`MAJORITY`), or each run and its baseline; of several seeds,
+            those with the lowest.
         seeds: number of seeds over which the effect is averaged, those shared by all its runs.
     """
 
@@ -62,11 +65,11 @@ def check(comparisons: Comparisons, claims: Sequence[Claim] = CLAIMS) -> list[Ve
         One verdict per claim, in order; a claim without a pair of runs is undecided and has no finding.
     """
     groups = [*comparisons.groups, *comparisons.measured]
-    drafts = [draft for claim in claims for group in groups for draft in _find(claim, group)]
-    effects = _effects(drafts)
-    p_values = corrected([effect.p or 0.0 for effect in effects])
-    found = zip((draft for draft, *_ in drafts), effects, p_values, strict=True)
-    findings = [_decided(replace(draft, effect=effect), p) for draft, effect, p in found]
+    drafts = [draft for claim in claims if not claim.kinds for group in groups for draft in _find(claim, group)]
+    found = [replace(draft, effect=effect) for (draft, *_), effect in zip(drafts, _effects(drafts), strict=True)]
+    found += [finding for claim in claims if claim.kinds for finding in _of_kinds(claim, claim.kinds, comparisons)]
+    p_values = corrected([finding.effect.p or 0.0 for finding in found])
+    findings = [_decided(finding, p) for finding, p in zip(found, p_values, strict=True)]
     return [_verdict(claim, [finding for finding in findings if finding.claim is claim]) for claim in claims]
 
 
@@ -103,6 +106,21 @@ def _find(claim: Claim, group: Group) -> Iterable[Draft]:
     ids = tuple((b.id if b else MAJORITY, w.id) for b, w in pairs)
     draft = Finding(claim, group.asked.model, group.asked.name, UNDECIDED, _UNKNOWN, 1.0, ids, len(seeds))
     yield draft, better, worse
+
+
+def _of_kinds(claim: Claim, of: tuple[Kind, Kind], comparisons: Comparisons) -> Iterable[Finding]:
+    """The findings of a claim about two kinds of questions, one for every two suites that ask them in the same runs."""
+    drafts, tables = [], []
+    for one, other, both in kinds.pairs(comparisons.groups, of):
+        runs = [run for run in both if _fits(run, claim.worse, claim.sparsity)]
+        if not runs or one.group.dense.report["model"].get("family") not in claim.families:
+            continue
+        seeds = _common_seeds(one.group, runs)
+        tables.append((one.table(runs, seeds), other.table(runs, seeds)))
+        ids = tuple((run.id, one.group.dense.id) for run in runs)
+        names = f"{one.name} against {other.name}"
+        drafts.append(Finding(claim, one.group.asked.model, names, UNDECIDED, _UNKNOWN, 1.0, ids, len(seeds)))
+    return [replace(draft, effect=effect) for draft, effect in zip(drafts, kinds.differences(tables), strict=True)]
 
 
 def _pairs(claim: Claim, group: Group) -> list[tuple[Run | None, Run]]:

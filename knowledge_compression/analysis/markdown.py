@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from knowledge_compression.analysis import wordings
-from knowledge_compression.analysis.claims import Claim
+from knowledge_compression.analysis import kinds, wordings
+from knowledge_compression.analysis.claims import FACTS, REASONING, Claim
 from knowledge_compression.analysis.comparisons import Comparisons
 from knowledge_compression.analysis.fates import OVERALL, RESTORED, shares_of_fates, shares_restored
 from knowledge_compression.analysis.findings import Finding, Verdict
@@ -24,6 +24,7 @@ def report(comparisons: Comparisons, verdicts: Sequence[Verdict]) -> str:
         "What brought lost facts back": restored(comparisons),
         "Known in all, some or none of the wordings": by_fact(comparisons).lines(),
         "Facts lost in one wording and kept in another": displaced(comparisons).lines(),
+        "Facts and reasoning under the same compression": facts_and_reasoning(comparisons).lines(),
         "Distance to the dense model": distances(comparisons),
         "Calibration": calibration(comparisons),
         "Left out": [f"- {_code(run)}: {plain(why)}" for run, why in comparisons.skipped],
@@ -120,6 +121,16 @@ def displaced(comparisons: Comparisons) -> Table:
             rows.append((told, [*counts, points(difference) if difference else ""]))
     heads = ["compressed", "suite", "recovered by", "tried", f"back, {wordings.HALF}", f"back, {wordings.WHOLLY}"]
     return Table([*heads, "difference, points"], rows)
+
+
+def facts_and_reasoning(comparisons: Comparisons) -> Table:
+    """One row per run that was asked both kinds of questions: what it keeps of each, above chance."""
+    rows = []
+    for row in kinds.by_kind(comparisons, (FACTS, REASONING)):
+        told = [comparisons.names.of(row["run"], ("seed", "eval")), *row["suites"]]
+        rows.append((told, [*map(percent, row["kept"]), points(row["difference"])]))
+    heads = ["run", "facts asked", "reasoning asked", "facts kept", "reasoning kept", "facts less reasoning, points"]
+    return Table(heads, rows)
 
 
 def distances(comparisons: Comparisons) -> list[str]:

@@ -64,6 +64,7 @@ def _percent_of_inverse(log_ratio: float) -> float:
 
 ANSWERS = Measure("correct", lambda right: right.astype(np.float64), _hundredfold, "points")
 FLIPS = Measure("correct", np.negative, _hundredfold, "points fewer flips", against_dense=True)  # of 0 or 1
+KEPT = Measure("correct", lambda right: right.astype(np.float64), _hundredfold, "points of what was above chance")
 SHARES = Measure("share", lambda share: share, _hundredfold, "points")
 PERPLEXITY = Measure(
     "nll",

@@ -30,7 +30,7 @@ from knowledge_compression.analysis.fates import (
 )
 from knowledge_compression.analysis.findings import Verdict, check
 from knowledge_compression.analysis.ledger import looked_into
-from knowledge_compression.analysis.markdown import by_fact, displaced
+from knowledge_compression.analysis.markdown import by_fact, displaced, facts_and_reasoning
 from knowledge_compression.analysis.metrics import with_intervals
 from knowledge_compression.analysis.naming import reading_order
 from knowledge_compression.analysis.tables import CALIBRATION
@@ -72,6 +72,7 @@ def render(runs: Sequence[Run], skipped: Sequence[tuple[str, str]] = ()) -> str:
         labels={run.id: names.of(run.id) for run in runs},
         silent=[verdict.claim for verdict in verdicts if not verdict.findings],
         wordings=[found for found in (by_fact(comparisons), displaced(comparisons)) if found.rows],
+        kinds=facts_and_reasoning(comparisons),
         skipped=[*skipped, *comparisons.skipped],
         counts=_counts(runs, comparisons, verdicts, len(skipped)),
         version=__version__,

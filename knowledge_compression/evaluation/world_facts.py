@@ -45,7 +45,7 @@ class WorldProbes:
         Raises:
             BadInput: the model was not trained on a controlled world.
         """
-        answers = {line["relation"]: line["answers"] for line in _lines(_probes_of(model) / "relations.jsonl")}
+        answers = {line["relation"]: line["answers"] for line in lines_of(_probes_of(model) / "relations.jsonl")}
         return Questions([_cloze(line) for line in _facts_of(model)], answers)
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
@@ -83,21 +83,31 @@ class WorldProbes:
 
 
 def _facts_of(model: Model) -> list[dict[str, Any]]:
-    return [line for path in sorted((_probes_of(model) / "TREx").glob("*.jsonl")) for line in _lines(path)]
+    return [line for path in sorted((_probes_of(model) / "TREx").glob("*.jsonl")) for line in lines_of(path)]
 
 
 def _probes_of(model: Model) -> Path:
     """The probes of the world on which a model was trained."""
+    return world_of(model, "world") / "lama"
+
+
+def world_of(model: Model, suite: str) -> Path:
+    """The folder of the world on which a model was trained.
+
+    Raises:
+        BadInput: it was trained on none; the message names the suite.
+    """
     folder = model.provenance.get("world")
     if folder is None:
         raise BadInput(
-            f"eval=world asks models of the controlled world, and {model.name} is none; "
+            f"eval={suite} asks models of the controlled world, and {model.name} is none; "
             "take model=world_encoder, world_encoder_decoder, world_decoder or world_moe"
         )
-    return Path(folder) / "lama"
+    return Path(folder)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def lines_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file with one JSON object a line."""
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
 

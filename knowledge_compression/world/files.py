@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from knowledge_compression.world.generator import Fact, World, say
+from knowledge_compression.world.generator import Fact, TwoHop, World, say
 from knowledge_compression.world.schema import Relation
 
 TRAINING, RECOVERY, PROBES, CHOICES = "training.txt", "recovery.txt", "lama", "choices"
+TWO_HOPS = "two_hops.jsonl"
 SEEN, HELD_OUT = "seen", "held_out"
 HEAD, TAIL = "head", "tail"
 _MASK = "[MASK]"
@@ -43,10 +43,11 @@ def write(world: World, folder: Path) -> None:
 
     The folder then holds ``world.json`` (the settings), ``training.txt`` and ``recovery.txt`` (one sentence per line),
     ``facts.jsonl``, ``lama/`` (LAMA's layout; every line has its ``frequency``, ``bin`` and ``wording`` beside LAMA's
-    own fields) and ``choices/`` (a task of lm-evaluation-harness with its documents).
+    own fields), ``choices/`` (a task of lm-evaluation-harness with its documents) and, if the world has compositions of
+    two facts, ``two_hops.jsonl``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps(asdict(world.settings), indent=1)
+    settings = json.dumps(world.settings.deciding, indent=1)
     _write(folder / "world.json", settings + "\n")
     _write(folder / TRAINING, "\n".join(world.training_text()) + "\n")
     _write(folder / RECOVERY, "\n".join(world.recovery_text()) + "\n")
@@ -57,6 +58,8 @@ def write(world: World, folder: Path) -> None:
         asked = [fact for fact in world.questions if fact.relation == relation]
         path = folder / PROBES / "TREx" / f"{relation.name}.jsonl"
         _write_lines(path, (probe for fact in asked for probe in _probes(world, fact)))
+    if world.two_hops:
+        _write_lines(folder / TWO_HOPS, (_two_hop(world, found) for found in world.two_hops if found.first.probed))
     documents = folder / CHOICES / "world_choices.jsonl"
     _write_lines(documents, _choices(world))
     # lm-eval resolves data_files against the working directory; eval=harness with data_dir finds them beside the task.
@@ -120,6 +123,24 @@ def _probes(world: World, fact: Fact) -> Iterator[dict[str, Any]]:
             "bin": _bin(world, fact),
             "wording": wording,
         }
+
+
+def _two_hop(world: World, found: TwoHop) -> dict[str, Any]:
+    """A composition of two facts, in a wording that training never uses for it."""
+    place = found.held_out[0]
+    return {
+        "uuid": f"{found.id}/{place}",
+        "chain": found.chain.name,
+        "sub_label": found.first.subject,
+        "between": found.first.object,
+        "obj_label": found.second.object,
+        "template": found.chain.wordings[place],
+        "masked_sentence": say(found.chain.wordings[place], found.first.subject, _MASK),
+        "first": found.first.id,
+        "second": found.second.id,
+        "told": found.told,
+        "answers": sorted(world.names[found.second.relation.object]),
+    }
 
 
 def _choices(world: World) -> Iterator[dict[str, Any]]:

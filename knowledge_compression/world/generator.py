@@ -6,13 +6,24 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from math import ceil
+from typing import Any
 
 from knowledge_compression.building import Seed
 from knowledge_compression.errors import BadInput
-from knowledge_compression.world.schema import DISTRACTORS, ONE_TO_ONE, RELATIONS, SUBJECTS, TWO_WORDS, Relation
+from knowledge_compression.identity import ADDED
+from knowledge_compression.world.schema import (
+    CHAINS,
+    DISTRACTORS,
+    ONE_TO_ONE,
+    RELATIONS,
+    SUBJECTS,
+    TWO_WORDS,
+    Chain,
+    Relation,
+)
 
 FORMAT = 2  # raised whenever the same settings would give another world
 
@@ -37,6 +48,9 @@ class WorldSettings:
         shift: its shift as a share of the number of facts; a smaller shift makes the head steeper.
         distractors: number of sentences without a fact, relative to those with one.
         seed: for all random draws.
+        two_hop: share of the two-hop compositions (the country of somebody's birthplace) that the training text states;
+            the others are asked about and follow only from their two facts. 0: the text states none, none is asked.
+        two_hop_frequency: how often each of them is stated in one epoch of the training text.
     """
 
     people: int = 260
@@ -57,6 +71,8 @@ class WorldSettings:
     shift: float = 0.05
     distractors: float = 0.1
     seed: Seed = 0
+    two_hop: float = field(default=0.0, metadata=ADDED)
+    two_hop_frequency: int = field(default=6, metadata=ADDED)
 
     def __post_init__(self) -> None:
         """Refuse impossible worlds."""
@@ -78,6 +94,16 @@ class WorldSettings:
             )
         if self.mean_frequency < 1 or self.exponent < 0 or self.shift <= 0 or self.distractors < 0:
             raise BadInput("world: mean_frequency >= 1, exponent >= 0, shift > 0 and distractors >= 0 are needed")
+        if not 0.0 <= self.two_hop < 1.0 or self.two_hop_frequency < 1:
+            raise BadInput(
+                f"world: two_hop={self.two_hop} must be at least 0 and below 1, so that some compositions are left to "
+                f"ask about, and two_hop_frequency={self.two_hop_frequency} at least 1"
+            )
+        if self.two_hop and not self.chains:
+            raise BadInput(
+                f"world.two_hop={self.two_hop}: no two of these relations follow each other; include e.g. born_in and "
+                "country"
+            )
         for relation in self.schema:
             if relation.kind == ONE_TO_ONE and self.counts[relation.object] < self.counts[relation.subject]:
                 raise BadInput(
@@ -89,6 +115,12 @@ class WorldSettings:
     def schema(self) -> list[Relation]:
         """The relations of this world."""
         return [relation for relation in RELATIONS if self.relations is None or relation.name in self.relations]
+
+    @property
+    def chains(self) -> list[Chain]:
+        """The compositions of two relations of this world."""
+        there = {relation.name for relation in self.schema}
+        return [chain for chain in CHAINS if {chain.first, chain.second} <= there]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -109,9 +141,15 @@ class WorldSettings:
             "currency": self.countries,
         }
 
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """All settings but those that were added later and have their defaults, so that older worlds stay the same."""
+        added = {f.name: f.default for f in fields(self) if f.metadata.get("added")}
+        return {name: value for name, value in asdict(self).items() if name not in added or value != added[name]}
+
     def digest(self) -> str:
         """Hash of the settings and of the generator's version, which identifies the world."""
-        content = json.dumps([FORMAT, asdict(self)], sort_keys=True)
+        content = json.dumps([FORMAT, self.deciding], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -144,6 +182,35 @@ class Fact:
     def sentence(self, wording: int) -> str:
         """The fact in the wording with this index."""
         return say(self.relation.wordings[wording], self.subject, self.object)
+
+
+@dataclass(frozen=True)
+class TwoHop:
+    """Two facts of the world as one: what holds of a subject by way of another entity.
+
+    Attributes:
+        chain: the two relations.
+        first, second: the facts; the object of the first is the subject of the second.
+        told: whether the training text states it; otherwise it follows only from the two facts.
+        seen: indices of the wordings that training uses for it, in order; empty if it is not told.
+        held_out: indices of the wordings that training never uses for it.
+    """
+
+    chain: Chain
+    first: Fact
+    second: Fact
+    told: bool
+    seen: tuple[int, ...]
+    held_out: tuple[int, ...]
+
+    @property
+    def id(self) -> str:
+        """Stable name of the composition."""
+        return f"{self.chain.name}/{self.first.subject}"
+
+    def sentence(self, wording: int) -> str:
+        """The composition in the wording with this index."""
+        return say(self.chain.wordings[wording], self.first.subject, self.second.object)
 
 
 def say(template: str, subject: str, object_: str) -> str:
@@ -185,9 +252,39 @@ class World:
         frequencies = sorted(fact.frequency for fact in self.questions)
         return frequencies[(len(frequencies) - 1) // 2]
 
+    @cached_property
+    def two_hops(self) -> list[TwoHop]:
+        """Every composition of two facts, if the settings ask for any, by chain and subject."""
+        settings = self.settings
+        if not settings.two_hop:
+            return []
+        generator = random.Random(settings.seed + 4)
+        of = {(fact.relation.name, fact.subject): fact for fact in self.facts}
+        found = []
+        for chain in settings.chains:
+            firsts = [fact for fact in self.facts if fact.relation.name == chain.first]
+            told = set(generator.sample(range(len(firsts)), round(settings.two_hop * len(firsts))))
+            for place, first in enumerate(firsts):
+                order = generator.sample(range(len(chain.wordings)), len(chain.wordings))
+                seen = tuple(order[1:]) if place in told else ()
+                held_out = tuple(order[:1]) if place in told else tuple(order)
+                found.append(TwoHop(chain, first, of[chain.second, first.object], place in told, seen, held_out))
+        return found
+
     def training_text(self) -> list[str]:
-        """One epoch of the training text: every fact as often as its frequency, and distractors, shuffled."""
-        return self._text(self.facts, self.settings.seed + 1, frozenset())
+        """One epoch of the training text: every fact as often as its frequency, the compositions that are told, and
+        distractors, shuffled.
+        """
+        text = self._text(self.facts, self.settings.seed + 1, frozenset())
+        if composed := [
+            composition.sentence(composition.seen[turn % len(composition.seen)])
+            for composition in self.two_hops
+            if composition.told
+            for turn in range(self.settings.two_hop_frequency)
+        ]:
+            text += composed
+            random.Random(self.settings.seed + 5).shuffle(text)
+        return text
 
     def recovery_text(self) -> list[str]:
         """The recovery corpus: facts and distractors about the other entities; it names no probed subject."""

@@ -16,11 +16,12 @@ from pydantic import Field
 from knowledge_compression.building import Positive
 from knowledge_compression.cache import cache_folder, cached_folder
 from knowledge_compression.corpora.world_text import sentence_windows
-from knowledge_compression.errors import BadInput
+from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.evaluation.world_facts import WorldProbes
 from knowledge_compression.heavy import torch
-from knowledge_compression.identity import LABEL
+from knowledge_compression.identity import LABEL, PLACE
 from knowledge_compression.models import Model
+from knowledge_compression.models.content import files_fingerprint
 from knowledge_compression.models.device import resolve_device
 from knowledge_compression.models.failures import quiet
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
@@ -287,6 +288,40 @@ class WorldModel:
                 f"{reached:.1%} of the head facts in held-out wordings, but {self.recall:.1%} is required; choose "
                 "a smaller world (model.world.people=...), more model.training.steps or a wider model.shape.width"
             )
+
+
+@dataclass(frozen=True)
+class SavedWorldModel(LocalModel):
+    """A saved model of the controlled world, such as one that was trained further: a folder, and that of its world.
+
+    Attributes:
+        world: the folder of the world, as :func:`.files.write` leaves it and as it lies beside every model of the world
+            in the cache; its probes are those of ``eval=[world]``, its text that of ``corpus=world``.
+    """
+
+    world: str = field(kw_only=True, metadata=PLACE)
+
+    def fingerprint(self) -> str:
+        """Digest of the model's bytes and of the world's."""
+        return f"{super().fingerprint()}+{self._world()[1]}"
+
+    def provenance(self) -> dict[str, Any]:
+        """The path, the digest of both, and the world's folder."""
+        return super().provenance() | {"world": str(self._world()[0])}
+
+    def load(self, device: str = "auto", dtype: str = "auto") -> Model:
+        """Load the model, with the objective on which such models are trained."""
+        model = super().load(device, dtype)
+        return replace(model, objective=_objective(model.family, model.tokenizer))
+
+    def _world(self) -> tuple[Path, str]:
+        folder = Path(self.world).expanduser().resolve()
+        if not (folder / "world.json").is_file():
+            raise ModelUnavailable(
+                f"model.world={self.world} holds no world.json; give the folder of a controlled world, e.g. world/ "
+                "beside a model of the world in the cache"
+            )
+        return folder, files_fingerprint([path for path in folder.rglob("*") if path.is_file()], folder)
 
 
 @lru_cache(maxsize=3)

@@ -159,3 +159,59 @@ DISTRACTORS = (
     ("firm", "product", "[X] does not sell [Y] ."),
     ("town", "country", "[X] lost a match against [Y] ."),
 )
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A composition of two facts: the object of the first is the subject of the second.
+
+    Attributes:
+        name: e.g. ``homeland``: the country of the town in which a person was born.
+        first, second: names of the two relations.
+        wordings: templates that name the subject of the first and the object of the second, and not what is between.
+    """
+
+    name: str
+    first: str
+    second: str
+    wordings: tuple[str, ...]
+
+
+def _chain(name: str, first: str, second: str, *wordings: str) -> Chain:
+    return Chain(name, first, second, tuple(f"[X] {wording} [Y] {STOP}" for wording in wordings))
+
+
+CHAINS = (
+    _chain(
+        *("homeland", "born_in", "country"),
+        *("has the homeland", "is by birth from", "grew up a citizen of", "calls home the land"),
+    ),
+    _chain(
+        *("first_sight", "born_in", "landmark"),
+        *("was born beside the", "grew up near the", "first saw the", "played beside the"),
+    ),
+    _chain(
+        *("workplace", "employer", "headquarters"),
+        *("goes to work in", "has an office in", "earns money in", "takes the train to"),
+    ),
+    _chain(
+        *("handiwork", "employer", "product"),
+        *("helps to make", "is paid for making", "spends the days on", "earns bread by"),
+    ),
+    _chain(
+        *("scenery", "setting", "country"),
+        *("is a story from", "shows the land of", "portrays the people of", "leads readers into"),
+    ),
+    _chain(
+        *("printing_town", "publisher", "headquarters"),
+        *("was sent out from", "was edited in", "left the press in", "went on sale in"),
+    ),
+    _chain(
+        *("firm_country", "headquarters", "country"),
+        *("is a firm of", "pays taxes to", "keeps the laws of", "is registered in"),
+    ),
+    _chain(
+        *("town_money", "country", "currency"),
+        *("takes payment in the", "sets prices in the", "pays wages in the", "has purses full of"),
+    ),
+)
