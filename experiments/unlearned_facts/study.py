@@ -34,7 +34,6 @@ TOLD = {
     TAUGHT: "taught",
     "ascent": "ascent, small steps",
     "ascent_large_steps": "ascent, large steps",
-    "ascent_alone": "ascent alone",
     "rest_only": "training on the rest",
     NEVER: "never taught",
 }
