@@ -33,18 +33,24 @@ class Asked:
     Attributes:
         kind: the kind.
         group: the suite's runs.
-        rows: which of the group's items are of this kind.
+        tasks: the tasks that count; none means all of the suite's.
     """
 
     kind: Kind
     group: Group
-    rows: NDArray[np.bool_]
+    tasks: tuple[str, ...]
 
     @cached_property
     def name(self) -> str:
         """The suite and, if not all of its items count, their tasks."""
-        tasks = self.kind.suites[self.group.asked.suite]
-        return f"{self.group.asked.name} {', '.join(tasks)}" if tasks else self.group.asked.name
+        return f"{self.group.asked.name} {', '.join(self.tasks)}" if self.tasks else self.group.asked.name
+
+    @cached_property
+    def rows(self) -> NDArray[np.bool_]:
+        """Which of the group's items count: ``[items]``."""
+        if not self.tasks:
+            return np.ones(self.group.items.height, bool)
+        return self.group.items["task"].str.split(".").list.first().is_in(list(self.tasks)).to_numpy()
 
     @cached_property
     def _told(self) -> pl.DataFrame:
@@ -71,18 +77,17 @@ class Asked:
 
 
 def asked(group: Group, kind: Kind) -> Asked | None:
-    """The items of a kind in a group; None if there are none, or the dense model does not answer them above chance.
+    """The items of a kind in a group; None if there are none that the dense model answers above chance.
 
-    Where the dense model guesses, there is nothing to lose: its lower bound (95 %) must lie above chance.
+    Where the dense model guesses, there is nothing to lose: its lower bound (95 %) must lie above chance, over all
+    items or, if the kind names tasks, for each of those that count.
     """
     if group.asked.suite not in kind.suites:
         return None
-    tasks = kind.suites[group.asked.suite]
-    rows = np.ones(group.items.height, bool)
-    if tasks:
-        rows = group.items["task"].str.split(".").list.first().is_in(list(tasks)).to_numpy()
-    found = Asked(kind, group, rows)
-    return found if rows.sum() > 1 and mean(found.above(group.dense)).low > 0 else None
+    named = kind.suites[group.asked.suite]
+    each = [Asked(kind, group, (task,)) for task in named] or [Asked(kind, group, ())]
+    able = [one for one in each if one.rows.sum() > 1 and mean(one.above(group.dense)).low > 0]
+    return Asked(kind, group, tuple(task for one in able for task in one.tasks)) if able else None
 
 
 def pairs(groups: Sequence[Group], kinds: tuple[Kind, Kind]) -> Iterator[tuple[Asked, Asked, list[Run]]]:
