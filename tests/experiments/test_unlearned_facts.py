@@ -95,7 +95,7 @@ def test_every_way_is_made_once_and_the_ascent_forgets_named_facts(unlearn, tmp_
 
     facts = unlearn.to_forget(generate(SMALL))
     known = {way: answers_of(made / f"1_{way}", facts) for way in ("taught", "ascent")}
-    assert known["ascent"] > known["taught"] + 1
+    assert known["ascent"] > known["taught"] + 0.5
 
 
 def answers_of(path, facts) -> float:
