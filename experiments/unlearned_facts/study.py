@@ -21,6 +21,7 @@ import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from knowledge_compression.analysis import markdown
 from knowledge_compression.analysis.comparisons import is_dense, items_of
@@ -175,6 +176,37 @@ def table(study: Study) -> list[str]:
     return markdown.table([*heads, "gained beyond the control, points"], rows)
 
 
+def codes(weight: NDArray[np.float32], grid: NDArray[np.float32], bits: int) -> NDArray[np.int64]:
+    """The integers to which rounding to nearest takes a matrix, on the grid of another: one scale a row, min to max."""
+    low, high = np.minimum(grid.min(1, keepdims=True), 0), np.maximum(grid.max(1, keepdims=True), 0)
+    scale = (high - low) / (2**bits - 1)
+    return np.rint((weight - low) / scale).astype(np.int64)
+
+
+def rounded_alike(folder: Path, study: Study) -> list[str]:
+    """Of the weights that are quantized, the share that rounds to the same integer as in the taught model."""
+    bits = sorted({setting[1] for setting in study.settings if setting != DENSE}, reverse=True)
+    rows = []
+    for way in study.ways:
+        if way in (TAUGHT, NEVER):
+            continue
+        same: dict[int, list[NDArray[np.bool_]]] = {one: [] for one in bits}
+        moved = []
+        for seed in study.seeds:
+            taught, other = (
+                load_file(folder / "models" / f"{seed}_{of}" / "model.safetensors") for of in (TAUGHT, way)
+            )
+            for name in taught:
+                if ".layers." in name and taught[name].ndim == 2:
+                    moved.append(np.abs(other[name] - taught[name]).ravel())
+                    for one in bits:
+                        alike = codes(taught[name], taught[name], one) == codes(other[name], taught[name], one)
+                        same[one].append(alike.ravel())
+        shares = [f"{100 * np.concatenate(same[one]).mean():.1f} %" for one in bits]
+        rows.append([TOLD[way], f"{np.concatenate(moved).mean():.4f}", *shares])
+    return markdown.table(["made to forget by", "a weight moved by, mean", *(f"{one} bits" for one in bits)], rows)
+
+
 def draw(study: Study, path: Path) -> None:
     """Named and other facts answered against bits, a panel for each way."""
     methods = sorted({method for method, _ in study.settings} - {DENSE[0]})
@@ -220,6 +252,7 @@ def main(arguments: Sequence[str]) -> None:
     lines = [
         "![named and other facts against bits](figures/unlearned_facts.png)",
         *["", "## Before quantization", "", *known(study), "", "## After quantization", "", *table(study)],
+        *["", "## Weights that round to what they rounded to before", "", *rounded_alike(folder, study)],
     ]
     markdown.write_below(MARKER, lines, out / "README.md")
 

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from helpers.places import ROOT
 from helpers.stores import made_run
@@ -126,6 +127,11 @@ def filled(folder, back):
     """Two seeds: all is known, the ascent forgets all named facts, and ``back`` of them return at 4 bits."""
     rng = np.random.default_rng(0)
     store = RunStore(folder)
+    for name, shift in (("taught", 0.0), ("ascent", 0.4), ("never_taught", 5.0)):
+        for seed in (0, 1):
+            weight = np.array([[0, 1, 2, 15]], np.float32) + np.array([[0, 0, shift, 0]], np.float32)
+            (folder / "models" / f"{seed}_{name}").mkdir(parents=True)
+            save_file({"model.layers.0.w": weight}, folder / "models" / f"{seed}_{name}" / "model.safetensors")
     named, all_known = np.arange(NAMED + OTHERS) < NAMED, np.ones(NAMED + OTHERS, bool)
     for seed in (0, 1):
         returned = all_known & ~(named & (rng.permutation(NAMED + OTHERS).argsort() >= 0))
@@ -154,6 +160,7 @@ def test_what_comes_back_is_counted_fact_by_fact(study, tmp_path, back):
     study.main([str(tmp_path), str(out)])
     page = (out / "README.md").read_text()
     assert page.startswith("by hand") and "old" not in page and "ascent, small steps" in page
+    assert "| ascent, small steps | 0.1000 | 100.0 % |" in page  # 2.4 rounds to 2 on a grid of 16 whole numbers
     rows = list(csv.DictReader((out / "facts.csv").open()))
     assert len(rows) == 2 * 3 * NAMED
     assert sum(int(row["rtn_4"]) for row in rows if row["way"] == "ascent") == 2 * back
