@@ -6,6 +6,7 @@ from knowledge_compression.sweeping.cli import CONF
 
 # What a user must give beside the choice itself.
 NEEDED = {"model=local": ["model.path=somewhere"], "corpus=text": ["corpus.path=somewhere.txt"]}
+NEEDED["model=world_local"] = ["model.path=somewhere", "model.world=somewhere"]
 NEEDED["recovery=adapter"] = ["recovery.path=somewhere"]
 NEEDED |= {f"eval={name}": [f"eval.{name}.data_dir=null"] for name in ("popqa", "simpleqa")}  # not in the real data
 
