@@ -309,7 +309,7 @@ class SavedWorldModel(LocalModel):
         """The path, the digest of both, and the world's folder."""
         return super().provenance() | {"world": str(self._world()[0])}
 
-    def load(self, device: str = "auto", dtype: str = "auto") -> Model:
+    def load(self, device: str | Spread = "auto", dtype: str = "auto") -> Model:
         """Load the model, with the objective on which such models are trained."""
         model = super().load(device, dtype)
         return replace(model, objective=_objective(model.family, model.tokenizer))
