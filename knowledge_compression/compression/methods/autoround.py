@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from knowledge_compression.building import Positive
+from knowledge_compression.building import Positive, Seed
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.solve.grid import QuantizedWeight, quantized_weight
 from knowledge_compression.compression.solve.hessian import relative_errors
@@ -50,7 +50,7 @@ class AutoRound(Gptq):
     batch: Positive = 1024
     rate: Annotated[float, Field(gt=0, le=1)] = 0.001
     scale_rate: Annotated[float, Field(ge=0, le=1)] = 0.004
-    seed: int = 0
+    seed: Seed = 0
     name = "autoround"
 
     def __post_init__(self) -> None:

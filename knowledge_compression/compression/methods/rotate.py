@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from knowledge_compression.building import Seed
 from knowledge_compression.compression.base import Compression, memory_bytes
 from knowledge_compression.compression.layer_reports import CompressionReport, followed_by
 from knowledge_compression.compression.methods.none import NoCompression
@@ -36,7 +37,7 @@ class Rotate(Compression):
     """
 
     then: Compression = field(default_factory=NoCompression)
-    seed: int = 0
+    seed: Seed = 0
     beyond_targets = True
     streams = False  # every weight is changed before the first is compressed
 
