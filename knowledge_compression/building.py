@@ -67,6 +67,8 @@ def fitting(where: str, value: Any, hint: Any) -> Any:
         return build(where, value)
     if isinstance(value, Mapping) and (part := _part_in(hint)) is not None:
         return build(where, value, part)
+    if isinstance(value, Mapping) and any(isinstance(one, Mapping) and TARGET in one for one in value.values()):
+        return {str(name): fitting(f"{where}.{name}", one, Any) for name, one in value.items()}
     if isinstance(value, Sequence) and any(isinstance(one, Mapping) and TARGET in one for one in value):
         return [fitting(f"{where}.{place}", one, Any) for place, one in enumerate(value)]
     if _is_made(value, hint):
@@ -130,6 +132,8 @@ def _is_made(value: Any, hint: Any) -> bool:
     """Whether a caller of the library passed the part itself."""
     if isinstance(value, list | tuple):
         return any(is_dataclass(one) for one in value)
+    if isinstance(value, Mapping):
+        return any(is_dataclass(one) for one in value.values())
     return is_dataclass(value) and any(isinstance(one, type) and isinstance(value, one) for one in _options(hint))
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from knowledge_compression.results.tracker import Tracker
 
 # The configuration groups, from which an experiment is built.
-GROUPS = ("model", "target", "compression", "recovery", "corpus", "eval")
+GROUPS = ("model", "target", "compression", "allocation", "recovery", "corpus", "eval")
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,10 @@ class Doing:
 
 @dataclass(frozen=True)
 class Budget:
-    """Training settings that presets set for every recovery at once."""
+    """What a compression may take of its target (``allocation=``), and training settings of every recovery at once."""
 
+    bits: Annotated[float, Field(gt=0)] | None = None
+    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
     tokens: Annotated[int, Field(ge=1)] | None = None
     epochs: Annotated[int, Field(ge=1)] | None = None
     precision: str | None = None
@@ -163,6 +165,8 @@ def put_together(settings: Mapping[str, Any], made_of: Callable[[str], Any], cho
     Raises:
         BadInput: a value is missing, of the wrong kind or out of range.
     """
+    from knowledge_compression.compression.allocation.allocated import Allocated
+    from knowledge_compression.compression.allocation.base import Allocation
     from knowledge_compression.compression.kept import KeptModels
     from knowledge_compression.experiment import Experiment
 
@@ -170,6 +174,13 @@ def put_together(settings: Mapping[str, Any], made_of: Callable[[str], Any], cho
     values = values_of(settings)
     if not made["eval"] and not getattr(made["model"], "stream", False):
         raise BadInput("eval=[] evaluates nothing; choose at least one suite, e.g. eval=[atlas]")
+    called = {type(made[group]): choices[group] for group in ("compression", "recovery") if choices.get(group)}
+    if isinstance(made["allocation"], Allocation):
+        made["compression"] = Allocated(made["compression"], made["allocation"])
+        named = [choices.get(group, "") for group in ("compression", "allocation")]
+        called[Allocated] = "+".join(filter(None, named))
+    elif values.budget.bits is not None or values.budget.sparsity is not None:
+        raise BadInput("a budget is spread by an allocation; choose allocation=uniform, owl or sensitivity")
     return Experiment(
         source=made["model"],
         original=_original(getattr(made["model"], "dense", None)),
@@ -178,7 +189,7 @@ def put_together(settings: Mapping[str, Any], made_of: Callable[[str], Any], cho
         recovery=made["recovery"],
         corpus=made["corpus"],
         suites=made["eval"],
-        called={type(made[group]): choices[group] for group in ("compression", "recovery") if choices.get(group)},
+        called=called,
         seed=values.seed,
         device=_place(values),
         dtype=values.dtype,

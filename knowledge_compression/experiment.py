@@ -11,6 +11,7 @@ from typing import Any, cast
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.kept import KeptModels, code_of
 from knowledge_compression.compression.methods.none import NoCompression
+from knowledge_compression.compression.reshaping import Reshaping
 from knowledge_compression.compression.writing.writers import check_form, writer_of
 from knowledge_compression.corpora.corpus import Corpus
 from knowledge_compression.errors import BadInput
@@ -145,6 +146,9 @@ class Experiment:
         targets = Targets([], skeleton)
         if not isinstance(self.compression, NoCompression):
             targets = self.target.select(skeleton)
+        for part in self.compression.parts:
+            if isinstance(part, Reshaping):  # whether what is left can be loaded is in the configuration
+                part.check(targets)
         if self.save_model:
             check_form(self.save_model, self.compression, targets)
             writer_of(self.save_model).check(skeleton, self.source)

@@ -6,7 +6,9 @@ Choose the base class by what the method needs to know about a layer:
 - :class:`Layerwise`: the layer alone (``shrink``);
 - :class:`Ranked`: how each weight ranks among the weights of all layers (``score``);
 - :class:`~knowledge_compression.compression.calibrated.Calibrated`: the inputs that the layer reads (``observe`` and
-  ``solve``).
+  ``solve``);
+- :class:`~knowledge_compression.compression.reshaping.Reshaping`: the whole network, whose architecture becomes
+  smaller (``plan`` and ``cut``).
 """
 
 from __future__ import annotations
@@ -81,6 +83,11 @@ class Compression(ABC):
         return ""
 
     @property
+    def reshapes(self) -> bool:
+        """Whether it makes the network itself smaller, so that the model gets a new one."""
+        return False
+
+    @property
     def streams(self) -> bool:
         """Whether it can compress a model from disk to disk: linear layers must stay linear layers."""
         return not self.modules
@@ -92,7 +99,8 @@ class Compression(ABC):
         Args:
             model: the model whose network is changed.
             targets: the layers to compress; nothing else changes, except that a tied head among them is untied first,
-                and what the report names as having taken factors.
+                and what the report names as having taken factors. Where the method makes the network smaller,
+                they are afterwards what is left of them.
             calibration: token ids ``[samples, length]``, int64 on the CPU, where :attr:`calibrated`.
 
         Returns:

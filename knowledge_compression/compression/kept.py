@@ -2,7 +2,8 @@
 
 The cache holds what a compression may change, which is the layers that its report names: their weights, the integer
 codes or GGUF blocks of quantized weights, the modules that replaced them, and the norms and biases that took factors of
-their inputs. All of it is copied into a freshly loaded model, which is then bit for bit the compressed one.
+their inputs; of a network that was made smaller, also biases, and the configuration. All of it is copied into a freshly
+loaded model, which is then bit for bit the compressed one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from knowledge_compression.cache import cache_folder, cached_folder, discard, keep_within
-from knowledge_compression.compression.base import Compression
+from knowledge_compression.compression.base import Compression, memory_bytes
 from knowledge_compression.compression.layer_reports import CompressionReport
 from knowledge_compression.compression.solve.coding import FP8, INTEGERS, MXFP4, NF4, NVFP4, CodedWeight
 from knowledge_compression.compression.solve.floats import FloatWeight
@@ -29,6 +30,7 @@ from knowledge_compression.compression.solve.grid import QuantizedWeight, quanti
 from knowledge_compression.compression.solve.nf4 import Nf4Weight
 from knowledge_compression.heavy import torch
 from knowledge_compression.models import Model, Targets
+from knowledge_compression.models.reshaped import changed_settings, put_in_place, restored
 from knowledge_compression.models.targets import linear_layers
 
 if TYPE_CHECKING:
@@ -91,7 +93,8 @@ class KeptModels:
             The report of the compression, and whether it came from the cache.
         """
         beyond = any(part.beyond_targets for part in method.parts)
-        if beyond or not self.takes(sum(layer.weight.nbytes for layer in targets)):
+        size = memory_bytes(model.network) if method.reshapes else sum(layer.weight.nbytes for layer in targets)
+        if beyond or not self.takes(size):
             return compress(), False
         name = f"compressions/{key}"
         kinds = [kind for part in method.parts for kind in part.modules]
@@ -100,10 +103,10 @@ class KeptModels:
         made: list[CompressionReport] = []
 
         def make(folder: Path) -> None:
-            tied = model.head_is_tied
+            tied, before = model.head_is_tied, model.network.config
             made.append(compress())
             try:
-                _write(folder, model, made[0], kinds, untied=tied and not model.head_is_tied)
+                _write(folder, model, made[0], kinds, before, untied=tied and not model.head_is_tied)
             except (OSError, SafetensorError, NotImplementedError) as error:
                 raise _NotKept(f"{type(error).__name__}: {error}") from error
 
@@ -145,7 +148,13 @@ def _our_code() -> bytes:
 
 
 def _write(
-    folder: Path, model: Model, report: CompressionReport, kinds: Sequence[type[ReplacedLinear]], *, untied: bool
+    folder: Path,
+    model: Model,
+    report: CompressionReport,
+    kinds: Sequence[type[ReplacedLinear]],
+    before: Any,
+    *,
+    untied: bool,
 ) -> None:
     """Write the compressed state of the layers that the report names.
 
@@ -156,7 +165,7 @@ def _write(
 
     from knowledge_compression.compression.formats.gguf_blocks import kept_blocks
 
-    touched = {layer.path for layer in report.layers}
+    touched = {layer.path if report.smaller is None else report.smaller.path_now(layer.path) for layer in report.layers}
     tensors: dict[str, Tensor] = {}
     codes: dict[str, dict[str, Any]] = {}
     kinds_of_blocks: dict[str, str] = {}
@@ -183,8 +192,11 @@ def _write(
             tensors[f"blocks/{layer.path}"] = torch.from_numpy(blocks.data)
         else:
             tensors[f"weight/{layer.path}"] = layer.weight
+    if report.smaller is not None:
+        biases = {x.path: x.bias for x in linear_layers(model) if x.path in touched and x.bias is not None}
+        tensors |= {f"bias/{path}": bias for path, bias in biases.items()}
     about = {"format": FORMAT, "untied": untied, "codes": codes, "blocks": kinds_of_blocks, "modules": modules}
-    about |= {"report": report.to_json()}
+    about |= {"report": report.to_json(), "settings": changed_settings(before, model.network.config)}
     on_the_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(on_the_cpu, folder / _FILE, {"about": json.dumps(about)})
 
@@ -206,6 +218,12 @@ def _restore(folder: Path, model: Model, kinds: Sequence[type[ReplacedLinear]]) 
         raise OSError(f"it is of format {about['format']}, not {FORMAT}")
     if about["untied"]:
         model.untie_head()
+    report = CompressionReport.from_json(about["report"])
+    if report.smaller is not None:
+        paths = model.architecture.block_paths(model.network)
+        kept = [path for path in paths if path not in report.smaller.dropped]
+        blocks = {report.smaller.moved.get(path, path): path for path in kept} if report.smaller.dropped else {}
+        put_in_place(model, restored(model.network, about["settings"], blocks))
     layers = {layer.path: layer for layer in linear_layers(model)}
     kind_of = {kind.__name__: kind for kind in kinds}
     for path, (kind, settings) in about["modules"].items():
@@ -225,4 +243,6 @@ def _restore(folder: Path, model: Model, kinds: Sequence[type[ReplacedLinear]]) 
                 layers[name.removeprefix("weight/")].weight.copy_(tensor)
             elif name.startswith("parameter/"):
                 model.network.get_parameter(name.removeprefix("parameter/")).copy_(tensor)
-    return CompressionReport.from_json(about["report"])
+            elif name.startswith("bias/"):
+                layers[name.removeprefix("bias/")].bias.copy_(tensor)  # type: ignore[union-attr]
+    return report

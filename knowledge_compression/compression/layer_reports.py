@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from knowledge_compression.errors import BadInput
 from knowledge_compression.models.checkpoints.base import StoredAs
 from knowledge_compression.models.targets import TargetLayer
 
@@ -33,6 +34,8 @@ class LayerReport:
             linear layer before.
         tokens: for an expert and a calibrated method, the number of calibration tokens that the router sent to it; 0
             for another layer that the calibration text never reached.
+        cut: how many of the removed weights are no longer there, because the matrix became smaller (or went with its
+            block); the others are zeros.
     """
 
     path: str
@@ -49,6 +52,7 @@ class LayerReport:
     removable: bool = True
     tokens: int | None = None
     factors_in: list[str] = field(default_factory=list)
+    cut: int = 0
 
     @classmethod
     def of(cls, layer: TargetLayer, **what: Any) -> LayerReport:
@@ -63,10 +67,44 @@ class LayerReport:
 
     @property
     def stored_bits(self) -> int:
-        """Bits to store the layer: kept weights with a bitmask of their positions, or all weights, if smaller."""
-        whole = self.parameters * self.bits
-        sparse = (self.parameters - self.removed) * self.bits + self.parameters if self.removed else whole
+        """Bits to store what is left: kept weights with a bitmask of their positions, or all weights, if smaller."""
+        there = self.parameters - self.cut
+        whole = there * self.bits
+        sparse = (self.parameters - self.removed) * self.bits + there if self.removed > self.cut else whole
         return round(min(whole, sparse)) + self.overhead_bits
+
+
+@dataclass(frozen=True)
+class SmallerReport:
+    """What is left of a network whose architecture a compression made smaller.
+
+    Attributes:
+        parameters: distinct parameters of the whole model now.
+        settings: the configuration's values that changed, each before and now.
+        dropped: paths of the blocks that are gone, as they were.
+        moved: the path of each block that has another number now, by its path before.
+        measured: by what the method chose, e.g. each block's influence; JSON-ready.
+    """
+
+    parameters: int
+    settings: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    dropped: Sequence[str] = ()
+    moved: Mapping[str, str] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    def path_now(self, path: str) -> str | None:
+        """Where a layer is now, by its path before; None if it is gone."""
+        if any(path.startswith(f"{block}.") for block in self.dropped):
+            return None
+        return _with_block(path, self.moved)
+
+    def path_before(self, path: str) -> str:
+        """Where a layer was before, by its path now."""
+        return _with_block(path, {now: before for before, now in self.moved.items()})
+
+
+def _with_block(path: str, blocks: Mapping[str, str]) -> str:
+    return next((other + path[len(block) :] for block, other in blocks.items() if path.startswith(f"{block}.")), path)
 
 
 @dataclass
@@ -83,6 +121,9 @@ class CompressionReport:
         calibration: digest of the calibration token ids; None if the method needs none.
         forward_dtype: dtype of the matrix products in the forward passes on calibration text; None if there were none.
         stored: how the model was stored before, if in a compressed format.
+        smaller: what became of the architecture, if the method changed it. Layers keep the paths that they had before.
+        allocation: how a budget was spread: what was asked and reached, the gap, each layer's value, what was measured
+            for it and the seconds and tokens that took.
     """
 
     method: str
@@ -95,6 +136,8 @@ class CompressionReport:
     calibration: str | None = None
     forward_dtype: str | None = None
     stored: StoredAs | None = None
+    smaller: SmallerReport | None = None
+    allocation: Mapping[str, Any] | None = None
 
     @property
     def parameters_touched(self) -> int:
@@ -131,6 +174,8 @@ class CompressionReport:
         if not self.layers and self.stored is not None:
             return self.stored.bytes
         untouched = self.model_parameters - self.parameters_touched
+        if self.smaller is not None:  # norms and biases go with their block or channel
+            untouched = self.smaller.parameters - sum(layer.parameters - layer.cut for layer in self.layers)
         before = self.stored.bytes if self.stored is not None else self.model_bytes_before
         dense_bytes = before / self.model_parameters if self.model_parameters else 0.0
         return round(max(untouched, 0) * dense_bytes + sum(layer.stored_bits for layer in self.layers) / 8)
@@ -162,6 +207,8 @@ class CompressionReport:
         """The summary and every layer, JSON-ready."""
         told: dict[str, Any] = {"calibration": self.calibration, "forward_dtype": self.forward_dtype}
         told["stored"] = None if self.stored is None else asdict(self.stored)
+        told["allocation"] = self.allocation
+        told["smaller"] = None if self.smaller is None else asdict(self.smaller)
         calibration = {name: value for name, value in told.items() if value is not None}
         return self.summary() | {"layers": [asdict(layer) for layer in self.layers]} | calibration
 
@@ -179,6 +226,8 @@ class CompressionReport:
             calibration=content.get("calibration"),
             forward_dtype=content.get("forward_dtype"),
             stored=StoredAs(**content["stored"]) if content.get("stored") else None,
+            allocation=content.get("allocation"),
+            smaller=SmallerReport(**content["smaller"]) if content.get("smaller") else None,
         )
 
 
@@ -186,9 +235,16 @@ def followed_by(first: CompressionReport, second: CompressionReport) -> Compress
     """The combined report of two successive compressions of one model, e.g. prune, then quantize."""
     before = {layer.path: layer for layer in first.layers}
     merged: list[LayerReport] = []
+    if first.smaller is not None and second.smaller is not None:
+        raise BadInput("one run makes the architecture smaller once; keep one of depth and width")
     for layer in second.layers:
+        if first.smaller is not None:
+            layer.path = first.smaller.path_before(layer.path)
         earlier = before.pop(layer.path, None)
         if earlier is not None:
+            if earlier.cut:
+                layer.cut, layer.removed = earlier.cut, layer.removed + earlier.cut
+                layer.parameters = earlier.parameters
             layer.removed = max(layer.removed, earlier.removed)
             layer.bits = min(layer.bits, earlier.bits)
             layer.fallbacks = [*earlier.fallbacks, *layer.fallbacks]
@@ -209,4 +265,5 @@ def followed_by(first: CompressionReport, second: CompressionReport) -> Compress
         peak_memory=max(peaks, default=None),
         forward_dtype=first.forward_dtype or second.forward_dtype,
         stored=first.stored,
+        smaller=first.smaller or second.smaller,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.heavy import nn, torch
@@ -127,6 +127,16 @@ class TargetLayer:
         if self.expert and isinstance(bank := getattr(module, self.expert.parameter), ReplacedExperts):
             module = bank.get_submodule(str(self.expert.number))
         return module if isinstance(module, ReplacedLinear) else None
+
+    def moved(self, network: nn.Module, path: str) -> TargetLayer:
+        """The same layer at another path of another network; only the number of its block may be another."""
+        expert, block = self.expert, self.block
+        if expert is not None:
+            bank = path[: len(path) - len(self.path) + len(expert.bank)]
+            expert = replace(expert, bank=bank)
+        if path != self.path and block is not None:
+            block = next(int(now) for was, now in zip(self.path.split("."), path.split("."), strict=True) if was != now)
+        return replace(self, path=path, network=network, expert=expert, block=block)
 
     def replace(self, module: ReplacedLinear) -> None:
         """Replace this layer by another module."""

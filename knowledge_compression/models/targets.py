@@ -81,6 +81,22 @@ class Targets(Sequence[TargetLayer]):
         """Number of weights in the selection, each counted once."""
         return sum(layer.parameters for layer in self._layers)
 
+    def follow(self, network: nn.Module, path_now: Callable[[str], str | None]) -> None:
+        """Select what is left of the layers in a network that has taken the place of theirs.
+
+        Args:
+            network: the new network.
+            path_now: where a layer is now, by its path before; None if it is gone.
+        """
+        moved = [(layer, path_now(layer.path)) for layer in self._layers]
+        self._layers = [layer.moved(network, path) for layer, path in moved if path is not None]
+        self.__dict__.pop("parameters", None)
+
+    @property
+    def model(self) -> Model:
+        """The model whose layers they are."""
+        return self._model
+
     def with_final(self) -> Targets:
         """The same selection with the final layer, as in published quantization of the whole model."""
         if any(layer.role == FINAL for layer in self._layers):

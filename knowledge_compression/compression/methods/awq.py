@@ -15,7 +15,7 @@ from knowledge_compression.compression.walk.statistics import Divisible, LayerIn
 from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import torch
 from knowledge_compression.identity import ADDED
-from knowledge_compression.models import Targets
+from knowledge_compression.models import TargetLayer, Targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,6 +81,11 @@ class Awq(Calibrated[InputSizes]):
     def grid(self) -> Grid:
         """The grid that was asked for."""
         return Grid(self.bits, self.group_size, self.symmetric)
+
+    def stored_bits(self, layer: TargetLayer) -> int:
+        """What a layer will take, scales and zero points counted."""
+        factors = 0 if self.fold else SCALE_BITS * int(layer.weight.shape[1])
+        return self.grid.stored_bits(layer) + factors
 
     def check(self, targets: Targets) -> None:
         """Refuse groups that do not fit a layer."""

@@ -20,7 +20,7 @@ from knowledge_compression.compression.solve.grid import (
 from knowledge_compression.compression.solve.hessian import Hessian, InverseFactor, inverse_factor
 from knowledge_compression.heavy import torch
 from knowledge_compression.identity import SPEED
-from knowledge_compression.models import Targets
+from knowledge_compression.models import TargetLayer, Targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +70,10 @@ class Gptq(SecondOrder):
     def coding(self) -> Coding:
         """Integers on the grid; groups are runs of the order of rounding unless they are fixed beforehand."""
         return self.grid.coding(in_order=self.static_groups or self.group_size is None or not self.desc_act)
+
+    def stored_bits(self, layer: TargetLayer) -> int:
+        """What a layer will take, scales and zero points counted."""
+        return self.grid.stored_bits(layer)
 
     def check(self, targets: Targets) -> None:
         """Also refuse groups that do not fit a layer."""

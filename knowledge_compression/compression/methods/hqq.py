@@ -55,6 +55,11 @@ class Hqq(Layerwise):
         """The grid that was asked for; its zero points become real numbers."""
         return Grid(self.bits, self.group_size)
 
+    def stored_bits(self, layer: TargetLayer) -> int:
+        """What a layer will take, scales and zero points counted."""
+        rows, columns = layer.weight.shape
+        return int(rows * (columns * self.bits + 2 * SCALE_BITS * (columns // self.grid.width(columns))))
+
     def check(self, targets: Targets) -> None:
         """Refuse groups that do not divide a layer."""
         self.grid.check(targets)

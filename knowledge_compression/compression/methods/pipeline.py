@@ -44,6 +44,11 @@ class Pipeline(Compression):
         return any(step.calibrated for step in self.steps)
 
     @property
+    def reshapes(self) -> bool:
+        """Whether any step makes the network smaller."""
+        return any(step.reshapes for step in self.steps)
+
+    @property
     def coding(self) -> Coding | None:
         """That of the last step."""
         return self.steps[-1].coding

@@ -41,6 +41,10 @@ class Rtn(Layerwise):
         """Integers on the grid."""
         return self.grid.coding()
 
+    def stored_bits(self, layer: TargetLayer) -> int:
+        """What a layer will take, scales and zero points counted."""
+        return self.grid.stored_bits(layer)
+
     def check(self, targets: Targets) -> None:
         """Refuse groups that do not fit a layer."""
         self.grid.check(targets, whole=False)

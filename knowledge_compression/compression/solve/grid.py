@@ -245,6 +245,12 @@ class Grid:
         """The number of columns in a group, for a layer with this many inputs."""
         return self.group_size or in_features
 
+    def stored_bits(self, layer: TargetLayer) -> int:
+        """What a layer on it takes: its codes, scales and, if they vary, zero points."""
+        rows, columns = layer.weight.shape
+        groups = -(-columns // self.width(columns))
+        return int(rows * (columns * self.bits + groups * (self.scale_bits + (0 if self.symmetric else self.bits))))
+
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scales and zero points for the values along the last dimension of ``weight``.
 

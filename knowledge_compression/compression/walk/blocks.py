@@ -25,6 +25,12 @@ from knowledge_compression.compression.walk.beside import Beside, beside, hidden
 from knowledge_compression.compression.walk.expert_inputs import one_expert_after_the_other
 from knowledge_compression.compression.walk.groups import Group
 from knowledge_compression.compression.walk.layer_inputs import finite, first_tensor, reading, sharing
+from knowledge_compression.compression.walk.passes import (
+    TOKENS_PER_BATCH,
+    TOKENS_PER_BATCH_CPU,
+    checked_windows,
+    read_text,
+)
 from knowledge_compression.compression.walk.statistics import (
     BlockMethod,
     LayerInputs,
@@ -38,13 +44,8 @@ from knowledge_compression.compression.walk.tuning import Call, CompressedBlock
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Targets
 from knowledge_compression.models.device import multiplied_in
-from knowledge_compression.models.families import DECODER, ENCODER
 from knowledge_compression.models.targets import TargetLayer
 from knowledge_compression.progress import bars
-
-TOKENS_PER_BATCH = 4096
-TOKENS_PER_BATCH_CPU = 1024  # as fast there, and a forward pass needs less memory
-
 
 __all__ = ["BlockMethod", "LayerInputs", "Statistics", "WalkSettings", "compress_blocks"]
 DEFAULT_WALK = WalkSettings()
@@ -91,7 +92,7 @@ def compress_blocks(
             "compression.by_influence=true needs whole blocks, which compression.true_sequential=true never runs; "
             "set one of them to false"
         )
-    windows = _checked(model, calibration)
+    windows = checked_windows(model, calibration)
     place, narrower = settings.computed_on(model).place, settings.multiplied_in(model)
     walk = _Walk(model, targets, method, settings, place, narrower, hold or partial(_moved, device=place))
     # The first batch is one window, which shows cheaply which linears read the same tensor.
@@ -111,18 +112,6 @@ def _moved(
         yield
     finally:
         block.to(home)
-
-
-def _checked(model: Model, calibration: LongTensor | None) -> Tensor:
-    if calibration is None or calibration.numel() == 0:
-        raise BadInput("there is no calibration text; choose one with corpus=c4, wikitext, text or self")
-    length = calibration.shape[1]
-    if model.max_positions is not None and length > model.max_positions:
-        raise BadInput(
-            f"calibration windows of {length} tokens do not fit {model.name}'s {model.max_positions} positions; "
-            f"choose corpus.length={model.max_positions} or less"
-        )
-    return calibration
 
 
 @dataclass(frozen=True)
@@ -224,16 +213,7 @@ class _Walk(Generic[S]):
         return multiplied_in(self.narrower, self.device)
 
     def _forward(self, ids: Tensor) -> None:
-        ids = ids.to(self.model.device)
-        if self.model.family == ENCODER:
-            self.network(input_ids=ids)
-        elif self.model.family == DECODER:
-            self.network(input_ids=ids, use_cache=False)
-        else:
-            text, said = ids.tensor_split(2, dim=1)
-            start = torch.full_like(said[:, :1], self.model.decoder_start)
-            said = torch.cat([start, said[:, :-1]], dim=1)
-            self.network(input_ids=text, decoder_input_ids=said, use_cache=False)
+        read_text(self.model, ids)
 
     def _run(self, module: Callable[..., Any], forward: SuspendedForward | _Arguments) -> Any:
         """Call the module before which ``forward`` is suspended, with that pass's arguments, on the compute device."""

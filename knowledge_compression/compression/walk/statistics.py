@@ -95,7 +95,7 @@ class BlockMethod(Protocol[S]):
 
     def prepare(self, block: Observed[S]) -> None:
         """Change a block before its layers are compressed, if the method wants to."""
-        ...
+        return
 
     def shrink(self, layers: Sequence[TargetLayer], statistics: S) -> list[LayerReport]:
         """Compress, in place, linears that read the same inputs; may also replace their modules.
@@ -107,7 +107,7 @@ class BlockMethod(Protocol[S]):
 
     def tune(self, block: CompressedBlock) -> None:
         """Improve a compressed block as a whole, in place; only called if the walk's settings ask for it."""
-        ...
+        return
 
 
 @dataclass(frozen=True)

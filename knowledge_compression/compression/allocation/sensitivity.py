@@ -1,0 +1,219 @@
+"""Bits or sparsity by each layer's measured error: the choice of least error in all, within the budget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from knowledge_compression.cache import cache_folder
+from knowledge_compression.compression.allocation.base import BITS, Allocation, Budget, Chosen, set_to, to_the_weight
+from knowledge_compression.compression.base import LayerByLayer, Method
+from knowledge_compression.compression.calibrated import Calibrated
+from knowledge_compression.compression.layer_reports import LayerReport
+from knowledge_compression.compression.solve.hessian import Hessian, relative_errors
+from knowledge_compression.compression.solve.knapsack import least_harm
+from knowledge_compression.compression.walk.statistics import BlockMethod, LayerInputs, Statistics, WalkSettings
+from knowledge_compression.errors import BadInput
+from knowledge_compression.heavy import torch
+from knowledge_compression.identity import digest_of, identity
+from knowledge_compression.models import Model, TargetLayer, Targets
+from knowledge_compression.models.soundness import weights_of
+
+if TYPE_CHECKING:
+    from torch import LongTensor
+
+_FINER = 0.02  # steps of sparsity between those that are measured
+VERSION = 1  # raised whenever the same layer would measure otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity(Allocation):
+    """Measure what each choice does to each layer, and take the choices of least relative output error in all.
+
+    Every layer is compressed by the method at every choice, on the inputs that it has in the dense model, and put back;
+    its error is that of its output on the calibration text relative to the output. The choices that add up to least
+    within the budget are found exactly (multiple-choice knapsack). Sparsities are measured in steps of 0.1 around the
+    budget, up to 0.2 from it, and interpolated between them. What is measured is kept layer by layer, so that an
+    interrupted search goes on where it was.
+    """
+
+    name = "sensitivity"
+    measures = True
+
+    def choose(
+        self, method: Method, budget: Budget, model: Model, targets: Targets, calibration: LongTensor | None
+    ) -> Chosen:
+        """Measure, then solve."""
+        at = {_key(value): set_to(method, budget.kind, value) for value in self.options(budget)}
+        errors = measured_errors(at, model, targets, calibration)
+        tokens = 0 if calibration is None else calibration.numel()
+        values = self.least(errors, method, budget, targets)
+        return Chosen(values, {"errors": errors}, tokens)
+
+    def least(
+        self,
+        errors: Mapping[str, Mapping[str, float]],
+        method: Method,
+        budget: Budget,
+        targets: Sequence[TargetLayer],
+    ) -> Mapping[str, float]:
+        """The choices of least harm in all.
+
+        Args:
+            errors: by layer, then by value.
+            method, budget, targets: as in :meth:`choose`.
+        """
+        options = self.options(budget)
+        measured = [[errors[layer.path][_key(value)] for value in options] for layer in targets]
+        if budget.kind == BITS:
+            harms = measured
+        else:
+            finer = np.unique(np.round(np.arange(options[0], options[-1] + 1e-9, _FINER), 6))
+            harms = [list(np.interp(finer, options, np.maximum.accumulate(of_layer))) for of_layer in measured]
+            options = [float(value) for value in finer]
+        costs = [[self.cost(method, budget.kind, layer, value) for value in options] for layer in targets]
+        chosen = least_harm(harms, costs, budget.total)
+        if chosen is None:
+            raise self.refuse(budget, method, targets)
+        values = {layer.path: options[choice] for layer, choice in zip(targets, chosen, strict=True)}
+        return values if budget.kind == BITS else to_the_weight(values, targets, budget.total)
+
+
+def _key(value: float) -> str:
+    return f"{value:g}"
+
+
+def measured_errors(
+    at: Mapping[str, Method], model: Model, targets: Targets, calibration: LongTensor | None
+) -> dict[str, dict[str, float]]:
+    """The relative output error of each layer by each of some settings of a method; the model is unchanged.
+
+    Args:
+        at: the method as it is set, by what the setting is called.
+        model, targets, calibration: as in :meth:`Compression.compress`.
+
+    Returns:
+        Errors by layer path, then by setting.
+    """
+    from knowledge_compression.compression.walk.blocks import compress_blocks
+
+    method = next(iter(at.values()))
+    if method.modules:
+        raise BadInput(f"allocation=sensitivity compresses layers and puts them back, which {method.name} cannot")
+    kept = _Kept.of([identity(one) for one in at.values()], model, calibration)
+    pending = [layer for layer in targets if layer.path not in kept.found]
+    if pending:
+        settings = method.walk if isinstance(method, Calibrated) else WalkSettings(true_sequential=True)
+        compress_blocks(model, Targets(pending, model), calibration, _Measuring(method, at, kept.add), settings)
+    return {layer.path: kept.found[layer.path] for layer in targets}
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What was measured so far, in the cache."""
+
+    file: Path
+    found: dict[str, dict[str, float]]
+
+    @classmethod
+    def of(cls, what: Any, model: Model, calibration: LongTensor | None) -> _Kept:
+        import hashlib
+
+        sha = hashlib.sha256()
+        for name, tensor in weights_of(model):
+            sha.update(name.encode())
+            sha.update(tensor.contiguous().cpu().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        if calibration is not None:
+            sha.update(calibration.numpy().tobytes())
+        name = digest_of([VERSION, what, sha.hexdigest(), model.device.type])
+        file = cache_folder() / "allocations" / f"{name}.jsonl"
+        found: dict[str, dict[str, float]] = {}
+        if file.is_file():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                try:
+                    found |= json.loads(line)
+                except ValueError:  # the line that was being written when the search was interrupted
+                    break
+        return cls(file, found)
+
+    def add(self, path: str, errors: dict[str, float]) -> None:
+        self.found[path] = errors
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        whole = "".join(json.dumps({one: values}) + "\n" for one, values in self.found.items())
+        scratch = self.file.with_suffix(".partial")
+        scratch.write_text(whole, encoding="utf-8")
+        scratch.replace(self.file)
+
+
+class _Both(Statistics):
+    """The second moments, by which errors are measured, and what the method keeps of the inputs."""
+
+    def __init__(self, moments: Hessian, own: Statistics) -> None:
+        self.moments, self.own = moments, own
+
+    def update(self, inputs: LayerInputs) -> None:
+        self.moments.update(LayerInputs(inputs.values))
+        self.own.update(inputs)
+
+
+@dataclass(frozen=True)
+class _Measuring(BlockMethod[_Both]):
+    """Compresses each layer at every value and puts it back."""
+
+    method: Method
+    at: Mapping[str, Method]
+    add: Callable[[str, dict[str, float]], None]
+    seen: set[str] = field(default_factory=set)
+
+    def observe(self, in_features: int, device: torch.device) -> _Both:
+        moments = Hessian(in_features, device)
+        own = self.method.observe(in_features, device) if isinstance(self.method, Calibrated) else _Nothing()
+        return _Both(moments, own)
+
+    def shrink(self, layers: Sequence[TargetLayer], statistics: _Both) -> list[LayerReport]:
+        old = [layer.weight.clone() for layer in layers]
+        before = [dict(layer.notes) for layer in layers]
+        errors: dict[str, dict[str, float]] = {layer.path: {} for layer in layers}
+        for value, method in self.at.items():
+            at_value(method, layers, statistics.own)
+            for layer, weight, notes in zip(layers, old, before, strict=True):
+                now = [layer.weight.float()]
+                errors[layer.path][value] = relative_errors(weight.float(), now, statistics.moments.matrix)[0]
+                layer.weight.copy_(weight)
+                for name in layer.notes.keys() - notes.keys():
+                    del layer.notes[name]
+                layer.notes.update(notes)
+        for path, found in errors.items():
+            self.add(path, found)
+        return [LayerReport.of(layer) for layer in layers]
+
+
+class _Nothing(Statistics):
+    """Of the inputs of a method that knows the layer alone."""
+
+    def update(self, inputs: LayerInputs) -> None:
+        return
+
+
+def at_value(method: Method, layers: Sequence[TargetLayer], statistics: Any) -> list[LayerReport]:
+    """Compress layers that read the same inputs by a method that is set for them."""
+    if isinstance(method, Calibrated):
+        return method.shrink(layers, statistics)
+    assert isinstance(method, LayerByLayer)
+    return [alone(method, layer) for layer in layers]
+
+
+def alone(method: LayerByLayer, layer: TargetLayer) -> LayerReport:
+    """Compress a layer as if it were the only one."""
+    one: Any = [layer]
+    return method.shrinker(one, lambda: [layer])(layer) if not hasattr(method, "scope") else _by_itself(method, layer)
+
+
+def _by_itself(method: Any, layer: TargetLayer) -> LayerReport:
+    """A ranking over this layer's own weights."""
+    return replace(method, scope="layer").shrinker([layer], lambda: [layer])(layer)
