@@ -8,11 +8,11 @@ checkpoint that stock transformers loads.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from knowledge_compression.compression.base import Method
+from knowledge_compression.compression.base import Compression, Method
 from knowledge_compression.compression.layer_reports import CompressionReport, LayerReport, SmallerReport
 from knowledge_compression.compression.solve.grid import quantized_weight
 from knowledge_compression.errors import BadInput
@@ -134,3 +134,12 @@ def _blocks(model: Model, smaller: Smaller) -> tuple[list[str], dict[str, str]]:
     kept = {old: new for new, old in smaller.blocks.items()}
     paths = model.architecture.block_paths(model.network)
     return [path for path in paths if path not in kept], {old: new for old, new in kept.items() if old != new}
+
+
+def left_of(compression: Compression, targets: Callable[[], Targets]) -> dict[str, float]:
+    """The share of each layer that a compression leaves where it makes the network smaller, by path."""
+    shares: dict[str, float] = {}
+    for part in compression.parts:
+        if isinstance(part, Reshaping):
+            shares |= part.plan(targets())
+    return shares

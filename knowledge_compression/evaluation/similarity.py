@@ -82,6 +82,8 @@ class Similarity:
         if scorer.original is None:
             raise BadInput("eval=similarity compares with the dense model, which cannot be loaded here")
         dense, model = scorer.original(), scorer.model
+        if (there := _blocks(model)) != (blocks := _blocks(dense)):
+            raise BadInput(f"eval=similarity compares block by block: the model has {there}, the dense one {blocks}")
         windows = self._windows(scorer)
         cosines: dict[tuple[str, str], list[float]] = {}
         for ids in shown(windows.split(1), "similarity"):
@@ -106,6 +108,10 @@ class Similarity:
 
     def _description(self, windows: int) -> dict[str, Any]:
         return {"corpus": self.corpus, "windows": windows, "length": self.length, "fingerprint": self.fingerprint()}
+
+
+def _blocks(model: Model) -> int:
+    return len(model.architecture.block_paths(model.network))
 
 
 def observe(model: Model, ids: LongTensor) -> Seen:

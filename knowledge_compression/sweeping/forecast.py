@@ -26,6 +26,7 @@ import torch
 
 from knowledge_compression.cache import cache_folder
 from knowledge_compression.compression.calibrated import Calibrated
+from knowledge_compression.compression.reshaping import left_of
 from knowledge_compression.corpora.own_samples import OwnSamples
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.distance import Beside, scores
@@ -127,12 +128,13 @@ class Forecaster:
         forecast.seconds = self.started + size / _READING
         self._compress(forecast, experiment, skeleton)
         self._train(forecast, experiment, skeleton)
+        left = left_of(experiment.compression, lambda: experiment.target.select(skeleton))
         for name in experiment.suites:
             work = self.work(experiment, skeleton, name)
             if work is None:
                 forecast.unknown.append(name)
                 continue
-            forecast.macs += multiply_adds(skeleton, work.tokens)
+            forecast.macs += multiply_adds(skeleton, {path: n * left.get(path, 1.0) for path, n in work.tokens.items()})
             forecast.seconds += travelling / _READING * max(work.tokens.values()) / _A_PASS
             forecast.disk += work.items * _ITEM_BYTES
             forecast.memory = max(forecast.memory, before + held + 8.0 * work.widest * skeleton.text_config.vocab_size)
@@ -374,24 +376,21 @@ def show(found: Sequence[Forecast], whole: Mapping[str, Any]) -> None:
     for forecast in found:
         there = forecast.state == "there"
         figures = (f"{forecast.macs / 1e12:.3g}", _time(forecast.seconds), f"{forecast.memory / 1e9:.2f}")
-        table.add_row(forecast.label, forecast.state, *("" if there else figure for figure in figures), _disk(forecast))
+        table.add_row(
+            forecast.label,
+            forecast.state,
+            *("" if there else figure for figure in figures),
+            "" if there else f"{forecast.disk / 1e6:.1f}",
+        )
     console.print(table)
     console.print(
         f"{whole['runs to do']} runs to do: {whole['multiply-adds'] / 1e12:.3g} * 10^12 multiply-adds, "
         f"{_time(whole['seconds, one after the other'])} one after the other, "
         f"{_time(whole['seconds, as launched'])} as launched, {whole['disk'] / 1e6:.0f} MB on disk"
-        + _gpu_hours(whole["GPU-hours"])
+        + (f", {whole['GPU-hours']:.1f} GPU-hours" if whole["GPU-hours"] else "")
     )
     if unknown := sorted({name for forecast in found for name in forecast.unknown}):
         console.print(f"not included: {', '.join(unknown)}, whose cost cannot be predicted")
-
-
-def _gpu_hours(hours: float) -> str:
-    return f", {hours:.1f} GPU-hours" if hours else ""
-
-
-def _disk(forecast: Forecast) -> str:
-    return "" if forecast.state == "there" else f"{forecast.disk / 1e6:.1f}"
 
 
 def _time(seconds: float) -> str:

@@ -40,7 +40,7 @@ class Allocated(Compression):
         """Refuse what is not one step, and a budget that the method has no setting for."""
         if not isinstance(self.method, Method):
             raise BadInput(f"allocation={self.allocation.name} sets the layers of one method, and this is several")
-        if isinstance(self.method, Calibrated) and self.method.walk.tuned:
+        if isinstance(self.method, Calibrated) and self.method.walk.tuned_tokens:
             raise BadInput(f"compression={self.method.name} tunes blocks as a whole, which allocation= sets by layer")
         self.allocation.budget(self.method, [])
 
