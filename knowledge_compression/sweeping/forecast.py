@@ -193,7 +193,7 @@ class Forecaster:
         assert work is not None  # it has been rehearsed
         key = (dense.compressed_id, digest_of(known_identity(experiment.suites[suite])))
         records = key not in self._recorded and not _is_recorded(dense, skeleton, suite)
-        if records and (experiment.is_dense or dense.is_done(self.store)):
+        if records and (experiment.is_dense or dense.id in self._done or dense.is_done(self.store)):
             self._recorded.add(key)
             kept = experiment.kept_models is not None and experiment.kept_models.gigabytes
             state = skeleton.text_config.hidden_size * _dtype(experiment, skeleton).itemsize

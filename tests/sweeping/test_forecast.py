@@ -139,6 +139,11 @@ def test_distance_costs_the_dense_head_again_and_states_on_disk(
     far = replace(plain, distance=True)
     (alone, dense), (compared, recorded) = (Forecaster(store, 1e6).of(run, "") for run in (plain, far))
     assert recorded.macs == dense.macs and compared.disk == alone.disk
+    mixed = Forecaster(store, 1e6)
+    mixed.of(plain, "")  # brings a dense run that records nothing
+    (late,) = mixed.of(far, "")
+    assert late.macs == compared.macs + dense.macs and late.disk == recorded.disk
+
     far.dense().run(store, NoTracker())
     (states,) = cache.glob("dense_states/*/states.bin")
     assert recorded.disk - dense.disk == states.stat().st_size > 0
