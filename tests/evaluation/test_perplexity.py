@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 from helpers.every_type import make
 from knowledge_compression.errors import BadInput, DataUnavailable
+from knowledge_compression.evaluation.distance import Beside, with_metrics
 from knowledge_compression.evaluation.perplexity import Perplexity
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.models import Model
@@ -173,3 +175,37 @@ def test_fingerprint_follows_the_text(text_dir: Path) -> None:
     before = suite.fingerprint()
     (text_dir / "wikitext2" / "test.raw.txt").write_text("something else")
     assert suite.fingerprint() != before
+
+
+@torch.no_grad()
+def test_the_distance_of_text_is_what_llama_cpp_calls_it(
+    tiny_model: Callable[[str], Model], text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mean, median, 99.0 and 99.9 % KLD, same top p and RMS of the change of p, by definition, in float64."""
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path / "cache"))
+    dense = tiny_model("llama")
+    other = replace(dense, network=deepcopy(dense.network))
+    for weight in other.network.parameters():
+        weight.mul_(1.15)
+    suite = Perplexity(window=12, bos=False, data_dir=str(text_dir))
+    found = with_metrics(Beside(lambda: dense, "dense").ask(suite, Scorer(other), "asked")).metrics
+    kld, same, change = [], 0, []
+    tokens = stream_of(dense, text_dir)
+    for start in range(0, len(tokens) - 11, 12):
+        ids = torch.tensor([tokens[start : start + 12]])
+        p, q = (model.network(input_ids=ids).logits[0].double().softmax(-1) for model in (dense, other))
+        for i in range(11):
+            kld.append(float((p[i] * (p[i] / q[i]).log()).sum()))
+            same += int(p[i].argmax() == q[i].argmax())
+            change.append(float(q[i, ids[0, i + 1]] - p[i, ids[0, i + 1]]))
+    ranked, last = sorted(kld), len(kld) - 1
+
+    def quantile(share: float) -> float:
+        below = int(share * last)
+        rest = share * last - below
+        return ranked[below] * (1 - rest) + ranked[min(below + 1, last)] * rest
+
+    expected = {"kl": sum(kld) / len(kld), "same_top": same / len(kld), "positions": len(kld)}
+    expected |= {"kl_median": quantile(0.5), "kl_p99": quantile(0.99), "kl_p99_9": quantile(0.999)}
+    expected["gold_rms"] = math.sqrt(sum(x * x for x in change) / len(change))
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=2e-3)
