@@ -75,7 +75,7 @@ def blocks(name: str, kind: str) -> Written:
 
 BY_GPTQMODEL, BY_TRANSFORMERS = {"gptqmodel": HALF}, {"transformers": EXACT}
 BY_LLAMA = BY_TRANSFORMERS | {"llama_cpp": ROUNDED}
-AWQ = "compression=awq compression.group_size=64 corpus=self corpus.samples=16 corpus.length=128"
+AWQ = "compression=awq compression.fold=true compression.group_size=64 corpus=self corpus.samples=16 corpus.length=128"
 SMOOTH = "compression=smoothquant compression.fold=true corpus=self corpus.samples=16 corpus.length=128"
 STATIC = "compression=int8_static corpus=self corpus.samples=16 corpus.length=128"
 FILES = (
