@@ -73,6 +73,8 @@ class Nf4(Layerwise):
         return (levels().to(weight.device)[codes] * scales).flatten()[: weight.numel()].view(weight.shape)
 
     def _scale_bits(self, blocks: int) -> int:
+        if not self.double_quant:
+            return blocks * SCALE_BITS
         return blocks * 8 + -(-blocks // _DOUBLE_BLOCK) * SCALE_BITS + SCALE_BITS
 
 
