@@ -5,9 +5,8 @@ The keys are those of the GGUF specification that llama.cpp asks for; the change
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from knowledge_compression.models.checkpoints.gguf_architectures import GgufArchitecture
 from knowledge_compression.models.checkpoints.gguf_changes import (
@@ -35,6 +34,9 @@ from knowledge_compression.models.checkpoints.gguf_settings import (
     WIDTHS,
     Setting,
     Settings,
+    falcon_generation,
+    falcon_keys,
+    setting_of_attention,
 )
 
 _PAIRED = {".attn_q.": paired("num_attention_heads"), ".attn_k.": paired("num_key_value_heads")}
@@ -48,34 +50,6 @@ _SCALES: Settings = {
     "logit_scale": "logits_scaling",
 }
 _BIASES = {"attention_bias": "attn_q.bias"}
-
-
-def _groups(config: Any) -> int:
-    """How many keys Falcon's attention has."""
-    if config.new_decoder_architecture or not config.multi_query:
-        return int(config.num_kv_heads)
-    return 1
-
-
-def _generation(told: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Falcon's attention of 7B or of 40B, from the number of keys and norms."""
-    keys, norms = told.get("num_kv_heads", 1), told["num_ln_in_parallel_attn"]
-    new = norms == 2 or keys not in (1, told["num_attention_heads"])
-    return {
-        "new_decoder_architecture": new,
-        "multi_query": keys == 1 or new,
-        "num_ln_in_parallel_attn": norms if new else None,
-    }
-
-
-def _of_attention(name: str, stored: Callable[[Any], Any], loaded: Callable[[Any], Any]) -> Setting:
-    """A setting of MPT's attention, which its configuration holds in one of its own."""
-
-    def store(config: Any) -> Any:
-        value = getattr(config.attn_config, name)
-        return None if value is None else stored(value)
-
-    return Setting("attn_config", store, lambda value, told: told.get("attn_config", {}) | {name: loaded(value)})
 
 
 _LLAMA = GgufArchitecture("llama", {**COMMON, **ROTARY, **WIDTHS, **ROOT}, _PAIRED)
@@ -312,15 +286,15 @@ _OLDER = {
             "block_count": "num_hidden_layers",
             "feed_forward_length": "ffn_hidden_size",
             "attention.head_count": "num_attention_heads",
-            "attention.head_count_kv": Setting("num_kv_heads", _groups),
+            "attention.head_count_kv": Setting("num_kv_heads", falcon_keys),
             "attention.layer_norm_epsilon": "layer_norm_epsilon",
             "vocab_size": "vocab_size",
             "rope.freq_base": ROTARY["rope.freq_base"],
         },
-        {"attn_qkv": of_each_group(_groups)},
+        {"attn_qkv": of_each_group(falcon_keys)},
         frozenset({"num_kv_heads"}),
         present={"num_ln_in_parallel_attn": ("attn_norm_2", 2, 1), "bias": "attn_qkv.bias"},
-        also=_generation,
+        also=falcon_generation,
     ),
     "mpt": GgufArchitecture(
         "mpt",
@@ -331,8 +305,8 @@ _OLDER = {
             "feed_forward_length": lambda config: config.expansion_ratio * config.d_model,
             "attention.head_count": "n_heads",
             "attention.layer_norm_epsilon": "layer_norm_epsilon",
-            "attention.max_alibi_bias": _of_attention("alibi_bias_max", float, int),
-            "attention.clamp_kqv": _of_attention("clip_qkv", float, float),
+            "attention.max_alibi_bias": setting_of_attention("alibi_bias_max", float, int),
+            "attention.clamp_kqv": setting_of_attention("clip_qkv", float, float),
             "vocab_size": "vocab_size",
         },
     ),

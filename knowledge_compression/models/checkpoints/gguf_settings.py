@@ -116,3 +116,31 @@ EXPERTS: Settings = {
     "expert_feed_forward_length": "moe_intermediate_size",
 }
 LOCAL_EXPERTS: Settings = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+
+
+def falcon_keys(config: Any) -> int:
+    """How many keys Falcon's attention has."""
+    if config.new_decoder_architecture or not config.multi_query:
+        return int(config.num_kv_heads)
+    return 1
+
+
+def falcon_generation(told: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Falcon's attention of 7B or of 40B, from the number of keys and norms."""
+    keys, norms = told.get("num_kv_heads", 1), told["num_ln_in_parallel_attn"]
+    new = norms == 2 or keys not in (1, told["num_attention_heads"])
+    return {
+        "new_decoder_architecture": new,
+        "multi_query": keys == 1 or new,
+        "num_ln_in_parallel_attn": norms if new else None,
+    }
+
+
+def setting_of_attention(name: str, stored: Callable[[Any], Any], loaded: Callable[[Any], Any]) -> Setting:
+    """A setting of MPT's attention, which its configuration holds in one of its own."""
+
+    def store(config: Any) -> Any:
+        value = getattr(config.attn_config, name)
+        return None if value is None else stored(value)
+
+    return Setting("attn_config", store, lambda value, told: told.get("attn_config", {}) | {name: loaded(value)})
