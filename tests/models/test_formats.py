@@ -280,6 +280,17 @@ def test_other_formats_are_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_declaration_that_is_no_mapping_is_one_line(
+    stored: Callable[..., tuple[Path, dict[str, Made]]],
+) -> None:
+    folder, _ = stored(LAYERS["awq"])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": ["awq"]}))
+    with pytest.raises(BadInput, match=r"quantization_config=\['awq'\], and that must be settings") as caught:
+        LocalModel("local", str(folder)).load("cpu", "float32")
+    assert "\n" not in str(caught.value)
+
+
 def test_memory_holds_the_model_and_one_layer(
     stored: Callable[..., tuple[Path, dict[str, Made]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

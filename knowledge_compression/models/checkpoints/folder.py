@@ -181,11 +181,17 @@ class QuantizedFolder(Stored):
 
 
 def settings_of(folder: Path) -> Mapping[str, Any]:
-    """A model folder's declaration of its quantization; empty if there is none, or none that can be read."""
+    """A model folder's declaration of its quantization; empty if there is none.
+
+    Raises:
+        BadInput: it is no mapping of settings.
+    """
     config = _read(folder / "config.json")
     for name in _SETTINGS:
         if isinstance(settings := config.get(name), Mapping):
             return settings
+        if settings is not None:
+            raise BadInput(f"its config.json has {name}={settings!r}, and that must be settings with a quant_method")
     for name, method in _BESIDE.items():
         if settings := _read(folder / name):
             return {"quant_method": method} | dict(settings)
