@@ -31,7 +31,9 @@ def main(outputs: Path) -> None:
         model = kc.load("smollm2", device="cpu")
         dense = _log_probs(model, ids)
         text = kc.choose("corpus=self", samples=16, length=128) if calibrated else None
-        kc.compress(model, kc.choose(f"compression={settings.pop('choice')}", **settings), kc.choose("target=all"), text)
+        kc.compress(
+            model, kc.choose(f"compression={settings.pop('choice')}", **settings), kc.choose("target=all"), text
+        )
         run = _log_probs(model, ids)
         peer = torch.as_tensor(np.load(outputs / folder / "transformers.npy")).reshape(run.shape).double()
         peer = peer.log_softmax(-1)

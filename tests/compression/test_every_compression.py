@@ -13,6 +13,7 @@ from helpers.matrix import (
     CALIBRATED,
     COMPRESSIONS,
     PUTS_MODULES,
+    SMALLER,
     WIDE,
     check,
     linears,
@@ -59,6 +60,24 @@ def test_every_compression_runs_and_its_model_is_read_back(folder: Path, data: P
     assert len(back) >= len(first)
     for value in first:  # weights come back as they were, to the bit; only activations rounded to int8 are no weights
         assert min(abs(value - other) for other in back) <= 1e-5 * value
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_a_smaller_network_is_asked_and_read_back(name: str, folder: Path, data: Path, tmp_path: Path) -> None:
+    outputs, again = tmp_path / "outputs", tmp_path / "again"
+    target = {"depth": "all", "width": "ff"}[name]
+    sweep(
+        outputs, data, "model=local", f"model.path={folder}", "output.save_model=true", f"compression={name}",
+        target=target, sparsity=0.5,
+    )  # fmt: skip
+    ((_, run),) = ((chosen, run) for chosen, run in runs_in(outputs) if chosen == name)
+    assert run.report["compression"]["sparsity"] == pytest.approx(0.5, abs=0.02)
+    saved = outputs / "runs" / run.id / "model"
+    before, after = (sum(file.stat().st_size for file in place.glob("*.safetensors")) for place in (folder, saved))
+    assert after < before
+    sweep(again, data, "model=local", f"model.path={saved}", "compression=none")
+    ((_, read),) = runs_in(again)
+    assert read.metrics["perplexity.perplexity"] == pytest.approx(run.metrics["perplexity.perplexity"], rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

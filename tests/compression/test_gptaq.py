@@ -88,6 +88,9 @@ class Scaling:
     def observe(self, in_features: int, device: torch.device) -> Pairs:
         return Pairs()
 
+    def prepare(self, block) -> None:
+        pass
+
     def shrink(self, layers, statistics: Pairs) -> list[LayerReport]:
         for layer in layers:
             self.seen[layer.path] = statistics

@@ -162,7 +162,7 @@ def test_a_model_is_rounded_reported_and_kept(name: str, tiny_model: Callable[[s
         error = (layer.weight - before[layer.path]).norm() / before[layer.path].norm()
         assert 0 < error < (0.04 if name.startswith("fp8") else 0.2)
         assert told.overhead_bits > 0
-    _write(tmp_path, model, report, method.modules, untied=False)  # type: ignore[arg-type]
+    _write(tmp_path, model, report, method.modules, model.network.config, untied=False)  # type: ignore[arg-type]
     again = _restore(tmp_path, other, method.modules)  # type: ignore[arg-type]
     assert torch.equal(logits_of(model), logits_of(other))
     assert again.bits == report.bits

@@ -17,8 +17,11 @@ from helpers.shipped import shipped
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.sweeping.cli import CONF
 
-# Those that take every family and compress by themselves; for rotate see test_rotate.py.
-COMPRESSIONS = [name for choice in shipped("compression") if (name := choice.partition("=")[2]) != "rotate"]
+# Those that take every family, compress by themselves and leave the network's shape; for rotate see test_rotate.py.
+SMALLER = ["depth", "width"]
+COMPRESSIONS = [
+    name for choice in shipped("compression") if (name := choice.partition("=")[2]) not in ("rotate", *SMALLER)
+]
 CALIBRATED = ["gptq", "gptaq", "autoround", "imatrix", "sparsegpt", "wanda", "awq", "smoothquant", "int8_static"]
 PUTS_MODULES = ["int8_dynamic", "prune_int8", "int8_static", "smoothquant"]
 # Wide enough for the shipped group sizes of 64 and 128.
@@ -52,9 +55,11 @@ def write_model(folder: Path, architecture: str, tokenizer: Any) -> Path:
     return folder / architecture
 
 
-def sweep(outputs: Path, data: Path, *choices: str, ends: int = 0) -> str:
+def sweep(
+    outputs: Path, data: Path, *choices: str, ends: int = 0, target: str = "all", sparsity: float = SPARSITY
+) -> str:
     """What a user types; gives what the terminal shows. It asks for perplexity where the choices name no suite."""
-    command = [sys.executable, str(CONF.parent / "run.py"), "-m", "target=all", f"sparsity={SPARSITY}"]
+    command = [sys.executable, str(CONF.parent / "run.py"), "-m", f"target={target}", f"sparsity={sparsity}"]
     command += ["corpus=text", f"corpus.path={data / 'calibration.txt'}", "corpus.samples=6", "corpus.length=24"]
     if not any(choice.startswith("eval=") for choice in choices):
         command += ["eval=[perplexity]", "eval.perplexity.window=24", "eval.perplexity.masked_per_window=4", "limit=4"]

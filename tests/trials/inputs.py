@@ -165,7 +165,12 @@ def _written(group: str, name: str) -> dict[str, Any]:
     """What a choice's file says, and the files that it builds on."""
     part: dict[str, Any] = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
     for base in part.get("defaults", ()):
-        part = part if base == "_self_" else _written(group, base) | part
+        if isinstance(base, dict):  # a part inside this one, e.g. {"/compression@then": "none"}
+            ((place, chosen),) = base.items()
+            other, _, inside = place.removeprefix("/").partition("@")
+            part = part | {inside: _written(other, chosen)}
+        elif base != "_self_":
+            part = _written(group, base) | part
     return part
 
 

@@ -16,6 +16,7 @@ from knowledge_compression.compression.solve.hadamard import hadamard
 from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import torch
 from knowledge_compression.models import Model, Targets
+from knowledge_compression.models.soundness import check_finite, weights_of
 
 if TYPE_CHECKING:
     from torch import LongTensor, Tensor
@@ -66,6 +67,7 @@ class Rotate(Compression):
         from knowledge_compression.compression.walk.residual import rotate_stream
 
         start = time.perf_counter()
+        check_finite(weights_of(model), model.name)
         model.untie_head()
         rotate_stream(model, self.matrix(model.text_config.hidden_size, model.name))
         rotated = CompressionReport("rotate", model_parameters=model.parameter_count())

@@ -24,6 +24,7 @@ from knowledge_compression.models import Model, TargetLayer, Targets
 from knowledge_compression.models.channels import ATTENTION, Part, narrower, parts
 from knowledge_compression.models.families import EXPERTS, FF
 from knowledge_compression.models.reshaped import Smaller, built, changed
+from knowledge_compression.models.soundness import check_finite, weights_of
 
 if TYPE_CHECKING:
     from torch import LongTensor, Tensor
@@ -101,6 +102,7 @@ class Width(Reshaping):
 
     def plan(self, targets: Targets) -> dict[str, float]:
         """The share of each layer that stays; also refuses what does not compute the same once it is taken out."""
+        check_finite(weights_of(targets.model), targets.model.name)  # else its own trial would blame the network
         chosen, goes = self._going(targets)
         order = torch.Generator().manual_seed(0)
         kept = {
