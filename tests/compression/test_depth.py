@@ -158,11 +158,20 @@ def test_a_step_after_it_works_on_what_is_left_and_the_whole_is_found_again(
     assert sum(quantized_weight(layer) is not None for layer in ALL.select(second)) == 21
 
 
+def test_less_than_half_a_block_is_one_and_is_told(
+    deep: Callable[..., Model], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = deep("llama")
+    report = Depth(0.05).compress(model, ALL.select(model), TEXT)
+    assert model.network.config.num_hidden_layers == 4
+    assert report.sparsity == pytest.approx(0.2)
+    assert "sparsity=0.05 of 5 blocks is less than half of one; one is dropped" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("kind", "target", "sparsity", "said"),
     [
         ("llama", Target("att", ["decoder_self_att"]), 0.4, "choose target=all"),
-        ("llama", ALL, 0.05, "one is sparsity=0.2"),
         ("llama", ALL, 0.95, "without a block"),
         ("albert", ALL, 0.4, "one for all of its depth"),
     ],

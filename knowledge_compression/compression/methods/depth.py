@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,8 @@ from knowledge_compression.models.targets import linear_layers
 if TYPE_CHECKING:
     from torch import LongTensor, Tensor
 
+log = logging.getLogger(__name__)
+
 _DEPTHS: Sequence[str] = ("num_hidden_layers",)
 _ENCODER_DEPTHS = ("encoder_layers", "num_layers", "num_hidden_layers")  # the first that a configuration has
 _DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
@@ -32,7 +35,8 @@ class Depth(Reshaping):
     """Drop the blocks whose output is most like their input; what is left is an ordinary, shallower network.
 
     Attributes:
-        sparsity: share of the target's blocks to drop, in [0, 1); ``round(sparsity * blocks)`` of each stack.
+        sparsity: share of the target's blocks to drop, in [0, 1); ``round(sparsity * blocks)`` of each stack,
+            or one of each where that is none of any, which a warning and the reached sparsity tell.
         by: ``influence`` drops the blocks of least influence, ``1 - cosine`` of a block's input and output, averaged
             over the tokens of the calibration text (ShortGPT, Men et al. 2024, equation 1); ``angle`` drops the run of
             neighbouring blocks between whose first input and last output the angle ``arccos(cosine) / pi`` is smallest
@@ -72,6 +76,9 @@ class Depth(Reshaping):
         from knowledge_compression.compression.walk.passes import checked_windows
 
         stacks = _stacks(targets, self.sparsity)
+        count = max(len(stack.candidates) for stack in stacks)
+        if self.sparsity and round(self.sparsity * count) == 0:
+            log.warning("sparsity=%g of %d blocks is less than half of one; one is dropped", self.sparsity, count)
         windows = checked_windows(model, calibration)
         measured = _measured(self, model, windows, stacks)
         goes = [self._choose(stack, values) for stack, values in zip(stacks, measured, strict=True)]
@@ -119,8 +126,7 @@ def _stacks(targets: Targets, sparsity: float) -> list[_Stack]:
     """The stacks of the network, and how many blocks of each go.
 
     Raises:
-        BadInput: no block lies wholly in the target, blocks are shared, or the share is less than half a block or
-            everything.
+        BadInput: no block lies wholly in the target, blocks are shared, or a stack would be left without a block.
     """
     model = targets.model
     architecture, layers = model.architecture, linear_layers(model)
@@ -147,12 +153,10 @@ def _stacks(targets: Targets, sparsity: float) -> list[_Stack]:
         )
     if any(stack.goes < 0 for stack in found):
         raise BadInput(f"compression=depth sparsity={sparsity} would leave a stack of {model.name} without a block")
-    if sparsity and not any(stack.goes for stack in found):
-        least = max(len(stack.candidates) for stack in found)
-        raise BadInput(
-            f"compression=depth drops whole blocks, and sparsity={sparsity} of {least} is less than half of one; one "
-            f"is sparsity={1 / least:.3g}"
-        )
+    if sparsity and not any(stack.goes for stack in found):  # less than half a block: one is the nearest that shrinks
+        if any(len(stack.blocks) == 1 for stack in found if stack.candidates):
+            raise BadInput(f"compression=depth drops whole blocks, and a stack of {model.name} has only one")
+        found = [replace(stack, goes=min(1, len(stack.candidates))) for stack in found]
     return found
 
 
