@@ -23,6 +23,8 @@ from knowledge_compression.results.summary import drop_rows
 _PERCENT = partial(mul, 0.01)
 
 # Of each method, recovery, suite and corpus that a paper describes, by its name in conf/: authors, title, where it is.
+_IDP = ("Hoang et al. (2023)", "Do Compressed LLMs Forget Knowledge?", "arXiv:2310.00867")
+_HARNESS = ("Gao et al.", "The Language Model Evaluation Harness", "doi:10.5281/zenodo.12608602")
 PAPERS = {
     "gptq": (
         "Frantar et al. (2023)",
@@ -57,8 +59,8 @@ PAPERS = {
         "Prefix-Tuning: Optimizing Continuous Prompts for Generation",
         "arXiv:2101.00190",
     ),
-    "idp": ("Hoang et al. (2023)", "Do Compressed LLMs Forget Knowledge?", "arXiv:2310.00867"),
-    "concat": ("Hoang et al. (2023)", "Do Compressed LLMs Forget Knowledge?", "arXiv:2310.00867"),
+    "idp": _IDP,
+    "concat": _IDP,
     "lama": ("Petroni et al. (2019)", "Language Models as Knowledge Bases?", "arXiv:1909.01066"),
     "pararel": (
         "Elazar et al. (2021)",
@@ -72,8 +74,8 @@ PAPERS = {
     ),
     "popqa": ("Mallen et al. (2023)", "When Not to Trust Language Models", "arXiv:2212.10511"),
     "simpleqa": ("Wei et al. (2024)", "Measuring Short-Form Factuality in Large Language Models", "arXiv:2411.04368"),
-    "harness": ("Gao et al.", "The Language Model Evaluation Harness", "doi:10.5281/zenodo.12608602"),
-    "nine_tasks": ("Gao et al.", "The Language Model Evaluation Harness", "doi:10.5281/zenodo.12608602"),
+    "harness": _HARNESS,
+    "nine_tasks": _HARNESS,
     "c4": (
         "Raffel et al. (2020)",
         "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",

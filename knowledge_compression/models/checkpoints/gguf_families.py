@@ -52,6 +52,15 @@ _SCALES: Settings = {
 _BIASES = {"attention_bias": "attn_q.bias"}
 
 
+_MAMBAS: Settings = {
+    "context_length": lambda config: 1 << 20,  # it has no limit, and llama.cpp asks for one
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": lambda config: 0,
+    "attention.head_count": lambda config: 0,
+    "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
+    "ssm.conv_kernel": "conv_kernel",
+}
 _LLAMA = GgufArchitecture("llama", {**COMMON, **ROTARY, **WIDTHS, **ROOT}, _PAIRED)
 _GRANITE = GgufArchitecture("granite", {**COMMON, **ROTARY, **ROOT, **_SCALES}, _PAIRED, present=_BIASES)
 
@@ -313,13 +322,7 @@ _OLDER = {
     "mamba": GgufArchitecture(
         "mamba",
         {
-            "context_length": lambda config: 1 << 20,  # it has no limit, and llama.cpp asks for one
-            "embedding_length": "hidden_size",
-            "block_count": "num_hidden_layers",
-            "feed_forward_length": lambda config: 0,
-            "attention.head_count": lambda config: 0,
-            "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
-            "ssm.conv_kernel": "conv_kernel",
+            **_MAMBAS,
             "ssm.inner_size": "intermediate_size",
             "ssm.state_size": "state_size",
             "ssm.time_step_rank": "time_step_rank",
@@ -332,13 +335,7 @@ _OLDER = {
     "mamba2": GgufArchitecture(
         "mamba2",
         {
-            "context_length": lambda config: 1 << 20,
-            "embedding_length": "hidden_size",
-            "block_count": "num_hidden_layers",
-            "feed_forward_length": lambda config: 0,
-            "attention.head_count": lambda config: 0,
-            "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
-            "ssm.conv_kernel": "conv_kernel",
+            **_MAMBAS,
             "ssm.state_size": "state_size",
             "ssm.time_step_rank": "num_heads",
             "ssm.inner_size": Setting(
