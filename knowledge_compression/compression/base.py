@@ -92,6 +92,13 @@ class Compression(ABC):
         """Whether it can compress a model from disk to disk: linear layers must stay linear layers."""
         return not self.modules
 
+    def passes(self, tokens: int) -> float:
+        """How often calibration text of so many tokens goes through the network, for the forecast; of this part alone.
+
+        Backwards counts as two times forwards.
+        """
+        return 0.0
+
     @abstractmethod
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None = None) -> CompressionReport:
         """Compress the target layers in place.

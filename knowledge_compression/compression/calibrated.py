@@ -102,6 +102,10 @@ class Calibrated(Method, Generic[S]):
         """Not if the text also goes through the uncompressed blocks, which a resumed stream has written over."""
         return super().streams and not self.walk.beside
 
+    def passes(self, tokens: int) -> float:
+        """Those of the walk."""
+        return self.walk.passes(tokens)
+
     @abstractmethod
     def observe(self, in_features: int, device: torch.device) -> S:
         """Empty statistics for inputs of this width; all linears that read the same tensor share one."""

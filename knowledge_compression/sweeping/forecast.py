@@ -178,10 +178,8 @@ class Forecaster:
         one_pass = {layer.path: one_pass[layer.path] for layer in layers if layer.role != "final"}
         shapes = [(one_pass.get(layer.path, tokens), *layer.weight.shape) for layer in targets]
         for part in experiment.compression.parts:
-            if not isinstance(part, Calibrated):
-                continue
-            forecast.macs += part.walk.passes(tokens) * multiply_adds(skeleton, one_pass)
-            if part.second_order:
+            forecast.macs += part.passes(tokens) * multiply_adds(skeleton, one_pass)
+            if isinstance(part, Calibrated) and part.second_order:
                 forecast.macs += sum(
                     read * width**2 + _SOLVING * (width**3 + rows * width**2) for read, rows, width in shapes
                 )
