@@ -22,7 +22,8 @@ SMALLER = ["depth", "width"]
 COMPRESSIONS = [
     name for choice in shipped("compression") if (name := choice.partition("=")[2]) not in ("rotate", *SMALLER)
 ]
-CALIBRATED = ["gptq", "gptaq", "autoround", "imatrix", "sparsegpt", "wanda", "awq", "smoothquant", "int8_static"]
+CALIBRATED = ["gptq", "gptaq", "autoround", "scales", "imatrix", "sparsegpt", "wanda", "awq", "smoothquant"]
+CALIBRATED += ["int8_static", "alps"]
 PUTS_MODULES = ["int8_dynamic", "prune_int8", "int8_static", "smoothquant"]
 # Wide enough for the shipped group sizes of 64 and 128.
 WIDE: dict[str, dict[str, Any]] = {
@@ -31,10 +32,10 @@ WIDE: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "num_key_value_heads": 2},
 }
 BITS = {"int8_dynamic": 8, "prune_int8": 8, "int8_static": 8, "smoothquant": 8, "fp8": 8} | dict.fromkeys(
-    ["rtn", "gptq", "gptaq", "autoround", "awq", "nf4", "hqq", "gguf", "imatrix", "mxfp4", "nvfp4"], 4
+    ["rtn", "gptq", "gptaq", "autoround", "scales", "awq", "nf4", "hqq", "gguf", "imatrix", "mxfp4", "nvfp4"], 4
 )
 SPARSITY = 0.25
-REMOVED = dict.fromkeys(["magnitude", "random", "structured", "sparsegpt", "wanda", "prune_int8"], SPARSITY)
+REMOVED = dict.fromkeys(["magnitude", "random", "structured", "sparsegpt", "alps", "wanda", "prune_int8"], SPARSITY)
 REMOVED["ablation"] = 1.0
 
 
@@ -104,6 +105,6 @@ def check(name: str, run: Run, architecture: str, dtype: str) -> None:
     assert 0 < report["stored_bytes"] <= report["memory_bytes_before"] * 1.05
     assert all(math.isfinite(value) for value in run.metrics.values()), name
     for layer in run.layers:
-        if name in ("gptq", "gptaq", "autoround", "sparsegpt", "awq"):
+        if name in ("gptq", "gptaq", "autoround", "sparsegpt", "alps", "awq"):
             assert 0 < layer["error_after"] < 1 and layer["error_before"] > 0, (name, layer)
     assert bool(report.get("calibration")) == (name in CALIBRATED)
