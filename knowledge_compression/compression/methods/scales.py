@@ -157,7 +157,7 @@ class Scales(Compression):
                 parts = []
                 for window in batch:
                     loss = wanted[window].divergence(said(window))
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                     parts.append(float(loss.detach()))
                 losses.append(sum(parts) / len(parts))
                 with torch.no_grad():
