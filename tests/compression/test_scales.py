@@ -56,11 +56,11 @@ def test_steps_are_those_of_adam_on_the_factors() -> None:
     assert torch.equal(found.quantized().codes, start.codes)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert", "t5", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", "bert", "t5", "mixtral"])
 def test_networks_come_closer_to_the_dense_one(tiny_model, architecture: str) -> None:
     model: Model = tiny_model(architecture)
     model.untie_head()  # which quantizing the head would do
-    text = windows(8)
+    text = windows()
     asking = [parameter.requires_grad for parameter in model.network.parameters()]
     with torch.no_grad():
         dense = read_text(model, text)
@@ -85,7 +85,7 @@ def test_networks_come_closer_to_the_dense_one(tiny_model, architecture: str) ->
 def test_without_steps_it_is_what_comes_first_and_the_seed_decides(tiny_model) -> None:
     def weights(method) -> torch.Tensor:
         model = tiny_model("llama")
-        method.compress(model, EVERYTHING.select(model), windows(16))
+        method.compress(model, EVERYTHING.select(model), windows())
         return torch.cat([layer.weight.flatten() for layer in EVERYTHING.select(model)])
 
     assert torch.equal(weights(FIRST), weights(Scales(FIRST, steps=0)))
