@@ -16,6 +16,7 @@ from helpers.networks import logits_of
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.formats.int8_variants import SmoothedInt8Linear, StaticInt8Linear
 from knowledge_compression.compression.methods.hqq import Hqq
+from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.methods.int8_static import InputRange, Int8Static
 from knowledge_compression.compression.methods.nf4 import Nf4, levels
 from knowledge_compression.compression.methods.smoothquant import SmoothQuant
@@ -198,6 +199,9 @@ def test_static_int8_rounds_to_its_range(granularity: str) -> None:
         (lambda: Hqq(p=1.5), r"p=1.5.*\(0, 1\]"),
         (lambda: SmoothQuant(alpha=-0.1), r"alpha=-0.1.*\[0, 1\]"),
         (lambda: Int8Static(granularity="per_row"), "granularity=per_row"),
+        (lambda: Int8Dynamic("per_channel", 128.0), "input_steps=128 is not 127.*or 127.5"),
+        (lambda: Int8Dynamic(input_steps=127.5), "input_steps=127.5 belongs to compression.granularity=per_channel"),
+        (lambda: SmoothQuant(input_steps=0.0), "input_steps=0 is not 127"),
     ],
 )
 def test_bad_settings_are_one_line(make: Callable[[], object], message: str) -> None:

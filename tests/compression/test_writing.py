@@ -191,6 +191,16 @@ def test_files_say_that_inputs_are_rounded(tiny_tokenizer: object, tmp_path: Pat
             assert inputs["dynamic"] and inputs["strategy"] == {"fp8-inputs": "token"}.get(name, "group")
 
 
+@pytest.mark.parametrize("steps", [127.0, 127.5])
+def test_steps_of_inputs_that_transformers_does_not_take_are_told(
+    steps: float, tiny_tokenizer: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = small("llama", tiny_tokenizer)
+    Int8Dynamic(granularity="per_channel", input_steps=steps).compress(model, ALL.select(model), None)
+    WRITERS["compressed-tensors"].write(model, tmp_path / "written")
+    assert ("compression.input_steps=127.5 rounds alike" in caplog.text) == (steps == 127)
+
+
 def test_a_fixed_range_of_inputs_is_that_of_the_run(tiny_tokenizer: object, tmp_path: Path) -> None:
     """Seven bits: beyond the range, readers of the file clip where the run did."""
     model = compressed_by("int8-static-inputs", small("llama", tiny_tokenizer))

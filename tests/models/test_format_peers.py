@@ -20,10 +20,13 @@ from helpers.gguf_tiny import byte_level
 from helpers.networks import build_network, logits_of
 from knowledge_compression.compression.base import Layerwise
 from knowledge_compression.compression.methods.fp8 import Fp8
+from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
+from knowledge_compression.compression.methods.int8_static import Int8Static
 from knowledge_compression.compression.methods.mxfp4 import Mxfp4
 from knowledge_compression.compression.methods.nf4 import Nf4, levels
 from knowledge_compression.compression.methods.nvfp4 import Nvfp4
 from knowledge_compression.compression.methods.rtn import Rtn
+from knowledge_compression.compression.methods.smoothquant import SmoothQuant
 from knowledge_compression.compression.solve.floats import FloatWeight, fp8, mxfp4, nvfp4
 from knowledge_compression.compression.writing.writers import WRITERS
 from knowledge_compression.models import Model, Target
@@ -261,6 +264,30 @@ def test_transformers_loads_what_is_written(name: str, tiny_tokenizer: Any, tmp_
     if name.endswith("inputs"):  # which files do not make us do
         method.compress(ours, Target("all", ["decoder_self_att", "ff"]).select(ours))
     assert torch.equal(logits_of(Model(plain, tiny_tokenizer, "plain")), logits_of(ours))
+
+
+EIGHT: dict[str, Any] = {
+    "dynamic": Int8Dynamic("per_channel", input_steps=127.5),
+    "static": Int8Static(forward_dtype="float32"),
+    "smoothquant": SmoothQuant(fold=True, input_steps=127.5, forward_dtype="float32"),
+}
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_transformers_rounds_inputs_to_eight_bits_as_the_run_did(
+    name: str, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """The library multiplies rounded floats, this program integers; the answers differ by float32 alone."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    network = build_network("llama", hidden_size=64, intermediate_size=96, head_dim=32, tie_word_embeddings=False)
+    model = Model(network, tiny_tokenizer, "llama")
+    windows = torch.randint(7, 90, (6, 16), generator=torch.Generator().manual_seed(2))
+    EIGHT[name].compress(model, Target("all", ["decoder_self_att", "ff"]).select(model), windows)
+    WRITERS["compressed-tensors"].write(model, tmp_path / "written")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "written", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits_of(Model(plain, tiny_tokenizer, "plain")), logits_of(model), rtol=1e-4, atol=1e-5)
 
 
 AO = ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "Float8WeightOnlyConfig", "IntxWeightOnlyConfig"]

@@ -1,7 +1,10 @@
 """The int8 layer against torch's own dynamic quantization, a slow reference, and itself on other devices' paths."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +22,7 @@ from knowledge_compression.compression.formats.int8_linear import (
     quantize_tokens,
     quantize_weight,
 )
+from knowledge_compression.compression.formats.int8_variants import SmoothedInt8Linear
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.compression.methods.pipeline import Pipeline
@@ -116,6 +120,30 @@ def test_forward_is_the_slow_reference(granularity: str, size: tuple[int, int, i
     expected = rounded @ weight.T + linear.bias.double()
     with torch.no_grad():
         torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_input_steps_are_those_of_the_programs_that_have_them() -> None:
+    """127.5 as compressed-tensors 0.20: a quotient, rounded to even, and clipped at 127."""
+    x = torch.randn(40, 96, generator=torch.Generator().manual_seed(0)).numpy()
+    x[0, :3] = np.abs(x[0]).max() * np.array([-2, 2, 1], dtype=np.float32)  # both ends of the range
+    for steps in (127.0, 127.5):
+        scale = np.abs(x).max(1, keepdims=True) / np.float32(steps)
+        integers, scales = quantize_tokens(torch.from_numpy(x), steps)
+        assert np.array_equal(scales.numpy(), scale)
+        expected = np.clip(np.rint(x / scale), -128, 127)
+        assert (integers.numpy() != expected).mean() <= 1e-3 * (steps == 127)  # there a product with the reciprocal
+        assert (int(integers.min()), int(integers.max())) == (-128 if steps == 127.5 else -127, 127)
+
+
+@pytest.mark.parametrize("make", [Int8Linear, partial(SmoothedInt8Linear, divisor=torch.ones(96))])
+def test_a_layer_rounds_in_the_steps_that_it_was_given(make: Any) -> None:
+    linear, x = random_linear(96, 8, bias=False), torch.randn(5, 96)
+    layer = make(weight=linear.weight.data, bias=None, input_steps=127.5)
+    integers, _ = quantize_tokens(x, 127.5)
+    assert torch.equal(layer.round_inputs(x)[0], integers)
+    again = type(layer).from_buffers(dict(layer.named_buffers()), None, **layer.settings)
+    assert torch.equal(again(x), layer(x))
+    assert not torch.equal(make(weight=linear.weight.data, bias=None)(x), layer(x))
 
 
 @settings(max_examples=40)

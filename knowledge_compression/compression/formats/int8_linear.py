@@ -24,7 +24,7 @@ from knowledge_compression.compression.formats.two_of_four import (
     can_skip_zeros,
     faster_product,
 )
-from knowledge_compression.compression.solve.int8 import Int8Weight
+from knowledge_compression.compression.solve.int8 import INPUT_STEPS, Int8Weight
 from knowledge_compression.models.device import Device, torch_dtype
 from knowledge_compression.models.replaced import ReplacedLinear
 
@@ -42,6 +42,7 @@ class Int8Linear(ReplacedLinear):
         weight: ``[out_features, in_features]``, floating.
         bias: ``[out_features]`` or None; the same object is kept, so that a tied bias stays tied.
         granularity: ``per_tensor`` or ``per_channel``.
+        input_steps: of ``per_channel``, the steps between zero and a token's largest magnitude, 127 or 127.5.
 
     Attributes:
         weight_int8: buffer ``[out_features, in_features]``, int8.
@@ -58,10 +59,16 @@ class Int8Linear(ReplacedLinear):
     _tried: ReferenceType[torch.Tensor] | None = None  # the weight for which _sparse was chosen, or none
     _sparse: SparseProduct | None = None
 
-    def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None, granularity: str = "per_channel") -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: nn.Parameter | None,
+        granularity: str = "per_channel",
+        input_steps: float = INPUT_STEPS[0],
+    ) -> None:
         super().__init__()
         check_granularity(granularity)
-        self.granularity = granularity
+        self.granularity, self.input_steps = granularity, input_steps
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         integers, scale = quantize_weight(weight, granularity)
@@ -82,7 +89,7 @@ class Int8Linear(ReplacedLinear):
         """The integers, on the CPU; None where the scale of the inputs is that of a whole batch."""
         if self.granularity != "per_channel":
             return None
-        return Int8Weight(self.weight_int8.cpu(), self.weight_scale[:, None].cpu())
+        return Int8Weight(self.weight_int8.cpu(), self.weight_scale[:, None].cpu(), input_steps=self.input_steps)
 
     @property
     def overhead_bits(self) -> int:
@@ -92,7 +99,8 @@ class Int8Linear(ReplacedLinear):
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of this layer besides its buffers and its bias, JSON-ready."""
-        return {"granularity": self.granularity, "dtype": str(self.dtype).removeprefix("torch.")}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"granularity": self.granularity, "dtype": dtype, "input_steps": self.input_steps}
 
     @classmethod
     def from_buffers(cls, buffers: Mapping[str, torch.Tensor], bias: Any, **settings: Any) -> Self:
@@ -100,6 +108,7 @@ class Int8Linear(ReplacedLinear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.granularity, layer.dtype, layer.bias = settings["granularity"], torch_dtype(settings["dtype"]), bias
+        layer.input_steps = settings.get("input_steps", INPUT_STEPS[0])
         layer.out_features, layer.in_features = buffers["weight_int8"].shape
         for name, buffer in buffers.items():
             layer.register_buffer(name, buffer)
@@ -129,7 +138,9 @@ class Int8Linear(ReplacedLinear):
 
     def round_inputs(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The integers of float32 inputs ``[rows, in_features]``, with a scale per row or one scale and zero point."""
-        return quantize_tensor(rows) if self.granularity == "per_tensor" else (*quantize_tokens(rows), None)
+        if self.granularity == "per_tensor":
+            return quantize_tensor(rows)
+        return *quantize_tokens(rows, self.input_steps), None
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -175,10 +186,16 @@ def quantize_weight(weight: torch.Tensor, granularity: str) -> tuple[torch.Tenso
     return (values * scale.reciprocal()[:, None]).round_().clamp_(-128, 127).to(torch.int8), scale
 
 
-def quantize_tokens(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 of ``[rows, features]`` with one scale per row, and the scales ``[rows, 1]``."""
-    scale = rows.abs().amax(1, keepdim=True).div_(127).clamp_min_(_SMALL)
-    return (rows * scale.reciprocal()).round_().to(torch.int8), scale
+def quantize_tokens(rows: torch.Tensor, steps: float = INPUT_STEPS[0]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 of ``[rows, features]`` with one scale per row, and the scales ``[rows, 1]``.
+
+    A scale is the largest magnitude over ``steps``: 127 as Xiao et al. 2023 ("SmoothQuant") and vLLM's kernels have it;
+    127.5, with what exceeds 127 clipped and a division, as compressed-tensors 0.20 does.
+    """
+    scale = rows.abs().amax(1, keepdim=True).div_(steps).clamp_min_(_SMALL)
+    if steps == INPUT_STEPS[0]:
+        return (rows * scale.reciprocal()).round_().to(torch.int8), scale
+    return (rows / scale).round_().clamp_(-128, 127).to(torch.int8), scale
 
 
 def quantize_tensor(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

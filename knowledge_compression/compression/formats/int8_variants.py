@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from knowledge_compression.compression.formats.int8_linear import Int8Linear, quantize_tokens
-from knowledge_compression.compression.solve.int8 import Int8Weight
+from knowledge_compression.compression.solve.int8 import INPUT_STEPS, Int8Weight
 
 
 class StaticInt8Linear(Int8Linear):
@@ -57,6 +57,7 @@ class SmoothedInt8Linear(Int8Linear):
     Args:
         weight, bias: as :class:`Int8Linear` takes them, before they are multiplied.
         divisor: float32 ``[in_features]``, positive.
+        input_steps: as :class:`Int8Linear` takes it.
 
     Attributes:
         input_factor: buffer, the reciprocal of the divisor.
@@ -64,8 +65,8 @@ class SmoothedInt8Linear(Int8Linear):
 
     input_factor: Tensor
 
-    def __init__(self, weight: Tensor, bias: Any, divisor: Tensor) -> None:
-        super().__init__(weight.float() * divisor, bias, "per_channel")
+    def __init__(self, weight: Tensor, bias: Any, divisor: Tensor, input_steps: float = INPUT_STEPS[0]) -> None:
+        super().__init__(weight.float() * divisor, bias, "per_channel", input_steps)
         self.dtype = weight.dtype
         self.register_buffer("input_factor", divisor.reciprocal())
 
@@ -85,4 +86,4 @@ class SmoothedInt8Linear(Int8Linear):
 
     def round_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, None]:
         """The integers of the divided inputs, and a scale per row."""
-        return *quantize_tokens(rows * self.input_factor), None
+        return *quantize_tokens(rows * self.input_factor, self.input_steps), None

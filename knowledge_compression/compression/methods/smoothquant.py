@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.calibrated import Calibrated, Solved
 from knowledge_compression.compression.solve.coding import Coding
-from knowledge_compression.compression.solve.int8 import int8_coding
+from knowledge_compression.compression.solve.int8 import INPUT_STEPS, check_input_steps, int8_coding
 from knowledge_compression.compression.walk.statistics import Divisible, LayerInputs, Observed
 from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import torch
@@ -50,14 +50,18 @@ class SmoothQuant(Calibrated[LargestInputs]):
     Attributes:
         alpha: migration strength: how much of the outliers is moved into the weights, in [0, 1].
         fold: whether what precedes the layers takes the divisors.
+        input_steps: the steps between zero and a token's largest magnitude: 127, as published and in vLLM, or 127.5, as
+            transformers computes files of compressed-tensors.
     """
 
     alpha: float = 0.5
     fold: bool = field(default=False, metadata=ADDED)
+    input_steps: float = field(default=INPUT_STEPS[0], metadata=ADDED)
     name = "smoothquant"
 
     def __post_init__(self) -> None:
-        """Refuse an alpha outside [0, 1]."""
+        """Refuse an alpha outside [0, 1], and steps that no program has."""
+        check_input_steps(self.input_steps)
         if not 0.0 <= self.alpha <= 1.0:
             raise BadInput(f"compression.alpha={self.alpha} is out of range; it must lie in [0, 1], e.g. 0.5")
 
@@ -99,7 +103,9 @@ class SmoothQuant(Calibrated[LargestInputs]):
         divisor, dead = self.divisor(weight, statistics.largest)
 
         def module(layer: TargetLayer) -> SmoothedInt8Linear:
-            return SmoothedInt8Linear(layer.weight, layer.bias_parameter, divisor.to(layer.weight.device))
+            return SmoothedInt8Linear(
+                layer.weight, layer.bias_parameter, divisor.to(layer.weight.device), self.input_steps
+            )
 
         return Solved(module=module, fallbacks=["dead_input"] * dead)
 
@@ -107,7 +113,7 @@ class SmoothQuant(Calibrated[LargestInputs]):
         from knowledge_compression.compression.formats.int8_linear import Int8Linear
 
         def module(layer: TargetLayer) -> Int8Linear:
-            return Int8Linear(layer.weight, layer.bias_parameter, "per_channel")
+            return Int8Linear(layer.weight, layer.bias_parameter, "per_channel", self.input_steps)
 
         fallbacks = ["no_place_for_factors"] * (statistics.factors is None)
         return Solved(module=module, fallbacks=fallbacks, factors_in=statistics.divided_by)

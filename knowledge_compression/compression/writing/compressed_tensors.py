@@ -9,21 +9,27 @@ else if that holds them exactly, and in float32 otherwise.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.compression.solve.coding import FP8, INT8, INTEGERS, MXFP4, NVFP4, CodedWeight, Coding
 from knowledge_compression.compression.solve.floats import FloatWeight
-from knowledge_compression.compression.solve.grid import QuantizedWeight
-from knowledge_compression.compression.solve.int8 import SEVEN_BITS, Int8Weight
+from knowledge_compression.compression.solve.grid import QuantizedWeight, quantized_weight
+from knowledge_compression.compression.solve.int8 import INPUT_STEPS, SEVEN_BITS, Int8Weight
 from knowledge_compression.compression.writing.layers import NEIGHBOURS, LayerWriter, same
 from knowledge_compression.compression.writing.places import Place
 from knowledge_compression.compression.writing.words import packed
 from knowledge_compression.heavy import torch
+from knowledge_compression.models import Model
+from knowledge_compression.models.targets import linear_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 def _integers(weight: CodedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
@@ -105,6 +111,19 @@ class CompressedTensorsWriter(LayerWriter):
     """The compressed-tensors format."""
 
     name = "compressed-tensors"
+
+    def write(self, model: Model, folder: Path) -> Mapping[str, Any]:
+        """Warn where programs that load the file round a token's inputs in different steps."""
+        told = super().write(model, folder)
+        found = (quantized_weight(layer) for layer in linear_layers(model))
+        rounded = [one for one in found if isinstance(one, Int8Weight) and one.input_scale is None]
+        if any(one.input_steps == INPUT_STEPS[0] for one in rounded):
+            log.warning(
+                "%s rounds a token's inputs in steps of their largest over 127, as vLLM does; transformers runs this "
+                "file with 127.5, so its answers differ from this run's; compression.input_steps=127.5 rounds alike",
+                model.name,
+            )
+        return told
 
     def unfit(self, coding: Coding, place: Place) -> str | None:
         """It holds most kinds of codes, in groups of neighbouring inputs."""
