@@ -1,4 +1,7 @@
-"""Plain transformers, in float32; MXFP4 and NVFP4 in bfloat16, which compressed-tensors makes of them."""
+"""Plain transformers, in float32; MXFP4 and NVFP4 in bfloat16, which compressed-tensors makes of them.
+
+Asymmetric integers of compressed-tensors are loaded with `dequantize=True`, without which they do not load.
+"""
 
 import json
 from importlib.metadata import version
@@ -6,13 +9,17 @@ from pathlib import Path
 
 import torch
 from ask import answer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 
 def logits(place, ids):
     """As transformers computes them."""
     file = {"gguf_file": "model.gguf"} if (place / "model.gguf").is_file() else {}
-    four = settings_of(place).get("format", "").startswith(("mxfp4", "nvfp4"))
+    told = settings_of(place)
+    four = told.get("format", "").startswith(("mxfp4", "nvfp4"))
+    weights = [group["weights"] for group in told.get("config_groups", {}).values()]
+    if not all(one["symmetric"] for one in weights):
+        file["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     dtype = torch.bfloat16 if four else torch.float32
     model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **file).eval()
     with torch.no_grad():

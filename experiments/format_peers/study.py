@@ -23,9 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
+import knowledge_compression as kc
 from knowledge_compression.compression.writing.writers import writer_of
+from knowledge_compression.models import Model
 from knowledge_compression.models.loading import LocalModel
+from knowledge_compression.models.targets import linear_layers
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "formats.md"
@@ -41,7 +45,8 @@ EXACT = 1e-9  # where it multiplies as this program does
 HALF = 1e-4  # where it multiplies in float16
 TABLE = 1e-5  # where llama.cpp takes GELU from a table in float16
 ROUNDED = 5e-3  # where it rounds activations to 8 bits and this program, reading the file, does not
-SHORT = 1e-2  # where it multiplies in bfloat16, or in kernels that round (bitsandbytes on a CPU)
+INTEGERS = 1e-3  # where an input on the edge between two codes may get the other, as floats are summed in another order
+SHORT = 1e-2  # where it multiplies in kernels that round (bitsandbytes on a CPU)
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,16 @@ class Written:
         form: as in `output.save_model`.
         peers: which read it; each with the largest divergence that is accepted.
         choices: what is typed after `run.py`, besides the model and what is saved.
+        dtype: in which both programs multiply.
+        rounds_inputs: whether the run rounds inputs, which a file read here does not: the run itself is compared.
     """
 
     name: str
     form: str
     peers: Mapping[str, float]
     choices: str
+    dtype: str = "float32"
+    rounds_inputs: bool = False
 
 
 def integers(name: str, form: str, bits: int, peers: Mapping[str, float], **settings: Any) -> Written:
@@ -75,31 +84,34 @@ def blocks(name: str, kind: str) -> Written:
 
 BY_GPTQMODEL, BY_TRANSFORMERS = {"gptqmodel": HALF}, {"transformers": EXACT}
 BY_LLAMA = BY_TRANSFORMERS | {"llama_cpp": ROUNDED}
-AWQ = "compression=awq compression.fold=true compression.group_size=64 corpus=self corpus.samples=16 corpus.length=128"
-SMOOTH = "compression=smoothquant compression.fold=true corpus=self corpus.samples=16 corpus.length=128"
-STATIC = "compression=int8_static corpus=self corpus.samples=16 corpus.length=128"
+SELF = "corpus=self corpus.samples=16 corpus.length=128"
+AWQ = f"compression=awq compression.fold=true compression.group_size=64 {SELF}"
+DYNAMIC = "compression=int8_dynamic compression.granularity=per_channel compression.input_steps=127.5"
+SMOOTH = f"compression=smoothquant compression.fold=true compression.input_steps=127.5 {SELF}"
+COMPRESSED = "compressed-tensors"
 FILES = (
     Written("AWQ, 4 bits", "awq", BY_GPTQMODEL, AWQ),
-    Written("compressed-tensors, AWQ, 4 bits", "compressed-tensors", BY_TRANSFORMERS, AWQ),
-    Written(
-        "compressed-tensors, int8",
-        "compressed-tensors",
-        {"transformers": ROUNDED},
-        "compression=int8_dynamic compression.granularity=per_channel",
+    Written(f"{COMPRESSED}, AWQ, 4 bits, dequantize=True", COMPRESSED, BY_TRANSFORMERS, AWQ),
+    *(
+        Written(f"{COMPRESSED}, {name}", COMPRESSED, {"transformers": INTEGERS}, choices, rounds_inputs=True)
+        for name, choices in (
+            ("int8", DYNAMIC),
+            ("int8, static inputs", f"compression=int8_static {SELF}"),
+            ("SmoothQuant", SMOOTH),
+            ("FP8, inputs too", "compression=fp8 compression.activations=true"),
+        )
     ),
-    Written("compressed-tensors, int8, static inputs", "compressed-tensors", {"transformers": 5e-1}, STATIC),
-    Written("compressed-tensors, SmoothQuant", "compressed-tensors", {"transformers": ROUNDED}, SMOOTH),
     Written("bitsandbytes, NF4", "bitsandbytes", {"transformers": SHORT}, "compression=nf4"),
-    Written("compressed-tensors, FP8", "compressed-tensors", BY_TRANSFORMERS, "compression=fp8"),
-    Written("compressed-tensors, MXFP4", "compressed-tensors", {"transformers": SHORT}, "compression=mxfp4"),
-    Written("compressed-tensors, NVFP4", "compressed-tensors", {"transformers": SHORT}, "compression=nvfp4"),
+    Written(f"{COMPRESSED}, FP8", COMPRESSED, BY_TRANSFORMERS, "compression=fp8"),
+    Written(f"{COMPRESSED}, MXFP4, both in bfloat16", COMPRESSED, BY_TRANSFORMERS, "compression=mxfp4", "bfloat16"),
+    Written(f"{COMPRESSED}, NVFP4, both in bfloat16", COMPRESSED, BY_TRANSFORMERS, "compression=nvfp4", "bfloat16"),
     integers("GPTQ v1, 4 bits", "gptq", 4, BY_GPTQMODEL),
     integers("GPTQ v2, 4 bits", "gptq", 4, BY_GPTQMODEL, symmetric=False),
     integers("GPTQ v2, 3 bits", "gptq", 3, BY_GPTQMODEL, symmetric=False),
     integers("GPTQ v1, 8 bits", "gptq", 8, BY_GPTQMODEL),
     integers("AWQ's format, plainly rounded", "awq", 4, BY_GPTQMODEL, symmetric=False),
-    integers("compressed-tensors, 4 bits", "compressed-tensors", 4, BY_TRANSFORMERS),
-    integers("compressed-tensors, 8 bits", "compressed-tensors", 8, BY_TRANSFORMERS),
+    integers(f"{COMPRESSED}, 4 bits", COMPRESSED, 4, BY_TRANSFORMERS),
+    integers(f"{COMPRESSED}, 8 bits", COMPRESSED, 8, BY_TRANSFORMERS),
     Written("GGUF, F32", "gguf-f32", BY_TRANSFORMERS | {"llama_cpp": EXACT}, "compression=none"),
     Written("GGUF, F16", "gguf-f16", BY_TRANSFORMERS | {"llama_cpp": HALF}, "compression=none"),
     integers("GGUF, Q4_0 with the codes of symmetric rounding", "gguf", 4, BY_LLAMA, group_size=32),
@@ -211,13 +223,16 @@ def of_smollm2(outputs: Path, wanted: Callable[[str, str], bool]) -> Iterator[Qu
         place = outputs / "".join(letter if letter.isalnum() else "_" for letter in written.name)
         asking = [(peer, bound) for peer, bound in written.peers.items() if wanted(written.name, peer)]
         if asking and not (place / "ours.npy").is_file():
-            typed = ["model=smollm2", "target=all", *written.choices.split(), *QUICK, f"output.dir={place / 'store'}"]
+            store = outputs / "store"  # one for all, so that the dense model is asked once
+            typed = ["model=smollm2", "target=all", *written.choices.split(), *QUICK, f"output.dir={store}"]
             program = [sys.executable, str(HERE.parents[1] / "run.py"), *typed, f"output.save_model={written.form}"]
+            before = set(store.glob("runs/*/model"))
             subprocess.run(program, check=True)
-            (saved,) = place.glob("store/runs/*/model")  # the dense run beside it has none
+            (saved,) = set(store.glob("runs/*/model")) - before or {(place / "model").resolve()}
+            place.mkdir(parents=True, exist_ok=True)
             (place / "model").unlink(missing_ok=True)
             (place / "model").symlink_to(saved.resolve())
-            ask(place, None)
+            ask(place, None, written)
         yield from (Question(written.name, peer, place, bound) for peer, bound in asking)
 
 
@@ -235,23 +250,46 @@ def of_architectures(outputs: Path, wanted: Callable[[str, str], bool]) -> Itera
         yield Question(told, "llama_cpp", outputs / name, TABLE)
 
 
-def ask(place: Path, ids: np.ndarray | None) -> None:
-    """Put beside a file what its readers are asked, and what this program answers, having read it.
+def ask(place: Path, ids: np.ndarray | None, written: Written | None = None) -> None:
+    """Put beside a file what its readers are asked, and what this program answers.
 
     Args:
         place: the folder of the file.
         ids: token ids ``[texts, tokens]``; None for those of a text.
+        written: what the file is, if it is one of smollm2.
     """
-    read = LocalModel("written", str(place / "model")).load("cpu", "float32")
+    read = LocalModel("written", str(place / "model")).load("cpu", written.dtype if written else "float32")
     if ids is None:
         ids = np.array([read.tokenizer(TEXT)["input_ids"]], dtype=np.int64)
+    answering = again(written, read) if written and written.rounds_inputs else read
     with torch.no_grad():
-        np.save(place / "ours.npy", read.network(torch.from_numpy(ids)).logits.numpy())
+        np.save(place / "ours.npy", answering.network(torch.from_numpy(ids)).logits.float().numpy())
     np.save(place / "ids.npy", ids)
     texts = TEXTS if read.network.config.vocab_size > 1000 else ("abc dead beef", "zebra")
     (place / "texts.json").write_text(json.dumps(texts))
     ids_of_texts = [read.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     (place / "texts_ids.json").write_text(json.dumps(ids_of_texts))
+
+
+def again(written: Written, read: Model) -> Model:
+    """The model of the run, whose layers round their inputs, compressed once more.
+
+    Raises:
+        SystemExit: its weights are not those of the file, so that it is not the model of the run.
+    """
+    settings: dict[str, dict[str, Any]] = {"compression": {}, "corpus": {}}
+    for typed in written.choices.split():
+        key, _, value = typed.partition("=")
+        group, _, name = key.partition(".")
+        settings[group][name] = yaml.safe_load(value)
+    method, text = (settings[group] for group in ("compression", "corpus"))
+    model = kc.load("smollm2", device="cpu")
+    corpus = kc.choose(f"corpus={text.pop('')}", **text) if text else None
+    kc.compress(model, kc.choose(f"compression={method.pop('')}", **method), kc.choose("target=all"), corpus)
+    for layer in linear_layers(model):
+        if not torch.equal(layer.weight, dict(read.network.named_modules())[layer.path].weight):
+            raise SystemExit(f"{written.name}: {layer.path} of the file is not that of the same compression")
+    return model
 
 
 if __name__ == "__main__":

@@ -130,7 +130,10 @@ class PeftAdapter(Recovery):
             ours = {type(layer.module) for layer in linear_layers(model) if layer.is_replaced}
             config._register_custom_module(dict.fromkeys(ours, LoraLinear))
             inject_adapter_in_model(config, model.network)
+            self._check_shapes(model, tensors)
             result: Any = set_peft_model_state_dict(model.network, dict(tensors))
+        except BadInput:
+            raise
         except Exception as error:  # peft may raise anything for settings that it does not expect
             raise self._of_another(model, first_line(error)) from None
         if result.unexpected_keys:
@@ -139,6 +142,16 @@ class PeftAdapter(Recovery):
             raise self._of_another(model, f"nothing in it is for {missing[0]}")
         model.network.requires_grad_(False)
         model.network.eval()
+
+    def _check_shapes(self, model: Model, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse matrices of other widths than the layers beside which they belong; torch's message has many lines."""
+        there = model.network.state_dict()
+        for name, tensor in tensors.items():
+            place = there.get(name.removeprefix("base_model.model.").removesuffix(".weight") + ".default.weight")
+            if place is not None and place.shape != tensor.shape:
+                raise self._of_another(
+                    model, f"{name} has the shape {list(tensor.shape)}, and the model takes {list(place.shape)}"
+                )
 
     def _merge_lora(self, model: Model) -> None:
         """Add the low-rank additions into the weights, and take them away from beside the layers."""
