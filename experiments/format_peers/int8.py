@@ -17,16 +17,19 @@ import torch
 
 import knowledge_compression as kc
 
-KINDS: dict[str, tuple[dict[str, Any], bool]] = {
-    "compressed_tensors__int8": ({"choice": "int8_dynamic", "granularity": "per_channel"}, False),
-    "compressed_tensors__int8__static_inputs": ({"choice": "int8_static"}, True),
-}
+EIGHT, STATIC = "compressed_tensors__int8", "compressed_tensors__int8__static_inputs"
+DYNAMIC = {"choice": "int8_dynamic", "granularity": "per_channel"}
+KINDS: tuple[tuple[str, dict[str, Any], bool], ...] = (
+    (EIGHT, DYNAMIC | {"input_steps": 127.0}, False),
+    (EIGHT, DYNAMIC | {"input_steps": 127.5}, False),
+    (STATIC, {"choice": "int8_static"}, True),
+)
 
 
 def main(outputs: Path) -> None:
     """Print one line for each kind."""
-    for folder, (settings, calibrated) in KINDS.items():
-        settings = dict(settings)
+    for folder, chosen, calibrated in KINDS:
+        settings = dict(chosen)
         ids = torch.as_tensor(np.load(outputs / folder / "ids.npy")).long().reshape(1, -1)
         model = kc.load("smollm2", device="cpu")
         dense = _log_probs(model, ids)
@@ -38,7 +41,7 @@ def main(outputs: Path) -> None:
         peer = torch.as_tensor(np.load(outputs / folder / "transformers.npy")).reshape(run.shape).double()
         peer = peer.log_softmax(-1)
         print(
-            f"{folder}: dense to run {_kl(dense, run):.3g}, dense to peer {_kl(dense, peer):.3g}, "
+            f"{folder}, {chosen}: dense to run {_kl(dense, run):.3g}, dense to peer {_kl(dense, peer):.3g}, "
             f"run to peer {_kl(run, peer):.3g}"
         )
 
