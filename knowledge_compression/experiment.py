@@ -146,6 +146,7 @@ class Experiment:
         targets = Targets([], skeleton)
         if not isinstance(self.compression, NoCompression):
             targets = self.target.select(skeleton)
+        self.compression.check_budget(targets)
         for part in self.compression.parts:
             if isinstance(part, Reshaping):  # whether what is left can be loaded is in the configuration
                 part.check(targets)

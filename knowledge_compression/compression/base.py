@@ -92,6 +92,13 @@ class Compression(ABC):
         """Whether it can compress a model from disk to disk: linear layers must stay linear layers."""
         return not self.modules
 
+    def check_budget(self, targets: Targets) -> None:  # noqa: B027  # most methods have none
+        """Refuse a budget that the shapes of these layers exclude; asked before a sweep starts, of weights not loaded.
+
+        Raises:
+            BadInput: no choice is within it.
+        """
+
     def passes(self, tokens: int) -> float:
         """How often calibration text of so many tokens goes through the network, for the forecast; of this part alone.
 

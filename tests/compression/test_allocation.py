@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.experiments import made
 from helpers.networks import VOCABULARY, logits_of
 from knowledge_compression.compression.allocation import sensitivity
 from knowledge_compression.compression.allocation.allocated import Allocated
@@ -32,6 +34,7 @@ from knowledge_compression.compression.methods.wanda import Wanda
 from knowledge_compression.compression.solve.knapsack import least_harm
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
+from knowledge_compression.models.loading import LocalModel
 
 ALL = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff", "experts"])
 TEXT = torch.randint(7, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -239,3 +242,16 @@ def test_budgets_that_cannot_be_met_are_one_line(
         with pytest.raises(BadInput, match=said):
             done(method, kind(**allocation), model)
     assert torch.equal(before, logits_of(model))
+
+
+def test_a_budget_that_cannot_be_met_is_told_before_anything_is_loaded(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalModel, "load", lambda *_: pytest.fail("loaded"))
+    for bits, said in ((2.5, r"budget\.bits=2\.5 cannot be met: .* takes [0-9.]+ bits"), (20.0, None)):
+        experiment = replace(made(tiny_folder, {}), compression=Allocated(Rtn(group_size=4), Uniform(bits=bits)))
+        if said is None:
+            experiment.check()
+        else:
+            with pytest.raises(BadInput, match=said):
+                experiment.check()

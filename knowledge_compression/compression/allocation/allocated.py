@@ -75,8 +75,19 @@ class Allocated(Compression):
         """As the method does."""
         return self.method.multiplies_in(model)
 
+    def check_budget(self, targets: Targets) -> None:
+        """Refuse bits that even the fewest for every layer exceed."""
+        if self.takes_final and targets.takes_final_when_quantized:
+            targets = targets.with_final()
+        budget = self.allocation.budget(self.method, targets)
+        if budget.kind == BITS and targets:
+            least = min(self.allocation.options(budget))
+            if sum(self.allocation.cost(self.method, BITS, layer, least) for layer in targets) > budget.total:
+                raise self.allocation.refuse(budget, self.method, targets)
+
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None = None) -> CompressionReport:
         """Choose, then compress each layer with its own setting."""
+        self.check_budget(targets)
         one = _Chosen(self.method, self.allocation, self.name)
         report = one.compress(model, targets, calibration)
         report.allocation = one.record
@@ -105,11 +116,6 @@ class _Chosen(Method):
 
     def check(self, targets: Targets) -> None:
         self.method.check(targets)
-        budget = self.allocation.budget(self.method, targets)
-        if budget.kind == BITS and targets:
-            least = min(self.allocation.options(budget))
-            if sum(self.allocation.cost(self.method, BITS, layer, least) for layer in targets) > budget.total:
-                raise self.allocation.refuse(budget, self.method, targets)
 
     def apply(self, model: Model, targets: Targets, calibration: LongTensor | None) -> list[LayerReport]:
         if not targets:
