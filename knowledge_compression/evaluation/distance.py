@@ -108,6 +108,9 @@ class Beside:
             missing = f"{watcher.unknown} positions were read that the dense model does not read; they are not compared"
             evaluation.fallbacks.append(missing)
             log.warning(missing)
+        elif evaluation.items[KL].is_null().all():
+            tasks = ", ".join(evaluation.items["task"].unique().sort())
+            log.warning("distance=true: nothing of %s is compared, because generated answers have no distance", tasks)
         return evaluation
 
     def place(self, asked: Any, room: int | None) -> str:

@@ -321,7 +321,7 @@ def test_in_a_browser_distances_are_told_beside_flips(tmp_path, page_in_browser)
     assert not page_in_browser(tmp_path / "report.html").locator("#distance").is_visible()
 
 
-def test_tasks_of_the_harness_are_compared_and_what_is_generated_is_not(tiny_model, tasks_dir, monkeypatch):
+def test_tasks_of_the_harness_are_compared_and_what_is_generated_is_not(tiny_model, tasks_dir, monkeypatch, caplog):
     from knowledge_compression.evaluation.harness import Harness
 
     model = tiny_model("llama")
@@ -335,6 +335,9 @@ def test_tasks_of_the_harness_are_compared_and_what_is_generated_is_not(tiny_mod
     assert of_task["winogrande"]["kl"].list.len().min() >= 1 and of_task["triviaqa"]["kl"].null_count() == 4
     assert found.metrics["winogrande.kl"] == found.metrics["kl"] > 0 and "triviaqa.kl" not in found.metrics
     assert set(map(id, said)) == {id(other.network)}  # the dense model says nothing
+    assert [message for message in caplog.messages if "generated answers" in message] == [
+        "distance=true: nothing of triviaqa is compared, because generated answers have no distance"
+    ]
     assert not [name for part in parts.values() for name in part.fallbacks]
 
 
