@@ -44,6 +44,7 @@ class Doing:
     plan: bool = False
     rate: Annotated[float, Field(gt=0)] | None = None
     detach: bool = False
+    processes: Annotated[int, Field(ge=1)] = 1
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ def put_together(settings: Mapping[str, Any], made_of: Callable[[str], Any], cho
         distance=values.distance,
         save_model=values.output.save_model,
         kept_models=KeptModels(values.output.compressed_gb),
+        processes=values.run.processes,
     )
 
 

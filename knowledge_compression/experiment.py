@@ -19,7 +19,14 @@ from knowledge_compression.evaluation.suite import Suite
 from knowledge_compression.heavy import torch
 from knowledge_compression.identity import digest_of, draws, known_identity, plain
 from knowledge_compression.models import Target, Targets
-from knowledge_compression.models.device import Device, kind_of, product_type, resolve_device, torch_dtype, weight_type
+from knowledge_compression.models.device import (
+    Device,
+    check_processes,
+    kind_of,
+    product_type,
+    torch_dtype,
+    weight_type,
+)
 from knowledge_compression.models.held import HeldSource
 from knowledge_compression.models.loading import ModelSource
 from knowledge_compression.models.pretrained import check_memory
@@ -57,6 +64,7 @@ class Experiment:
             compressed model, before recovery, is saved in the run's folder.
         kept_models: the cache of compressed models for other runs; None compresses in every run.
         holds: whether the model stays in memory for other runs of this process.
+        processes: how many share the questions of an evaluation.
     """
 
     source: ModelSource
@@ -75,6 +83,7 @@ class Experiment:
     save_model: bool | str = False
     kept_models: KeptModels | None = None
     holds: bool = False
+    processes: int = 1
 
     @property
     def is_dense(self) -> bool:
@@ -130,8 +139,11 @@ class Experiment:
                 f"output.save_model={self.save_model} needs the whole model, and model.stream=true and device_map=auto "
                 "compress it from disk to disk; choose output.save_model=true"
             )
-        if self.distance and any(getattr(suite, "scoring", None) == "stock" for suite in self.suites.values()):
+        stock = any(getattr(suite, "scoring", None) == "stock" for suite in self.suites.values())
+        if self.distance and stock:
             raise BadInput("distance=true compares what our scoring core reads; choose scoring=fast")
+        if self.processes > 1 and stock:
+            raise BadInput(f"run.processes={self.processes} divides what our scoring core reads; choose scoring=fast")
 
     def check(self) -> None:
         """Refuse settings that contradict the model's configuration, before anything is loaded or computed.
@@ -139,7 +151,7 @@ class Experiment:
         Raises:
             BadInput: the device or the model is not available, or the model has no layers of the target.
         """
-        resolve_device(self.device)
+        check_processes(self.processes, self.device)
         skeleton = self.loader.skeleton()
         if self.original is not None:
             self.original.skeleton()

@@ -23,6 +23,7 @@ from knowledge_compression.corpora.corpus import Corpus, digest
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.distance import Beside, with_metrics
 from knowledge_compression.evaluation.scoring import Scorer
+from knowledge_compression.evaluation.scoring.helpers import Helpers
 from knowledge_compression.evaluation.suite import DividedSuite, Evaluation, Suite, ask, item_table
 from knowledge_compression.identity import CONTENT, known_identity
 from knowledge_compression.memory import peak_of_process
@@ -108,10 +109,12 @@ def do(experiment: Experiment, workplace: Workplace, tracker: Tracker, *, afresh
         original = partial(experiment.dense().loader.load, experiment.device, experiment.dtype)
         scorer = partial(Scorer, model, prompts=recovered.prompts, dtype=scored_in, original=original)
         evaluations = {}
-        for name, suite in experiment.suites.items():
-            with cost.of(f"eval.{name}"):
-                evaluation = _evaluate(name, suite, parts[name], partial(_ask, scorer, beside, suite), workplace)
-            evaluations[name] = evaluation.void() if sick else evaluation
+        with Helpers(experiment.processes) as helpers:
+            for name, suite in experiment.suites.items():
+                ask_part = partial(_ask, partial(scorer, helpers=helpers), beside, suite)
+                with cost.of(f"eval.{name}"):
+                    evaluation = _evaluate(name, suite, parts[name], ask_part, workplace)
+                evaluations[name] = evaluation.void() if sick else evaluation
         report["eval"] = {
             name: evaluation.description
             | {"fingerprint": known_identity(experiment.suites[name]).get(CONTENT)}
@@ -216,9 +219,11 @@ def _evaluate(name: str, suite: Suite, parts: Mapping[str, Suite], ask: Ask, wor
 
 def _ask(scorer: Callable[[], Scorer], beside: Beside | None, whole: Suite, name: str, suite: Suite) -> Evaluation:
     torch.manual_seed(0)  # random draws of a suite without its own seed are the same in every run
-    if beside is None:
-        return ask(suite, scorer())
-    return beside.ask(suite, scorer(), [name, known_identity(whole)])
+    asking = scorer()
+    found = ask(suite, asking) if beside is None else beside.ask(suite, asking, [name, known_identity(whole)])
+    if asking.helpers and asking.helpers.processes > 1 and not asking.passes:
+        log.info("%s asks in one process: run.processes does not divide what it measures", name)
+    return found
 
 
 def _record(
@@ -238,6 +243,7 @@ def _record(
             "device": str(model.device),
             "dtype": str(model.dtype),
             "scored_in": scored_in and str(scored_in),
+            "processes": experiment.processes,
         },
         _items=pl.concat([item_table([]), *(e.items for e in evaluations.values())], how="diagonal"),
     )

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
@@ -145,9 +146,7 @@ class ScorerLM(HFLM):
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
 
-        def done(said: Sequence[int]) -> bool:
-            return said[-1] in ends or any(stop in self.tok_decode(said) for stop in stops if stop)
-
+        done = _Ended(self.tokenizer, frozenset(ends), tuple(filter(None, stops)))
         prompts = [ids[-room:] for ids in encode(self.tokenizer, [request.args[0] for request in requests])]
         items = [(item_id(request.doc_id, request.doc),) for request in requests]
         said = self.scorer.generate(prompts, most, done, items)
@@ -159,6 +158,21 @@ class ScorerLM(HFLM):
             return context[-self.max_length :], continuation[-self.max_length :]
         surplus = max(0, len(context) + len(continuation) - (self.max_length + 1))
         return context[surplus:], continuation
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """Whether a text is at its end: by its last token, or because it holds a stop sequence."""
+
+    tokenizer: Any
+    ends: frozenset[int | None]
+    stops: Sequence[str]
+
+    def __call__(self, said: Sequence[int]) -> bool:
+        if said[-1] in self.ends:
+            return True
+        text = self.tokenizer.decode(said, skip_special_tokens=True) if self.stops else ""
+        return any(stop in text for stop in self.stops)
 
 
 def _plain_greedy(config: Any) -> bool:

@@ -161,6 +161,29 @@ def resolve_device(choice: str | Spread) -> torch.device:
     return resolved
 
 
+def check_processes(count: int, choice: str | Spread) -> None:
+    """Refuse to share the questions of a run among processes where they cannot have a device each.
+
+    Args:
+        count: how many; on a CPU they divide its threads.
+        choice: the device that the user typed.
+
+    Raises:
+        BadInput: the device is not available, or there are too few.
+    """
+    place, asked = resolve_device(choice), f"run.processes={count}"
+    if count == 1 or (place.type == "cpu" and not isinstance(choice, Spread)):
+        return
+    if isinstance(choice, Spread):
+        raise BadInput(f"{asked} gives each process the whole model, which device_map=auto divides; choose one of them")
+    if place.type != "cuda" or place.index is not None:
+        raise BadInput(f"{asked} needs as many GPUs, and device={choice} is one; choose device=cuda or device=cpu")
+    if count > (there := torch.cuda.device_count()):
+        raise BadInput(
+            f"{asked} takes a GPU for each, and this machine has {there}; give run.processes={there} or fewer"
+        )
+
+
 def weight_type(choice: str, device: Callable[[], str]) -> str:
     """Name of the weights' dtype; ``auto`` is float32 on a CPU and the checkpoint's own (``auto``) elsewhere.
 

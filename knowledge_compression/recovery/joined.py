@@ -6,6 +6,7 @@ positions of the input; the decoder of an encoder-decoder also attends to the pr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.heavy import nn, torch
@@ -35,9 +36,9 @@ def join_prompt(model: Model, prompt: Tensor) -> nn.Module:
     stack = network.base_model if model.family == ENCODER else network.get_encoder()
     stack.register_forward_pre_hook(_Before(network), with_kwargs=True)
     if model.family == ENCODER:
-        stack.register_forward_hook(_cut(len(prompt)))
+        stack.register_forward_hook(_Cut(len(prompt)))
     else:
-        network.get_decoder().register_forward_pre_hook(_uncover(len(prompt)), with_kwargs=True)
+        network.get_decoder().register_forward_pre_hook(_Uncover(len(prompt)), with_kwargs=True)
     return network
 
 
@@ -63,21 +64,25 @@ class _Before:
         return (), kwargs
 
 
-def _cut(tokens: int) -> Any:
-    def after(_: nn.Module, __: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state[:, tokens:]
+@dataclass(frozen=True)
+class _Cut:
+    """Takes the prompt's positions off the output."""
+
+    tokens: int
+
+    def __call__(self, _: nn.Module, __: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state[:, self.tokens :]
         return output
 
-    return after
 
-
-def _uncover(tokens: int) -> Any:
+@dataclass(frozen=True)
+class _Uncover:
     """Extends the mask so that a decoder sees the prompt's outputs."""
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-        states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-        if states is not None and mask is not None and states.shape[1] == mask.shape[-1] + tokens:
-            kwargs = kwargs | {"encoder_attention_mask": nn.functional.pad(mask, (tokens, 0), value=1)}
-        return args, kwargs
+    tokens: int
 
-    return before
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+        if states is not None and mask is not None and states.shape[1] == mask.shape[-1] + self.tokens:
+            kwargs = kwargs | {"encoder_attention_mask": nn.functional.pad(mask, (self.tokens, 0), value=1)}
+        return args, kwargs

@@ -73,6 +73,14 @@ class Prompted:
         register()
         model.network.set_attn_implementation(PROMPTED)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, whose caches are its own."""
+        return vars(self) | {"_choices_of_cache": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"_choices_of_cache": WeakKeyDictionary()})
+        register()
+
     @property
     def prompts(self) -> Prompts:
         """The prompts through which the decoder is read from now on."""

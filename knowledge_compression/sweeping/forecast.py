@@ -15,14 +15,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
-from statistics import median
 from typing import Any
 
 import psutil
-import torch
 
 from knowledge_compression.cache import cache_folder
 from knowledge_compression.compression.calibrated import Calibrated
@@ -30,28 +27,19 @@ from knowledge_compression.compression.reshaping import left_of
 from knowledge_compression.corpora.own_samples import OwnSamples
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.distance import Beside, scores
-from knowledge_compression.evaluation.scoring import Scorer
-from knowledge_compression.evaluation.scoring.ways import FASTEST
 from knowledge_compression.evaluation.suite import DividedSuite
 from knowledge_compression.experiment import Experiment
 from knowledge_compression.identity import digest_of, known_identity
-from knowledge_compression.memory import reuse_freed_memory
 from knowledge_compression.models import Model
-from knowledge_compression.models.device import resolve_device, resolve_dtype
-from knowledge_compression.models.families import ENCODER_DECODER
-from knowledge_compression.models.pretrained import auto_class
+from knowledge_compression.models.device import resolve_device
 from knowledge_compression.models.spread import Spread
 from knowledge_compression.models.targets import linear_layers
 from knowledge_compression.results.store import Run, RunStore
-from knowledge_compression.sweeping.rehearsal import Work, counting, multiply_adds, reached, rehearse
-from knowledge_compression.timing import timed
+from knowledge_compression.sweeping.rate import measured_rate, weights_dtype
+from knowledge_compression.sweeping.rehearsal import Work, multiply_adds, reached, rehearse
 
 log = logging.getLogger(__name__)
 
-_DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
-_VOCABULARY = 256  # of the block that is measured
-_PROBED = (8, 128)  # rows and tokens of the pass that measures the rate: what a CPU's budget holds
-_PASSES, _PROBING = 3, 2.0  # of them at least, and seconds: what else a machine does comes and goes
 _READING = 1e9  # bytes a second that a model is read with
 _A_PASS = 4096  # tokens for which a divided network's weights are brought once to the device that computes
 _ITEM_BYTES = 100.0  # of a row of items.parquet
@@ -123,28 +111,38 @@ class Forecaster:
         skeleton = experiment.loader.skeleton()
         size = _bytes_of_weights(experiment, skeleton)
         before = self.libraries + self.holds * size
-        held, travelling = _divided(experiment, size)
+        held, travelling = _held(experiment, skeleton, size)
         forecast = Forecast(label, "to do", memory=before + 1.2 * held)
         forecast.seconds = self.started + size / _READING
         self._compress(forecast, experiment, skeleton)
         self._train(forecast, experiment, skeleton)
         left = left_of(experiment.compression, lambda: experiment.target.select(skeleton))
+        on_cpu, shared = resolve_device(experiment.device).type == "cpu", 0.0  # multiply-adds that other GPUs do
         for name in experiment.suites:
             work = self.work(experiment, skeleton, name)
             if work is None:
                 forecast.unknown.append(name)
                 continue
-            forecast.macs += multiply_adds(skeleton, {path: n * left.get(path, 1.0) for path, n in work.tokens.items()})
+            asked = multiply_adds(skeleton, {path: n * left.get(path, 1.0) for path, n in work.tokens.items()})
+            forecast.macs += asked
+            shared += asked * (0.0 if on_cpu else 1.0 - 1.0 / experiment.processes)
             forecast.seconds += travelling / _READING * max(work.tokens.values()) / _A_PASS
             forecast.disk += work.items * _ITEM_BYTES
-            forecast.memory = max(forecast.memory, before + held + 8.0 * work.widest * skeleton.text_config.vocab_size)
+            logits = 8.0 * work.widest * skeleton.text_config.vocab_size
+            forecast.memory = max(forecast.memory, before + held + logits + self._of_helpers(experiment, held, logits))
             if experiment.distance and scores(experiment.suites[name]):
                 self._compare(forecast, experiment, skeleton, name)
         if experiment.compares and any(map(scores, experiment.suites.values())):  # the dense model beside
             forecast.memory += held
             forecast.seconds += size / _READING
-        forecast.seconds += forecast.macs / self.rate_of(experiment, skeleton)
+        forecast.seconds += (forecast.macs - shared) / self.rate_of(experiment, skeleton)
         return forecast
+
+    def _of_helpers(self, experiment: Experiment, held: float, logits: float) -> float:
+        """Bytes of the other processes of ``run.processes``: on a CPU all of them share one copy of the weights."""
+        others = experiment.processes - 1
+        copies = min(others, 1) if resolve_device(experiment.device).type == "cpu" else others
+        return copies * held + others * (self.libraries + logits)
 
     def _compress(self, forecast: Forecast, experiment: Experiment, skeleton: Model) -> None:
         if experiment.is_dense or experiment.compression.__class__.__name__ == "NoCompression":
@@ -194,7 +192,7 @@ class Forecaster:
         if records and (experiment.is_dense or dense.id in self._done or dense.is_done(self.store)):
             self._recorded.add(key)
             kept = experiment.kept_models is not None and experiment.kept_models.gigabytes
-            state = skeleton.text_config.hidden_size * _dtype(experiment, skeleton).itemsize
+            state = skeleton.text_config.hidden_size * weights_dtype(experiment, skeleton).itemsize
             forecast.disk += work.compared * state if kept else 0.0
             if not experiment.is_dense:
                 forecast.macs += multiply_adds(skeleton, work.tokens)
@@ -263,7 +261,8 @@ class Forecaster:
         scored_in = experiment.scored_in and str(experiment.scored_in)
         for run in self._past:
             same = run.config.get("identity", {}).get("model") == experiment.identity["model"]
-            if not same or run.environment.get("device") != device or run.environment.get("scored_in") != scored_in:
+            did = tuple(run.environment.get(name) for name in ("device", "scored_in"))
+            if not same or did != (device, scored_in) or run.environment.get("processes", 1) != 1:
                 continue
             for name in experiment.suites:
                 if run.config["identity"]["eval"].get(name) != experiment.identity["eval"][name]:
@@ -274,28 +273,6 @@ class Forecaster:
                     if run.config["identity"].get("distance") and scores(experiment.suites[name]):
                         macs += _of_head(skeleton, work)
         return macs / seconds if seconds else None
-
-
-def measured_rate(experiment: Experiment, skeleton: Model) -> float:
-    """Multiply-adds a second of one block of true width as it stands, on the device and in the precision of the run."""
-    device = resolve_device(experiment.device)
-    if device.type == "cpu":
-        reuse_freed_memory()  # as the run will
-    config = deepcopy(skeleton.network.config)
-    _cut_to_one_block(config)
-    with torch.random.fork_rng([]):
-        network = auto_class(config).from_config(config, dtype=_dtype(experiment, skeleton)).to(device).eval()
-    ids = torch.randint(_VOCABULARY, _PROBED, device=device)
-    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if skeleton.family == ENCODER_DECODER else {})
-    block = Model(network, skeleton.tokenizer, skeleton.name)
-    with counting(block) as tokens, torch.inference_mode():
-        network.base_model(**inputs)
-    macs = multiply_adds(block, tokens)
-    passes: list[float] = []
-    with torch.inference_mode(), Scorer(block, dtype=experiment.scored_in, ways=FASTEST).products():
-        while sum(passes) < _PROBING or len(passes) < _PASSES:
-            passes.append(timed(device, lambda: network.base_model(**inputs))[0])
-    return macs / median(passes)
 
 
 def _of_head(skeleton: Model, work: Work) -> float:
@@ -314,35 +291,28 @@ def _is_recorded(dense: Experiment, skeleton: Model, suite: str) -> bool:
     return all((cache_folder() / beside.place([part, asked], skeleton.max_positions)).is_dir() for part in parts)
 
 
-def _cut_to_one_block(config: Any) -> None:
-    for name in config.sub_configs:
-        if getattr(config, name, None) is not None:
-            _cut_to_one_block(getattr(config, name))
-    config.update({name: 1 for name in _DEPTHS if getattr(config, name, None)})
-    if getattr(config, "vocab_size", None):
-        config.update({"vocab_size": _VOCABULARY, "pad_token_id": 0})
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1]
-
-
-def _dtype(experiment: Experiment, skeleton: Model) -> torch.dtype:
-    chosen: Any = resolve_dtype(experiment.dtype, resolve_device(experiment.device))
-    own: Any = skeleton.network.config.dtype
-    return chosen if isinstance(chosen, torch.dtype) else own or torch.float32
-
-
 def _bytes_of_weights(experiment: Experiment, skeleton: Model) -> float:
-    return float(skeleton.parameter_count() * _dtype(experiment, skeleton).itemsize)
+    return float(skeleton.parameter_count() * weights_dtype(experiment, skeleton).itemsize)
 
 
-def _divided(experiment: Experiment, size: float) -> tuple[float, float]:
+def _held(experiment: Experiment, skeleton: Model, size: float) -> tuple[float, float]:
     """Of a model of so many bytes: the most that memory holds, and what travels to where it computes in each pass."""
+    if experiment.streams and not experiment.loads:  # from disk to disk, block by block
+        return largest_block(skeleton) * weights_dtype(experiment, skeleton).itemsize, 0.0
     if not isinstance(experiment.device, Spread):
         return size, 0.0
     main = resolve_device(experiment.device)
     room = experiment.device.room(main)
     computing = sum(bytes_ for place, bytes_ in room.items() if place != "cpu" or main.type == "cpu")
     return min(size, float(room["cpu"])), max(0.0, size - computing)
+
+
+def largest_block(skeleton: Model) -> int:
+    """Number of parameters of the largest block of a network, or of its embeddings if these are larger."""
+    network: Any = skeleton.network
+    paths = skeleton.architecture.block_paths(network)
+    parts = [*map(network.get_submodule, paths), network.get_input_embeddings()]
+    return max(sum(parameter.numel() for parameter in part.parameters()) for part in parts)
 
 
 def totals(found: Iterable[Forecast], at_once: int, gpus: int) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class SlurmLauncher(ProcessLauncher):
         setup: Sequence[str] = (),
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.partition, self.at_once, self.requeues = partition, at_once, requeues
+        self.partition, self.at_once, self.requeues, self.gpus = partition, at_once, requeues, gpus
         wanted = {
             "slurm_partition": partition,
             "slurm_account": account,
@@ -111,7 +111,13 @@ class SlurmLauncher(ProcessLauncher):
         self._unseen: dict[int, int] = {}
 
     def check(self) -> None:
-        """Refuse if there is no SLURM, or no such partition."""
+        """Refuse if there is no SLURM, no such partition, or if a run would get fewer GPUs than it has processes."""
+        processes = self.config.run.processes
+        if self.gpus and isinstance(processes, int) and processes > self.gpus:
+            raise BadInput(
+                f"run.processes={processes} takes a GPU for each, and hydra.launcher.gpus={self.gpus} is what a run "
+                f"gets; give hydra.launcher.gpus={processes}, or hydra.launcher.gpus=0 for processors"
+            )
         if shutil.which("sbatch") is None:
             raise BadInput(
                 "hydra/launcher=slurm needs SLURM's sbatch and squeue, which are not installed here; try local"

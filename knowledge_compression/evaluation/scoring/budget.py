@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -54,6 +55,12 @@ class Budget:
         embeddings = sum(p.numel() for p in model.network.get_input_embeddings().parameters())
         body = model.parameter_count() - embeddings
         self.pairs_per_token = body / (2 * config.num_hidden_layers * config.hidden_size)
+
+    def of(self, model: Model) -> Budget:
+        """The same budget for an equal model, with a list of fallbacks of its own."""
+        other = copy(self)
+        other._model, other.fallbacks = model, []
+        return other
 
     def settle(self, work: int) -> None:
         """Find the number of tokens that suits the device, once for each model and device, if ``work`` is large enough.

@@ -15,7 +15,6 @@ from knowledge_compression.evaluation.scoring.heads import head_at
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER_DECODER
 from knowledge_compression.models.prompts import NO_PROMPTS, Choices, Prompts
-from knowledge_compression.progress import shown
 
 Done = Callable[[Sequence[int]], bool]
 
@@ -36,16 +35,15 @@ class Said:
 
 
 def generate(
-    model: Model, prompts: Sequence[Sequence[int]], most: int, done: Done, *, rows: int, soft: Prompts = NO_PROMPTS
+    model: Model, prompts: Sequence[Sequence[int]], most: int, done: Done, *, soft: Prompts = NO_PROMPTS
 ) -> list[Said]:
-    """Generate after each prompt by greedy decoding.
+    """Generate after each prompt of a batch by greedy decoding.
 
     Args:
         model: a decoder or an encoder-decoder.
         prompts: token ids of each prompt (for encoder-decoders: the encoder's whole input).
         most: maximum number of tokens to generate.
         done: tells whether the tokens so far are enough.
-        rows: number of prompts in a batch.
         soft: soft prompts before every prompt.
 
     Returns:
@@ -56,24 +54,21 @@ def generate(
     """
     said = [Said() for _ in prompts]
     choose = soft.choosing or _nothing_chosen
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for start in shown(range(0, len(order), rows), "generating"):
-        going = order[start : start + rows]
-        state = _start(model, [prompts[i] for i in going])
-        steps = _steps(model, state, most, choose)
-        for step, (tokens, finite, choices) in enumerate(steps):
-            for i, chosen in zip(going, choices if step == 0 else (), strict=False):
-                said[i].chosen = chosen
-            for i, token, fine in zip(going, tokens, finite, strict=True):
-                if not said[i].tokens or not done(said[i].tokens):
-                    said[i].tokens.append(token)
-                    said[i].finite &= fine
-            open_ = [place for place, i in enumerate(going) if not done(said[i].tokens)]
-            if not open_:
-                break
-            if len(open_) < len(going) and soft.choosing is None:  # the selection of prompts is stored by row
-                going = [going[place] for place in open_]
-                state.keep(torch.tensor(open_, device=model.device))
+    going = list(range(len(prompts)))
+    state = _start(model, prompts)
+    for step, (tokens, finite, choices) in enumerate(_steps(model, state, most, choose)):
+        for i, chosen in zip(going, choices if step == 0 else (), strict=False):
+            said[i].chosen = chosen
+        for i, token, fine in zip(going, tokens, finite, strict=True):
+            if not said[i].tokens or not done(said[i].tokens):
+                said[i].tokens.append(token)
+                said[i].finite &= fine
+        open_ = [place for place, i in enumerate(going) if not done(said[i].tokens)]
+        if not open_:
+            break
+        if len(open_) < len(going) and soft.choosing is None:  # the selection of prompts is stored by row
+            going = [going[place] for place in open_]
+            state.keep(torch.tensor(open_, device=model.device))
     return said
 
 

@@ -1,0 +1,117 @@
+"""What of a large model fits where, from the forecast of ``run.plan=true``, as a table in Markdown.
+
+    python experiments/larger_models/fits.py
+
+No network is needed: the sizes of the presets are in ``tests/published_sizes.yaml``, and smollm2's tokenizer stands in
+for theirs (it decides how many tokens a question has, not what the weights take). Beside the weights a device must
+hold one pass, which the forecast counts by its widest part, the logits. As with ``device_map=auto``, a tenth of a GPU
+is left for activations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from transformers import AutoConfig
+
+import knowledge_compression as kc
+from knowledge_compression.compression.base import LayerByLayer
+from knowledge_compression.compression.calibrated import Calibrated
+from knowledge_compression.compression.kept import KeptModels
+from knowledge_compression.configuration import conf_folder
+from knowledge_compression.experiment import Experiment
+from knowledge_compression.models.loading import LocalModel
+from knowledge_compression.models.targets import linear_layers
+from knowledge_compression.recovery.none import NoRecovery
+from knowledge_compression.results.store import RunStore
+from knowledge_compression.sweeping.forecast import Forecast, Forecaster
+
+SIZES = Path(__file__).parents[2] / "tests" / "published_sizes.yaml"
+MODELS = ("llama_3_1_70b", "qwen3_235b_a22b", "llama_3_1_405b")
+MACHINES = ((1, 80), (4, 80), (8, 80), (1, 141), (8, 141))  # GPUs, and 10^9 bytes of each
+FREE = 0.9  # of a GPU, see models/spread.py
+FORMS = {"8 bits": 8.0, "4 bits": 4.0 + 20 / 128}  # a weight; groups of 128 with a scale and a zero point
+CALIBRATION = 128 * 2048  # tokens
+
+
+def written(name: str, sizes: Mapping[str, Any], folder: Path) -> LocalModel:
+    """A checkpoint's configuration and a tokenizer, without weights."""
+    config = dict(sizes["config"])
+    AutoConfig.for_model(config.pop("model_type"), **config, dtype="bfloat16").save_pretrained(folder / name)
+    told = json.loads((folder / name / "config.json").read_text())
+    (folder / name / "config.json").write_text(json.dumps(told | config))
+    kc.load("smollm2", device="cpu").tokenizer.save_pretrained(folder / name)
+    return LocalModel(name, str(folder / name))
+
+
+def planned(source: LocalModel, folder: Path) -> tuple[Forecast, Forecast]:
+    """The forecasts of asking it, and of rounding it from disk to disk; memory is that beside the libraries."""
+    experiment = Experiment(
+        source=source,
+        target=kc.choose("target=all"),
+        compression=kc.choose("compression=rtn"),
+        recovery=NoRecovery(),
+        corpus=kc.choose("corpus=self"),
+        suites={"atlas": kc.choose("eval=atlas", relations=["capital_of"])},
+        device="cpu",
+        dtype="bfloat16",
+        kept_models=KeptModels(0.0),
+    )
+    found = []
+    for one in (experiment.dense(), replace(experiment, source=replace(source, stream=True), suites={})):
+        forecaster = Forecaster(RunStore(folder / "runs"), rate=1e14)
+        (forecast, *_) = forecaster.of(one, source.name)
+        found.append(replace(forecast, memory=forecast.memory - forecaster.libraries))
+    return found[0], found[1]
+
+
+def where(needed: float, gpus: int, each: float) -> str:
+    """Whether so many bytes fit on these GPUs: whole on one, divided over some, or what is left over."""
+    room = FREE * each
+    if needed <= room:
+        return "on one"
+    count = -(-needed // room)
+    return f"over {count:.0f}" if count <= gpus else f"{(needed - gpus * room) / 1e9:.0f} GB beside"
+
+
+def streaming() -> tuple[list[str], list[str]]:
+    """The shipped compressions that work from disk to disk, and those that do not."""
+    names = sorted(path.stem for path in (conf_folder() / "compression").glob("[!_]*.yaml"))
+    made = {name: kc.choose(f"compression={name}") for name in names if name != "none"}
+    does = {name: isinstance(one, LayerByLayer | Calibrated) and one.streams for name, one in made.items()}
+    return [name for name in does if does[name]], [name for name in does if not does[name]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS, help="names in tests/published_sizes.yaml")
+    sizes = yaml.safe_load(SIZES.read_text())
+    columns = ["model", "asked, bfloat16", *(f"{gpus} x {each} GB" for gpus, each in MACHINES)]
+    columns += ["10^12 multiply-adds a 1,000 questions", "compressed from disk to disk", "its states", *FORMS]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for name in parser.parse_args().models:
+        with TemporaryDirectory() as scratch:
+            source = written(name, sizes[name], Path(scratch))
+            asked, streamed = planned(source, Path(scratch))
+            skeleton = source.skeleton()
+        questions = len(kc.choose("eval=atlas", relations=["capital_of"]).clozes())
+        linear = sum(layer.parameters for layer in linear_layers(skeleton) if layer.role != "final")
+        rest = 2 * (skeleton.parameter_count() - linear)
+        cells = [name, f"{asked.memory / 1e9:.0f} GB", *(where(asked.memory, n, 1e9 * each) for n, each in MACHINES)]
+        cells += [f"{asked.macs / questions / 1e9:.0f}", f"{streamed.memory / 1e9:.1f} GB"]
+        cells += [f"{2 * CALIBRATION * skeleton.text_config.hidden_size / 1e9:.1f} GB"]
+        cells += [f"{(linear * bits / 8 + rest) / 1e9:.0f} GB" for bits in FORMS.values()]
+        print(f"| {' | '.join(cells)} |")
+    does, does_not = streaming()
+    print(f"\nFrom disk to disk: {', '.join(does)}; not: {', '.join(does_not)}.")
+
+
+if __name__ == "__main__":
+    main()
