@@ -112,15 +112,15 @@ class SlurmLauncher(ProcessLauncher):
 
     def check(self) -> None:
         """Refuse if there is no SLURM, no such partition, or if a run would get fewer GPUs than it has processes."""
+        if shutil.which("sbatch") is None:
+            raise BadInput(
+                "hydra/launcher=slurm needs SLURM's sbatch and squeue, which are not installed here; try local"
+            )
         processes = self.config.run.processes
         if self.gpus and isinstance(processes, int) and processes > self.gpus:
             raise BadInput(
                 f"run.processes={processes} takes a GPU for each, and hydra.launcher.gpus={self.gpus} is what a run "
                 f"gets; give hydra.launcher.gpus={processes}, or hydra.launcher.gpus=0 for processors"
-            )
-        if shutil.which("sbatch") is None:
-            raise BadInput(
-                "hydra/launcher=slurm needs SLURM's sbatch and squeue, which are not installed here; try local"
             )
         there = {name.rstrip("*") for name in _slurm("sinfo", "-h", "-o", "%P").split()}
         if self.partition is not None and self.partition not in there:

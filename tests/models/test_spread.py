@@ -82,7 +82,7 @@ def test_it_answers_as_the_undivided_model(
     folder = folder_of(tmp_path / "model", tiny_tokenizer, architecture, **wide)
     whole, parts = LocalModel("whole", str(folder)).load("cpu"), divided(folder)
     assert parts.device == CPU and memory_bytes(parts.network) >= memory_bytes(whole.network)
-    assert len(Scorer(parts)._linears) == len(Scorer(whole)._linears)
+    assert len(Scorer(parts).reader.linears) == len(Scorer(whole).reader.linears)
     # The products are the same; their last bit may depend on where in memory a matrix begins.
     torch.testing.assert_close(log_probs(parts), log_probs(whole), rtol=0, atol=2e-5)
     assert parts.family == ENCODER or said(parts) == said(whole)

@@ -27,8 +27,8 @@ from knowledge_compression.models import Model
 from knowledge_compression.models.targets import is_linear, linear_layers
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.tracker import NoTracker
-from knowledge_compression.sweeping import forecast
-from knowledge_compression.sweeping.forecast import Forecaster, totals
+from knowledge_compression.sweeping import rate
+from knowledge_compression.sweeping.forecast import Forecaster, largest_block, totals
 from knowledge_compression.sweeping.rehearsal import counting, miniature, multiply_adds, reached, rehearse
 
 
@@ -161,6 +161,35 @@ def test_distance_costs_the_dense_head_again_and_states_on_disk(
     assert served.macs == compared.macs
 
 
+def test_other_processes_have_their_own_libraries_and_share_a_copy_of_the_weights(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    dense = replace(made(tiny_folder, {"a": SUITE}).dense(), kept_models=None)
+    found = {}
+    for count in (1, 2, 4):
+        forecaster = Forecaster(RunStore(tmp_path), 1e6)
+        forecaster.libraries = 1e9  # whatever this process holds by now
+        (found[count],) = forecaster.of(replace(dense, processes=count), "")
+    skeleton = dense.source.skeleton()
+    work, weights = forecaster.work(dense, skeleton, "a"), 4.0 * skeleton.parameter_count()
+    assert work is not None
+    each = 1e9 + 8.0 * work.widest * skeleton.text_config.vocab_size
+    assert found[2].memory - found[1].memory == pytest.approx(each + weights, rel=1e-3)
+    assert found[4].memory - found[2].memory == pytest.approx(2 * each)
+    assert found[1].seconds == found[4].seconds  # the threads of a processor are divided
+
+
+def test_a_model_that_stays_on_disk_takes_the_memory_of_a_block(tiny_folder: Path, tmp_path: Path) -> None:
+    run = made(tiny_folder, {})
+    streamed = replace(run, source=replace(run.source, stream=True), kept_models=None)
+    (found,) = (forecaster := Forecaster(RunStore(tmp_path), 1e6)).of(streamed, "")
+    skeleton = run.source.skeleton()
+    assert found.memory - forecaster.libraries == pytest.approx(1.2 * 4 * largest_block(skeleton))
+    blocks = [skeleton.network.get_submodule(path) for path in skeleton.architecture.block_paths(skeleton.network)]
+    embeddings = skeleton.network.get_input_embeddings().weight.numel()
+    assert largest_block(skeleton) == max(embeddings, *(sum(p.numel() for p in b.parameters()) for b in blocks))
+
+
 def test_a_large_vocabulary_costs_a_plan_nothing() -> None:
     """Of a network with ten times the words the same is counted, and the miniature computes no more logits."""
     model = Model(build_network("llama"), make_tokenizer(), "llama")
@@ -233,14 +262,14 @@ def test_passes_over_the_text_are_those_that_the_walk_makes(
 def test_the_rate_is_measured_where_nothing_tells_it(tiny_folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     experiment = made(tiny_folder, {"a": SUITE})
-    rate = Forecaster(RunStore(tmp_path)).rate_of(experiment, experiment.source.skeleton())
-    assert 1e5 < rate < 1e15
+    found = Forecaster(RunStore(tmp_path)).rate_of(experiment, experiment.source.skeleton())
+    assert 1e5 < found < 1e15
 
 
 @pytest.mark.parametrize("architecture", ["bert", "distilbert", "t5", "bart", "gpt2", "opt"])
 def test_one_block_of_any_kind_is_timed(
     architecture: str, tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forecast, "_PROBING", 0.0)
+    monkeypatch.setattr(rate, "_PROBING", 0.0)
     run = cast(Experiment, SimpleNamespace(device="cpu", dtype="float32", scored_in=None))
-    assert forecast.measured_rate(run, tiny_model(architecture)) > 0
+    assert rate.measured_rate(run, tiny_model(architecture)) > 0

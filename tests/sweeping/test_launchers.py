@@ -103,6 +103,18 @@ def alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return alive
 
 
+def test_a_run_of_several_processes_gets_a_gpu_for_each(alive: Path) -> None:
+    launcher = SlurmLauncher(gpus=2)
+    launcher.config = OmegaConf.create({"run": {"processes": 4}})
+    with pytest.raises(BadInput, match=r"run.processes=4 takes a GPU for each.* give hydra.launcher.gpus=4"):
+        launcher.check()
+    for gpus in (0, 4):
+        launcher = SlurmLauncher(gpus=gpus)
+        launcher.config = OmegaConf.create({"run": {"processes": 4}})
+        with pytest.raises(BadInput, match="sinfo"):  # and asks this SLURM of three lines for more than it has
+            launcher.check()
+
+
 def test_a_second_start_waits_for_what_an_earlier_one_handed_in(
     tmp_path: Path, alive: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
