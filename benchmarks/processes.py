@@ -10,10 +10,13 @@ are compared too. Seconds are those of the wall: nothing else should be running.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 from typing import Any
 
+import psutil
 import torch
 from side_by_side import in_turn, ratio, spread, write
 
@@ -21,6 +24,12 @@ import knowledge_compression as kc
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.scoring.helpers import Helpers
 from knowledge_compression.evaluation.suite import ask
+
+
+def processor_seconds(helpers: Helpers | None) -> float:
+    """Of this process and its helpers so far."""
+    times = [psutil.Process(pid).cpu_times() for pid in [os.getpid(), *(helpers.pids if helpers else [])]]
+    return sum(of.user + of.system for of in times)
 
 
 def main() -> None:
@@ -32,10 +41,13 @@ def main() -> None:
     options = parser.parse_args()
     model, suite = kc.load(options.model, device="cpu"), kc.choose("eval=atlas", relations=options.relations)
     answers: dict[str, Any] = {}
+    worked: dict[str, list[float]] = {}
 
     def asked(name: str, threads: int, helpers: Helpers | None = None) -> None:
         torch.set_num_threads(threads)
+        before = processor_seconds(helpers)
         answers[name] = ask(suite, Scorer(model, helpers=helpers)).items
+        worked.setdefault(name, []).append(processor_seconds(helpers) - before)
 
     count = options.processes
     one, many, several = "1 process, 1 thread", f"1 process, {count} threads", f"{count} processes, 1 thread each"
@@ -48,6 +60,7 @@ def main() -> None:
             several: partial(asked, several, count, helpers),
         }
         in_turn(contestants, 1)  # warms up
+        worked.clear()
         seconds = in_turn(contestants, options.repeats)
     apart = (answers[one]["log_prob"] - answers[several]["log_prob"]).abs().max()
     results = {
@@ -55,6 +68,8 @@ def main() -> None:
         "times as fast as one process with one thread": ratio(seconds[one], seconds[several]),
         f"times as fast as one process with {count} threads": ratio(seconds[many], seconds[several]),
         f"{count} threads, times as fast as one": ratio(seconds[one], seconds[many]),
+        "processors' seconds": {name: spread(values) for name, values in worked.items()},
+        "at most times as fast as one thread, by these": count * median(worked[one]) / median(worked[several]),
         "questions": answers[one].height,
         "answers equal to the bit": answers[one].equals(answers[several]),
         "largest difference of a log-probability": apart,

@@ -2,10 +2,9 @@
 
     python experiments/larger_models/fits.py
 
-No network is needed: the sizes of the presets are in ``tests/published_sizes.yaml``, and smollm2's tokenizer stands in
-for theirs (it decides how many tokens a question has, not what the weights take). Beside the weights a device must
-hold one pass, which the forecast counts by its widest part, the logits. As with ``device_map=auto``, a tenth of a GPU
-is left for activations.
+No network is needed: the sizes of the presets are in ``tests/published_sizes.yaml``. As with ``device_map=auto``, a
+tenth of a GPU is left for activations. Memory is that of the forecast without libraries: the weights and a fifth more
+to ask, a block and a fifth more to compress from disk to disk.
 """
 
 from __future__ import annotations
@@ -19,7 +18,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from transformers import AutoConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 import knowledge_compression as kc
 from knowledge_compression.compression.base import LayerByLayer
@@ -31,7 +32,8 @@ from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.targets import linear_layers
 from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results.store import RunStore
-from knowledge_compression.sweeping.forecast import Forecast, Forecaster
+from knowledge_compression.sweeping.forecast import Forecaster
+from knowledge_compression.sweeping.rehearsal import multiply_adds
 
 SIZES = Path(__file__).parents[2] / "tests" / "published_sizes.yaml"
 MODELS = ("llama_3_1_70b", "qwen3_235b_a22b", "llama_3_1_405b")
@@ -47,29 +49,31 @@ def written(name: str, sizes: Mapping[str, Any], folder: Path) -> LocalModel:
     AutoConfig.for_model(config.pop("model_type"), **config, dtype="bfloat16").save_pretrained(folder / name)
     told = json.loads((folder / name / "config.json").read_text())
     (folder / name / "config.json").write_text(json.dumps(told | config))
-    kc.load("smollm2", device="cpu").tokenizer.save_pretrained(folder / name)
+    words = Tokenizer(WordLevel({"any": 0}, unk_token="any"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="any").save_pretrained(folder / name)
     return LocalModel(name, str(folder / name))
 
 
-def planned(source: LocalModel, folder: Path) -> tuple[Forecast, Forecast]:
-    """The forecasts of asking it, and of rounding it from disk to disk; memory is that beside the libraries."""
+def planned(source: LocalModel, folder: Path) -> tuple[float, float, float]:
+    """Bytes of memory to ask it, and to round it from disk to disk; multiply-adds of 1,000 tokens."""
     experiment = Experiment(
         source=source,
         target=kc.choose("target=all"),
         compression=kc.choose("compression=rtn"),
         recovery=NoRecovery(),
         corpus=kc.choose("corpus=self"),
-        suites={"atlas": kc.choose("eval=atlas", relations=["capital_of"])},
+        suites={},
         device="cpu",
         dtype="bfloat16",
         kept_models=KeptModels(0.0),
     )
-    found = []
-    for one in (experiment.dense(), replace(experiment, source=replace(source, stream=True), suites={})):
-        forecaster = Forecaster(RunStore(folder / "runs"), rate=1e14)
+    memory = []
+    forecaster = Forecaster(RunStore(folder / "runs"), rate=1e14)
+    for one in (experiment.dense(), replace(experiment, source=replace(source, stream=True))):
         (forecast, *_) = forecaster.of(one, source.name)
-        found.append(replace(forecast, memory=forecast.memory - forecaster.libraries))
-    return found[0], found[1]
+        memory.append(forecast.memory - forecaster.libraries)
+    skeleton = source.skeleton()
+    return *memory, multiply_adds(skeleton, forecaster.tokens_through(experiment, skeleton, 1000))
 
 
 def where(needed: float, gpus: int, each: float) -> str:
@@ -93,24 +97,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=MODELS, help="names in tests/published_sizes.yaml")
     sizes = yaml.safe_load(SIZES.read_text())
-    columns = ["model", "asked, bfloat16", *(f"{gpus} x {each} GB" for gpus, each in MACHINES)]
-    columns += ["10^12 multiply-adds a 1,000 questions", "compressed from disk to disk", "its states", *FORMS]
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for name in parser.parse_args().models:
+    rows: dict[str, list[str]] = {}
+    models = parser.parse_args().models
+    for name in models:
         with TemporaryDirectory() as scratch:
             source = written(name, sizes[name], Path(scratch))
-            asked, streamed = planned(source, Path(scratch))
+            ask, stream, macs = planned(source, Path(scratch))
             skeleton = source.skeleton()
-        questions = len(kc.choose("eval=atlas", relations=["capital_of"]).clozes())
         linear = sum(layer.parameters for layer in linear_layers(skeleton) if layer.role != "final")
         rest = 2 * (skeleton.parameter_count() - linear)
-        cells = [name, f"{asked.memory / 1e9:.0f} GB", *(where(asked.memory, n, 1e9 * each) for n, each in MACHINES)]
-        cells += [f"{asked.macs / questions / 1e9:.0f}", f"{streamed.memory / 1e9:.1f} GB"]
-        cells += [f"{2 * CALIBRATION * skeleton.text_config.hidden_size / 1e9:.1f} GB"]
-        cells += [f"{(linear * bits / 8 + rest) / 1e9:.0f} GB" for bits in FORMS.values()]
-        print(f"| {' | '.join(cells)} |")
+        whole = 2.0 * skeleton.parameter_count()
+        states = 2.0 * CALIBRATION * skeleton.text_config.hidden_size
+        told = {"parameters": f"{skeleton.parameter_count() / 1e9:.1f} * 10^9", "weights in bfloat16": _size(whole)}
+        told |= {f"{n} x {each} GB": where(whole, n, 1e9 * each) for n, each in MACHINES}
+        told |= {"memory to ask it, on a CPU in bfloat16": _size(ask), "in float32": _size(2 * ask)}
+        told |= {
+            "memory from disk to disk": _size(stream),
+            "and calibrated: states of 128 x 2,048 tokens": _size(states),
+        }
+        told |= {f"a file of {form}": _size(linear * bits / 8 + rest) for form, bits in FORMS.items()}
+        told |= {"10^12 multiply-adds a 1,000 tokens": f"{macs / 1e12:.0f}"}
+        for row, cell in told.items():
+            rows.setdefault(row, []).append(cell)
+    print(f"| | {' | '.join(models)} |\n|---|{'---|' * len(models)}")
+    for row, cells in rows.items():
+        print(f"| {row} | {' | '.join(cells)} |")
     does, does_not = streaming()
     print(f"\nFrom disk to disk: {', '.join(does)}; not: {', '.join(does_not)}.")
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.0f} GB" if count > 1e10 else f"{count / 1e9:.1f} GB"
 
 
 if __name__ == "__main__":

@@ -98,6 +98,11 @@ class Scorer:
         self.reader.budget = budget
 
     @property
+    def ways(self) -> Ways:
+        """How texts may share a forward pass."""
+        return self.reader.ways
+
+    @property
     def fallbacks(self) -> list[str]:
         """Deviations to be recorded, e.g. smaller batches for lack of memory."""
         return self.budget.fallbacks
