@@ -55,7 +55,7 @@ class Compression(ABC):
     calibrated: ClassVar[bool] = False
     takes_final: ClassVar[bool] = False
 
-    # Whether it also changes weights that are no targets; its result is then not kept for other runs.
+    # Whether it also changes weights outside the targets. Its result is then not kept for other runs.
     beyond_targets: ClassVar[bool] = False
 
     @property
@@ -65,31 +65,31 @@ class Compression(ABC):
 
     @property
     def modules(self) -> tuple[type[ReplacedLinear], ...]:
-        """The modules that it puts in the place of linear layers; none where it changes weights alone."""
+        """The classes of the modules that replace linear layers; empty if the method changes only weights."""
         return ()
 
     def multiplies_in(self, model: Model) -> str | None:
-        """The dtype of the products in its forward passes on calibration text, e.g. ``bfloat16``; None without any."""
+        """The dtype of products in its forward passes on calibration text, e.g. ``bfloat16``; None if it makes none."""
         return None
 
     @property
     def coding(self) -> Coding | None:
-        """How the weights that it leaves are stored as codes; None if they are plain numbers."""
+        """How the resulting weights are stored as codes; None if they are plain numbers."""
         return None
 
     @property
     def for_codes(self) -> str:
-        """The setting with which it leaves codes, if :attr:`coding` is None because of another; otherwise empty."""
+        """The setting that would give codes, if :attr:`coding` is None because of a setting; otherwise empty."""
         return ""
 
     @property
     def reshapes(self) -> bool:
-        """Whether it makes the network itself smaller, so that the model gets a new one."""
+        """Whether it makes the network itself smaller, so that the model gets a new network."""
         return False
 
     @property
     def streams(self) -> bool:
-        """Whether it can compress a model from disk to disk: linear layers must stay linear layers."""
+        """Whether it can compress a model from disk to disk, for which linear layers must stay linear layers."""
         return not self.modules
 
     def check_budget(self, targets: Targets) -> None:  # noqa: B027  # most methods have none
@@ -112,9 +112,9 @@ class Compression(ABC):
 
         Args:
             model: the model whose network is changed.
-            targets: the layers to compress; nothing else changes, except that a tied head among them is untied first,
-                and what the report names as having taken factors. Where the method makes the network smaller,
-                they are afterwards what is left of them.
+            targets: the layers to compress. Nothing else changes, except that a tied head among them is untied first,
+                and that parameters which take factors of inputs are scaled (the report names them). If the method makes
+                the network smaller, ``targets`` afterwards holds the layers that remain.
             calibration: token ids ``[samples, length]``, int64 on the CPU, where :attr:`calibrated`.
 
         Returns:
@@ -149,12 +149,12 @@ class Method(Compression):
                 raise BadInput(f"{layer.path} is quantized already; quantize last, after pruning")
         if self.modules and (fixed := [layer for layer in targets if not layer.is_replaceable]):
             raise BadInput(
-                f"compression={self.name} puts modules of its own in the place of linear layers, which {len(fixed)} of "
-                f"the {len(targets)} targets are not, e.g. {fixed[0].path}; choose a target without it, or a method "
-                "that writes weights, e.g. compression=rtn compression.bits=8"
+                f"compression={self.name} replaces linear layers by modules of its own, and {len(fixed)} of the "
+                f"{len(targets)} targets are not linear layers, e.g. {fixed[0].path}; choose a target without them, "
+                "or a method that changes only weights, e.g. compression=rtn compression.bits=8"
             )
         self.check(targets)
-        if targets:  # else nothing is made of them
+        if targets:  # without targets no weight is read
             check_finite(weights_of(model), model.name)
         report = CompressionReport(method=self.name, model_parameters=model.parameter_count(), stored=model.on_disk)
         if any(layer.role == FINAL for layer in targets):

@@ -49,7 +49,7 @@ class Solved:
         overhead_bits: bits for scales and zero points, per output row and for the whole layer.
         damping: relative damping of the Hessian, if one was factored.
         fallbacks: names of the fallbacks taken, e.g. ``dead_input``.
-        factors_in: names of the parameters that took factors of the inputs.
+        factors_in: names of the parameters that were scaled by factors of the inputs.
     """
 
     weight: Tensor | None = None
@@ -89,7 +89,7 @@ class Calibrated(Method, Generic[S]):
     device: str | None = field(default=None, metadata=SPEED)
     calibrated: ClassVar[bool] = True
 
-    # Whether it computes and factors the second moments of the inputs: most of the work of methods that do.
+    # Whether it computes and factors the second moments of the inputs, which is then most of its work.
     second_order: ClassVar[bool] = False
 
     @property
@@ -99,7 +99,7 @@ class Calibrated(Method, Generic[S]):
 
     @property
     def streams(self) -> bool:
-        """Not if the text also goes through the uncompressed blocks, which a resumed stream has written over."""
+        """Also false if the text goes through the uncompressed blocks too: a resumed stream has overwritten them."""
         return super().streams and not self.walk.beside
 
     def passes(self, tokens: int) -> float:
@@ -122,11 +122,11 @@ class Calibrated(Method, Generic[S]):
             statistics: the statistics of the inputs.
             heights: number of rows of each linear, for methods that treat each separately.
         """
-        raise NotImplementedError(f"{self.name} does not say how weights are compressed")
+        raise NotImplementedError(f"{self.name} does not implement solve()")
 
     def tune(self, block: CompressedBlock) -> None:
         """Improve a block whose layers have been solved for, in place; for methods whose :attr:`walk` asks for it."""
-        raise NotImplementedError(f"{self.name} asks for blocks to be tuned and does not say how")
+        raise NotImplementedError(f"{self.name} asks for tuned blocks and does not implement tune()")
 
     def multiplies_in(self, model: Model) -> str:
         """The user's choice, as far as the device and the network's dtype allow."""
@@ -203,7 +203,7 @@ def _put(solved: Solved, layer: TargetLayer, old: Tensor, hessian: Tensor | None
             report.removed = int(solved.removed.sum())
             plain = old.masked_fill(solved.removed, 0)
         new = solved.quantized.dequantize() if solved.quantized else solved.weight
-        stored = (plain if new is None else new).to(layer.weight)  # type: ignore[union-attr]  # one of them is there
+        stored = (plain if new is None else new).to(layer.weight)  # type: ignore[union-attr]  # one of them is set
         if hessian is not None and plain is not None:
             report.error_before, report.error_after = relative_errors(old, [plain, stored], hessian)
         if solved.quantized:

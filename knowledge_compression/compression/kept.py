@@ -1,9 +1,9 @@
 """A cache of compressed models: runs that differ only in recovery or evaluation compress once.
 
-The cache holds what a compression may change, which is the layers that its report names: their weights, the integer
-codes or GGUF blocks of quantized weights, the modules that replaced them, and the norms and biases that took factors of
-their inputs; of a network that was made smaller, also biases, and the configuration. All of it is copied into a freshly
-loaded model, which is then bit for bit the compressed one.
+The cache holds everything that a compression may change. For the layers that its report names, that is their weights,
+the integer codes or GGUF blocks of quantized weights, the modules that replaced them, and the norms and biases that
+were scaled by factors of their inputs. For a network that was made smaller, it is also the biases and the
+configuration. All of it is copied into a freshly loaded model, which is then bit for bit the compressed one.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class KeptModels:
                 return made[0], False
             try:
                 report = _restore(folder, model, kinds)
-            except (OSError, SafetensorError) as error:  # it has just been deleted, or is damaged
+            except (OSError, SafetensorError) as error:  # just deleted by another process, or damaged
                 log.warning("%s cannot be read (%s); compressing again", folder, error)
                 discard(folder)
                 continue

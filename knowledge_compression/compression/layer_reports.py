@@ -34,8 +34,8 @@ class LayerReport:
             linear layer before.
         tokens: for an expert and a calibrated method, the number of calibration tokens that the router sent to it; 0
             for another layer that the calibration text never reached.
-        cut: how many of the removed weights are no longer there, because the matrix became smaller (or went with its
-            block); the others are zeros.
+        cut: how many of the removed weights no longer exist, because the matrix became smaller or its block was
+            dropped; the others are zeros.
     """
 
     path: str
@@ -56,7 +56,7 @@ class LayerReport:
 
     @classmethod
     def of(cls, layer: TargetLayer, **what: Any) -> LayerReport:
-        """The report on a layer; bits are those of the stored weights unless ``what`` says otherwise."""
+        """The report on a layer; bits are those of the stored weights unless given in ``what``."""
         as_stored = {"bits": 8.0 * layer.weight.element_size()}
         return cls(layer.path, layer.role, layer.parameters, **(as_stored | what))
 
@@ -81,9 +81,9 @@ class SmallerReport:
     Attributes:
         parameters: distinct parameters of the whole model now.
         settings: the configuration's values that changed, each before and now.
-        dropped: paths of the blocks that are gone, as they were.
-        moved: the path of each block that has another number now, by its path before.
-        measured: by what the method chose, e.g. each block's influence; JSON-ready.
+        dropped: former paths of the dropped blocks.
+        moved: the new path of each renumbered block, by its former path.
+        measured: the measurements by which the method chose, e.g. each block's influence; JSON-ready.
     """
 
     parameters: int
@@ -93,13 +93,13 @@ class SmallerReport:
     measured: Mapping[str, Any] = field(default_factory=dict)
 
     def path_now(self, path: str) -> str | None:
-        """Where a layer is now, by its path before; None if it is gone."""
+        """The path of a layer now, given its former path; None if it was dropped."""
         if any(path.startswith(f"{block}.") for block in self.dropped):
             return None
         return _with_block(path, self.moved)
 
     def path_before(self, path: str) -> str:
-        """Where a layer was before, by its path now."""
+        """The former path of a layer, given its path now."""
         return _with_block(path, {now: before for before, now in self.moved.items()})
 
 
@@ -121,9 +121,9 @@ class CompressionReport:
         calibration: digest of the calibration token ids; None if the method needs none.
         forward_dtype: dtype of the matrix products in the forward passes on calibration text; None if there were none.
         stored: how the model was stored before, if in a compressed format.
-        smaller: what became of the architecture, if the method changed it. Layers keep the paths that they had before.
-        allocation: how a budget was spread: what was asked and reached, the gap, each layer's value, what was measured
-            for it and the seconds and tokens that took.
+        smaller: the changed architecture, if the method changed it. Layers are reported by their former paths.
+        allocation: how a budget was spread: the budget, what was reached and the gap between them; each layer's value;
+            and the measurements behind it, with the seconds and tokens that they took.
     """
 
     method: str
@@ -162,7 +162,7 @@ class CompressionReport:
 
     @property
     def bits(self) -> float:
-        """Mean bits of a kept weight in the compressed layers, without scales; without any, of those stored."""
+        """Mean bits of a kept weight in the compressed layers, without scales; without layers, of the stored model."""
         if not self.layers and self.stored is not None:
             return self.stored.bits
         kept = sum(layer.parameters - layer.removed for layer in self.layers)
@@ -174,7 +174,7 @@ class CompressionReport:
         if not self.layers and self.stored is not None:
             return self.stored.bytes
         untouched = self.model_parameters - self.parameters_touched
-        if self.smaller is not None:  # norms and biases go with their block or channel
+        if self.smaller is not None:  # norms and biases are dropped with their block or channel
             untouched = self.smaller.parameters - sum(layer.parameters - layer.cut for layer in self.layers)
         before = self.stored.bytes if self.stored is not None else self.model_bytes_before
         dense_bytes = before / self.model_parameters if self.model_parameters else 0.0
@@ -236,7 +236,7 @@ def followed_by(first: CompressionReport, second: CompressionReport) -> Compress
     before = {layer.path: layer for layer in first.layers}
     merged: list[LayerReport] = []
     if first.smaller is not None and second.smaller is not None:
-        raise BadInput("one run makes the architecture smaller once; keep one of depth and width")
+        raise BadInput("a run can make the architecture smaller only once; keep one of depth and width")
     for layer in second.layers:
         if first.smaller is not None:
             layer.path = first.smaller.path_before(layer.path)

@@ -1,6 +1,6 @@
 """The base class of methods that make the network itself smaller: fewer blocks, heads or channels, not zeros.
 
-Such a method decides what goes; the smaller network is then built from a smaller configuration
+Such a method decides what to drop; the smaller network is then built from a smaller configuration
 (:mod:`knowledge_compression.models.reshaped`), so that it runs faster, takes less memory, and is saved as an ordinary
 checkpoint that stock transformers loads.
 """
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cut:
-    """What a method decided.
+    """The decision of a method.
 
     Attributes:
-        smaller: the architecture that is left.
+        smaller: the smaller architecture.
         state: its tensors by their names in the new network.
-        removed: how many weights of each layer are no longer there, by its path before.
-        layers: reports on layers that the method changed besides, by their path before.
-        measured: by what it chose, JSON-ready.
+        removed: how many weights of each layer are dropped, by the layer's former path.
+        layers: reports on layers that the method also changed in another way, by their former path.
+        measured: the measurements by which it chose, JSON-ready.
     """
 
     smaller: Smaller
@@ -55,31 +55,31 @@ class Reshaping(Method):
 
     @abstractmethod
     def plan(self, targets: Targets) -> Mapping[str, float]:
-        """How much of each layer will be left, in [0, 1] by path, on average where that depends on the text.
+        """The share of each layer that will remain, in [0, 1], by path; an average where it depends on the text.
 
         Raises:
-            BadInput: the targets are not what the method removes, or the smaller network could not be loaded. The
-                network may be on the meta device.
+            BadInput: the method cannot drop these targets, or the smaller network could not be loaded. The network may
+                be on the meta device.
         """
 
     @abstractmethod
     def cut(self, model: Model, targets: Targets, calibration: LongTensor | None) -> Cut:
-        """Decide what goes, and give what is left."""
+        """Decide what to drop, and return the remaining tensors."""
 
     def check(self, targets: Targets) -> None:
-        """Refuse what cannot be made smaller."""
+        """Refuse targets that cannot be made smaller."""
         if targets:
             self.plan(targets)
 
     def apply(self, model: Model, targets: Targets, calibration: LongTensor | None) -> list[LayerReport]:
-        """Decide, then put the smaller network in place of the old one; the targets are then what is left of them."""
-        raise NotImplementedError("a method that changes the architecture reports on it too, see compress()")
+        """Decide, then replace the network by the smaller one; the targets then hold the layers that remain."""
+        raise NotImplementedError("a method that changes the architecture also reports on it; call compress()")
 
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None = None) -> CompressionReport:
         """Make the model smaller and measure time, memory and size."""
         for layer in linear_layers(model):
             if layer.is_replaced or quantized_weight(layer) is not None:
-                raise BadInput(f"{layer.path} is quantized already; compression={self.name} comes first")
+                raise BadInput(f"{layer.path} is quantized already; compression={self.name} must come first")
         made: list[SmallerReport] = []
         report = _Measured(self, made).compress(model, targets, calibration)
         report.smaller = made[0] if made else None
@@ -87,7 +87,7 @@ class Reshaping(Method):
 
 
 class _Measured(Method):
-    """Does one reshaping within the measurements that all methods share."""
+    """One reshaping, measured like every other method."""
 
     def __init__(self, method: Reshaping, made: list[SmallerReport]) -> None:
         self.method, self.made = method, made
@@ -128,7 +128,7 @@ class _Measured(Method):
 
 
 def _blocks(model: Model, smaller: Smaller) -> tuple[list[str], dict[str, str]]:
-    """The blocks that go, and those that get another number."""
+    """The blocks that are dropped, and those that get another number."""
     if not smaller.blocks:
         return [], {}
     kept = {old: new for new, old in smaller.blocks.items()}
@@ -137,7 +137,7 @@ def _blocks(model: Model, smaller: Smaller) -> tuple[list[str], dict[str, str]]:
 
 
 def left_of(compression: Compression, targets: Callable[[], Targets]) -> dict[str, float]:
-    """The share of each layer that a compression leaves where it makes the network smaller, by path."""
+    """The share of each layer that remains, by path, for compressions that make the network smaller."""
     shares: dict[str, float] = {}
     for part in compression.parts:
         if isinstance(part, Reshaping):

@@ -61,7 +61,7 @@ class Atlas:
         sampled([], self.limit)
 
     def fingerprint(self) -> str:
-        """Digest of the embedded facts and of the way in which a sample is drawn and calibrated."""
+        """Digest of the embedded facts and of the method of sampling and calibration."""
         digest = hashlib.sha256(SAMPLING if self.limit is not None else b"")
         for path in sorted(_FOLDER.glob("*.jsonl")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())

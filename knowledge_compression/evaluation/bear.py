@@ -1,4 +1,4 @@
-"""BEAR in its own protocol: of a relation's answers, the one whose whole sentence is the likeliest is the model's.
+"""BEAR in its own protocol: the model's answer is the one of the relation that makes the whole sentence most likely.
 
 Wiland, Ploner & Akbik 2024, "BEAR: A Unified Framework for Evaluating Relational Knowledge in Causal and Masked
 Language Models".
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from knowledge_compression.evaluation.scoring import Scorer
 
-READING = b"bear 1"  # version of the way from files to scores; raised when it changes
+READING = b"bear 1"  # version of the code from files to scores; raised when it changes
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Bear:
         dataset: the folder in it, ``BEAR`` or ``BEAR-big``.
         lite: only the facts of ``bear/bear_lite_indices.json``, which chooses from BEAR-big, and their answers.
         relations: the relations to ask; None asks all.
-        templates: numbers of the templates to ask, from 0; None asks all three.
+        templates: indices of the templates to ask, from 0; None asks all three.
         top_k: the k of the top-k metrics.
         limit: a random sample of at most this many facts, each asked in every template, with all answers of its
             relation.
@@ -59,11 +59,13 @@ class Bear:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse templates that are no numbers, and options as in every cloze suite."""
+        """Refuse invalid templates, and the options that every cloze suite refuses."""
         if self.templates is not None and (not self.templates or len(set(self.templates)) < len(self.templates)):
-            raise BadInput(f"bear.templates={list(self.templates)} is not a list of different templates, e.g. [0,2]")
+            raise BadInput(
+                f"bear.templates={list(self.templates)} is not a list of distinct template numbers, e.g. [0,2]"
+            )
         if Path(self.dataset).name != self.dataset:
-            raise BadInput(f"bear.dataset={self.dataset} is not a folder in data_dir/bear, e.g. BEAR")
+            raise BadInput(f"bear.dataset={self.dataset} is not a folder name in data_dir/bear, e.g. BEAR")
         Probe(top_k=tuple(self.top_k))
         sampled([], self.limit)
 
@@ -76,7 +78,7 @@ class Bear:
         return digest.hexdigest()[:16]
 
     def check_data(self) -> None:
-        """Refuse data that is not there."""
+        """Refuse missing data."""
         _ = self._relations
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
@@ -96,7 +98,7 @@ class Bear:
         }
 
     def joined(self, parts: Mapping[str, Evaluation]) -> Evaluation:
-        """All relations' answers, and the metrics of them."""
+        """The answers of all relations, and their metrics."""
         items = pl.concat([part.items for part in parts.values()])
         described: dict[str, Any] = {
             "protocol": f"sentence scores, reading {READING.decode()}",
@@ -116,7 +118,7 @@ class Bear:
                 {"items": float(items.height), "not_finite": float(not_finite)}, items, described, fallbacks, not_finite
             )
         if items.is_empty():
-            raise BadInput("eval=bear: every sentence is longer than the model's positions")
+            raise BadInput("eval=bear: every sentence is longer than the model's maximum input")
         return Evaluation(bear_metrics(items, self.top_k), items, described, fallbacks)
 
     def _templates(self, relation: BearRelation) -> list[int]:
@@ -195,7 +197,7 @@ def ranked(gold: str, answers: Sequence[str], scores: NDArray[np.float64]) -> di
     best = max(wrong, key=lambda i: scores[i])
     rank = 1 + sum(not scores[i] < scores[right] for i in wrong)
     said = right if rank == 1 else best
-    margin = float(scores[right]) - float(scores[wrong].max())  # NaN if any is
+    margin = float(scores[right]) - float(scores[wrong].max())  # NaN if any score is NaN
     return {
         "prediction": answers[said],
         "correct": rank == 1,
@@ -208,9 +210,9 @@ def ranked(gold: str, answers: Sequence[str], scores: NDArray[np.float64]) -> di
 
 
 def bear_metrics(items: pl.DataFrame, top_k: Sequence[int]) -> dict[str, float]:
-    """As in every cloze suite; accuracy by template; and knowledge by fact where there are several templates.
+    """The metrics of every cloze suite, accuracy by template and, with several templates, knowledge by fact.
 
-    ``accuracy`` over all items is the BEAR score: the mean over templates of the share of facts answered rightly.
+    ``accuracy`` over all items is the BEAR score: the mean over templates of the share of facts answered correctly.
     """
     by_template = items.group_by("wording").agg(pl.col("correct").mean()).sort("wording")
     templates = {f"template_{number}.accuracy": float(share) for number, share in by_template.iter_rows()}

@@ -30,9 +30,9 @@ class BearRelation:
     Attributes:
         name: e.g. ``P30``.
         templates: sentences with ``[X]`` and ``[Y]``.
-        answers: the answers that are compared.
+        answers: the candidate answers.
         facts: its facts, each once.
-        duplicates: how many lines said a fact again.
+        duplicates: number of lines that repeat a fact.
     """
 
     name: str
@@ -48,7 +48,7 @@ class BearFolder:
 
     Attributes:
         folder: the folder.
-        lite: take the facts by ``bear_lite_indices.json``, which lies beside the folder, and only their answers.
+        lite: take only the facts of ``bear_lite_indices.json``, which lies beside the folder, and their answers.
     """
 
     folder: Path
@@ -71,8 +71,8 @@ class BearFolder:
         """A relation with its facts.
 
         Raises:
-            BadInput: it is not in the layout, has fewer than two answers, or lacks the right answer of a fact; or it
-                has fewer facts than the indices of BEAR-lite say.
+            BadInput: it is not in this layout, has fewer than two answers, lacks the right answer of a fact, or has
+                fewer facts than the indices of BEAR-lite need.
         """
         path, metadata = self.folder / f"{name}.jsonl", self._metadata()[name]
         templates, labels = (
@@ -92,11 +92,11 @@ class BearFolder:
                     raise BadInput(
                         f"{where}: {fact.subject} ({fact.id}) has two answers, {before.gold} and {fact.gold}"
                     )
-        if self.lite:  # as the reference does: the answers of the facts that are left
+        if self.lite:  # as in the reference implementation: only the answers of the remaining facts
             labels = list(dict.fromkeys(fact.gold for fact in found.values()))
         answers = list(dict.fromkeys(labels))
         if len(answers) < 2:
-            raise BadInput(f"{path}: relation {name} has {len(answers)} answer, so there is nothing to choose between")
+            raise BadInput(f"{path}: relation {name} has fewer than two answers, so there is nothing to choose between")
         return BearRelation(name, templates, answers, list(found.values()), duplicates)
 
     def _chosen(self, name: str, rows: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
@@ -108,7 +108,8 @@ class BearFolder:
             raise BadInput(f"{path} has no list of line numbers for {name}")
         if indices and max(indices) >= len(rows):
             raise BadInput(
-                f"{path} takes line {max(indices)} of {name}, and {self.folder}/{name}.jsonl has {len(rows)}: these "
+                f"{path} refers to line {max(indices)} of {name}, and {self.folder}/{name}.jsonl has only "
+                f"{len(rows)}: these "
                 "indices choose from BEAR-big (eval.bear.dataset=BEAR-big); drop eval.bear.lite with other data"
             )
         return [rows[i] for i in indices]
@@ -117,7 +118,8 @@ class BearFolder:
         path = self.folder / METADATA
         if not path.is_file():
             raise DataUnavailable(
-                f"eval=bear: there is no {path}; give data_dir=DIR with BEAR's release in DIR/bear/{self.folder.name} "
+                f"eval=bear: {path} does not exist; set data_dir=DIR with BEAR's release in "
+                f"DIR/bear/{self.folder.name} "
                 "(github.com/lm-pub-quiz/BEAR)"
             )
         return _object(path)
@@ -140,7 +142,7 @@ def _texts(metadata: Any, key: str, name: str, folder: Path) -> list[str]:
 def _fact(where: str, row: Mapping[str, Any], answers: Sequence[str]) -> BearFact:
     subject, gold = row.get("sub_label"), row.get("obj_label")
     if not isinstance(subject, str) or not subject or not isinstance(gold, str):
-        raise BadInput(f"{where}: needs sub_label and obj_label, texts")
+        raise BadInput(f"{where}: needs the texts sub_label and obj_label")
     if gold not in answers:
         raise BadInput(
             f"{where}: the answer '{gold}' is not among the {len(answers)} answers of its relation ({METADATA})"

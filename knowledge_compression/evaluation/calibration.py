@@ -1,4 +1,4 @@
-"""Which clozes a suite asks, and which others it reads only to calibrate by the mean over prompts.
+"""The clozes that a suite asks, and those that it reads only to calibrate by the mean over prompts.
 
 An answer's calibrated score is its log-probability minus its mean over all prompts of the relation in the same wording.
 A sample of the questions is calibrated like the whole: the prompts that are not asked are read as well.
@@ -76,7 +76,7 @@ def sampled(clozes: Sequence[T], limit: int | None, seed: int = 0) -> list[T]:
         BadInput: ``limit`` is below one.
     """
     if limit is not None and limit < 1:
-        raise BadInput(f"limit={limit} asks no questions; give a number from 1, or null for all")
+        raise BadInput(f"limit={limit} leaves no questions; choose a number from 1 on, or null for all")
     count = len(clozes)
     if limit is None or limit >= count:
         return list(clozes)
@@ -138,7 +138,7 @@ def group_of(cloze: Cloze) -> Group:
 
 
 def without_company(clozes: Sequence[Cloze], reasons: Sequence[str | None]) -> list[str | None]:
-    """The reasons to leave clozes out, including that of being the only one of a group that can be asked."""
+    """The reasons to leave clozes out, including being the only one of its group that can be asked."""
     company = Counter(group_of(cloze) for cloze, reason in zip(clozes, reasons, strict=True) if reason is None)
     return [
         "no_other_prompt_to_calibrate_with" if reason is None and company[group_of(cloze)] == 1 else reason

@@ -1,4 +1,4 @@
-"""Cloze questions: a sentence with one blank, in the form that each family of language models can answer.
+"""Cloze questions: a sentence with one blank, in a form that each family of language models can answer.
 
 Encoders predict a masked token; T5 predicts the text of the sentinel ``<extra_id_0>``; BART continues from the position
 of the mask; decoders continue the words before the blank. Answers of several tokens, and blanks in the middle of a
@@ -226,7 +226,7 @@ class _EncoderReader(Reader):
         targets: list[tuple[Tensor, list[int], list[int]]] = []  # scores, indices among the candidates, token ids
         for one in asked:
             blank = one.blank
-            assert blank is not None and blank.position is not None  # it needs one
+            assert blank is not None and blank.position is not None  # with a blank
             for length in sorted({len(ids) for ids in candidates.tokens(one.cloze)} - {0, 1}):
                 ids, at = list(blank.ids), blank.position
                 wide = ids[:at] + ids[at : at + 1] * length + ids[at + 1 :]
@@ -310,7 +310,7 @@ class _SentinelReader(_GeneratorReader):
         ]
 
     def question(self, cloze: Cloze, blank: Blank | None, answers: Sequence[tuple[str, tuple[int, ...]]]) -> Question:
-        assert blank is not None  # it needs one
+        assert blank is not None  # with a blank
         said = list(blank.decoder_ids[1:])
         return Question(blank.ids, [*([*said, *ids] for _, ids in answers), *([said] if said else [])], blank.items)
 
@@ -348,7 +348,7 @@ def reader_of(scorer: Scorer, max_tokens: int | None = None) -> Reader:
         kind, blank = _SentinelReader, _SENTINEL.format(0)
     if blank is None or blank not in tokenizer.get_vocab():
         raise BadInput(
-            f"the tokenizer of {model.name} has no {blank or 'mask token'}, by which a model of its family is asked to "
-            "fill a blank; give the tokenizer that it was trained with"
+            f"the tokenizer of {model.name} has no {blank or 'mask token'}, which marks a blank for a model of its "
+            "family; use the tokenizer that it was trained with"
         )
     return kind(scorer, max_tokens)

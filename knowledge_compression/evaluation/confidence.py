@@ -1,4 +1,4 @@
-"""How sure a model is among the answers that an item is ranked with: columns of the item table."""
+"""How confident a model is among the answers that are ranked for an item: columns of the item table."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ MOST = 128  # shares kept of an item; the others are smaller
 def columns() -> dict[str, pl.DataType]:
     """The columns: null where answers are not ranked among a list."""
     return {
-        "shares": pl.List(pl.Float32()),  # of the answers, by the scores that rank them, largest first; at most 128
-        "gold_share": pl.Float64(),  # that of the right answer
+        "shares": pl.List(pl.Float32()),  # shares of the answers, largest first; at most 128
+        "gold_share": pl.Float64(),  # share of the right answer
         "brier": pl.Float64(),  # the sum over all answers of (share - 1 for the right one, 0 for the others) squared
     }
 

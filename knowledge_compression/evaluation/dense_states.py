@@ -1,7 +1,7 @@
-"""What the dense model thought at every position of a suite: the states that its vocabulary head reads, on disk.
+"""The dense model's hidden states at every position of a suite, as its vocabulary head reads them, on disk.
 
-From them the head says the dense model's logits again, at a fraction of the cost of a whole pass and of the size of
-the logits (a state of SmolLM2-135M is 85 times smaller than its logits). States are kept in the model's own dtype, so
+The head computes the dense model's logits from them, at a fraction of the cost of a whole pass and of the size of the
+logits (a state of SmolLM2-135M is 85 times smaller than its logits). States are kept in the model's own dtype, so
 nothing is rounded. A folder holds ``states.bin`` (a row of bytes per position), ``keys.npy`` (uint8 ``[positions,
 16]``, see :mod:`.scoring.positions`), ``about.json``, and ``items.parquet`` (the log-probability of each item's right
 answer).
@@ -31,7 +31,7 @@ ANSWERS = ("task", "id", "log_prob")  # the columns that are kept of the dense m
 
 
 class Recording:
-    """A watcher that writes states into a folder, each position once.
+    """A watcher that writes the state of each position into a folder, once.
 
     Args:
         folder: exists and is empty.
@@ -44,7 +44,7 @@ class Recording:
         (folder / _STATES).touch()
 
     def saw(self, positions: Sequence[Position], states: Tensor, logits: Tensor) -> None:
-        """Write the states of the positions that are new and compared for some item."""
+        """Write the states of new positions that are compared for some item."""
         new = {one.key: i for i, one in enumerate(positions) if one.gold and one.key not in self._keys}
         rows = states[list(new.values())].detach().cpu().contiguous()
         self._about = {"dtype": str(rows.dtype).removeprefix("torch."), "width": rows.shape[1]}
@@ -53,7 +53,7 @@ class Recording:
         self._keys |= dict.fromkeys(new)
 
     def end(self, evaluation: Evaluation) -> None:
-        """Write the rest, once the suite has been asked."""
+        """Write the rest, once the suite is finished."""
         keys = np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, KEY_BYTES)
         np.save(self._folder / _KEYS, keys)
         (self._folder / _ABOUT).write_text(json.dumps(self._about))
@@ -61,7 +61,7 @@ class Recording:
 
 
 class DenseStates:
-    """The states in a folder that :class:`Recording` wrote; what was opened stays readable if the folder is deleted.
+    """The states in a folder that :class:`Recording` wrote; an open file stays readable if the folder is deleted.
 
     Attributes:
         answers: the columns :data:`ANSWERS` of the dense model's items.

@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KL, REVERSE, SAME_TOP, GOLD = "kl", "reverse_kl", "same_top", "gold_change"
-# Columns of the item table, one entry a position that is read for the item (``gold_change``: a position whose right
-# token the suite names, or else one for the whole answer).
+# Columns of the item table, one entry per position that is read for the item (``gold_change``: one per position with a
+# known right token, or else one for the whole answer).
 COLUMNS: Mapping[str, str] = {KL: "Float32", REVERSE: "Float32", SAME_TOP: "Boolean", GOLD: "Float32"}
 _QUANTILES = {"median": 0.5, "p99": 0.99, "p99_9": 0.999}
-_BYTES = 64 << 20  # of dense logits at a time
+_BYTES = 64 << 20  # dense logits processed at a time
 FORMAT = 1  # raised whenever recorded states would be misread
 
 
@@ -52,14 +52,17 @@ def scores(suite: Suite) -> bool:
 
 @dataclass
 class Beside:
-    """The dense model beside the one that is asked.
+    """The dense model with which a model is compared.
 
     Attributes:
         load: loads the dense model; called at most once.
-        deciding: what decides its states, besides the suite.
-        dtype: dtype of the products in its scoring, as for the other model; one narrower than float32 keeps its own.
-        is_asked: the model that is asked is the dense one itself: its states are recorded, nothing is compared.
-        gigabytes: bound for all recorded states in the cache; the least recently used are deleted first. 0 keeps none.
+        deciding: everything besides the suite that decides its states.
+        dtype: dtype of the products in its scoring, as for the other model; a model narrower than float32 keeps its
+            own.
+        is_asked: whether the evaluated model is the dense one itself; its states are then recorded, and nothing is
+            compared.
+        gigabytes: upper bound for all recorded states in the cache; the least recently used are deleted first. 0 keeps
+            none.
     """
 
     load: Callable[[], Model]
@@ -81,15 +84,15 @@ class Beside:
         return self.dtype if self.model.dtype == torch.float32 else None
 
     def ask(self, suite: Suite, scorer: Scorer, asked: Any) -> Evaluation:
-        """Ask a suite, and compare with the dense model's answers at every position.
+        """Evaluate a suite, and compare with the dense model at every position.
 
         Args:
             suite: a suite or a part of one.
-            scorer: scores with the model that is asked.
-            asked: what decides the suite's questions, as plain data.
+            scorer: scores with the evaluated model.
+            asked: everything that decides the suite's questions, as plain data.
 
         Returns:
-            What :func:`ask` returns; unless the dense model itself is asked, the items have :data:`COLUMNS` as well.
+            The result of :func:`ask`; the items also have :data:`COLUMNS`, unless the dense model itself is evaluated.
 
         Raises:
             BadInput: the suite does not fit, or the dense model cannot be loaded.
@@ -105,7 +108,7 @@ class Beside:
             evaluation = ask(suite, scorer)
         evaluation.items = watcher.beside(evaluation.items)
         if watcher.unknown:
-            missing = f"{watcher.unknown} positions were read that the dense model does not read; they are not compared"
+            missing = f"{watcher.unknown} positions are not compared, because the dense model does not read them"
             evaluation.fallbacks.append(missing)
             log.warning(missing)
         elif evaluation.items[KL].is_null().all():
@@ -114,16 +117,16 @@ class Beside:
         return evaluation
 
     def place(self, asked: Any, room: int | None) -> str:
-        """Where in the cache the dense model's states lie.
+        """The place of the dense model's states in the cache.
 
         Args:
             asked: as for :meth:`ask`.
-            room: the longest text that the model which is asked can read.
+            room: the longest text that the evaluated model can read.
         """
         return f"dense_states/{digest_of([FORMAT, _our_code(), str(self.dtype), self.deciding, asked, room])}"
 
     def _recorded(self, suite: Suite, scorer: Scorer, name: str) -> Evaluation:
-        """Ask the dense model itself, and record its states unless they are there."""
+        """Evaluate the dense model itself, and record its states unless they exist."""
         asked: list[Evaluation] = []
         if self.gigabytes:
             keep_within(
@@ -133,10 +136,10 @@ class Beside:
 
     @contextmanager
     def _states(self, suite: Suite, name: str, room: int | None) -> Iterator[DenseStates]:
-        """The dense model's states for a suite, recorded now where no run has."""
+        """The dense model's states for a suite, recorded now if no run has recorded them."""
 
         def make(folder: Path) -> None:
-            log.info("the dense model is asked beside, once for all runs that compare with it")
+            log.info("the dense model is evaluated too, once for all runs that compare with it")
             _record(suite, _Silent(self.model, dtype=self._products, room=room), folder)
 
         if self.gigabytes:
@@ -156,7 +159,7 @@ class Beside:
 
     @torch.inference_mode()
     def _dense_logits(self, states: Tensor) -> Tensor:
-        """What the dense model's head says of states ``[positions, hidden]``: ``[positions, vocabulary]``."""
+        """The dense model's logits ``[positions, vocabulary]`` from states ``[positions, hidden]``."""
         one = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
         inputs = {"input_ids": one} | ({"decoder_input_ids": one} if self.model.family == ENCODER_DECODER else {})
         with self._head.products(), head_over(self.model.network, states.to(self.model.device)[None]):
@@ -165,7 +168,7 @@ class Beside:
 
 
 class _Silent(Scorer):
-    """A scorer of the dense model with the room that the other model's prompts leave, which generates nothing."""
+    """A scorer of the dense model, limited to the input length of the other model, which generates no text."""
 
     def __init__(self, model: Model, *, dtype: torch.dtype | None, room: int | None) -> None:
         self._room = room
@@ -176,7 +179,7 @@ class _Silent(Scorer):
         return self._room
 
     def generate(self, prompts: Sequence[Sequence[int]], *_: Any, **__: Any) -> list[list[int]]:
-        """Nothing: generated text is not compared."""
+        """Generate nothing: generated text is not compared."""
         return [[] for _ in prompts]
 
 
@@ -191,8 +194,8 @@ class Comparing:
     """A watcher that compares every position with the dense model's state there.
 
     Args:
-        states: the dense model's.
-        head: the dense model's logits of states.
+        states: the dense model's states.
+        head: computes the dense model's logits from states.
 
     Attributes:
         unknown: number of positions without a state.
@@ -269,12 +272,12 @@ def distances(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compare the distributions of two sets of logits, ``[positions, vocabulary]`` each.
 
-    Where one has more columns (embeddings are padded differently), only those that both have are compared.
+    If one has more columns (because embeddings are padded differently), only the columns of both are compared.
 
     Args:
-        dense, compressed: the logits; in float32 inside.
+        dense, compressed: the logits; converted to float32.
         gold: tokens, ``[tokens]``.
-        of: the position of each, ascending; without it, one token a position in order.
+        of: the position of each token, ascending; by default one token per position, in order.
 
     Returns:
         ``[positions]`` each: KL(dense || compressed) and KL(compressed || dense) in nats, float32; whether the same
@@ -282,7 +285,7 @@ def distances(
         dense one, float32.
     """
     width = min(dense.shape[1], compressed.shape[1])
-    at_a_time = max(1, (2 << 20) // (4 * width)) if dense.device.type == "cpu" else len(dense)  # fits in its cache
+    at_a_time = max(1, (2 << 20) // (4 * width)) if dense.device.type == "cpu" else len(dense)  # fits in the cache
     tokens = np.asarray(gold, dtype=np.int64)
     places = np.arange(len(dense)) if of is None else np.asarray(of, dtype=np.int64)
     columns = []
@@ -291,7 +294,8 @@ def distances(
         log_p, log_q = (torch.log_softmax(logits.float(), -1) for logits in (one, other))
         p, q = log_p.exp(), log_q.exp()
         log_ratio = log_p - log_q
-        # The sums of p and q are 1 but for the rounding of log_softmax, which they take out of small distances.
+        # The sums of p and q differ from 1 by the rounding of log_softmax; subtracting them keeps small distances
+        # exact.
         excess = p.sum(-1) - q.sum(-1)
         kl = (p * log_ratio).sum(-1) - excess
         reverse = excess - (q * log_ratio).sum(-1)
@@ -304,7 +308,7 @@ def distances(
 
 
 def with_metrics(evaluation: Evaluation) -> Evaluation:
-    """The evaluation with the metrics of its distances, over all positions and by task; unchanged if it has none."""
+    """The evaluation with the metrics of its distances, over all positions and by task; unchanged without distances."""
     if KL not in evaluation.items.columns or evaluation.not_finite:
         return evaluation
     metrics = distance_metrics(evaluation.items)
@@ -316,7 +320,7 @@ def with_metrics(evaluation: Evaluation) -> Evaluation:
 
 
 def distance_metrics(items: pl.DataFrame) -> dict[str, float]:
-    """Statistics over the positions of items: none if there are no positions.
+    """Statistics over the positions of items; empty if there are no positions.
 
     Returns:
         ``kl`` and ``reverse_kl`` (means, nats per position), each with ``_median, _p99, _p99_9``; ``same_top`` (share
@@ -338,6 +342,6 @@ def distance_metrics(items: pl.DataFrame) -> dict[str, float]:
 
 @cache
 def _our_code() -> str:
-    """Digest of the code that asks, so that states of other questions are not found."""
+    """Digest of the code that builds the questions, so that states of other questions are not found."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FEWSHOT_SEED = 1234  # lm-eval's own
+FEWSHOT_SEED = 1234  # lm-eval's own default
 SCORINGS = ("fast", "stock")
 
 
@@ -43,7 +43,7 @@ class Harness:
         scoring: ``fast`` (our core) or ``stock`` (lm-eval's own ``HFLM``); both give the same answers.
         groups: named groups of tasks, whose mean accuracies are reported besides the mean over all tasks.
         allow_code: whether a user's own task file may name functions, which are then executed.
-        skip_missing: leave out, and name, tasks whose local files are missing, instead of refusing to run.
+        skip_missing: leave out tasks whose local files are missing, and report them, instead of refusing to run.
         name: the suite's name in the item table.
     """
 
@@ -61,7 +61,8 @@ class Harness:
         if self.scoring not in SCORINGS:
             raise BadInput(f"scoring={self.scoring} does not exist; choose one of {', '.join(SCORINGS)}")
         if isinstance(self.tasks, str) or not self._asked:
-            raise BadInput(f"eval.{self.name}.tasks={self.tasks} names no task; give a list, e.g. [{', '.join(LOCAL)}]")
+            known = ", ".join(LOCAL)
+            raise BadInput(f"eval.{self.name}.tasks={self.tasks} contains no task; give a list, e.g. [{known}]")
         for option, least in (("limit", 1), ("num_fewshot", 0)):
             value = getattr(self, option)
             if value is not None and (not isinstance(value, int) or value < least):
@@ -102,7 +103,7 @@ class Harness:
         for part in parts.values():
             metrics |= part.metrics
         not_finite = sum(part.not_finite for part in parts.values())
-        if not_finite:  # no mean over an incomplete set of tasks
+        if not_finite:  # there is no mean over an incomplete set of tasks
             sound = [part.metrics for part in parts.values() if not part.not_finite]
             metrics = {"items": float(items.height), "not_finite": float(not_finite)}
             metrics |= {name: value for part in sound for name, value in part.items()}
@@ -116,7 +117,7 @@ class Harness:
         }
         if missing := sorted(set(self._named) - parts.keys()) if self.data_dir is not None else []:
             described["missing"] = missing
-            described["note"] = f"means are over {', '.join(parts)}; not there: {', '.join(missing)}"
+            described["note"] = f"means are over {', '.join(parts)}; missing: {', '.join(missing)}"
         fallbacks = [fallback for part in parts.values() for fallback in part.fallbacks]
         return Evaluation(metrics, items, described, fallbacks, not_finite)
 
@@ -135,11 +136,11 @@ class Harness:
 
     @property
     def _named(self) -> list[str]:
-        """The tasks that are asked for by their own names or those of groups, as far as this is known here."""
+        """The tasks that are selected by name or by group, as far as this is known here."""
         return names_of(self._asked, self.data_dir, allow_code=self.allow_code).tasks
 
     def _available(self) -> list[str]:
-        """The tasks, groups and tags that can be asked."""
+        """The tasks, groups and tags that can be evaluated."""
         if not self.skip_missing or self.data_dir is None:
             return self._asked
         names = []
@@ -161,7 +162,7 @@ class _OneTask:
     suite: Harness
     name: str
     task: Task
-    groups: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)  # metrics of which each group has a mean
+    groups: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)  # the metrics that each group averages
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
         """Ask the task's questions."""
@@ -170,7 +171,7 @@ class _OneTask:
         model = scorer.model
         if model.family == ENCODER:
             raise BadInput(
-                f"eval={self.suite.name} asks decoders and encoder-decoders, and {model.name} is an encoder; "
+                f"eval={self.suite.name} needs a decoder or an encoder-decoder, and {model.name} is an encoder; "
                 "choose eval=atlas, eval=lama or eval=perplexity"
             )
         results = self._run(scorer)
@@ -193,14 +194,13 @@ class _OneTask:
         return Evaluation(self._metrics(results["results"][self.name], items), items, described)
 
     def _run(self, scorer: Scorer) -> Mapping[str, Any]:
-        """``lm_eval.evaluate``, with what ``simple_evaluate`` sets before it and without the look around the machine
-        (``pip list``, compilers, drivers) that it takes after."""
+        """``lm_eval.evaluate`` as ``simple_evaluate`` calls it, without its listing of packages and drivers."""
         from lm_eval import evaluate
 
         from knowledge_compression.evaluation.lm import ScorerLM, stock_lm
 
         own, asked = self.task.get_config("num_fewshot"), self.suite.num_fewshot
-        if own is None or (own != 0 and asked is not None):  # a task's own 0 is never overridden
+        if own is None or (own != 0 and asked is not None):  # a task that sets 0 itself is never overridden
             self.task.set_config("num_fewshot", asked or 0)
         self.task.set_fewshot_seed(FEWSHOT_SEED)
         self._check_fewshot()
@@ -220,7 +220,7 @@ class _OneTask:
                 log_samples=True,
                 confirm_run_unsafe_code=self.suite.allow_code,
             )
-        assert found is not None  # it is None on every rank but the first of a distributed run
+        assert found is not None  # None on every rank of a distributed run except the first
         return found
 
     def _check_fewshot(self) -> None:
@@ -236,7 +236,7 @@ class _OneTask:
         if wanted > there:
             raise BadInput(
                 f"task {self.name} has {max(there, 0)} documents for few-shot examples, but {wanted} are needed; "
-                f"give eval.{self.suite.name}.num_fewshot={max(there, 0)} or fewer"
+                f"set eval.{self.suite.name}.num_fewshot={max(there, 0)} or less"
             )
 
     def _metrics(self, found: Mapping[str, Any], items: pl.DataFrame) -> dict[str, float]:
@@ -254,7 +254,7 @@ class _OneTask:
 
 
 def _group_means(parts: Mapping[str, Evaluation]) -> dict[str, float]:
-    """lm-eval's metrics of its groups: means over their tasks, weighted by items where the group says so."""
+    """lm-eval's metrics of its groups: means over their tasks, weighted by items if the group sets this."""
     values: dict[str, list[tuple[float, int]]] = {}
     for task, part in parts.items():
         for group, means in part.description.get("groups", {}).items():
@@ -280,5 +280,5 @@ def _without_overflow(aggregate: Callable[[Any], float]) -> Callable[[Any], floa
 
 
 def _inputs(task: Task, document: Any) -> tuple[list[str], int | str | None] | None:
-    """The choices in a task's several inputs, and which is right; None for a task with one input."""
+    """The choices in the inputs of a task with several inputs, and the index of the right one; None with one input."""
     return (list(task.doc_to_choice(document)), task.doc_to_text(document)) if task.multiple_input else None

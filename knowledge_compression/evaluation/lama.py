@@ -34,16 +34,16 @@ from knowledge_compression.models.families import ENCODER
 if TYPE_CHECKING:
     from knowledge_compression.evaluation.scoring import Scorer
 
-READING = b"lama 2"  # version of the way from files to questions; raised when it changes
+READING = b"lama 2"  # version of the code from files to questions; raised when it changes
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A protocol for asking facts.
+    """A protocol for probing facts.
 
     Attributes:
         by_template: the data sets that are asked by template; the others are asked by masked sentences.
-        distinct: of identical sentences only the first is asked, whatever its answer.
+        distinct: of identical sentences only the first is asked, even if their answers differ.
         every_mask: each mask of a sentence is a question if the model is an encoder; otherwise only the first is.
         asked_as: the fields of :class:`Probe` that differ from its defaults.
     """
@@ -77,13 +77,14 @@ class Lama:
             error only if all are.
         protocol: ``template`` asks T-REx by the templates of ``relations.jsonl`` and the others by their masked
             sentences; ``sentence`` asks all by masked sentences, using the first sentence of each fact that has a mask;
-        ``paper`` is the first paper's: T-REx and Google-RE by LAMA's templates, the others by masked sentences,
-        truncated to 128 tokens, full vocabulary, predictions and answers lower-cased, identical sentences asked once
-        with the first answer, every mask of a sentence a separate question (for encoders), objects of several tokens
-        counted as wrong, accuracy over all items. candidates, calibrate, top_k: as in :class:`Probe`; ``common`` reads
-        ``lama/common_vocab_cased.txt``. limit: a random sample of at most this many questions, from all parts of the
-        data sets. With ``calibrate`` up to 128 prompts of each relation among them are read too, so that a sample is
-        calibrated like the whole. hub_id, revision: the data set on the hub.
+            ``paper`` is the first paper's: T-REx and Google-RE by LAMA's templates, the others by masked sentences,
+            truncated to 128 tokens, full vocabulary, predictions and answers lower-cased, identical sentences asked
+            once with the first answer, every mask of a sentence a separate question (for encoders), objects of several
+            tokens counted as wrong, accuracy over all items.
+        candidates, calibrate, top_k: as in :class:`Probe`; ``common`` reads ``lama/common_vocab_cased.txt``.
+        limit: a random sample of at most this many questions, from all parts of the data sets. With ``calibrate`` up to
+            128 prompts of each relation among them are read too, so that a sample is calibrated like the whole.
+        hub_id, revision: the data set on the hub.
     """
 
     data_dir: str | None = field(default=None, metadata=PLACE)
@@ -119,7 +120,7 @@ class Lama:
         return digest.hexdigest()[:16]
 
     def check_data(self) -> None:
-        """Refuse data sets that are not to be had."""
+        """Refuse data sets that are not available."""
         self.clozes()
 
     def clozes(self) -> list[Cloze]:

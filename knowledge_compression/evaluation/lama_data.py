@@ -20,7 +20,7 @@ LAYOUT: Mapping[str, str] = {
     "Squad": "Squad/test.jsonl",
     "ConceptNet": "ConceptNet/test.jsonl",
 }
-# The authors' templates for Google-RE, which are in their code and in no file (Petroni et al. 2019).
+# The authors' templates for Google-RE, which are in their code and not in a file (Petroni et al. 2019).
 GOOGLE_RE = {
     "place_of_birth": "[X] was born in [Y] .",
     "date_of_birth": "[X] (born [Y]).",
@@ -39,7 +39,7 @@ class Fact:
     """One line of LAMA.
 
     Attributes:
-        dataset, relation: e.g. ``TREx`` and ``P19``; the relation is empty where a data set is not divided.
+        dataset, relation: e.g. ``TREx`` and ``P19``; the relation is empty if a data set has none.
         id: its identifier in the files.
         subject, gold: labels of the subject and of the object.
         sentence: the first of its sentences with a ``[MASK]`` (other models' masks are rewritten to it); empty if there
@@ -70,10 +70,10 @@ class LamaFolder:
         return any(self.folder.glob(LAYOUT[dataset]))
 
     def why_nothing(self, datasets: Sequence[str]) -> str:
-        """The line for the user when none is there."""
+        """The error message when none is available."""
         wanted = ", ".join(LAYOUT[name] for name in datasets)
         if not self.folder.is_dir():
-            return f"there is no folder {self.folder}; data_dir needs a lama folder with {wanted}"
+            return f"the folder {self.folder} does not exist; data_dir needs a folder lama with {wanted}"
         return f"{self.folder} holds none of {wanted}"
 
     def files(self, datasets: Sequence[str]) -> list[Path]:
@@ -101,7 +101,9 @@ class LamaFolder:
         """T-REx's template of each relation."""
         path = self.folder / "relations.jsonl"
         if not path.is_file():
-            raise DataUnavailable(f"eval=lama: T-REx's templates are not at {path}; add it, or take protocol=sentence")
+            raise DataUnavailable(
+                f"eval=lama: T-REx's templates are missing ({path}); add the file, or choose protocol=sentence"
+            )
         templates = {}
         for number, record in objects(path, _WANTED):
             if "[X]" not in str(record.get("template")) or "[Y]" not in str(record.get("template")):
@@ -114,7 +116,7 @@ class LamaFolder:
         path = self.folder / "common_vocab_cased.txt"
         if not path.is_file():
             raise DataUnavailable(
-                f"eval=lama: candidates=common reads {path}, which is not there; give it, or use full"
+                f"eval=lama: candidates=common reads {path}, which does not exist; add it, or choose candidates=full"
             )
         return [word for word in text_of(path, "one word a line").splitlines() if word]
 
@@ -131,9 +133,9 @@ class LamaHub:
         return dataset in self._tables
 
     def why_nothing(self, datasets: Sequence[str]) -> str:
-        """The line for the user when none is there."""
+        """The error message when none is available."""
         return (
-            f"{self.hub_id} is not cached and the hub did not give {', '.join(datasets)} ({self._refused}); "
+            f"{self.hub_id} is not in the cache, and the hub did not provide {', '.join(datasets)} ({self._refused}); "
             "give local files with data_dir=DIR, where DIR/lama is in LAMA's original layout"
         )
 
@@ -153,13 +155,13 @@ class LamaHub:
         return {str(record["predicate_id"]): str(record["template"]) for record in self._tables["TREx"]}
 
     def common_words(self) -> list[str]:
-        """Raise: the hub does not have them."""
+        """Raises: the hub does not have them."""
         raise DataUnavailable(
             "eval=lama: candidates=common reads lama/common_vocab_cased.txt, which the hub lacks; give data_dir=DIR"
         )
 
     def files(self, datasets: Sequence[str]) -> list[Path]:
-        """Empty: no local files decide the questions."""
+        """Empty, because no local files decide the questions."""
         return []
 
     @cached_property
@@ -220,7 +222,7 @@ def _sentences(row: _Row) -> list[str]:
     """The masked sentences of a row, from the field that its data set uses, with one kind of mask.
 
     Raises:
-        BadInput: no field is one that a data set uses.
+        BadInput: no data set uses any of its fields.
     """
     record = row.record
     try:
@@ -231,7 +233,9 @@ def _sentences(row: _Row) -> list[str]:
         else:
             found = [evidence.get("masked_sentence", "") for evidence in record.get("evidences", ())]
     except (TypeError, AttributeError):
-        raise BadInput(f"{row.where}: no list under masked_sentences, or of objects under evidences") from None
+        raise BadInput(
+            f"{row.where}: neither masked_sentences nor evidences holds the list that LAMA's format needs"
+        ) from None
     return [sentence if MASK in sentence else _MASKS.sub(MASK, sentence) for sentence in map(str, found)]
 
 
@@ -241,8 +245,8 @@ def _name(row: _Row) -> str:
 
 def _fact(dataset: str, row: _Row, masked: str, *, has_sentences: bool) -> Fact:
     if not masked and (has_sentences or dataset != "TREx"):
-        raise BadInput(f"{row.where}: no {MASK} in its sentences; the object's place must be marked by {MASK}")
+        raise BadInput(f"{row.where}: its sentences have no {MASK}, which must mark the object's place")
     if not row.record.get("obj_label"):
-        raise BadInput(f"{row.where}: no obj_label, the right answer")
+        raise BadInput(f"{row.where}: obj_label, the right answer, is missing")
     subject = str(row.record.get("sub_label") or row.record.get("sub") or "")
     return Fact(dataset, row.relation, _name(row), subject, str(row.record["obj_label"]), masked)

@@ -71,7 +71,7 @@ class Latency:
         said = self.decode_tokens if model.family == DECODER else 0
         if limit is not None and self.length + said > limit:
             raise BadInput(
-                f"eval.latency.length={self.length} and {said} tokens more do not fit the {limit} positions of "
+                f"eval.latency.length={self.length} and {said} more tokens do not fit the {limit} positions of "
                 f"{model.name}; choose a length of {max(limit - said, 0)} or less"
             )
         generator = torch.Generator().manual_seed(self.seed)

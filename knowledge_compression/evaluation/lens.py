@@ -1,4 +1,4 @@
-"""At which depth a model has an answer: the logit lens over the clozes of another suite.
+"""The depth at which a model has an answer: the logit lens over the clozes of another suite.
 
 The hidden state at the blank, before the first block and after each, is passed through what comes after the last block
 (norm and head), as if the remaining blocks did not exist (nostalgebraist, "interpreting GPT: the logit lens", 2020).
@@ -59,8 +59,9 @@ class LogitLens:
             the same run are the same facts.
         calibrate: subtract each candidate's mean log-probability over the relation's prompts in the same wording, at
             the same depth. None follows the suite's own default (the atlas calibrates, LAMA and the world do not), so
-        that the ranks at the last depth agree with the suite's. limit: maximum number of questions (for the atlas and
-        LAMA), see ``calibration.sampled``. data_dir: local files of LAMA instead of the hub.
+            that the ranks at the last depth agree with the suite's.
+        limit: maximum number of questions (for the atlas and LAMA), see ``calibration.sampled``.
+        data_dir: local files of LAMA instead of the hub.
     """
 
     scores: ClassVar[bool] = False
@@ -76,7 +77,7 @@ class LogitLens:
         self._suite()
 
     def fingerprint(self) -> str | None:
-        """That of the suite whose questions are asked."""
+        """The fingerprint of the suite whose questions are asked."""
         suite = self._suite()
         return suite.fingerprint() if isinstance(suite, Atlas | Lama) else None
 

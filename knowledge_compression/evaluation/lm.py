@@ -26,13 +26,13 @@ def stock_lm(scorer: Scorer, batch_size: int | str = STOCK_BATCH) -> HFLM:
     """lm-eval's own ``HFLM`` around the model of ``scorer``, to verify results.
 
     Raises:
-        BadInput: the input selects among prompts, and ``HFLM`` cannot tell where the answers begin, which must not take
-            part.
+        BadInput: the input selects among prompts. ``HFLM`` cannot tell where the answers begin, which must not
+            influence the selection.
     """
     if scorer.prompts.choosing is not None:
         raise BadInput(
-            "scoring=stock cannot keep the answers from choosing among the prompts of a recovery that lets the input "
-            "choose (recovery=idp); take scoring=fast, or one prompt"
+            "scoring=stock cannot be used with a recovery whose prompts are selected by the input (recovery=idp), "
+            "because the answers would influence the selection; choose scoring=fast, or a recovery with one prompt"
         )
     with _weights_left_alone(scorer.model):
         return HFLM(**_arguments(scorer), batch_size=batch_size, mixed_precision_dtype=scorer.dtype)
@@ -57,7 +57,7 @@ class ScorerLM(HFLM):
             super().__init__(**_arguments(scorer), batch_size=1 << 30)
         self.scorer = scorer
         self._ids: dict[tuple[str, bool | None], list[int]] = {}
-        self._items: list[str] = []  # of the requests being answered
+        self._items: list[str] = []  # ids of the requests being answered
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood and greedy flag of each request's continuation; all texts are tokenized in one call."""

@@ -1,4 +1,4 @@
-"""Questions answered in the model's own words: generated greedily, and compared with the accepted answers as texts."""
+"""Questions that the model answers in its own words: greedy generation, compared with the accepted answers as text."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class OpenQuestion:
     """A question.
 
     Attributes:
-        number: its place in the data set, from 0.
-        prompt: what the model reads.
+        number: its index in the data set, from 0.
+        prompt: the input of the model.
         answers: the accepted answers; the first is shown as the right one.
-        choices: answers to rank the first with, which is among them; empty if they are not ranked.
+        choices: the candidates among which the first answer, one of them, is ranked; empty if nothing is ranked.
     """
 
     number: int
@@ -40,7 +40,7 @@ class OpenQuestion:
 
     @property
     def id(self) -> str:
-        """Its id, of its place and its content."""
+        """Its id, made of its index and its content."""
         from knowledge_compression.evaluation.lm import item_id
 
         return item_id(self.number, self._document)
@@ -62,14 +62,14 @@ class OpenSuite(ABC):
 
     Attributes:
         data_dir: a folder that contains one of ``NAMES``; None uses the hub.
-        prompt: what the model reads, with ``{question}``.
-        most: tokens generated for an answer, at most; only its first line counts.
+        prompt: the input of the model, with ``{question}``.
+        most: the largest number of tokens generated for an answer, of which only the first line counts.
         limit: a random sample of at most this many questions.
         hub_id: the data set on the hub.
     """
 
     SUITE: ClassVar[str]
-    READING: ClassVar[str]  # version of the way from rows to results; raised when it changes
+    READING: ClassVar[str]  # version of the code from rows to results; raised when it changes
     NAMES: ClassVar[Sequence[str]]
     COLUMNS: ClassVar[Sequence[str]]
     data_dir: str | None = field(default=None, metadata=PLACE)
@@ -79,11 +79,11 @@ class OpenSuite(ABC):
     hub_id: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse options that ask nothing."""
+        """Refuse options that leave nothing to ask."""
         if "{question}" not in self.prompt:
             raise BadInput(f"{self.SUITE}.prompt='{self.prompt}' lacks {{question}}")
         if self.most < 1:
-            raise BadInput(f"{self.SUITE}.most={self.most} generates nothing; give a number from 1")
+            raise BadInput(f"{self.SUITE}.most={self.most} generates no text; choose a number from 1 on")
         sampled([], self.limit)
 
     def fingerprint(self) -> str:
@@ -93,7 +93,7 @@ class OpenSuite(ABC):
         return self._source.digest(self.READING)
 
     def check_data(self) -> None:
-        """Refuse data that is not to be had."""
+        """Refuse data that is not available."""
         _ = self._questions
 
     @property
@@ -103,7 +103,7 @@ class OpenSuite(ABC):
     @property
     @abstractmethod
     def _questions(self) -> Any:
-        """What is asked, read from the source."""
+        """The questions, read from the source."""
 
 
 def said(scorer: Scorer, questions: Sequence[OpenQuestion], most: int) -> list[str]:
@@ -123,7 +123,7 @@ def check_family(suite: str, scorer: Scorer) -> None:
     """Refuse encoders, which generate no text."""
     if scorer.model.family == ENCODER:
         raise BadInput(
-            f"eval={suite} asks decoders and encoder-decoders, and {scorer.model.name} is an encoder; "
+            f"eval={suite} needs a decoder or an encoder-decoder, and {scorer.model.name} is an encoder; "
             "choose eval=bear, eval=pararel, eval=lama or eval=atlas"
         )
 
@@ -142,16 +142,16 @@ def log_probs(scorer: Scorer, questions: Sequence[OpenQuestion]) -> list[list[fl
 
 
 def normal(text: str) -> str:
-    """The text in lower case, without punctuation, articles and superfluous space (as for SQuAD)."""
+    """The text in lower case, without punctuation, articles and extra spaces (as for SQuAD)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 def matches(text: str, answers: Sequence[str]) -> bool:
-    """Whether the text is one of the answers, both in normal form."""
+    """Whether the text is one of the answers, both normalized."""
     return normal(text) in {normal(answer) for answer in answers if normal(answer)}
 
 
 def contains(text: str, answers: Sequence[str]) -> bool:
-    """Whether the text contains one of the answers as whole words, both in normal form."""
+    """Whether the text contains one of the answers as whole words, both normalized."""
     within = f" {normal(text)} "
     return any(f" {normal(answer)} " in within for answer in answers if normal(answer))

@@ -1,4 +1,4 @@
-"""ParaRel: facts asked in many paraphrases, and whether a model answers all of them alike.
+"""ParaRel: facts asked in many paraphrases, and whether a model gives the same answer to all of them.
 
 Elazar et al. 2021, "Measuring and Improving Consistency in Pretrained Language Models". As there, the answers of a
 relation are its own objects, ranked uncalibrated; consistency is that of :mod:`~.wordings`.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from knowledge_compression.evaluation.scoring import Scorer
 
 PATTERNS, FACTS = "pattern_data/graphs_json", "trex_lms_vocab"  # as in the authors' repository
-READING = b"pararel 1"  # version of the way from files to questions; raised when it changes
+READING = b"pararel 1"  # version of the code from files to questions; raised when it changes
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ParaRel:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse options as in every cloze suite."""
+        """Refuse the options that every cloze suite refuses."""
         self._probe()
         sampled([], self.limit)
 
@@ -60,7 +60,7 @@ class ParaRel:
         return digest.hexdigest()[:16]
 
     def check_data(self) -> None:
-        """Refuse data that is not there."""
+        """Refuse missing data."""
         _ = self._facts
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
@@ -79,7 +79,7 @@ class ParaRel:
         }
 
     def joined(self, parts: Mapping[str, Evaluation]) -> Evaluation:
-        """All relations' answers, and the metrics of them."""
+        """The answers of all relations, and their metrics."""
         items = pl.concat([part.items for part in parts.values()])
         left_out: dict[str, dict[str, int]] = {}
         for part in parts.values():
@@ -122,7 +122,7 @@ class ParaRel:
 
     @cached_property
     def _facts(self) -> dict[str, list[list[Cloze]]]:
-        """Of each relation the facts, each as its paraphrases."""
+        """The facts of each relation, each in its paraphrases."""
         patterned, with_facts = (
             {path.stem for path in (self._folder / of).glob("*.jsonl")} for of in (PATTERNS, FACTS)
         )
@@ -145,7 +145,7 @@ class ParaRel:
         for number, row in objects(path, "ParaRel's facts, one JSON object a line"):
             subject, gold = row.get("sub_label"), row.get("obj_label")
             if not isinstance(subject, str) or not isinstance(gold, str) or not subject or not gold:
-                raise BadInput(f"{path}:{number}: needs sub_label and obj_label, texts")
+                raise BadInput(f"{path}:{number}: needs the texts sub_label and obj_label")
             key = f"{name}/{row.get('uuid') or f'{subject}/{gold}'}"
             if key in seen:
                 if seen[key] != gold:

@@ -38,7 +38,7 @@ _TEXTS: Mapping[str, tuple[Callable[..., PublishedCorpus], str]] = {
     "wikitext": (WikiText, TEST),
     "c4": (C4, VALIDATION),
 }
-# How documents are joined to one text. ``text``: as in the corpus (the rows of WikiText-2 are its lines, blank ones
+# How documents are joined into one text. ``text``: as in the corpus (the rows of WikiText-2 are its lines, blank ones
 # emptied; pages of C4 are separated by an empty line). ``gptq``: as in the published scripts of GPTQ and SparseGPT.
 _JOINS: Mapping[tuple[str, str], Callable[[Sequence[str]], str]] = {
     ("wikitext", "text"): lambda lines: "".join(line or " \n" for line in lines),
@@ -47,7 +47,7 @@ _JOINS: Mapping[tuple[str, str], Callable[[Sequence[str]], str]] = {
     ("c4", "gptq"): lambda pages: " ".join(pages[:1100]),
 }
 JOINS = ("text", "gptq")
-_LARGEST = math.log(sys.float_info.max)  # nats; the perplexity of more exceeds a float
+_LARGEST = math.log(sys.float_info.max)  # nats; a larger loss has a perplexity beyond the range of a float
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,10 @@ class Perplexity:
             comparison with published figures).
         window: tokens in a window; at most the model's positions.
         limit: use N evenly spaced windows, the i-th being window ``floor(i * windows / N)``; None uses all.
-        bos: decoders only: whether each window is read behind the tokenizer's beginning-of-text token. ``auto`` does as
-            the tokenizer does before every text (those of Gemma and LLaMA put one there, those of GPT-2 and Qwen do
-            not), and without one for ``join=gptq``, as the published scripts do. The same tokens are scored either way.
+        bos: decoders only: whether each window is preceded by the tokenizer's beginning-of-text token. ``auto`` does
+            what the tokenizer does at the beginning of a text (Gemma's and LLaMA's add the token, GPT-2's and Qwen's do
+            not), except that ``join=gptq`` omits it, as the published scripts do. The same tokens are scored either
+            way.
         masked_per_window: encoders only: mask N evenly spaced positions of each window; None masks every position in
             turn.
         data_dir: local files instead of the hub.
@@ -138,7 +139,7 @@ class Perplexity:
         """The tokens before each window of a decoder: the beginning-of-text token, or none.
 
         Raises:
-            BadInput: it was asked for and the tokenizer has none, or the model is no decoder.
+            BadInput: it is required and the tokenizer has none, or the model is not a decoder.
         """
         bos = False if self.bos == AUTO and self.join == "gptq" else self.bos
         return beginning(model, bos, "eval.perplexity.bos")
@@ -212,7 +213,7 @@ def _score_encoder(scorer: Scorer, windows: LongTensor, names: Sequence[str], ma
     if tokenizer.mask_token_id is None:
         raise BadInput(
             f"eval=perplexity masks each token for an encoder in turn, and the tokenizer of {scorer.model.name} has no "
-            "mask token; give the tokenizer that it was trained with"
+            "mask token; use the tokenizer that it was trained with"
         )
     length = windows.shape[1]
     count = min(masked or length, length)

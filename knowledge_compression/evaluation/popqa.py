@@ -1,7 +1,7 @@
-"""PopQA: questions about subjects of known popularity, answered in the model's own words and by ranking.
+"""PopQA: questions about subjects of known popularity, answered in the model's own words and by ranking candidates.
 
 Mallen et al. 2023, "When Not to Trust Language Models: Investigating Effectiveness of Parametric and Non-Parametric
-Memories". Right in their sense is an answer that contains an accepted one; exact match and rank are stricter.
+Memories". As in the paper, an answer is right if it contains an accepted one; exact match and rank are stricter.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PopQA(OpenSuite):
 
     Attributes:
         candidates: number of answers among which the right one is ranked: itself and others of its relation, drawn at
-            random but the same for every model; None takes all of them, 0 does not rank.
+            random and the same for every model; None takes all of them, 0 disables the ranking.
         data_dir, prompt, most, limit, hub_id: see :class:`OpenSuite`.
     """
 
@@ -54,18 +54,21 @@ class PopQA(OpenSuite):
     hub_id: str = "akariasai/PopQA"
 
     def __post_init__(self) -> None:
-        """Refuse options that ask nothing."""
+        """Refuse options that leave nothing to ask."""
         super().__post_init__()
         if self.candidates is not None and (self.candidates < 0 or self.candidates == 1):
-            raise BadInput(f"popqa.candidates={self.candidates} is no choice; give a number from 2, null for all, or 0")
+            raise BadInput(
+                f"popqa.candidates={self.candidates} leaves no choice; set a number from 2 on, null for "
+                "all, or 0 for no ranking"
+            )
 
     def evaluate(self, scorer: Scorer) -> Evaluation:
         """Ask every question.
 
         Returns:
             Items with ``popularity`` (page views of the subject in a month), ``bin`` (its third of the data set: tail,
-            middle, head), ``exact`` and ``rank`` beside ``correct``, which is PopQA's own: an accepted answer is
-            contained in what the model says. ``log_prob``, ``margin``, ``choices`` are of the ranking.
+            middle, head), ``exact`` and ``rank`` beside ``correct``, which is PopQA's own criterion: the model's text
+            contains an accepted answer. ``log_prob``, ``margin`` and ``choices`` come from the ranking.
             Metrics: ``accuracy``, ``exact_match``, ``ranked``, each also by bin (``tail.accuracy``).
         """
         check_family("popqa", scorer)
@@ -98,7 +101,7 @@ class PopQA(OpenSuite):
 
     @cached_property
     def _read(self) -> tuple[list[dict[str, Any]], int]:
-        """The rows, each question once, with its third by popularity; and how many rows said one again."""
+        """The rows, each question once, with its third by popularity; and the number of repeated rows."""
         every = [(str(row.get("id") or row["question"]), _row(where, row)) for where, row in self._source.rows()]
         rows = list(dict(reversed(every)).values())[::-1]
         ends = np.quantile([row["s_pop"] for row in rows], (1 / 3, 2 / 3))
@@ -157,6 +160,6 @@ def _row(where: str, row: dict[str, Any]) -> dict[str, Any]:
     try:
         popularity = int(row["s_pop"])
     except (TypeError, ValueError):
-        raise BadInput(f"{where}: s_pop is '{row['s_pop']}', where a whole number is needed") from None
+        raise BadInput(f"{where}: s_pop='{row['s_pop']}' is not a whole number") from None
     texts = {name: str(row[name]) for name in ("question", "prop", "obj")}
     return texts | {"s_pop": popularity, "answers": answers}

@@ -101,7 +101,7 @@ class Probe:
         if self.candidates not in CANDIDATES:
             raise BadInput(f"candidates='{self.candidates}' does not exist; choose one of {', '.join(CANDIDATES)}")
         if wrong := [k for k in self.top_k if not isinstance(k, int) or k < 1]:
-            raise BadInput(f"top_k={wrong[0]} is not a rank; give whole numbers from 1, e.g. top_k=[5,10]")
+            raise BadInput(f"top_k={wrong[0]} is not a rank; choose whole numbers from 1 on, e.g. top_k=[5,10]")
 
     def ask(self, suite: str, scorer: Scorer, questions: Questions, common: Sequence[str] = ()) -> Evaluation:
         """Ask every cloze.
@@ -133,7 +133,7 @@ class Probe:
         if not asked:
             why = ", ".join(f"{n} {reason}" for reason, n in Counter(filter(None, reasons[:count])).items())
             raise BadInput(f"eval={suite}: none of the {count} questions can be asked of {model.name} ({why})")
-        read, of_read = [clozes[i] for i in kept], [blanks[i] for i in kept]  # those asked first
+        read, of_read = [clozes[i] for i in kept], [blanks[i] for i in kept]  # the asked clozes come first
         sizes = group_sizes(questions, clozes, [reason is None for reason in reasons])
         if self.candidates == "typed":
             candidates = Candidates(reader, questions.answers)
@@ -241,7 +241,7 @@ class Probe:
             best_wrong = log_probs.gather(1, place[:, None])[:, 0]
             beaten = torch.lt(scores, gold_scores[:, None], out=torch.empty_like(scores)).sum(
                 dim=1
-            )  # sums of bool crawl
+            )  # sums of bool are slow
             ahead = scores.shape[1] - beaten.long()
             tokens = place.tolist()
             if new := list(set(tokens) - said_before.keys()):
@@ -266,7 +266,7 @@ class Probe:
 
 
 def cloze_metrics(items: pl.DataFrame, top_k: Iterable[int]) -> dict[str, float]:
-    """Accuracy as in every suite; top-k and mean reciprocal rank, micro and macro over relations; chance level.
+    """The accuracy of every suite; top-k and mean reciprocal rank, micro and macro over relations; the chance level.
 
     An answer without a rank (the model has no token for it) counts as wrong.
     """
@@ -304,7 +304,7 @@ def rank_among(
         BadInput: the right answer is not among the candidates.
     """
     if gold not in names:
-        raise BadInput(f"the right answer '{gold}' is not among the {len(names)} it is ranked with; add it to them")
+        raise BadInput(f"the right answer '{gold}' is not among the {len(names)} candidates; add it to them")
     place = names.index(gold)
     calibrated = raw if mean is None else raw - mean
     known = torch.tensor([len(ids) > 0 for ids in tokens])

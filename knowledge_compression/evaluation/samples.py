@@ -12,7 +12,7 @@ from knowledge_compression.heavy import pl
 
 Sample = Mapping[str, Any]
 Judge = tuple[str, str]  # a metric, and the column for its value: correct, or share
-JUDGES = ("acc", "exact_match")  # decide whether an answer is right; otherwise the task's first metric
+JUDGES = ("acc", "exact_match")  # these decide whether an answer is right; otherwise the first metric
 
 
 def by_document(samples: Iterable[Sample]) -> list[list[Sample]]:
@@ -46,11 +46,11 @@ def answer_of(
     """The answer columns of one document.
 
     Args:
-        samples: of the document, one for each filter; the first filter's is the answer.
-        output_type: of the task, as lm-eval names it.
+        samples: the samples of the document, one for each filter; the first filter's sample is the answer.
+        output_type: the type of the task in lm-eval's terms.
         judge: see :func:`judge_of`.
-        inputs: for a task with several inputs, which asks for one continuation of each: the choices in them, and which
-            is right.
+        inputs: for a task with several inputs and one continuation of each: the choices in the inputs, and the index of
+            the right one.
     """
     first = samples[0]
     row = {
@@ -68,7 +68,7 @@ def answer_of(
     scores = [float(score) for score, _ in answers]
     best = max(range(len(scores)), key=scores.__getitem__)
     choices: Sequence[str] = [arguments[1].strip() for arguments in first["arguments"]]
-    if output_type != "multiple_choice" or isinstance(target, list):  # any of these, generated greedily or not at all
+    if output_type != "multiple_choice" or isinstance(target, list):  # the greedy one, or none
         said = next((choice for choice, (_, greedy) in zip(choices, answers, strict=True) if greedy), None)
         return row | {"gold": choices[best], "prediction": said, "log_prob": scores[best]}
     if inputs is not None:
@@ -91,26 +91,26 @@ def answer_of(
 
 
 def place(target: Any, choices: Sequence[str]) -> int | None:
-    """The index of the right choice; None if the document names none of them, which lm-eval counts as wrong."""
+    """The index of the right choice; None if the document has none, which lm-eval counts as wrong."""
     if isinstance(target, str):
         return choices.index(target.strip()) if target.strip() in choices else None
     return int(target) if isinstance(target, int) and 0 <= target < len(choices) else None
 
 
 def extra_columns() -> dict[str, pl.DataType]:
-    """The columns of such items beside those of every suite."""
+    """The columns of such items in addition to those of every suite."""
     answer = {"filter": pl.String(), "prediction": pl.String(), "correct": pl.Boolean()}
     return {
-        "gold_index": pl.Int64(),  # place of the right choice; null where answers are not ranked
+        "gold_index": pl.Int64(),  # index of the right choice; null if answers are not ranked
         "correct_norm": pl.Boolean(),  # by log-probability per character (lm-eval's acc_norm); null where not defined
-        "share": pl.Float64(),  # what an item gives where it is neither right nor wrong, e.g. a share of probability
+        "share": pl.Float64(),  # the value of an item that is neither right nor wrong, e.g. a share of probability
         # The answer under each filter, where a task has several; the other columns are of the first.
         "filters": pl.List(pl.Struct(answer)),
     } | columns()
 
 
 def accuracies(items: pl.DataFrame) -> dict[str, float]:
-    """Accuracies over the tasks whose items are right or wrong or give shares; empty if there are no such tasks."""
+    """Accuracies over the tasks whose items are right or wrong or have shares; empty without such tasks."""
     judged = items.with_columns(value=pl.coalesce(pl.col("correct").cast(pl.Float64), "share"))
     judged = judged.filter(pl.col("value").is_not_null())
     metrics = {"items": float(items.height)}

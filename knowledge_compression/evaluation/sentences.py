@@ -1,13 +1,13 @@
-"""Answers compared by the likelihood of the whole sentence that each completes, for all three families.
+"""Answers compared by the likelihood of the whole sentence with each of them, for all three families.
 
-As the reference implementation of BEAR (lm-pub-quiz 0.3.3) scores them: a decoder gives the log-likelihood of the
-sentence after its beginning-of-text token; an encoder the pseudo log-likelihood, in which each token is predicted with
-it and the rest of its word masked (Kauf & Ivanova 2023, "A Better Way to Do Masked Language Model Scoring"). The
-reference does not score encoder-decoders; here the encoder reads the sentence with its answer left out, and the decoder
-gives the log-likelihood of the answer.
+Scores are those of BEAR's reference implementation (lm-pub-quiz 0.3.3): a decoder gives the log-likelihood of the
+sentence after its beginning-of-text token; an encoder gives the pseudo log-likelihood, in which each token is predicted
+while it and the rest of its word are masked (Kauf & Ivanova 2023, "A Better Way to Do Masked Language Model Scoring").
+The reference does not score encoder-decoders; here the encoder reads the sentence with its answer left out, and the
+decoder gives the log-likelihood of the answer.
 
-Sentences of a relation share beginnings with other answers, subjects and templates; these, and masked sentences that
-are alike, are read once.
+Sentences of a relation share beginnings across answers, subjects and templates. A shared beginning is read once, and so
+are equal masked sentences.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Statement:
     """A sentence with a blank, and the answers that may complete it.
 
     Attributes:
-        id: of the item.
+        id: id of the item.
         sentence: contains one ``[MASK]``.
         answers: the answers to compare.
-        gold: the right one, where the distance to the dense model is asked for: it is that of the sentence with this
-            answer, at each of its tokens.
+        gold: the right answer, if the distance to the dense model is measured: at each token of the sentence with this
+            answer.
     """
 
     id: str
@@ -50,13 +50,13 @@ class Statement:
     gold: str | None = None
 
     def completed(self) -> list[str]:
-        """The sentence with each answer in its blank, with a capital letter at its beginning, as the reference does."""
+        """The sentence with each answer in its blank, capitalised as in the reference implementation."""
         whole = (self.sentence.replace(MASK, answer) for answer in self.answers)
         return [text[:1].upper() + text[1:] for text in whole]
 
     @property
     def right(self) -> Mapping[int, str]:
-        """The index of the right answer, with the item's id; empty where none is named."""
+        """The index of the right answer, with the item's id; empty if none is given."""
         return {} if self.gold is None else {self.answers.index(self.gold): self.id}
 
 
@@ -65,10 +65,10 @@ def scores_of_answers(scorer: Scorer, statements: Sequence[Statement]) -> list[N
 
     Args:
         scorer: scores with the model, of any family.
-        statements: statements of one relation; the more share their beginnings, the faster.
+        statements: statements of one relation; the more of them share a beginning, the faster.
 
     Returns:
-        ``[answers]`` for each statement; None if one of its sentences is longer than the model's positions.
+        ``[answers]`` for each statement; None if one of its sentences is longer than the model's maximum input.
 
     Raises:
         BadInput: the model cannot be asked in this way.
@@ -89,13 +89,13 @@ def _of_decoder(scorer: Scorer, statements: Sequence[Statement]) -> list[NDArray
     fits = [limit is None or max(map(len, ids)) <= limit for ids in of_each]
     asked = [ids for ids, there in zip(of_each, fits, strict=True) if there]
     about = [statement for statement, there in zip(statements, fits, strict=True) if there]
-    if scorer.prompts.choosing is None:  # all in one question, so that whatever they share is read once
+    if scorer.prompts.choosing is None:  # all in one question, so that shared beginnings are read once
         begin, whole = (asked[0][0][:1] if asked else []), [ids[1:] for of in asked for ids in of]
         starts = accumulate((len(of) for of in asked), initial=0)
         right = {start + i: item for start, one in zip(starts, about, strict=False) for i, item in one.right.items()}
         likelihoods = iter(scorer.log_likelihoods([Question(begin, whole, right=right)])[0])
         found = iter([np.array([next(likelihoods).log_prob for _ in of]) for of in asked])
-    else:  # what all answers share chooses the prompt, and so an answer cannot choose its own
+    else:  # the text shared by all answers selects the prompt, so that an answer cannot select its own
         contexts = [_shared([ids[:-1] for ids in of]) for of in asked]
         questions = [
             Question(context, [ids[len(context) :] for ids in of], (one.id,), right=one.right)
@@ -114,8 +114,9 @@ def _shared(rows: Sequence[Sequence[int]]) -> list[int]:
 def sentences_after_opening(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, after the token that begins a text and without special tokens behind it.
 
-    The beginning is the tokenizer's BOS token, put there by the tokenizer or, if it does not do so even if told to, as
-    text before the text, as the reference does; a tokenizer without a BOS token begins with its end-of-text token.
+    The beginning is the tokenizer's BOS token. It is added by the tokenizer or, if the tokenizer does not add it even
+    when set to, written before the text, as in the reference implementation. Without a BOS token the end-of-text token
+    is used.
     """
     options: dict[str, Any] = {"return_special_tokens_mask": True, "return_attention_mask": False, "verbose": False}
     begin = tokenizer.bos_token or tokenizer.eos_token
@@ -143,7 +144,7 @@ def _told_to_add_bos(tokenizer: Any) -> Iterator[None]:
     if told is None:
         yield
         return
-    # Either assignment replaces what the tokenizer puts around a text by what the library derives from its settings.
+    # Either assignment replaces the tokenizer's own special tokens around a text by those that the library derives.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     around = getattr(backend, "post_processor", None)
     tokenizer.add_bos_token = True
@@ -159,12 +160,12 @@ def _of_encoder(scorer: Scorer, statements: Sequence[Statement]) -> list[NDArray
     model, tokenizer = scorer.model, scorer.model.tokenizer
     if tokenizer.mask_token_id is None or not tokenizer.is_fast:
         raise BadInput(
-            f"the tokenizer of {model.name} has no mask token, or is a slow one, which does not tell words apart"
+            f"the tokenizer of {model.name} has no mask token, or is a slow tokenizer, which does not mark words"
         )
     if scorer.prompts.choosing is not None:
         raise BadInput(
-            "an encoder reads the answer with its sentence, so the answer would choose among the prompts of a recovery "
-            "that lets the input choose (recovery=idp); choose recovery=prompt, prefix or lora"
+            "an encoder reads the answer with its sentence, so the answer would influence which prompt is selected "
+            "(recovery=idp); choose recovery=prompt, prefix or lora"
         )
     texts = [text for statement in statements for text in statement.completed()]
     batch = tokenizer(texts, return_special_tokens_mask=True, verbose=False)
@@ -175,16 +176,16 @@ def _of_encoder(scorer: Scorer, statements: Sequence[Statement]) -> list[NDArray
     starts = accumulate((len(statement.answers) for statement in statements), initial=0)
     right = {start + i: item for start, one in zip(starts, statements, strict=False) for i, item in one.right.items()}
     blanks: dict[tuple[tuple[int, ...], int, int], int] = {}
-    gold: dict[tuple[tuple[int, ...], int, int], int] = {}  # the token that is right at a blank
+    gold: dict[tuple[tuple[int, ...], int, int], int] = {}  # the right token at a blank
     reads: list[list[tuple[int, int]]] = []  # for each blank: texts, and the token of each
-    items: list[list[str]] = []  # for each blank: those for which it is compared with the dense model
+    items: list[list[str]] = []  # for each blank: the items for which it is compared with the dense model
     for text, (ids, special) in enumerate(zip(batch["input_ids"], batch["special_tokens_mask"], strict=True)):
         if int(of_text[text]) in long:
             continue
         for place, masked in masked_by_word(ids, special, batch.word_ids(text), tokenizer.mask_token_id):
             key = (masked, place, 0)
             if text in right and gold.setdefault(key, ids[place]) != ids[place]:
-                key = (masked, place, ids[place])  # the same sentence with another right answer is read once more
+                key = (masked, place, ids[place])  # the same sentence with another right answer is read again
                 gold[key] = ids[place]
             at = blanks.setdefault(key, len(blanks))
             if at == len(reads):
@@ -209,12 +210,12 @@ def masked_by_word(
 
     Args:
         ids: the sentence's tokens.
-        special: for each, whether the tokenizer added it.
-        words: for each, the word to which it belongs.
+        special: for each token, whether the tokenizer added it.
+        words: for each token, the word to which it belongs.
         mask: the mask token.
 
     Yields:
-        The token's place, and the input, in which it and the later tokens of its word are masked.
+        The token's index, and the input in which it and the later tokens of its word are masked.
     """
     for place, added in enumerate(special):
         if added:

@@ -1,8 +1,8 @@
 """Cosine similarity of each layer's attention and activations to the dense model's (Hoang et al., Figure 5).
 
-Both networks read the same windows of text. Attention is that of each input token to the input tokens it may see,
-compared per head; attention to a prompt is left out, which scales a row and so does not change its cosine. Activations
-are the outputs of the blocks, compared per token.
+Both networks read the same windows of text. Attention weights from each input token to the input tokens that it may see
+are compared per head. Attention to a prompt is left out, which only scales a row and so does not change its cosine.
+Activations are the outputs of the blocks, compared per token.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TEXTS: Mapping[str, tuple[Callable[..., PublishedCorpus], str]] = {
     "wikitext": (WikiText, TEST),
     "c4": (C4, VALIDATION),
 }
-Seen: TypeAlias = "dict[tuple[str, str], Tensor]"  # rows whose directions are compared, by kind and layer
+Seen: TypeAlias = "dict[tuple[str, str], Tensor]"  # rows to compare by cosine, by kind and layer
 _OBSERVED = "observed"  # the attention function that records weights while another one computes
 
 
@@ -69,7 +69,7 @@ class Similarity:
         return build(data_dir=self.data_dir).fingerprint(split)
 
     def check_data(self) -> None:
-        """Refuse a text that is not to be had."""
+        """Refuse a text that is not available."""
         build, split = _TEXTS[self.corpus]
         build(data_dir=self.data_dir).check_data(split)
 

@@ -1,9 +1,9 @@
 """SimpleQA: short questions with one indisputable answer, which a model may decline to answer.
 
 Wei et al. 2024, "Measuring short-form factuality in large language models". There a language model grades the answers.
-Here a rule does, the same for every model and without a network: an answer is correct if it contains the right one,
-*not attempted* if it is empty or says that the model does not know, and incorrect otherwise. Grades are therefore
-comparable between models here, and not with published ones.
+Here a rule does, which is the same for every model and needs no network: an answer is correct if it contains the right
+one, *not attempted* if it is empty or says that the model does not know, and incorrect otherwise. Grades are therefore
+comparable between models here, but not with published grades.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from knowledge_compression.evaluation.scoring import Scorer
 
 CORRECT, INCORRECT, NOT_ATTEMPTED = "correct", "incorrect", "not attempted"
-# What a model says that declines, in normal form (lower case, without punctuation and articles).
+# The words of a model that declines, normalized (lower case, without punctuation and articles).
 _DECLINES = re.compile(
     r"\b(i (do not|dont|cannot|cant|am not sure|am unable|have no)|im (not sure|unable|sorry)|i am sorry"
     r"|(is|are) (not known|unknown|unclear)|unknown|no (information|idea)|not (sure|certain|available|publicly)"

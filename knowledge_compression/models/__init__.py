@@ -1,4 +1,4 @@
-"""Models: where they come from, which family they are of, and which of their layers are which."""
+"""Models: their sources, their families, and the roles of their layers."""
 
 from knowledge_compression.models.model import Model
 from knowledge_compression.models.targets import Target, TargetLayer, Targets

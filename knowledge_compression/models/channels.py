@@ -1,8 +1,8 @@
-"""What can be taken out of a block so that its matrices become smaller: feed-forward channels and groups of heads.
+"""The units that can be removed from a block to make its matrices smaller: feed-forward channels and groups of heads.
 
 A *unit* is a channel of a feed-forward layer, or a key-value head together with the query heads that read it. It is a
 run of rows in each matrix that reads the block's states (the *readers*) and a run of columns in the one that writes to
-them (the *writer*): the last of its part, in every network that is placed here.
+them (the *writer*): the last matrix of its part, in every network that is placed here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Part:
     """The matrices of one part of a block that share their inner width.
 
     Attributes:
-        role: of the part.
+        role: role of the part.
         readers, writer: its matrices.
         units: number of channels, or of groups of heads.
     """
@@ -71,7 +71,7 @@ class Part:
         return _runs(units, height // self.units)
 
     def cut(self, units: Tensor) -> dict[str, Tensor]:
-        """Its tensors with nothing but these units, by their names in the network."""
+        """Its tensors with only these units, by their names in the network."""
         cut: dict[str, Tensor] = {}
         for reader in self.readers:
             rows = self.rows(reader, units).to(reader.weight.device)
@@ -127,7 +127,7 @@ def _part(model: Model, role: str, layers: Sequence[TargetLayer], heads: int) ->
 
 
 def _alike(readers: Sequence[TargetLayer], writer: TargetLayer) -> bool:
-    """Whether all readers read states of one width, and the writer writes such."""
+    """Whether all readers read, and the writer writes, states of one width."""
     into = {int(layer.weight.shape[1]) for layer in readers}
     return len(into) == 1 and (into == {int(writer.weight.shape[0])} or writer.role == CROSS_ATT)
 

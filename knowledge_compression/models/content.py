@@ -12,7 +12,7 @@ from xxhash import xxh3_128
 from knowledge_compression.cache import file_digest
 from knowledge_compression.errors import ModelUnavailable
 
-INDEX_ENDING = ".index.json"  # of a file that maps weights to the files that hold them
+INDEX_ENDING = ".index.json"  # ending of a file that maps weights to the files that hold them
 
 # Files in model folders that ``from_pretrained`` never reads: notes and pictures, weights for other programs, and
 # training states.
@@ -27,7 +27,7 @@ def folder_fingerprint(folder: Path) -> str:
     answers.
 
     Those are the files directly in the folder and those named by an index of weights, except hidden files and files
-    that no loader reads; a file of an unknown kind counts.
+    that no loader reads; a file of an unknown kind is included.
 
     Raises:
         ModelUnavailable: one cannot be read.
@@ -51,7 +51,7 @@ def check_shards(folder: Path) -> None:
         read = index.name == "model.safetensors.index.json" and not (folder / "model.safetensors").is_file()
         for name in sorted(set(_shards(index))):
             if Path(name).name != name:
-                raise ModelUnavailable(f"{index} names a file outside its folder: {name}")
+                raise ModelUnavailable(f"{index} refers to a file outside its folder: {name}")
             if read and not (folder / name).is_file():
                 raise ModelUnavailable(f"{folder} lacks {name}, one of its weight files; copy it there")
 

@@ -1,4 +1,4 @@
-"""Which language models of the installed transformers can be placed, at their default sizes, on the meta device.
+"""The language models of the installed transformers that can be placed, at their default sizes, on the meta device.
 
     python -m knowledge_compression.models.coverage docs/models.md
 
@@ -107,7 +107,7 @@ def _one(table: str, name: str, kind: type) -> Coverage:
         config = AutoConfig.for_model(name)
         with torch.device("meta"):
             network = kind.from_config(config)  # type: ignore[attr-defined]
-    except Exception as error:  # whatever another library raises about its own defaults is the reason to report
+    except Exception as error:  # any error of another library about its own defaults is the reason to report
         return Coverage(table, name, trouble=f"{type(error).__name__}: {error}".split("\n")[0], builds=False)
     model = Model(network, None, name)  # type: ignore[arg-type]  # a skeleton reads no text
     try:

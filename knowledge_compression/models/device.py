@@ -34,7 +34,7 @@ PRODUCT_DTYPES = ("auto", "bfloat16", "float32")
 _CPU_INFO = Path("/proc/cpuinfo")
 _KIND = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")  # lines that distinguish processors
 _SIDE, _REPEATS = 1024, 7  # size of the matrix product that measures a device's rate
-_CLEARLY = 1.25  # times as fast, so that the work around the products does not consume the gain
+_CLEARLY = 1.25  # required speed-up, so that the work around the products does not consume the gain
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Device:
             choice: ``float32`` (or ``model``: the network's own dtype), ``bfloat16``, or ``auto``: bfloat16 if the
                 device multiplies it clearly faster.
             stored: dtype of the network's weights; if narrower than float32, it is kept.
-            setting: the name of the setting, for the message.
+            setting: the name of the setting, for the error message.
 
         Returns:
             ``torch.bfloat16``, or None for the network's own dtype.
@@ -106,7 +106,7 @@ def product_type(choice: str, setting: str, bfloat16_is_faster: Callable[[], boo
 
     Args:
         choice, setting: as there.
-        bfloat16_is_faster: looks at the device, where ``auto`` leaves it to that.
+        bfloat16_is_faster: examines the device, if ``auto`` depends on it.
     """
     if choice not in (*PRODUCT_DTYPES, "model"):
         raise BadInput(f"{setting}={choice} does not exist; choose one of {', '.join(PRODUCT_DTYPES)}")
@@ -116,7 +116,7 @@ def product_type(choice: str, setting: str, bfloat16_is_faster: Callable[[], boo
 
 
 def kind_of(choice: str | Spread) -> str:
-    """``cpu``, ``cuda`` or ``mps``, of what the user typed; torch is imported only if that needs it.
+    """The kind of device that a setting means, ``cpu``, ``cuda`` or ``mps``; torch is imported only if needed.
 
     Raises:
         BadInput: it is not available here.
@@ -130,7 +130,7 @@ def _may_have_gpu() -> bool:
     """Whether torch may find a GPU here: not if it was built without GPU support, or the driver is missing."""
     spec = find_spec("torch")
     assert spec is not None and spec.origin is not None
-    built = run_path(str(Path(spec.origin).with_name("version.py")))  # what torch.version is, without torch
+    built = run_path(str(Path(spec.origin).with_name("version.py")))  # torch.version, without importing torch
     if sys.platform != "linux" or built.get("hip"):
         return True
     if not built.get("cuda"):
@@ -143,7 +143,7 @@ def _may_have_gpu() -> bool:
 
 
 def resolve_device(choice: str | Spread) -> torch.device:
-    """The torch device that the user named; ``auto`` is the GPU if there is one. Of several, that which begins.
+    """The torch device of the user's setting; ``auto`` is the GPU if there is one, and the first of several.
 
     Raises:
         BadInput: the device is not available.
@@ -189,7 +189,7 @@ def weight_type(choice: str, device: Callable[[], str]) -> str:
 
     Args:
         choice: what the user typed.
-        device: gives the kind of device, on which ``auto`` depends.
+        device: returns the kind of device, on which ``auto`` depends.
 
     Raises:
         BadInput: there is no such choice.

@@ -27,7 +27,7 @@ def one_line_failures(where: str, name: str, allow_pickle: bool) -> Iterator[Non
         raise
     except BadInput as error:
         raise BadInput(f"model={name}: {where} cannot be used: {error}") from None
-    except Exception as error:  # a library may raise anything for a file that it does not expect
+    except Exception as error:  # libraries raise any kind of error for files that they do not expect
         log.debug("loading %s failed", where, exc_info=True)
         raise ModelUnavailable(_why_unavailable(where, name, error, allow_pickle)) from error
 
@@ -36,10 +36,10 @@ def _why_unavailable(where: str, name: str, error: Exception, allow_pickle: bool
     message, local = str(error), Path(where).exists()
     if not local and not hub_answers():
         return (
-            f"model={name}: '{where}' is not cached and the hub does not answer; "
+            f"model={name}: '{where}' is not in the cache and the hub does not answer; "
             "give a local copy with model=local model.path=DIR"
         )
-    if shard := _SHARD.search(message):  # some of the weights are there, so allowing pickles would not help
+    if shard := _SHARD.search(message):  # some of the weights exist, so allowing pickles would not help
         return f"model={name}: {where} lacks {shard[0]}, one of its weight files; copy it there"
     if not allow_pickle and ("safetensors" in message and not isinstance(error, SafetensorError)):
         return (
@@ -51,26 +51,24 @@ def _why_unavailable(where: str, name: str, error: Exception, allow_pickle: bool
     if local:
         return f"model={name}: {where} cannot be read ({said(error)}); {_accepted(Path(where))}"
     return (
-        f"model={name}: '{where}' is not cached and could not be downloaded ({said(error)}); "
+        f"model={name}: '{where}' is not in the cache and could not be downloaded ({said(error)}); "
         "give a local copy with model=local model.path=DIR"
     )
 
 
 def _accepted(place: Path) -> str:
-    """What would be read in the place of a folder that is not."""
+    """The kinds of folder that could be read instead."""
     from knowledge_compression.models.checkpoints.folder import readable, settings_of
 
     if method := settings_of(place).get("quant_method"):
-        return (
-            f"it is compressed by {method}, which only transformers reads; without it, {', '.join(readable())} and "
-            "GGUF files are read"
-        )
+        ours = ", ".join(readable())
+        return f"it is compressed by {method}, which only transformers can read; this program reads {ours} and GGUF"
     return "give a folder saved by save_pretrained"
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' own progress bars and reports: what matters is raised, and the bars are ours.
+    """Silence transformers' own progress bars and reports: errors are raised, and the progress bars are this program's.
 
     The hub's bars stay: only they know how far a download is.
     """
@@ -83,7 +81,7 @@ def quiet() -> Iterator[None]:
     their_logging.disable_progress_bar()  # which disables the hub's, too
     if downloads_are_shown:
         enable_progress_bars()
-    dispatching = logging.getLogger("accelerate.big_modeling")  # says that a divided network is divided
+    dispatching = logging.getLogger("accelerate.big_modeling")  # reports that a divided network is divided
     before = dispatching.level
     dispatching.setLevel(logging.ERROR)
     try:
@@ -98,7 +96,7 @@ def quiet() -> Iterator[None]:
 def said(error: Exception) -> str:
     """A library's error message as one short line, with the error's class if that is unusual."""
     line = first_line(error)
-    if line.endswith(":"):  # what is wrong follows
+    if line.endswith(":"):  # the reason follows
         line = first_line(ValueError(" ".join(str(error).split())))
     usual = isinstance(error, (OSError, ValueError, SafetensorError)) or line == type(error).__name__
     return line if usual else f"{type(error).__name__}: {line}"

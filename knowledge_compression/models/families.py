@@ -1,4 +1,4 @@
-"""What a network is: its family, its blocks and its final layer, read from the network itself.
+"""The architecture of a network: its family, its blocks and its final layer, read from the network itself.
 
 Where the structure is ambiguous, :data:`EXCEPTIONS` decides: one entry per model type. The role of each matrix of a
 block is determined in ``roles.py``.
@@ -61,7 +61,7 @@ ENCODER, ENCODER_DECODER, DECODER = "encoder", "encoder_decoder", "decoder"
 
 @dataclass(frozen=True)
 class Exceptions:
-    """What the structure of one model type does not show; in paths, ``*`` matches one path component.
+    """The facts about one model type that its structure does not show; in paths, ``*`` matches one path component.
 
     Attributes:
         roles: role of a matrix, by its path inside a block.
@@ -70,7 +70,7 @@ class Exceptions:
         outside: paths of parts that are not the language model.
         paper_ff: paths inside a block that the first paper counts as feed-forward although they are in the attention
             module (Namburi et al., Table 2: the attention output of BERT and RoBERTa).
-        shared_depth: name of the configuration value that says how often a block is used (ALBERT), if any.
+        shared_depth: name of the configuration value for how often a block is used (ALBERT), if any.
         pointwise_from: path inside a block of the module from which on the block is pointwise: it treats each position
             separately and depends only on that module's inputs. None if a residual bypasses every such module (networks
             that normalise first).
@@ -157,7 +157,7 @@ class Architecture:
         family: ``encoder``, ``encoder_decoder`` or ``decoder``.
         stacks: its stacks of blocks in forward order.
         final: path of the final layer, the projection to the vocabulary.
-        exceptions: what its structure does not show.
+        exceptions: the facts that its structure does not show.
     """
 
     family: str
@@ -167,7 +167,7 @@ class Architecture:
 
     @property
     def shared_depth(self) -> str | None:
-        """Name of the configuration value that says how often a block is used, if any."""
+        """Name of the configuration value for how often a block is used, if any."""
         return self.exceptions.shared_depth
 
     @property
@@ -257,13 +257,13 @@ def architecture_of(network: nn.Module) -> Architecture:
         BadInput: it has no final layer or no blocks.
     """
     if network not in _READ:
-        unwrap = getattr(network, "get_base_model", None)  # of peft's wrapper
+        unwrap = getattr(network, "get_base_model", None)  # a method of peft's wrapper
         _READ[network] = _read(unwrap() if callable(unwrap) else network)
     return _READ[network]
 
 
 def family_of(config: Any) -> str:
-    """Which family of language models a transformers configuration belongs to.
+    """The family of language models to which a transformers configuration belongs.
 
     By the class from which the checkpoint was saved, if transformers' tables contain it, otherwise by the model type.
 
@@ -279,8 +279,8 @@ def family_of(config: Any) -> str:
         if config.model_type in table:
             return family
     raise BadInput(
-        f"model type '{config.model_type}' is none of the causal, masked or sequence-to-sequence language models of "
-        "transformers"
+        f"model type '{config.model_type}' is not one of transformers' causal, masked or sequence-to-sequence "
+        "language models"
     )
 
 
@@ -345,15 +345,15 @@ def _is_list_of_lists(child: nn.Module) -> bool:
 
 
 def _body(half: Any, paths: Mapping[nn.Module, str]) -> str:
-    """Prefix of the paths of what reads text in a network, or in one half of an encoder-decoder.
+    """Prefix of the paths of the text-reading part of a network, or of one half of an encoder-decoder.
 
-    The nearest module around its input embeddings that holds blocks; the whole where the embeddings lie elsewhere.
+    It is the nearest module around the input embeddings that holds blocks; the whole network if there is none.
     """
     whole = paths[half]
     lists = [".".join(filter(None, (whole, path))) for path in _lists(half)]
     try:
         around = paths.get(half.get_input_embeddings(), "")
-    except (AttributeError, NotImplementedError):  # a half that does not say so, or that reads no text (speech)
+    except (AttributeError, NotImplementedError):  # a half without this method, or one that reads no text (speech)
         around = ""
     while around.startswith(f"{whole}." if whole else "") and around:
         around = around.rpartition(".")[0]

@@ -31,7 +31,7 @@ class HeldSource:
     source: ModelSource
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else comes from the other source."""
+        """Every other attribute is that of the other source."""
         if name == "source":  # still under construction, e.g. by copy()
             raise AttributeError(name)
         return getattr(self.source, name)
@@ -50,7 +50,7 @@ class HeldSource:
             _loaded.clear()
             model = self.source.load(device, dtype)
             if not _fits_again(model):
-                log.info("memory has no room for a second copy of %s; every run loads it", model.name)
+                log.info("memory has no room for a second copy of %s, so every run loads it", model.name)
                 return model
             _loaded[key] = model
         held = _loaded[key]

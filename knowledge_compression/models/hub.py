@@ -59,8 +59,8 @@ def commit_of(repository: str, revision: str) -> str | None:
     if hub_answers():
         try:
             return HfApi().model_info(repository, revision=revision).sha
-        except Exception as error:  # refused, or any error of the HTTP library
-            log.info("the hub does not give the commit of %s@%s (%s)", repository, revision, error)
+        except Exception as error:  # a refusal, or any error of the HTTP library
+            log.info("the hub does not report the commit of %s@%s (%s)", repository, revision, error)
     return cached_commit(repository, revision)
 
 

@@ -12,7 +12,7 @@ from knowledge_compression.models.families import EXPERTS
 if TYPE_CHECKING:
     from knowledge_compression.models.replaced import ReplacedLinear
 
-_EXPERT = re.compile(r"experts\.(?:expert_)?(\d+)\.")  # a module for each expert, in a list or, in Switch, a dictionary
+_EXPERT = re.compile(r"experts\.(?:expert_)?(\d+)\.")  # one module per expert, in a list or (Switch) in a dictionary
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ class TargetLayer:
         module = self.module
         if self.expert:
             bank = getattr(module, self.expert.parameter)
-            if isinstance(bank, ReplacedExperts):  # others of the bank have been replaced
+            if isinstance(bank, ReplacedExperts):  # other experts of the bank have been replaced
                 return bank.get_submodule(str(self.expert.number)).weight.detach()  # type: ignore[operator]
         return self.part_of(self.parameter.data)
 
@@ -92,7 +92,7 @@ class TargetLayer:
 
     @property
     def bias_parameter(self) -> nn.Parameter | None:
-        """The same as the module holds it. The biases of a bank of experts are the bank's, and are added by it."""
+        """The bias if the module itself holds it; the biases of a bank of experts are held and added by the bank."""
         return None if self.expert else getattr(self.module, "bias", None)
 
     @property
@@ -110,17 +110,17 @@ class TargetLayer:
 
     @property
     def is_replaceable(self) -> bool:
-        """Whether another module can replace it: not if the network uses its weight in another way."""
+        """Whether another module can replace it, which is false if the network uses its weight in another way."""
         return self.expert is not None or is_linear(self.module)
 
     @property
     def is_replaced(self) -> bool:
-        """Whether a compression has put a module of its own in its place."""
+        """Whether a compression has replaced it by a module of its own."""
         return self.replacement is not None
 
     @property
     def replacement(self) -> ReplacedLinear | None:
-        """The module that a compression has put in its place, if it has."""
+        """The module by which a compression has replaced it, if any."""
         from knowledge_compression.models.replaced import ReplacedExperts, ReplacedLinear
 
         module: Any = self.module
@@ -129,7 +129,7 @@ class TargetLayer:
         return module if isinstance(module, ReplacedLinear) else None
 
     def moved(self, network: nn.Module, path: str) -> TargetLayer:
-        """The same layer at another path of another network; only the number of its block may be another."""
+        """The same layer in another network, at another path; only the number of its block may differ."""
         expert, block = self.expert, self.block
         if expert is not None:
             bank = path[: len(path) - len(self.path) + len(expert.bank)]
@@ -165,7 +165,7 @@ class Expert:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies its input by a stored weight matrix: nn.Linear, Conv1D, or ours that replace them."""
+    """Whether a module multiplies its input by a stored weight matrix: nn.Linear, Conv1D, or a replacement."""
     from transformers.pytorch_utils import Conv1D
 
     from knowledge_compression.models.replaced import ReplacedLinear

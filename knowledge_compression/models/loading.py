@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Model)
 
-ADAPTER = "adapter_config.json"  # what makes a folder one of peft's
+ADAPTER = "adapter_config.json"  # the file that identifies a folder of peft
 
 
 class ModelSource(Protocol):
@@ -46,7 +46,7 @@ class ModelSource(Protocol):
         """Load the model in evaluation mode.
 
         Args:
-            device: ``auto`` (a GPU when there is one), or a torch device.
+            device: ``auto`` (a GPU if there is one), or a torch device.
             dtype: ``auto`` (float32 on a CPU, the checkpoint's own on a GPU), ``float32``, ``bfloat16`` or ``float16``.
 
         Raises:
@@ -80,13 +80,13 @@ class StreamableSource(ModelSource, Protocol):
     """A source whose model can be compressed without loading all of it.
 
     Attributes:
-        stream: whether the user asked for that.
+        stream: whether the user chose this.
     """
 
     stream: bool
 
     def streamed(self, device: str | Spread = "auto", dtype: str = "auto") -> StreamedModel:
-        """A skeleton and where its weights are; ``dtype=auto`` is the checkpoint's own on every device."""
+        """A skeleton and the place of its weights; ``dtype=auto`` is the checkpoint's own on every device."""
         ...
 
 
@@ -181,7 +181,7 @@ class HubModel:
         if told["commit"] not in (None, read):
             raise ModelUnavailable(
                 f"model={self.name}: {self.hub_id}@{self.revision} changed on the hub while it was read (from "
-                f"{told['commit']} to {read}); start again, or name a commit with model.revision="
+                f"{told['commit']} to {read}); start again, or pin a commit with model.revision="
             )
         return told | {"commit": read}
 
@@ -199,7 +199,7 @@ class LocalModel:
     dense: str | None = field(default=None, metadata=PLACE)  # the model that this one was compressed from
 
     def fingerprint(self) -> str:
-        """Digest of every byte that decides the model's answers, wherever the folder or file is."""
+        """Digest of every byte that decides the model's answers, independent of the path."""
         place, there = self._place()
         if there and place.is_dir():
             return folder_fingerprint(place)
@@ -259,7 +259,7 @@ class LocalModel:
         """The folder or file, and whether it is a file or a folder with a configuration.
 
         Raises:
-            ModelUnavailable: it cannot be entered.
+            ModelUnavailable: it cannot be opened.
             BadInput: it is an adapter.
         """
         place = Path(self.path).expanduser()
@@ -267,11 +267,11 @@ class LocalModel:
             there = place.is_file() or (place / "config.json").is_file()
             adapter = not there and (place / ADAPTER).is_file()
             whole = place.resolve()
-        except (OSError, RuntimeError, ValueError) as error:  # not to be entered, a link to itself, not a valid path
+        except (OSError, RuntimeError, ValueError) as error:  # no permission, a link to itself, or an invalid path
             raise ModelUnavailable(f"model.path={self.path} cannot be read ({first_line(error)})") from None
         if adapter:
             raise BadInput(
-                f"model.path={self.path} is an adapter, which needs the model that it was trained on: type "
+                f"model.path={self.path} is an adapter, which needs the model that it was trained on: choose "
                 f"model.path=BASE recovery=adapter recovery.path={self.path}"
             )
         return whole, there
@@ -280,8 +280,8 @@ class LocalModel:
         """The folder or file, and how it is compressed, if a format is recognised.
 
         Raises:
-            ModelUnavailable: it is not there, or no model.
-            BadInput: it is an adapter, or compressed in a way that is not read.
+            ModelUnavailable: it does not exist, or is not a model.
+            BadInput: it is an adapter, or is compressed in a way that cannot be read.
         """
         from knowledge_compression.models.checkpoints.recognised import stored_at
 

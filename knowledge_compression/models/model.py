@@ -1,4 +1,4 @@
-"""The value on which every step of a run works: a language model and what belongs to it."""
+"""The value on which every step of a run works: a language model with its tokenizer and settings."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Model:
         tokenizer: its tokenizer.
         name: the name shown to users, e.g. ``smollm2``.
         provenance: the origin of the weights (hub id and commit, file and digest), for the record.
-        note: what a reader must know about this baseline, e.g. that it was stored in 4 bits; may be empty.
+        note: a remark for readers about this baseline, e.g. that it was stored in 4 bits; may be empty.
         objective: the training objective, which recoveries use too; None uses its family's (see
             ``objectives.objective_for``).
-        on_disk: how its weights are stored where they were read from, if that is a compressed format.
+        on_disk: how the weights were stored in their source, if in a compressed format.
     """
 
     network: PreTrainedModel
@@ -71,7 +71,7 @@ class Model:
         """The token with which an encoder-decoder begins to generate, found as transformers' own generation finds it.
 
         Raises:
-            BadInput: its settings name none.
+            BadInput: its settings define none.
         """
         settings = self.network.generation_config, self.network.config, self.text_config
         for name in ("decoder_start_token_id", "bos_token_id"):
@@ -79,8 +79,8 @@ class Model:
                 if (token := getattr(where, name, None)) is not None:
                     return int(token)
         raise BadInput(
-            f"{self.name} does not say with which token its decoder begins; set decoder_start_token_id in its "
-            "config.json (of a translator that is the token of the language)"
+            f"{self.name} does not define the token with which its decoder begins; set decoder_start_token_id in its "
+            "config.json (for a translation model, the token of the language)"
         )
 
     @property
@@ -96,7 +96,7 @@ class Model:
     def first_position(self) -> int:
         """Position number of a text's first token."""
         positions = [m for path, m in self.network.named_modules() if path.endswith("position_embeddings")]
-        after_padding = any(getattr(module, "padding_idx", None) is not None for module in positions)  # RoBERTa's
+        after_padding = any(getattr(module, "padding_idx", None) is not None for module in positions)  # as in RoBERTa
         return self.network.config.pad_token_id + 1 if after_padding else 0
 
     def parameter_count(self) -> int:

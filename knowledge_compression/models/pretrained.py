@@ -1,6 +1,6 @@
 """Building a model from a place with transformers: its network, its configuration, its tokenizer.
 
-A place is a folder, a hub id or a file. What is stored there in a compressed format is decoded (``checkpoints/``).
+A place is a folder, a hub id or a file. Compressed formats are decoded (``checkpoints/``).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def check_memory(skeleton: Model, device: str | Spread, dtype: str) -> None:
     if needed > free:
         raise BadInput(
             f"{skeleton.name} takes {needed / 1e9:.1f} GB in {str(stored).removeprefix('torch.')} and {place} has "
-            f"{free / 1e9:.1f} GB free, so it can be streamed but not asked anything; choose eval=[] "
+            f"{free / 1e9:.1f} GB free, so it can be streamed but not evaluated; choose eval=[] "
             "recovery=none to write the compressed checkpoint only, or a narrower dtype"
         )
 
@@ -83,7 +83,7 @@ def from_pretrained(
         reuse_freed_memory()
     if Path(where).is_dir():
         check_shards(Path(where))
-    # A download shows the hub's own bars, which do not go together with ours.
+    # A download shows the hub's own bars, which would interfere with this program's.
     waiting = underway(f"loading {name}") if Path(where).exists() or is_cached(where, **hub) else nullcontext()
     with one_line_failures(where, name, allow_pickle), quiet(), waiting:
         config = _configuration(where, stored, **hub)
@@ -133,7 +133,7 @@ def skeleton_of(where: str, name: str, stored: Stored | None = None, **hub: Any)
         config = _configuration(where, stored, **hub)
         with torch.device("meta"):
             network = auto_class(config).from_config(config)
-        described = stored is None or (Path(where) / "config.json").is_file()  # not so a GGUF file
+        described = stored is None or (Path(where) / "config.json").is_file()  # a GGUF file has none
         told = PretrainedConfig.get_config_dict(where, **hub)[0] if described else {}
     model = Model(network, None, name)  # type: ignore[arg-type]  # a skeleton reads no text
     if told.get("tie_word_embeddings") is False and model.head_is_tied:  # transformers forgets that of T5 and mT5

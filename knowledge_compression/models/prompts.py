@@ -1,4 +1,4 @@
-"""The soft prompts before every input of a model, whichever recovery placed them."""
+"""The soft prompts before every input of a model, placed there by any recovery."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Choices = list[list[int]]
 
 @dataclass(frozen=True)
 class Prompts:
-    """What code that runs a model must know about the prompts before every input; by default there are none.
+    """The prompts before every input, for code that runs a model; by default there are none.
 
     Attributes:
         positions: number of positions that they occupy in every input.

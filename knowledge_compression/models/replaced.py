@@ -50,8 +50,8 @@ class ReplacedLinear(nn.Module):
 class ReplacedExperts(nn.ModuleList):
     """A bank of experts as one module per expert, for networks that keep the bank in one parameter.
 
-    The network still multiplies by parts of what it takes to be that parameter; each such product calls the expert's
-    module. A module's path consists of the parameter's path and the expert's number.
+    The network still multiplies by parts of this object as if it were the parameter; each such product calls the
+    expert's module. A module's path consists of the parameter's path and the expert's number.
 
     Args:
         experts: ``nn.Linear`` or :class:`ReplacedLinear` without a bias, in the order of the bank.
@@ -76,7 +76,7 @@ class ReplacedExperts(nn.ModuleList):
         bank.add_module(parameter, made)
         config: Any = getattr(bank, "config", None)
         if config is not None:
-            own = copy(config)  # that of the network is not ours to change
+            own = copy(config)  # the network's own configuration must not change
             own._experts_implementation = "eager"
             bank.config = own
         return made
@@ -89,7 +89,7 @@ class ReplacedExperts(nn.ModuleList):
 
     @property
     def shape(self) -> torch.Size:
-        """Of the parameter that it replaces."""
+        """The shape of the parameter that it replaces."""
         first: Any = self._modules["0"]
         sizes = (first.in_features, first.out_features) if self.transposed else (first.out_features, first.in_features)
         return torch.Size((len(self), *sizes))
@@ -116,7 +116,7 @@ class _Factor:
         self.experts, self.transposed, self.whole = experts, transposed, whole
 
     def float(self) -> Self:
-        """Itself: the module says in which type it multiplies."""
+        """Itself, because the module decides in which type it multiplies."""
         return self
 
     def multiply(self, func: Any, left: Tensor) -> Tensor:
@@ -127,8 +127,8 @@ class _Factor:
         if not self.whole and (name == "linear" if not self.transposed else name in ("matmul", "__matmul__", "mm")):
             return self.experts[0](left)
         raise BadInput(
-            f"this network multiplies by its experts in a way ({name}) that replaced modules do not support; choose "
-            "a method that writes weights, e.g. compression=rtn compression.bits=8"
+            f"this network multiplies by its experts in a way ({name}) that replaced modules do not support; choose a "
+            "method that changes only weights, e.g. compression=rtn compression.bits=8"
         )
 
     @classmethod

@@ -1,8 +1,8 @@
-"""A network built again from a smaller configuration, with weights taken from the one before.
+"""A network built again from a smaller configuration, with weights taken from the old one.
 
 Everything that follows from the configuration (numbers of blocks and heads, layer indices, windows of attention, the
 groups of a key-value cache) is set by transformers itself when it builds the network, so that a checkpoint of the
-result is an ordinary one. What does not fit is refused before the old network is touched.
+result is an ordinary one. Anything that does not fit is refused before the old network is touched.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PLAIN = (bool, int, float, str, type(None))
-# What is another in a block of another number, and what is not the block's: T5's bias moves to the new first block.
+# Attributes that depend on a block's number, and tensors shared by all blocks: T5's bias moves to the new first block.
 _OF_ITS_PLACE = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx"}) | {
     "training",
     "has_relative_attention_bias",
@@ -31,11 +31,11 @@ _OF_ITS_PLACE = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number
 
 @dataclass(frozen=True)
 class Smaller:
-    """A smaller architecture: its configuration, and where its blocks come from.
+    """A smaller architecture: its configuration, and the old places of its blocks.
 
     Attributes:
         config: the configuration.
-        blocks: path of each block in the old network, by its path in the new one; empty if all stay where they are.
+        blocks: path of each block in the old network, by its path in the new one; empty if all keep their places.
     """
 
     config: Any
@@ -50,7 +50,7 @@ class Smaller:
         return path
 
     def first_before(self, path: str) -> str:
-        """The path that it had in the first block of its stack, which alone may hold what all share (T5's biases)."""
+        """The path that it had in the first block of its stack, which may hold shared tensors (T5's biases)."""
         parts = path.split(".")
         for end in range(1, len(parts) + 1):
             if ".".join(parts[:end]) in self.blocks:
@@ -68,14 +68,15 @@ def changed(config: Any, change: Callable[[Any], None]) -> Any:
     """A copy of a configuration after a change.
 
     Raises:
-        BadInput: transformers does not take the result.
+        BadInput: transformers does not accept the result.
     """
     copy = deepcopy(config)
     try:
         change(copy)
         type(copy).from_dict(copy.to_dict())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadInput(f"a configuration of type '{config.model_type}' cannot say it ({first_line(error)})") from None
+        kind = config.model_type
+        raise BadInput(f"a configuration of type '{kind}' cannot express it ({first_line(error)})") from None
     return copy
 
 
@@ -83,13 +84,12 @@ def built(network: PreTrainedModel, smaller: Smaller, state: Mapping[str, Tensor
     """The network of a smaller architecture.
 
     Args:
-        network: the old one, which is not changed; buffers that no checkpoint holds are taken from it.
+        network: the old one, which is not changed; buffers that are in no checkpoint are taken from it.
         smaller: the new architecture.
         state: its tensors by their names in the new network; they are used, not copied, and may lie on the meta device.
 
     Raises:
-        BadInput: the tensors are not those that the configuration asks for, or a block would no longer compute what it
-            did.
+        BadInput: the tensors do not match the configuration, or a block would no longer compute the same.
     """
     empty = _empty(type(network), smaller.config, network.config)
     again = _empty(type(network), type(smaller.config).from_dict(smaller.config.to_dict()), network.config)
@@ -99,7 +99,7 @@ def built(network: PreTrainedModel, smaller: Smaller, state: Mapping[str, Tensor
         if wrong := [name for name in {**asked, **shapes} if asked.get(name) != shapes.get(name)]:
             name = wrong[0]
             raise BadInput(
-                f"its configuration asks for {name} {_shown(asked.get(name))} where there would be "
+                f"its configuration requires {name} {_shown(asked.get(name))}, but the pruned tensor is "
                 f"{_shown(shapes.get(name))}"
             )
         _check_same_blocks(network, made, smaller)
@@ -114,9 +114,9 @@ def built(network: PreTrainedModel, smaller: Smaller, state: Mapping[str, Tensor
             source = source or network.get_submodule(smaller.before(path))
             there = source._buffers.get(name)
             if there is None or there.shape != module._buffers[name].shape:
-                raise BadInput(f"its buffer {full} has another shape, and no checkpoint holds it")
+                raise BadInput(f"its buffer {full} has another shape and is in no checkpoint")
             module._buffers[name] = there
-    if hasattr(network, "generation_config"):  # not that of an encoder
+    if hasattr(network, "generation_config"):  # an encoder's is not copied
         empty.generation_config = network.generation_config
     return empty.eval()
 
@@ -131,13 +131,13 @@ def source_state(network: PreTrainedModel, smaller: Smaller) -> dict[str, Tensor
     for name in _empty(type(network), smaller.config, network.config).state_dict():
         where = next((path for path in (smaller.before(name), smaller.first_before(name)) if path in old), None)
         if where is None:
-            raise BadInput(f"its configuration asks for {name}, which the network does not have")
+            raise BadInput(f"its configuration requires {name}, which the network does not have")
         found[name] = old[where]
     return found
 
 
 def changed_settings(before: Any, after: Any) -> list[dict[str, Any]]:
-    """What a smaller configuration says otherwise, and each of those inside it, in the order of :func:`parts_of`."""
+    """The changed settings of a smaller configuration and of those inside it, in the order of :func:`parts_of`."""
     pairs = zip(parts_of(before), parts_of(after), strict=True)
     return [
         {
@@ -152,11 +152,11 @@ def changed_settings(before: Any, after: Any) -> list[dict[str, Any]]:
 def restored(
     network: PreTrainedModel, settings: Sequence[Mapping[str, Any]], blocks: Mapping[str, str]
 ) -> PreTrainedModel:
-    """The network that was made smaller before; what has another shape than in the old one is left to be filled in.
+    """The network that was made smaller before; tensors whose shape has changed are left to be filled in.
 
     Args:
         network: the old one.
-        settings: of the smaller configuration, see :func:`changed_settings`.
+        settings: settings of the smaller configuration, see :func:`changed_settings`.
         blocks: see :class:`Smaller`.
     """
     config = deepcopy(network.config)
@@ -173,7 +173,7 @@ def restored(
 
 
 def put_in_place(model: Model, network: PreTrainedModel) -> None:
-    """Give a model its new network, which is checked as one that was loaded.
+    """Give a model its new network, which is checked like a loaded one.
 
     Raises:
         BadInput: it does not run; the model keeps the old one.
@@ -196,12 +196,12 @@ def _empty(kind: type[PreTrainedModel], config: Any, like: Any) -> PreTrainedMod
         with torch.device("meta"):
             made: PreTrainedModel = kind._from_config(config, attn_implementation=like._attn_implementation)
     except (ValueError, TypeError, RuntimeError, KeyError, IndexError) as error:
-        raise BadInput(f"transformers builds no such network ({first_line(error)})") from None
+        raise BadInput(f"transformers cannot build this network ({first_line(error)})") from None
     return made
 
 
 def _share_as(old: PreTrainedModel, new: PreTrainedModel, smaller: Smaller) -> None:
-    """Tie the parameters that are one in the old network, whatever the configuration says of them."""
+    """Tie the parameters that are tied in the old network, even if the configuration does not."""
     first: dict[int, nn.Parameter] = {}
     known = dict(old.named_parameters(remove_duplicate=False))
     for name, parameter in list(new.named_parameters(remove_duplicate=False)):
@@ -216,11 +216,11 @@ def _share_as(old: PreTrainedModel, new: PreTrainedModel, smaller: Smaller) -> N
 
 
 def _check_same_blocks(old: PreTrainedModel, new: PreTrainedModel, smaller: Smaller) -> None:
-    """Refuse blocks whose kind would follow from another number: a window, a position that is not rotated."""
+    """Refuse blocks whose kind depends on their number (an attention window, no rotary positions) and would change."""
     for path, source in smaller.blocks.items():
         known = dict(old.get_submodule(source).named_modules())
         for inside, module in new.get_submodule(path).named_modules():
-            if (was := known.get(inside)) is None:  # of the first block, which takes it along
+            if (was := known.get(inside)) is None:  # belongs to the first block, which keeps it
                 continue
             for name, value in vars(module).items():
                 if name.startswith("_") or name in _OF_ITS_PLACE or not isinstance(value, _PLAIN):
@@ -232,7 +232,7 @@ def _check_same_blocks(old: PreTrainedModel, new: PreTrainedModel, smaller: Smal
 
 
 def filtered_lists(config: Any, depth: int, kept: Sequence[int]) -> None:
-    """Keep, of every list with an entry for each block, the entries of the blocks that stay."""
+    """In every list with an entry for each block, keep the entries of the remaining blocks."""
     for name, value in list(vars(config).items()):
         per_block = any(word in name for word in ("layer", "window", "pattern", "types"))
         if per_block and isinstance(value, list | tuple) and len(value) == depth:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-# Roles of a matrix. `self_att` becomes that of the encoder or the decoder; `transform` is what changes the width of
-# states, within a block beside its attention and feed-forward, between blocks and head, or embeddings and blocks.
+# Roles of a matrix. `self_att` becomes the encoder's or the decoder's role; `transform` changes the width of states: in
+# a block outside its attention and feed-forward layers, between blocks and head, or between embeddings and blocks.
 ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT = "encoder_att", "decoder_self_att", "cross_att"
 FF, EXPERTS, SHARED_EXPERTS, ROUTER, MIXER = "ff", "experts", "shared_experts", "router", "mixer"
 TRANSFORM, FINAL = "transform", "final"
@@ -44,13 +44,13 @@ _RULES: Sequence[tuple[str, str, str]] = (
     ),
 )
 
-# Matrices directly in the block, or in modules whose name says nothing about the role.
+# Matrices directly in the block, or in modules whose name does not show the role.
 _PLAIN = {
     FF: r"(intermediate|output|ffn|pwff)(\.\w+)*|fc_?\d|lin\d|linear\d|ffn_output|wi(_\d)?|wo|w\d|up_proj|down_proj"
     r"|gate_proj|dense_(h_to_4h|4h_to_h)"
 }
 
-# Why a block's parameter that is not a linear layer's matrix is left out: by its module's class, or by its name.
+# Reasons to leave out a block's parameter that is not a linear layer's matrix, by its module's class or its name.
 _REASONS: Sequence[tuple[str, str, str]] = (
     ("convolution", r".*conv(olution)?(\dd?)?", r"conv\w*"),
     ("embedding", r".*embedding\w*", r".*(embed|position|rel_pos|table)\w*"),
@@ -90,7 +90,7 @@ def _matching(name: str, kind: str) -> str | None:
 
 
 def reason_of(name: str, kind: str) -> str | None:
-    """Why a parameter that is not a linear layer's matrix is left out, by its name and its module's class."""
+    """The reason to leave out a parameter that is not a linear layer's matrix, by its name and its module's class."""
     return next((reason for reason, classes, names in _REASONS if _is(classes, kind) or _is(names, name)), None)
 
 

@@ -31,7 +31,7 @@ def save_checkpoint(model: Model, folder: Path) -> None:
 
     Args:
         model: any family, with a tied or untied head.
-        folder: where to; replaced if it is there.
+        folder: the folder to write; replaced if it exists.
 
     Raises:
         BadInput: a weight is not finite; nothing is written.
@@ -55,7 +55,7 @@ def write_checkpoint(
 
     Args:
         model: the model whose configuration and tokenizer are written.
-        folder: where to; replaced if it is there.
+        folder: the folder to write; replaced if it exists.
         state: the tensors by name.
         settings: entries of ``config.json`` to add or replace.
         files: further text files by name.

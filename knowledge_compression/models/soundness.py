@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
-_DEEPEST = 4096  # blocks: no network has as many, and building a billion of them would never end
+_DEEPEST = 4096  # blocks: no network has more, and building a billion of them would never end
 _DEPTHS = (
     "num_hidden_layers",
     "num_decoder_layers",
@@ -35,7 +35,7 @@ def check_configuration(config: PretrainedConfig) -> None:
     for name in _DEPTHS:
         depth = getattr(config, name, None)
         if depth is not None and not (isinstance(depth, int) and 1 <= depth <= _DEEPEST):
-            raise BadInput(f"its configuration asks for {name}={depth}; a network has 1 to {_DEEPEST} blocks")
+            raise BadInput(f"its configuration has {name}={depth}; a network has 1 to {_DEEPEST} blocks")
 
 
 def check_loaded(network: PreTrainedModel, missing: Iterable[str], left_over: Iterable[str]) -> None:
@@ -43,7 +43,7 @@ def check_loaded(network: PreTrainedModel, missing: Iterable[str], left_over: It
 
     Args:
         network: as it was loaded.
-        missing: weights of the network that are in no file.
+        missing: weights of the network that are missing from the files.
         left_over: tensors in the files that no weight of the network uses.
 
     Raises:
@@ -51,7 +51,7 @@ def check_loaded(network: PreTrainedModel, missing: Iterable[str], left_over: It
     """
     if names := sorted(missing):
         raise BadInput(
-            f"it lacks {len(names)} weights ({names[0]}, ...), so its answers would be partly random; give a "
+            f"it lacks {len(names)} weights ({names[0]}, ...), so its answers would be partly random; use a "
             "checkpoint that was saved with its language-model head"
         )
     for stack in architecture_of(network).stacks:
@@ -60,7 +60,9 @@ def check_loaded(network: PreTrainedModel, missing: Iterable[str], left_over: It
         for name in left_over:
             found = re.search(rf"(?:^|\.){inside}\.(\d+)\.", name)
             if found and int(found[1]) >= depth:
-                raise BadInput(f"its files hold {name} and its configuration has {depth} blocks; one of them is wrong")
+                raise BadInput(
+                    f"its files hold {name}, but its configuration has {depth} blocks; one of the two is wrong"
+                )
 
 
 def check_tokenizer(model: Model) -> None:
@@ -84,8 +86,8 @@ def check_tokenizer(model: Model) -> None:
     if beyond := {token: i for token, i in unknown.items() if i not in added}:
         token = min(beyond, key=lambda one: beyond[one])
         raise BadInput(
-            f"its tokenizer gives '{token}' the number {beyond[token]} and its embeddings have {rows} rows; give "
-            "weights and tokenizer of one model"
+            f"its tokenizer gives '{token}' the id {beyond[token]}, but its embeddings have only {rows} rows; use "
+            "weights and tokenizer of the same model"
         )
 
 
@@ -95,7 +97,7 @@ def _refuse_beyond(name: str, unknown: Mapping[int, str], embeddings: nn.Module,
     if largest >= rows:
         raise BadInput(
             f"a text has the token '{unknown.get(largest, largest)}', which was added to the tokenizer of {name} with "
-            f"the id {largest}, and its network has embeddings for the ids 0 to {rows - 1}; give a checkpoint whose "
+            f"the id {largest}, and its network has embeddings for the ids 0 to {rows - 1}; use a checkpoint whose "
             "embeddings were resized, or the tokenizer that it was trained with"
         )
 
@@ -112,7 +114,7 @@ def check_it_runs(model: Model) -> None:
     with torch.inference_mode():
         logits = model.network(input_ids=ids, attention_mask=torch.ones_like(ids), **decoder).logits
     if logits.shape[:2] != ids.shape:
-        raise BadInput(f"it gives logits of the shape {list(logits.shape)} for {ids.shape[1]} tokens")
+        raise BadInput(f"its logits for {ids.shape[1]} tokens have the shape {list(logits.shape)}")
 
 
 def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
@@ -125,7 +127,7 @@ def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
 
 
 def weights_of(model: Model) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and persistent buffer of a model by name, each once, wherever a divided network keeps it."""
+    """Every parameter and persistent buffer of a model by name, each once, also in a divided network."""
     seen = set[int]()
     for name, tensor in model.network.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
@@ -146,12 +148,12 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], of: str) -> None:
     if found := non_finite(tensors):
         raise BadInput(
             f"{of} has weights that are not finite ({shown(found)}), so a compressed version would be "
-            "meaningless; give a sound checkpoint, or compression=none to evaluate it unchanged"
+            "meaningless; use an intact checkpoint, or compression=none to evaluate it unchanged"
         )
 
 
 def shown(found: Mapping[str, int]) -> str:
-    """The result of :func:`non_finite` as part of a line."""
+    """The result of :func:`non_finite` as part of a message."""
     first = [f"{name}: {count}" for name, count in list(found.items())[:_SHOWN]]
     return ", ".join(first + ([f"and {len(found) - _SHOWN} more tensors"] if len(found) > _SHOWN else []))
 

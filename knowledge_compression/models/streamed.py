@@ -31,7 +31,7 @@ class Described:
 
     Attributes:
         shape: its sizes.
-        dtype: as the file names it, e.g. ``F16``, ``I32``, ``F8_E4M3``.
+        dtype: the file's name for it, e.g. ``F16``, ``I32``, ``F8_E4M3``.
     """
 
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class Described:
     def bytes(self) -> int:
         """Bytes of all its numbers."""
         width = re.search(r"\d+", self.dtype)
-        return self.count * (int(width[0]) if width else 8) // 8  # BOOL has no number
+        return self.count * (int(width[0]) if width else 8) // 8  # BOOL contains no number of bits
 
     def matrix(self, name: str) -> tuple[int, int]:
         """Its two sizes.
@@ -60,7 +60,7 @@ class Described:
             BadInput: it has more or fewer, or one of them is 0.
         """
         if len(self.shape) != 2 or 0 in self.shape:
-            raise BadInput(f"{name} has the shape {list(self.shape)}, and a linear layer's has two sizes")
+            raise BadInput(f"{name} has the shape {list(self.shape)}, but a linear layer's weight has two dimensions")
         return self.shape[0], self.shape[1]
 
 
@@ -88,7 +88,7 @@ class Checkpoint:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ModelUnavailable(f"{folder} holds no safetensors weights that can be read ({error})") from None
         if outside := [name for name in self.file_of.values() if not isinstance(name, str) or Path(name).name != name]:
-            raise ModelUnavailable(f"{folder / INDEX} names a file outside its folder: {outside[0]}")
+            raise ModelUnavailable(f"{folder / INDEX} refers to a file outside its folder: {outside[0]}")
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU, memory-mapped until it is copied.
@@ -99,7 +99,7 @@ class Checkpoint:
         return self.read_all([name])[name]
 
     def read_all(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Some tensors, as :meth:`read` gives them; each file is opened once."""
+        """Several tensors, as from :meth:`read`; each file is opened once."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self.file_of[name], []).append(name)
@@ -147,9 +147,9 @@ class StreamedModel(Model):
         place: device to which they are loaded.
         stored: floating dtype in which they are processed and written.
 
-    After it is made, ``source`` says for each weight of the network which weight it is tied to (itself, if to none),
-    ``stored_as`` under which name a checkpoint holds it, and ``parts`` of which tensors of the files it is made (banks
-    of experts are stored expert by expert).
+    For each weight of the network, ``source`` is the weight to which it is tied (itself if it is not tied),
+    ``stored_as`` its name in a checkpoint, and ``parts`` the tensors of the files from which it is made (banks of
+    experts are stored expert by expert).
     """
 
     checkpoint: Checkpoint = field(kw_only=True)
@@ -189,7 +189,7 @@ class StreamedModel(Model):
                 )
 
     def _shape(self, name: str, there: Mapping[str, Described]) -> tuple[int, ...]:
-        """Of a weight as the files have it, () where their parts do not fit together."""
+        """The shape of a weight in the files; () if its parts do not fit together."""
         try:
             return tuple(self.assembled(name, lambda key: torch.empty(there[key].shape, device="meta")).shape)
         except (RuntimeError, KeyError, IndexError):
@@ -221,11 +221,11 @@ class StreamedModel(Model):
         return tensor.to(self.stored) if tensor.is_floating_point() else tensor
 
     def assembled(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
-        """One weight of the network from tensors of files, as transformers puts it together.
+        """One weight of the network, made from tensors of the files as transformers does it.
 
         Args:
-            name: of the weight.
-            read: gives the tensor of a name in the files.
+            name: name of the weight.
+            read: returns the tensor of the files with a given name.
         """
         if name not in self.parts:
             return read(self.stored_as[name])
@@ -236,7 +236,7 @@ class StreamedModel(Model):
         return made[0] if isinstance(made, list) else made
 
     def taken_apart(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of the network by name as a checkpoint holds them, as ``save_pretrained`` takes them apart."""
+        """Weights of the network under the names of a checkpoint, split as by ``save_pretrained``."""
         from transformers.core_model_loading import revert_weight_conversion
 
         found: dict[str, Tensor] = {}
@@ -277,7 +277,7 @@ def check_kinds(network: PreTrainedModel, folder: Path) -> None:
     needed = network.state_dict()
     for name, key in names_in_files(network, there).items():
         if name in needed and needed[name].is_floating_point() and not there[key].floats:
-            raise BadInput(f"it holds {key} as integers without a quantization_config that says what they stand for")
+            raise BadInput(f"it holds {key} as integers, without a quantization_config that describes them")
 
 
 def names_in_files(network: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
@@ -297,12 +297,12 @@ def names_in_files(network: PreTrainedModel, keys: Iterable[str]) -> dict[str, s
 
 
 class Parts(NamedTuple):
-    """Of which tensors in files one weight of a network is made.
+    """The tensors of files from which one weight of a network is made.
 
     Attributes:
         keys: their names.
-        patterns: for each the pattern of the converter that its name fits.
-        converter: of transformers, which puts them together.
+        patterns: for each name, the pattern of the converter that it matches.
+        converter: transformers' converter, which combines them.
     """
 
     keys: list[str]
@@ -311,7 +311,7 @@ class Parts(NamedTuple):
 
 
 def parts_in_files(network: PreTrainedModel, keys: Iterable[str]) -> dict[str, Parts]:
-    """Each weight of the network that is made of several tensors in the files, or of another one, by name."""
+    """Each weight of the network made from several tensors of the files, or from one of another name."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
@@ -331,10 +331,12 @@ def parts_in_files(network: PreTrainedModel, keys: Iterable[str]) -> dict[str, P
 
 
 def _put(network: nn.Module, name: str, tensor: Tensor) -> None:
-    """Set a parameter or buffer by its full name, whatever device it was on."""
+    """Set a parameter or buffer by its full name, on any device."""
     path, _, leaf = name.rpartition(".")
     module = network.get_submodule(path)
     if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())  # as loaded ones
+        module._parameters[leaf] = nn.Parameter(
+            tensor, requires_grad=tensor.is_floating_point()
+        )  # like loaded parameters
     else:
         module._buffers[leaf] = tensor

@@ -82,11 +82,11 @@ class Targets(Sequence[TargetLayer]):
         return sum(layer.parameters for layer in self._layers)
 
     def follow(self, network: nn.Module, path_now: Callable[[str], str | None]) -> None:
-        """Select what is left of the layers in a network that has taken the place of theirs.
+        """Select the remaining layers in a network that has replaced theirs.
 
         Args:
             network: the new network.
-            path_now: where a layer is now, by its path before; None if it is gone.
+            path_now: returns the new path of a layer, given its former path; None if it was dropped.
         """
         moved = [(layer, path_now(layer.path)) for layer in self._layers]
         self._layers = [layer.moved(network, path) for layer, path in moved if path is not None]
@@ -110,17 +110,17 @@ class Target:
     """A named choice of roles; one file under ``conf/target/`` each.
 
     Attributes:
-        name: what the user types.
+        name: the name in settings.
         roles: the roles that it includes under ``reading=module``.
         paper_roles: the roles that it includes under ``reading=paper``; by default the same.
         final_when_quantized: whether quantization of this target includes the final layer, as published; pruning
             excludes it.
         reading: ``module`` (a linear belongs to the module that contains it) or ``paper`` (as counted in Table 2 of
             paper 1).
-        blocks: numbers of the blocks to which it is limited, from 0 in each stack; None includes all, and what lies
+        blocks: numbers of the blocks to which it is limited, from 0 in each stack; None includes all blocks, and layers
             outside the blocks.
-        experts: numbers of the routed experts to which it is limited, from 0 in each block; None includes all, and what
-            belongs to no routed expert.
+        experts: numbers of the routed experts to which it is limited, from 0 in each block; None includes all experts,
+            and layers that belong to no routed expert.
     """
 
     name: str = field(metadata=LABEL)
@@ -149,7 +149,7 @@ class Target:
         """The layers of ``model`` that have one of the roles, in the blocks and experts to which it is limited.
 
         Raises:
-            BadInput: the model has none, or has linear layers that cannot be placed.
+            BadInput: the model has no such layer, or has linear layers that cannot be placed.
         """
         roles = self.paper_roles if self.reading == "paper" and self.paper_roles else self.roles
         everything = placed(model, self.reading)
@@ -278,7 +278,7 @@ def placed(model: Model, reading: str = "module") -> Placed:
         named = [names[0] if len(names) == 1 else pattern for pattern, names in alike.items()]
         raise BadInput(
             f"{model.name} ({config.model_type}) has parameters of unknown role: {', '.join(named)} "
-            "(docs/extending.md says how to name one)"
+            "(docs/extending.md shows how to give one a role)"
         )
     return Placed(layers, others, frozenset(layer.path for layer in layers if not roles.block_of(layer.holder)))
 

@@ -17,5 +17,5 @@ _TEXTS = (
 
 
 def read_alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether a few texts of many kinds become the same token ids."""
+    """Whether a few texts of different kinds give the same token ids."""
     return all(one(text)["input_ids"] == other(text)["input_ids"] for text in _TEXTS)

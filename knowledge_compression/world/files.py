@@ -16,8 +16,8 @@ TWO_HOPS = "two_hops.jsonl"
 SEEN, HELD_OUT = "seen", "held_out"
 HEAD, TAIL = "head", "tail"
 _MASK = "[MASK]"
-_TASK = """\
-# Which of four things of the same kind is true? Read by lm-evaluation-harness with include_path at this folder.
+_TASK = r"""\ # Which of four answers of the same kind is true? Read by lm-evaluation-harness with include_path at this
+folder.
 task: {task}
 dataset_path: json
 dataset_kwargs:
@@ -62,7 +62,8 @@ def write(world: World, folder: Path) -> None:
         _write_lines(folder / TWO_HOPS, (_two_hop(world, found) for found in world.two_hops if found.first.probed))
     documents = folder / CHOICES / "world_choices.jsonl"
     _write_lines(documents, _choices(world))
-    # lm-eval resolves data_files against the working directory; eval=harness with data_dir finds them beside the task.
+    # lm-eval resolves data_files relative to the working directory; eval=harness with data_dir finds them beside the
+    # task.
     _write(folder / CHOICES / "world_choices.yaml", _TASK.format(task="world_choices", file=documents.name))
 
 
@@ -94,14 +95,14 @@ def _fact(world: World, fact: Fact) -> dict[str, Any]:
 
 
 def _bin(world: World, fact: Fact) -> str:
-    """``head`` for the most frequent quarter of the facts asked about, ``tail`` for the least frequent half."""
+    """``head`` for the most frequent quarter of the probed facts, ``tail`` for the least frequent half."""
     if fact.id in world.head:
         return HEAD
     return TAIL if fact.frequency <= world.tail_edge else "middle"
 
 
 def _probes(world: World, fact: Fact) -> Iterator[dict[str, Any]]:
-    """A fact in the wording most used for it in training, and in one never used for it."""
+    """A fact in the wording that training uses most for it, and in one that it never uses for it."""
     for wording, place in ((SEEN, fact.seen[0]), (HELD_OUT, fact.held_out[0])):
         template = fact.relation.wordings[place]
         yield {
@@ -144,7 +145,7 @@ def _two_hop(world: World, found: TwoHop) -> dict[str, Any]:
 
 
 def _choices(world: World) -> Iterator[dict[str, Any]]:
-    """Each fact that is asked about as a question in a held-out wording, with three wrong answers of the same kind."""
+    """Each probed fact as a question in a held-out wording, with three wrong answers of the same kind."""
     generator = random.Random(world.settings.seed + 3)
     for fact in world.questions:
         place = generator.choice(fact.held_out)

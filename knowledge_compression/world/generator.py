@@ -25,7 +25,7 @@ from knowledge_compression.world.schema import (
     Relation,
 )
 
-FORMAT = 2  # raised whenever the same settings would give another world
+FORMAT = 2  # raised whenever a change gives another world for the same settings
 
 _ONSETS = "b br d dr f fl g gr h k kl kr l m n p pl pr r s sk st t tr v w z".split()  # noqa: SIM905
 _VOWELS = ["a", "e", "i", "o", "u", "ai", "au", "ei", "io", "oa"]
@@ -44,12 +44,13 @@ class WorldSettings:
             corpus.
         held_out: number of wordings of every probed fact that training never uses for it.
         mean_frequency: how often a fact is stated on average in one epoch of the training text.
-        exponent: of the Zipf-Mandelbrot law ``1 / (rank + shift) ** exponent`` of fact frequency; 0 makes all equal.
-        shift: its shift as a share of the number of facts; a smaller shift makes the head steeper.
+        exponent: exponent of the Zipf-Mandelbrot law ``1 / (rank + shift) ** exponent`` of fact frequency; 0 makes all
+            equal.
+        shift: shift of that law as a share of the number of facts; a smaller shift makes the head steeper.
         distractors: number of sentences without a fact, relative to those with one.
-        seed: for all random draws.
+        seed: seed of all random draws.
         two_hop: share of the two-hop compositions (the country of somebody's birthplace) that the training text states;
-            the others are asked about and follow only from their two facts. 0: the text states none, none is asked.
+            the others are probed and follow only from their two facts. With 0 there are no compositions.
         two_hop_frequency: how often each of them is stated in one epoch of the training text.
     """
 
@@ -83,32 +84,34 @@ class WorldSettings:
                 raise BadInput(f"world.relations: there is no {', '.join(sorted(unknown))}; known: {known}")
         for kind, count in self.counts.items():
             if count < 2:
-                raise BadInput(f"world: {count} of kind {kind} are too few; two or more are needed to tell them apart")
+                raise BadInput(f"world: {count} of kind {kind} are too few; choose at least 2")
         if not 0.0 < self.probed < 1.0:
             raise BadInput(
-                f"world.probed={self.probed} must lie between 0 and 1: some facts are probed, others are for training"
+                f"world.probed={self.probed} must lie between 0 and 1: some facts are probed, the others form the "
+                "recovery corpus"
             )
         if not 0 < self.held_out < min(len(relation.wordings) for relation in RELATIONS):
             raise BadInput(
-                f"world.held_out={self.held_out} must leave at least one wording for training and hold out at least one"
+                f"world.held_out={self.held_out} must hold out at least one wording and leave at least one for training"
             )
         if self.mean_frequency < 1 or self.exponent < 0 or self.shift <= 0 or self.distractors < 0:
             raise BadInput("world: mean_frequency >= 1, exponent >= 0, shift > 0 and distractors >= 0 are needed")
         if not 0.0 <= self.two_hop < 1.0 or self.two_hop_frequency < 1:
             raise BadInput(
                 f"world: two_hop={self.two_hop} must be at least 0 and below 1, so that some compositions are left to "
-                f"ask about, and two_hop_frequency={self.two_hop_frequency} at least 1"
+                f"probe, and two_hop_frequency={self.two_hop_frequency} at least 1"
             )
         if self.two_hop and not self.chains:
             raise BadInput(
-                f"world.two_hop={self.two_hop}: no two of these relations follow each other; include e.g. born_in and "
+                f"world.two_hop={self.two_hop}: no two of these relations form a composition; include e.g. born_in and "
                 "country"
             )
         for relation in self.schema:
             if relation.kind == ONE_TO_ONE and self.counts[relation.object] < self.counts[relation.subject]:
                 raise BadInput(
                     f"world: every {relation.subject} has a {relation.object} of its own, so "
-                    f"{self.counts[relation.subject]} need as many; there are {self.counts[relation.object]}"
+                    f"{self.counts[relation.subject]} of each are needed, but there are only "
+                    f"{self.counts[relation.object]} of kind {relation.object}"
                 )
 
     @property
@@ -143,7 +146,7 @@ class WorldSettings:
 
     @property
     def deciding(self) -> dict[str, Any]:
-        """All settings but those that were added later and have their defaults, so that older worlds stay the same."""
+        """All settings, except later additions at their defaults, so that older worlds keep their identity."""
         added = {f.name: f.default for f in fields(self) if f.metadata.get("added")}
         return {name: value for name, value in asdict(self).items() if name not in added or value != added[name]}
 
@@ -186,7 +189,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class TwoHop:
-    """Two facts of the world as one: what holds of a subject by way of another entity.
+    """Two facts of the world as one: a subject, and an object that it is linked to through another entity.
 
     Attributes:
         chain: the two relations.
@@ -225,7 +228,7 @@ class World:
     Attributes:
         settings: the settings.
         names: names of the entities of each kind.
-        facts: everything that is true, by relation and subject.
+        facts: all facts, by relation and subject.
         probed: the subjects whose facts are probed.
     """
 
@@ -241,20 +244,20 @@ class World:
 
     @cached_property
     def head(self) -> frozenset[str]:
-        """Ids of the head facts: the most frequent quarter of those asked about (ties at its edge are in)."""
+        """Ids of the head facts: the most frequent quarter of the probed facts (ties at its edge are included)."""
         frequencies = sorted((fact.frequency for fact in self.questions), reverse=True)
         edge = frequencies[(len(frequencies) - 1) // 4]
         return frozenset(fact.id for fact in self.questions if fact.frequency >= edge)
 
     @cached_property
     def tail_edge(self) -> int:
-        """The highest frequency of a tail fact; facts up to it are about the least frequent half."""
+        """The highest frequency of a tail fact; facts up to this frequency are about the least frequent half."""
         frequencies = sorted(fact.frequency for fact in self.questions)
         return frequencies[(len(frequencies) - 1) // 2]
 
     @cached_property
     def two_hops(self) -> list[TwoHop]:
-        """Every composition of two facts, if the settings ask for any, by chain and subject."""
+        """Every composition of two facts, if the settings include any, by chain and subject."""
         settings = self.settings
         if not settings.two_hop:
             return []
@@ -272,7 +275,7 @@ class World:
         return found
 
     def training_text(self) -> list[str]:
-        """One epoch of the training text: every fact as often as its frequency, the compositions that are told, and
+        """One epoch of the training text: every fact as often as its frequency, the stated compositions, and
         distractors, shuffled.
         """
         text = self._text(self.facts, self.settings.seed + 1, frozenset())
@@ -287,7 +290,7 @@ class World:
         return text
 
     def recovery_text(self) -> list[str]:
-        """The recovery corpus: facts and distractors about the other entities; it names no probed subject."""
+        """The recovery corpus: facts and distractors about the other entities; it mentions no probed subject."""
         others = [fact for fact in self.facts if not fact.probed and fact.object not in self.probed]
         return self._text(others, self.settings.seed + 2, self.probed)
 
@@ -302,7 +305,7 @@ class World:
         while wanted > 0:
             subject_kind, object_kind, template = generator.choice(DISTRACTORS)
             subject, object_ = generator.choice(names[subject_kind]), generator.choice(names[object_kind])
-            if (subject, object_) not in true:  # a distractor states no fact and does not name a true pair
+            if (subject, object_) not in true:  # a distractor states no fact and does not contain a true pair
                 sentences.append(say(template, subject, object_))
                 wanted -= 1
         generator.shuffle(sentences)
@@ -347,7 +350,7 @@ def _frequencies(count: int, settings: WorldSettings) -> list[int]:
 
 
 def _names(settings: WorldSettings, generator: random.Random) -> dict[str, list[str]]:
-    """Names of every kind, from syllables; no word, whatever its case, names two things."""
+    """Names of every kind, from syllables; no word, in any letter case, belongs to two names."""
     taken: set[str] = set()
 
     def word() -> str:

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Model)
 
-FORMAT = 2  # of a cached model; raised whenever the same recipe would give another one
+FORMAT = 2  # version of cached models; raised whenever a change gives another model for the same recipe
 FAMILIES = (ENCODER, ENCODER_DECODER, DECODER)
 
 
@@ -52,7 +52,7 @@ class Shape:
     """The size of a network.
 
     Attributes:
-        width: of the residual stream.
+        width: width of the residual stream.
         depth: number of blocks; an encoder-decoder has half of them on each side.
         heads: number of attention heads.
     """
@@ -65,9 +65,10 @@ class Shape:
         """The configuration of a family; the feed-forward widths give the blocks of all three the same number of
         weights.
 
-        With width d, attention holds 4 d^2 a block, and so the feed-forward layers get 8 d^2 of an encoder (BERT: two
-        matrices) and of a decoder (LLaMA: three). An encoder-decoder has half the blocks a side and attends twice in
-        the decoder, so that its feed-forward layers (of T5 1.1 and Flan-T5, three matrices) get 6 d^2 each.
+        With width d, attention has 4 d^2 weights per block, and so the feed-forward layers get 8 d^2 in an encoder
+        (BERT: two matrices) and in a decoder (LLaMA: three). An encoder-decoder has half the blocks on each side and
+        attends twice in the decoder, so that its feed-forward layers (as in T5 1.1 and Flan-T5, three matrices) get 6
+        d^2 each.
         """
         from transformers import BertConfig, LlamaConfig, T5Config
 
@@ -99,10 +100,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Mixture(Shape):
-    """The size of a decoder with routed experts in place of its feed-forward layers (shaped like Mixtral).
+    """The size of a decoder with routed experts instead of feed-forward layers (shaped like Mixtral).
 
     All experts of a block together have about as many weights as the feed-forward layers of the dense decoder, so that
-    the two models are of one size and each expert is one part in ``experts`` of it.
+    the two models are of one size, and each expert has 1 / ``experts`` of these weights.
 
     Attributes:
         experts: number of experts in a block.
@@ -151,8 +152,8 @@ def _shared(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        # So that the final layer is trained as a layer of its own. T5 of transformers 5 ties it all the same, and
-        # then leaves its logits unscaled, which is learnt faster than scaled ones are.
+        # Untied, so that the final layer is trained as a layer of its own. T5 of transformers 5 ties it all the same,
+        # and then leaves its logits unscaled, which is learnt faster than scaled ones are.
         "tie_word_embeddings": False,
     }
 
@@ -164,7 +165,7 @@ class WorldModel:
     Attributes:
         name: the name shown to users.
         family: ``encoder`` (BERT-shaped), ``encoder_decoder`` (T5-shaped) or ``decoder`` (LLaMA-shaped).
-        world: the world that it knows.
+        world: the world on which it is trained.
         shape: its size.
         training: its training settings.
         length: number of tokens in a training window.
@@ -295,7 +296,7 @@ class SavedWorldModel(LocalModel):
     """A saved model of the controlled world, such as one that was trained further: a folder, and that of its world.
 
     Attributes:
-        world: the folder of the world, as :func:`.files.write` leaves it and as it lies beside every model of the world
+        world: the folder of the world, as :func:`.files.write` makes it and as it lies beside every model of the world
             in the cache; its probes are those of ``eval=[world]``, its text that of ``corpus=world``.
     """
 
@@ -344,7 +345,7 @@ def _network(config: PretrainedConfig, device: str) -> Any:
 
 
 def _objective(family: str, tokenizer: PreTrainedTokenizerBase) -> Objective:
-    """The family's objective; answers, which end all sentences, are masked far more often than other words."""
+    """The family's objective; answers, the last words of all sentences, are masked far more often than other words."""
     if family == DECODER:
         return NextToken(tokenizer.pad_token_id)
     noise = LastWords(tokenizer.get_vocab()[STOP], specials=tuple(tokenizer.all_special_ids))

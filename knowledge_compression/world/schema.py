@@ -168,7 +168,7 @@ class Chain:
     Attributes:
         name: e.g. ``homeland``: the country of the town in which a person was born.
         first, second: names of the two relations.
-        wordings: templates that name the subject of the first and the object of the second, and not what is between.
+        wordings: templates with the subject of the first and the object of the second, without the entity between them.
     """
 
     name: str

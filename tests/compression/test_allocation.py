@@ -228,8 +228,8 @@ def test_an_interrupted_search_goes_on_where_it_was(
         (Nf4(), {"bits": 3.0}, "has no such setting"),
         (Gptq(), {"sparsity": 0.5}, "has no such setting"),
         (Wanda(sparsity=0.5), {"bits": 3.0}, "has no such setting"),
-        (Wanda(sparsity=0.5, pattern="2:4"), {}, "a pattern sets"),
-        (Pipeline([Wanda(sparsity=0.5)]), {}, "one method"),
+        (Wanda(sparsity=0.5, pattern="2:4"), {}, "pattern already sets"),
+        (Pipeline([Wanda(sparsity=0.5)]), {}, "a single method"),
         (Gptq(), {"bits": 3.0, "sparsity": 0.5}, "two budgets"),
     ],
 )

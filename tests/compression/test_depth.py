@@ -173,7 +173,7 @@ def test_less_than_half_a_block_is_one_and_is_told(
     [
         ("llama", Target("att", ["decoder_self_att"]), 0.4, "choose target=all"),
         ("llama", ALL, 0.95, "without a block"),
-        ("albert", ALL, 0.4, "one for all of its depth"),
+        ("albert", ALL, 0.4, "one block for its whole depth"),
     ],
 )
 def test_what_cannot_be_dropped_is_one_line(

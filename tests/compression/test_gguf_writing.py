@@ -201,7 +201,10 @@ def test_the_settings_are_those_of_the_specification(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"hidden_act": "gelu"}, "llama has hidden_act=gelu, which a GGUF file cannot say; its readers take silu"),
+        (
+            {"hidden_act": "gelu"},
+            "llama has hidden_act=gelu, which a GGUF file cannot express; its readers assume silu",
+        ),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
             "rotary embeddings of the type default or llama3, and this llama has linear",
@@ -239,7 +242,7 @@ def test_llama_3_1_scales_its_rotary_embeddings_after_reading_too(tmp_path: Path
     stored = {t.name: t.data for t in GGUFReader(tmp_path / "model" / "model.gguf").tensors}["rope_freqs.weight"]
     assert torch.equal(wanted, found)
     assert torch.allclose(plain.model.rotary_emb.inv_freq / torch.tensor(stored), wanted, rtol=1e-5)
-    with pytest.raises(BadInput, match="scale rotary embeddings otherwise than Llama"):
+    with pytest.raises(BadInput, match="scale rotary embeddings differently from Llama"):
         save_gguf(tiny("llama", rope_parameters=LLAMA3 | {"low_freq_factor": 2.0}), tmp_path / "other")
 
 
@@ -247,7 +250,7 @@ def test_llama_3_1_scales_its_rotary_embeddings_after_reading_too(tmp_path: Path
 def test_other_architectures_are_one_line(architecture: str, tiny_tokenizer: Any) -> None:
     model = Model(build_network(architecture), tiny_tokenizer, architecture)
     with pytest.raises(
-        BadInput, match=f"does not write models of the type {architecture}; it writes arcee, bloom, .*qwen3"
+        BadInput, match=f"cannot write models of the type {architecture}; it writes arcee, bloom, .*qwen3"
     ):
         writer_of("gguf").check(model, SimpleNamespace(tokenizer=lambda: tiny_tokenizer))  # type: ignore[arg-type]
 
@@ -259,7 +262,7 @@ def test_a_tokenizer_that_gguf_cannot_describe_is_one_line(tiny_tokenizer: Any) 
         other = pre_tokenizers.Split(Regex(r"\w\w"), behavior="isolated")
         last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         GgufVocabulary.of(byte_level(pre_tokenizers.Sequence([other, last])), 200)
-    with pytest.raises(BadInput, match=r"has 93 tokens and its embeddings have 50 rows"):
+    with pytest.raises(BadInput, match=r"has 93 tokens, but its embeddings have only 50 rows"):
         GgufVocabulary.of(byte_level(), 50)
     odd = byte_level()
     odd.backend_tokenizer.post_processor = processors.TemplateProcessing(

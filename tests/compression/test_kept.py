@@ -195,7 +195,7 @@ class Listening(Magnitude):
 
 
 class Undeclared(Int8Dynamic):
-    """Does not say that it puts modules in the place of linear layers."""
+    """Does not declare that it replaces linear layers by modules."""
 
     modules = ()
 

@@ -57,7 +57,7 @@ def test_logits_stay_and_weights_do_not(tiny_model, architecture: str) -> None:
 def test_what_cannot_be_turned_is_one_line_and_left_as_it_was(tiny_model, architecture: str) -> None:
     model = with_uneven_norms(tiny_model(architecture))
     before = {name: values.clone() for name, values in model.network.state_dict().items()}
-    with pytest.raises(BadInput, match=r"^compression=rotate cannot turn the residual stream of tiny-\S+.*$"):
+    with pytest.raises(BadInput, match=r"^compression=rotate cannot rotate the residual stream of tiny-\S+.*$"):
         Rotate().compress(model, EVERYTHING.select(model))
     for name, values in model.network.state_dict().items():
         assert torch.equal(values, before[name]), name

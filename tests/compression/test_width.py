@@ -207,7 +207,7 @@ def test_it_is_found_again_after_another_step(
         ("llama", FF, {"sparsity": 0.01}, "one channel; that is sparsity=0.0312"),
         ("llama", FF, {"compensation": "bias"}, "has no bias"),
         ("llama", Target("ff", ["ff"], blocks=[0]), {}, "without target.blocks"),
-        ("llama", Target("final", ["final"]), {}, "no whole part"),
+        ("llama", Target("final", ["final"]), {}, "does not belong to a complete one"),
     ],
 )
 def test_what_cannot_be_narrower_is_one_line(

@@ -219,7 +219,7 @@ def test_a_fixed_range_of_inputs_is_that_of_the_run(tiny_tokenizer: object, tmp_
 
 
 REFUSED: dict[str, tuple[str, str, Any, str]] = {
-    "plain numbers": ("awq", "llama", Magnitude(sparsity=0.5), "leaves no codes that awq could hold; choose true"),
+    "plain numbers": ("awq", "llama", Magnitude(sparsity=0.5), "makes no codes that awq can hold; choose true"),
     "factors": ("awq", "llama", Awq(group_size=16), "hold; choose compression.fold=true; choose true"),
     "three bits": ("awq", "llama", Gptq(bits=3), r"codes of 4 bits, not 3; choose true or gptq or compressed-tensors"),
     "wide scales": ("awq", "llama", Rtn(), r"scales of 16 bits; .* choose true or compressed-tensors"),
@@ -232,7 +232,7 @@ REFUSED: dict[str, tuple[str, str, Any, str]] = {
     "short groups": ("compressed-tensors", "llama", Rtn(group_size=48), "48 does not divide the 64 inputs of"),
     "conv": ("compressed-tensors", "gpt2", Rtn(scale_bits=16), r"holds nn\.Linear, and .* is Conv1D; choose .* gptq"),
     "floats": ("gptq", "llama", Nvfp4(), "holds integers, not NVFP4; choose true or compressed-tensors"),
-    "each token's scale": ("compressed-tensors", "llama", Nvfp4(activations=True), "wants one scale for all inputs"),
+    "each token's scale": ("compressed-tensors", "llama", Nvfp4(activations=True), "needs one scale for all inputs"),
     "one scale for a batch": (
         "compressed-tensors",
         "llama",
@@ -250,9 +250,9 @@ REFUSED: dict[str, tuple[str, str, Any, str]] = {
         "bitsandbytes",
         "llama",
         Nf4(block_size=48),
-        "has blocks of 32, .* weights, not 48; choose true",
+        "takes blocks of 32, .* weights, not 48; choose true",
     ),
-    "levels": ("compressed-tensors", "llama", Nf4(), "holds no NF4; choose true or bitsandbytes"),
+    "levels": ("compressed-tensors", "llama", Nf4(), "does not hold NF4; choose true or bitsandbytes"),
     "words": ("gptq", "bert", Rtn(bits=3, scale_bits=16), "do not fill whole words"),
 }
 
@@ -289,7 +289,7 @@ def test_a_layer_of_one_group_goes_with_layers_of_many(tiny_tokenizer: object, t
 
 def test_what_cannot_be_packed_is_one_line(tiny_model: Callable[[str], Model], tmp_path: Path) -> None:
     model = tiny_model("llama")
-    with pytest.raises(BadInput, match="no layer with codes"):
+    with pytest.raises(BadInput, match="no layer whose weights come from codes"):
         GptqWriter().write(model, tmp_path / "packed")
     targets = ALL.select(model)
     Rtn(bits=4).compress(model, targets, None)
@@ -313,7 +313,7 @@ def test_a_form_that_does_not_fit_is_refused_before_anything_is_computed(tiny_mo
     targets = ALL.select(tiny_model("llama"))
     with pytest.raises(BadInput, match=r"output.save_model=gtpq does not exist \(did you mean gptq\?\); choose one of"):
         check_form("gtpq", Rtn(), targets)
-    with pytest.raises(BadInput, match=r"compression=magnitude leaves no codes that gptq could hold; choose true"):
+    with pytest.raises(BadInput, match=r"compression=magnitude makes no codes that gptq can hold; choose true"):
         check_form("gptq", Magnitude(sparsity=0.5), targets)
     with pytest.raises(BadInput, match=r"scales of 16 bits; choose compression\.scale_bits=16"):
         check_form("gptq", Pipeline([Magnitude(sparsity=0.5), Rtn()]), targets)
@@ -385,7 +385,7 @@ def test_experts_that_files_hold_in_one_tensor_are_refused(architecture: str, ti
     model = Model(build_network(architecture), tiny_tokenizer, architecture)  # type: ignore[arg-type]
     targets = Target("experts", ["experts"]).select(model)
     for form in DECODERS:
-        with pytest.raises(BadInput, match=r"nor do files of this type of model store it as one; .*; choose true"):
+        with pytest.raises(BadInput, match=r"nor stored as one in files of this model type; .*; choose true"):
             check_form(form, Rtn(bits=4, scale_bits=16), targets)
 
 

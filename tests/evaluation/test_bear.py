@@ -249,7 +249,7 @@ def test_where_the_input_chooses_a_prompt_what_the_answers_share_chooses_it(
     for one, other in zip(plain, chosen, strict=True):
         assert one is not None and other is not None
         assert np.ptp(other - one) == pytest.approx(0.0, abs=1e-4) and (other > one).all()
-    with pytest.raises(BadInput, match="the answer would choose"):
+    with pytest.raises(BadInput, match="the answer would influence"):
         encoder = Scorer(tiny_model("bert"))
         encoder.prompts = replace(NO_PROMPTS, choosing=choosing)
         scores_of_answers(encoder, statements)
@@ -271,13 +271,18 @@ def test_a_tie_is_wrong_and_a_number_that_is_none_shows() -> None:
         (lambda folder: write(folder, [("dog", "tokyo")]), {}, r"P2\.jsonl:1: the answer 'tokyo' is not among the 4"),
         (lambda folder: write(folder, [("dog", "rome"), ("dog", "paris")]), {}, "has two answers, rome and paris"),
         (None, {"templates": [0, 3]}, "relation P2 has no template 3; its templates are 0, 1, 2"),
-        (None, {"templates": [1, 1]}, "is not a list of different templates"),
-        (None, {"templates": []}, "is not a list of different templates"),
+        (None, {"templates": [1, 1]}, "is not a list of distinct template numbers"),
+        (None, {"templates": []}, "is not a list of distinct template numbers"),
         (None, {"relations": ["P9"]}, "bear has no relation 'P9'; relations: P2, P1"),
-        (None, {"dataset": "../bear/BEAR"}, "is not a folder in data_dir/bear"),
+        (None, {"dataset": "../bear/BEAR"}, "is not a folder name in data_dir/bear"),
         (None, {"limit": 0}, "limit=0"),
         (None, {"lite": True}, "bear_lite_indices.json cannot be read"),
-        (lambda folder: (folder / "bear/BEAR/P1.jsonl").write_text("{}\n"), {}, r"P1\.jsonl:1: needs sub_label"),
+        (
+            lambda folder: (folder / "bear/BEAR/P1.jsonl").write_text("{}\n"),
+            {},
+            r"P1\.jsonl:1: needs the texts "
+            "sub_label",
+        ),
         (lambda folder: (folder / "bear/BEAR/P1.jsonl").write_text("x\n"), {}, r"P1\.jsonl:1: not JSON"),
         (lambda folder: (folder / "bear/BEAR/metadata_relations.json").write_text("[]"), {}, "not a JSON object"),
         (

@@ -222,7 +222,7 @@ def test_positions_that_the_dense_model_did_not_read_are_counted_and_said(tiny_m
     found = compared(model, other, AskingOnceMore(id(other.network)))
     rows = by_item(found.items)
     assert len(rows["both"]["kl"]) == 1 and rows["more"]["kl"] is None and rows["more"]["gold_change"] is None
-    assert found.fallbacks == ["1 positions were read that the dense model does not read; they are not compared"]
+    assert found.fallbacks == ["1 positions are not compared, because the dense model does not read them"]
 
 
 def test_metrics_are_numpys_over_all_positions_and_by_task():

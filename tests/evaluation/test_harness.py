@@ -226,7 +226,7 @@ def test_encoders_are_refused(tiny_model: Callable[[str], Model], tasks_dir: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tasks": ["bolq"]}, "task bolq is not known; near it are: boolq"),
+        ({"tasks": ["bolq"]}, "task bolq is not known; similar names: boolq"),
         ({"tasks": []}, "names no task"),
         ({"tasks": ["boolq"], "limit": 0}, "limit=0"),
         ({"tasks": ["boolq"], "limit": 0.5}, "limit=0.5"),
@@ -251,7 +251,7 @@ def test_bad_files_are_refused(tasks_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"validation\.jsonl:8: not JSON"):
         Harness(tasks=["piqa"], data_dir=str(tmp_path)).fingerprint()
     path.write_text(good + '{"goal": "x"}\n')
-    with pytest.raises(BadInput, match="line 8 lacks a column; needed are goal, sol1, sol2, label"):
+    with pytest.raises(BadInput, match="line 8 lacks a column; it needs goal, sol1, sol2, label"):
         Harness(tasks=["piqa"], data_dir=str(tmp_path)).fingerprint()
     path.write_text(good)
     before = Harness(tasks=["piqa"], data_dir=str(tmp_path)).fingerprint()

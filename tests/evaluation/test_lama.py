@@ -152,7 +152,7 @@ def test_a_broken_line_is_named_before_a_model_is_asked(line, says, protocol, sm
 
 
 def test_what_is_not_there_is_named(small, tmp_path):
-    with pytest.raises(DataUnavailable, match=r"there is no folder .*nowhere/lama"):
+    with pytest.raises(DataUnavailable, match=r"the folder .*nowhere/lama does not exist"):
         Lama(str(tmp_path / "nowhere")).fingerprint()
     (small / "lama" / "relations.jsonl").unlink()
     with pytest.raises(DataUnavailable, match=r"relations.jsonl.*protocol=sentence"):
@@ -207,7 +207,7 @@ def test_the_hubs_rows_are_the_same_facts(monkeypatch, bert_tiny):
     description = suite.evaluate(Scorer(bert_tiny)).description
     assert description["data_sets_missing"] == ["Squad", "ConceptNet"]
     tables.clear()
-    with pytest.raises(DataUnavailable, match=r"hub did not give .*no route.*data_dir=DIR") as refusal:
+    with pytest.raises(DataUnavailable, match=r"hub did not provide .*no route.*data_dir=DIR") as refusal:
         Lama().clozes()
     assert "\n" not in str(refusal.value)
 

@@ -140,7 +140,7 @@ def test_encoders_are_refused(tmp_path: Path, tiny_model: Callable[[str], Model]
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"s_pop": "many"}, r"test\.jsonl:1: s_pop is 'many'"),
+        ({"s_pop": "many"}, r"test\.jsonl:1: s_pop='many' is not a whole number"),
         ({"possible_answers": "Paris"}, "possible_answers: not JSON"),
         ({"possible_answers": "[1]"}, "possible_answers is not a list of texts"),
         ({"obj": ""}, r"test\.jsonl:1: no obj; each row needs question, prop, obj"),
@@ -161,7 +161,7 @@ def test_missing_and_broken_files_and_bad_options_are_one_line(tmp_path: Path) -
         SimpleQA(str(tmp_path)).fingerprint()
     file = tmp_path / "simpleqa" / "simple_qa_test_set.csv"
     file.write_text("metadata,problem,answer\nx,y\n")
-    with pytest.raises(BadInput, match=r"csv:2: not 3 cells as in the header"):
+    with pytest.raises(BadInput, match=r"csv:2: the number of cells is not 3"):
         SimpleQA(str(tmp_path)).fingerprint()
     for make, said in (
         (lambda: PopQA(prompt="Q:"), "lacks {question}"),

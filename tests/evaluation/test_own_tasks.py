@@ -155,7 +155,7 @@ def test_more_examples_than_documents_are_one_line(tasks: Path, tiny_model: Call
     with pytest.raises(BadInput, match=r"few has 6 documents for few-shot examples, but 7 are needed; .*num_fewshot=6"):
         asked(7, **train)
     assert asked(5, fewshot_split="test").items.height == 6
-    with pytest.raises(BadInput, match="few has 5 documents"):  # the one that is asked is none of them
+    with pytest.raises(BadInput, match="few has 5 documents"):  # the evaluated one is not among them
         asked(6, fewshot_split="test")
 
 
@@ -236,7 +236,7 @@ def test_a_template_reaches_documents_and_not_python(
     monkeypatch.chdir(tasks)
     own = {"task": "a"} | ASKED | CHOICE | {"doc_to_text": template, "metric_list": [{"metric": "acc"}]}
     (tasks / "a.yaml").write_text(yaml.safe_dump(own))
-    with pytest.raises(BadInput, match="task a cannot be asked") as refused:
+    with pytest.raises(BadInput, match="task a cannot be evaluated") as refused:
         asked_of(Harness(tasks=["a"], data_dir=str(tasks)), tiny_model("llama"))
     assert "\n" not in str(refused.value) and not (tasks / "ran").exists()
 
@@ -286,7 +286,7 @@ def test_a_task_that_cannot_be_asked_is_one_line(
 ) -> None:
     own = {"task": "a"} | ASKED | CHOICE | {"metric_list": [{"metric": "acc"}]} | change
     (tasks / "a.yaml").write_text(yaml.safe_dump(own))
-    with pytest.raises(BadInput, match="task a cannot be asked") as refused:
+    with pytest.raises(BadInput, match="task a cannot be evaluated") as refused:
         asked_of(Harness(tasks=["a"], data_dir=str(tasks)), tiny_model("llama"))
     assert "\n" not in str(refused.value)
 

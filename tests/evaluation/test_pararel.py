@@ -128,7 +128,7 @@ def test_a_fact_said_twice_is_dropped_and_counted(tmp_path: Path, tiny_model: Ca
     [
         ([("1", "dog", "rome")], PATTERNS, {}, "P1 has fewer than two answers"),
         ([("1", "dog", "rome"), ("1", "dog", "paris")], PATTERNS, {}, "P1/1 has two answers, rome and paris"),
-        ([("1", "dog", "")], PATTERNS, {}, r"P1\.jsonl:1: needs sub_label and obj_label"),
+        ([("1", "dog", "")], PATTERNS, {}, r"P1\.jsonl:1: needs the texts sub_label and obj_label"),
         ([("1", "dog", "rome"), ("2", "cat", "paris")], ["[X] is"], {}, r"P1\.jsonl:1: needs a pattern"),
         (
             [("1", "dog", "rome"), ("2", "cat", "paris")],

@@ -72,8 +72,8 @@ def test_what_is_below_a_group_decides_its_fingerprint(folder: Path) -> None:
 
 BROKEN = {
     "itself": ({"group": "a", "task": ["b"]}, {"group": "b", "task": "a"}, "holds itself"),
-    "nothing": ({"group": "a", "task": []}, {}, "task: is a list of names"),
-    "settings": ({"group": "a", "task": [{"task": "one"}]}, {}, "task: is a list of names"),
+    "nothing": ({"group": "a", "task": []}, {}, "task: must be a list of names"),
+    "settings": ({"group": "a", "task": [{"task": "one"}]}, {}, "task: must be a list of names"),
     "an unknown task": ({"group": "a", "task": ["nowhere"]}, {}, "task nowhere is not known"),
     "metrics of a number": (
         {"group": "a", "task": ["one"], "aggregate_metric_list": 3},
@@ -161,7 +161,7 @@ def test_names_of_mmlus_parts_and_refusals(mmlu: Path) -> None:
     refused("question,A,B,C,D,answer\nx,a,b,c,d,1\n", "has no column choice0")
     refused(HEADER + "x,a,b,c\n", r"anatomy_test\.csv:2: not 6 cells")
     refused(HEADER + "x,a,b,c,d,1,e\n", r"anatomy_test\.csv:2: not 6 cells")
-    refused(HEADER + "x,a,b,c,d,B\n", "answer is 'B', where a whole number is needed")
+    refused(HEADER + "x,a,b,c,d,B\n", "answer='B' is not a whole number")
     refused(HEADER + '"x,a,b,c,d,1\n', "not comma-separated values")
     (mmlu / "mmlu" / "test" / "anatomy_test.csv").write_text(HEADER + "x,a,b,c,d,1\n")
     (mmlu / "mmlu" / "dev" / "anatomy_dev.csv").unlink()

@@ -95,7 +95,7 @@ def plain_score(model, context, answer):
 def test_sciq_without_a_distractor_is_one_line(tmp_path):
     lines(tmp_path / "sciq" / "test.jsonl", [{key: text for key, text in SCIQ[0].items() if key != "distractor2"}])
     with pytest.raises(
-        BadInput, match=r"test\.jsonl line 1 lacks a column; needed are question, support, correct_answer"
+        BadInput, match=r"test\.jsonl line 1 lacks a column; it needs question, support, correct_answer"
     ):
         Harness(["sciq"], data_dir=str(tmp_path)).fingerprint()
 

@@ -173,19 +173,19 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "marlin": ("gptq-v1-4", {"checkpoint_format": "marlin"}, "in the layout marlin; gptq, gptq_v2 can be read"),
     "gemv": ("awq", {"version": "gemv"}, "in the layout gemv; only gemm can be read"),
     "awq-3": ("awq", {"bits": 3}, "of 3 bits; the gemm layout has 4"),
-    "words": ("gptq-v1-4", {"bits": "four"}, "bits='four', which should be a whole number"),
+    "words": ("gptq-v1-4", {"bits": "four"}, "bits='four', which must be a whole number"),
     "groups": ("ct-int-channel", {"config_groups": {}}, "has no config_groups"),
     "sparse": (
         "ct-int-channel",
         {"sparsity_config": {"format": "sparse-96"}},
-        "in the sparse layout sparse-96; read are sparse-24-bitmask, sparse-bitmask",
+        "in the sparse layout sparse-96; sparse-24-bitmask and sparse-bitmask can be read",
     ),
     "sparse groups": (
         "ct-packed-4",
         {"sparsity_config": {"format": "sparse-24-bitmask"}},
         "config_groups.group_0 is not symmetric FP8 or int8",
     ),
-    "blocks": ("fp8", {"weight_block_size": [0, 1]}, "should be two sizes"),
+    "blocks": ("fp8", {"weight_block_size": [0, 1]}, "must be two sizes"),
 }
 
 
@@ -203,20 +203,20 @@ def test_settings_that_are_not_read_are_one_line(
 
 DAMAGE: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor | None], str]] = {
     "scales": ("gptq-v1-4", ".scales", lambda t: t[:, :-1].clone(), r"\.scales has the shape|\.qzeros has the shape"),
-    "zeros": ("gptq-v1-4", ".qzeros", lambda t: None, r"and not .*\.qzeros, without which"),
-    "words": ("gptq-v1-4", ".qweight", lambda t: t[:-1].clone(), "which no number of bits explains"),
-    "groups": ("gptq-act-order", ".g_idx", lambda t: t + 7, r"\.g_idx names group"),
+    "zeros": ("gptq-v1-4", ".qzeros", lambda t: None, r"but not .*\.qzeros, without which"),
+    "words": ("gptq-v1-4", ".qweight", lambda t: t[:-1].clone(), "which does not fit any number of bits"),
+    "groups": ("gptq-act-order", ".g_idx", lambda t: t + 7, r"\.g_idx contains group"),
     "awq": ("awq", ".qzeros", lambda t: t[:, :-1].clone(), r"\.qzeros has the shape"),
-    "shape": ("ct-packed-4", ".weight_shape", lambda t: t * 2, r"\.weight_packed has .* words a row"),
+    "shape": ("ct-packed-4", ".weight_shape", lambda t: t * 2, r"\.weight_packed has .* words per row"),
     "dense": ("ct-int-channel", ".weight", lambda t: t.half(), "so it is not compressed yet"),
-    "global": ("ct-nvfp4", ".weight_global_scale", lambda t: None, r"and not .*\.weight_global_scale"),
+    "global": ("ct-nvfp4", ".weight_global_scale", lambda t: None, r"but not .*\.weight_global_scale"),
     "state": (
         "bnb-nf4",
         ".weight.quant_state.bitsandbytes__nf4",
         lambda t: t[:9].clone(),
         "is not in the form that bitsandbytes",
     ),
-    "bytes": ("bnb-nf4", ".weight", lambda t: t[:-1].clone(), "bytes, and its settings say"),
+    "bytes": ("bnb-nf4", ".weight", lambda t: t[:-1].clone(), "bytes, but its settings give the shape"),
     "int8": ("bnb-int8", ".SCB", lambda t: t[:-1].clone(), r"\.SCB has the shape"),
     "half": ("sparse-24", ".compressed", lambda t: t[:-1].clone(), "values, which is not half of"),
     "bits": ("sparse-24", ".bitmask", lambda t: t ^ 1, "does not set two bits of each four"),
@@ -263,9 +263,13 @@ def test_a_file_that_is_cut_short_is_one_line(stored: Callable[..., tuple[Path, 
     [
         (
             "no-such-method",
-            "which neither this program nor transformers knows; gptq, awq, .* and GGUF files can be read",
+            "which neither this program nor transformers knows; gptq, awq, .* and GGUF can be read",
         ),
-        ("hqq", "it is compressed by hqq, which only transformers reads; without it, gptq, awq, .* are read"),
+        (
+            "hqq",
+            "it is compressed by hqq, which only transformers can read; this program reads gptq, awq, .* and GGUF "
+            "files",
+        ),
         ("eetq", "it is compressed by eetq, which only transformers reads"),
         ("quanto", "it is compressed by quanto, which only transformers reads"),
     ],
@@ -286,7 +290,7 @@ def test_a_declaration_that_is_no_mapping_is_one_line(
     folder, _ = stored(LAYERS["awq"])
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": ["awq"]}))
-    with pytest.raises(BadInput, match=r"quantization_config=\['awq'\], and that must be settings") as caught:
+    with pytest.raises(BadInput, match=r"quantization_config=\['awq'\], which must be a mapping") as caught:
         LocalModel("local", str(folder)).load("cpu", "float32")
     assert "\n" not in str(caught.value)
 

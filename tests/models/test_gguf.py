@@ -92,7 +92,7 @@ def test_a_split_file_is_one_model_whichever_part_is_named(tied: bool, tmp_path:
 def test_a_folder_of_several_files_is_asked_which(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         gguf_files.write(tmp_path / name)
-    with pytest.raises(BadInput, match=r"holds several GGUF files \(a.gguf, b.gguf\); name one, e.g. model.path="):
+    with pytest.raises(BadInput, match=r"holds several GGUF files \(a.gguf, b.gguf\); choose one, e.g. model.path="):
         LocalModel("local", str(tmp_path)).skeleton()
 
 
@@ -113,14 +113,14 @@ def refused(path: Path, match: str) -> None:
 def test_a_file_that_is_cut_short_is_one_line(share: float, good: Path) -> None:
     content = good.read_bytes()
     good.write_bytes(content[: max(4, int(share * len(content)))])
-    refused(good, "it is cut short")
+    refused(good, "it is truncated")
 
 
 def test_false_lengths_are_not_believed(good: Path) -> None:
     content = good.read_bytes()
     place = content.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 8
     good.write_bytes(content[:place] + struct.pack("<Q", 1 << 60) + content[place + 8 :])
-    refused(good, "it is cut short")
+    refused(good, "it is truncated")
 
 
 def test_another_version_is_one_line(good: Path) -> None:
@@ -183,13 +183,13 @@ def test_scaled_rotary_embeddings_are_read(settings: dict[str, Any], wanted: dic
 @pytest.mark.parametrize(
     ("further", "match"),
     [
-        ({"llama.rope.scaling.type": "longrope"}, r"scaled by type \(longrope\), which is not read"),
+        ({"llama.rope.scaling.type": "longrope"}, r"scaled by type \(longrope\), which cannot be read"),
         (
             {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_log_multiplier": 0.1},
             r"scaled by type, yarn_log_multiplier \(yarn\)",
         ),
-        ({"rope_freqs.weight": np.full(8, 3, np.float32)}, "rope_freqs.weight scale rotary embeddings otherwise"),
-        ({"rope_factors_long.weight": np.ones(8, np.float32)}, "that depend on the length of the text are not read"),
+        ({"rope_freqs.weight": np.full(8, 3, np.float32)}, "rope_freqs.weight scale rotary embeddings differently"),
+        ({"rope_factors_long.weight": np.ones(8, np.float32)}, "that depend on the length of the text cannot be read"),
     ],
 )
 def test_other_scalings_are_one_line(further: dict[str, Any], match: str, tmp_path: Path) -> None:

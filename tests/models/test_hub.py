@@ -79,7 +79,7 @@ def test_a_good_download_refusals_a_transfer_cut_off_and_then_no_server(
     assert good["provenance"] == {"hub_id": "me/tiny", "revision": "main", "commit": COMMIT}
     assert good["fingerprint"] == f"me/tiny@{COMMIT}"  # and not that of a branch, which moves
     for refused, name in zip(failed, ("locked/tiny", "me/nothing", "me/cut"), strict=True):
-        assert refused["line"].startswith(f"model=tiny: '{name}' is not cached and could not be downloaded (")
+        assert refused["line"].startswith(f"model=tiny: '{name}' is not in the cache and could not be downloaded (")
         assert "model=local model.path=DIR" in refused["line"] and "\n" not in refused["line"]
     assert not list(tmp_path.rglob("models--me--cut/snapshots/*/model.safetensors"))  # nothing half
 
@@ -88,7 +88,7 @@ def test_a_good_download_refusals_a_transfer_cut_off_and_then_no_server(
     assert cached["sum"] == good["sum"] and cached["provenance"] == good["provenance"]
     assert cached["fingerprint"] == good["fingerprint"]
     for missing, name in ((absent, "me/other"), (cut, "me/cut")):
-        assert f"'{name}' is not cached and the hub does not answer; give a local copy" in missing["line"]
+        assert f"'{name}' is not in the cache and the hub does not answer; give a local copy" in missing["line"]
         assert missing["seconds"] < 10  # the hub's own client goes on trying for 25 before it says so
 
 

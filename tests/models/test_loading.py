@@ -113,7 +113,7 @@ def test_an_index_that_points_outside_its_folder_is_refused(folder: Path, shards
     for text in (there, there.replace("../elsewhere", str(outside))):
         index.write_text(text)
         for load in (LocalModel("mine", str(folder)).load, LocalModel("mine", str(folder)).streamed):
-            with pytest.raises(ModelUnavailable, match="names a file outside its folder") as error:
+            with pytest.raises(ModelUnavailable, match="refers to a file outside its folder") as error:
                 load("cpu")
             assert "\n" not in str(error.value)
 
@@ -157,7 +157,9 @@ def test_folders_that_hold_no_model(tmp_path: Path, folder: Path) -> None:
 
 def test_a_type_that_is_no_language_model_is_named(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "vit", "architectures": ["ViTModel"]}))
-    with pytest.raises(BadInput, match="'vit' is none of the causal, masked or sequence-to-sequence language models"):
+    with pytest.raises(
+        BadInput, match="'vit' is not one of transformers' causal, masked or sequence-to-sequence language models"
+    ):
         LocalModel("mine", str(folder)).load("cpu")
 
 

@@ -193,7 +193,7 @@ def test_a_run_is_done_again_for_another_form(tiny_model: Callable[[str], Model]
         assert config.get("quantization_config", {}).get("quant_method", True) == form
         sums.add(run.metrics["one.sum"])
     assert len(sums) == 1
-    with pytest.raises(BadInput, match="compression=magnitude leaves no codes that gptq could hold"):
+    with pytest.raises(BadInput, match="compression=magnitude makes no codes that gptq can hold"):
         replace(experiment, compression=Magnitude(sparsity=0.5)).run(RunStore(tmp_path / "other"), NoTracker())
     assert not (tmp_path / "other").exists()
     with pytest.raises(BadInput, match="did you mean gptq"):

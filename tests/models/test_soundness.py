@@ -103,7 +103,7 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"num_attention_heads": -1}, "invalid shape dimension"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000; a network has 1 to 4096 blocks"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0; a network has 1 to"),
-        ({"num_hidden_layers": 1}, "hold bert.encoder.layer.1.* and its configuration has 1 blocks"),
+        ({"num_hidden_layers": 1}, "hold bert.encoder.layer.1.* but its configuration has 1 blocks"),
         ({"num_hidden_layers": 3}, "it lacks 16 weights"),
         ({"vocab_size": 5}, "size mismatch|mismatched"),
         ({"hidden_act": 3}, "KeyError|TypeError"),
@@ -119,7 +119,7 @@ def test_a_configuration_that_is_not_that_of_the_weights(folder: Path, changes: 
 def test_a_tokenizer_of_another_model(folder: Path) -> None:
     network = build_network("bert", vocab_size=20)
     network.save_pretrained(folder)
-    with pytest.raises(BadInput, match=r"gives '.*' the number 20 and its embeddings have 20 rows"):
+    with pytest.raises(BadInput, match=r"gives '.*' the id 20, but its embeddings have only 20 rows"):
         LocalModel("mine", str(folder)).load("cpu")
 
 
@@ -171,7 +171,7 @@ def test_a_weight_of_integers_is_refused(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     name = "bert.encoder.layer.1.output.dense.weight"
     save_file(weights | {name: weights[name].char()}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BadInput, match=f"holds {name} as integers without a quantization_config"):
+    with pytest.raises(BadInput, match=f"holds {name} as integers, without a quantization_config"):
         LocalModel("mine", str(folder)).load("cpu")
 
 

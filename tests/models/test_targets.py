@@ -119,7 +119,9 @@ def test_what_the_map_does_not_know_is_named_never_guessed(tiny_model: Callable[
 
 
 def test_a_type_that_is_no_language_model_is_named() -> None:
-    with pytest.raises(BadInput, match="model type 'vit' is none of the causal, masked or sequence-to-sequence"):
+    with pytest.raises(
+        BadInput, match="model type 'vit' is not one of transformers' causal, masked or sequence-to-sequence"
+    ):
         family_of(AutoConfig.for_model("vit"))
 
 

@@ -331,7 +331,9 @@ def test_a_suite_gives_its_items_with_their_choices(tiny_model, tasks_dir):
         items = ask(suite, scorer()).items
         assert items["chosen_prompts"].null_count() == 0 and items.height > 3
         assert set(items["chosen_prompts"].list.len()) == {2}  # layers
-    with pytest.raises(BadInput, match="scoring=stock cannot keep the answers from choosing"):
+    with pytest.raises(
+        BadInput, match="scoring=stock cannot be used with a recovery whose prompts are selected by the input"
+    ):
         ask(replace(harness, scoring="stock"), scorer())
     with pytest.raises(BadInput, match="reads prompts that a recovery put before its input"):
         Scorer(model)

@@ -25,23 +25,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Allocated(Compression):
-    """A method of one step, set layer by layer.
+    """A method of one step whose setting differs from layer to layer.
 
     Attributes:
         method: the method; its own bits or sparsity are replaced.
-        allocation: chooses each layer's.
+        allocation: chooses the bits or sparsity of each layer.
     """
 
     method: Method
     allocation: Allocation
-    streams = False  # what one layer gets depends on all
+    streams = False  # the value of a layer depends on all layers
 
     def __post_init__(self) -> None:
-        """Refuse what is not one step, and a budget that the method has no setting for."""
+        """Refuse a compression of several steps, and a budget for which the method has no setting."""
         if not isinstance(self.method, Method):
-            raise BadInput(f"allocation={self.allocation.name} sets the layers of one method, and this is several")
+            raise BadInput(
+                f"allocation={self.allocation.name} sets the layers of a single method, and this "
+                "compression has several steps"
+            )
         if isinstance(self.method, Calibrated) and self.method.walk.tuned_tokens:
-            raise BadInput(f"compression={self.method.name} tunes blocks as a whole, which allocation= sets by layer")
+            raise BadInput(
+                f"compression={self.method.name} tunes whole blocks, and allocation sets single layers; "
+                "choose another compression or allocation=none"
+            )
         self.allocation.budget(self.method, [])
 
     @property
@@ -51,7 +57,7 @@ class Allocated(Compression):
 
     @property
     def calibrated(self) -> bool:  # type: ignore[override]
-        """Whether the method or the search reads text."""
+        """Whether the method or the allocation reads text."""
         return self.method.calibrated or self.allocation.measures
 
     @property
@@ -96,7 +102,7 @@ class Allocated(Compression):
 
 @dataclass
 class _Chosen(Method):
-    """The choice and the compression within the measurements that all methods share."""
+    """The choice and the compression, measured like every other method."""
 
     method: Method
     allocation: Allocation
@@ -159,7 +165,7 @@ class _Chosen(Method):
 
 @dataclass(frozen=True)
 class _ByLayer(BlockMethod[Any]):
-    """A calibrated method whose layers are set one by one; those that share inputs and setting are solved together."""
+    """A calibrated method with a setting per layer; layers of the same inputs and setting are solved together."""
 
     method: Calibrated[Any]
     at: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""What an allocation is: which layer gets how many bits, or keeps how many weights, within one budget."""
+"""The base class of allocations: how many bits each layer gets, or how many weights it keeps, within one budget."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 BITS, SPARSITY = "bits", "sparsity"
 WIDTHS = (2, 3, 4, 8)  # bits of a code that a grid offers
-_PRUNED_MOST = 0.95  # of one layer, whatever the budget of all
+_PRUNED_MOST = 0.95  # the highest sparsity of one layer, at any budget
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Chosen:
 
     Attributes:
         values: bits or sparsity by layer path.
-        measured: by what they were chosen, JSON-ready.
+        measured: the measurements by which they were chosen, JSON-ready.
         tokens: calibration tokens that were read for it.
     """
 
@@ -56,8 +56,8 @@ class Allocation(ABC):
     """A way to spread a budget; implement :meth:`choose`.
 
     Attributes:
-        bits: mean stored bits of a weight of the target, scales and zero points counted; None together with
-            ``sparsity`` spends what the method takes as it is set.
+        bits: mean stored bits of a weight of the target, scales and zero points counted; if ``sparsity`` is None too,
+            the budget is what the method takes with its own setting.
         sparsity: share of the target's weights to remove.
     """
 
@@ -69,7 +69,7 @@ class Allocation(ABC):
     def __post_init__(self) -> None:
         """Refuse two budgets."""
         if self.bits is not None and self.sparsity is not None:
-            raise BadInput("budget.bits and budget.sparsity are two budgets; give one of them")
+            raise BadInput("budget.bits and budget.sparsity are two budgets; set only one of them")
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
 
@@ -97,7 +97,9 @@ class Allocation(ABC):
                 "such setting; choose e.g. gptq, rtn, sparsegpt or wanda"
             )
         if getattr(method, "pattern", None) is not None:
-            raise BadInput(f"allocation={self.name}: a pattern sets the sparsity of every layer; leave it out")
+            raise BadInput(
+                f"allocation={self.name}: compression.pattern already sets the sparsity of every layer; leave it out"
+            )
         weights = sum(layer.parameters for layer in targets)
         if kind == SPARSITY:
             asked = getattr(method, SPARSITY) if self.sparsity is None else self.sparsity
@@ -108,29 +110,32 @@ class Allocation(ABC):
         return Budget(kind, self.bits, int(self.bits * weights + 1e-6))
 
     def cost(self, method: Method, kind: str, layer: TargetLayer, value: float) -> int:
-        """What a layer costs of the budget at a value."""
+        """The share of the budget that a layer takes at a value, in the units of the budget."""
         if kind == SPARSITY:
             return layer.parameters - round(value * layer.parameters)
         return stored_bits(set_to(method, kind, value), layer)
 
     def options(self, budget: Budget) -> list[float]:
-        """The values that a layer can be given."""
+        """The values that a layer can have."""
         if budget.kind == BITS:
             return [float(bits) for bits in WIDTHS]
         steps = [budget.asked + step / 10 for step in (-2, -1, 0, 1, 2)]
         return sorted({min(max(step, 0.0), max(_PRUNED_MOST, budget.asked)) for step in steps})
 
     def refuse(self, budget: Budget, method: Method, targets: Sequence[TargetLayer]) -> BadInput:
-        """The line that says that a budget cannot be met."""
+        """The error for a budget that cannot be met."""
         weights = sum(layer.parameters for layer in targets)
         value = WIDTHS[0] if budget.kind == BITS else _PRUNED_MOST
         least = sum(self.cost(method, budget.kind, layer, value) for layer in targets)
         if budget.kind == BITS:
             return BadInput(
                 f"budget.bits={budget.asked:.6g} cannot be met: with its scales and zero points, compression="
-                f"{method.name} takes {least / weights:.4g} bits a weight or more here; larger groups have fewer scales"
+                f"{method.name} takes at least {least / weights:.4g} bits per weight here; larger groups have fewer "
+                "scales"
             )
-        return BadInput(f"budget.sparsity={budget.asked} cannot be met by layers of at most {_PRUNED_MOST}")
+        return BadInput(
+            f"budget.sparsity={budget.asked} cannot be met, because no layer is pruned to more than {_PRUNED_MOST}"
+        )
 
 
 def set_to(method: Method, kind: str, value: float) -> Method:
@@ -140,33 +145,34 @@ def set_to(method: Method, kind: str, value: float) -> Method:
 
 
 def stored_bits(method: Any, layer: TargetLayer) -> int:
-    """What a layer will take at a method's bits, scales and zero points counted.
+    """The bits that a layer will take with a method, with scales and zero points.
 
     Raises:
-        BadInput: the method does not say.
+        BadInput: the method cannot tell beforehand.
     """
     if not hasattr(method, "stored_bits"):
         raise BadInput(
-            f"compression={method.name} does not say beforehand how much it stores; budget.bits takes rtn, gptq, awq "
-            "or hqq"
+            f"compression={method.name} cannot tell beforehand how many bits it stores; use budget.bits with rtn, "
+            "gptq, awq or hqq"
         )
     return int(method.stored_bits(layer))
 
 
 def _kind_of(method: Method) -> str | None:
-    """What a method is set by."""
+    """The field of a method that an allocation sets."""
     if getattr(method, "grid", None) is not None:
         return BITS
     return SPARSITY if hasattr(method, SPARSITY) else None
 
 
 def to_the_weight(shares: Mapping[str, float], targets: Sequence[TargetLayer], stay: int) -> dict[str, float]:
-    """Sparsities whose layers keep exactly so many weights: each near its share, the remainder to the largest parts.
+    """Sparsities with which the layers together keep exactly ``stay`` weights, each layer as near to its share as
+    possible.
 
     Args:
         shares: the sparsity of each layer, in [0, 1].
         targets: the layers.
-        stay: weights that stay in all of them.
+        stay: number of weights that all of them keep together.
     """
     sizes = {layer.path: layer.parameters for layer in targets}
     kept = {path: (1 - shares[path]) * size for path, size in sizes.items()}

@@ -1,4 +1,4 @@
-"""Outlier-weighed layerwise sparsity (OWL, Yin et al. 2024): blocks with more outliers keep more."""
+"""Outlier-weighed layerwise sparsity (OWL, Yin et al. 2024): blocks with more outliers keep more weights."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Owl(Allocation):
-    """Sparsities of blocks fall, and bits rise, with their share of outliers.
+    """The sparsity of a block falls, and its bits rise, with its share of outliers.
 
     A weight is an outlier where ``|w| ‖x‖`` exceeds ``outlier`` times its mean over the layer (section 3.2); the shares
-    of a block's layers are averaged by their size. Sparsities fall linearly with the share over a span of
-    ``2 spread`` around the budget (section 3.3), and the layers together keep exactly the budget. Of bits, the blocks
-    with the largest shares get the next wider codes while the budget lasts (section 4.5).
+    of a block's layers are averaged by their size. Sparsities fall linearly with the share over a span of ``2 spread``
+    around the budget (section 3.3), and the layers together keep exactly the budget. For a budget of bits, the blocks
+    with the largest shares get the next wider codes until the budget is spent (section 4.5).
 
     Attributes:
-        outlier: the factor M; the paper takes 5 and 7.
-        spread: the half span, lambda; the paper takes 0.08.
+        outlier: the factor M; the paper uses 5 and 7.
+        spread: half the span, lambda; the paper uses 0.08.
     """
 
     outlier: Annotated[float, Field(gt=0)] = 5.0
@@ -42,7 +42,7 @@ class Owl(Allocation):
     def choose(
         self, method: Method, budget: Budget, model: Model, targets: Targets, calibration: LongTensor | None
     ) -> Chosen:
-        """Count the outliers of every block, and spread the budget by them."""
+        """Count the outliers of every block, and spread the budget accordingly."""
         from knowledge_compression.compression.walk.blocks import compress_blocks
 
         counts = _Counts(self.outlier, {})
@@ -86,7 +86,7 @@ class Owl(Allocation):
 
 @dataclass(frozen=True)
 class _Counts(BlockMethod[InputPower]):
-    """Counts outliers in a walk that changes nothing."""
+    """Counts outliers in a walk that changes no weight."""
 
     outlier: float
     shares: dict[str, float]
@@ -104,7 +104,7 @@ class _Counts(BlockMethod[InputPower]):
 
 
 def _of_blocks(shares: Mapping[str, float], targets: Sequence[TargetLayer]) -> dict[str, float]:
-    """The share of each layer's block: the mean over its layers, by their size."""
+    """The share of outliers in each layer's block: the mean over the block's layers, weighted by their size."""
     blocks: dict[tuple[str, int | None], list[TargetLayer]] = {}
     for layer in targets:
         stack = "" if layer.block is None else layer.path.split(f".{layer.block}.")[0]

@@ -1,4 +1,4 @@
-"""Bits or sparsity by each layer's measured error: the choice of least error in all, within the budget."""
+"""Bits or sparsity by each layer's measured error: the choice with the least total error within the budget."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from torch import LongTensor
 
 _FINER = 0.02  # steps of sparsity between those that are measured
-VERSION = 1  # raised whenever the same layer would measure otherwise
+VERSION = 1  # raised whenever a change of the code changes the measurements
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity(Allocation):
-    """Measure what each choice does to each layer, and take the choices of least relative output error in all.
+    """Measure the error of each layer at each value, and take the values with the least total relative output error.
 
-    Every layer is compressed by the method at every choice, on the inputs that it has in the dense model, and put back;
-    its error is that of its output on the calibration text relative to the output. The choices that add up to least
-    within the budget are found exactly (multiple-choice knapsack). Sparsities are measured in steps of 0.1 around the
-    budget, up to 0.2 from it, and interpolated between them. What is measured is kept layer by layer, so that an
-    interrupted search goes on where it was.
+    Every layer is compressed by the method at every value, on the inputs that it has in the dense model, and restored.
+    Its error is that of its output on the calibration text, relative to the output. The values with the least sum of
+    errors within the budget are found exactly (multiple-choice knapsack). Sparsities are measured in steps of 0.1
+    around the budget, up to 0.2 from it, and interpolated between these. The measurements of each layer are stored at
+    once, so that an interrupted search resumes where it was.
     """
 
     name = "sensitivity"
@@ -62,7 +62,7 @@ class Sensitivity(Allocation):
         budget: Budget,
         targets: Sequence[TargetLayer],
     ) -> Mapping[str, float]:
-        """The choices of least harm in all.
+        """The values with the least total error.
 
         Args:
             errors: by layer, then by value.
@@ -91,10 +91,10 @@ def _key(value: float) -> str:
 def measured_errors(
     at: Mapping[str, Method], model: Model, targets: Targets, calibration: LongTensor | None
 ) -> dict[str, dict[str, float]]:
-    """The relative output error of each layer by each of some settings of a method; the model is unchanged.
+    """The relative output error of each layer under each of several settings of a method; the model is unchanged.
 
     Args:
-        at: the method as it is set, by what the setting is called.
+        at: the method with each setting, by the name of the setting.
         model, targets, calibration: as in :meth:`Compression.compress`.
 
     Returns:
@@ -104,7 +104,10 @@ def measured_errors(
 
     method = next(iter(at.values()))
     if method.modules:
-        raise BadInput(f"allocation=sensitivity compresses layers and puts them back, which {method.name} cannot")
+        raise BadInput(
+            "allocation=sensitivity compresses layers and restores them, which is not possible with "
+            f"compression={method.name}"
+        )
     kept = _Kept.of([identity(one) for one in at.values()], model, calibration)
     pending = [layer for layer in targets if layer.path not in kept.found]
     if pending:
@@ -115,7 +118,7 @@ def measured_errors(
 
 @dataclass(frozen=True)
 class _Kept:
-    """What was measured so far, in the cache."""
+    """The measurements so far, in the cache."""
 
     file: Path
     found: dict[str, dict[str, float]]
@@ -151,7 +154,7 @@ class _Kept:
 
 
 class _Both(Statistics):
-    """The second moments, by which errors are measured, and what the method keeps of the inputs."""
+    """The second moments, by which errors are measured, and the method's own statistics of the inputs."""
 
     def __init__(self, moments: Hessian, own: Statistics) -> None:
         self.moments, self.own = moments, own
@@ -163,7 +166,7 @@ class _Both(Statistics):
 
 @dataclass(frozen=True)
 class _Measuring(BlockMethod[_Both]):
-    """Compresses each layer at every value and puts it back."""
+    """Compresses each layer at every value and restores it."""
 
     method: Method
     at: Mapping[str, Method]
@@ -194,14 +197,14 @@ class _Measuring(BlockMethod[_Both]):
 
 
 class _Nothing(Statistics):
-    """Of the inputs of a method that knows the layer alone."""
+    """Empty statistics, for a method that uses only the layer itself."""
 
     def update(self, inputs: LayerInputs) -> None:
         return
 
 
 def at_value(method: Method, layers: Sequence[TargetLayer], statistics: Any) -> list[LayerReport]:
-    """Compress layers that read the same inputs by a method that is set for them."""
+    """Compress layers that read the same inputs by a method with their setting."""
     if isinstance(method, Calibrated):
         return method.shrink(layers, statistics)
     assert isinstance(method, LayerByLayer)

@@ -1,4 +1,4 @@
-"""The same for every layer: with what an allocation is compared."""
+"""The same value for every layer: the baseline of every allocation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Allocation):
-    """Every layer the same: the sparsity of the budget, or the most bits that all can have within it."""
+    """Give every layer the sparsity of the budget, or the most bits that all layers can have within it."""
 
     name = "uniform"
 
@@ -37,6 +37,6 @@ class Uniform(Allocation):
 
 @dataclass(frozen=True)
 class NoAllocation:
-    """The method as it is set, in every layer."""
+    """The method's own setting in every layer."""
 
     name = "none"

@@ -23,7 +23,7 @@ class FloatLinear(ReplacedLinear):
     Args:
         weight: the codes.
         bias: ``[out_features]`` or None; the same object is kept, so that a tied bias stays tied.
-        dtype: in which the weights are multiplied.
+        dtype: the dtype in which the weights are multiplied.
 
     Attributes:
         codes, scales, whole: buffers, see :class:`~knowledge_compression.compression.solve.floats.FloatWeight`.
@@ -63,7 +63,7 @@ class FloatLinear(ReplacedLinear):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings of this layer besides its buffers and its bias, JSON-ready."""
+        """The settings of this layer, without its buffers and its bias, JSON-ready."""
         settings = {"kind": self.kind, "block": list(self.block), "to_even": self.to_even}
         return settings | {"dtype": str(self.dtype).removeprefix("torch.")}
 

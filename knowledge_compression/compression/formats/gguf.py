@@ -1,7 +1,7 @@
 """GGUF files, which llama.cpp, transformers and this program read.
 
 A layer whose compression put it on a grid that a GGUF type has is stored in that type, with the codes and scales of the
-compression, so that the file holds exactly the compressed weights. Everything else is stored in the type asked for: by
+compression, so that the file holds exactly the compressed weights. Everything else is stored in the requested type, by
 default in the narrowest floats that hold it exactly.
 """
 
@@ -54,7 +54,7 @@ FILE = "model.gguf"
 # llama.cpp has no other type there.
 _ALWAYS_FLOAT32 = ("ffn_gate_inp", "position_embd", "ssm_conv1d", "ssm_a", "ssm_d", "_norm", "attn_rel_b")
 
-# Attributes of a configuration on which no answer depends, or that the file's vocabulary says.
+# Attributes of a configuration on which no answer depends, or that follow from the file's vocabulary.
 _NO_MATTER = {
     *(
         "_name_or_path",
@@ -77,10 +77,10 @@ class _Part:
     """One tensor of a file.
 
     Attributes:
-        name: in the file.
+        name: its name in the file.
         kind: how it is stored.
         shape: of its values.
-        make: gives what is stored, and the values from which it was rounded, where it was.
+        make: returns the stored data, and the values before rounding if it was rounded.
     """
 
     name: str
@@ -113,7 +113,7 @@ class GgufModel:
         """Describe a model.
 
         Raises:
-            BadInput: its architecture, a setting or its tokenizer is nothing that files written here can hold.
+            BadInput: the files written here cannot hold its architecture, a setting or its tokenizer.
         """
         network: Any = model.network
         architecture = architecture_for(network.config)
@@ -127,11 +127,11 @@ class GgufModel:
         """Each weight of the network, and the tensors of the file that hold it.
 
         Raises:
-            BadInput: gguf has no name for one.
+            BadInput: GGUF has no tensor for one of them.
         """
         network: Any = self.model.network
         found, kept = self.architecture.names(network), network.state_dict().keys()
-        # One that is tied stands here once.
+        # A tied weight is listed once.
         weights = [name for name, _ in network.named_parameters()]
         weights += [name for name, value in network.named_buffers() if name in kept and value.is_floating_point()]
         if nameless := [name for name in weights if name not in found]:
@@ -143,16 +143,16 @@ class GgufModel:
 
     @property
     def further(self) -> list[_Part]:
-        """Tensors of the file that are no parameters of the network."""
+        """Tensors of the file that are not parameters of the network."""
         found = further_tensors(self.model.network.config)
         return [_Part(name, Kind.F32, values.shape, partial(_as_is, values)) for name, values in found.items()]
 
     def write(
         self, path: Path, parts: Sequence[_Part], kind: LlamaFileType | None
     ) -> Iterator[tuple[_Part, Array, Array | None]]:
-        """Write the file, a tensor at a time, each of which is handed out once it is written."""
+        """Write the file one tensor at a time, and yield each tensor once it is written."""
         writer = GGUFWriter(path, self.architecture.name)
-        # Transformers takes a llama of the name mistral for a network with a sliding window.
+        # Transformers assumes a sliding window if a llama is named mistral.
         writer.add_name(self.model.name.replace("mistral", "Mistral"))
         writer.add_quantized_by("knowledge_compression")
         if kind is not None:
@@ -184,7 +184,7 @@ class GgufModel:
         writer.close()
 
     def _check(self) -> None:
-        """Refuse a network of which a reader of the file would make another.
+        """Refuse a network that a reader of the file would build differently.
 
         Raises:
             BadInput: a setting has no place in the file and is not the one that readers take for granted.
@@ -210,8 +210,8 @@ class GgufModel:
         for name, value in config.to_dict().items():
             if _matters(name) and name not in self.architecture.covers and not _alike(value, told.get(name)):
                 raise BadInput(
-                    f"output.save_model=gguf: {config.model_type} has {name}={value}, which a GGUF file cannot say; "
-                    f"its readers take {told.get(name)}"
+                    f"output.save_model=gguf: {config.model_type} has {name}={value}, which a GGUF file cannot "
+                    f"express; its readers assume {told.get(name)}"
                 )
 
 
@@ -220,12 +220,13 @@ def save_gguf(model: Model, folder: Path, kind: Kind | str | None = None) -> dic
 
     Args:
         model: any whose architecture and tokenizer GGUF describes.
-        folder: where to; replaced if it is there.
-        kind: the type of what no compression has put on a grid, or the name of a mixture of types; None takes the
-            narrowest floats that hold it exactly.
+        folder: the folder to write; replaced if it exists.
+        kind: the type of all tensors that no compression has put on a grid, or the name of a mixture of types; None
+            takes the narrowest floats that hold them exactly.
 
     Returns:
-        What was written, JSON-ready: weights by type, and of those that were rounded their number and relative error.
+        A summary of the file, JSON-ready: the number of weights of each type, and the number and relative error of the
+        rounded ones.
 
     Raises:
         BadInput: the architecture or the tokenizer cannot be written, or a weight is not finite; nothing is written.
@@ -283,7 +284,7 @@ def _parts(
         shape = change(np.empty(values.shape, dtype=np.bool_)).shape if values.dim() > 1 else tuple(values.shape)
         if kept is not None and (moved is None or moved.rows):
             stored = [blocks.data for blocks in kept]
-            bank = values.dim() > 2  # of experts
+            bank = values.dim() > 2  # experts
             make = partial(_moved, change, stored, bank=bank)
             yield _Part(tensor, kept[0].kind, shape, make)
             continue
@@ -316,13 +317,13 @@ def _as_is(values: Array) -> tuple[Array, None]:
 
 
 def _oriented(model: Model, state: Mapping[str, Tensor], name: str) -> Tensor:
-    """A parameter's values, of matrices ``[..., out_features, in_features]``."""
+    """A parameter's values; matrices as ``[..., out_features, in_features]``."""
     module = model.network.get_submodule(name.rpartition(".")[0])
     return state[name].T if isinstance(module, Conv1D) and name.endswith(".weight") else state[name]
 
 
 def _kept(model: Model, name: str) -> list[Blocks] | None:
-    """The blocks of a parameter's layers, where all of them have blocks of one type."""
+    """The blocks of a parameter's layers; None unless all of them have blocks of the same type."""
     found = [blocks_of(layer) for layer in linear_layers(model) if layer.weight_name == name]
     blocks = [one for one in found if one is not None]
     alike = len(blocks) == len(found) and len({one.kind for one in blocks}) == 1
@@ -330,7 +331,7 @@ def _kept(model: Model, name: str) -> list[Blocks] | None:
 
 
 def _file_type(parts: Sequence[_Part], asked: Kind | str | None) -> LlamaFileType | None:
-    """llama.cpp's name for a mixture, or for the type that most weights of the blocks have, if it has one."""
+    """llama.cpp's name for a mixture, or for the type of most weights in the blocks; None if it has no name."""
     if isinstance(asked, str):
         return LlamaFileType[f"MOSTLY_{asked.removesuffix('_mixed').upper()}"]
     sizes = Counter[Kind]()

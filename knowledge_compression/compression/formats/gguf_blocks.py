@@ -25,7 +25,7 @@ from knowledge_compression.compression.solve.k_quants import K_QUANTS, Grid, cod
 from knowledge_compression.compression.solve.k_quants import encoded as encoded_as_k_quant
 from knowledge_compression.models import TargetLayer
 
-# What llama.cpp takes instead where a row is not a whole number of super-blocks.
+# The type that llama.cpp takes instead if a row is not a whole number of super-blocks.
 FALLBACKS: Mapping[Kind, Kind] = {
     Kind.Q2_K: Kind.IQ4_NL,
     Kind.Q3_K: Kind.IQ4_NL,
@@ -57,28 +57,28 @@ class Blocks:
         """The blocks of a weight ``[out_features, in_features]``, rounded to nearest.
 
         Args:
-            weight, kind: what is rounded, and to what.
-            importance: weights of the squared errors of each input, float32 ``[in_features]``.
+            weight, kind: the values to round, and the type.
+            importance: weight of each input's squared errors, float32 ``[in_features]``.
         """
         return cls(kind, encoded(weight, kind, importance))
 
     def decode(self) -> Tensor:
-        """The weight that they stand for, float32 ``[out_features, in_features]``."""
+        """The weight that the blocks represent, float32 ``[out_features, in_features]``."""
         return torch.from_numpy(np.require(dequantize(self.data, self.kind), requirements=["C", "W", "O"]))
 
     def put_into(self, layer: TargetLayer) -> None:
-        """Write the weight that they stand for into a layer, and keep them with it."""
+        """Write the weight that the blocks represent into a layer, and store the blocks with it."""
         layer.weight.copy_(self.decode())
         layer.notes["gguf_blocks"] = self
 
     def hold(self, layer: TargetLayer) -> bool:
-        """Whether they stand for exactly a layer's weight, in its dtype."""
+        """Whether the blocks represent a layer's weight exactly, in its dtype."""
         weight = layer.weight
         return torch.equal(self.decode().to(weight), weight)
 
 
 def kept_blocks(layer: TargetLayer) -> Blocks | None:
-    """The blocks from which a layer's weight was made; None if it was not, or has changed since."""
+    """The blocks from which a layer's weight was made; None if there are none, or if it has changed since."""
     kept: Blocks | None = layer.notes.get("gguf_blocks")
     return kept if kept is not None and kept.hold(layer) else None
 
@@ -97,7 +97,7 @@ def blocks_of(layer: TargetLayer) -> Blocks | None:
 
 
 def fitting(kind: Kind, width: int) -> Kind | None:
-    """The type in which rows of some width are stored when one is asked for, as llama.cpp chooses it.
+    """The type in which llama.cpp stores rows of this width when a type is requested.
 
     Returns:
         The type itself if its blocks fill a row, or else the one that llama.cpp falls back on; None if neither fits.
@@ -143,7 +143,7 @@ def _fifths(codes: Tensor) -> Tensor:
 
 
 def narrowest(values: Tensor) -> Kind:
-    """The narrowest floats that hold values exactly; of two of one width, their own."""
+    """The narrowest floats that hold the values exactly; of two equally narrow types, their own."""
     if values.dtype == torch.bfloat16:
         return Kind.BF16
     for kind, dtype in zip(FLOATS, (torch.float16, torch.bfloat16), strict=False):

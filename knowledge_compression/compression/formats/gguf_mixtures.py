@@ -19,13 +19,13 @@ _OF_70B = ("llama", "qwen2")
 
 @dataclass(frozen=True)
 class MixedModel:
-    """A network and a mixture.
+    """The types that a mixture gives to the weights of a network.
 
     Attributes:
-        mixture: its name.
-        rules: the model as the rules see it.
+        mixture: the name of the mixture.
+        rules: the facts about the model that the rules use.
         names: each parameter, and the tensors of GGUF files that hold it.
-        tied: whether its embeddings are its final layer.
+        tied: whether the final layer uses the embeddings.
     """
 
     mixture: str
@@ -35,10 +35,10 @@ class MixedModel:
 
     @classmethod
     def of(cls, network: Any, mixture: str) -> MixedModel:
-        """Look at a network, which may be on the meta device.
+        """Read a network, which may be on the meta device.
 
         Raises:
-            BadInput: llama.cpp has no names for its tensors, or it is no decoder.
+            BadInput: llama.cpp has no names for its tensors, or it is not a decoder.
         """
         config = network.config
         try:
@@ -47,8 +47,8 @@ class MixedModel:
             architecture = None
         if architecture is None or config.is_encoder_decoder:
             raise BadInput(
-                f"the mixture {mixture} goes by llama.cpp's names for the tensors of decoders, and there are none for "
-                f"{config.model_type}; choose a single type, e.g. compression.type={MIXTURES[mixture]}"
+                f"the mixture {mixture} uses llama.cpp's names for the tensors of decoders, and llama.cpp has none "
+                f"for {config.model_type}; choose a single type, e.g. compression.type={MIXTURES[mixture]}"
             )
         told = {key.partition(".")[2]: value for key, value in architecture.values(config)}
         heads = int(told.get("attention.head_count") or 1)

@@ -56,7 +56,7 @@ class Int8Linear(ReplacedLinear):
     weight_scale: torch.Tensor
     weight_sum: torch.Tensor
     bias: nn.Parameter | None
-    _tried: ReferenceType[torch.Tensor] | None = None  # the weight for which _sparse was chosen, or none
+    _tried: ReferenceType[torch.Tensor] | None = None  # the weight for which _sparse was chosen, or None
     _sparse: SparseProduct | None = None
 
     def __init__(
@@ -86,7 +86,7 @@ class Int8Linear(ReplacedLinear):
 
     @property
     def coded(self) -> Int8Weight | None:
-        """The integers, on the CPU; None where the scale of the inputs is that of a whole batch."""
+        """The integers, on the CPU; None if the inputs of a whole batch share one scale."""
         if self.granularity != "per_channel":
             return None
         return Int8Weight(self.weight_int8.cpu(), self.weight_scale[:, None].cpu(), input_steps=self.input_steps)
@@ -233,7 +233,7 @@ def float_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _cuda_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``torch._int_mm`` on CUDA wants over 16 rows and the other sizes divisible by 8: pad with zeros, then cut."""
+    """``torch._int_mm`` on CUDA needs more than 16 rows and other sizes divisible by 8: pad with zeros, then cut."""
     rows, inner = left.shape
     columns = right.shape[0]
     left = nn.functional.pad(left, (0, -inner % 8, 0, max(17 - rows, 0)))

@@ -1,4 +1,4 @@
-"""Int8 layers that were told something of their inputs beforehand: the range of all, or the size of each channel."""
+"""Int8 layers that use a property of their inputs fixed beforehand: the range of all, or the size of each channel."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class SmoothedInt8Linear(Int8Linear):
 
     @property
     def coded(self) -> None:
-        """Nothing: the inputs are divided here."""
+        """None, because the inputs are divided here."""
 
     @property
     def overhead_bits(self) -> int:

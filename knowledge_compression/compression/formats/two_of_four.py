@@ -61,7 +61,7 @@ def faster_product(weight: Tensor, rows: Tensor, dense: Callable[[Tensor], Tenso
     """The sparse product with a weight, if for these rows it equals ``dense`` and takes less time; otherwise None."""
     try:
         sparse = SparseProduct(weight)
-        same = torch.equal(sparse(rows), dense(rows))  # and both are warm
+        same = torch.equal(sparse(rows), dense(rows))  # this call also warms both up
     except RuntimeError as error:
         log.warning("2:4 sparse products do not work on this GPU (%s); dense ones are used", first_line(error))
         return None

@@ -1,4 +1,4 @@
-"""Zero ablation: remove the target whole, to see what depended on it."""
+"""Zero ablation: remove the whole target, to see what depended on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Ablation(Layerwise):
     """Set every weight of the target to zero; biases are kept. Needs no text.
 
     With ``target=experts target.blocks=[1] target.experts=[3]`` it removes a single expert: the router still sends
-    tokens to it, and they get nothing from it.
+    tokens to it, and its output for them is zero.
     """
 
     name = "ablation"

@@ -41,7 +41,7 @@ class InputSizes(Hessian, Divisible):
         return self._magnitudes / max(self._tokens, 1)
 
     def divide(self, factors: Tensor) -> None:
-        """Become those of divided inputs."""
+        """Turn into the statistics of divided inputs."""
         self.matrix.div_(factors).div_(factors[:, None])
         self._magnitudes /= factors
 
@@ -53,15 +53,15 @@ class Awq(Calibrated[InputSizes]):
     Linears that read the same inputs share the power: of ``steps`` values between 0 (plain rounding) and 1, the one
     with the least output error on the calibration text (eq. 4 and 5).
 
-    With ``fold``, as in the published code, the inputs are divided rather than the rounded weights: by whatever makes
-    them, a norm or the linear layers before (``walk/folding.py``). The weights are then integers that other programs
-    can load. Inputs that nothing can divide get no factors, and a fallback says so. Without ``fold``, the rounded
+    With ``fold``, as in the published code, the inputs are divided rather than the rounded weights: by the norm or
+    linear layer that produces them (``walk/folding.py``). The weights are then integers that other programs can load.
+    Inputs that no such layer can divide get no factors, and the report names a fallback. Without ``fold``, the rounded
     weights are divided by the factors, which gives the same product and leaves no integers.
 
     Attributes:
         bits, group_size, symmetric: the grid (:class:`~knowledge_compression.compression.solve.grid.Grid`).
         steps: number of powers tried.
-        fold: whether what precedes the layers takes the factors.
+        fold: whether the preceding norm or linear layer takes the factors.
     """
 
     bits: int = 4
@@ -72,18 +72,18 @@ class Awq(Calibrated[InputSizes]):
     name = "awq"
 
     def __post_init__(self) -> None:
-        """Refuse a search over no powers."""
+        """Refuse a number of powers below one."""
         if self.steps < 1:
             raise BadInput(f"compression.steps={self.steps} is not a number of powers to try; choose e.g. 20")
         _ = self.grid
 
     @property
     def grid(self) -> Grid:
-        """The grid that was asked for."""
+        """The grid of these settings."""
         return Grid(self.bits, self.group_size, self.symmetric)
 
     def stored_bits(self, layer: TargetLayer) -> int:
-        """What a layer will take, scales and zero points counted."""
+        """The bits that a layer will take, with scales and zero points."""
         factors = 0 if self.fold else SCALE_BITS * int(layer.weight.shape[1])
         return self.grid.stored_bits(layer) + factors
 
@@ -93,7 +93,7 @@ class Awq(Calibrated[InputSizes]):
 
     @property
     def coding(self) -> Coding | None:
-        """Integers, if the factors are not in the weights."""
+        """Integers, if the weights do not contain the factors."""
         return self.grid.coding() if self.fold else None
 
     @property
@@ -106,7 +106,7 @@ class Awq(Calibrated[InputSizes]):
         return InputSizes(in_features, device)
 
     def prepare(self, block: Observed[InputSizes]) -> None:
-        """Move the factors of all inputs of a block into what makes them."""
+        """Move the factors of all inputs of a block into the layers that produce these inputs."""
         if self.fold:
             from knowledge_compression.compression.walk.folding import fold
 
@@ -160,7 +160,7 @@ class Awq(Calibrated[InputSizes]):
 
         Args:
             weight, hessian, magnitudes: as in :meth:`rounded`.
-            entry: the number of the factor that each input has, int64 ``[in_features]``; by default its own.
+            entry: the index of each input's factor, int64 ``[in_features]``; by default each input has its own.
 
         Returns:
             Float32, ``[in_features]``, or one more than the largest entry.

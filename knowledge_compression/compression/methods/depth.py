@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _DEPTHS: Sequence[str] = ("num_hidden_layers",)
-_ENCODER_DEPTHS = ("encoder_layers", "num_layers", "num_hidden_layers")  # the first that a configuration has
+_ENCODER_DEPTHS = ("encoder_layers", "num_layers", "num_hidden_layers")  # the first that exists is used
 _DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
 
 
@@ -35,8 +35,8 @@ class Depth(Reshaping):
     """Drop the blocks whose output is most like their input; what is left is an ordinary, shallower network.
 
     Attributes:
-        sparsity: share of the target's blocks to drop, in [0, 1); ``round(sparsity * blocks)`` of each stack,
-            or one of each where that is none of any, which a warning and the reached sparsity tell.
+        sparsity: share of the target's blocks to drop, in [0, 1); ``round(sparsity * blocks)`` of each stack, or one of
+            each stack if that rounds to none, which a warning and the reached sparsity show.
         by: ``influence`` drops the blocks of least influence, ``1 - cosine`` of a block's input and output, averaged
             over the tokens of the calibration text (ShortGPT, Men et al. 2024, equation 1); ``angle`` drops the run of
             neighbouring blocks between whose first input and last output the angle ``arccos(cosine) / pi`` is smallest
@@ -51,7 +51,7 @@ class Depth(Reshaping):
     calibrated = True
 
     def __post_init__(self) -> None:
-        """Refuse a share that is none."""
+        """Refuse a share outside [0, 1)."""
         check_sparsity(self.sparsity)
 
     def multiplies_in(self, model: Model) -> str:
@@ -60,7 +60,7 @@ class Depth(Reshaping):
         return str(settings.multiplied_in(model) or model.dtype).removeprefix("torch.")
 
     def plan(self, targets: Targets) -> dict[str, float]:
-        """The share of blocks that stay, for every layer of the blocks that may go."""
+        """The share of blocks that remain, for every layer of the blocks that may be dropped."""
         left: dict[str, float] = {}
         stacks = _stacks(targets, self.sparsity)
         for stack in stacks:
@@ -72,7 +72,7 @@ class Depth(Reshaping):
         return left
 
     def cut(self, model: Model, targets: Targets, calibration: LongTensor | None) -> Cut:
-        """Measure the blocks on the text and drop the least of each stack."""
+        """Measure the blocks on the text and drop the least important of each stack."""
         from knowledge_compression.compression.walk.passes import checked_windows
 
         stacks = _stacks(targets, self.sparsity)
@@ -93,7 +93,7 @@ class Depth(Reshaping):
         return Cut(smaller, source_state(model.network, smaller), removed, measured={self.by: told})
 
     def _choose(self, stack: _Stack, values: Sequence[float]) -> list[int]:
-        """The numbers of the blocks that go; among equals the last."""
+        """The numbers of the blocks to drop; among equals the last."""
         if not stack.goes:
             return []
         if self.by == "influence":
@@ -102,8 +102,8 @@ class Depth(Reshaping):
         runs = [i for i in stack.candidates if free.issuperset(range(i, i + length))]
         if not runs:
             raise BadInput(
-                f"compression.by=angle drops {stack.goes} neighbouring blocks, and no {stack.goes} of those that "
-                "target.blocks names are neighbours; choose compression.by=influence"
+                f"compression.by=angle drops {stack.goes} neighbouring blocks, and no {stack.goes} of the blocks in "
+                "target.blocks are neighbours; choose compression.by=influence"
             )
         first = min(runs, key=lambda i: (values[i], -i))
         return list(range(first, first + length))
@@ -111,7 +111,7 @@ class Depth(Reshaping):
 
 @dataclass(frozen=True)
 class _Stack:
-    """The blocks of one stack, numbers of those that may go, and how many of them go."""
+    """The blocks of one stack, the numbers of those that may be dropped, and how many are to be dropped."""
 
     blocks: Sequence[str]
     candidates: Sequence[int]
@@ -123,7 +123,7 @@ class _Stack:
 
 
 def _stacks(targets: Targets, sparsity: float) -> list[_Stack]:
-    """The stacks of the network, and how many blocks of each go.
+    """The stacks of the network, and how many blocks of each are to be dropped.
 
     Raises:
         BadInput: no block lies wholly in the target, blocks are shared, or a stack would be left without a block.
@@ -131,7 +131,7 @@ def _stacks(targets: Targets, sparsity: float) -> list[_Stack]:
     model = targets.model
     architecture, layers = model.architecture, linear_layers(model)
     if architecture.shared_depth:
-        raise BadInput(f"compression=depth drops blocks, and {model.name} uses one for all of its depth")
+        raise BadInput(f"compression=depth drops blocks, and {model.name} uses one block for its whole depth")
     chosen = {layer.path for layer in targets}
     found = []
     for number, stack in enumerate(architecture.stacks):
@@ -148,12 +148,12 @@ def _stacks(targets: Targets, sparsity: float) -> list[_Stack]:
     count = sum(len(stack.candidates) for stack in found)
     if not count:
         raise BadInput(
-            "compression=depth drops whole blocks, and the target holds none whole; choose target=all, or a part of it "
-            "by target.blocks"
+            "compression=depth drops whole blocks, and the target contains no whole block; choose target=all, or some "
+            "of its blocks with target.blocks"
         )
     if any(stack.goes < 0 for stack in found):
         raise BadInput(f"compression=depth sparsity={sparsity} would leave a stack of {model.name} without a block")
-    if sparsity and not any(stack.goes for stack in found):  # less than half a block: one is the nearest that shrinks
+    if sparsity and not any(stack.goes for stack in found):  # less than half a block: drop one
         if any(len(stack.blocks) == 1 for stack in found if stack.candidates):
             raise BadInput(f"compression=depth drops whole blocks, and a stack of {model.name} has only one")
         found = [replace(stack, goes=min(1, len(stack.candidates))) for stack in found]
@@ -161,10 +161,10 @@ def _stacks(targets: Targets, sparsity: float) -> list[_Stack]:
 
 
 def _smaller(model: Model, staying: Sequence[tuple[_Stack, Sequence[int]]]) -> Smaller:
-    """The architecture with the blocks that stay.
+    """The architecture with the blocks that remain.
 
     Raises:
-        BadInput: its configuration cannot say it, so that no checkpoint could be loaded.
+        BadInput: its configuration cannot express it, so that a checkpoint could not be loaded.
     """
     from knowledge_compression.models.reshaped import built
 
@@ -199,13 +199,13 @@ def _smaller(model: Model, staying: Sequence[tuple[_Stack, Sequence[int]]]) -> S
     except BadInput as error:
         raise BadInput(
             f"{model.name} without some blocks could not be loaded by stock transformers: {error}; limit the blocks "
-            "that may go by target.blocks"
+            "that may be dropped with target.blocks"
         ) from None
     return smaller
 
 
 def _measured(method: Depth, model: Model, windows: Tensor, stacks: Sequence[_Stack]) -> list[list[float]]:
-    """How far single blocks, or runs of as many as go, turn the states of their stack, by their first block."""
+    """How far single blocks, or runs of as many as are dropped, turn the states of their stack, by first block."""
     from knowledge_compression.compression.walk.layer_inputs import finite, first_tensor
     from knowledge_compression.compression.walk.passes import batches, read_text
     from knowledge_compression.models.device import multiplied_in
@@ -235,7 +235,7 @@ def _measured(method: Depth, model: Model, windows: Tensor, stacks: Sequence[_St
             hooks.callback(module.register_forward_pre_hook(partial(entering, block), with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(partial(leaving, block)).remove)
         head = model.network.get_submodule(model.architecture.final)
-        hooks.callback(head.register_forward_pre_hook(stop).remove)  # nobody reads the logits
+        hooks.callback(head.register_forward_pre_hook(stop).remove)  # the logits are not needed
         for batch in shown(list(batches(windows, model.device.type == "cpu")), "measuring blocks"):
             try:
                 with multiplied_in(narrower, model.device):
@@ -257,4 +257,4 @@ def _measured(method: Depth, model: Model, windows: Tensor, stacks: Sequence[_St
 
 
 class _Read(Exception):
-    """The blocks have been read."""
+    """Raised once all blocks have been measured, to end the forward pass."""

@@ -1,4 +1,4 @@
-"""The types of GGUF files, K quants among them, and llama.cpp's mixtures: what its users call Q4_K, Q8_0 or Q4_K_M."""
+"""The types of GGUF files (Q4_K, Q8_0 and others) and llama.cpp's mixtures of them (Q4_K_M and others)."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ TypeOf = Callable[[TargetLayer], str]
 class Gguf(Layerwise):
     """Round every weight to the nearest point of a GGUF type's grid; needs no text.
 
-    ``output.save_model=gguf`` stores the same blocks. A layer whose inputs are no multiple of 256 is given the type
-    that llama.cpp falls back on, which its report names.
+    ``output.save_model=gguf`` stores the same blocks. A layer whose number of inputs is not a multiple of 256 gets the
+    type that llama.cpp falls back on, which the report names.
 
     Attributes:
         type: ``q2_k`` to ``q6_k``, ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q8_0``, ``iq4_nl`` or ``mxfp4``; or a
-            mixture, which gives each layer one of these by what it does and where it stands: ``q2_k_mixed``,
-            ``q3_k_s``, ``q3_k_m``, ``q3_k_l``, ``q4_k_s``, ``q4_k_m``, ``q5_k_s``, ``q5_k_m``.
+            mixture, which gives each layer one of these by its role and depth: ``q2_k_mixed``, ``q3_k_s``, ``q3_k_m``,
+            ``q3_k_l``, ``q4_k_s``, ``q4_k_m``, ``q5_k_s``, ``q5_k_m``.
     """
 
     type: str = "q4_k"
@@ -43,11 +43,11 @@ class Gguf(Layerwise):
         check_type(self.type)
 
     def check(self, targets: Targets) -> None:
-        """Refuse layers whose rows no block fills, and models to which a mixture does not apply."""
+        """Refuse layers whose rows are not whole blocks, and models to which a mixture does not apply."""
         check_fitting(self.type, targets)
 
     def shrinker(self, targets: Targets, walk: Walk, state: Any = None) -> Shrinker:
-        """Each layer is compressed on its own, once a mixture has been dealt out."""
+        """Each layer is compressed on its own, once a mixture has given each its type."""
         chosen = types_of(self.type, targets)
         return Shrinker(lambda layer: rounded(layer, chosen(layer)))
 
@@ -60,7 +60,7 @@ def check_type(name: str) -> None:
     """Refuse a type that does not exist.
 
     Raises:
-        BadInput: it does not.
+        BadInput: there is no such type.
     """
     if name not in BITS and name not in MIXTURES:
         offered = ", ".join(sorted({*BITS, *MIXTURES}))
@@ -68,10 +68,10 @@ def check_type(name: str) -> None:
 
 
 def check_fitting(name: str, targets: Targets) -> None:
-    """Refuse layers whose rows no block fills, and models to which a mixture does not apply.
+    """Refuse layers whose rows are not whole blocks, and models to which a mixture does not apply.
 
     Raises:
-        BadInput: there are such.
+        BadInput: there is such a layer, or the mixture does not apply to the model.
     """
     from gguf import GGMLQuantizationType as Kind
 
@@ -82,16 +82,17 @@ def check_fitting(name: str, targets: Targets) -> None:
         width = layer.weight.shape[1]
         if fitting(Kind[chosen(layer).upper()], width) is None:
             raise BadInput(
-                f"compression.type={name} stores 32 neighbouring inputs together, and {layer.path} has "
-                f"{width}; choose a target without it, or compression=rtn"
+                f"compression.type={name} stores 32 neighbouring inputs together, and {layer.path} has {width} "
+                "inputs; choose a target without it, or compression=rtn"
             )
 
 
 def types_of(name: str, layers: Sequence[TargetLayer]) -> TypeOf:
-    """The type that each of some layers gets.
+    """The type of each layer.
 
     Raises:
-        BadInput: a mixture is asked for, whose rules go by llama.cpp's names of tensors, and the model has none.
+        BadInput: the type is a mixture, whose rules use llama.cpp's tensor names, and llama.cpp has none for this
+            model.
     """
     if name not in MIXTURES or not layers:
         return lambda layer: MIXTURES.get(name, name)
@@ -104,9 +105,9 @@ def rounded(layer: TargetLayer, name: str, importance: Tensor | None = None) -> 
     """Write the nearest blocks of a type into a layer.
 
     Args:
-        layer: what is changed.
-        name: of the type.
-        importance: weights of the squared errors of each input, ``[in_features]``; None where all are alike.
+        layer: the layer, changed in place.
+        name: name of the type.
+        importance: weight of each input's squared errors, ``[in_features]``; None if all are equal.
     """
     from gguf import GGMLQuantizationType as Kind
 

@@ -39,9 +39,8 @@ class Gptq(SecondOrder):
         bits, group_size, symmetric, clip, scale_bits: the grid
             (:class:`~knowledge_compression.compression.solve.grid.Grid`).
         desc_act: round the columns in order of decreasing second moment rather than in their own order.
-        static_groups: fix every group's grid beforehand, so that a group consists of neighbouring columns whatever the
-            order of rounding; otherwise a group is a run of the rounding order, and its grid is chosen when it is
-            reached.
+        static_groups: fix every group's grid beforehand, so that a group consists of neighbouring columns in any order
+            of rounding; otherwise a group is a run of the rounding order, and its grid is chosen when it is reached.
         block_size: columns whose errors are accumulated before they are applied to later blocks; affects the speed
             only.
     """
@@ -57,13 +56,13 @@ class Gptq(SecondOrder):
     name = "gptq"
 
     def __post_init__(self) -> None:
-        """Refuse a damping or grid that does not exist before anything is loaded."""
+        """Refuse an invalid damping or grid before anything is loaded."""
         super().__post_init__()
         _ = self.grid
 
     @property
     def grid(self) -> Grid:
-        """The grid that was asked for."""
+        """The grid of these settings."""
         return Grid(self.bits, self.group_size, self.symmetric, self.clip, self.scale_bits)
 
     @property
@@ -72,7 +71,7 @@ class Gptq(SecondOrder):
         return self.grid.coding(in_order=self.static_groups or self.group_size is None or not self.desc_act)
 
     def stored_bits(self, layer: TargetLayer) -> int:
-        """What a layer will take, scales and zero points counted."""
+        """The bits that a layer will take, with scales and zero points."""
         return self.grid.stored_bits(layer)
 
     def check(self, targets: Targets) -> None:
@@ -87,7 +86,7 @@ class Gptq(SecondOrder):
         return Solved(quantized=quantized, plain=plain, damping=damping, fallbacks=fallbacks)
 
     def pulls_of(self, statistics: Hessian) -> Pulls | None:
-        """How each column moves the later ones besides its rounding error, if it does: see ``compensate``."""
+        """How each column moves the later ones beyond its rounding error; None if it does not (see ``compensate``)."""
         return None
 
     def quantize(
@@ -126,5 +125,5 @@ class Gptq(SecondOrder):
         pull = pulls and pulls(factor, order)
         compensate(turned, factor.upper, groups.round, block_size=self.block_size, pull=pull, **in_turn)
         damping, fallbacks = factor.damping, factor.fallbacks
-        del factor  # which is as large as the Hessian
+        del factor  # it is as large as the Hessian
         return groups.quantized(turned, order), damping, fallbacks

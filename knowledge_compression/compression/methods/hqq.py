@@ -45,18 +45,20 @@ class Hqq(Layerwise):
     name = "hqq"
 
     def __post_init__(self) -> None:
-        """Refuse norms without such a proximal operator."""
+        """Refuse a norm for which this proximal operator is not defined."""
         if not 0.0 < self.p <= 1.0:
-            raise BadInput(f"compression.p={self.p} is not a norm that HQQ solves for; it must lie in (0, 1], e.g. 0.7")
+            raise BadInput(
+                f"compression.p={self.p} is not a norm that HQQ can minimise; it must lie in (0, 1], e.g. 0.7"
+            )
         _ = self.grid
 
     @property
     def grid(self) -> Grid:
-        """The grid that was asked for; its zero points become real numbers."""
+        """The grid of these settings; its zero points become real numbers."""
         return Grid(self.bits, self.group_size)
 
     def stored_bits(self, layer: TargetLayer) -> int:
-        """What a layer will take, scales and zero points counted."""
+        """The bits that a layer will take, with scales and zero points."""
         rows, columns = layer.weight.shape
         return int(rows * (columns * self.bits + 2 * SCALE_BITS * (columns // self.grid.width(columns))))
 

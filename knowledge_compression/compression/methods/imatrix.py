@@ -27,7 +27,7 @@ class Imatrix(Calibrated[InputPower]):
     """Round to a GGUF type or mixture by errors weighted with the mean squares of the inputs.
 
     Attributes:
-        type: as for ``compression=gguf``; ``q8_0`` and ``mxfp4`` are rounded as there.
+        type: as for ``compression=gguf``; ``q8_0`` and ``mxfp4`` ignore the importance.
     """
 
     type: str = "q4_k"
@@ -38,7 +38,7 @@ class Imatrix(Calibrated[InputPower]):
         check_type(self.type)
 
     def check(self, targets: Targets) -> None:
-        """Refuse layers whose rows no block fills, and models to which a mixture does not apply."""
+        """Refuse layers whose rows are not whole blocks, and models to which a mixture does not apply."""
         check_fitting(self.type, targets)
 
     def observe(self, in_features: int, device: torch.device) -> InputPower:
@@ -46,7 +46,7 @@ class Imatrix(Calibrated[InputPower]):
         return InputPower(in_features, device)
 
     def shrink(self, layers: Sequence[TargetLayer], statistics: InputPower) -> list[LayerReport]:
-        """Round each layer to its own type; one that no text reached is rounded without importance."""
+        """Round each layer to its own type; a layer that no token reached is rounded without importance."""
         chosen, power = types_of(self.type, layers), statistics.mean
         seen = bool((power > 0).any())
         reports = []

@@ -52,7 +52,7 @@ class Int8Dynamic(Layerwise):
 
     @property
     def for_codes(self) -> str:
-        """What leaves codes that others know."""
+        """The granularity whose codes other programs can read."""
         return "compression.granularity=per_channel"
 
     @property

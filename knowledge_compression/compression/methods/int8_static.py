@@ -59,7 +59,7 @@ class Int8Static(Calibrated[InputRange]):
 
     @property
     def for_codes(self) -> str:
-        """What leaves codes that others know."""
+        """The granularity whose codes other programs can read."""
         return "compression.granularity=per_channel"
 
     @property

@@ -19,8 +19,8 @@ class Mxfp4(SmallFloats):
 
     Attributes:
         scale: how the power of two follows from the block's largest magnitude: ``floor`` (section 6.3 of the
-            specification; torchao, ggml) or ``even`` (the magnitude is rounded to one bit of mantissa before, so that
-            one close to the next power of two does not have to become 6 times the scale; compressed-tensors).
+            specification; torchao, ggml) or ``even`` (the magnitude is first rounded to one bit of mantissa, so that a
+            magnitude close to the next power of two is not clipped to 6 times the scale; compressed-tensors).
     """
 
     scale: Literal["floor", "even"] = "floor"

@@ -44,7 +44,7 @@ class Nf4(Layerwise):
 
     @property
     def coding(self) -> Coding | None:
-        """NF4, if its scales are not rounded again."""
+        """NF4; None if its scales are rounded again."""
         return None if self.double_quant else nf4_coding(self.block_size)
 
     @property

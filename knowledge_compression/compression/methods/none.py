@@ -18,7 +18,7 @@ class NoCompression(Method):
     """Leave the model unchanged."""
 
     name = "none"
-    streams = False  # there is nothing to write
+    streams = False  # nothing to write
 
     def apply(self, model: Model, targets: Targets, calibration: LongTensor | None) -> list[LayerReport]:
         """Touch nothing."""

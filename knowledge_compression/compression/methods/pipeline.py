@@ -26,7 +26,7 @@ class Pipeline(Compression):
     """
 
     steps: Sequence[Compression]
-    streams = False  # each step would be a pass over the checkpoint
+    streams = False  # each step would need its own pass over the checkpoint
 
     def __post_init__(self) -> None:
         """Refuse an empty list."""
@@ -50,12 +50,12 @@ class Pipeline(Compression):
 
     @property
     def coding(self) -> Coding | None:
-        """That of the last step."""
+        """The coding of the last step."""
         return self.steps[-1].coding
 
     @property
     def for_codes(self) -> str:
-        """That of the last step."""
+        """The coding of the last step."""
         return self.steps[-1].for_codes
 
     @property

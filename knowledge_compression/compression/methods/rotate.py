@@ -1,4 +1,4 @@
-"""Rotate: the residual stream in another basis, in which no channel stands out (QuaRot, Ashkboos et al. 2024)."""
+"""Rotate the residual stream into a basis in which no channel stands out (QuaRot, Ashkboos et al. 2024)."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Rotate(Compression):
 
     The matrix is ``D H / sqrt(n)``, a Hadamard matrix with random signs (QuaRot, section 4, stage 1a). It spreads every
     channel of the stream over all of them, so that weights that read or write it have no outlying columns or rows. The
-    factors of the norms move into the layers that read them. The network computes what it did before: that its logits
-    are the same to 1e-4 is checked on a few tokens, and it is left as it was where they are not. A tied head gets a
-    weight of its own, as its norm's factors are not those of the embeddings; its size counts.
+    factors of the norms move into the layers that read them. The network computes the same as before: its logits on a
+    few tokens are checked to 1e-4, and the network is left unchanged if they differ. A tied head gets a weight of its
+    own, as its norm's factors are not those of the embeddings; its size counts.
 
     Attributes:
-        then: what is done to the rotated model.
-        seed: of the signs.
+        then: the compression of the rotated model.
+        seed: seed of the random signs.
     """
 
     then: Compression = field(default_factory=NoCompression)
@@ -49,17 +49,17 @@ class Rotate(Compression):
 
     @property
     def calibrated(self) -> bool:  # type: ignore[override]
-        """Whether what follows is."""
+        """Whether the compression that follows is calibrated."""
         return self.then.calibrated
 
     @property
     def coding(self) -> Coding | None:
-        """That of what follows."""
+        """The coding of the compression that follows."""
         return self.then.coding
 
     @property
     def parts(self) -> Sequence[Compression]:
-        """Itself, and those of what follows."""
+        """This method, and the parts of the compression that follows."""
         return [self, *self.then.parts]
 
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None = None) -> CompressionReport:

@@ -28,12 +28,12 @@ class Rtn(Layerwise):
     name = "rtn"
 
     def __post_init__(self) -> None:
-        """Refuse a grid that does not exist before anything is loaded."""
+        """Refuse an invalid grid before anything is loaded."""
         _ = self.grid
 
     @property
     def grid(self) -> Grid:
-        """The grid that was asked for."""
+        """The grid of these settings."""
         return Grid(self.bits, self.group_size, self.symmetric, self.clip, self.scale_bits)
 
     @property
@@ -42,7 +42,7 @@ class Rtn(Layerwise):
         return self.grid.coding()
 
     def stored_bits(self, layer: TargetLayer) -> int:
-        """What a layer will take, scales and zero points counted."""
+        """The bits that a layer will take, with scales and zero points."""
         return self.grid.stored_bits(layer)
 
     def check(self, targets: Targets) -> None:

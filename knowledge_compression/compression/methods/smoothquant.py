@@ -33,7 +33,7 @@ class LargestInputs(Divisible):
         self.largest = torch.maximum(self.largest, inputs.values.float().abs().amax(0))
 
     def divide(self, factors: Tensor) -> None:
-        """Become those of divided inputs."""
+        """Turn into the statistics of divided inputs."""
         self.largest = self.largest / factors
 
 
@@ -42,10 +42,10 @@ class SmoothQuant(Calibrated[LargestInputs]):
     """Replace the targets by int8 layers that divide their inputs, channel by channel, before rounding them.
 
     Linears that read the same inputs share one divisor, ``max|X_j|^alpha / max|W_j|^(1 - alpha)`` (eq. 4). Each layer
-    divides by it. With ``fold``, as in the published code, what makes the inputs is divided instead (a norm, or the
-    linear layers before; see ``walk/folding.py``), which gives the same product, and layers that other programs can
-    load; inputs that nothing can divide are rounded as they are, and a fallback says so. Activations are rounded per
-    token at run time (the paper's O1), weights per row.
+    divides its inputs by it. With ``fold``, as in the published code, the norm or linear layers that produce the inputs
+    are divided instead (``walk/folding.py``), which gives the same product, and layers that other programs can load.
+    Inputs that no such layer can divide are rounded as they are, and the report names a fallback. Activations are
+    rounded per token at run time (the paper's O1), weights per row.
 
     Attributes:
         alpha: migration strength: how much of the outliers is moved into the weights, in [0, 1].
@@ -67,17 +67,17 @@ class SmoothQuant(Calibrated[LargestInputs]):
 
     @property
     def coding(self) -> Coding | None:
-        """Integers with a scale per row, if the divisors are not in the layers."""
+        """Integers with a scale per row, if the layers do not hold the divisors."""
         return int8_coding(static=False) if self.fold else None
 
     @property
     def for_codes(self) -> str:
-        """What leaves codes that others know."""
+        """The setting that gives codes other programs can read."""
         return "compression.fold=true"
 
     @property
     def modules(self) -> tuple[type[ReplacedLinear], ...]:
-        """Int8 layers, with a divisor if it is theirs."""
+        """Int8 layers, with a divisor unless it is folded."""
         from knowledge_compression.compression.formats.int8_linear import Int8Linear
         from knowledge_compression.compression.formats.int8_variants import SmoothedInt8Linear
 
@@ -88,7 +88,7 @@ class SmoothQuant(Calibrated[LargestInputs]):
         return LargestInputs(in_features, device)
 
     def prepare(self, block: Observed[LargestInputs]) -> None:
-        """Move the divisors of all inputs of a block into what makes them."""
+        """Move the divisors of all inputs of a block into the layers that produce these inputs."""
         if self.fold:
             from knowledge_compression.compression.walk.folding import fold
 
@@ -124,7 +124,7 @@ class SmoothQuant(Calibrated[LargestInputs]):
         Args:
             weight: the stacked weights of all linears that read these inputs, ``[out_features, in_features]``.
             largest: the largest magnitude of each input channel, ``[in_features]``.
-            entry: the number of the divisor that each channel has, int64 ``[in_features]``; by default its own.
+            entry: the index of each channel's divisor, int64 ``[in_features]``; by default each channel has its own.
 
         Returns:
             The divisors, float32 ``[in_features]`` or one more than the largest entry, and whether any channel is dead

@@ -53,7 +53,7 @@ class SparseGpt(SecondOrder):
     name = "sparsegpt"
 
     def __post_init__(self) -> None:
-        """Refuse settings that do not exist before anything is loaded."""
+        """Refuse invalid settings before anything is loaded."""
         super().__post_init__()
         check_sparsity(self.sparsity)
         if self.refit < 0:
@@ -62,7 +62,7 @@ class SparseGpt(SecondOrder):
 
     @property
     def grid(self) -> Grid | None:
-        """The grid that was asked for, if any."""
+        """The grid of these settings, if they quantize."""
         return None if self.bits is None else self._grid(self.bits)
 
     def _grid(self, bits: int) -> Grid:
@@ -70,12 +70,12 @@ class SparseGpt(SecondOrder):
 
     @property
     def shape(self) -> Pattern | None:
-        """The pattern that was asked for, if any."""
+        """The n:m pattern, if one is set."""
         return Pattern.parse(self.pattern) if self.pattern is not None else None
 
     @property
     def coding(self) -> Coding | None:
-        """Integers on the grid, if there is one."""
+        """Integers on the grid; None without one."""
         return self.grid.coding() if self.grid else None
 
     def check(self, targets: Targets) -> None:
@@ -117,7 +117,7 @@ class SparseGpt(SecondOrder):
             for j, (part, goes) in enumerate(zip(scores, mask[start:end].split(rows, dim=1), strict=True)):
                 if self.shape:
                     goes.copy_(self.shape.removes(part.T).T)
-                else:  # as many as are due up to here, so that rounding does not accumulate
+                else:  # counted from the first column, so that rounding errors do not accumulate
                     count = round(self.sparsity * rows[j] * end) - removed[j]
                     goes.copy_(_smallest(part, count))
                     removed[j] += count
@@ -137,7 +137,7 @@ class SparseGpt(SecondOrder):
         unit = self.shape.of if self.shape else self.block_size
         compensate(turned, upper, project, prepare=choose, unit=unit, block_size=self.block_size)
         damping, fallbacks = (factor.damping, factor.fallbacks) if factor else (None, ["not_positive_definite"])
-        del factor, upper  # which are as large as the Hessian
+        del factor, upper  # each is as large as the Hessian
         if damping is not None and not groups:
             refit(turned, weight.T, ~mask, hessian, damping=damping, steps=self.refit)
         quantized = groups.quantized(turned, columns) if groups else None

@@ -49,13 +49,13 @@ class Wanda(Calibrated[InputPower]):
     name = "wanda"
 
     def __post_init__(self) -> None:
-        """Refuse settings that do not exist before anything is loaded."""
+        """Refuse invalid settings before anything is loaded."""
         check_sparsity(self.sparsity)
         _ = self.shape
 
     @property
     def shape(self) -> Pattern | None:
-        """The pattern that was asked for, if any."""
+        """The n:m pattern, if one is set."""
         return Pattern.parse(self.pattern) if self.pattern is not None else None
 
     def check(self, targets: Targets) -> None:

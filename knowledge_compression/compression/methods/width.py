@@ -1,4 +1,4 @@
-"""Width pruning: take out feed-forward channels and groups of heads, and refit what reads them."""
+"""Width pruning: remove feed-forward channels and groups of heads, and refit the matrices that read them."""
 
 from __future__ import annotations
 
@@ -54,25 +54,26 @@ class Moments(Hessian):
 
 @dataclass(frozen=True)
 class Width(Reshaping):
-    """Make the feed-forward layers narrower and attention of fewer heads, by the same number in every block.
+    """Remove feed-forward channels and attention heads, the same number in every block.
 
-    Of the heads whole groups go: a key-value head with all query heads that read it, as many as the configuration can
-    say nearest to the share. With both in the target, the
-    feed-forward channels make up for what whole groups of heads cannot hit, so that the share of the target's weights
-    is as asked to within one channel of each block. What a layer loses is compensated for in the matrix that reads it.
+    Heads are removed in whole groups: a key-value head with all query heads that read it. Their number is the one
+        nearest to the share that the configuration can express. If the target has both parts, the number of
+        feed-forward channels makes up the difference, so that the sparsity of the target is exact to within one channel
+        per block. The matrix that reads a narrower layer is refitted to compensate.
 
     Attributes:
-        sparsity: share of the target's weights to take out, in [0, 1).
-        importance: ``error`` takes out the units without which the layer's output error on the calibration text is
-            least after the best refit of the others (optimal brain surgeon for groups, as in ZipLM, Kurtic et al.);
+        sparsity: share of the target's weights to remove, in [0, 1).
+        importance: ``error`` removes the units whose removal raises the layer's output error on the calibration text
+            least, after the best refit of the others (optimal brain surgeon for groups, as in ZipLM, Kurtic et al.);
             ``wanda`` those with the smallest sum of ``|w| ‖x‖`` (An et al. 2024 compare with it); ``fluctuation`` those
             with the smallest product of variance of the inputs and squared norm of the weights (FLAP, An et al. 2024,
             equation 5).
-        compensation: ``refit`` fits the columns that stay, and the bias of a layer that has one, by least squares to
-            the outputs of the whole; ``bias`` adds to the bias what the lost inputs are on average (FLAP, equation 4);
-            ``none`` leaves them as they are.
+        compensation: ``refit`` fits the remaining columns, and the bias if the layer has one, by least squares to the
+            outputs of the whole layer; ``bias`` adds the average contribution of the removed inputs to the bias (FLAP,
+            equation 4); ``none`` leaves the columns as they are.
         damping: constant added to the diagonal of the inputs' second moments, relative to its mean.
-        multiple: the number of channels that stay is a multiple of it, e.g. of the groups of a later quantization.
+        multiple: the number of remaining channels is a multiple of this, e.g. of the group size of a later
+            quantization.
         forward_dtype: dtype of the products in the calibration passes.
         device: where blocks are computed, one at a time; None computes them where they are stored.
     """
@@ -88,12 +89,12 @@ class Width(Reshaping):
     calibrated = True
 
     def __post_init__(self) -> None:
-        """Refuse a share that is none."""
+        """Refuse a share outside [0, 1)."""
         check_sparsity(self.sparsity)
 
     @property
     def walk(self) -> WalkSettings:
-        """Each layer reads the outputs of those that were made narrower before it."""
+        """Each layer reads the outputs of the layers that were narrowed before it."""
         return WalkSettings(true_sequential=True, device=self.device, forward_dtype=self.forward_dtype)
 
     def multiplies_in(self, model: Model) -> str:
@@ -101,8 +102,8 @@ class Width(Reshaping):
         return str(self.walk.multiplied_in(model) or model.dtype).removeprefix("torch.")
 
     def plan(self, targets: Targets) -> dict[str, float]:
-        """The share of each layer that stays; also refuses what does not compute the same once it is taken out."""
-        check_finite(weights_of(targets.model), targets.model.name)  # else its own trial would blame the network
+        """The share of each layer that remains; also refuses a network whose units cannot be removed one by one."""
+        check_finite(weights_of(targets.model), targets.model.name)  # otherwise the trial below would blame the network
         chosen, goes = self._going(targets)
         order = torch.Generator().manual_seed(0)
         kept = {
@@ -115,7 +116,8 @@ class Width(Reshaping):
             made = self._narrowed(targets.model, chosen, goes, kept)
         except BadInput as error:
             raise BadInput(
-                f"compression=width cannot make {targets.model.name} a checkpoint that others load: {error}; "
+                f"compression=width cannot turn {targets.model.name} into a checkpoint that other programs load: "
+                f"{error}; "
                 "choose target=ff, or compression=depth"
             ) from None
         _check_equal(targets.model, made, chosen, kept)
@@ -134,52 +136,53 @@ class Width(Reshaping):
         return Cut(smaller, state, removed, reports)
 
     def _going(self, targets: Targets) -> tuple[list[Part], Mapping[bool, int]]:
-        """The parts that lose something, and how much."""
+        """The parts to be narrowed, and by how much."""
         chosen = self._parts(targets)
         goes = self._counts(targets.model, chosen)
         return [part for part in chosen if goes[part.role == FF]], goes
 
     def _parts(self, targets: Targets) -> list[Part]:
-        """The parts of blocks that lie in the target.
+        """The parts of blocks that the target contains.
 
         Raises:
-            BadInput: the target holds experts, only some blocks, or a part of a part; or biases are to compensate and a
-                layer has none.
+            BadInput: the target has experts, or only some blocks, or only some layers of a part; or biases are to
+                compensate and a layer has none.
         """
         if any(layer.role == EXPERTS for layer in targets):
-            raise BadInput("compression=width does not make experts narrower; choose target=att, or compression=depth")
+            raise BadInput("compression=width cannot narrow experts; choose target=att, or compression=depth")
         paths = {layer.path for layer in targets}
         everything = parts(targets.model, _roles(targets))
         chosen = [part for part in everything if paths.issuperset(x.path for x in part.layers)]
         covered = {x.path for part in chosen for x in part.layers}
         if missing := [layer.path for layer in targets if layer.path not in covered]:
             raise BadInput(
-                "compression=width makes feed-forward layers and attention of all blocks narrower, and the target has "
-                f"{missing[0]}, which is no whole part of them; choose target=att, ff or all"
+                "compression=width narrows the complete feed-forward layers and attention of all blocks, and "
+                f"{missing[0]} does not belong to a complete one; choose target=att, ff or all"
             )
         for role in {part.role for part in chosen}:
             alike = [part for part in everything if (part.role == FF) == (role == FF)]
             if len(alike) != sum((part.role == FF) == (role == FF) for part in chosen):
                 raise BadInput(
-                    "compression=width makes all blocks equally narrow, as a configuration has one width for all, and "
-                    "the target holds only some of them; choose target=att, ff or all, without target.blocks"
+                    "compression=width narrows all blocks equally, because a configuration has one width for all of "
+                    "them, and the target contains only some blocks; choose target=att, ff or all, without "
+                    "target.blocks"
                 )
             if len({part.units for part in alike}) > 1:
                 raise BadInput(
-                    f"the blocks of {targets.model.name} have different widths, which compression=width keeps"
+                    f"the blocks of {targets.model.name} have different widths, and compression=width takes equal ones"
                 )
         if self.compensation == BIAS and (bare := [part.writer for part in chosen if part.writer.bias is None]):
             raise BadInput(
-                f"compression.compensation=bias: {bare[0].path} has no bias, and a checkpoint of its type could not "
-                "hold one; choose refit or none"
+                f"compression.compensation=bias: {bare[0].path} has no bias, and a checkpoint of this model type "
+                "cannot hold one; choose refit or none"
             )
         return chosen
 
     def _counts(self, model: Model, chosen: Sequence[Part]) -> Mapping[bool, int]:
-        """How many units of each part go: channels under True, groups of heads under False.
+        """How many units of each part to remove: channels under True, groups of heads under False.
 
         Raises:
-            BadInput: it is less than one.
+            BadInput: the number is less than one.
         """
         channels, heads = ([part for part in chosen if (part.role == FF) == ff] for ff in (True, False))
         wanted = self.sparsity * sum(part.parameters for part in chosen)
@@ -194,10 +197,10 @@ class Width(Reshaping):
                 raise BadInput(f"compression=width sparsity={self.sparsity} would leave {model.name} without a channel")
         if self.sparsity and not goes and not groups:
             least_share = self.multiple / channels[0].units if channels else 1 / heads[0].units
-            least = f"that is sparsity={least_share:.3g}" if least_share < 1 else "it has one, which stays"
+            least = f"that is sparsity={least_share:.3g}" if least_share < 1 else "the model has one, which stays"
             raise BadInput(
-                f"compression=width sparsity={self.sparsity} of {model.name} is less than half of the least that goes, "
-                f"one {'channel' if channels else 'group of heads'}; {least}"
+                f"compression=width sparsity={self.sparsity} of {model.name} is less than half of the smallest "
+                f"removable unit, one {'channel' if channels else 'group of heads'}; {least}"
             )
         return {True: goes, False: groups}
 
@@ -220,10 +223,10 @@ class Width(Reshaping):
 
 @dataclass(frozen=True)
 class _Cutter(BlockMethod[Moments]):
-    """Decides for one writer after the other, in the walk; the columns that go are zero until all are decided.
+    """Decides for one writer after the other during the walk; columns to be removed are zero until all are decided.
 
     Attributes:
-        kept: the units that stay, by the writer's path; grows during the walk.
+        kept: the remaining units, by the writer's path; grows during the walk.
     """
 
     method: Width
@@ -264,7 +267,7 @@ class _Cutter(BlockMethod[Moments]):
         return [report]
 
     def _choose(self, weight: Tensor, moments: Tensor, mean: Tensor, within: Tensor, part: Part) -> Tensor:
-        """The units that go."""
+        """The units to remove."""
         count = self.goes[part.role == FF]
         if self.method.importance == "error":
             return least_missed(weight.double(), within, part.width, count)
@@ -276,9 +279,9 @@ class _Cutter(BlockMethod[Moments]):
 
 
 def _sayable(model: Model, groups: int, sparsity: float) -> int:
-    """How many groups of heads go: as near to the share as the configuration can say.
+    """How many groups of heads to remove: the number nearest to the share that the configuration can express.
 
-    LLaMA's, for one, takes only numbers of heads that divide the width of the states.
+    LLaMA's, for example, takes only numbers of heads that divide the width of the hidden states.
     """
     for goes in sorted(range(groups), key=lambda goes: (abs(goes - sparsity * groups), goes)):
         try:
@@ -290,16 +293,16 @@ def _sayable(model: Model, groups: int, sparsity: float) -> int:
 
 
 def _roles(targets: Targets) -> set[str]:
-    """The roles of all layers of the kinds that the target has: heads are as many in all attention of a network."""
+    """The roles of all layers of the target's kinds: all attention in a network has the same number of heads."""
     roles = {layer.role for layer in targets}
     return (set(ATTENTION) if roles & set(ATTENTION) else set()) | (roles & {FF})
 
 
 def _check_equal(model: Model, made: Any, chosen: Sequence[Part], kept: Mapping[str, Tensor]) -> None:
-    """Compare the narrower network with the whole one whose lost units are silent, on a few tokens.
+    """Compare the narrower network, on a few tokens, with the whole one whose removed units are set to zero.
 
     Raises:
-        BadInput: they differ, so a unit is not what it was taken for.
+        BadInput: they differ, so the network uses a unit in a way that this method does not know.
     """
     from knowledge_compression.compression.walk.passes import read_text
 
@@ -320,7 +323,7 @@ def _check_equal(model: Model, made: Any, chosen: Sequence[Part], kept: Mapping[
     scale = float(whole.abs().max())
     if not difference <= 0.02 * scale + 1e-4:
         raise BadInput(
-            f"compression=width does not know the layers of {model.name}: taking out units moves its logits by "
+            f"compression=width does not know the layers of {model.name}: removing units changes its logits by "
             f"{difference:.2g}; choose compression=depth"
         )
 

@@ -1,4 +1,4 @@
-"""How a compression stores the weights that it leaves, which decides the formats that can hold them."""
+"""How a compression stores the resulting weights, which decides the formats that can hold them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ INTEGERS, FP8, MXFP4, NVFP4, INT8, NF4 = "integers", "FP8", "MXFP4", "NVFP4", "I
 
 @dataclass(frozen=True)
 class Coding:
-    """How the codes of a weight ``[out_features, in_features]`` are to be read.
+    """The meaning of the codes of a weight ``[out_features, in_features]``.
 
     Attributes:
         kind: what the codes are: :data:`INTEGERS`, :data:`FP8`, :data:`MXFP4`, :data:`NVFP4`, :data:`INT8` or
             :data:`NF4`.
-        bits: of a code.
+        bits: bits of a code.
         block: outputs and inputs that share a scale; None stands for all of them.
         in_order: whether the inputs of a group are neighbours.
         symmetric: whether zero lies in the middle of the range.
-        scale_bits: of a scale.
+        scale_bits: bits of a scale.
         activations: whether a layer's inputs are rounded in the same way at run time.
-        static: whether that is over a range fixed beforehand.
-        run: number of neighbouring weights that share a scale, across rows, where no :attr:`block` does.
+        static: whether inputs are rounded over a range fixed beforehand.
+        run: number of neighbouring weights that share a scale, across rows, if scales are not shared by a
+            :attr:`block`.
     """
 
     kind: str
@@ -55,7 +56,7 @@ class CodedWeight(ABC):
     @property
     @abstractmethod
     def coding(self) -> Coding:
-        """How the codes are to be read."""
+        """The meaning of the codes."""
 
     @abstractmethod
     def dequantize(self) -> Tensor:
@@ -71,11 +72,11 @@ class CodedWeight(ABC):
 
     @abstractmethod
     def report(self, layer: TargetLayer) -> LayerReport:
-        """The report on a layer that was given these codes."""
+        """The report on a layer that got these codes."""
 
     @abstractmethod
     def taken_apart(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything in it as tensors and as JSON-ready settings."""
+        """All contents, as tensors and JSON-ready settings."""
 
     @classmethod
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Which columns of a weight to take out together, and what the others become, by least squares."""
+"""Which columns of a weight to remove, and the least-squares values of the others."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from knowledge_compression.heavy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ROUNDS = 64  # in which units are taken out at most, so that the work is a few products of matrices
+_ROUNDS = 64  # at most so many rounds of removal, so that the work is a few matrix products
 
 
 def least_missed(weight: Tensor, moments: Tensor, width: int, count: int) -> Tensor:
     """The units whose removal raises the squared output error least, each time after the best refit of the others.
 
-    With ``P`` the inverse of the inputs' second moments ``H``, taking out the columns ``S`` costs
-    ``tr(W_S (P_SS)⁻¹ W_Sᵀ)`` once all others are refitted, which adds ``-W_S (P_SS)⁻¹ P_S:`` to the weight and takes
-    ``P_:S (P_SS)⁻¹ P_S:`` from ``P``: the optimal brain surgeon for groups (Hassibi & Stork 1993; Kurtic et al. 2023,
-    ZipLM, equations 2 and 3). Taken out one after the other, in rounds of a 64th where there are many.
+    With ``P`` the inverse of the inputs' second moments ``H``, removing the columns ``S`` costs ``tr(W_S (P_SS)⁻¹
+    W_Sᵀ)`` once all others are refitted. The refit adds ``-W_S (P_SS)⁻¹ P_S:`` to the weight and subtracts ``P_:S
+    (P_SS)⁻¹ P_S:`` from ``P``: the optimal brain surgeon for groups (Hassibi & Stork 1993; Kurtic et al. 2023, ZipLM,
+    equations 2 and 3). Units are removed one after the other, or in rounds of a 64th if there are many.
 
     Args:
         weight: float64 ``[out_features, units * width]``.
         moments: positive definite second moments ``[in_features, in_features]``.
-        width: neighbouring columns of a unit.
-        count: units to take out.
+        width: number of neighbouring columns that form a unit.
+        count: number of units to remove.
 
     Returns:
-        Their numbers in ascending order, int64 ``[count]``.
+        Indices of the removed units in ascending order, int64 ``[count]``.
     """
     units = weight.shape[1] // width
     weight, inverse = weight.clone(), torch.linalg.inv(moments)
@@ -64,12 +64,12 @@ def _columns(units: Tensor, width: int) -> Tensor:
 
 
 def refitted(weight: Tensor, moments: Tensor, kept: Tensor) -> Tensor:
-    """The kept columns whose outputs are nearest to those of the whole weight: ``W H_:K (H_KK)⁻¹``.
+    """The values of the kept columns whose outputs are nearest to those of the whole weight: ``W H_:K (H_KK)⁻¹``.
 
     Args:
         weight: float64 ``[out_features, in_features]``.
         moments: positive definite second moments ``[in_features, in_features]``.
-        kept: numbers of the columns that stay, int64.
+        kept: indices of the kept columns, int64.
 
     Returns:
         Float64 ``[out_features, len(kept)]``.

@@ -43,8 +43,8 @@ def compensate(
         unit: columns that are prepared together.
         block_size: columns whose errors are accumulated before they are applied to the columns after the block, rounded
             to whole units; it affects the speed, not the result.
-        pull: ``[in_features, in_features]``, zero on and below the diagonal: by how much each column, as it is when it
-            is projected, moves the later ones on top of that (GPTAQ, Li et al. 2025).
+        pull: ``[in_features, in_features]``, zero on and below the diagonal: how much each column's value at its
+            projection moves the later columns in addition (GPTAQ, Li et al. 2025).
     """
     block_size = unit * max(1, block_size // unit)
     errors = columns.new_empty(block_size, columns.shape[1])

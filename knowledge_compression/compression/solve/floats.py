@@ -60,12 +60,12 @@ class FloatWeight(CodedWeight):
 
     @property
     def coding(self) -> Coding:
-        """How the codes are to be read."""
+        """The meaning of the codes."""
         return coding_of(self.kind, self.block, activations=self.activations)
 
     @property
     def real_scales(self) -> Tensor:
-        """The scales as numbers, float32."""
+        """The values of the scales, float32."""
         from knowledge_compression.models.checkpoints.codes import powers_of_two
 
         if self.kind == MXFP4:
@@ -75,7 +75,7 @@ class FloatWeight(CodedWeight):
         return self.scales
 
     def dequantize(self) -> Tensor:
-        """Each number times its scale, float32, rounded once; a scale of NVFP4 is rounded before."""
+        """Each number times its scale, float32, rounded once; a scale of NVFP4 is computed and rounded first."""
         from knowledge_compression.models.checkpoints.codes import FP4
 
         eight = _BITS[self.kind] == 8
@@ -124,7 +124,7 @@ class FloatWeight(CodedWeight):
 
 
 def coding_of(kind: str, block: Block, *, activations: bool = False) -> Coding:
-    """How such codes are to be read."""
+    """The meaning of such codes."""
     return Coding(kind, _BITS[kind], block, scale_bits=_SCALE_BITS[kind], activations=activations)
 
 
@@ -169,7 +169,7 @@ def _mxfp4(values: Tensor, to_even: bool) -> FloatWeight:
 def nvfp4(weight: Tensor) -> FloatWeight:
     """E2M1 with an E4M3 scale per 16 inputs, over one float32 for the whole weight.
 
-    That is ``448 * 6`` over the largest magnitude of the weight, so that the largest scale is 448.
+    That float32 is ``448 * 6`` over the largest magnitude of the weight, so that the largest scale is 448.
 
     Args:
         weight: ``[out_features, in_features]``, finite, of any floating dtype.
@@ -179,7 +179,7 @@ def nvfp4(weight: Tensor) -> FloatWeight:
 
 
 def _nvfp4(values: Tensor, largest: Tensor) -> FloatWeight:
-    """The same, with the largest magnitude of everything, ``[1]``, or of each row, ``[rows, 1]``."""
+    """As :func:`nvfp4`, given the largest magnitude of the whole weight, ``[1]``, or of each row, ``[rows, 1]``."""
     block = (1, 16)
     largest = largest.clamp(min=torch.finfo(torch.float32).tiny)
     # A product with the reciprocal, as in compressed-tensors, which differs from a quotient by a rounding.
@@ -194,9 +194,9 @@ def rounded_tokens(values: Tensor, kind: str, block: Block, *, to_even: bool = F
     """Inputs of a layer, rounded to small floats with scales from each token alone.
 
     Args:
-        values: ``[..., in_features]``, float32, on any device; those that are not finite stay what they are.
-        kind: FP8, MXFP4 or NVFP4; the one float32 of NVFP4 is that of the token.
-        block: of the layer's weight, of which FP8 takes the number of inputs.
+        values: ``[..., in_features]``, float32, on any device; values that are not finite stay as they are.
+        kind: FP8, MXFP4 or NVFP4; NVFP4's float32 is computed for each token.
+        block: the block of the layer's weight; FP8 uses its number of inputs.
         to_even: see :func:`mxfp4`.
     """
     if not values.numel():
@@ -231,7 +231,7 @@ def _largest(weight: Tensor, block: Block) -> Tensor:
 
 
 def _spread(scales: Tensor, block: Block, shape: tuple[int, ...]) -> Tensor:
-    """Values of blocks, each for all weights of its block."""
+    """Values per block, expanded to all weights of the block."""
     from knowledge_compression.models.checkpoints.codes import spread
 
     return spread(scales, shape, _sizes(block, shape))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CLIPS = ("minmax", "mse")
 _SHARES = [1 - step / 10 for step in range(8)]  # shares of the span that `mse` tries
-_BETWEEN = 0.05  # and then as many above and below the best of them
+_BETWEEN = 0.05  # then as many more above and below the best of them
 _SCALES = {16: "float16", 32: "float32"}  # by their bits
 _IN_CACHE = 1 << 18  # values
 _TENSORS, _SETTINGS = ("scales", "zeros", "group_of"), ("bits", "symmetric", "scale_bits")  # of a fitted grid
@@ -70,7 +70,7 @@ class FittedGrid:
 
     @property
     def coding(self) -> Coding:
-        """How the codes are to be read."""
+        """The meaning of the codes."""
         group = int(self.group_of.bincount().max()) if self.scales.shape[1] > 1 else None
         in_order = bool((self.group_of.diff() >= 0).all())
         return Coding(INTEGERS, self.bits, (1, group), in_order, self.symmetric, self.scale_bits)
@@ -113,7 +113,7 @@ class QuantizedWeight(CodedWeight):
 
     @property
     def coding(self) -> Coding:
-        """How the codes are to be read."""
+        """The meaning of the codes."""
         return self.grid.coding
 
     def dequantize(self) -> Tensor:
@@ -147,7 +147,7 @@ class QuantizedWeight(CodedWeight):
         layer.notes["quantized_weight"] = self.grid if exact else self
 
     def report(self, layer: TargetLayer) -> LayerReport:
-        """The report on a layer that was given these codes."""
+        """The report on a layer that got these codes."""
         return LayerReport.of(
             layer,
             bits=float(self.grid.bits),
@@ -201,7 +201,7 @@ class Grid:
     scale_bits: int = SCALE_BITS
 
     def __post_init__(self) -> None:
-        """Refuse widths that no packed format holds."""
+        """Refuse settings that no packed format holds."""
         if self.bits not in (2, 3, 4, 8):
             raise BadInput(f"compression.bits={self.bits} is not offered; choose 2, 3, 4 or 8")
         if self.group_size is not None and self.group_size < 1:
@@ -219,7 +219,7 @@ class Grid:
         return 2**self.bits - 1
 
     def coding(self, *, in_order: bool = True) -> Coding:
-        """How codes on it are to be read.
+        """The meaning of codes on this grid.
 
         Args:
             in_order: whether the inputs of a group are neighbours.
@@ -246,7 +246,7 @@ class Grid:
         return self.group_size or in_features
 
     def stored_bits(self, layer: TargetLayer) -> int:
-        """What a layer on it takes: its codes, scales and, if they vary, zero points."""
+        """The bits of a layer on this grid: its codes, scales and, if they vary, zero points."""
         rows, columns = layer.weight.shape
         groups = -(-columns // self.width(columns))
         return int(rows * (columns * self.bits + groups * (self.scale_bits + (0 if self.symmetric else self.bits))))

@@ -1,4 +1,4 @@
-"""Hadamard matrices: orthogonal up to their size, with entries of one magnitude."""
+"""Hadamard matrices: orthogonal up to a factor, with entries of one magnitude."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ Signs = NDArray[np.int8]
 
 @cache
 def hadamard(size: int) -> Signs | None:
-    """A matrix of ones and minus ones ``[size, size]`` with ``H Hᵀ = size I``; None if none is built here.
+    """A matrix of ones and minus ones ``[size, size]`` with ``H Hᵀ = size I``; None if this function cannot build one.
 
-    Built are 1, 2, ``q + 1`` and ``2 (q + 1)`` for primes ``q`` (Paley 1933), and Kronecker products of these
-    (Sylvester): the widths of today's models, e.g. 576 = 16 x 36. The first that exists and is missing is 52.
+    The sizes 1, 2, ``q + 1`` and ``2 (q + 1)`` for primes ``q`` (Paley 1933) are built, and Kronecker products of these
+    (Sylvester). That covers the widths of today's models, e.g. 576 = 16 x 36. The smallest size that exists and is
+    missing is 52.
     """
     if size in (1, 2):
         return np.array([[1, 1], [1, -1]], dtype=np.int8)[:size, :size]

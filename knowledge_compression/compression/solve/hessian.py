@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STRIPS = 12  # parts in which a triangle is multiplied: 13/24 of the work for the whole matrix
-_LEAF = 128  # rows of a triangle that is inverted at once
+_LEAF = 128  # rows of a triangle that are inverted at once
 _PIECE = 1 << 18  # numbers reversed at once
-LADDER = 4  # how often the damping is raised tenfold before a layer falls back
+LADDER = 4  # how often the damping is raised tenfold before giving up
 
 
 class Hessian(Statistics):

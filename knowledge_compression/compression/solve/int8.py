@@ -20,7 +20,7 @@ INPUT_STEPS = (127.0, 127.5)  # between zero and a token's largest magnitude: as
 
 @dataclass(frozen=True, eq=False)
 class Int8Weight(CodedWeight):
-    """The integers of a layer that multiplies integers, on the CPU.
+    """The integers of an int8 layer, on the CPU.
 
     Attributes:
         codes: int8 ``[out_features, in_features]``.
@@ -39,7 +39,7 @@ class Int8Weight(CodedWeight):
 
     @property
     def coding(self) -> Coding:
-        """How the codes are to be read."""
+        """The meaning of the codes."""
         return int8_coding(static=self.input_scale is not None)
 
     def dequantize(self) -> Tensor:
@@ -85,7 +85,7 @@ def check_input_steps(steps: float) -> None:
 
 
 def int8_coding(*, static: bool) -> Coding:
-    """How such codes are to be read.
+    """The meaning of such codes.
 
     Args:
         static: whether the range of the inputs is fixed.

@@ -5,9 +5,9 @@ The blocks are those of ggml's definition, as llama.cpp's files hold them. A typ
 are float16 and shared by the super-block, ``scale`` and ``minimum`` belong to a group of 16 or 32 weights.
 
 The fit is ours and minimizes the squared rounding error: for each group several grids are tried, each improved by least
-squares; the scales are rounded to their integers, and ``d`` and ``d_min`` solved for once more. A super-block for which
-plain rounding does better is rounded plainly. Where the importance of each input is given (the mean of its squares on
-some text), squared errors are weighted by it, as llama.cpp's importance matrices do.
+squares; the scales are rounded to their integers, and ``d`` and ``d_min`` are then solved for again. A super-block for
+which plain rounding has less error is rounded plainly. Where the importance of each input is given (the mean of its
+squares on some text), squared errors are weighted by it, as llama.cpp's importance matrices do.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 
 SUPER_BLOCK = 256
 _AT_ONCE = 1024  # super-blocks, few enough to stay in the processor's cache
-# Of a grid, against the one that spans all values. The last lets the steps of a 4-bit grid be two of a 5-bit one.
+# Sizes of a grid relative to the one that spans all values. The last makes a 4-bit step two steps of a 5-bit grid.
 _STRETCHES = (0.7, 0.775, 0.85, 0.9, 0.95, 0.98, 1.0, 1.015, 1.034)
-_ROUNDS = 2  # of solving for the shared scales
+_ROUNDS = 2  # rounds of solving for the shared scales
 _HALF = torch.finfo(torch.float16)
 
 
@@ -31,8 +31,8 @@ class Grid:
     """Codes that stand for ``scale * code``, or for ``scale * code + lowest``.
 
     Attributes:
-        bits: of a code.
-        minima: whether groups have a lowest value; codes are then from 0, otherwise signed.
+        bits: bits of a code.
+        minima: whether groups have a lowest value; codes then start at 0, otherwise they are signed.
     """
 
     bits: int
@@ -63,7 +63,7 @@ class KQuant(Grid):
 
 @dataclass(frozen=True)
 class Fitted:
-    """What some super-blocks hold.
+    """The contents of super-blocks.
 
     Attributes:
         d, d_min: float32 ``[blocks, 1, 1]``, values of float16.
@@ -79,7 +79,7 @@ class Fitted:
 
     @property
     def values(self) -> Tensor:
-        """The weights that they stand for."""
+        """The weights that they represent."""
         return self.d * self.scale * self.code - self.d_min * self.minimum
 
     def error(self, weights: Tensor, importance: Tensor | None) -> Tensor:
@@ -87,7 +87,7 @@ class Fitted:
         return _total((self.values - weights).square(), importance, (1, 2))
 
     def where(self, better: Tensor, other: Fitted) -> Fitted:
-        """The other's super-blocks where ``better`` ``[blocks, 1, 1]`` is true."""
+        """The super-blocks of ``other`` where ``better`` ``[blocks, 1, 1]`` is true."""
         pairs = [(getattr(other, name), getattr(self, name)) for name in self.__dataclass_fields__]
         return Fitted(*(torch.where(better, new, old) for new, old in pairs))
 
@@ -98,7 +98,7 @@ def encoded(weight: Tensor, kind: KQuant, importance: Tensor | None = None) -> T
     Args:
         weight: floating ``[out_features, in_features]``, with a multiple of 256 inputs.
         kind: the type.
-        importance: weights of the squared errors of each input, ``[in_features]``; None where all are alike.
+        importance: weight of each input's squared errors, ``[in_features]``; None if all are equal.
 
     Returns:
         uint8 ``[out_features, bytes of a row]`` on the CPU.
@@ -126,7 +126,7 @@ def _fitted(weights: Tensor, kind: KQuant, importance: Tensor | None) -> Fitted:
 
 
 def _total(values: Tensor, importance: Tensor | None, along: int | tuple[int, ...] = -1) -> Tensor:
-    """A sum of values, each as often as it matters."""
+    """A sum of values, weighted by importance."""
     return (values if importance is None else values * importance).sum(along, keepdim=True)
 
 
@@ -145,8 +145,8 @@ def searched(weights: Tensor, kind: Grid, importance: Tensor | None) -> tuple[Te
 
     Args:
         weights: float32 ``[blocks, groups, group]``.
-        kind: the codes that there are.
-        importance: of each weight, of the same shape; None where all are alike.
+        kind: the available codes.
+        importance: the importance of each weight, of the same shape; None if all are equal.
     """
     best: tuple[Tensor, Tensor] | None = None
     least = torch.empty(0)
@@ -170,7 +170,7 @@ def codes_of(weights: Tensor, kind: Grid, scale: Tensor, bottom: Tensor) -> Tens
 
 
 def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient, and 0 where there is none."""
+    """The quotient, and 0 where the divisor is 0."""
     return torch.where(denominator != 0, numerator / denominator, 0.0)
 
 
@@ -206,7 +206,7 @@ def _shared(weights: Tensor, kind: KQuant, scale: Tensor, bottom: Tensor) -> Fit
 
 
 def _resolved(weights: Tensor, kind: KQuant, fitted: Fitted, importance: Tensor | None) -> list[Fitted]:
-    """The same super-blocks with ``d`` and ``d_min`` solved for, and their codes chosen anew, some times over."""
+    """The same super-blocks after repeatedly solving for ``d`` and ``d_min`` and choosing the codes again."""
     attempts = []
     for _ in range(_ROUNDS):
         steps, offsets = fitted.scale * fitted.code, fitted.minimum.expand_as(fitted.code)
@@ -250,7 +250,7 @@ def _half_bytes(values: Tensor) -> Tensor:
 
 
 def _planes(values: Tensor, run: int, bits: int) -> Tensor:
-    """Pack fields of some bits: of each ``8 / bits`` runs of ``run`` values the first lies in the lowest bits."""
+    """Pack fields of ``bits`` bits: of each ``8 / bits`` runs of ``run`` values, the first is in the lowest bits."""
     parts = values.reshape(len(values), -1, 8 // bits, run).to(torch.int64)
     shifts = bits * torch.arange(8 // bits, device=values.device).reshape(1, 1, -1, 1)
     return (parts << shifts).sum(2).to(torch.uint8).flatten(1)
@@ -295,7 +295,7 @@ def _pack_6(fitted: Fitted) -> Tensor:
     return torch.cat([low, high, _bytes(fitted.scale.flatten(1)), _half_bytes(fitted.d)], 1)
 
 
-# By ggml's names.
+# By ggml's names:
 K_QUANTS: Mapping[str, KQuant] = {
     "Q2_K": KQuant(2, True, 16, (0, 15), _pack_2),
     "Q3_K": KQuant(3, False, 16, (-32, 31), _pack_3),

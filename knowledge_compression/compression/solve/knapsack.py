@@ -1,4 +1,4 @@
-"""One choice for each of many layers, of least harm in all, within a budget: the multiple-choice knapsack."""
+"""One choice for each of many layers, with the least total error within a budget: the multiple-choice knapsack."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_STEPS = 20_000  # into which a budget is divided at most
+_STEPS = 20_000  # the largest number of units into which a budget is divided
 
 
 def least_harm(harms: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int) -> list[int] | None:
-    """The choices whose harms add up to least, and their costs to no more than the budget.
+    """The choices with the smallest sum of errors whose costs do not exceed the budget.
 
-    Exact, by dynamic programming over the budget in units of the costs' greatest common divisor; where that makes more
-    than 20,000 units, costs count as rounded up to a 20,000th of the budget, and what is then left over is spent on the
-    steps that gain most for it.
+    Exact, by dynamic programming over the budget in units of the costs' greatest common divisor; if that makes more
+    than 20,000 units, costs are rounded up to a 20,000th of the budget, and the rest is then spent on the steps that
+    gain most per unit of cost.
 
     Args:
-        harms: of each layer's choices.
-        costs: of the same choices, not negative.
-        budget: for all layers together.
+        harms: the error of each choice, by layer.
+        costs: the cost of each choice, not negative.
+        budget: the budget of all layers together.
 
     Returns:
         The number of a choice for each layer; None if even the cheapest choices cost more than the budget.
@@ -53,7 +53,7 @@ def least_harm(harms: Sequence[Sequence[float]], costs: Sequence[Sequence[int]],
 
 
 def _spent(harms: Sequence[Sequence[float]], extra: Sequence[Sequence[int]], chosen: list[int], room: int) -> list[int]:
-    """The choices after what is left over is spent."""
+    """The choices after the rest of the budget is spent."""
     left = room - sum(of_layer[choice] for of_layer, choice in zip(extra, chosen, strict=True))
     while True:
         steps = [

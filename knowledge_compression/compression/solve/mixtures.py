@@ -1,4 +1,4 @@
-"""llama.cpp's mixtures of types, such as Q4_K_M: which type each tensor gets, by what it does and where it stands.
+"""llama.cpp's mixtures of types, such as Q4_K_M: which type each tensor gets, by its role and depth.
 
 The rules are those of ``llama-quantize`` without an importance matrix (llama.cpp, ``llama_tensor_get_type``, as in
 llama-cpp-python 0.3.36). Files that it calls Q2_K are a mixture too, here ``q2_k_mixed``.
@@ -9,26 +9,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# The type of every tensor for which no rule gives another.
+# The type of every tensor to which no rule gives another.
 MIXTURES: Mapping[str, str] = {
     "q2_k_mixed": "q2_k",
     **{f"q3_k_{size}": "q3_k" for size in "sml"},
     **{f"q{bits}_k_{size}": f"q{bits}_k" for bits in (4, 5) for size in "sm"},
 }
-# What tensors do, by what their names contain.
+# The roles of tensors, by parts of their names.
 _PARTS = ("attn_qkv", "attn_v", "attn_k", "attn_q", "attn_output", "ffn_down")
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """A model as the rules see it.
+    """The facts about a model that the rules use.
 
     Attributes:
-        blocks: how many it has.
-        queries: heads of queries for one of keys.
-        experts: how many experts a block has; 0 without any.
+        blocks: number of blocks.
+        queries: query heads per key head.
+        experts: number of experts in a block; 0 if it has none.
         falcon: whether it is a Falcon.
-        seventy: whether it is one of 70B, with 80 blocks.
+        seventy: whether it is a 70B model, with 80 blocks.
     """
 
     blocks: int
@@ -43,7 +43,7 @@ class Mixed:
         Args:
             mixture: one of :data:`MIXTURES`.
             tensor: its name in GGUF files.
-            block: the number of its block.
+            block: the index of its block.
         """
         plain = MIXTURES[mixture]
         part = next((name for name in _PARTS if name in tensor), "")
@@ -58,11 +58,11 @@ class Mixed:
         return plain
 
     def head(self, width: int) -> str:
-        """The type of the final layer, and of embeddings that serve as one, with rows of some width."""
+        """The type of the final layer, and of embeddings that serve as one, for rows of this width."""
         return "q8_0" if self.falcon or width % 256 else "q6_k"
 
     def _more(self, block: int) -> bool:
-        """Whether a block gets more bits: the first and last eighth, and every third between."""
+        """Whether a block gets more bits: the first and last eighth of the blocks, and every third block between."""
         first = self.blocks // 8
         return block < first or block >= 7 * self.blocks // 8 or (block - first) % 3 == 2
 

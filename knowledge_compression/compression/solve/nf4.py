@@ -23,7 +23,7 @@ class Nf4Weight(CodedWeight):
     """A weight as NF4, on the CPU.
 
     Attributes:
-        codes: uint8 ``[out_features, in_features]``, numbers of :func:`levels`.
+        codes: uint8 ``[out_features, in_features]``, indices into :func:`levels`.
         scales: float32 ``[blocks]``.
         block_size: number of neighbouring weights that share a scale; blocks continue across rows.
     """
@@ -34,7 +34,7 @@ class Nf4Weight(CodedWeight):
 
     @property
     def coding(self) -> Coding:
-        """How the codes are to be read."""
+        """The meaning of the codes."""
         return nf4_coding(self.block_size)
 
     def dequantize(self) -> Tensor:
@@ -71,7 +71,7 @@ class Nf4Weight(CodedWeight):
 
 
 def nf4_coding(block_size: int) -> Coding:
-    """How such codes are to be read: blocks are runs of weights, across rows."""
+    """The meaning of such codes: blocks are runs of weights, across rows."""
     return Coding(NF4, 4, (1, None), scale_bits=SCALE_BITS, run=block_size)
 
 

@@ -46,5 +46,5 @@ class Pattern:
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).flatten(1)
 
     def __str__(self) -> str:
-        """The pattern as the user types it."""
+        """The pattern as it is written in settings."""
         return f"{self.keep}:{self.of}"

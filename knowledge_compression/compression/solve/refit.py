@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_OUTPUTS = 192  # fitted at a time, so that they stay in the processor's cache and need little memory
+_OUTPUTS = 192  # outputs fitted at a time, so that they stay in the processor's cache and need little memory
 
 
 def refit(columns: Tensor, original: Tensor, kept: Tensor, hessian: Tensor, *, damping: float, steps: int) -> None:

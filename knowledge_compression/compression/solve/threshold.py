@@ -1,8 +1,8 @@
 """The exact k-th smallest magnitude of many tensors, in constant memory.
 
 The bits of a non-negative IEEE float, read as an integer, are in the float's order. So the k-th smallest magnitude is
-found by radix selection: one pass counts the upper half of the bits, which names the bucket the k-th value lies in,
-and a second pass counts the lower half inside that bucket. Both walk the tensors in small pieces; nothing is sorted.
+found by radix selection: one pass counts the upper half of the bits, which gives the bucket of the k-th value, and a
+    second pass counts the lower half inside that bucket. Both walk the tensors in small pieces; nothing is sorted.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _all_bits(walk: Walk) -> Iterator[torch.Tensor]:
 def _magnitude_bits(values: torch.Tensor) -> torch.Tensor:
     if values.dtype == torch.float64:
         raise BadInput("weights of float64 cannot be ranked in 32 bits; load the model with dtype=float32 or narrower")
-    return values.abs().to(torch.float32).view(torch.int32)  # to float32 is exact for the narrower types
+    return values.abs().to(torch.float32).view(torch.int32)  # narrower types convert to float32 exactly
 
 
 def _bucket_of(k: int, keys: Iterator[torch.Tensor], bins: int) -> tuple[int, int]:

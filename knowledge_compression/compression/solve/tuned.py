@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REACH = 0.5  # how far a weight's place on its grid may move, in steps of the grid
-_INSIDE = 0.49  # how far from its code a place begins at most
+_INSIDE = 0.49  # the largest distance of a place from its code at the start
 
 
 class TunedRounding:
     """A weight on its grid, whose codes and scales follow the signs of their gradients.
 
-    Each weight has a *place* on its grid, a real number, and its code is the place rounded. The gradient passes over
-    the rounding (straight-through estimator), as in SignRound (Cheng et al. 2024, eq. 3 to 5): the sign of a place's
+    Each weight has a *place* on its grid, a real number, and its code is the place rounded. The gradient ignores the
+    rounding (straight-through estimator), as in SignRound (Cheng et al. 2024, eq. 3 to 5): the sign of a place's
     gradient is that of the weight's, and a scale's is the sum over its group of gradient times code.
 
     Args:
@@ -39,14 +39,14 @@ class TunedRounding:
         self._places = self._first.clone()
 
     def weight(self) -> Tensor:
-        """The weight as it now is on its grid, float32 ``[out_features, in_features]``."""
+        """The current weight on its grid, float32 ``[out_features, in_features]``."""
         return self._levels().mul_(self._columns(self._stored()))
 
     def follow(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
         """Move by one step against the signs of the gradients.
 
         Args:
-            gradient: of the loss by the weight, ``[out_features, in_features]``.
+            gradient: gradient of the loss with respect to the weight, ``[out_features, in_features]``.
             rate: how far a place moves, in steps of its grid.
             scale_rate: how far a scale moves, relative to its first value.
         """
@@ -57,7 +57,7 @@ class TunedRounding:
         torch.maximum(torch.minimum(self._places, self._first + REACH), self._first - REACH, out=self._places)
 
     def quantized(self) -> QuantizedWeight:
-        """The codes and the grid as they now are."""
+        """The current codes and grid."""
         grid = replace(self._grid, scales=self._stored().cpu())
         return QuantizedWeight(self._codes().to("cpu", torch.uint8).contiguous(), grid)
 

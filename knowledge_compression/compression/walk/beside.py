@@ -1,4 +1,4 @@
-"""The calibration text in the uncompressed network, beside the passes through the compressed one, block by block."""
+"""The calibration text in the uncompressed network, run block by block beside the compressed one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from knowledge_compression.models.targets import TargetLayer
 
 @dataclass(frozen=True)
 class Beside:
-    """What one batch of text is in the uncompressed network.
+    """The inputs and output of one batch of text in the uncompressed network.
 
     Attributes:
-        inputs: what each layer of the block reads, by path; empty unless wanted. Experts are absent: the router may
+        inputs: what each layer of the block reads, by path; empty unless requested. Experts are absent: the router may
             send other tokens to them than in the compressed network, so that the two cannot be paired.
         output: the block's output, ``[..., hidden]``.
     """
@@ -26,7 +26,7 @@ class Beside:
     output: Tensor
 
     def of(self, path: str, values: Tensor) -> Tensor | None:
-        """What a layer reads there at the tokens at which it reads ``values`` here; None if they cannot be paired."""
+        """The layer's uncompressed inputs at the tokens of ``values``; None if the two cannot be paired."""
         dense = self.inputs.get(path)
         return dense if dense is not None and dense.shape == values.shape else None
 
@@ -42,11 +42,11 @@ def beside(layers: Mapping[str, TargetLayer], run: Callable[[], Any], *, inputs:
 
     Args:
         layers: its layers, by path.
-        run: calls it and returns its output.
-        inputs: whether what the layers read is kept too.
+        run: calls the block and returns its output.
+        inputs: whether to keep the inputs of the layers too.
 
     Returns:
-        What is kept of it, and the block's output itself.
+        The kept inputs and output, and the block's output itself.
     """
     results: list[Any] = []
 

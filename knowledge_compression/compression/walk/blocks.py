@@ -116,7 +116,7 @@ def _moved(
 
 @dataclass(frozen=True)
 class _Arguments:
-    """Those of one call of a unit, for as long as the pass that made it may have gone on."""
+    """The arguments of one call of a unit, which outlive the pass that made the call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -134,7 +134,7 @@ class _Walk(Generic[S]):
     method: BlockMethod[S]
     settings: WalkSettings
     device: torch.device
-    narrower: torch.dtype | None  # of the products in forward passes, if not the network's own
+    narrower: torch.dtype | None  # dtype of the products in forward passes, if not the network's own
     hold: Hold
 
     def __post_init__(self) -> None:
@@ -201,7 +201,7 @@ class _Walk(Generic[S]):
                             with self._multiplying():
                                 output = self._run(self.network.get_submodule(unit), forward)
                             forward.give(output)
-                for unit, seen in groups.items():  # used fewer times than the configuration says
+                for unit, seen in groups.items():  # used fewer times than the configuration states
                     with self.hold(unit, self.network.get_submodule(unit), self.reports):
                         self._compress(unit, seen, calls_of.pop(unit))
             finally:
@@ -222,7 +222,7 @@ class _Walk(Generic[S]):
         return tree_map_only(Tensor, lambda t: t.to(home), module(*args, **kwargs))
 
     def _beside(self, unit: str, twin: SuspendedForward) -> Beside:
-        """Let a pass through the uncompressed network go through the unit, which is not compressed yet."""
+        """Run the unit, which is not compressed yet, in a pass through the uncompressed network."""
         layers = {layer.path: layer for layer in self.pending.get(unit, ())}
         with self._multiplying():
             run = partial(self._run, self.network.get_submodule(unit), twin)
@@ -303,7 +303,7 @@ class _Walk(Generic[S]):
 
     @staticmethod
     def _inputs(values: Tensor, influence: Tensor | None, dense: Tensor | None) -> LayerInputs:
-        """What is passed to the method of one batch ``[..., in_features]``."""
+        """The inputs of one batch ``[..., in_features]`` in the form that is passed to the method."""
         return LayerInputs(values.flatten(0, -2), influence, None if dense is None else dense.flatten(0, -2))
 
     def _observe(
@@ -371,10 +371,10 @@ class _Walk(Generic[S]):
             self.method.tune(CompressedBlock(unit, layers, dense, moments, self.reports, calls))
 
     def _finish(self, unit: str) -> None:
-        """Mark the unit as done; what ran in none of its passes is compressed without statistics.
+        """Mark the unit as done; layers that ran in none of its passes are compressed without statistics.
 
-        Those are experts to which the router sent no token, and layers for tokens that no text here has (LED's global
-        attention).
+        Those are experts to which the router sent no token, and layers for tokens that the text does not have (LED's
+        global attention).
         """
         for layer in self.pending.pop(unit):
             if layer.path not in self.reports:

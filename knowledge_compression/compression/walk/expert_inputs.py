@@ -66,11 +66,11 @@ class ExpertProducts(TorchFunctionMode):
 
         Args:
             path: of the expert's layer.
-            values: what it read, ``[tokens, in_features]``, at least one token.
-            output: what the product gave for them.
+            values: its inputs, ``[tokens, in_features]``, at least one token.
+            output: the product with them.
 
         Returns:
-            What the network gets in the output's place.
+            The tensor that the network gets in place of the output.
         """
 
     def _numbers(self, weight: object) -> tuple[int, dict[int, str]] | None:
@@ -85,11 +85,12 @@ class ExpertProducts(TorchFunctionMode):
 
 
 class ExpertInputs(ExpertProducts):
-    """Keeps what each expert reads.
+    """Records the inputs of each expert.
 
     Args:
         layers: the experts' layers.
-        on_output: called with the path and output of each product; gives what the network gets in its place.
+        on_output: called with the path and output of each product; returns the tensor that the network gets in place of
+            the output.
 
     Attributes:
         inputs: the inputs of each expert layer, ``[tokens, in_features]``, by path, in the order in which they ran; an
@@ -102,7 +103,7 @@ class ExpertInputs(ExpertProducts):
         self._on_output = on_output
 
     def saw(self, path: str, values: Tensor, output: Tensor) -> Tensor:
-        """Keep the values behind those seen before."""
+        """Append the values to those seen before."""
         before = self.inputs.get(path)
         self.inputs[path] = values.detach() if before is None else torch.cat([before, values.detach()])
         return output if self._on_output is None else self._on_output(path, output)

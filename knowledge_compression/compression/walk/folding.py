@@ -1,9 +1,9 @@
-"""What precedes the linear layers of a block and can take factors of their inputs: a norm, or other linear layers.
+"""The norms or linear layers that produce the inputs of a block's linear layers, and can take factors of these inputs.
 
 Multiplying a weight's columns by factors changes nothing if the inputs are divided by them, and that costs nothing if
-whatever makes the inputs can be divided instead. What that is, is found by trials on the block itself rather than by
-names. All trials are with powers of two, which multiply without rounding: an output that is the same bit for bit is
-the same for any other factors, up to their rounding.
+the norm or layer that produces the inputs can be divided instead. Which one it is, is found by trials on the block
+itself rather than by names. All trials use powers of two, which multiply without rounding: if the output is bit for bit
+the same, it is also the same for any other factors, up to their rounding.
 """
 
 from __future__ import annotations
@@ -22,24 +22,31 @@ from knowledge_compression.compression.walk.layer_inputs import identified, read
 from knowledge_compression.compression.walk.statistics import D, Observed
 from knowledge_compression.models.targets import TargetLayer
 
-_PARTS = ((0, 1), (1, 2), (2, 3), (0, 2), (1, 3), (0, 3))  # of a matrix: all, the second half, the last third, ...
-_BASE = 8  # of the digits in which the number of a row is spelled: 2^-7 is far from underflow in every type
-_TRIED = 3  # powers of two of a trial
+_PARTS = (
+    (0, 1),
+    (1, 2),
+    (2, 3),
+    (0, 2),
+    (1, 3),
+    (0, 3),
+)  # of a matrix: all, the second half, the last third, ...
+_BASE = 8  # base of the digits that encode a row's index: 2^-7 is far from underflow in every type
+_TRIED = 3  # powers of two used in a trial
 
 Group = Sequence[TargetLayer]
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What makes the inputs of some linear layers, and can be divided by factors.
+    """The parameters that produce the inputs of linear layers, and can be divided by factors.
 
     Attributes:
         tensors: its parameters, or parts of them, each divided along its first dimension; changed in place.
-        entry: the number of the entry that makes each input, int64 ``[in_features]``; heads may share one.
+        entry: the index of the entry that produces each input, int64 ``[in_features]``; heads may share one.
         names: the network's names for the parameters.
-        narrow: the 16-bit type that holds them exactly and is to hold them when they are divided; None if none does, or
-            for linear layers, which are compressed anyway. Most norms are stored in 16 bits, and a file that had to
-            hold one of them more precisely would be twice as large.
+        narrow: the 16-bit type that holds them exactly and must still hold them after the division; None if there is no
+            such type, or for linear layers, which are compressed anyway. Most norms are stored in 16 bits, and a file
+            that had to hold one of them more precisely would be twice as large.
     """
 
     tensors: Sequence[Tensor]
@@ -49,11 +56,11 @@ class Source:
 
     @property
     def entries(self) -> int:
-        """Number of factors that it takes."""
+        """The number of factors that it takes."""
         return len(self.tensors[0])
 
     def divide(self, factors: Tensor) -> None:
-        """Divide its entries by the factors of the inputs that they make, ``[in_features]``."""
+        """Divide its entries by the factors ``[in_features]`` of the inputs that they produce."""
         of_entries = torch.ones(self.entries, device=factors.device)
         of_entries[self.entry.to(factors.device)] = factors
         _divide(self.tensors, of_entries)
@@ -62,7 +69,7 @@ class Source:
                 tensor.copy_(tensor.to(self.narrow))
 
     def divisible(self, factors: Tensor) -> Tensor:
-        """The factors nearest to these by which it can be divided so that the narrow type still holds it."""
+        """The nearest factors for which the narrow type still holds the quotients exactly."""
         if self.narrow is None:
             return factors
         weight = self.tensors[0].float()
@@ -72,12 +79,12 @@ class Source:
 
 
 def fold(block: Observed[D], choose: Callable[[Tensor, D, Tensor], Tensor]) -> None:
-    """Multiply the weights of a block by factors of their inputs, and divide what makes the inputs by them.
+    """Multiply the weights of a block by factors of their inputs, and divide the parameters that produce these inputs.
 
     Args:
-        block: the block; groups of layers whose inputs nothing can divide stay as they are.
-        choose: the factors, float32 ``[entries]``, for the stacked weights of a group as they were before any was
-            changed, the statistics of its inputs, and the number of the entry that makes each input.
+        block: the block; groups of layers whose inputs cannot be divided stay as they are.
+        choose: returns the factors, float32 ``[entries]``, given the stacked weights of a group before any change, the
+            statistics of its inputs, and the index of the entry that produces each input.
     """
     found = sources_of(block.module, block.path, [layers for layers, _ in block.groups], block.run)
     moved = []
@@ -94,13 +101,13 @@ def fold(block: Observed[D], choose: Callable[[Tensor, D, Tensor], Tensor]) -> N
 
 
 def sources_of(block: nn.Module, path: str, groups: Sequence[Group], run: Callable[[], Any]) -> list[Source | None]:
-    """For each group of layers, what makes their inputs and nothing else; None where there is no such thing.
+    """For each group of layers, the parameters that produce their inputs and nothing else; None if there are none.
 
     Args:
         block: the module that holds all of them.
         path: its name in the network.
         groups: layers that read the same tensor, in the order in which they run. Only these layers, and norms, are
-            candidates, because anything else is not to be changed.
+            candidates, because nothing else may be changed.
         run: runs the block on some text and returns its output.
     """
     return _Trials(block, path, groups, run).sources()
@@ -108,7 +115,7 @@ def sources_of(block: nn.Module, path: str, groups: Sequence[Group], run: Callab
 
 @dataclass(frozen=True)
 class _Pair:
-    """A group, and the part of an earlier layer that may make its inputs."""
+    """A group, and the part of an earlier layer that may produce its inputs."""
 
     number: int
     reader: TargetLayer
@@ -147,14 +154,14 @@ class _Trials:
             if norm is not None:
                 self._keep({number: self._of_norm(norm, read.shape[-1])})
             self._keep_first(self._pairs(number))
-        # All experts at once: each reads only what it made itself.
+        # All experts at once: each reads only its own products.
         every = {number: list(self._pairs(number)) for number in routed}
         for turn in range(max(map(len, every.values()), default=0)):
             self._keep(self._traced([pairs[turn] for n, pairs in every.items() if turn < len(pairs)]))
         return [self.found.get(number) for number in range(len(self.groups))]
 
     def _pairs(self, number: int) -> Iterator[_Pair]:
-        """Parts of layers that ran before the group, the latest first; of an expert only its own."""
+        """Parts of layers that ran before the group, the latest first; for an expert, only its own."""
         reader = self.groups[number][0]
         if number in self.found or reader.path not in self.inputs:
             return
@@ -183,7 +190,7 @@ class _Trials:
         return Source(tensors, torch.arange(width), names, _narrow(tensors))
 
     def _keep(self, candidates: Mapping[int, Source]) -> None:
-        """Keep those with which the block's output stays the same when the factors are moved."""
+        """Keep those for which the block's output stays the same when factors are moved."""
         new = {number: source for number, source in candidates.items() if number not in self.found}
         if new and self._unchanged(new):
             self.found |= new
@@ -205,7 +212,7 @@ class _Trials:
         return len(outputs) == len(self.output) and all(map(torch.equal, outputs, self.output))
 
     def _traced(self, pairs: Sequence[_Pair]) -> dict[int, Source]:
-        """Those pairs whose layer makes the reader's inputs, each input by one row; found out for all at once."""
+        """The pairs whose layer produces the reader's inputs, each input from one row; all are tested at once."""
         halves = [torch.ones(pair.height, dtype=torch.int64) for pair in pairs]
         left = {
             pair.number: (pair, torch.zeros(0, dtype=torch.int64))
@@ -233,7 +240,8 @@ class _Trials:
         return sources
 
     def _powers(self, pairs: Sequence[_Pair], halvings: Sequence[Tensor]) -> list[Tensor | None]:
-        """How often each input is halved if rows are: int64 ``[in_features]``, -1 for inputs that are always zero.
+        """How often each input is halved if rows are halved: int64 ``[in_features]``, -1 for inputs that are always
+        zero.
 
         None where an input changes in any other way.
         """
@@ -252,12 +260,12 @@ class _Trials:
 
     @contextmanager
     def _norms(self, made: dict[tuple[Any, ...], str]) -> Iterator[None]:
-        """Record which module made which tensor, of those whose parameters are vectors as long as its rows."""
+        """Record which module made which tensor, if its parameters are vectors as long as the tensor's rows."""
         alive: list[Tensor] = []
 
         def after(path: str, width: int, _module: nn.Module, _args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.shape[-1] == width:
-                alive.append(output)  # so that no address is used again
+                alive.append(output)  # kept alive, so that no address is used again
                 made[identified(output.detach())] = path
 
         with ExitStack() as hooks:
@@ -282,7 +290,7 @@ def _divide(tensors: Sequence[Tensor], factors: Tensor) -> None:
 
 
 def _narrow(tensors: Sequence[Tensor]) -> torch.dtype | None:
-    """The narrowest type for a norm that stays exact in it. The quotients of a bias by the same factors do not fit."""
+    """The narrow type in which a norm can stay exact; None if it has a bias, whose quotients would not be exact."""
     if len(tensors) > 1:
         return None
     narrow = (torch.bfloat16, torch.float16)
@@ -291,7 +299,7 @@ def _narrow(tensors: Sequence[Tensor]) -> torch.dtype | None:
 
 @contextmanager
 def _restored(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Give tensors their values back."""
+    """Restore the values of tensors."""
     before = [tensor.clone() for tensor in tensors]
     try:
         yield
@@ -301,7 +309,7 @@ def _restored(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _halved(before: Tensor, after: Tensor | None) -> Tensor | None:
-    """How often each column of inputs was halved, -1 for columns of zeros; None if one was changed in another way."""
+    """How often each input column was halved, -1 for columns of zeros; None if one changed in another way."""
     if after is None or after.shape != before.shape:
         return None
     old, new = before.flatten(0, -2).float(), after.flatten(0, -2).float()
@@ -317,7 +325,7 @@ def _halved(before: Tensor, after: Tensor | None) -> Tensor | None:
 
 
 def _digits(number: int) -> list[int]:
-    """Of a number in base 8, the lowest first."""
+    """The digits of a number in base 8, the lowest first."""
     digits = [number % _BASE]
     while number := number // _BASE:
         digits.append(number % _BASE)
@@ -325,9 +333,9 @@ def _digits(number: int) -> list[int]:
 
 
 def _completed(entry: Tensor, height: int) -> Tensor | None:
-    """The entry of each input, where some are unknown because their inputs are always zero on this text.
+    """The entry of each input, if some are unknown because these inputs are always zero on this text.
 
-    Those are known only if each of the others is made by the row of its own number. None if they are not.
+    They can be completed only if every other input is produced by the row of the same index; otherwise None.
     """
     known = entry >= 0
     if bool(known.all()):

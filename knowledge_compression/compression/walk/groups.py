@@ -1,4 +1,4 @@
-"""Layers that read the same tensor, and what is known of it."""
+"""Layers that read the same tensor, and its statistics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from knowledge_compression.compression.walk.statistics import LayerInputs, S
 from knowledge_compression.models.families import EXPERTS
 from knowledge_compression.models.targets import TargetLayer
 
-FEWEST_TOKENS = 16  # for an expert to be compressed on its own inputs
+FEWEST_TOKENS = 16  # needed for an expert to be compressed on its own inputs
 
 
 @dataclass
@@ -26,22 +26,22 @@ class Group(Generic[S]):
 
     @property
     def routed(self) -> bool:
-        """Whether it is an expert's."""
+        """Whether it belongs to an expert."""
         return self.layers[0].role == EXPERTS
 
     @property
     def few(self) -> bool:
-        """Whether too few tokens were observed to go by them."""
+        """Whether too few tokens were observed for useful statistics."""
         return self.tokens < FEWEST_TOKENS if self.routed else self.tokens == 0
 
     def settle(self, empty: Callable[[int], S], *, by_influence: bool) -> None:
-        """Of too few tokens, take the statistics of unknown inputs: all features uncorrelated and equally large.
+        """If there are too few tokens, take the statistics of unknown inputs: features uncorrelated and equally large.
 
         With these, GPTQ rounds to nearest, and SparseGPT and Wanda remove the smallest weights.
 
         Args:
-            empty: new statistics of inputs of some width.
-            by_influence: whether they count the influence of each token.
+            empty: returns new statistics for inputs of a given width.
+            by_influence: whether the statistics weight tokens by influence.
         """
         if not self.few or self.settled:
             return

@@ -38,7 +38,7 @@ def reading(
             inputs[path] = values.detach()
 
     def seen(path: str, output: Tensor) -> Tensor:
-        # The graph must begin at a leaf, and the network gets a copy that it may modify in place.
+        # The graph must begin at a leaf; the network gets a copy, which it may modify in place.
         outputs[path] = output if output.requires_grad else output.detach().requires_grad_()
         return output if output.requires_grad else outputs[path].clone()
 
@@ -88,7 +88,7 @@ def sharing(inputs: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def identified(values: Tensor) -> tuple[Any, ...]:
-    """What the very same tensor has in common with itself, and with no other tensor that is alive."""
+    """A key that identifies this tensor among all tensors that are alive."""
     return values.data_ptr(), values.shape, values.stride(), values._version
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import LongTensor, Tensor
 
 TOKENS_PER_BATCH = 4096
-TOKENS_PER_BATCH_CPU = 1024  # as fast there, and a forward pass needs less memory
+TOKENS_PER_BATCH_CPU = 1024  # on a CPU larger batches are no faster, and need more memory
 
 
 def checked_windows(model: Model, calibration: LongTensor | None) -> Tensor:
@@ -44,7 +44,7 @@ def batches(windows: Tensor, on_cpu: bool) -> Iterator[Tensor]:
 def read_text(model: Model, ids: Tensor) -> Tensor:
     """Run the network on windows of text: its logits ``[windows, positions, vocabulary]``.
 
-    An encoder-decoder reads the first half of each window and is told to say the second.
+    An encoder-decoder reads the first half of each window and is given the second half as the decoder's input.
     """
     ids = ids.to(model.device)
     logits: Tensor

@@ -15,7 +15,7 @@ from knowledge_compression.models import Model, TargetLayer
 from knowledge_compression.models.families import DECODER, ENCODER, FINAL
 from knowledge_compression.models.targets import linear_layers
 
-CLOSE = 1e-4  # of logits, relative to the largest
+CLOSE = 1e-4  # difference of logits, relative to the largest
 _TOKENS = 12
 
 
@@ -26,7 +26,7 @@ class Norm:
     Attributes:
         path, module: the norm.
         offset: its factors are its weight plus this: 1 for Gemma's, otherwise 0.
-        output: what it gave, kept so that no other tensor takes its place in memory.
+        output: its output, kept so that no other tensor takes its place in memory.
         readers: the matrices that read its output.
     """
 
@@ -43,15 +43,15 @@ class Norm:
 
 
 def rotate_stream(model: Model, rotation: Tensor) -> None:
-    """Turn the residual stream of a network by an orthogonal matrix, in its weights alone.
+    """Rotate the residual stream of a network by an orthogonal matrix, by changing only its weights.
 
     Args:
         model: the model, whose head is not tied.
         rotation: ``Q``, float64 ``[hidden, hidden]``; a state ``x`` of the stream becomes ``x Q``.
 
     Raises:
-        BadInput: the network does more with its stream than root mean square norms, matrices and sums, as one line; the
-            model is as it was.
+        BadInput: the network does more with its stream than RMS norms, matrix products and sums; the model is
+            unchanged.
     """
     embeddings: Any = model.network.get_input_embeddings()
     ids = torch.arange(_TOKENS, device=model.device)[None] % len(embeddings.weight)
@@ -83,7 +83,7 @@ def rotate_stream(model: Model, rotation: Tensor) -> None:
             for parameter, values in kept.values():
                 parameter.copy_(values)
             raise BadInput(
-                f"compression=rotate cannot turn the residual stream of {model.name} "
+                f"compression=rotate cannot rotate the residual stream of {model.name} "
                 f"({model.network.config.model_type}): its answers would not stay the same"
             )
 
@@ -119,7 +119,7 @@ def _traced(model: Model, ids: Tensor) -> tuple[list[Norm], Tensor]:
     for layer in layers:
         holders.setdefault(layer.holder, []).append(layer)
     norms: list[Norm] = []
-    alive: list[Tensor] = []  # so that no address is used twice
+    alive: list[Tensor] = []  # kept alive, so that no address is used twice
     hooks = []
 
     def norm_ran(path: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -152,8 +152,8 @@ def _traced(model: Model, ids: Tensor) -> tuple[list[Norm], Tensor]:
         norms[-1].readers += [layer for layer in heads if layer.path not in found]
     idle = next((norm for norm in norms if not norm.readers), None)
     if idle is not None or not norms:
-        what = f"what {idle.path} gives is read by no matrix alone" if idle else "it has no norms of that width"
-        raise BadInput(f"compression=rotate cannot turn the residual stream of {model.name}: {what}")
+        what = f"the output of {idle.path} is not read only by matrices" if idle else "it has no norms of that width"
+        raise BadInput(f"compression=rotate cannot rotate the residual stream of {model.name}: {what}")
     return norms, logits
 
 
@@ -162,10 +162,10 @@ def _with(function: Callable[..., None], path: str) -> Callable[..., None]:
 
 
 def _offset(path: str, module: Any, values: Tensor, output: Tensor, model: Model) -> float:
-    """What is added to a norm's weight.
+    """The constant that is added to a norm's weight.
 
     Raises:
-        BadInput: it is no root mean square norm.
+        BadInput: it is not an RMS norm.
     """
     if getattr(module, "bias", None) is None:
         scaled = values.double() / values.double().square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
@@ -173,7 +173,7 @@ def _offset(path: str, module: Any, values: Tensor, output: Tensor, model: Model
             if torch.allclose(scaled * (module.weight.double() + offset), output.double(), rtol=1e-2, atol=1e-3):
                 return offset
     raise BadInput(
-        f"compression=rotate cannot turn the residual stream of {model.name} ({model.network.config.model_type}): "
-        f"{path} subtracts the mean or adds a bias; it takes networks with root mean square norms before their "
+        f"compression=rotate cannot rotate the residual stream of {model.name} ({model.network.config.model_type}): "
+        f"{path} subtracts the mean or adds a bias; it takes networks with RMS norms before their "
         "matrices, such as LLaMA, Qwen, Mistral and T5"
     )

@@ -1,4 +1,4 @@
-"""What a walk passes to a calibrated method, the statistics that the method keeps, and the settings of the walk."""
+"""The inputs that a walk passes to a calibrated method, the statistics that it keeps, and the settings of the walk."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class LayerInputs:
         values: the inputs ``[tokens, in_features]`` in the dtype of the forward pass, on the compute device.
         influence: how far an error in the layer's output at each token moves the output of its block, relative to that
             output's size, summed over the linears that read the tensor; float32 ``[tokens]``, None unless asked for.
-        dense: what the layer reads at the same tokens in the uncompressed network, ``[tokens, in_features]``; None
-            unless asked for, and for experts, to which other tokens may be sent there.
+        dense: the layer's inputs at the same tokens in the uncompressed network, ``[tokens, in_features]``; None unless
+            requested, and for experts, whose tokens may differ there.
     """
 
     values: Tensor
@@ -41,20 +41,20 @@ class Statistics(ABC):
 
     @abstractmethod
     def update(self, inputs: LayerInputs) -> None:
-        """Take in one batch."""
+        """Add one batch."""
 
     @property
     def second_moments(self) -> Tensor | None:
-        """``mean of x xᵀ``, float32 ``[in_features, in_features]``, if it is kept: it gives output errors."""
+        """``mean of x xᵀ``, float32 ``[in_features, in_features]``, which gives output errors; None if not kept."""
         return None
 
 
 class Divisible(Statistics):
-    """Statistics of inputs that can be divided by factors, if there is something that makes them and can be.
+    """Statistics of inputs that can be divided by factors, if the parameters that produce them allow it.
 
     Attributes:
         factors: by which the inputs have been divided, float32 ``[in_features]``; None if they have not.
-        divided_by: names of the parameters that do it.
+        divided_by: names of the parameters that were divided for this.
     """
 
     factors: Tensor | None = None
@@ -62,7 +62,7 @@ class Divisible(Statistics):
 
     @abstractmethod
     def divide(self, factors: Tensor) -> None:
-        """Become what they would be had the inputs been divided by ``factors`` from the beginning."""
+        """Turn into the statistics of inputs that were divided by ``factors`` from the beginning."""
 
 
 S = TypeVar("S", bound=Statistics)
@@ -77,7 +77,7 @@ class Observed(Generic[S]):
         path: its name in the network.
         module: the block.
         groups: its layers that read the same tensor, in the order in which they run, and the statistics of it.
-        run: runs the block on the first of the calibration text and returns its output.
+        run: runs the block on the first batch of the calibration text and returns its output.
     """
 
     path: str
@@ -87,14 +87,14 @@ class Observed(Generic[S]):
 
 
 class BlockMethod(Protocol[S]):
-    """What :func:`compress_blocks` needs from a calibrated method."""
+    """The part of a calibrated method that :func:`compress_blocks` calls."""
 
     def observe(self, in_features: int, device: torch.device) -> S:
         """Empty statistics for inputs of this width."""
         ...
 
     def prepare(self, block: Observed[S]) -> None:
-        """Change a block before its layers are compressed, if the method wants to."""
+        """Change a block before its layers are compressed, if the method does so."""
         return
 
     def shrink(self, layers: Sequence[TargetLayer], statistics: S) -> list[LayerReport]:
@@ -123,11 +123,11 @@ class WalkSettings:
         device: where blocks are computed, one at a time, e.g. ``cuda:0``; None computes them where they are stored.
         forward_dtype: dtype of the matrix products in the forward passes of a float32 network: ``auto`` (see
             ``models.device``), ``bfloat16`` or ``float32``.
-        dense_inputs: also pass the method what each layer reads in the uncompressed network, through which the text
-            then goes too, block by block.
+        dense_inputs: also pass the method each layer's inputs in the uncompressed network, through which the text is
+            then run too, block by block.
         tuned_tokens: if above 0, pass each compressed block as a whole to the method's ``tune``, with the output that
-            the uncompressed block has in the uncompressed network. Needs whole blocks. The number, of the tokens that
-            go forwards and backwards through each block, is for the forecast.
+            the uncompressed block has in the uncompressed network. Needs whole blocks. The number is that of the tokens
+            that go forwards and backwards through each block, and is used by the forecast.
     """
 
     true_sequential: bool = False
@@ -155,9 +155,9 @@ class WalkSettings:
         return self.computed_on(model).product_dtype(self.forward_dtype, model.dtype, "compression.forward_dtype")
 
     def passes(self, tokens: int) -> float:
-        """How often calibration text of so many tokens goes through each block, for the forecast."""
-        extra = self.beside + 3 * self.tuned_tokens / tokens  # backwards is twice the work of forwards
+        """How often calibration text of this many tokens goes through each block, for the forecast."""
+        extra = self.beside + 3 * self.tuned_tokens / tokens  # a backward pass is twice the work of a forward pass
         if self.true_sequential:
-            return extra + 1  # every linear is compressed on the way
-        # to observe (perhaps backwards too), and to run the compressed block
+            return extra + 1  # every linear is compressed within the one pass
+        # one pass to observe (perhaps a backward one too), one through the compressed block
         return extra + (3 if self.by_influence else 2)

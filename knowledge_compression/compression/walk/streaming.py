@@ -110,7 +110,7 @@ class _Stream:
                     pass
 
     def compress(self, calibration: LongTensor | None) -> None:
-        """Compress what is pending, block by block on calibration text or, without it, layer by layer."""
+        """Compress the pending units, block by block on calibration text or, without it, layer by layer."""
         method = self.compression
         method.check(self.targets)
         if isinstance(method, LayerByLayer):
@@ -123,7 +123,7 @@ class _Stream:
 
     def _block_by_block(self, method: Calibrated[Any], calibration: LongTensor | None) -> None:
         blocks = self.model.architecture.block_paths(self.model.network)
-        shared: dict[str, Tensor] = {}  # one copy of tied weights
+        shared: dict[str, Tensor] = {}  # tied weights once
         for name in self.model.names_outside(blocks):
             source = self.model.source[name]
             shared.setdefault(source, self.model.read(name))
@@ -141,7 +141,7 @@ class _Stream:
     def _reading(self) -> Iterator[TargetLayer]:
         """Yield all targets, one at a time, each with its stored weights."""
         for name, layers in groupby(shown(self.targets, "ranking"), key=attrgetter("weight_name")):
-            with self.model.holding({name: self.model.read(name)}):  # a bank of experts once for all of them
+            with self.model.holding({name: self.model.read(name)}):  # a bank of experts is loaded once for all of them
                 yield from layers
 
     @contextmanager
@@ -161,7 +161,7 @@ class _Stream:
                 if not finished:
                     self._finish(unit, module, reports)
             finally:
-                for part in module.modules():  # the codes of a quantized weight are as large as the weight
+                for part in module.modules():  # frees the codes, which are as large as the weight
                     part.__dict__.pop("quantized_weight", None)
                     part.__dict__.pop("notes_of_experts", None)
 

@@ -1,4 +1,4 @@
-"""What a walk passes to a method that tunes a compressed block as a whole."""
+"""The compressed block that a walk passes to a method that tunes whole blocks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """One batch of text at a block: how the compressed network calls it, and what it should give.
+    """One batch of text at a block: how the compressed network calls the block, and the output that it should have.
 
     Attributes:
-        run: calls the block as it is at that moment, with what the compressed blocks before it give, and returns its
+        run: calls the block in its current state on the outputs of the compressed blocks before it, and returns its
             output ``[..., hidden]``; in the context of the walk's forward passes.
         wanted: the output that the uncompressed block has in the uncompressed network, of the same shape.
     """
@@ -42,8 +42,8 @@ class CompressedBlock:
         path: its module path.
         layers: its compressed layers.
         dense: their weights before that, ``[out_features, in_features]`` in the network's dtype, by path.
-        second_moments: of what each layer read, ``[in_features, in_features]``, by path, as far as the method keeps
-            them.
+        second_moments: second moments of each layer's inputs, ``[in_features, in_features]``, by path, if the method
+            keeps them.
         reports: the report of each layer, by path.
         calls: all batches of the calibration text; for a block that is used several times, at each use.
     """
@@ -58,7 +58,7 @@ class CompressedBlock:
 
 @contextmanager
 def gradients_of(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let gradients be asked for with respect to these parameters."""
+    """Enable gradients with respect to these parameters."""
     before = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)

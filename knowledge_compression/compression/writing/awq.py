@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_BITS, _OUTPUTS = 4, 8  # of a code, and in a word
+_BITS, _OUTPUTS = 4, 8  # bits of a code, and outputs in a word
 
 
 class AwqWriter(LayerWriter):
@@ -63,7 +63,7 @@ class AwqWriter(LayerWriter):
         }
 
     def settings(self, coded: Mapping[Place, Coding], left: Mapping[str, str | None]) -> dict[str, Any]:
-        """As AutoAWQ writes them; layers that are not quantized are named."""
+        """The settings as AutoAWQ writes them; layers that are not quantized are listed."""
         return {
             "quant_method": "awq",
             "bits": _BITS,

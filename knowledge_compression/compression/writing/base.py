@@ -1,4 +1,4 @@
-"""The interface of a form in which a compressed model is saved."""
+"""The interface of a format in which a compressed model is saved."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
 
 
 class Writer(ABC):
-    """A form in which a compressed model is saved.
+    """A format in which a compressed model is saved.
 
     Attributes:
-        streams: whether a model that is compressed from disk to disk can have this form.
+        streams: whether a model that is compressed from disk to disk can be saved in it.
     """
 
     streams: ClassVar[bool] = False
 
     @abstractmethod
     def refusal(self, compression: Compression, targets: Targets) -> str | None:
-        """Why this form cannot hold what a compression makes of these layers; None if it can.
+        """Why this format cannot hold these layers once a compression has changed them; None if it can.
 
-        This is asked before anything is computed, of a network that may be on the meta device.
+        Called before anything is computed, with a network that may be on the meta device.
         """
 
-    def check(self, skeleton: Model, source: ModelSource) -> None:  # noqa: B027 (most forms hold every model)
-        """Refuse a model that this form cannot hold, whatever is done to it.
+    def check(self, skeleton: Model, source: ModelSource) -> None:  # noqa: B027 (most formats hold every model)
+        """Refuse a model that this format cannot hold under any compression.
 
         Args:
             skeleton: the model's network, which may be on the meta device.
-            source: where the model comes from.
+            source: the source of the model.
 
         Raises:
             BadInput: it cannot.
@@ -47,18 +47,18 @@ class Writer(ABC):
 
         Args:
             model: the compressed model, unchanged since.
-            folder: where to; replaced if it is there.
+            folder: the folder to write; replaced if it exists.
 
         Returns:
-            What a reader of the run's report must know of the files, JSON-ready; empty if nothing.
+            What a reader of the run's report must know about the files, JSON-ready; empty if there is nothing.
 
         Raises:
-            BadInput: the form cannot hold this model, or a weight is not finite; nothing is written.
+            BadInput: the format cannot hold this model, or a weight is not finite; nothing is written.
         """
 
 
 class Floats(Writer):
-    """An ordinary checkpoint: every weight as the floating-point number that it is."""
+    """An ordinary checkpoint: every weight as a floating-point number."""
 
     streams = True
 

@@ -2,7 +2,7 @@
 
 A layer's ``weight`` is uint8 ``[out * in / 2, 1]``, two codes a byte, the first in the high half. Beside it are
 ``weight.absmax``, float32, one scale for each run of weights; ``weight.quant_map``, float32 ``[16]``, the levels; and
-``weight.quant_state.bitsandbytes__nf4``, bytes of JSON that say what the rest means.
+``weight.quant_state.bitsandbytes__nf4``, JSON as bytes, which describes the rest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from knowledge_compression.heavy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_RUNS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that the library has
+_RUNS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # the lengths that the library supports
 
 
 class BitsandbytesWriter(LayerWriter):
@@ -34,7 +34,7 @@ class BitsandbytesWriter(LayerWriter):
             return f"{self.name} holds NF4, not {coding.kind}"
         assert coding.run is not None
         if coding.run not in _RUNS:
-            return f"{self.name} has blocks of {', '.join(map(str, _RUNS))} weights, not {coding.run}"
+            return f"{self.name} takes blocks of {', '.join(map(str, _RUNS))} weights, not {coding.run}"
         if place.outputs * place.inputs % 2:
             return f"the {place.outputs} x {place.inputs} weights of {place.path} do not fill whole bytes"
         if place.start * place.inputs % coding.run:
@@ -42,7 +42,7 @@ class BitsandbytesWriter(LayerWriter):
         return self.plain_linear(place)
 
     def tensors(self, weight: CodedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
-        """Codes, scales, levels and what they mean."""
+        """Codes, scales, levels and their description."""
         assert isinstance(weight, Nf4Weight)
         first, second = weight.codes.flatten().unflatten(0, (-1, 2)).unbind(1)
         said = {"quant_type": "nf4", "blocksize": weight.block_size, "shape": list(weight.codes.shape)}
@@ -55,7 +55,7 @@ class BitsandbytesWriter(LayerWriter):
         }
 
     def settings(self, coded: Mapping[Place, Coding], left: Mapping[str, str | None]) -> dict[str, Any]:
-        """As transformers writes them; products are in float32, as here, unless a reader asks for others."""
+        """The settings as transformers writes them; products are in float32, as here, by default."""
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,

@@ -1,6 +1,6 @@
 """Checkpoints of compressed-tensors, which vLLM and transformers (with that library) load.
 
-``models/checkpoints/compressed_tensors.py`` reads them and says what each tensor is. There is one layout for each kind
+``models/checkpoints/compressed_tensors.py`` reads them and describes each tensor. There is one layout for each kind
 of code: ``pack-quantized`` for integers, ``int-quantized`` for those of layers that round their inputs to integers too,
 ``float-quantized``, ``mxfp4-pack-quantized`` and ``nvfp4-pack-quantized``.
 The library multiplies codes by scales in the type of the scale. Scales are therefore stored in the type of everything
@@ -84,7 +84,7 @@ class Layout:
         name: its ``format``.
         number: its ``type``: ``int`` or ``float``.
         tensors: the tensors of one layer, as :meth:`LayerWriter.tensors`.
-        more: settings of its weights besides those that follow from the coding.
+        more: settings of its weights beyond those that follow from the coding.
     """
 
     name: str
@@ -128,11 +128,11 @@ class CompressedTensorsWriter(LayerWriter):
     def unfit(self, coding: Coding, place: Place) -> str | None:
         """It holds most kinds of codes, in groups of neighbouring inputs."""
         if coding.kind not in LAYOUTS:
-            return f"{self.name} holds no {coding.kind}"
+            return f"{self.name} does not hold {coding.kind}"
         if not coding.in_order:
             return NEIGHBOURS.format(self.name)
         if coding.activations and coding.kind == NVFP4:
-            return f"{self.name} wants one scale for all inputs of a layer, and here each token has its own"
+            return f"{self.name} needs one scale for all inputs of a layer, and here each token has its own"
         return self.plain_linear(place)
 
     def tensors(self, weight: CodedWeight, floats: torch.dtype) -> Mapping[str, Tensor]:
@@ -140,12 +140,12 @@ class CompressedTensorsWriter(LayerWriter):
         return LAYOUTS[weight.coding.kind].tensors(weight, floats)
 
     def runs_in(self, coded: Mapping[Place, Coding], floats: torch.dtype) -> torch.dtype:
-        """The library makes bfloat16 of 4-bit floats, and then multiplies by nothing else."""
+        """The library decodes 4-bit floats to bfloat16, and multiplies only in this type."""
         four = any(coding.kind in (MXFP4, NVFP4) for coding in coded.values())
         return torch.bfloat16 if four else floats
 
     def settings(self, coded: Mapping[Place, Coding], left: Mapping[str, str | None]) -> dict[str, Any]:
-        """One group of layers, and the names of those that are not in it."""
+        """One group of layers, and the names of the layers outside it."""
         coding = same("coding", list(coded.values()))
         layout = LAYOUTS[coding.kind]
         group: dict[str, Any] = {"targets": ["Linear"], "weights": _weights(coding, layout), "format": layout.name}
@@ -174,9 +174,10 @@ def _weights(coding: Coding, layout: Layout) -> dict[str, Any]:
 
 
 def _inputs(coding: Coding, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """How others are to round the inputs of a layer: token by token, or in blocks like those of the weights.
+    """How readers must round the inputs of a layer: token by token, or in blocks like those of the weights.
 
-    Inputs of a fixed range have codes of 7 bits here; the format says so, and others clip where this program does.
+    Inputs with a fixed range have codes of 7 bits here; the format states this, so that readers clip at the same
+    values.
     """
     if coding.static:
         return {"num_bits": SEVEN_BITS, "type": "int", "symmetric": False, "dynamic": False, "strategy": "tensor"}

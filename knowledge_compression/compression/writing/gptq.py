@@ -56,7 +56,7 @@ class GptqWriter(LayerWriter):
         }
 
     def settings(self, coded: Mapping[Place, Coding], left: Mapping[str, str | None]) -> dict[str, Any]:
-        """As GPTQModel writes them; linear layers of the blocks that are not quantized are named."""
+        """The settings as GPTQModel writes them; linear layers of the blocks that are not quantized are listed."""
         codings = list(coded.values())
         symmetric = same("kind of grid", [coding.symmetric for coding in codings])
         config: dict[str, Any] = {

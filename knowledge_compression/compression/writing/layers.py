@@ -28,10 +28,10 @@ _NARROW = ("float16", "bfloat16")
 
 
 class LayerWriter(Writer):
-    """A format that stores a few tensors for each coded layer, and says in ``config.json`` how to read them.
+    """A format that stores a few tensors for each coded layer, and describes them in ``config.json``.
 
     Attributes:
-        name: as in ``output.save_model``.
+        name: its name in ``output.save_model``.
         beside: name of a further file that holds the same settings, if the format has one.
     """
 
@@ -57,29 +57,29 @@ class LayerWriter(Writer):
 
         Args:
             coded: the matrices that are stored in the format.
-            left: the paths of all others that linear layers multiply by, and their roles; None where they have none.
+            left: the paths of all other matrices of linear layers, and their roles; None for a matrix without a role.
 
         Raises:
-            BadInput: the matrices differ in what the format says once for all.
+            BadInput: the matrices differ in a setting of which the format has only one.
         """
 
     def runs_in(self, coded: Mapping[Place, Coding], floats: torch.dtype) -> torch.dtype:
-        """The type in which others load the model unless told otherwise: that in which everything else is stored."""
+        """The type in which other programs load the model by default: that of everything that is not coded."""
         return floats
 
     def refusal(self, compression: Compression, targets: Targets) -> str | None:
-        """It refuses numbers without codes, and layers whose codes do not fit into it."""
+        """Why it refuses weights without codes, or layers whose codes do not fit into the format."""
         if (coding := compression.coding) is None:
             asked = f"; choose {compression.for_codes}" if compression.for_codes else ""
-            return f"compression={compression.name} leaves no codes that {self.name} could hold{asked}"
+            return f"compression={compression.name} makes no codes that {self.name} can hold{asked}"
         places = places_of(targets)
         return next((why for layer in targets if (why := self._unfit(coding, layer, places[layer]))), None)
 
     def _unfit(self, coding: Coding, layer: TargetLayer, places: Sequence[Place]) -> str | None:
         if not places:
             return (
-                f"{self.name} holds linear layers, and {layer.path} ({layer.role}) is none, nor do files of this type "
-                "of model store it as one; leave it out of the target, e.g. target=att"
+                f"{self.name} holds linear layers, and {layer.path} ({layer.role}) is neither a linear layer nor "
+                "stored as one in files of this model type; leave it out of the target, e.g. target=att"
             )
         if layer.expert and coding.activations:
             other = "a target without experts" if coding.kind == INT8 else "compression.activations=false"
@@ -113,8 +113,8 @@ class LayerWriter(Writer):
         layers = linear_layers(model)
         weights = {layer: found for layer in layers if (found := quantized_weight(layer)) is not None}
         if not weights:
-            raise BadInput(f"{model.name} has no layer with codes behind its weights, and {self.name} holds codes")
-        banks = {layer.weight_name for layer in weights}  # of which a part may be coded alone
+            raise BadInput(f"{model.name} has no layer whose weights come from codes, and {self.name} holds codes")
+        banks = {layer.weight_name for layer in weights}  # possibly only a part of it is coded
         places = places_of(layer for layer in layers if layer.weight_name in banks or layer.expert is None)
         for layer, weight in weights.items():
             if why := self._unfit(weight.coding, layer, places[layer]):
@@ -195,7 +195,7 @@ def same(what: str, values: Sequence[Any]) -> Any:
 
 
 def alike(coded: Mapping[Place, Coding]) -> dict[Place, Coding]:
-    """The same, with rows of one group called groups of that size, if there are others with several groups in a row."""
+    """The same, but layers with one group per row get its size as group size if others have several groups."""
     if all(coding.group is None for coding in coded.values()):
         return dict(coded)
     rows = {place for place, coding in coded.items() if coding.block == (1, None)}

@@ -1,4 +1,4 @@
-"""Where the layers of a network are in files: other programs store the experts of a bank one by one."""
+"""Where files hold the layers of a network: other programs store the experts of a bank one by one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Place:
     Attributes:
         path: the name of its weight in the files without ``.weight``.
         shape: outputs and inputs.
-        role: of the layer.
-        kind: class of the module that multiplies by it, ``Linear`` for a matrix of an expert.
-        start: the first of its rows in the layer, which is more than this matrix where gate and up projection of an
-            expert are one parameter.
+        role: the role of the layer.
+        kind: the class of the module that uses it, ``Linear`` for a matrix of an expert.
+        start: its first row in the layer, which is larger than this matrix if an expert's gate and up projections are
+            one parameter.
     """
 
     path: str
@@ -44,12 +44,12 @@ class Place:
 
     @property
     def rows(self) -> tuple[int, int]:
-        """Its rows in the layer, from and to."""
+        """Its rows in the layer, first and past the last."""
         return self.start, self.start + self.outputs
 
 
 def places_of(layers: Iterable[TargetLayer]) -> dict[TargetLayer, list[Place]]:
-    """The places of layers; none for a layer that files do not hold as a matrix, or not as a linear layer does."""
+    """The places of layers; empty for a layer that files do not hold as the matrix of a linear layer."""
     banks: dict[str, Mapping[int, list[tuple[str, int, int]]]] = {}
     found: dict[TargetLayer, list[Place]] = {}
     for layer in layers:
@@ -69,7 +69,7 @@ def places_of(layers: Iterable[TargetLayer]) -> dict[TargetLayer, list[Place]]:
 def _matrices(layer: TargetLayer) -> Mapping[int, list[tuple[str, int, int]]]:
     """For each expert of a layer's bank, the paths of its matrices, the first row of each and the number of its rows.
 
-    Transformers is asked what it makes of the parameter when it saves it, with the numbers of the rows for weights.
+    Transformers' own saving is applied to the parameter, with row numbers in place of weights.
     """
     from transformers.core_model_loading import revert_weight_conversion
 

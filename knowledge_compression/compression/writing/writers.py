@@ -1,4 +1,4 @@
-"""The forms in which ``output.save_model`` saves a compressed model, by name."""
+"""The formats in which ``output.save_model`` saves a compressed model, by name."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ WRITERS: Mapping[bool | str, Writer] = {
 
 
 def writer_of(form: bool | str) -> Writer:
-    """The writer of a form.
+    """The writer of a format.
 
     Raises:
-        BadInput: there is no such form.
+        BadInput: there is no such format.
     """
     if form not in WRITERS:
         there = ["false", *map(_shown, WRITERS)]
@@ -45,7 +45,7 @@ def writer_of(form: bool | str) -> Writer:
 
 
 def check_form(form: bool | str, compression: Compression, targets: Targets) -> None:
-    """Refuse a form that cannot hold what a compression makes of these layers, and name those that can.
+    """Refuse a format that cannot hold these layers once compressed, and name the formats that can.
 
     Raises:
         BadInput: it cannot.
@@ -53,7 +53,7 @@ def check_form(form: bool | str, compression: Compression, targets: Targets) -> 
     if why := writer_of(form).refusal(compression, targets):
         fitting = {name: writer for name, writer in WRITERS.items() if writer.refusal(compression, targets) is None}
         kinds = [type(writer) for writer in fitting.values()]
-        others = [name for place, name in enumerate(fitting) if kinds.index(kinds[place]) == place]  # one of a kind
+        others = [name for place, name in enumerate(fitting) if kinds.index(kinds[place]) == place]  # one of each kind
         raise BadInput(
             f"output.save_model={_shown(form)} cannot hold this: {why}; choose {' or '.join(map(_shown, others))}"
         )

@@ -14,7 +14,7 @@ __all__ = ["Blank", "Likelihood", "Question", "Scorer", "head_at", "head_over", 
 
 
 def __getattr__(name: str) -> Any:
-    """What asks is loaded when it is first used: what is asked can be said without it."""
+    """The scorer is loaded when it is first used, because questions can be built without it."""
     if name != "Scorer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from knowledge_compression.evaluation.scoring.scorer import Scorer

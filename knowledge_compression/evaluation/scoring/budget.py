@@ -18,12 +18,12 @@ log = logging.getLogger(__name__)
 
 _CACHE = 2 << 20  # bytes that stay in a CPU core's cache
 _ON_CPU = (1024, 4096)  # padded tokens in a pass on a CPU, minimum and maximum
-_UNPROBED = 4096  # on other devices, if there is too little work to be worth probing
+_UNPROBED = 4096  # padded tokens on other devices, if there is too little work to be worth probing
 _FIRST, _LAST = 2048, 262_144  # sizes tried there
 _WORTH_PROBING = 65_536  # tokens of work
 _GAIN = 1.05  # doubling the tokens must be this much faster per token
 _ROW = 128  # tokens per row while probing
-_MOST_PADDING = 0.08  # of a batch's tokens
+_MOST_PADDING = 0.08  # the largest share of padding in a batch's tokens
 _LOGIT_BYTES = 256 << 20  # bytes of logits in one pass, so that a large vocabulary does not fill the memory
 
 
@@ -33,7 +33,7 @@ class Budget:
     Args:
         model: the model that scores.
         tokens: padded tokens; None chooses what suits the device.
-        device: where it will score; None where it is.
+        device: the device on which it will score; None for its current one.
 
     Attributes:
         tokens: padded tokens in one pass.
@@ -63,7 +63,7 @@ class Budget:
         return other
 
     def settle(self, work: int) -> None:
-        """Find the number of tokens that suits the device, once for each model and device, if ``work`` is large enough.
+        """Find the best number of tokens for the device, once for each model and device, if ``work`` is large enough.
 
         Args:
             work: number of tokens about to be read.
@@ -79,12 +79,12 @@ class Budget:
         """Indices of texts in batches, longest first, so that running out of memory shows at once.
 
         A batch keeps to the budgets of tokens, including padding, and of logits; once it is large enough, it ends
-        rather than be padded by more than a few per cent.
+        before padding would exceed a few per cent.
 
         Args:
             lengths, reads: tokens of each text, and positions to read in it.
             end_to_end: texts lie end to end, without padding.
-            alone: texts may not share a pass, so that each is a batch.
+            alone: texts may not share a pass, so that each text is a batch.
         """
         batch: list[int] = []
         real = read = 0
@@ -120,10 +120,10 @@ def probe(seconds: Callable[[int], float]) -> int:
     """The number of tokens beyond which larger passes are no faster per token.
 
     Args:
-        seconds: time of one pass over a number of tokens; raises ``torch.OutOfMemoryError`` where it does not fit.
+        seconds: time of one pass over a number of tokens; raises ``torch.OutOfMemoryError`` if it does not fit.
 
     Returns:
-        The smallest of the sizes, each twice the last, that the next one does not clearly beat.
+        The smallest size that is not clearly slower than the next one, which is twice as large.
     """
     tokens, rate = _FIRST, 0.0
     while tokens <= _LAST:

@@ -1,4 +1,4 @@
-"""Greedy decoding of many prompts: prompts of similar length share a batch, and each leaves it when it is done."""
+"""Greedy decoding of many prompts: prompts of similar length share a batch, and each leaves it when it is finished."""
 
 from __future__ import annotations
 
@@ -124,7 +124,8 @@ def _steps(
 ) -> Iterator[tuple[list[int], list[bool], Choices]]:
     """Yield the most likely next token of each row, step by step; the caller may drop rows of ``state`` in between.
 
-    With it come whether the row's logits were finite, and the soft prompts selected when the rows were first read.
+    Each step also yields whether each row's logits were finite, and the soft prompts that were selected when the rows
+    were first read.
     """
     for _ in range(most):
         count, width = state.tokens.shape
@@ -148,13 +149,13 @@ def pad_id(model: Model) -> int:
     if not 0 <= pad < rows:
         raise BadInput(
             f"the padding token of {model.name} has id {pad}, and its network has embeddings for the ids 0 to "
-            f"{rows - 1}; give the tokenizer that it was trained with, or one whose padding token is among them"
+            f"{rows - 1}; use the tokenizer that it was trained with, or one whose padding token is among these"
         )
     return pad
 
 
 def filler_id(model: Model) -> int:
-    """As :func:`pad_id`, but 0 also where the network has no embedding: scoring says nothing that could be it."""
+    """As :func:`pad_id`, but 0 also where the network has no embedding: scoring generates no tokens."""
     pad = model.tokenizer.pad_token_id or 0
     return pad if 0 <= pad < _rows(model) else 0
 

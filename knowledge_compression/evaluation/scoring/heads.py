@@ -35,12 +35,12 @@ def head_at(
         width: tokens in a row of input ids; what the body outputs beyond it belongs to soft prompts before the input.
 
     Yields:
-        A list that after a forward pass holds what the head read, ``[1, chosen, hidden]``.
+        A list that holds the head's input ``[1, chosen, hidden]`` after a forward pass.
     """
     read: list[Tensor] = []
 
     def chosen(hidden: Tensor) -> Tensor:
-        device = hidden.device  # another than that of the input, where the network is divided
+        device = hidden.device  # differs from the input's device if the network is divided
         return hidden[rows.to(device), positions.to(device) + (hidden.shape[1] - width)][None]
 
     def narrow_inputs(_part: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -67,9 +67,9 @@ def head_at(
 
 @contextmanager
 def head_over(network: nn.Module, states: Tensor) -> Iterator[None]:
-    """Let the vocabulary head read these states, ``[1, chosen, hidden]``, in a pass over whatever input.
+    """Let the vocabulary head read these states, ``[1, chosen, hidden]``, in a pass over any input.
 
-    They are what :func:`head_at` gave of the same network: the logits are then those of that pass.
+    The states come from :func:`head_at` on the same network; the logits are then those of that pass.
     """
 
     def replace(_body: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -84,7 +84,7 @@ def head_over(network: nn.Module, states: Tensor) -> Iterator[None]:
 
 
 def _body_of(inner: Any) -> nn.Module:
-    """What comes before the head: the encoder of an encoder, otherwise the decoder."""
+    """The part before the head: the encoder of an encoder, otherwise the decoder."""
     architecture = architecture_of(inner)
     body: nn.Module = inner.base_model if architecture.family == ENCODER else inner.get_decoder()
     if body is inner:  # as Llama 4's does: the parent of the blocks outputs the hidden states
@@ -95,8 +95,8 @@ def _body_of(inner: Any) -> nn.Module:
 def likeliest(logits: Tensor) -> Tensor:
     """``logits.argmax(-1)`` of ``[rows, vocabulary]``, the first among equals: int64 ``[rows]``.
 
-    In two steps, the best block of tokens and the best token in it, because a CPU finds maxima much faster than their
-    indices.
+    It takes two steps, the best block of tokens and then the best token in it, because a CPU finds maxima much faster
+    than their indices.
     """
     vocabulary = logits.shape[-1]
     width = isqrt(vocabulary)
@@ -117,7 +117,7 @@ def read_off(
     Args:
         logits: ``[positions, vocabulary]``.
         of_read: for each read, its row in ``logits``.
-        targets: for each read, the token whose log-probability is wanted.
+        targets: for each read, the token whose log-probability is computed.
         at_a_time: number of rows of logits to process at a time.
     """
     rows, wanted = (torch.from_numpy(array).to(logits.device) for array in (of_read, targets))
@@ -138,5 +138,5 @@ def _log_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def without_adapters(network: nn.Module) -> Any:
     """The network inside peft's wrapper, or the network itself without one."""
-    unwrap = getattr(network, "get_base_model", None)  # of peft's wrapper
+    unwrap = getattr(network, "get_base_model", None)  # a method of peft's wrapper
     return unwrap() if callable(unwrap) else network

@@ -1,7 +1,7 @@
 """The layout of texts in the input of a forward pass: rows of equal length, or end to end in one row.
 
 Rows are padded to the longest. End to end there is no padding, so embeddings, norms and linear layers, which treat each
-token separately, do no superfluous work; only attention must know where a text ends.
+token separately, do no unnecessary work; only attention must know where a text ends.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class EndToEnd(Layout):
         return numbers[None]
 
     def read(self, network: nn.Module, inputs: Mapping[str, Any]) -> Any:
-        """See :meth:`Layout.read`; attention is informed where each text ends."""
+        """See :meth:`Layout.read`; attention is given the end of each text."""
         with told_of(network, self.runs) as runs:
             return network(**inputs, **runs)
 

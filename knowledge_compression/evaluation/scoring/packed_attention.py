@@ -21,7 +21,7 @@ from knowledge_compression.evaluation.scoring.heads import without_adapters
 _WITHIN = "sdpa"  # the attention function within a text
 _END_TO_END = "end_to_end"
 _PIECE = 64  # queries
-_IN_PIECES = range(160, 768)  # text lengths for which that is faster on a CPU (docs/performance.md)
+_IN_PIECES = range(160, 768)  # text lengths for which this is faster on a CPU (docs/performance.md)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Run:
 
 
 def can_lie_end_to_end(network: nn.Module) -> bool:
-    """Whether attention in this network can be informed where a text ends.
+    """Whether attention in this network can be given the ends of texts.
 
     It can if transformers lets its attention function be replaced and that function is PyTorch's own.
     """
@@ -65,7 +65,7 @@ def can_lie_end_to_end(network: nn.Module) -> bool:
 
 @contextmanager
 def told_of(network: nn.Module, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    """Inform attention where texts end during one forward pass; yields the additional arguments of that pass."""
+    """Give attention the ends of texts during one forward pass; yields the additional arguments of that pass."""
     config = without_adapters(network).config
     config._attn_implementation = _END_TO_END
     try:

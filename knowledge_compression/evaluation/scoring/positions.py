@@ -1,4 +1,4 @@
-"""The positions at which a scorer predicts tokens: what the model reads before each, and for which items."""
+"""The positions at which a scorer predicts tokens: the text before each, and the items that they belong to."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Position:
     """A position at which one token is predicted.
 
     Attributes:
-        key: digest of what the model reads before it: equal for the same text, whatever the batch.
-        gold: by the id of each item for which it is read, the token that is right there; None where no suite says.
-            Empty where it is compared for no item.
+        key: digest of the text before it: equal for the same text in any batch.
+        gold: the right token, by the id of each item for which the position is read; None if the suite gives no right
+            token. Empty if it is compared for no item.
     """
 
     key: bytes
@@ -32,21 +32,21 @@ class Position:
 
 
 class Watcher(Protocol):
-    """Is told what a scorer sees."""
+    """Receives the states and logits that a scorer computes."""
 
     def saw(self, positions: Sequence[Position], states: Tensor, logits: Tensor) -> None:
         """Called once a forward pass.
 
         Args:
             positions: those read in the pass.
-            states: what the vocabulary head read, ``[positions, hidden]``.
-            logits: what it said, ``[positions, vocabulary]``.
+            states: the input of the vocabulary head, ``[positions, hidden]``.
+            logits: the output of the vocabulary head, ``[positions, vocabulary]``.
         """
         ...
 
 
 def key_of(text: Sequence[int], said: Sequence[int] = (), position: int | None = None) -> bytes:
-    """The key of a position: after ``text``, or in it, or after ``said`` in answer to it."""
+    """The key of a position after ``text``, inside it, or after ``said`` in answer to it."""
     digest = blake2b(np.asarray(text, "<i4").tobytes(), digest_size=KEY_BYTES)
     if position is not None or len(said):
         digest.update(np.asarray([len(text), -1 if position is None else position, *said], "<i4").tobytes())
@@ -63,9 +63,9 @@ def keys_in_trees(trees: Sequence[Tree], starts: NDArray[np.int64], cells: NDArr
     """The keys of the positions after tokens of trees.
 
     Args:
-        trees: laid out in the input of a pass.
+        trees: the trees in the input of a pass.
         starts: the first cell of each.
-        cells: those of the tokens, ascending.
+        cells: the cells of the tokens, ascending.
     """
     found: list[bytes] = []
     bounds = np.searchsorted(cells, [*starts, np.iinfo(np.int64).max])
@@ -75,7 +75,7 @@ def keys_in_trees(trees: Sequence[Tree], starts: NDArray[np.int64], cells: NDArr
 
 
 def _keys_of_tree(tree: Tree, wanted: Set[int]) -> Iterator[bytes]:
-    """The keys of the positions after the wanted tokens of a tree, each that of the text which ends with the token."""
+    """The keys of the positions after the wanted tokens of a tree, each that of the text ending there."""
     path = [blake2b(digest_size=KEY_BYTES)]  # digests of the beginnings of the current text, the empty one first
     ids = tree.ids.astype("<i4").tobytes()
     for i, depth in enumerate(tree.depths.tolist()):
@@ -90,19 +90,19 @@ def _keys_of_tree(tree: Tree, wanted: Set[int]) -> Iterator[bytes]:
 def keys_in_rows(
     rows: Sequence[tuple[Sequence[int], Sequence[int]]], width: int, cells: NDArray[np.int64]
 ) -> list[bytes]:
-    """The keys of the positions after what a decoder has said.
+    """The keys of the positions in a decoder's text.
 
     Args:
-        rows: what the encoder reads, and what the decoder does.
+        rows: the encoder's input and the decoder's input.
         width: cells of a row.
-        cells: those of the decoder's tokens, counted over all rows.
+        cells: the cells of the decoder's tokens, counted over all rows.
     """
     places = (divmod(cell, width) for cell in cells.tolist())
     return [key_of(rows[row][0], rows[row][1][: place + 1]) for row, place in places]
 
 
 class Slots:
-    """Questions whose continuations are numbered over all of them in order.
+    """Questions whose continuations are numbered consecutively.
 
     Attributes:
         questions: the questions.

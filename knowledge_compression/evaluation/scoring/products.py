@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from knowledge_compression.models.device import Device
 from knowledge_compression.models.spread import main_device
 
-_SLOT = "_old_forward"  # where accelerate keeps the forward that it calls once a layer's weights are there
+_SLOT = "_old_forward"  # accelerate's name for the forward that it calls once a layer's weights are loaded
 _NARROWEST = 256  # input features; below this a call costs more than the product
 
 
@@ -30,7 +30,7 @@ def linears_for_onednn(network: nn.Module) -> list[nn.Linear]:
 def _suits(linear: nn.Linear) -> bool:
     weight = linear.weight
     is_plain = weight.layout == torch.strided and weight.is_contiguous()
-    if "forward" in vars(linear):  # a part of a divided network that computes here, or a stranger's
+    if "forward" in vars(linear):  # part of a divided network that computes here, or another program's module
         on_cpu = _SLOT in vars(linear) and main_device(linear).type == "cpu"
     else:
         on_cpu = weight.device.type == "cpu"

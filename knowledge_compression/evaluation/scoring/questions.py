@@ -15,7 +15,7 @@ class Blank:
         position: index of the masked token in ``ids``; only for encoders.
         decoder_ids: the decoder's input so far, e.g. ``[start, <extra_id_0>]``; only for encoder-decoders.
         items: ids of the items that it belongs to; notes about the answer are filed under them.
-        gold: the token that is right, where a suite says so: its probability is compared with the dense model's.
+        gold: the right token, if the suite gives one; its probability is compared with the dense model's.
     """
 
     ids: Sequence[int]
@@ -33,8 +33,8 @@ class Question:
         context: token ids of the context (for encoder-decoders: the encoder's whole input).
         continuations: token ids of each answer (for encoder-decoders: the decoder's output).
         items: ids of the items that it belongs to; notes about the answers are filed under them.
-        gold: index of the continuation that is right, where a suite says so: the probability of each of its tokens is
-            compared with the dense model's.
+        gold: index of the right continuation, if the suite gives one; the probability of each of its tokens is compared
+            with the dense model's.
         right: for suites that compare whole sentences: the right continuations, by index, and the item of each. Only
             the positions of these are compared with the dense model's, each for its own item.
     """

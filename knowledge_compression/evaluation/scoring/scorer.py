@@ -164,7 +164,7 @@ class Scorer:
         """:meth:`distributions` before the first block and after each: ``[len(indices), depths, vocabulary]``."""
         if self.prompts.positions and self.model.family == ENCODER:
             raise BadInput(
-                f"eval=[lens] cannot look inside {self.model.name} behind a prompt; choose recovery=lora or none"
+                f"eval=[lens] cannot read the depths of {self.model.name} behind a prompt; choose recovery=lora or none"
             )
         count = depths(self.model.network)
         lengths = [len(blank.ids) for blank in blanks]

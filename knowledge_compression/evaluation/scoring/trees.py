@@ -49,7 +49,7 @@ class Tree:
 
     @property
     def predictions(self) -> int:
-        """Number of tokens after which something is read, and so of rows of logits."""
+        """Number of tokens whose logits are read, and so of rows of logits."""
         return len(np.unique(self.nodes))
 
     @property

@@ -1,4 +1,4 @@
-"""Which fast ways of scoring a network supports, found by trying them rather than from a list of architectures.
+"""The fast ways of scoring that a network supports, found by trying them rather than from a list of architectures.
 
 Texts end to end in one row, choices that branch from one context, and rows that are padded to one length need a network
 that obeys the masks and positions that it is given. A network with its own masks (chunked attention), with recurrent
@@ -49,7 +49,7 @@ class Ways(NamedTuple):
 
 FASTEST = Ways(end_to_end=True, branching=True)
 _SLOWER = (Ways(False, True), Ways(False, False), Ways(False, False, padded=False))
-_FOUND: dict[str, Ways] = {}  # by class and configuration of a network, which decide; weights do not
+_FOUND: dict[str, Ways] = {}  # by class and configuration of a network, not by its weights
 
 
 def ways_of(model: Model, scorer: Callable[[Ways], Scorer]) -> Ways:
@@ -72,13 +72,13 @@ def ways_of(model: Model, scorer: Callable[[Ways], Scorer]) -> Ways:
             return FASTEST
         for found in (FASTEST, *(_SLOWER[2:] if model.family == ENCODER_DECODER else _SLOWER)):
             holds = _holds(model, scorer(found))
-            if holds is None:  # a damaged network says nothing about its kind
+            if holds is None:  # a damaged network tells nothing about its kind
                 return FASTEST
             if holds:
                 break
         else:
             raise BadInput(
-                f"{model.name} ({config.model_type}) gives other answers through the scoring core than by its "
+                f"{model.name} ({config.model_type}) gives different answers through the scoring core and through its "
                 "own forward pass, so no result would be valid; this kind of network is not supported"
             )
         if found != FASTEST:
@@ -99,7 +99,7 @@ def _holds(model: Model, scorer: Scorer) -> bool | None:
     """Whether a scorer gives the same log-probabilities as the network for each text; None if those are not finite."""
     try:
         found, expected = _answers(model, scorer)
-    except BadInput:  # says by itself what is wrong
+    except BadInput:  # its own message is clear
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:  # this mask is refused
         log.debug("%s cannot be read so: %s", model.name, error)
@@ -128,7 +128,7 @@ def _answers(model: Model, scorer: Scorer) -> tuple[Tensor, Tensor]:
             rows |= dict(zip(indices, part.cpu(), strict=True))
         found = torch.stack([rows[i] for i in range(len(blanks))])
         likely = torch.stack([alone(list(blank.ids))[len(blank.ids) // 2] for blank in blanks])
-        best = likely.topk(min(5, words)).indices  # far tails differ by rounding
+        best = likely.topk(min(5, words)).indices  # far tails of distributions differ by rounding
         return found.gather(1, best), likely.gather(1, best)
 
     def read_alone(context: Sequence[int], said: Sequence[int]) -> float:
@@ -139,7 +139,7 @@ def _answers(model: Model, scorer: Scorer) -> tuple[Tensor, Tensor]:
             log_probs = alone(list(context), decoder_input_ids=begun, use_cache=False)
         return sum(float(row[token]) for row, token in zip(log_probs, said, strict=False))
 
-    scorer.budget.pairs_per_token = float("inf")  # so that everything that can branch does
+    scorer.budget.pairs_per_token = float("inf")  # high enough that everything that can branch does
     questions = [Question(context, [ids(3), ids(3), ids(1)]) for context in map(ids, _CONTEXTS)]
     found = torch.tensor([one.log_prob for answers in scorer.log_likelihoods(questions) for one in answers])
     expected = [read_alone(question.context, said) for question in questions for said in question.continuations]

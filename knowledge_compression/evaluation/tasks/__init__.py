@@ -40,7 +40,7 @@ __all__ = ["LOCAL", "Loaded", "fingerprint", "load_tasks", "local_files", "names
 
 
 class Loaded(NamedTuple):
-    """Tasks by name, and the groups through which they were asked for."""
+    """Tasks by name, and the groups through which they were selected."""
 
     tasks: dict[str, Task]
     groups: Mapping[str, Members]
@@ -87,7 +87,7 @@ def load_tasks(names: Sequence[str], data_dir: str | None, *, allow_code: bool =
 
 
 def names_of(names: Sequence[str], data_dir: str | None, *, allow_code: bool = False) -> Named:
-    """The tasks and groups that names stand for; on the hub only lm-eval knows, so these are the names themselves."""
+    """The tasks and groups that names stand for; for the hub, the names themselves."""
     if data_dir is None:
         return Named(list(names))
     root = _folder(data_dir)
@@ -105,13 +105,13 @@ def local_files(name: str, data_dir: str, *, allow_code: bool = False) -> list[P
     entry = shipped().tasks.get(name)
     if entry is None:
         definition = own_file(name, root)
-        assert definition is not None  # names_of found it
+        assert definition is not None  # found by names_of
         settings, included = files_of(definition, allow_code=allow_code)
         return [*included, *_own_documents(definition, settings).values()]
     paths = list(_splits(root, entry).values())
     for path in paths:
         if not path.is_file():
-            raise DataUnavailable(f"task {name}: data_dir={data_dir} has no {path.relative_to(root)}")
+            raise DataUnavailable(f"task {name}: data_dir={data_dir} lacks {path.relative_to(root)}")
         if "columns" in entry:
             deque(documents_of(path, entry), maxlen=0)
         else:
@@ -143,11 +143,11 @@ def _own_documents(definition: Path, settings: Mapping[str, Any]) -> dict[str, P
     kwargs = settings.get("dataset_kwargs")
     named = kwargs.get("data_files") if isinstance(kwargs, Mapping) else None
     if not isinstance(named, Mapping) or not all(isinstance(word, str) for word in (*named, *named.values())):
-        raise BadInput(f"{definition} names no documents; dataset_kwargs: {{data_files: {{SPLIT: FILE}}}} is read")
+        raise BadInput(f"{definition} lists no documents; give dataset_kwargs: {{data_files: {{SPLIT: FILE}}}}")
     documents = {split: definition.parent / str(file) for split, file in named.items()}
     for path in documents.values():
         if not path.resolve().is_relative_to(definition.parent.resolve()):
-            raise BadInput(f"{definition} reads {path.name} from elsewhere; its documents lie beside it")
+            raise BadInput(f"{definition} reads {path.name} from another folder; its documents must lie beside it")
         if not path.is_file():
             raise DataUnavailable(f"{definition} reads {path.name}, which is not beside it")
         _check_lines(path, ())
@@ -210,7 +210,7 @@ def _members(group: Group) -> Members:
 
 
 def _own(name: str, folder: Path) -> dict[str, Any]:
-    """The settings of a user's own task; its documents are read from beside it, whatever the working directory."""
+    """The settings of a user's own task; its documents are read from the same folder."""
     definition = own_file(name, folder)
     assert definition is not None
     settings, _ = files_of(definition, allow_code=True)  # already checked, by local_files
@@ -225,7 +225,7 @@ _SPLITS = ("training", "validation", "test")
 def _check_lines(path: Path, fields: Sequence[str]) -> None:
     for number, row in objects(path):
         if any(field not in row for field in fields):
-            raise BadInput(f"{path} line {number} lacks a column; needed are {', '.join(fields)}")
+            raise BadInput(f"{path} line {number} lacks a column; it needs {', '.join(fields)}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a name means in a data folder: a task, a group of tasks, or all tasks with a tag."""
+"""The meaning of a name in a data folder: a task, a group of tasks, or all tasks with a tag."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TABLES: Mapping[str, Mapping[str, Any]] = yaml.safe_load(files(__package__).joi
 
 
 class Members(NamedTuple):
-    """A group's tasks, and the metrics of which it reports a mean: whether each task counts by its number of items."""
+    """A group's tasks, and the metrics of which it reports a mean, each with whether items weight it."""
 
     tasks: list[str]
     means: dict[str, bool]
@@ -44,7 +44,7 @@ class Shipped:
     """lm-eval's own tasks that a data folder may hold.
 
     Attributes:
-        tasks: how each is read from the folder, see ``local.yaml`` and ``tables.yaml``.
+        tasks: how each task is read from the folder, see ``local.yaml`` and ``tables.yaml``.
         groups: lm-eval's settings of each group.
         tags: the tasks with each tag.
     """
@@ -85,14 +85,14 @@ def named(name: str, folder: Path, *, allow_code: bool = False) -> Named:
     A user's own task or group is a file ``NAME.yaml`` in lm-eval's format; a tag is one of a user's own tasks.
 
     Raises:
-        BadInput: there is nothing of this name; a group holds itself, or something else than names.
+        BadInput: nothing has this name; or a group contains itself, or contains anything other than names.
     """
     return _named(name, folder, (), allow_code)
 
 
 def _named(name: str, folder: Path, above: tuple[str, ...], allow_code: bool) -> Named:
     if name in above:
-        raise BadInput(f"group {name} holds itself ({' > '.join((*above, name))})")
+        raise BadInput(f"group {name} contains itself ({' > '.join((*above, name))})")
     ours = shipped()
     if name in ours.tasks:
         return Named([name])
@@ -110,7 +110,7 @@ def _named(name: str, folder: Path, above: tuple[str, ...], allow_code: bool) ->
     children = settings.get("task")
     children = [children] if isinstance(children, str) else children
     if not isinstance(children, list) or not children or not all(isinstance(child, str) for child in children):
-        raise BadInput(f"{where} is a group, so task: is a list of names, and not {children}")
+        raise BadInput(f"{where} is a group, so task: must be a list of names, not {children}")
     found = Named()
     for child in children:
         found |= _named(child, folder, (*above, name), allow_code)
@@ -123,7 +123,7 @@ def _means(settings: Mapping[str, Any], where: str) -> dict[str, bool]:
     if not isinstance(metrics, list) or not all(isinstance(one, Mapping) and one.get("metric") for one in metrics):
         raise BadInput(f"{where}: aggregate_metric_list is not a list of mappings, e.g. [{{metric: acc}}]")
     if other := [one["aggregation"] for one in metrics if one.get("aggregation", "mean") != "mean"]:
-        raise BadInput(f"{where}: aggregation: {other[0]} of a group is not known; only mean is")
+        raise BadInput(f"{where}: aggregation: {other[0]} is not known for a group; only mean is")
     return {str(one["metric"]): bool(one.get("weight_by_size", True)) for one in metrics}
 
 
@@ -148,7 +148,7 @@ def _tagged(tag: str, folder: Path, allow_code: bool) -> list[str]:
 def _tags_of(path: Path, allow_code: bool) -> Iterator[str]:
     try:
         tags = files_of(path, allow_code=allow_code)[0].get("tag") or []
-    except (BadInput, DataUnavailable):  # another file's fault, which is reported when that file is asked for
+    except (BadInput, DataUnavailable):  # an error in another file, which is reported when that file is used
         return
     yield from [tags] if isinstance(tags, str) else (tag for tag in tags if isinstance(tag, str))
 
@@ -156,4 +156,4 @@ def _tags_of(path: Path, allow_code: bool) -> Iterator[str]:
 def unknown_task(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     """The message for an unknown task: similar names, or a short list."""
     near = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
-    return f"task {name} is not known; " + (f"near it are: {', '.join(near)}" if near else f"try {', '.join(LOCAL)}")
+    return f"task {name} is not known; " + (f"similar names: {', '.join(near)}" if near else f"try {', '.join(LOCAL)}")

@@ -1,4 +1,4 @@
-"""A user's own task files are data, whatever they include: code in them is refused unless the user allows it."""
+"""A user's own task files, and the files that they include, are data: code in them is refused unless allowed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from knowledge_compression.errors import BadInput, DataUnavailable, first_line
 from knowledge_compression.reading import text_of
 
 _ALLOWED = "code is off unless eval.harness.allow_code=true"
-_DEEPEST = 20  # includes of includes
+_DEEPEST = 20  # the largest depth of nested includes
 # Keys by which lm-eval imports code from elsewhere: a class, or a dataset's or prompt's own program.
 _CODE_KEYS = ("class", "custom_dataset", "use_prompt", "unsafe_code")
 
@@ -64,7 +64,7 @@ def _merged(path: Path, files: list[Path], above: tuple[Path, ...], allow_code: 
 
     resolved = path.resolve()
     if resolved in above or len(above) > _DEEPEST:
-        raise BadInput(f"{path} includes itself, or more than {_DEEPEST} files one in another")
+        raise BadInput(f"{path} includes itself, or nests more than {_DEEPEST} includes")
     trusted = resolved.is_relative_to(Path(lm_eval.__file__).resolve().parent)
     if not trusted:
         files.append(path)
@@ -131,10 +131,10 @@ def sandboxed() -> Iterator[None]:
 
 @contextmanager
 def of_the_task(name: str) -> Iterator[None]:
-    """Turn whatever a task's own templates, documents or metrics raise into one line."""
+    """Turn every error of a task's own templates, documents or metrics into one line."""
     try:
         yield
     except BadInput:
         raise
     except Exception as error:  # the user's templates and documents can raise anything
-        raise BadInput(f"task {name} cannot be asked ({type(error).__name__}: {first_line(error)})") from error
+        raise BadInput(f"task {name} cannot be evaluated ({type(error).__name__}: {first_line(error)})") from error

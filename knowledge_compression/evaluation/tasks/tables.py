@@ -22,7 +22,7 @@ def documents_of(path: Path, entry: Mapping[str, Any]) -> Iterator[dict[str, Any
         entry: ``columns`` and ``numbers``, see ``tables.yaml``.
 
     Raises:
-        BadInput: a column is missing, a row has too few or too many cells, or a number is none.
+        BadInput: a column is missing, a row has too few or too many cells, or a cell that needs a number has none.
         DataUnavailable: the file cannot be read.
     """
     columns: Mapping[str, str | list[str]] = entry["columns"]
@@ -34,17 +34,17 @@ def documents_of(path: Path, entry: Mapping[str, Any]) -> Iterator[dict[str, Any
         for row in reader:
             where = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
-                raise BadInput(f"{where}: not {len(reader.fieldnames or ())} cells as in the header")
+                raise BadInput(f"{where}: the number of cells is not {len(reader.fieldnames or ())}, as in the header")
             document: dict[str, Any] = {
                 field: row[of] if isinstance(of, str) else [row[name] for name in of] for field, of in columns.items()
             }
             for field in entry["numbers"]:
                 if not str(document[field]).strip().isdecimal():
-                    raise BadInput(f"{where}: {field} is '{document[field]}', where a whole number is needed")
+                    raise BadInput(f"{where}: {field}='{document[field]}' is not a whole number")
                 document[field] = int(document[field])
             yield document
     except csv.Error as error:
-        raise BadInput(f"{path}:{reader.line_num}: not comma-separated values ({error})") from None
+        raise BadInput(f"{path}:{reader.line_num}: these are not comma-separated values ({error})") from None
 
 
 def as_json_lines(path: Path, entry: Mapping[str, Any]) -> Path:

@@ -55,7 +55,7 @@ class Awq(Format):
         return Coded((8 * words, inputs), BITS, inputs // groups)
 
     def decode(self, layer: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """``scale * (code - zero)``, of which every product is exact in float32."""
+        """``scale * (code - zero)``; every product is exact in float32."""
         scales = parts[".scales"].float()
         weight, zeros = (_in_order(parts[ending]).float() for ending in (".qweight", ".qzeros"))
         run = len(weight) // len(scales)

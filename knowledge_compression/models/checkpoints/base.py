@@ -27,7 +27,7 @@ class Coded:
 
     Attributes:
         shape: of the weight that it represents, as in the network's linear layer: ``[out_features, in_features]``.
-        bits: of the code of one weight.
+        bits: bits of the code of one weight.
         group: number of weights that share one scale; None if that varies, or there is no scale.
         kind: the format's name for this coding if it has several, e.g. ``Q4_K``.
     """
@@ -52,7 +52,7 @@ class Format(ABC):
         mark: ending of the tensor that identifies a layer in this format.
         endings: endings of all tensors of one layer that are read, including the mark.
         weight: ending of the weight that they represent.
-        telling: endings of small tensors that determine its shape, which are read beforehand.
+        telling: endings of small tensors that determine its shape and are read first.
     """
 
     name: ClassVar[str]
@@ -73,7 +73,7 @@ class Format(ABC):
 
     @abstractmethod
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
-        """What a layer's tensors represent, determined from their headers.
+        """The weight that a layer's tensors represent, determined from their headers.
 
         Args:
             layer: its path.
@@ -90,18 +90,18 @@ class Format(ABC):
 
     @property
     def made_by(self) -> str:
-        """The program that made the file, according to the file; empty if it does not say."""
+        """The program that made the file, if the file states it; otherwise empty."""
         return ""
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a reader must know: effects of the format at run time that decoded weights do not have."""
+        """A remark for readers: effects of the format at run time that decoded weights do not have; may be empty."""
         return ()
 
 
 @dataclass(frozen=True)
 class StoredAs:
-    """What a compressed file is, for the record.
+    """The description of a compressed file, for the record.
 
     Attributes:
         format: e.g. ``gptq``.
@@ -112,7 +112,7 @@ class StoredAs:
         bytes: size of the weights' files on disk.
         weights: number of weights in each coding, e.g. ``{"Q4_K": 1000, "F32": 10}``.
         made_by: the program that made it, according to the file; may be empty.
-        notes: what a reader must know about it.
+        notes: remarks for readers.
     """
 
     format: str
@@ -140,7 +140,7 @@ class StoredAs:
         """The record of a checkpoint.
 
         Args:
-            name: of the format.
+            name: name of the format.
             coded: the coded weights, and the number of bytes stored for each.
             rest: number of weights stored as plain numbers, by dtype.
             tensors: bytes of all tensors.
@@ -169,7 +169,7 @@ def fits(layer: str, what: str, there: Sequence[int], wanted: Sequence[int]) -> 
     """Refuse a tensor whose shape contradicts the layer's other tensors.
 
     Raises:
-        BadInput: it does; the message names both shapes.
+        BadInput: the shapes do not fit; the message contains both.
     """
     if tuple(there) != tuple(wanted):
         raise BadInput(f"{layer}{what} has the shape {list(there)}, but its other tensors require {list(wanted)}")
@@ -179,12 +179,13 @@ def needed(layer: str, parts: Mapping[str, Any], *endings: str) -> None:
     """Refuse a layer that lacks one of its tensors.
 
     Raises:
-        BadInput: it does; the message names the tensor.
+        BadInput: a tensor is missing; the message names it.
     """
     for ending in endings:
         if ending not in parts:
             raise BadInput(
-                f"it holds {layer}{next(iter(parts))} and not {layer}{ending}, without which nothing is read"
+                f"it holds {layer}{next(iter(parts))} but not {layer}{ending}, without which the layer cannot be "
+                f"decoded"
             )
 
 
@@ -196,5 +197,5 @@ def number(settings: Mapping[str, Any], name: str, default: int | None = None) -
     """
     value = settings.get(name, default)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise BadInput(f"its quantization_config has {name}={value!r}, which should be a whole number")
+        raise BadInput(f"its quantization_config has {name}={value!r}, which must be a whole number")
     return value

@@ -50,17 +50,21 @@ class FourBit(Format):
         """The shape, from the layer's settings."""
         needed(layer, parts, ".weight", ".weight.absmax", ".weight.quant_map")
         if not any(kind in parts for kind in self.kinds):
-            raise BadInput(f"it holds {layer}.weight.absmax without {layer}{self.kinds[0]} or __fp4 that explains it")
+            raise BadInput(
+                f"it holds {layer}.weight.absmax without {layer}{self.kinds[0]} or __fp4, which describes it"
+            )
         fits(layer, ".weight.quant_map", parts[".weight.quant_map"].shape, (16,))
         ((kind, state),) = told.items()
         settings = _settings(layer, state)
         shape, run = settings["shape"], settings["blocksize"]
         if parts[".weight"].count != -(-math.prod(shape) // 2):
-            raise BadInput(f"{layer}.weight has {parts['.weight'].count} bytes, and its settings say {list(shape)}")
+            raise BadInput(
+                f"{layer}.weight has {parts['.weight'].count} bytes, but its settings give the shape {list(shape)}"
+            )
         if parts[".weight.absmax"].count != -(-math.prod(shape) // run):
             raise BadInput(
-                f"{layer}.weight.absmax has {parts['.weight.absmax'].count} scales, and its settings say one for {run} "
-                f"of {math.prod(shape)} weights"
+                f"{layer}.weight.absmax has {parts['.weight.absmax'].count} scales, but its settings give one for "
+                f"every {run} of {math.prod(shape)} weights"
             )
         if parts[".weight.absmax"].dtype == "U8":
             needed(layer, parts, ".weight.nested_absmax", ".weight.nested_quant_map")
@@ -97,7 +101,7 @@ class EightBit(Format):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """That activations are not rounded here."""
+        """A remark that activations are not rounded here."""
         return ("it is meant to be used with activations rounded to 8 bits except outliers, which is not done here",)
 
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
@@ -115,7 +119,7 @@ class EightBit(Format):
 
 
 def _each(scales: Tensor, run: int, count: int) -> Tensor:
-    """Each scale for ``run`` values, the last for what is left of ``count``."""
+    """Each scale for ``run`` values, the last for the rest of ``count``."""
     return scales.repeat_interleave(run)[:count]
 
 
@@ -136,5 +140,5 @@ def _settings(layer: str, stored: Tensor) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{layer}.weight.quant_state is not in the form that bitsandbytes writes ({error})") from None
     if any(n < 1 for n in (*found["shape"], found["blocksize"], found["nested_blocksize"])):
-        raise BadInput(f"{layer}.weight.quant_state names sizes below 1")
+        raise BadInput(f"{layer}.weight.quant_state has sizes below 1")
     return found

@@ -32,13 +32,13 @@ def fp4(packed: Tensor) -> Tensor:
 
 
 def powers_of_two(exponents: Tensor) -> Tensor:
-    """``2 ** (e - 127)``, float32, of bytes (E8M0 of the OCP Microscaling Formats, v1.0); 255 is no number."""
+    """``2 ** (e - 127)``, float32, of bytes (E8M0 of the OCP Microscaling Formats, v1.0); 255 is NaN."""
     steps = exponents.view(torch.uint8).int()
     return torch.where(steps == 255, torch.nan, torch.ldexp(torch.ones_like(steps, dtype=torch.float32), steps - 127))
 
 
 def spread(scales: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> Tensor:
-    """Scales of blocks, ``[ceil(size / block), ...]`` along each axis, each for all weights of its block."""
+    """Scales of blocks, ``[ceil(size / block), ...]`` along each axis, expanded to all weights of each block."""
     for axis, (size, step) in enumerate(zip(shape, block, strict=True)):
         if step > 1:
             scales = scales.repeat_interleave(step, axis).narrow(axis, 0, size)

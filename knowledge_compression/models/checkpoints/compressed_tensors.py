@@ -8,11 +8,10 @@ A layer is one of:
   half first;
 - ``weight`` int8 or float8 ``[out, in]`` (``int-quantized``, ``float-quantized``, ``naive-quantized``).
 
-``weight_scale`` is one number, ``[out, 1]``, ``[out, groups]`` or one a block; ``weight_zero_point``, where there is
-one, has its shape, or is packed along the outputs. A weight is ``(code - zero) * scale``. NVFP4 scales are E4M3 over
-one ``weight_global_scale``; those of MXFP4 are powers of two. ``weight_g_idx`` names the group of each input. The
-library itself rounds these products to the type of the scale (bfloat16 in most files); here they are rounded to
-float32 alone.
+``weight_scale`` is one number, ``[out, 1]``, ``[out, groups]`` or one a block; ``weight_zero_point``, if present, has
+the same shape, or is packed along the outputs. A weight is ``(code - zero) * scale``. NVFP4 scales are E4M3 over one
+``weight_global_scale``; those of MXFP4 are powers of two. ``weight_g_idx`` is the group of each input. The library
+itself rounds these products to the type of the scale (bfloat16 in most files); here they are rounded only to float32.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Scheme:
     Attributes:
         targets: which layers: ``re:`` and a pattern, a path, or a class such as ``Linear``.
         layout: one of :data:`LAYOUTS`.
-        bits: of a code.
+        bits: bits of a code.
         block: outputs and inputs of a block with one scale, if scales belong to blocks.
         activations: whether activations are rounded at run time.
     """
@@ -89,7 +88,7 @@ class CompressedTensors(Format):
             return SparseTensors.of(settings)
         groups = settings.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
-            raise BadInput("its quantization_config has no config_groups, which say how its layers are stored")
+            raise BadInput("its quantization_config has no config_groups, which describe how its layers are stored")
         whole = settings.get("format")
         return cls([_scheme(name, group, whole) for name, group in groups.items()], str(settings.get("version") or ""))
 
@@ -100,7 +99,7 @@ class CompressedTensors(Format):
 
     @property
     def notes(self) -> Sequence[str]:
-        """That activations are not rounded here."""
+        """A remark that activations are not rounded here."""
         if not any(scheme.activations for scheme in self.schemes):
             return ()
         return ("it is meant to be used with rounded activations, which is not done here",)
@@ -112,8 +111,8 @@ class CompressedTensors(Format):
         needed(layer, parts, codes)
         if scheme.layout in PLAIN and parts[codes].dtype not in _PLAIN_TYPES:
             raise BadInput(
-                f"{layer}.weight is {parts[codes].dtype} beside its scale, so it is not compressed yet; read are "
-                f"{', '.join(_PLAIN_TYPES)}, and packed weights"
+                f"{layer}.weight is {parts[codes].dtype} beside its scale, so it is not compressed yet; "
+                f"{', '.join(_PLAIN_TYPES)} and packed weights can be read"
             )
         shape = _shape(layer, parts[codes].matrix(f"{layer}{codes}"), told.get(".weight_shape"), scheme)
         if scheme.layout == NVFP4:
@@ -122,7 +121,7 @@ class CompressedTensors(Format):
         return Coded(shape, scheme.bits, block[0] * block[1])
 
     def decode(self, layer: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """``(code - zero) * scale``, rounded once; NVFP4's scale over its global scale is rounded before."""
+        """``(code - zero) * scale``, rounded once; NVFP4's scale over its global scale is rounded first."""
         scheme = self._scheme(layer)
         codes = parts[".weight" if scheme.layout in PLAIN else ".weight_packed"]
         shape = _shape(layer, (codes.shape[0], codes.shape[1]), parts.get(".weight_shape"), scheme)
@@ -139,7 +138,9 @@ class CompressedTensors(Format):
         elif int(places.max()) < scales.shape[1]:
             each = partial(torch.index_select, dim=1, index=places.int())
         else:
-            raise BadInput(f"{layer}.weight_g_idx names group {int(places.max())}, and there are {scales.shape[1]}")
+            raise BadInput(
+                f"{layer}.weight_g_idx contains group {int(places.max())}, but there are only {scales.shape[1]} groups"
+            )
         weight = _codes(codes, shape, scheme)
         if (zeros := parts.get(".weight_zero_point")) is not None:
             weight -= each(_zeros(zeros, scales, scheme))
@@ -166,15 +167,17 @@ def _scheme(name: str, group: Any, whole: Any) -> Scheme:
         raise BadInput(f"its quantization_config has no settings of weights in config_groups.{name}")
     layout = group.get("format") or whole
     if layout not in LAYOUTS:
-        raise BadInput(f"it is a compressed-tensors checkpoint in the layout {layout}; read are {', '.join(LAYOUTS)}")
+        raise BadInput(
+            f"it is a compressed-tensors checkpoint in the layout {layout}; {', '.join(LAYOUTS)} can be read"
+        )
     bits = number(weights, "num_bits", 8) or 8
     if layout == PACKED and not 1 <= bits <= 8:
-        raise BadInput(f"its quantization_config has num_bits={bits} in config_groups.{name}; packed are 1 to 8")
+        raise BadInput(f"its quantization_config has num_bits={bits} in config_groups.{name}; packed codes have 1 to 8")
     block = weights.get("block_structure")
     if block is not None and not (
         isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
     ):
-        raise BadInput(f"its quantization_config has block_structure={block!r}, which should be two sizes")
+        raise BadInput(f"its quantization_config has block_structure={block!r}, which must be two sizes")
     return Scheme(
         targets=[str(target) for target in group.get("targets") or ()],
         layout=layout,
@@ -195,8 +198,7 @@ def _shape(layer: str, codes: tuple[int, int], told: Tensor | None, scheme: Sche
     fitting = {-(-inputs * scheme.bits // 32), -(-inputs // (32 // scheme.bits))}
     if inputs < 1 or words not in fitting:
         raise BadInput(
-            f"{layer}.weight_packed has {words} words a row, into which {inputs} codes of {scheme.bits} bits do "
-            "not fall"
+            f"{layer}.weight_packed has {words} words per row, which does not fit {inputs} codes of {scheme.bits} bits"
         )
     return outputs, inputs
 
@@ -216,7 +218,7 @@ def _block(layer: str, shape: tuple[int, int], scales: Sequence[int], scheme: Sc
 
 
 def _codes(codes: Tensor, shape: tuple[int, int], scheme: Scheme) -> Tensor:
-    """The codes as floats, before zero points are taken off."""
+    """The codes as floats, before zero points are subtracted."""
     if scheme.layout in PLAIN:
         return codes.float()
     return fp4(codes) if scheme.layout in (NVFP4, MXFP4) else _integers(codes, scheme.bits, shape[1])

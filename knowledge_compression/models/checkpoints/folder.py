@@ -39,10 +39,10 @@ class Layer:
     """One layer's tensors.
 
     Attributes:
-        path: of the layer.
-        names: of its tensors, by their endings.
-        coded: what they represent.
-        bytes: of all of them.
+        path: path of the layer.
+        names: names of its tensors, by their endings.
+        coded: the weight that they represent.
+        bytes: bytes of all of them.
     """
 
     path: str
@@ -83,7 +83,7 @@ class QuantizedFolder(Stored):
         return None
 
     def configuration(self, **hub: Any) -> PretrainedConfig:
-        """That of the folder, without its quantization."""
+        """The configuration of the folder, without its quantization."""
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(self.folder, **hub)
@@ -93,7 +93,7 @@ class QuantizedFolder(Stored):
         return config
 
     def tokenizer(self, **hub: Any) -> PreTrainedTokenizerBase:
-        """That of the folder."""
+        """The tokenizer of the folder."""
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.folder, **hub)
@@ -116,11 +116,11 @@ class QuantizedFolder(Stored):
                     shape = shape[::-1]
                 if layers[key].coded.shape != shape:
                     raise BadInput(
-                        f"{layers[key].path} represents weights of shape {list(layers[key].coded.shape)}, and the "
+                        f"{layers[key].path} represents weights of shape {list(layers[key].coded.shape)}, but the "
                         f"configuration describes {list(shape)}"
                     )
             elif wanted[name].is_floating_point() and not plain[key].floats:
-                raise BadInput(f"it holds {key} as integers, and nothing says what they represent")
+                raise BadInput(f"it holds {key} as integers, and nothing describes what they represent")
         decoded = {key: Later(partial(self._decode, layer, key in turned)) for key, layer in layers.items()}
         return decoded | {name: Later(partial(self._checkpoint.read, name)) for name in plain}
 
@@ -184,14 +184,14 @@ def settings_of(folder: Path) -> Mapping[str, Any]:
     """A model folder's declaration of its quantization; empty if there is none.
 
     Raises:
-        BadInput: it is no mapping of settings.
+        BadInput: it is not a mapping of settings.
     """
     config = _read(folder / "config.json")
     for name in _SETTINGS:
         if isinstance(settings := config.get(name), Mapping):
             return settings
         if settings is not None:
-            raise BadInput(f"its config.json has {name}={settings!r}, and that must be settings with a quant_method")
+            raise BadInput(f"its config.json has {name}={settings!r}, which must be a mapping with a quant_method")
     for name, method in _BESIDE.items():
         if settings := _read(folder / name):
             return {"quant_method": method} | dict(settings)
@@ -220,5 +220,5 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return {}  # the code that needs the file reports what is wrong with it
+        return {}  # the code that needs the file reports the error
     return content if isinstance(content, Mapping) else {}

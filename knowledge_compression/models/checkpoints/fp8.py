@@ -46,13 +46,13 @@ class BlockFp8(Format):
         if block is not None:
             whole = isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
             if not whole:
-                raise BadInput(f"its quantization_config has weight_block_size={block!r}, which should be two sizes")
+                raise BadInput(f"its quantization_config has weight_block_size={block!r}, which must be two sizes")
             block = (block[0], block[1])
         return cls(block, str(settings.get("activation_scheme", "dynamic")))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """That activations are not rounded here."""
+        """A remark that activations are not rounded here."""
         return (f"it is meant to be used with 8-bit activations ({self.activations}), which is not done here",)
 
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
@@ -64,7 +64,7 @@ class BlockFp8(Format):
         if self.block is None:
             if parts[".weight_scale_inv"].count != 1:
                 raise BadInput(
-                    f"{layer}.weight_scale_inv has the shape {list(scales)}; without blocks it is one number"
+                    f"{layer}.weight_scale_inv has the shape {list(scales)}; without blocks it must be one number"
                 )
             return Coded(shape, 8, shape[0] * shape[1])
         fits(layer, ".weight_scale_inv", scales, [-(-n // b) for n, b in zip(shape, self.block, strict=True)])

@@ -34,13 +34,13 @@ from knowledge_compression.models.checkpoints.stored import Later, Stored
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-logging.getLogger("gguf").setLevel(logging.WARNING)  # it reports every file that it writes
+logging.getLogger("gguf").setLevel(logging.WARNING)  # gguf reports every file that it writes
 
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _PLAIN = {kind for kind, (block, _) in GGML_QUANT_SIZES.items() if block == 1} | {GGMLQuantizationType.BF16}
 _SCALED_BY_TRANSFORMERS = ("gpt-oss", "gpt_oss")
 _ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
-_TERNARY = {GGMLQuantizationType.TQ1_0: 1.625}  # five ternary digits a byte, and what is left over
+_TERNARY = {GGMLQuantizationType.TQ1_0: 1.625}  # five ternary digits per byte, and the rest
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,9 @@ class GgufFile(Stored):
         told = self._headers[0].settings.get("split.tensors.count")
         found = [(tensor, header.path) for header in self._headers for tensor in header.tensors]
         if len({tensor.name for tensor, _ in found}) < len(found) or told not in (None, len(found)):
-            raise BadInput(f"its {len(self.files)} parts hold {len(found)} tensors; they are not parts of one model")
+            raise BadInput(
+                f"its {len(self.files)} parts hold only {len(found)} tensors; they are not parts of one model"
+            )
         return found
 
     def configuration(self, **hub: Any) -> PretrainedConfig:
@@ -171,7 +173,7 @@ class GgufFile(Stored):
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        """What the file's settings, and which tensors it holds, say of the configuration.
+        """The configuration that follows from the file's settings and the names of its tensors.
 
         Raises:
             BadInput: its architecture cannot be read from GGUF files.
@@ -198,7 +200,7 @@ class GgufFile(Stored):
         return with_rope(self.architecture, stored, settings, divisors)
 
     def _settings_by_transformers(self) -> dict[str, Any]:
-        """What transformers' tables make of them; empty where only the descriptions here know the architecture."""
+        """The settings as transformers' tables read them; empty if only the descriptions here cover it."""
         from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES, load_gguf_checkpoint
 
         with TemporaryDirectory() as folder:
@@ -219,9 +221,9 @@ class GgufFile(Stored):
         return settings
 
     def _write_brief(self, path: Path) -> None:
-        """Write a file that says what this one says of the model, all parts together, without vocabulary and weights.
+        """Write one file with the settings of this one (all parts together), without vocabulary and weights.
 
-        Transformers reads a file's settings with gguf's reader, which takes seconds for a vocabulary and believes every
+        Transformers reads a file's settings with gguf's reader, which takes seconds for a vocabulary and trusts every
         length.
         """
         first = self._headers[0]
@@ -246,10 +248,10 @@ class GgufFile(Stored):
 
 
 class _Outline:
-    """The names of a network's weights, as transformers looks at them to find those of a GGUF file.
+    """A view of a network's weight names for transformers' search for the names in a GGUF file.
 
-    It looks at every module inside every other, and builds its table anew for each; whatever needs no prefix is found
-    in the network itself or one module below.
+    Transformers visits every module inside every other and builds its table again for each; names without a prefix are
+    found in the network itself or one module below.
     """
 
     def __init__(self, network: Any, depth: int = 1) -> None:
@@ -266,7 +268,7 @@ class _Outline:
 def _decoded(
     name: str, of: Sequence[tuple[GgufTensor, Path]], *, known: GgufArchitecture, skeleton: PreTrainedModel
 ) -> Tensor:
-    """The weight that some tensors form."""
+    """The weight that several tensors form."""
     values = [(tensor.name, dequantize(tensor.read(path), tensor.kind)) for tensor, path in of]
     whole = known.put_together(values, skeleton.config)
     if isinstance(skeleton.get_submodule(name.rpartition(".")[0]), Conv1D) and whole.ndim > 1:
@@ -275,7 +277,7 @@ def _decoded(
 
 
 def _made(target: str, of: Sequence[tuple[GgufTensor, Path]], *, processor: Any, names: dict[str, str]) -> Tensor:
-    """The weight that some tensors make, as transformers' processors of an architecture put it together."""
+    """The weight that several tensors form, combined by transformers' processors of the architecture."""
     made: dict[str, Any] = {"tensors": {}}
     for tensor, path in of:
         values = dequantize(tensor.read(path), tensor.kind)
@@ -294,7 +296,7 @@ def _coded(tensor: GgufTensor) -> Coded:
 
 
 def _file_type(number: Any) -> str:
-    """llama.cpp's name for the mixture of types, e.g. ``Q4_K_M``; empty if the file does not say."""
+    """llama.cpp's name for the mixture of types, e.g. ``Q4_K_M``; empty if the file has none."""
     try:
         return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:

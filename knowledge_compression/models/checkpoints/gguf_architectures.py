@@ -1,5 +1,5 @@
 """An architecture as GGUF describes it: the names of its tensors, its settings, and how its tensors differ from the
-network's. What each one is stands in ``gguf_families.py``.
+network's. The descriptions themselves are in ``gguf_families.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from knowledge_compression.models.checkpoints.gguf_changes import Array, Change
 from knowledge_compression.models.checkpoints.gguf_rope import FREQUENCIES, llama3_divisors
 from knowledge_compression.models.checkpoints.gguf_settings import Setting, Settings, rotated
 
-# Parameters of networks that gguf's table lacks, because transformers stores them otherwise in its files.
+# Parameters of networks that gguf's table lacks, because transformers stores them differently in its own files.
 _FURTHER_NAMES: Mapping[str, Sequence[str]] = {
     r".*layers\.(\d+)\.\w+\.experts\.gate_up_proj": ("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight"),
     r".*layers\.(\d+)\.\w+\.experts\.down_proj": ("blk.{}.ffn_down_exps.weight",),
@@ -38,16 +38,16 @@ class GgufArchitecture:
 
     Attributes:
         name: GGUF's name for it.
-        settings: what a file says of a configuration.
-        changes: what becomes of tensors whose name in the file contains the key; the first that fits counts.
-        covers: attributes of the configuration that functions in ``settings`` look at, and on which no answer depends
-            beyond them.
-        given: attributes that every file of this architecture stands for.
-        present: attributes that are true if a tensor whose name contains the text is there; of three values, the text
-            and what the attribute is with and without such a tensor.
+        settings: the settings of a configuration that a file holds.
+        changes: the changes of tensors whose name in the file contains the key; the first that matches applies.
+        covers: attributes of the configuration that functions in ``settings`` read; no answer depends on them in any
+            other way.
+        given: attributes that every file of this architecture implies.
+        present: attributes that are true if the file has a tensor whose name contains the text; with three values: the
+            text, and the attribute's value with and without such a tensor.
         also: attributes that follow from those read.
-        marks: text in the names of tensors by which files of this model type differ from those of others with the same
-            architecture; empty for the one that has none.
+        marks: text in tensor names that distinguishes files of this model type from others with the same architecture;
+            empty for the type without such names.
     """
 
     name: str
@@ -84,16 +84,16 @@ class GgufArchitecture:
         return found | dict(self.also(found) if self.also else {})
 
     def change(self, name: str) -> Change | None:
-        """How a tensor of the file differs from the network's; None if it does not."""
+        """The change between a tensor of the file and the network's; None if they are equal."""
         return next((change for part, change in self.changes.items() if part in name), None)
 
     def changed(self, name: str, tensor: Array, config: Any) -> Array:
-        """The tensor as the file holds it."""
+        """The tensor in the file's form."""
         change = self.change(name)
         return tensor if change is None else change.store(tensor, config)
 
     def put_together(self, tensors: Sequence[tuple[str, Array]], config: Any) -> Array:
-        """The network's parameter of which the file holds some tensors, given by their names there."""
+        """The network's parameter that the given tensors of the file form, by their names."""
         loaded = []
         for name, tensor in tensors:
             change = self.change(name)
@@ -114,7 +114,7 @@ class GgufArchitecture:
                 found[name] = tuple(one.format(block[1]) for one in further)
                 continue
             stem, ending = re.fullmatch(r"(.*?)(\.weight|\.bias)?", name).groups()  # type: ignore[union-attr]
-            # Some were converted from the network inside the one with a head.
+            # Some files were converted from the inner network, without the head.
             told = table.get_name(stem) or table.get_name(stem.partition(".")[2])
             if told is not None:
                 found[name] = (told + (ending or ("" if told.endswith(_WITHOUT_ENDING) else ".weight")),)
@@ -122,7 +122,7 @@ class GgufArchitecture:
 
 
 def further_tensors(config: Any) -> dict[str, Array]:
-    """Tensors of a file that stand for settings of the network."""
+    """Tensors of a file that hold settings of the network."""
     told = getattr(config, "rope_parameters", None) or {}
     return {FREQUENCIES: llama3_divisors(told, rotated(config))} if told.get("rope_type") == "llama3" else {}
 
@@ -131,13 +131,13 @@ def architecture_for(config: Any) -> GgufArchitecture:
     """How GGUF describes networks of this configuration.
 
     Raises:
-        BadInput: none is known here.
+        BadInput: there is no description of it.
     """
     from knowledge_compression.models.checkpoints.gguf_families import ARCHITECTURES
 
     if (found := ARCHITECTURES.get(config.model_type)) is None:
         raise BadInput(
-            f"output.save_model=gguf does not write models of the type {config.model_type}; it writes "
+            f"output.save_model=gguf cannot write models of the type {config.model_type}; it writes "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
     return found

@@ -1,7 +1,7 @@
-"""How a tensor of a GGUF file differs from the network's, both ways: what llama.cpp's own conversion does to it.
+"""Changes between tensors of a GGUF file and of the network, in both directions, as in llama.cpp's own conversion.
 
 Matrices come as ``[..., out_features, in_features]`` or, encoded, as ``[..., out_features, bytes]``, so that a change
-moves whole rows alone unless it says otherwise; tensors of one dimension, and convolutions, are never encoded.
+moves only whole rows unless it declares otherwise; tensors of one dimension, and convolutions, are never encoded.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Change:
     """A change of a tensor, given the network's configuration.
 
     Attributes:
-        store: makes of the network's tensor the one of the file.
-        load: makes of the file's tensor the one of the network. Where several tensors form one parameter, what it gives
-            is put together along the rows.
-        rows: whether only whole rows are moved, so that encoded ones may be.
+        store: converts the network's tensor to the file's.
+        load: converts the file's tensor to the network's. If several tensors form one parameter, the results are joined
+            along the rows.
+        rows: whether only whole rows are moved, which is then possible for encoded rows too.
     """
 
     store: Function
@@ -46,7 +46,7 @@ def paired(heads: str) -> Change:
 
 
 def of_each_kind(heads: str) -> Change:
-    """Rows of queries, keys and values: of each head in turn in the network, of each kind in turn in the file."""
+    """Rows of queries, keys and values: ordered by head in the network, and by kind in the file."""
 
     def store(tensor: Array, config: Any) -> Array:
         return tensor.reshape(getattr(config, heads), 3, -1, *tensor.shape[1:]).swapaxes(0, 1).reshape(tensor.shape)

@@ -1,6 +1,6 @@
-"""What a GGUF file says of each architecture that is read and written here, by transformers' model type.
+"""The content of GGUF files for each architecture that is read and written here, by transformers' model type.
 
-The keys are those of the GGUF specification that llama.cpp asks for; the changes are those of its own conversion.
+The keys are those of the GGUF specification that llama.cpp requires; the changes are those of its own conversion.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _BIASES = {"attention_bias": "attn_q.bias"}
 
 
 _MAMBAS: Settings = {
-    "context_length": lambda config: 1 << 20,  # it has no limit, and llama.cpp asks for one
+    "context_length": lambda config: 1 << 20,  # the network has no limit, but llama.cpp requires one
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
     "feed_forward_length": lambda config: 0,

@@ -1,7 +1,7 @@
 """The header of a GGUF file: its settings, and the place and type of each tensor.
 
-The layout is that of the GGUF specification of ggml, versions 2 and 3, little-endian. Every length is held
-against the size of the file before it is believed.
+The layout is that of the GGUF specification of ggml, versions 2 and 3, little-endian. Every length is checked against
+the size of the file before it is used.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class GgufTensor:
 
     Attributes:
         name: its name in the file, e.g. ``blk.0.attn_q.weight``.
-        shape: of its values, the slowest axis first.
+        shape: shape of its values, the slowest axis first.
         kind: how they are stored.
-        start: of its first byte in the file.
+        start: offset of its first byte in the file.
     """
 
     name: str
@@ -78,8 +78,8 @@ class GgufHeader:
 
     Attributes:
         path: the file.
-        settings: every value; of a list of texts, only how long it is.
-        kinds: the type of each value; of a list, that of its entries.
+        settings: every value; for a list of texts, only its length.
+        kinds: the type of each value; for a list, the type of its entries.
         tensors: in the order of the file.
     """
 
@@ -101,7 +101,7 @@ class GgufHeader:
     @classmethod
     def _parsed(cls, path: Path, cursor: _Cursor) -> GgufHeader:
         if cursor.take(4) != MAGIC:
-            raise BadInput("it does not begin like a GGUF file")
+            raise BadInput("it does not begin with GGUF's magic bytes")
         version, count, values = cursor.unpack("IQQ")
         if version not in VERSIONS:
             raise BadInput(
@@ -115,27 +115,27 @@ class GgufHeader:
         described = [cursor.tensor() for _ in range(count)]
         step = settings.get("general.alignment", 32)
         if not isinstance(step, int) or step < 1 or step & (step - 1):
-            raise BadInput(f"its general.alignment is {step!r}, which is no power of two")
+            raise BadInput(f"its general.alignment is {step!r}, which is not a power of two")
         begin = -(-cursor.at // step) * step
         tensors = [GgufTensor(name, shape, kind, begin + offset) for name, shape, kind, offset in described]
         for tensor in tensors:
             if tensor.start + tensor.bytes > cursor.size:
                 raise BadInput(
-                    f"it is cut short: {tensor.name} ends at byte {tensor.start + tensor.bytes:,}, and the file has "
-                    f"{cursor.size:,}"
+                    f"it is truncated: {tensor.name} ends at byte {tensor.start + tensor.bytes:,}, but the file has "
+                    f"only {cursor.size:,}"
                 )
         return cls(path, settings, kinds, tensors)
 
 
 class _Cursor:
-    """A position in a file from which it is read."""
+    """A reading position in a file."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.at, self.size = content, 0, len(content)
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.at:
-            raise BadInput(f"it is cut short: {count:,} bytes are wanted at byte {self.at:,} of {self.size:,}")
+            raise BadInput(f"it is truncated: {count:,} bytes are needed at byte {self.at:,} of {self.size:,}")
         self.at += count
         return self.content[self.at - count : self.at]
 
@@ -163,7 +163,7 @@ class _Cursor:
             return inside, list(struct.unpack(f"<{count}{form}", self.take(count * struct.calcsize(f"<{form}"))))
         if inside != GGUFValueType.STRING:
             raise BadInput("it holds lists of lists, which GGUF files of models do not")
-        for _ in range(count):  # each takes at least eight bytes, so that a false count soon meets the end
+        for _ in range(count):  # each takes at least eight bytes, so that a wrong count soon reaches the end
             self.take(self.unpack("Q")[0])
         return inside, count
 

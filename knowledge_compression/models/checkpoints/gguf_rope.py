@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from knowledge_compression.errors import BadInput
 
-FREQUENCIES = "rope_freqs.weight"  # by which each pair's frequency is divided, as Llama 3.1 has it
+FREQUENCIES = "rope_freqs.weight"  # divisors of each pair's frequency, as in Llama 3.1
 _LENGTHS = ("rope_factors_long.weight", "rope_factors_short.weight")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _PLAIN_SCALING = {"type", "factor", "original_context_length", "finetuned"}
 
 
 def llama3_divisors(parameters: Mapping[str, Any], width: int) -> NDArray[np.float32]:
-    """What Llama 3.1 divides frequencies by: long waves by ``factor``, short ones by 1, those between by a mean.
+    """The divisors of Llama 3.1's frequencies: ``factor`` for long waves, 1 for short ones, a mean between these.
 
     Args:
         parameters: as in transformers' configurations of the type ``llama3``.
@@ -29,7 +29,7 @@ def llama3_divisors(parameters: Mapping[str, Any], width: int) -> NDArray[np.flo
     """
     factor, low, high = (parameters[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
     waves = 2 * math.pi * parameters["rope_theta"] ** (np.arange(0, width, 2) / width)
-    turns = parameters["original_max_position_embeddings"] / waves  # of the longest text before it was scaled
+    turns = parameters["original_max_position_embeddings"] / waves  # length of the longest text before scaling
     share = ((turns - low) / (high - low)).clip(0, 1)
     return (1 / ((1 - share) / factor + share)).astype(np.float32)
 
@@ -37,16 +37,16 @@ def llama3_divisors(parameters: Mapping[str, Any], width: int) -> NDArray[np.flo
 def scaled_rope(
     architecture: str, stored: Mapping[str, Any], told: Mapping[str, Any], divisors: NDArray[np.float32] | None
 ) -> dict[str, Any]:
-    """The setting ``rope_parameters`` of a file whose rotary embeddings are scaled; empty where they are not.
+    """The setting ``rope_parameters`` of a file whose rotary embeddings are scaled; empty if they are not scaled.
 
     Args:
         architecture: the file's name for it.
         stored: the file's settings.
-        told: what transformers makes of them.
+        told: the configuration that transformers derives from them.
         divisors: the tensor :data:`FREQUENCIES`, if the file has one.
 
     Raises:
-        BadInput: they are scaled in a way that is not read.
+        BadInput: they are scaled in a way that cannot be read.
     """
     prefix = f"{architecture}.rope.scaling."
     scaling = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
@@ -55,18 +55,20 @@ def scaled_rope(
         factor = float(divisors.max())
         parameters = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **_LLAMA3}
         if not np.allclose(llama3_divisors(parameters, 2 * len(divisors)), divisors, rtol=1e-4):
-            raise BadInput(f"its {FREQUENCIES} scale rotary embeddings otherwise than Llama 3.1 does")
+            raise BadInput(f"its {FREQUENCIES} scale rotary embeddings differently from Llama 3.1")
     elif kind == "none":
         if architecture != "gemma3":
             return {}
         parameters = {"rope_type": "default", "rope_theta": theta}
     elif kind not in ("linear", "yarn") or set(scaling) - _PLAIN_SCALING:
-        raise BadInput(f"its rotary embeddings are scaled by {', '.join(sorted(scaling))} ({kind}), which is not read")
+        raise BadInput(
+            f"its rotary embeddings are scaled by {', '.join(sorted(scaling))} ({kind}), which cannot be read"
+        )
     else:
         parameters = {"rope_type": kind, "rope_theta": theta, "factor": float(scaling["factor"])}
         if kind == "yarn":
             parameters["original_max_position_embeddings"] = int(scaling["original_context_length"])
-    if architecture == "gemma3":  # of its layers, only the global ones are scaled
+    if architecture == "gemma3":  # only its global layers are scaled
         local = {
             "rope_type": "default",
             "rope_theta": float(stored.get(f"{architecture}.rope.freq_base_swa", 10_000.0)),
@@ -76,26 +78,26 @@ def scaled_rope(
 
 
 def check_lengths(names: Collection[str]) -> None:
-    """Refuse a file with one scaling for short texts and another for long ones, as Phi 3 has it.
+    """Refuse a file with one scaling for short texts and another for long ones, as in Phi 3.
 
     Raises:
-        BadInput: it has.
+        BadInput: the file has two scalings.
     """
     if found := [name for name in _LENGTHS if name in names]:
-        raise BadInput(f"it holds {found[0]}: rotary embeddings that depend on the length of the text are not read")
+        raise BadInput(f"it holds {found[0]}: rotary embeddings that depend on the length of the text cannot be read")
 
 
 def with_rope(
     architecture: str, stored: Mapping[str, Any], told: Mapping[str, Any], divisors: NDArray[np.float32] | None
 ) -> dict[str, Any]:
-    """The attributes of a configuration, with ``rope_parameters`` in the place of those that tell of them one by one.
+    """The attributes of a configuration, with ``rope_parameters`` instead of the separate attributes.
 
     Args:
         architecture, stored, told, divisors: as for :func:`scaled_rope`; ``told`` may hold ``rope_theta`` and
             ``partial_rotary_factor``.
 
     Raises:
-        BadInput: they are scaled in a way that is not read.
+        BadInput: they are scaled in a way that cannot be read.
     """
     rope = scaled_rope(architecture, stored, told, divisors)
     if "partial_rotary_factor" in told:

@@ -17,8 +17,8 @@ class Setting:
 
     Attributes:
         attribute: its name in transformers.
-        store: gives the file's value for a configuration; by default the attribute itself.
-        load: gives the attribute for the file's value and the attributes read before it; by default the value itself.
+        store: returns the file's value for a configuration; by default the attribute itself.
+        load: returns the attribute for the file's value and the attributes read before it; by default the value itself.
     """
 
     attribute: str
@@ -35,21 +35,21 @@ class Setting:
 
 
 Settings = Mapping[str, str | Setting | Callable[[Any], Any]]
-"""Each key without the architecture's name, and the attribute it holds; of a function, it is only written."""
+"""Each key without the architecture's name, and its attribute; a key with a function is only written."""
 
 
 def rope(config: Any) -> Mapping[str, Any]:
-    """The settings of rotary embeddings, of global layers where those of others differ.
+    """The settings of rotary embeddings; those of the global layers if the others differ.
 
     Raises:
-        BadInput: they are scaled in a way that files written here cannot say.
+        BadInput: they are scaled in a way that files written here cannot express.
     """
     told = config.rope_parameters or {}
     told = told.get("full_attention", told)
     known = ("default", "llama3") if config.model_type in ("llama", "mistral") else ("default",)
     if (kind := told.get("rope_type", "default")) not in known:
         raise BadInput(
-            f"output.save_model=gguf writes rotary embeddings of the type {' or '.join(known)}, and this "
+            f"output.save_model=gguf writes rotary embeddings of the type {' or '.join(known)}, but this "
             f"{config.model_type} has {kind}"
         )
     return told
@@ -61,7 +61,7 @@ def head_width(config: Any) -> int:
 
 
 def rotated(config: Any) -> int:
-    """How many numbers of a head are rotated."""
+    """The number of rotated channels of a head."""
     return int(head_width(config) * rope(config).get("partial_rotary_factor", 1.0))
 
 
@@ -70,15 +70,15 @@ def _told_width(told: Told) -> int:
 
 
 def _head_width_as_scaled(config: Any) -> int:
-    """The width of heads, whose root llama.cpp divides attention by.
+    """The width of heads, by whose square root llama.cpp divides attention scores.
 
     Raises:
-        BadInput: the network divides by another root, which a file cannot say.
+        BadInput: the network divides by another number, which a file cannot express.
     """
     if (divided := config.query_pre_attn_scalar) != (width := head_width(config)):
         raise BadInput(
             f"output.save_model=gguf: {config.model_type} has query_pre_attn_scalar={divided}, which a GGUF file "
-            f"cannot say; llama.cpp takes the width of a head, {width}"
+            f"cannot express; llama.cpp uses the width of a head, {width}"
         )
     return width
 
@@ -119,7 +119,7 @@ LOCAL_EXPERTS: Settings = {"expert_count": "num_local_experts", "expert_used_cou
 
 
 def falcon_keys(config: Any) -> int:
-    """How many keys Falcon's attention has."""
+    """The number of key heads in Falcon's attention."""
     if config.new_decoder_architecture or not config.multi_query:
         return int(config.num_kv_heads)
     return 1

@@ -19,7 +19,7 @@ from knowledge_compression.errors import BadInput
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_UNREACHABLE = -1e4  # the score of a token that no merge makes
+_UNREACHABLE = -1e4  # the score of a token that no merge produces
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 
@@ -29,7 +29,7 @@ class GgufVocabulary:
 
     Attributes:
         model: ``gpt2``, ``llama`` or ``t5``.
-        split: llama.cpp's name for the way in which text is split before BPE; None where it is not.
+        split: llama.cpp's name for the way in which text is split before BPE; None if it is not split.
         tokens, types, scores: of each id; ``gpt2`` has no scores.
         merges: in their order.
         special: ids of special tokens, by their role.
@@ -52,13 +52,16 @@ class GgufVocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, rows: int) -> GgufVocabulary:
-        """A tokenizer's, padded to as many tokens as the embeddings have rows.
+        """The description of a tokenizer, padded to as many tokens as the embeddings have rows.
 
         Raises:
-            BadInput: it works in a way that GGUF files cannot say.
+            BadInput: GGUF files cannot express the way in which it works.
         """
         if not getattr(tokenizer, "is_fast", False):
-            raise BadInput("output.save_model=gguf writes tokenizers of the library tokenizers, and this is another")
+            raise BadInput(
+                "output.save_model=gguf writes tokenizers of the library tokenizers, and this model's "
+                "tokenizer is of another kind"
+            )
         told = json.loads(tokenizer.backend_tokenizer.to_str())
         model = told["model"]
         kind = _kind(told)
@@ -70,7 +73,7 @@ class GgufVocabulary:
         if kind != "gpt2" and (unknown := tokenizer.unk_token_id) is not None:
             types[unknown] = TokenType.UNKNOWN
         if (highest := max(texts)) >= rows:
-            raise BadInput(f"its tokenizer has {highest + 1} tokens and its embeddings have {rows} rows")
+            raise BadInput(f"its tokenizer has {highest + 1} tokens, but its embeddings have only {rows} rows")
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", ())]
         begins, ends = _frame(tokenizer)
         return cls(
@@ -88,7 +91,7 @@ class GgufVocabulary:
         )
 
     def write(self, writer: GGUFWriter) -> None:
-        """Add it to a file's settings."""
+        """Add the vocabulary to a file's settings."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.split or "default")
         writer.add_token_list(self.tokens)
@@ -200,7 +203,8 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
         if whole == (first if begins else []) + plain + (last if ends else []):
             return begins, ends
     raise BadInput(
-        "its tokenizer adds other tokens to a text than its first and last special token, which GGUF files cannot say"
+        "its tokenizer adds other tokens to a text than its first and last special token, which GGUF files cannot "
+        "express"
     )
 
 

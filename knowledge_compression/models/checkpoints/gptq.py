@@ -27,7 +27,7 @@ class Gptq(Format):
     """The GPTQ format, see the module's docstring.
 
     Attributes:
-        bits: of a code, if the layer's own tensors do not determine it.
+        bits: bits of a code, if the layer's own tensors do not determine it.
         group_size: number of neighbouring inputs in one group, if the layer has no ``g_idx``; -1 for all.
         zero_offset: the number subtracted from every zero point before it was stored.
         quantizer: the program that made the file, according to the file.
@@ -73,11 +73,11 @@ class Gptq(Format):
         fits(layer, ".scales", parts[".scales"].shape, (groups, outputs))
         fits(layer, ".qzeros", parts[".qzeros"].shape, (groups, outputs * bits // 32))
         if ".g_idx" not in parts and self._run(inputs) * groups != inputs:
-            raise BadInput(f"{layer} has {groups} groups and {inputs} inputs, and its groups have {self.group_size}")
+            raise BadInput(f"{layer} has {groups} groups and {inputs} inputs, but group_size={self.group_size}")
         return Coded((outputs, inputs), bits, inputs // groups)
 
     def decode(self, layer: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """``scale * (code - zero)``, of which every product is exact in float32."""
+        """``scale * (code - zero)``; every product is exact in float32."""
         words, scales = parts[".qweight"], parts[".scales"].float()
         places = parts.get(".g_idx")
         bits, inputs = self._width(layer, len(words), None if places is None else len(places))
@@ -85,7 +85,7 @@ class Gptq(Format):
         if places is None:
             places = torch.arange(inputs) // self._run(inputs)
         if len(places) and not (int(places.min()) >= 0 and int(places.max()) < groups):
-            raise BadInput(f"{layer}.g_idx names group {int(places.max())}, and there are {groups}")
+            raise BadInput(f"{layer}.g_idx contains group {int(places.max())}, but there are only {groups} groups")
         zeros = unpacked(parts[".qzeros"], bits, outputs) + self.zero_offset & (1 << bits) - 1
         weight = unpacked(words.T, bits, inputs).float()
         weight -= zeros.float().T[:, places.long()]
@@ -100,7 +100,7 @@ class Gptq(Format):
             bits, left = divmod(rows * 32, max(1, inputs))
             if left:
                 raise BadInput(
-                    f"{layer}.qweight has {rows} words for {inputs} inputs, which no number of bits explains"
+                    f"{layer}.qweight has {rows} words for {inputs} inputs, which does not fit any number of bits"
                 )
         if bits not in BITS:
             raise BadInput(f"{layer} has codes of {bits} bits; a GPTQ checkpoint has {', '.join(map(str, BITS))}")

@@ -14,7 +14,7 @@ def stored_at(place: Path) -> Stored | None:
     """The compressed checkpoint at a path; None if there is none, or if transformers itself must load it.
 
     Raises:
-        BadInput: its compression cannot be read.
+        BadInput: it is compressed in a way that cannot be read.
         ModelUnavailable: a part of it is missing.
     """
     if place.is_file():
@@ -33,5 +33,5 @@ def gguf_in(folder: Path) -> GgufFile | None:
     found = {file.files: file for path in sorted(folder.glob("*.gguf")) if (file := GgufFile.at(path))}
     if len(found) > 1:
         names = ", ".join(file.files[0].name for file in found.values())
-        raise BadInput(f"{folder} holds several GGUF files ({names}); name one, e.g. model.path={folder}/FILE")
+        raise BadInput(f"{folder} holds several GGUF files ({names}); choose one, e.g. model.path={folder}/FILE")
     return next(iter(found.values()), None)

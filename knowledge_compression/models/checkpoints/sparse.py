@@ -31,7 +31,7 @@ class SparseTensors(Format):
 
     Attributes:
         layout: :data:`TWO_OF_FOUR` or :data:`ANY`.
-        version: of the library that wrote the file.
+        version: version of the library that wrote the file.
         activations: whether inputs are rounded at run time.
     """
 
@@ -47,12 +47,13 @@ class SparseTensors(Format):
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> SparseTensors:
-        """Its ``sparsity_config``, and of its ``config_groups`` whether there are any."""
+        """Its ``sparsity_config``, and whether it has ``config_groups``."""
         sparse = settings["sparsity_config"]
         layout = sparse.get("format")
         if layout not in (TWO_OF_FOUR, ANY):
             raise BadInput(
-                f"it is a compressed-tensors checkpoint in the sparse layout {layout}; read are {TWO_OF_FOUR}, {ANY}"
+                f"it is a compressed-tensors checkpoint in the sparse layout {layout}; {TWO_OF_FOUR} and {ANY} can be "
+                f"read"
             )
         groups = settings.get("config_groups") or {}
         for name, group in groups.items():
@@ -61,7 +62,7 @@ class SparseTensors(Format):
             if not eight or weights.get("symmetric") is False or weights.get("block_structure"):  # type: ignore[union-attr]
                 raise BadInput(
                     f"it is a sparse compressed-tensors checkpoint whose config_groups.{name} is not symmetric FP8 or "
-                    "int8 with a scale for all or per output; read are sparse floats and these"
+                    "int8 with one scale or one per output; only these and sparse floats can be read"
                 )
         activations = any(group.get("input_activations") is not None for group in groups.values())
         return (SparseCodes if groups else SparseTensors)(layout, str(settings.get("version") or ""), activations)
@@ -73,26 +74,26 @@ class SparseTensors(Format):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """That activations are not rounded here."""
+        """A remark that activations are not rounded here."""
         return ("it is meant to be used with rounded activations, which is not done here",) if self.activations else ()
 
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
-        """Shape as the file says it; the values must be as many as the bits that are set."""
+        """The shape that the file states; the number of values must be that of the bits that are set."""
         needed(layer, parts, ".compressed", ".shape")
         values = parts[".compressed"]
         if values.dtype not in _BITS:
-            raise BadInput(f"{layer}.compressed is {values.dtype}; read are {', '.join(_BITS)}")
+            raise BadInput(f"{layer}.compressed is {values.dtype}; {', '.join(_BITS)} can be read")
         if (values.dtype in _CODES) != (".weight_scale" in parts):
             raise BadInput(f"{layer}.compressed is {values.dtype}, and weight_scale belongs to {', '.join(_CODES)}")
         shape = tuple(told[".shape"].flatten().tolist())
         if len(shape) != 2 or min(shape) < 1:
-            raise BadInput(f"{layer}.shape is {list(shape)}, which should be two sizes")
+            raise BadInput(f"{layer}.shape is {list(shape)}, which must be two sizes")
         fits(layer, ".bitmask", parts[".bitmask"].shape, (shape[0], -(-shape[1] // 8)))
         if parts[".bitmask"].dtype != "U8":
-            raise BadInput(f"{layer}.bitmask is {parts['.bitmask'].dtype}, which should be U8")
+            raise BadInput(f"{layer}.bitmask is {parts['.bitmask'].dtype}, which must be U8")
         if ".weight_scale" in parts and parts[".weight_scale"].count not in (1, shape[0]):
             raise BadInput(
-                f"{layer}.weight_scale has {parts['.weight_scale'].count} numbers, which should be 1 or {shape[0]}"
+                f"{layer}.weight_scale has {parts['.weight_scale'].count} numbers, which must be 1 or {shape[0]}"
             )
         if self.layout == TWO_OF_FOUR and (shape[1] % 4 or values.count * 2 != shape[0] * shape[1]):
             raise BadInput(f"{layer}.compressed has {values.count} values, which is not half of {list(shape)}")
@@ -103,7 +104,9 @@ class SparseTensors(Format):
         shape = tuple(parts[".shape"].flatten().tolist())
         places = _places(parts[".bitmask"], shape)
         if self.layout == TWO_OF_FOUR and not bool((places.unflatten(1, (-1, 4)).sum(-1) == 2).all()):
-            raise BadInput(f"{layer}.bitmask does not set two bits of each four, as the layout {self.layout} says")
+            raise BadInput(
+                f"{layer}.bitmask does not set two bits of each four, which the layout {self.layout} requires"
+            )
         if (there := int(places.sum())) != parts[".compressed"].numel():
             raise BadInput(f"{layer}.bitmask sets {there} bits for {parts['.compressed'].numel()} values")
         weight = torch.zeros(shape)
@@ -118,7 +121,7 @@ class SparseCodes(SparseTensors):
     mark = ".weight_scale"
 
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
-        """As the others; a layer that is not sparse is refused."""
+        """As in the base class; a layer that is not sparse is refused."""
         if ".bitmask" not in parts:
             raise BadInput(f"it holds {layer} as codes without a bitmask beside sparse layers; all must be sparse")
         return super().coded(layer, parts, told)

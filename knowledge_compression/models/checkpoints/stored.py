@@ -37,7 +37,7 @@ class Later:
             return self._make()
 
     def then(self, tell: Callable[[], None]) -> Later:
-        """The same weight, which tells when it has been decoded."""
+        """The same weight, which reports when it has been decoded."""
 
         def make() -> Tensor:
             weight = self._make()
@@ -88,7 +88,7 @@ class Stored(ABC):
 
         Args:
             kind: the auto class of such networks.
-            config: as :meth:`configuration` gave it.
+            config: the result of :meth:`configuration`.
             dtype: of its weights; ``auto`` is the configuration's own.
 
         Raises:
@@ -105,9 +105,9 @@ class Stored(ABC):
                 config=config,
                 state_dict={name: weight.then(lambda: advance(1)) for name, weight in weights.items()},
                 dtype=dtype,
-                ignore_mismatched_sizes=True,  # so that they are told in one line
+                ignore_mismatched_sizes=True,  # so that they are reported in one line
                 output_loading_info=True,
             )
         for name, stored, wanted in said["mismatched_keys"]:
-            raise BadInput(f"it holds {name} of shape {list(stored)}, and its configuration describes {list(wanted)}")
+            raise BadInput(f"it holds {name} of shape {list(stored)}, but its configuration describes {list(wanted)}")
         return network, said

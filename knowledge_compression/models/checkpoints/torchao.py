@@ -8,7 +8,7 @@ A layer's weight is ``_weight_qdata`` with ``_weight_scale`` and, but for floats
 - 4 bits (``Int4Tensor``): uint8 ``[out, in / 2]``, the first of two codes in the low half, signed; scales and zeros are
   ``[groups, out]``, and a weight is ``code * scale + zero``.
 
-Where ``_weight_act_pre_scale`` is there, inputs are multiplied by it, which is the same as multiplying the weight's
+If ``_weight_act_pre_scale`` is present, inputs are multiplied by it, which is the same as multiplying the weight's
 columns.
 """
 
@@ -37,7 +37,7 @@ class TorchAo(Format):
 
     Attributes:
         kind: torchao's name for its settings.
-        bits: of a code, as the settings say; None if they do not.
+        bits: bits of a code according to the settings; None if they do not state it.
     """
 
     kind: str = ""
@@ -59,7 +59,7 @@ class TorchAo(Format):
         if not isinstance(told, Mapping):
             raise BadInput(
                 f"it is a torchao checkpoint with quant_type={told!r}, of a version that stored its tensors in "
-                "pickles; those of torchao 0.18 in safetensors can be read"
+                f"pickles; safetensors of torchao 0.18 can be read"
             )
         default = told.get("default")
         if not isinstance(default, Mapping):
@@ -71,16 +71,16 @@ class TorchAo(Format):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """That activations are not rounded here."""
+        """A remark that activations are not rounded here."""
         if "DynamicActivation" not in self.kind and "StaticActivation" not in self.kind:
             return ()
         return (f"it is meant to be used with rounded activations ({self.kind}), which is not done here",)
 
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
-        """The codes' type and shape tell which of the three it is.
+        """The codes' type and shape show which of the three it is.
 
         Raises:
-            BadInput: it is another, such as the layouts packed for one kind of processor.
+            BadInput: it is another layout, such as those packed for one kind of processor.
         """
         codes = parts[_CODES]
         if codes.dtype in ("I8", *FLOAT8):
@@ -126,6 +126,6 @@ class TorchAo(Format):
 
 
 def _two(shape: Sequence[int]) -> tuple[int, int]:
-    """The shape of scales as a matrix: of a single one, or one a row."""
+    """The shape of the scales as a matrix: of a single scale, or one per row."""
     rows, columns = (*shape, *(1, 1)[len(shape) :])
     return rows, columns
