@@ -22,9 +22,13 @@ from knowledge_compression.results.summary import drop_rows
 
 _PERCENT = partial(mul, 0.01)
 
-# Of each method, recovery, suite and corpus that a paper describes, by its name in conf/: authors, title, where it is.
-_IDP = ("Hoang et al. (2023)", "Do Compressed LLMs Forget Knowledge?", "arXiv:2310.00867")
-_HARNESS = ("Gao et al.", "The Language Model Evaluation Harness", "doi:10.5281/zenodo.12608602")
+# The paper of each method, allocation, recovery, suite and corpus, by its name in conf/: authors, title, place.
+_IDP = (
+    "Hoang et al. (2023)",
+    "Do Compressed LLMs Forget Knowledge? An Experimental Study with Practical Implications",
+    "arXiv:2310.00867",
+)
+_HARNESS = ("Gao et al. (2024)", "The Language Model Evaluation Harness", "doi:10.5281/zenodo.12608602")
 PAPERS = {
     "gptq": (
         "Frantar et al. (2023)",
@@ -48,8 +52,49 @@ PAPERS = {
     ),
     "smoothquant": (
         "Xiao et al. (2023)",
-        "SmoothQuant: Accurate and Efficient Post-Training Quantization for LLMs",
+        "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
         "arXiv:2211.10438",
+    ),
+    "autoround": (
+        "Cheng et al. (2024)",
+        "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs",
+        "arXiv:2309.05516",
+    ),
+    "gptaq": (
+        "Li et al. (2025)",
+        "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration",
+        "arXiv:2504.02692",
+    ),
+    "rotate": (
+        "Ashkboos et al. (2024)",
+        "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs",
+        "arXiv:2404.00456",
+    ),
+    "hqq": (
+        "Badri and Shaji (2023)",
+        "Half-Quadratic Quantization of Large Machine Learning Models",
+        "https://mobiusml.github.io/hqq_blog/",
+    ),
+    "depth": (
+        "Men et al. (2024)",
+        "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
+        "arXiv:2403.03853",
+    ),
+    "width": (
+        "Kurtic et al. (2023)",
+        "ZipLM: Inference-Aware Structured Pruning of Language Models",
+        "arXiv:2302.04089",
+    ),
+    "owl": (
+        "Yin et al. (2024)",
+        "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High Sparsity",
+        "arXiv:2310.05175",
+    ),
+    "fp8": ("Micikevicius et al. (2022)", "FP8 Formats for Deep Learning", "arXiv:2209.05433"),
+    "mxfp4": (
+        "Open Compute Project (2023)",
+        "OCP Microscaling Formats (MX) Specification, version 1.0",
+        "https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf",
     ),
     "nf4": ("Dettmers et al. (2023)", "QLoRA: Efficient Finetuning of Quantized LLMs", "arXiv:2305.14314"),
     "lora": ("Hu et al. (2022)", "LoRA: Low-Rank Adaptation of Large Language Models", "arXiv:2106.09685"),
@@ -69,11 +114,15 @@ PAPERS = {
     ),
     "bear": (
         "Wiland et al. (2024)",
-        "BEAR: A Unified Framework for Evaluating Relational Knowledge",
+        "BEAR: A Unified Framework for Evaluating Relational Knowledge in Causal and Masked Language Models",
         "arXiv:2404.04113",
     ),
-    "popqa": ("Mallen et al. (2023)", "When Not to Trust Language Models", "arXiv:2212.10511"),
-    "simpleqa": ("Wei et al. (2024)", "Measuring Short-Form Factuality in Large Language Models", "arXiv:2411.04368"),
+    "popqa": (
+        "Mallen et al. (2023)",
+        "When Not to Trust Language Models: Investigating Effectiveness of Parametric and Non-Parametric Memories",
+        "arXiv:2212.10511",
+    ),
+    "simpleqa": ("Wei et al. (2024)", "Measuring Short-form Factuality in Large Language Models", "arXiv:2411.04368"),
     "harness": _HARNESS,
     "nine_tasks": _HARNESS,
     "c4": (
@@ -178,7 +227,7 @@ def _setting(comparisons: Comparisons, group: Group, run: Run) -> dict[str, Any]
 
 def _names(run: Run) -> Iterable[str]:
     choices = run.config["choices"]
-    yield from (choices["compression"], choices["recovery"])
+    yield from (choices["compression"], choices["recovery"], choices.get("allocation", ""))
     yield from run.report["eval"]
     used = run.report["compression"].get("calibration") or run.report["recovery"].get("trainable_parameters")
     corpora: Sequence[Any] = [settings.get("corpus") for settings in run.config["eval"].values() if settings]

@@ -56,13 +56,21 @@ def test_values_without_right_answers_have_a_table_of_their_own(runs):
 
 def test_what_to_cite_names_papers_models_versions_and_every_run(runs):
     _, pruned = runs
-    pruned.config["choices"]["compression"] = "gptq"
+    pruned.config["choices"] |= {"compression": "gptq", "allocation": "owl"}
     pruned.report["compression"]["calibration"] = "digest"
     pruned.config["choices"]["corpus"] = "c4"
     pruned.report["model"] |= {"hub_id": "some/model", "commit": "c0ffee"}
     pruned.environment["packages"] = {"torch": "2.13.0"}
     told = how_to_cite(compare(runs))
-    for part in ("2210.17323", "1910.10683", "some/model at c0ffee", "torch 2.13.0", "`dense000`", "`pruned00`"):
+    for part in (
+        "2210.17323",
+        "2310.05175",
+        "1910.10683",
+        "some/model at c0ffee",
+        "torch 2.13.0",
+        "`dense000`",
+        "`pruned00`",
+    ):
         assert part in told, part
     assert "2301.00774" not in told and "@software{knowledge_compression" in told
 

@@ -188,7 +188,7 @@ def test_what_cannot_be_dropped_is_one_line(
 
 def test_quantized_layers_are_refused(deep: Callable[..., Model]) -> None:
     model = deep()
-    with pytest.raises(BadInput, match="comes first"):
+    with pytest.raises(BadInput, match="must come first"):
         Pipeline([Gptq(bits=3), Depth(0.4)]).compress(model, ALL.select(model), TEXT)
 
 

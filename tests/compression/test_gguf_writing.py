@@ -224,7 +224,7 @@ def test_mistral_is_a_llama_unless_it_has_a_window(tmp_path: Path) -> None:
     ids = torch.randint(3, len(TOKENS), (2, 9))
     with torch.no_grad():
         assert torch.equal(model.network(ids).logits, read_back(tmp_path / "model").network(ids).logits)
-    with pytest.raises(BadInput, match="mistral has sliding_window=16, which a GGUF file cannot say"):
+    with pytest.raises(BadInput, match="mistral has sliding_window=16, which a GGUF file cannot express"):
         save_gguf(tiny("mistral", **settings, sliding_window=16), tmp_path / "other")
 
 

@@ -227,7 +227,7 @@ def test_encoders_are_refused(tiny_model: Callable[[str], Model], tasks_dir: Pat
     ("options", "message"),
     [
         ({"tasks": ["bolq"]}, "task bolq is not known; similar names: boolq"),
-        ({"tasks": []}, "names no task"),
+        ({"tasks": []}, "contains no task"),
         ({"tasks": ["boolq"], "limit": 0}, "limit=0"),
         ({"tasks": ["boolq"], "limit": 0.5}, "limit=0.5"),
         ({"tasks": ["boolq"], "num_fewshot": -1}, "num_fewshot=-1"),

@@ -136,8 +136,8 @@ def test_the_fingerprint_is_of_what_is_read(small, tmp_path_factory):
     [
         ("{not json", r"P36.jsonl:2: not JSON"),
         ("[1, 2]", r"P36.jsonl:2: not a JSON object"),
-        (json.dumps(trex("x", "France", "Paris", "no blank")), r"P36.jsonl:2: no \[MASK\]"),
-        (json.dumps(trex("x", "France", "", "In [MASK].")), r"P36.jsonl:2: no obj_label"),
+        (json.dumps(trex("x", "France", "Paris", "no blank")), r"P36.jsonl:2: its sentences have no \[MASK\]"),
+        (json.dumps(trex("x", "France", "", "In [MASK].")), r"P36.jsonl:2: obj_label, the right answer, is missing"),
     ],
 )
 @pytest.mark.parametrize("protocol", ["template", "sentence", "paper"])

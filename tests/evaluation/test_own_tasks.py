@@ -250,9 +250,9 @@ BROKEN = {
     "numbers for names": ("1: 2\n", "is no mapping"),
     "itself": ("include: a.yaml\n", "includes itself"),
     "what is not there": ("include: nowhere.yaml\n", "nowhere.yaml cannot be read"),
-    "no documents": ("task: a\n", "names no documents"),
-    "documents of a number": ("dataset_kwargs: {data_files: {test: 3}}\n", "names no documents"),
-    "documents elsewhere": ("dataset_kwargs: {data_files: {test: ../documents.jsonl}}\n", "from elsewhere"),
+    "no documents": ("task: a\n", "lists no documents"),
+    "documents of a number": ("dataset_kwargs: {data_files: {test: 3}}\n", "lists no documents"),
+    "documents elsewhere": ("dataset_kwargs: {data_files: {test: ../documents.jsonl}}\n", "from another folder"),
     "metrics of a number": ("metric_list: 3\n", "metric_list is not a list"),
     "without end": ("x: " + "[" * 2000, "is not YAML"),
 }

@@ -71,7 +71,7 @@ def test_what_is_below_a_group_decides_its_fingerprint(folder: Path) -> None:
 
 
 BROKEN = {
-    "itself": ({"group": "a", "task": ["b"]}, {"group": "b", "task": "a"}, "holds itself"),
+    "itself": ({"group": "a", "task": ["b"]}, {"group": "b", "task": "a"}, "contains itself"),
     "nothing": ({"group": "a", "task": []}, {}, "task: must be a list of names"),
     "settings": ({"group": "a", "task": [{"task": "one"}]}, {}, "task: must be a list of names"),
     "an unknown task": ({"group": "a", "task": ["nowhere"]}, {}, "task nowhere is not known"),

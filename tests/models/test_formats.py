@@ -245,7 +245,7 @@ def test_a_layer_of_another_network_is_one_line(stored: Callable[..., tuple[Path
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
     with pytest.raises(
-        BadInput, match=r"represents weights of shape \[64, 96\], and the configuration describes \[64, 128\]"
+        BadInput, match=r"represents weights of shape \[64, 96\], but the configuration describes \[64, 128\]"
     ):
         LocalModel("local", str(folder)).load("cpu", "float32")
 

@@ -156,5 +156,5 @@ def test_what_is_not_read_is_one_line(tiny_tokenizer: PreTrainedTokenizerFast, t
 
 def test_a_path_of_an_adapter_says_what_to_type(tmp_path: Path) -> None:
     folder = written(tmp_path, "lora")
-    with pytest.raises(BadInput, match=r"type model\.path=BASE recovery=adapter recovery\.path="):
+    with pytest.raises(BadInput, match=r"choose model\.path=BASE recovery=adapter recovery\.path="):
         LocalModel("local", str(folder)).skeleton()
