@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,6 +19,9 @@ from knowledge_compression.results.store import Run
 from knowledge_compression.results.summary import HEADLINES, asked_columns, heading
 from knowledge_compression.results.varying import CHOSEN, text_of
 from knowledge_compression.statistics import Estimate, accuracies, accuracy, drops, means
+
+_BESIDE = 8  # lines whose legend has room inside the axes; that of more stands below them
+_LOOKS = (("-", "o"), ("--", "s"), (":", "D"))  # of ten lines each, as many as there are colours
 
 
 def literal_text() -> AbstractContextManager[None]:
@@ -46,6 +50,7 @@ def drop_figure(table: pl.DataFrame) -> Figure:
     """
     suites = table["suite"].unique(maintain_order=True).to_list()
     figure = Figure(figsize=(6.4 * len(suites), 4.4), layout="constrained")
+    most = 0
     for axes, suite in zip(figure.subplots(1, len(suites), squeeze=False)[0], suites, strict=True):
         rows = table.filter(pl.col("suite") == suite)
         metric = rows["metric"][0]
@@ -55,7 +60,8 @@ def drop_figure(table: pl.DataFrame) -> Figure:
         if x_column != "reached_sparsity" and "asked_sparsity" in table.columns and x_column != "asked_sparsity":
             apart.append("asked_sparsity")
         lines = lossy.group_by(apart, maintain_order=True) if apart else [((), lossy)]
-        for values, line in lines:
+        for number, (values, line) in enumerate(lines):
+            style, marker = _LOOKS[number // 10 % len(_LOOKS)]
             words = [
                 text_of(v) if name in CHOSEN else f"{heading(name)}={text_of(v)}"
                 for name, v in zip(apart, values, strict=True)
@@ -65,7 +71,8 @@ def drop_figure(table: pl.DataFrame) -> Figure:
             x = [100 * v if x_column == "reached_sparsity" else v for v in points[x_column]]
             # Every line starts at no sparsity and no loss, unless no run has sparsity (int8).
             start = [0.0] if x_column == "reached_sparsity" and points[x_column].max() else []
-            (drawn,) = axes.plot([*start, *x], [*start, *points["drop_percent"]], marker="o", label=" ".join(words))
+            y = [*start, *points["drop_percent"]]
+            (drawn,) = axes.plot([*start, *x], y, linestyle=style, marker=marker, label=" ".join(words))
             low, high = (points[f"drop_{end}"].fill_null(points["drop_percent"]) for end in ("low", "high"))
             middle = points["drop_percent"]
             axes.errorbar(x, middle, [middle - low, high - middle], fmt="none", capsize=3, color=drawn.get_color())
@@ -78,9 +85,13 @@ def drop_figure(table: pl.DataFrame) -> Figure:
         axes.set(xlabel=x_name, title=suite)
         axes.set_ylabel("drop in accuracy (% of dense)" if HEADLINES[metric] else f"rise in {metric} (% of dense)")
         axes.invert_yaxis()
-        if apart and axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
+        if apart and (count := len(axes.get_legend_handles_labels()[0])):
+            below = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.15), "ncols": 2, "fontsize": "small"}
+            axes.legend(frameon=False, **(below if count > _BESIDE else {}))
+            most = max(most, count)
         axes.spines[["top", "right"]].set_visible(False)
+    if most > _BESIDE:
+        figure.set_figheight(4.4 + 0.2 * math.ceil(most / 2))
     return figure
 
 

@@ -159,8 +159,8 @@ def test_names_of_mmlus_parts_and_refusals(mmlu: Path) -> None:
         assert "\n" not in str(end.value)
 
     refused("question,A,B,C,D,answer\nx,a,b,c,d,1\n", "has no column choice0")
-    refused(HEADER + "x,a,b,c\n", r"anatomy_test\.csv:2: not 6 cells")
-    refused(HEADER + "x,a,b,c,d,1,e\n", r"anatomy_test\.csv:2: not 6 cells")
+    refused(HEADER + "x,a,b,c\n", r"anatomy_test\.csv:2: the number of cells is not 6")
+    refused(HEADER + "x,a,b,c,d,1,e\n", r"anatomy_test\.csv:2: the number of cells is not 6")
     refused(HEADER + "x,a,b,c,d,B\n", "answer='B' is not a whole number")
     refused(HEADER + '"x,a,b,c,d,1\n', "not comma-separated values")
     (mmlu / "mmlu" / "test" / "anatomy_test.csv").write_text(HEADER + "x,a,b,c,d,1\n")

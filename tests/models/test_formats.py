@@ -263,15 +263,14 @@ def test_a_file_that_is_cut_short_is_one_line(stored: Callable[..., tuple[Path, 
     [
         (
             "no-such-method",
-            "which neither this program nor transformers knows; gptq, awq, .* and GGUF can be read",
+            "which neither this program nor transformers knows; gptq, awq, .* and GGUF files can be read",
         ),
         (
             "hqq",
-            "it is compressed by hqq, which only transformers can read; this program reads gptq, awq, .* and GGUF "
-            "files",
+            "it is compressed by hqq, which only transformers can read; this program reads gptq, awq, .* and GGUF",
         ),
-        ("eetq", "it is compressed by eetq, which only transformers reads"),
-        ("quanto", "it is compressed by quanto, which only transformers reads"),
+        ("eetq", "it is compressed by eetq, which only transformers can read"),
+        ("quanto", "it is compressed by quanto, which only transformers can read"),
     ],
 )
 def test_other_formats_are_one_line(

@@ -40,10 +40,15 @@ const layout = (x, y, more = {}) => {
   const line = colour("--line");
   const axis = title => ({title: {text: title, standoff: 8}, gridcolor: line, zerolinecolor: line, automargin: true});
   return {margin: {l: 60, r: 40, t: 15, b: 60}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: ink()},
-          xaxis: axis(x), yaxis: axis(y), legend: {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: {size: 11}}, hovermode: "closest",
+          xaxis: axis(x), yaxis: axis(y), legend: {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: {size: 11}, maxheight: 1}, hovermode: "closest",
           modebar: {orientation: "v", bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--accent")}, ...more};
 };
 const whole = (chart, count) => { chart.xaxis.dtick = Math.ceil(count / 20); return chart; };  // an axis of numbered blocks
+const DASHES = ["solid", "dash", "dot"], SYMBOLS = ["circle", "square", "diamond"];  // tell lines apart that share one of the ten colours
+const roomy = (id, names) => {  // a chart as high as its legend needs, so that the legend takes nothing from the drawing
+  const wide = at(id).clientWidth - 100, columns = Math.max(1, Math.floor(wide / (50 + 7 * Math.max(...names.map(name => name.length), 1))));
+  at(id).style.height = `${440 + 20 * Math.max(0, Math.ceil(names.length / columns) - 1)}px`;
+};
 const CONFIG = {displaylogo: false, responsive: true};  // its tool bar stands upright in the right margin, beside the legend
 const FACETS = ["model", "suite", "target", "compression", "recovery"];
 const WENT = {"to the end": "after the last block too", late: "within the last third of the blocks", early: "in the first two thirds", "never there": "nowhere"};
@@ -91,7 +96,7 @@ const main = ({runs, varying, points, measured, fates, sure, names}, facts) => {
     }
     at("filters").append(box);
   }
-  const plain = (facet, value) => facet === "recovery" && value === "none" ? "not recovered" : FACETS.includes(facet) || !value ? value : `${facet}=${value}`;
+  const plain = (facet, value) => FACETS.includes(facet) || !value ? value : `${facet}=${value}`;
   const named = (row, by) => by.map(facet => plain(facet, valueOf(row, facet))).filter(part => part && part !== "none").join(" ");
   // Drops are drawn over the sparsity where it varies, else over the first number that does.
   const across = list => {
@@ -104,14 +109,15 @@ const main = ({runs, varying, points, measured, fates, sure, names}, facts) => {
     const lines = new Map(), [xName, xOf] = across(visible.filter(r => !r.dense));
     const telling = facets.filter(f => f !== xName && valuesOf(visible.filter(r => !r.dense), f).length > 1);
     for (const row of visible.filter(r => !r.dense)) {
-      const name = named(row, telling) || (telling.length ? "none" : named(row, FACETS));
+      const name = named(row, telling) || (telling.includes("recovery") ? "not recovered" : telling.length ? "none" : named(row, FACETS));
       if (!lines.has(name)) lines.set(name, []);
       lines.get(name).push(row);
     }
-    const traces = (x, e, scale) => [...lines].map(([name, list]) => {
+    const traces = (x, e, scale) => [...lines].map(([name, list], i) => {
+      const look = Math.floor(i / 10) % 3;
       list.sort((a, b) => x(a) - x(b));
       const apart = new Set(list.map(x)).size === list.length;  // runs that differ in something else are no line
-      return {name: literal(name), mode: apart ? "lines+markers" : "markers", x: list.map(x), y: list.map(r => r[e][0] === null ? null : scale * r[e][0]),
+      return {name: literal(name), mode: apart ? "lines+markers" : "markers", line: {dash: DASHES[look]}, marker: {symbol: SYMBOLS[look]}, x: list.map(x), y: list.map(r => r[e][0] === null ? null : scale * r[e][0]),
               customdata: list.map(r => literal(r.setting)), hovertemplate: "%{customdata}<br>%{y:.1f} %<extra></extra>",
               error_y: {...bars(list.map(r => r[e]), scale), color: undefined}};
     });
@@ -121,6 +127,7 @@ const main = ({runs, varying, points, measured, fates, sure, names}, facts) => {
     const dashed = (ys, values) => near(ys, values).map(y => ({type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: {dash: "dash", width: 1, color: "gray"}}));
     const fall = layout(literal(xName), "drop (% of dense accuracy)", {shapes: dashed(falls, visible.filter(r => r.drop).map(r => r.drop[0]))});
     fall.yaxis.autorange = "reversed";
+    for (const id of ["drop-chart", "size-chart"]) roomy(id, [...lines.keys(), ...(id === "size-chart" ? visible.filter(r => r.dense).map(r => r.setting) : [])]);
     const first = Plotly.react("drop-chart", traces(xOf, "drop", 1), fall, CONFIG);
     const dense = visible.filter(r => r.dense).map(r => ({name: literal(r.setting), mode: "markers", marker: {symbol: "star", size: 11}, x: [r.stored_mb],
       y: [100 * r.accuracy[0]], error_y: bars([r.accuracy]), customdata: [literal(r.setting)], hovertemplate: "%{customdata}<br>%{y:.1f} %<extra></extra>"}));
@@ -142,7 +149,8 @@ const main = ({runs, varying, points, measured, fates, sure, names}, facts) => {
     at("distance-chart").hidden = !both.length;
     if (both.length) redraws.push(() => {
       const chart = layout("mean KL from the dense model (nats)", "flips (%)");
-      chart.xaxis.type = "log"; chart.yaxis.rangemode = "tozero"; chart.showlegend = true;
+      const marks = [-6, -5, -4, -3, -2, -1, 0, 1, 2].flatMap(power => [1, 2, 5].map(digit => Number(`${digit}e${power}`)));
+      Object.assign(chart.xaxis, {type: "log", tickvals: marks, ticktext: marks.map(String)}); chart.yaxis.rangemode = "tozero"; chart.showlegend = true;
       const asked = [...new Set(both.map(row => `${row.model}, ${row.suite}`))];
       return Plotly.react("distance-chart", asked.map(name => {
         const theirs = both.filter(row => `${row.model}, ${row.suite}` === name);
