@@ -61,7 +61,7 @@ class PaperTable:
         """A tabular with booktabs rules, intervals in brackets."""
         keys = list(dict.fromkeys(key for row in self.rows for key in row))
         rows = [
-            [str(key) for key in keys],
+            [str(key).replace("_", " ") for key in keys],
             *([_cell(row.get(key), shares=self.shares) for key in keys] for row in self.rows),
         ]
         head, *body = [" & ".join(map(_escaped, row)) + r" \\" for row in rows]

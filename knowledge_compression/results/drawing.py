@@ -21,6 +21,7 @@ from knowledge_compression.results.varying import CHOSEN, text_of
 from knowledge_compression.statistics import Estimate, accuracies, accuracy, drops, means
 
 _BESIDE = 8  # lines whose legend has room inside the axes; that of more stands below them
+_NARROW = 34  # characters of a line's name, of which two stand side by side
 _LOOKS = (("-", "o"), ("--", "s"), (":", "D"))  # of ten lines each, as many as there are colours
 
 
@@ -50,7 +51,7 @@ def drop_figure(table: pl.DataFrame) -> Figure:
     """
     suites = table["suite"].unique(maintain_order=True).to_list()
     figure = Figure(figsize=(6.4 * len(suites), 4.4), layout="constrained")
-    most = 0
+    most = 0  # rows of a legend below its axes
     for axes, suite in zip(figure.subplots(1, len(suites), squeeze=False)[0], suites, strict=True):
         rows = table.filter(pl.col("suite") == suite)
         metric = rows["metric"][0]
@@ -85,13 +86,13 @@ def drop_figure(table: pl.DataFrame) -> Figure:
         axes.set(xlabel=x_name, title=suite)
         axes.set_ylabel("drop in accuracy (% of dense)" if HEADLINES[metric] else f"rise in {metric} (% of dense)")
         axes.invert_yaxis()
-        if apart and (count := len(axes.get_legend_handles_labels()[0])):
-            below = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.15), "ncols": 2, "fontsize": "small"}
-            axes.legend(frameon=False, **(below if count > _BESIDE else {}))
-            most = max(most, count)
+        if apart and (labels := axes.get_legend_handles_labels()[1]):
+            columns = 2 if max(map(len, labels)) <= _NARROW else 1
+            below = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.15), "ncols": columns, "fontsize": "small"}
+            axes.legend(frameon=False, **(below if len(labels) > _BESIDE else {}))
+            most = max(most, math.ceil(len(labels) / columns) if len(labels) > _BESIDE else 0)
         axes.spines[["top", "right"]].set_visible(False)
-    if most > _BESIDE:
-        figure.set_figheight(4.4 + 0.2 * math.ceil(most / 2))
+    figure.set_figheight(4.4 + 0.2 * most)
     return figure
 
 
