@@ -347,6 +347,8 @@ const main = ({runs, varying, points, measured, fates, sure, names}, facts) => {
   for (const link of document.querySelectorAll("nav a")) link.hidden = document.querySelector(link.hash).closest("[hidden]") !== null;
   const redraw = () => Promise.all(redraws.map(one => one()));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  for (const [event, on] of [["beforeprint", true], ["afterprint", false]])  // paper is white
+    addEventListener(event, () => { document.documentElement.classList.toggle("printing", on); redraw(); });
   return redraw().then(() => { document.body.dataset.ready = "yes"; });
 };
 Promise.all([unpack("content"), unpack("fact-table")]).then(([content, facts]) => main(content, facts));

@@ -23,8 +23,28 @@ if TYPE_CHECKING:
     from knowledge_compression.compression.walk.statistics import Statistics
 
 
+class _OfItsMethod(Compression):
+    """A compression with the properties of the method that it sets."""
+
+    method: Method
+
+    @property
+    def takes_final(self) -> bool:  # type: ignore[override]
+        """As the method does."""
+        return self.method.takes_final
+
+    @property
+    def modules(self) -> Any:
+        """Those of the method."""
+        return self.method.modules
+
+    def multiplies_in(self, model: Model) -> str | None:
+        """As the method does."""
+        return self.method.multiplies_in(model)
+
+
 @dataclass(frozen=True)
-class Allocated(Compression):
+class Allocated(_OfItsMethod):
     """A method of one step whose setting differs from layer to layer.
 
     Attributes:
@@ -61,16 +81,6 @@ class Allocated(Compression):
         return self.method.calibrated or self.allocation.measures
 
     @property
-    def takes_final(self) -> bool:  # type: ignore[override]
-        """As the method does."""
-        return self.method.takes_final
-
-    @property
-    def modules(self) -> Any:
-        """Those of the method."""
-        return self.method.modules
-
-    @property
     def parts(self) -> Sequence[Compression]:
         """The method, with the sparsity of the budget."""
         if self.allocation.sparsity is None:
@@ -101,24 +111,13 @@ class Allocated(Compression):
 
 
 @dataclass
-class _Chosen(Method):
+class _Chosen(_OfItsMethod, Method):
     """The choice and the compression, measured like every other method."""
 
     method: Method
     allocation: Allocation
     name: str  # type: ignore[misc]
     record: dict[str, Any] | None = field(default=None, init=False)
-
-    @property
-    def takes_final(self) -> bool:  # type: ignore[override]
-        return self.method.takes_final
-
-    @property
-    def modules(self) -> Any:
-        return self.method.modules
-
-    def multiplies_in(self, model: Model) -> str | None:
-        return self.method.multiplies_in(model)
 
     def check(self, targets: Targets) -> None:
         self.method.check(targets)
