@@ -161,7 +161,7 @@ def test_missing_and_broken_files_and_bad_options_are_one_line(tmp_path: Path) -
         SimpleQA(str(tmp_path)).fingerprint()
     file = tmp_path / "simpleqa" / "simple_qa_test_set.csv"
     file.write_text("metadata,problem,answer\nx,y\n")
-    with pytest.raises(BadInput, match=r"csv:2: the number of cells is not 3"):
+    with pytest.raises(BadInput, match=r"csv:2: not 3 cells as in the header"):
         SimpleQA(str(tmp_path)).fingerprint()
     for make, said in (
         (lambda: PopQA(prompt="Q:"), "lacks {question}"),
