@@ -9,10 +9,14 @@ _FACT = ("task", "fact")
 
 
 def has_wordings(items: pl.DataFrame) -> bool:
-    """Whether these items ask at least one fact in several wordings."""
+    """Whether these items ask at least one fact in several wordings.
+
+    A run keeps the items of its suites in one table, so items of a suite without facts may have the columns, all null.
+    """
     if not {"fact", "wording", "correct"} <= set(items.columns):
         return False
-    return bool(items.height > items.select(*_FACT).n_unique())
+    asked = items.filter(pl.col("fact").is_not_null())
+    return bool(asked.height > asked.select(*_FACT).n_unique())
 
 
 def facts(items: pl.DataFrame) -> pl.DataFrame:

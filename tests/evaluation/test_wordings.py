@@ -101,3 +101,17 @@ def test_the_report_tells_both_and_is_silent_where_there_is_one_wording(runs: li
     once = compare([made_run([True, False], compression="none"), made_run([False, False])])
     assert "wording" not in markdown.report(once, check(once))
     assert not knowledge(next(iter(once))) and not brought_back(next(iter(once)))
+
+
+def test_a_suite_without_facts_beside_one_with_them_has_no_wordings(runs: list[Run]) -> None:
+    """One table holds the items of all of a run's suites, so the harness's have the columns, all null."""
+    for one in runs:
+        items = one.scan_items().collect()
+        nothing = [pl.lit(None, dtype=pl.String).alias(name) for name in ("fact", "wording")]
+        one._items = pl.concat([items, items.with_columns(pl.lit("harness").alias("suite"), *nothing)])
+        one.config["eval"]["harness"] = {}
+        one.report["eval"]["harness"] = one.report["eval"]["atlas"]
+        one.metrics["harness.accuracy"] = one.metrics["atlas.accuracy"]
+    found = {group.asked.suite: knowledge(group) for group in compare(runs)}
+    assert set(found) == {"atlas", "harness"} and len(found["atlas"]) == len(runs) and found["harness"] == []
+    assert "Facts in several wordings</h2>" in render(runs)
