@@ -223,7 +223,7 @@ def of_smollm2(outputs: Path, wanted: Callable[[str, str], bool]) -> Iterator[Qu
         place = outputs / "".join(letter if letter.isalnum() else "_" for letter in written.name)
         asking = [(peer, bound) for peer, bound in written.peers.items() if wanted(written.name, peer)]
         if asking and not (place / "ours.npy").is_file():
-            store = outputs / "store"  # one for all, so that the dense model is asked once
+            store = outputs / "stores" / written.form  # a run has one saved model, whatever its form
             typed = ["model=smollm2", "target=all", *written.choices.split(), *QUICK, f"output.dir={store}"]
             program = [sys.executable, str(HERE.parents[1] / "run.py"), *typed, f"output.save_model={written.form}"]
             before = set(store.glob("runs/*/model"))
