@@ -6,9 +6,11 @@
 
 Both score the same facts in all templates, in turn, from the strings on, with the same network in float32. The
 reference is timed with each of ``--batch-sizes`` (1 is its default). Every answer's score must lie within 1e-3 nats of
-the reference's, and every fact's right answer have the same rank; otherwise the script ends with status 1. Of the
-facts, ``--facts`` of each relation are taken, evenly spaced, because the reference is slow; ours gets faster per fact
-the more there are. ``--processor-seconds`` counts those, for a machine that others use (then with ``--threads 1``).
+the reference's, and every fact's right answer have the same rank; otherwise the script ends with status 1, and says of
+a decoder how far both are from the network in float64, and the network in float32, reading one and two copies at once.
+Of the facts, ``--facts`` of each relation are taken, evenly spaced, because the reference is slow; ours gets faster
+per fact the more there are. ``--processor-seconds`` counts those, for a machine that others use (then with
+``--threads 1``).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import os
 import sys
 import time
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +97,7 @@ def measure(model: Model, name: str, options: argparse.Namespace) -> dict[str, A
 def differences(scorer: Scorer, ours: Any, found: dict[str, Any]) -> dict[str, Any]:
     """Answer by answer, and rank by rank."""
     table = found["theirs"].instance_table
+    worst = ("", 0.0, 0.0)  # a sentence, their score and ours
     items = found["ours"].items
     relation = ours.relation
     furthest, other_ranks, answers = 0.0, 0, 0
@@ -107,14 +111,35 @@ def differences(scorer: Scorer, ours: Any, found: dict[str, Any]) -> dict[str, A
         for row in table.itertuples()
     ]
     ranks = {(item["fact"], item["wording"]): item["rank"] for item in items.iter_rows(named=True)}
-    for row, mine in zip(table.itertuples(), scores_of_answers(scorer, statements), strict=True):
+    for row, said, mine in zip(table.itertuples(), statements, scores_of_answers(scorer, statements), strict=True):
         scores = np.array(row.pll_scores)
-        furthest = max(furthest, float(np.abs(scores - mine).max()))
+        if (apart := np.abs(scores - mine)).max() > furthest:
+            at = int(apart.argmax())
+            furthest = float(apart[at])
+            worst = (said.sentence.replace("[MASK]", relation.answers[at]), float(scores[at]), float(mine[at]))
         answers += len(scores)
         rank = 1 + sorted(range(len(scores)), key=lambda i: -scores[i]).index(row.answer_idx)
         fact = facts[row.sub_label]
         other_ranks += rank != ranks[f"{relation.name}/{fact.id}", str(row.template_index)]
+    if furthest > CLOSE and scorer.model.family == DECODER:
+        print(by_float64(scorer.model, *worst))
     return {"items": items.height, "answers": answers, "furthest": furthest, "other_ranks": other_ranks}
+
+
+def by_float64(model: Model, sentence: str, theirs: float, ours: float) -> str:
+    """How far the scores of a sentence are from the same network's in float64."""
+    begin = model.tokenizer.bos_token_id
+    ids = [begin, *(i for i in model.tokenizer(sentence).input_ids if i != begin)]
+
+    def score(network: Any, copies: int) -> float:
+        with torch.inference_mode():
+            logits = network(torch.tensor([ids] * copies)).logits[0].double().log_softmax(-1)
+        return sum(float(logits[i - 1, ids[i]]) for i in range(1, len(ids)))
+
+    true = score(deepcopy(model.network).double(), 1)
+    off = {"lm-pub-quiz": theirs, "ours": ours} | {f"float32, {n} at once": score(model.network, n) for n in (1, 2)}
+    told = ", ".join(f"{who} {value - true:+.1e}" for who, value in off.items())
+    return f"{sentence!r}: {true:.5f} nats in float64; {told}"
 
 
 def compared(rounds: dict[str, list[float]]) -> dict[str, Any]:
