@@ -165,7 +165,7 @@ def test_names_of_mmlus_parts_and_refusals(mmlu: Path) -> None:
     refused(HEADER + '"x,a,b,c,d,1\n', "not comma-separated values")
     (mmlu / "mmlu" / "test" / "anatomy_test.csv").write_text(HEADER + "x,a,b,c,d,1\n")
     (mmlu / "mmlu" / "dev" / "anatomy_dev.csv").unlink()
-    with pytest.raises(DataUnavailable, match=r"has no mmlu/dev/anatomy_dev\.csv"):
+    with pytest.raises(DataUnavailable, match=r"lacks mmlu/dev/anatomy_dev\.csv"):
         Harness(tasks=["mmlu_stem"], data_dir=str(mmlu)).fingerprint()
     some = Harness(tasks=["mmlu_stem"], data_dir=str(mmlu), skip_missing=True)
     assert some._available() == [name for name in names_of(["mmlu_stem"], str(mmlu)).tasks if name != "mmlu_anatomy"]
