@@ -16,8 +16,8 @@ TWO_HOPS = "two_hops.jsonl"
 SEEN, HELD_OUT = "seen", "held_out"
 HEAD, TAIL = "head", "tail"
 _MASK = "[MASK]"
-_TASK = r"""\ # Which of four answers of the same kind is true? Read by lm-evaluation-harness with include_path at this
-folder.
+_TASK = """\
+# Which of four answers of the same kind is true? Read by lm-evaluation-harness with include_path at this folder.
 task: {task}
 dataset_path: json
 dataset_kwargs:

@@ -207,7 +207,7 @@ def test_the_settings_are_those_of_the_specification(tmp_path: Path) -> None:
         ),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "rotary embeddings of the type default or llama3, and this llama has linear",
+            "rotary embeddings of the type default or llama3, but this llama has linear",
         ),
     ],
 )

@@ -203,7 +203,7 @@ def test_it_is_found_again_after_another_step(
         ("t5", ALL, {}, "choose target=ff"),
         ("gpt2", ATT, {}, "not four matrices"),
         ("mixtral", FF, {}, "experts"),
-        ("llama", ATT, {}, "one group of heads; it has one"),
+        ("llama", ATT, {}, "one group of heads; the model has one"),
         ("llama", FF, {"sparsity": 0.01}, "one channel; that is sparsity=0.0312"),
         ("llama", FF, {"compensation": "bias"}, "has no bias"),
         ("llama", Target("ff", ["ff"], blocks=[0]), {}, "without target.blocks"),

@@ -295,7 +295,7 @@ def test_rows_with_one_evidence_each_are_one_fact_on_disk_as_on_the_hub(protocol
 def test_an_id_without_any_mask_is_named_by_its_first_row(small):
     rows = [FLAT | {"uuid": "a", "masked_sentence": "no blank"}, FLAT | {"uuid": "a", "masked_sentence": "none"}]
     lines(small / "lama" / "TREx" / "P36.jsonl", rows)
-    with pytest.raises(BadInput, match=r"P36.jsonl:1: no \[MASK\]"):
+    with pytest.raises(BadInput, match=r"P36.jsonl:1: its sentences have no \[MASK\]"):
         Lama(str(small)).clozes()
 
 

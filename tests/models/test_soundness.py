@@ -159,7 +159,7 @@ def test_a_text_with_a_token_that_was_added_beyond_the_embeddings_is_one_line(
         scorer.log_likelihoods([Question(sound, [ids, sound])])
 
     asked(sound)
-    said = r"the token '\[MORE\]', which was added to the tokenizer of mine with the id \d+, .* the ids 0 to \d+; give"
+    said = r"the token '\[MORE\]', which was added to the tokenizer of mine with the id \d+, .* the ids 0 to \d+; use"
     with pytest.raises(BadInput, match=said):
         asked(beyond)
     if model.family != ENCODER:

@@ -19,7 +19,6 @@ from knowledge_compression.compression.solve.coding import INTEGERS, Coding
 from knowledge_compression.compression.solve.factors import TunedScales
 from knowledge_compression.compression.solve.grid import QuantizedWeight, quantized_weight
 from knowledge_compression.compression.walk.answers import Answers
-from knowledge_compression.compression.walk.passes import checked_windows, read_text
 from knowledge_compression.compression.walk.statistics import WalkSettings
 from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import torch
@@ -103,6 +102,8 @@ class Scales(Compression):
 
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None = None) -> CompressionReport:
         """Quantize the targets and tune what was quantized."""
+        from knowledge_compression.compression.walk.passes import checked_windows, read_text
+
         windows, narrower = checked_windows(model, calibration), self._narrower(model)
 
         def said(window: int) -> Tensor:
