@@ -82,7 +82,7 @@ def facts(place: Path, data_dir: str) -> dict[str, float]:
     if not (place / "model").is_dir():
         save_checkpoint(decoded(place), place / "model")
     typed = ["model=local", f"model.path={place / 'model'}", "compression=none", "eval=[atlas,perplexity]"]
-    typed += ["scoring_dtype=bfloat16", "eval.perplexity.window=512", "eval.perplexity.limit=74"]
+    typed += ["eval.perplexity.window=512", "eval.perplexity.limit=74"]
     typed += [f"data_dir={data_dir}", f"output.dir={place / 'store'}"]
     subprocess.run([sys.executable, HERE.parents[1] / "run.py", *typed], check=True)
     (run,) = list(RunStore(place / "store"))

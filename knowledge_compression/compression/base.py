@@ -230,8 +230,29 @@ class Layerwise(LayerByLayer):
         return Shrinker(self.shrink)
 
 
+class Patterned(Method):
+    """A method whose ``pattern``, if one is set, decides how many weights of each group of inputs stay."""
+
+    pattern: str | None
+
+    @property
+    def shape(self) -> Pattern | None:
+        """The n:m pattern, if one is set.
+
+        Raises:
+            BadInput: it is not of the form n:m.
+        """
+        return Pattern.parse(self.pattern) if self.pattern is not None else None
+
+    def check(self, targets: Targets) -> None:
+        """Refuse a pattern that does not divide a layer's number of inputs."""
+        super().check(targets)
+        if self.shape:
+            self.shape.check(targets)
+
+
 @dataclass(frozen=True)
-class Ranked(LayerByLayer):
+class Ranked(Patterned, LayerByLayer):
     """Set the weights with the lowest scores to zero: implement :meth:`score`.
 
     Attributes:
@@ -250,8 +271,7 @@ class Ranked(LayerByLayer):
         check_sparsity(self.sparsity)
         if self.scope not in SCOPES:
             raise BadInput(f"scope={self.scope} does not exist; choose one of {', '.join(SCOPES)}")
-        if self.pattern is not None:
-            Pattern.parse(self.pattern)
+        _ = self.shape
 
     @abstractmethod
     def score(self, layer: TargetLayer) -> Tensor:
@@ -262,15 +282,9 @@ class Ranked(LayerByLayer):
         removed.
         """
 
-    def check(self, targets: Targets) -> None:
-        """Refuse a pattern that does not divide a layer's number of inputs."""
-        if self.pattern is not None:
-            Pattern.parse(self.pattern).check(targets)
-
     def shrinker(self, targets: Targets, walk: Walk, state: Any = None) -> Shrinker:
         """Rank all weights if the scope is global."""
-        if self.pattern is not None:
-            pattern = Pattern.parse(self.pattern)
+        if pattern := self.shape:
             return Shrinker(lambda layer: self._prune(layer, pattern.removes))
         if self.scope == "layer":
             return Shrinker(lambda layer: self._prune(layer, self._cut(layer.parameters, lambda: [layer]).removes))

@@ -111,7 +111,7 @@ class Beside:
             missing = f"{watcher.unknown} positions are not compared, because the dense model does not read them"
             evaluation.fallbacks.append(missing)
             log.warning(missing)
-        elif evaluation.items[KL].is_null().all():
+        elif len(evaluation.items) and evaluation.items[KL].is_null().all():
             tasks = ", ".join(evaluation.items["task"].unique().sort())
             log.warning("distance=true: nothing of %s is compared, because generated answers have no distance", tasks)
         return evaluation

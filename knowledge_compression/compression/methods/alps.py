@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from knowledge_compression.building import Positive
-from knowledge_compression.compression.base import check_sparsity
+from knowledge_compression.compression.base import Patterned, check_sparsity
 from knowledge_compression.compression.calibrated import SecondOrder, Solved
 from knowledge_compression.compression.solve.admm import Split, largest
 from knowledge_compression.compression.solve.hessian import Hessian
-from knowledge_compression.compression.solve.patterns import Pattern
 from knowledge_compression.compression.solve.refit import refit
 from knowledge_compression.heavy import torch
-from knowledge_compression.models import Targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +21,7 @@ _REFIT = 10  # conjugate-gradient steps, as published
 
 
 @dataclass(frozen=True)
-class Alps(SecondOrder):
+class Alps(Patterned, SecondOrder):
     """Prune to the least squared output error that alternating directions find, then refit what is kept.
 
     Algorithm 1 of the paper with the schedule of the authors' code: the mask may change until it has settled, so that a
@@ -45,17 +43,6 @@ class Alps(SecondOrder):
         super().__post_init__()
         check_sparsity(self.sparsity)
         _ = self.shape
-
-    @property
-    def shape(self) -> Pattern | None:
-        """The pattern that was asked for, if any."""
-        return Pattern.parse(self.pattern) if self.pattern is not None else None
-
-    def check(self, targets: Targets) -> None:
-        """Refuse a pattern that does not fit."""
-        super().check(targets)
-        if self.shape:
-            self.shape.check(targets)
 
     def solve(self, weight: Tensor, statistics: Hessian, heights: Sequence[int]) -> Solved:
         """Prune the stacked weight, each layer in it to exactly the given sparsity."""

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from knowledge_compression.building import Positive
-from knowledge_compression.compression.base import check_sparsity
+from knowledge_compression.compression.base import Patterned, check_sparsity
 from knowledge_compression.compression.calibrated import SecondOrder, Solved
 from knowledge_compression.compression.solve.coding import Coding
 from knowledge_compression.compression.solve.compensation import compensate
 from knowledge_compression.compression.solve.grid import SCALE_BITS, Grid, GroupedColumns
 from knowledge_compression.compression.solve.hessian import Hessian, inverse_factor
-from knowledge_compression.compression.solve.patterns import Pattern
 from knowledge_compression.compression.solve.refit import refit
 from knowledge_compression.compression.solve.threshold import smallest
 from knowledge_compression.errors import BadInput
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SparseGpt(SecondOrder):
+class SparseGpt(Patterned, SecondOrder):
     """Prune using the curvature of each layer's output error on calibration text; can quantize in the same sweep.
 
     ``docs/calibrated-compression.md`` gives the reason for each default, with measurements; the published script's
@@ -69,11 +68,6 @@ class SparseGpt(SecondOrder):
         return Grid(bits, self.group_size, self.symmetric, self.clip, self.scale_bits)
 
     @property
-    def shape(self) -> Pattern | None:
-        """The n:m pattern, if one is set."""
-        return Pattern.parse(self.pattern) if self.pattern is not None else None
-
-    @property
     def coding(self) -> Coding | None:
         """Integers on the grid; None without one."""
         return self.grid.coding() if self.grid else None
@@ -81,8 +75,6 @@ class SparseGpt(SecondOrder):
     def check(self, targets: Targets) -> None:
         """Refuse a pattern or grid that does not fit."""
         super().check(targets)
-        if self.shape:
-            self.shape.check(targets)
         if self.grid:
             self.grid.check(targets, whole=False)
 

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from knowledge_compression.compression.base import check_sparsity
+from knowledge_compression.compression.base import Patterned, check_sparsity
 from knowledge_compression.compression.calibrated import Calibrated, Solved
-from knowledge_compression.compression.solve.patterns import Pattern
 from knowledge_compression.compression.walk.statistics import LayerInputs, Statistics
 from knowledge_compression.heavy import torch
-from knowledge_compression.models import Targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +34,7 @@ class InputPower(Statistics):
 
 
 @dataclass(frozen=True)
-class Wanda(Calibrated[InputPower]):
+class Wanda(Patterned, Calibrated[InputPower]):
     """Remove the weights with the smallest ``|w| ‖x‖`` from every output row; the others are unchanged.
 
     Attributes:
@@ -52,16 +50,6 @@ class Wanda(Calibrated[InputPower]):
         """Refuse invalid settings before anything is loaded."""
         check_sparsity(self.sparsity)
         _ = self.shape
-
-    @property
-    def shape(self) -> Pattern | None:
-        """The n:m pattern, if one is set."""
-        return Pattern.parse(self.pattern) if self.pattern is not None else None
-
-    def check(self, targets: Targets) -> None:
-        """Refuse a sparsity or pattern that does not fit."""
-        if self.shape:
-            self.shape.check(targets)
 
     def observe(self, in_features: int, device: torch.device) -> InputPower:
         """The norms that all linears with one input share."""

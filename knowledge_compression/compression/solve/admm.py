@@ -14,9 +14,8 @@ _FIRST, _MOST = 0.1, 1e6  # how strongly the two copies are drawn together, at f
 _EVERY = 3  # iterations between two looks at the mask
 # By how much that grows while more than a share of as many entries as are kept has changed since the last look.
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-_CLEARLY = (
-    0.005  # share of changes from which on the mask is moving; until then the copies were drawn together too hard
-)
+# Above this share of changes the mask is moving; until then the copies were drawn together too hard.
+_CLEARLY = 0.005
 _SOFTER = 5.0  # by how much they are drawn less until then
 _SETTLED, _PATIENCE = 0.0003, 30  # below this share of changes it stops, from this iteration on
 

@@ -91,9 +91,7 @@ class Helpers:
         """
         team = self._team_for(reader)
         if not team:
-            for batch, request in work:
-                for part in reader.read(request):
-                    yield (batch, *part)
+            yield from reader.read_all(work)
             return
         shared = _Shared(work, _AHEAD * self.processes)
         for helper in team:

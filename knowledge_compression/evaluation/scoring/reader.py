@@ -5,7 +5,7 @@ A :class:`Reader` knows nothing of suites, and can be handed to other processes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
@@ -178,6 +178,12 @@ class Reader:
             The part of the things that was read, from one index to before another, and the result of the pass.
         """
         yield from self._fitting(request, 0, len(request.things))
+
+    def read_all(self, work: Iterable[tuple[list[int], Request]]) -> Iterator[tuple[list[int], int, int, Any]]:
+        """Read requests one after the other: for each, its batch with what :meth:`read` yields."""
+        for batch, request in work:
+            for part in self.read(request):
+                yield (batch, *part)
 
     def _fitting(self, request: Request, start: int, end: int) -> Iterator[tuple[int, int, Any]]:
         things = request.things[start:end]

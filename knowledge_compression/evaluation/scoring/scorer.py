@@ -274,8 +274,8 @@ class Scorer:
         """
         watched = self.watcher is not None
         work = ((batch, Request(kind, [things[i] for i in batch], watched, more)) for batch in batches)
-        shares = self.helpers is not None and self.helpers.processes > 1
-        read = self.helpers.read(self.reader, work) if self.helpers and shares else self._alone(work)
+        helpers = self.helpers if self.helpers and self.helpers.processes > 1 else None
+        read = helpers.read(self.reader, work) if helpers else self.reader.read_all(work)
         shown = counted(len(batches), bar) if bar and isinstance(batches, Sized) else nullcontext(lambda _: None)
         with shown as advance:
             for batch, start, end, found in read:
@@ -283,8 +283,3 @@ class Scorer:
                 if end == len(batch):
                     self.passes += 1
                     advance(1)
-
-    def _alone(self, work: Iterable[tuple[list[int], Request]]) -> Iterator[tuple[list[int], int, int, Any]]:
-        for batch, request in work:
-            for part in self.reader.read(request):
-                yield (batch, *part)
