@@ -22,14 +22,8 @@ from knowledge_compression.compression.walk.layer_inputs import identified, read
 from knowledge_compression.compression.walk.statistics import D, Observed
 from knowledge_compression.models.targets import TargetLayer
 
-_PARTS = (
-    (0, 1),
-    (1, 2),
-    (2, 3),
-    (0, 2),
-    (1, 3),
-    (0, 3),
-)  # of a matrix: all, the second half, the last third, ...
+# Parts of a matrix: all, the second half, the last third, ...
+_PARTS = ((0, 1), (1, 2), (2, 3), (0, 2), (1, 3), (0, 3))
 _BASE = 8  # base of the digits that encode a row's index: 2^-7 is far from underflow in every type
 _TRIED = 3  # powers of two used in a trial
 
