@@ -1,4 +1,4 @@
-"""The language models of the installed transformers that can be placed, at their default sizes, on the meta device.
+"""The model types of the installed transformers whose parts are known, at their default sizes, on the meta device.
 
     python -m knowledge_compression.models.coverage docs/models.md
 
@@ -32,21 +32,26 @@ _COLUMNS = {"attention": (ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT)} | {
 
 # What the tests do in addition to this table; one of them compares the number with the list.
 _TRIED = (
-    "89 types were tried from end to end: a tiny network of each with random weights and a tokenizer of its kind is "
-    "loaded, pruned by magnitude (`target=att`, `ff`, `all` and `final`), quantized to int8 and by GPTQ, saved and "
-    "read back to equal logits, and scored: decoders and encoder-decoders as stock lm-eval scores them, encoders as a "
-    "plain pass over each text, to 1e-4. The command is `python -m pytest tests/models/test_every_type.py -m 'slow or "
-    "not slow'`; the list is `tests/helpers/every_type.py`. All go through, with these notes:",
+    "89 types were tried from end to end, each with a tiny network of random weights and a tokenizer of its kind:",
     "",
-    "- `mamba` and `mamba2` have no attention and no feed-forward layers: `target=att` and `ff` say so, `mixer` and "
-    "`all` take what they have.",
-    "- `led` has projections for global attention, which no text here uses: GPTQ rounds them to the nearest, and the "
-    "report names them (`no_tokens`).",
-    "- `mamba` and `jamba` multiply by the weight of `dt_proj` without calling it, so GPTQ sees nothing of what it "
-    "reads and treats it likewise.",
-    "- `mbart` is not scored as stock lm-eval scores it, but as a plain pass: transformers moves the last token of "
-    "mBART's labels, there the language's, to the front of what the decoder reads. lm-eval's labels are the answer, so "
-    "with stock the decoder reads the end of the answer before it says it.",
+    "1. The network is loaded.",
+    "2. It is pruned by magnitude (`target=att`, `ff`, `all` and `final`), quantized to int8, and quantized by GPTQ.",
+    "3. It is saved, and read back to equal logits.",
+    "4. It is scored, and the scores are compared to 1e-4: decoders and encoder-decoders with stock lm-eval, encoders "
+    "with a plain pass over each text.",
+    "",
+    "The command is `python -m pytest tests/models/test_every_type.py -m 'slow or not slow'`; the list is "
+    "`tests/helpers/every_type.py`. All types pass, with these notes:",
+    "",
+    "- `mamba` and `mamba2` have no attention and no feed-forward layers. `target=att` and `ff` say so; `mixer` and "
+    "`all` select what they have.",
+    "- `led` has projections for global attention, which no text here uses. GPTQ rounds them to the nearest value, and "
+    "the report names them (`no_tokens`).",
+    "- `mamba` and `jamba` multiply by the weight of `dt_proj` without calling the layer, so GPTQ sees no inputs of it "
+    "and rounds it to the nearest value too.",
+    "- `mbart` is compared with a plain pass, not with stock lm-eval. transformers moves the last of mBART's labels, "
+    "normally the token of the language, to the front of what the decoder reads. lm-eval's labels are the answer, so "
+    "its decoder reads the end of the answer before it predicts it.",
 )
 
 
@@ -131,14 +136,15 @@ def as_markdown(found: Sequence[Coverage]) -> str:
     lines = [
         "# Language models that are placed",
         "",
-        f"Of the {len(found)} entries in the causal, masked and sequence-to-sequence tables of transformers "
-        f"{transformers.__version__}, {len(built)} build from their default configuration and {len(done)} of these are "
-        "placed: every parameter of their blocks of two or more dimensions has a role, or is left out by name. Made by "
-        "`python -m knowledge_compression.models.coverage docs/models.md`, on the meta device.",
+        "A model type is *placed* if every parameter of its blocks with two or more dimensions has a role or is left "
+        "out by name. The tables of causal, masked and sequence-to-sequence models in transformers "
+        f"{transformers.__version__} have {len(found)} entries. Of these, {len(built)} build from their default "
+        f"configuration, and {len(done)} of those are placed. That a type is placed means that its parts are known, "
+        "not that every compression and suite was tried on it.",
         "",
-        "Millions of weights in the blocks, by role; `target=ff` takes experts and shared experts too. The last column "
-        "says what is left out, as a share of the blocks, and why. That a type is placed says what its parts are, not "
-        "that every compression and suite was tried on it.",
+        "The figures are millions of weights in the blocks, by role; `target=ff` includes experts and shared experts. "
+        "The last column says what is left out and why, as a share of the blocks. "
+        "`python -m knowledge_compression.models.coverage docs/models.md` made this page, on the meta device.",
         "",
         *_TRIED,
     ]
