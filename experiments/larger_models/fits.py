@@ -1,10 +1,10 @@
-"""What of a large model fits where, from the forecast of ``run.plan=true``, as a table in Markdown.
+"""Where a large model fits, from the forecast of ``run.plan=true``, as a table in Markdown.
 
     python experiments/larger_models/fits.py
 
 No network is needed: the sizes of the presets are in ``tests/published_sizes.yaml``. As with ``device_map=auto``, a
-tenth of a GPU is left for activations. Memory is that of the forecast without libraries: the weights and a fifth more
-to ask, a block and a fifth more to compress from disk to disk.
+tenth of a GPU is left for activations. Memory is that of the forecast without libraries: to evaluate a model, its
+weights and a fifth more; to compress it from disk to disk, a block and a fifth more.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def written(name: str, sizes: Mapping[str, Any], folder: Path) -> LocalModel:
 
 
 def planned(source: LocalModel, folder: Path) -> tuple[float, float, float]:
-    """Bytes of memory to ask it, and to round it from disk to disk; multiply-adds of 1,000 tokens."""
+    """Bytes of memory to evaluate it, and to round it from disk to disk; multiply-adds of 1,000 tokens."""
     experiment = Experiment(
         source=source,
         target=kc.choose("target=all"),
@@ -77,12 +77,12 @@ def planned(source: LocalModel, folder: Path) -> tuple[float, float, float]:
 
 
 def where(needed: float, gpus: int, each: float) -> str:
-    """Whether so many bytes fit on these GPUs: whole on one, divided over some, or what is left over."""
+    """Whether so many bytes fit on these GPUs: whole on one, divided over some, or the bytes without room."""
     room = FREE * each
     if needed <= room:
         return "on one"
     count = -(-needed // room)
-    return f"over {count:.0f}" if count <= gpus else f"{(needed - gpus * room) / 1e9:.0f} GB beside"
+    return f"divided over {count:.0f}" if count <= gpus else f"{(needed - gpus * room) / 1e9:.0f} GB elsewhere"
 
 
 def streaming() -> tuple[list[str], list[str]]:
@@ -110,13 +110,13 @@ def main() -> None:
         states = 2.0 * CALIBRATION * skeleton.text_config.hidden_size
         told = {"parameters": f"{skeleton.parameter_count() / 1e9:.1f} * 10^9", "weights in bfloat16": _size(whole)}
         told |= {f"{n} x {each} GB": where(whole, n, 1e9 * each) for n, each in MACHINES}
-        told |= {"memory to ask it, on a CPU in bfloat16": _size(ask), "in float32": _size(2 * ask)}
+        told |= {"memory to evaluate it on a CPU, in bfloat16": _size(ask), "the same in float32": _size(2 * ask)}
         told |= {
-            "memory from disk to disk": _size(stream),
-            "and calibrated: states of 128 x 2,048 tokens": _size(states),
+            "memory to compress it from disk to disk": _size(stream),
+            "the states of 128 x 2,048 calibration tokens, in addition": _size(states),
         }
         told |= {f"a file of {form}": _size(linear * bits / 8 + rest) for form, bits in FORMS.items()}
-        told |= {"10^12 multiply-adds a 1,000 tokens": f"{macs / 1e12:.0f}"}
+        told |= {"10^12 multiply-adds per 1,000 tokens": f"{macs / 1e12:.0f}"}
         for row, cell in told.items():
             rows.setdefault(row, []).append(cell)
     print(f"| | {' | '.join(models)} |\n|---|{'---|' * len(models)}")
