@@ -1,4 +1,4 @@
-"""The page of Forgotten or Displaced in small, written from a store made by hand."""
+"""The page of Forgotten or Displaced on small models, written from a store made by hand."""
 
 from __future__ import annotations
 
