@@ -25,10 +25,10 @@ class Kept:
     Attributes:
         run: the run.
         share: of the facts that the dense model answers right, the share that this run answers right.
-        at_least: lower bound of that share with 95 % confidence (one-sided; Wilson, or over seeds too where there are
+        at_least: lower bound of that share with 95 % confidence (one-sided; Wilson, or also over seeds if there are
             several).
         size_mb: stored size in 10^6 bytes, with what a recovery trained; None where it is unknown.
-        flips: of all facts, the share that it answers right where the dense model is wrong or conversely.
+        flips: the share of all facts that it answers right and the dense model wrong, or conversely.
         flips_at_most: upper bound of that share with 95 % confidence (one-sided).
     """
 
@@ -41,7 +41,7 @@ class Kept:
 
 
 def kept(group: Group) -> list[Kept]:
-    """Every run of a group, the dense one first, then by size, smallest last, then those of unknown size.
+    """Every run of a group: the dense one first, the others from largest to smallest, those of unknown size last.
 
     Returns:
         Empty if the dense model answers nothing right.
@@ -121,14 +121,14 @@ def _needed(finding: Finding, told: int) -> int | None:
     bounds = [-claim.margin, claim.margin] if claim.alike else [-claim.margin]
     away = min(abs(effect.value - bound) for bound in bounds)
     spread = (effect.high - effect.low) / 2
-    if not claim.margin:  # what has to be small is a p-value that is corrected
+    if not claim.margin:  # decided by a corrected p-value, which has to be small
         spread *= norm.isf(ALPHA / 2 / told) / norm.isf(ALPHA / 2)
     if not away or math.isnan(spread):
         return None
     return max(effect.n + 1, math.ceil(effect.n * (spread / away) ** 2))
 
 
-# For claims about the size of a recovery: two that the second paper has, too.
+# For claims about the size of a recovery: two sizes that the second paper has too.
 _TWO_SIZES = {"prompt": " recovery.tokens=26,100", "idp": " 'recovery.prompts=[10,30],[50,100]'"}
 
 # For claims about two kinds of questions: a preset that asks both.
@@ -143,7 +143,7 @@ def _commands(claim: Claim, comparisons: Comparisons) -> Iterator[str]:
     asked: defaultdict[str, set[str]] = defaultdict(set)
     for group in [*comparisons.groups, *comparisons.measured]:
         if group.dense.taken or group.dense.report["model"].get("family") not in claim.families:
-            continue  # a model that was asked elsewhere is not one that can be asked here by its name
+            continue  # runs taken from elsewhere: their model's name means nothing here
         if suite := claim.measure.suite or (group.measure is ANSWERS and group.asked.suite):
             asked[group.asked.model].add("nine_tasks" if claim.tasks and not claim.measure.suite else suite)
     together: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)

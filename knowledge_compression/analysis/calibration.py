@@ -2,9 +2,9 @@
 
 Confidence is the share of an answer among those it is ranked with (``evaluation/confidence.py``). The calibration error
 is that of Guo et al. (2017), over fifteen bins of equal width; the Brier score is the multi-class one, from 0 to 2.
-Conformal sets are those of split conformal prediction (Sadinle et al., 2019): with the right answers' shares on one
-half of the items a threshold is set, and the set of an item of the other half holds the answers whose share reaches it,
-so that it holds the right one with 90 % probability. Halves are drawn twenty times, the same ones for every run.
+Conformal sets are those of split conformal prediction (Sadinle et al., 2019). The right answers' shares on one half of
+the items set a threshold. For an item of the other half, the set holds the answers whose share reaches the threshold;
+it contains the right one with 90 % probability. Halves are drawn twenty times, the same ones for every run.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from knowledge_compression.statistics import Estimate, means
 BINS = 15
 COVERAGE = 0.9  # asked of conformal sets
 HALVES = 20
-FEWEST = 40  # items of a group, so that half of them set a threshold
-_AT_A_TIME = 64  # resamples, so that their draws stay small
+FEWEST = 40  # items of a group; half of them set a threshold
+_AT_A_TIME = 64  # resamples, which keeps their draws small
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Sure:
 
     Attributes:
         right: whether each item is answered right, ``[items]``.
-        shares: of the answers of each, largest first, padded with -1: ``[items, answers]``.
+        shares: shares of each item's answers, largest first, padded with -1: ``[items, answers]``.
         gold: share of the right answer, ``[items]``.
-        brier: Brier score of each, ``[items]``.
+        brier: Brier score of each item, ``[items]``.
     """
 
     right: NDArray[np.bool_]
@@ -56,17 +56,17 @@ class Sure:
         return found
 
     def threshold(self, items: NDArray[np.bool_]) -> float:
-        """The least share with which an answer belongs to a set, by the right answers of some items.
+        """The smallest share with which an answer belongs to a set, from the right answers of some items.
 
-        The right answer of a new item reaches it with probability :data:`COVERAGE` at least: the k-th smallest share of
-        n, k = floor((n + 1) (1 - coverage)), and zero where that is none.
+        It is the k-th smallest of n shares with k = floor((n + 1) (1 - coverage)), or zero if k is 0. The right answer
+        of a new item reaches it with probability :data:`COVERAGE` or more.
         """
         shares = np.sort(self.gold[items])
         place = len(shares) + 1 - ceil((len(shares) + 1) * COVERAGE - 1e-9)
         return float(shares[place - 1]) if place else 0.0
 
     def sizes(self, threshold: float) -> NDArray[np.int64]:
-        """Number of answers in the set of each item; where more than those kept would belong to it, their number."""
+        """Number of answers in the set of each item, at most the number of answers that were kept."""
         return (self.shares >= np.float32(threshold)).sum(1)
 
     def covered(self, threshold: float) -> NDArray[np.bool_]:
@@ -76,14 +76,14 @@ class Sure:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """One run of a group beside its baseline.
+    """One run of a group, compared with its baseline.
 
     Attributes:
-        run: the run; of several seeds the one with the lowest.
+        run: the run; with several seeds, that of the lowest.
         answers: number of answers an item is ranked with, on average.
         error, brier, size: calibration error, mean Brier score, and mean size of a conformal set.
         coverage: share of conformal sets that hold the right answer.
-        coverage_of_dense: the same where the threshold is that of the dense model.
+        coverage_of_dense: the same with the dense model's threshold.
         error_change, brier_change, size_change: this run's minus the dense model's, paired by item; None for the dense
             run itself.
     """
@@ -139,8 +139,8 @@ def sure_of(group: Group, run: Run) -> Sure | None:
 def errors(sures: Sequence[Sure]) -> tuple[list[Estimate], list[Estimate]]:
     """The calibration errors of several runs, and their changes from the first, with percentile bootstrap intervals.
 
-    The items are drawn anew for all runs together, so that changes are paired. An error is a sum of absolute values and
-    never 0 by chance: with few items its interval lies above 0 for a calibrated model too.
+    All runs share the resampled items, so changes are paired. An error is a sum of absolute values and so is never 0
+    by chance: with few items its interval lies above 0 even for a calibrated model.
     """
     n = len(sures[0].right)
     gaps = np.concatenate([sure.gaps for sure in sures], axis=1)
@@ -158,7 +158,7 @@ def errors(sures: Sequence[Sure]) -> tuple[list[Estimate], list[Estimate]]:
 def _of_items(
     sure: Sure, halves: NDArray[np.bool_], own: list[float], others: list[float]
 ) -> list[NDArray[np.float64]]:
-    """Of each item, size and coverage by the run's own thresholds, and coverage by another run's; means over halves."""
+    """Size and coverage of each item by the run's own thresholds, and coverage by another run's; means over halves."""
     tested = (~halves).sum(0)
     pairs = list(zip(~halves, own, others, strict=True))
     sizes = sum(test * sure.sizes(limit) for test, limit, _ in pairs) / tested
@@ -168,7 +168,7 @@ def _of_items(
 
 
 def _halves(n: int) -> NDArray[np.bool_]:
-    """The items that set a threshold, each item in every other of them: ``[HALVES, n]``."""
+    """The items that set a threshold; each item is in every other half: ``[HALVES, n]``."""
     rng = np.random.default_rng(SEED)
     halves = np.zeros((HALVES, n), bool)
     for pair in halves.reshape(HALVES // 2, 2, n):
@@ -178,7 +178,7 @@ def _halves(n: int) -> NDArray[np.bool_]:
 
 
 def _draws(n: int) -> Iterator[NDArray[np.float64]]:
-    """How often each item is drawn, in resamples of which a few at a time are given, ``[resamples, n]``."""
+    """How often each item is drawn in each resample, a few resamples at a time: ``[resamples, n]``."""
     rng = np.random.default_rng(SEED)
     for start in range(0, RESAMPLES_OF_ONE_SEED, _AT_A_TIME):
         drawn = rng.integers(n, size=(min(_AT_A_TIME, RESAMPLES_OF_ONE_SEED - start), n))
@@ -189,7 +189,7 @@ def _errors(gaps: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[
     """The calibration error of each run under each weighting of the items, ``[weightings, runs]``.
 
     Args:
-        gaps: of the runs side by side, ``[items, runs * bins]``.
+        gaps: the gaps of all runs in one matrix, ``[items, runs * bins]``.
         weights: ``[weightings, items]``.
     """
     of_bins = np.abs(weights @ gaps).reshape(len(weights), -1, BINS)

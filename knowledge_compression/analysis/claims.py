@@ -24,8 +24,8 @@ class Kind:
 
     Attributes:
         name: e.g. ``facts``.
-        suites: the suites that ask them, and of each the tasks that are of this kind, by what is before their first
-            full stop, as in ``derived.homeland``; none means all of them.
+        suites: the suites that ask them, each with its tasks of this kind, named by the part before their first full
+        stop, as in ``derived.homeland``; none means all tasks.
     """
 
     name: str
@@ -59,8 +59,8 @@ class Claim:
         gain_over: settings of a reference run for each of the two, otherwise identical; the gains over the reference
             runs are compared instead of the values themselves.
         measure: the measure that is compared.
-        kinds: two kinds of questions, of which the first should suffer less in the same run; the runs are then those
-            with the settings ``worse``, and ``better`` is the dense model's.
+        kinds: two kinds of questions; the first should suffer less in the same run. The runs are then those with the
+        settings ``worse``, and ``better`` stands for the dense model.
     """
 
     name: str
@@ -174,8 +174,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("weights_win_language", "On language understanding, LoRA brings back more than IDP",
           f"{SECOND}, 3.2.2", better={"recovery": "lora"}, worse={"recovery": "idp"}, tasks=LANGUAGE),
     Claim("idp_lacks_little_on_language",
-          "Where LoRA brings back more, on language understanding, IDP lacks less than 0.2 points", f"{SECOND}, 3.2.2",
-          better={"recovery": "idp"}, worse={"recovery": "lora"}, tasks=LANGUAGE, margin=0.002),
+          "On language understanding, where LoRA brings back more, IDP is less than 0.2 points behind",
+          f"{SECOND}, 3.2.2", better={"recovery": "idp"}, worse={"recovery": "lora"}, tasks=LANGUAGE, margin=0.002),
     Claim("short_prompts_are_as_good", "A shorter prompt keeps as much as a longer one (within 1 point)",
           f"{SECOND}, 3.1 and Figure 2", better={"recovery": "prompt"}, worse={"recovery": "prompt"}, margin=0.01,
           parameters=FEWER),

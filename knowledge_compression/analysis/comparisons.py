@@ -23,13 +23,13 @@ from knowledge_compression.results.varying import is_dense as _is_dense
 from knowledge_compression.statistics import Estimate, accuracies, drops, macro_accuracies
 
 KEY = ["task", "id"]  # an item of a suite
-_DIGEST, _BRIEF = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{8,}\b"), r"\1"  # a reader needs no more of it
+_DIGEST, _BRIEF = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{8,}\b"), r"\1"  # a few digits are enough for a reader
 _PLACES = (
     "path",
     "data_dir",
     "adapter",
     OTHER_TOKENIZER,
-)  # in runs of format 1: what lies there decides, and is in the fingerprint
+)  # paths in runs of format 1; the fingerprint has their content, which decides
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Group:
         asked: the protocol that they share.
         dense: the baseline.
         measure: the measure that is compared.
-        runs: one run for each setting: of several seeds, the one with the lowest.
+        runs: one run for each setting; with several seeds, that of the lowest.
         seeds: by the id of a run above, that run and those that differ from it only in the seed.
     """
 
@@ -174,11 +174,11 @@ class Group:
         return np.stack([self.correct(self.under(run, seed)) for seed in self.seeds_of(run)])
 
     def flipped(self, run: Run) -> NDArray[np.bool_]:
-        """Whether each item's answer is right where the baseline's is wrong or conversely: ``[seeds, items]``."""
+        """Whether each item's answer is right and the baseline's wrong, or conversely: ``[seeds, items]``."""
         return self.answers(run) != self.correct(self.dense)
 
     def changed(self, run: Run) -> NDArray[np.bool_] | None:
-        """:meth:`flipped`, or wrong and wrong otherwise; None if some wrong answers are not known as text."""
+        """:meth:`flipped`, or wrong in two different ways; None if some wrong answers are not known as text."""
         before = self._said(self.dense)
         other = [self._said(self.under(run, seed)) != before for seed in self.seeds_of(run)]
         wrong = ~self.answers(run) & ~self.correct(self.dense)
@@ -192,7 +192,7 @@ class Group:
         return self.items.join(said, on=KEY, how="left", maintain_order="left")["prediction"]
 
     def dense_answers(self, run: Run) -> NDArray[np.bool_]:
-        """The baseline's answers beside :meth:`answers`, those of the same seed where it was run with it."""
+        """The baseline's answers for the seeds of :meth:`answers`: with the same seed if it was run with it."""
         return np.stack([self.correct(self.under(self.dense, seed)) for seed in self.seeds_of(run)])
 
 
@@ -274,10 +274,10 @@ def _fill(group: Group, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
         if group.measure is not ANSWERS and run.report.get("dense", {}).get(OTHER_TOKENIZER):
             yield (
                 run.id,
-                f"its tokenizer is not that of {group.asked.model}, so its {group.asked.suite} is of other tokens",
+                f"its tokenizer is not that of {group.asked.model}, so its {group.asked.suite} is over other tokens",
             )
             continue
-        if not _as_many_items(run, group.dense, group.asked.suite):  # otherwise they need not be read here
+        if not _as_many_items(run, group.dense, group.asked.suite):  # else not read
             try:
                 group.gains(run)
             except ValueError as error:
@@ -294,7 +294,7 @@ def _fill(group: Group, runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
 def _as_many_items(run: Run, dense: Run, suite: str) -> bool:
     """Whether both report the same number of questions; under one protocol these are the same questions.
 
-    Of runs that were made elsewhere only their items say what was asked.
+    For runs that were made elsewhere, only the items say what was asked.
     """
     if run.taken:
         return False

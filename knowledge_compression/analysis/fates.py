@@ -55,9 +55,9 @@ def shares_of_fates(group: Group, run: Run) -> list[Row]:
         Rows with ``by`` (``all facts``, ``relation``, ``frequency``), ``value``, ``counts`` (of each of :data:`FATES`),
         ``wrong_otherwise`` (how many never known are answered differently; None where answers are not known as text),
         ``flips`` and ``all_flips`` (of all facts), ``lost`` (of the facts that the dense model knew) and ``gained`` (of
-        those that it did not); and of the lost facts how far the right answer sank: its ``rank`` now (geometric mean:
-        of a few lost facts one may rank in the thousands), and by how many nats its log-probability ``fell``.
-        Each is an :class:`Estimate`, or None if there are no such facts.
+        those that it did not); and how far the right answers of the lost facts sank: their ``rank`` now (geometric
+        mean, because one of a few lost facts may rank in the thousands), and by how many nats their log-probability
+        ``fell``. Each is an :class:`Estimate`, or None if there are no such facts.
     """
     extra = [column for column in _categories(group) if column != "task"]
     ledger = fates(group.dense, run, group.asked.suite, by=extra)
@@ -81,7 +81,7 @@ def shares_by_setting(group: Group, restored: Sequence[Row]) -> list[Row]:
 
     Args:
         group: the runs.
-        restored: of :func:`shares_restored`.
+        restored: the rows of :func:`shares_restored`.
 
     Returns:
         Rows with ``run`` (id of a setting), ``seeds``, ``by``, ``value``, ``counts``, ``wrong_otherwise``, ``flips``,
@@ -155,7 +155,7 @@ def recoveries(group: Group) -> Iterator[tuple[Run, dict[str, Run]]]:
 
 
 def shares_by_depth(group: Group, run: Run) -> Row | None:
-    """At which depths the answers to the facts that a run lost still rank first, in it and in the dense model.
+    """The depths at which the answers to a run's lost facts still rank first, in this run and in the dense model.
 
     Returns:
         ``before`` and ``after``: an :class:`Estimate` a depth, the first before the first block; ``went``: share of

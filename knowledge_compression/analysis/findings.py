@@ -30,12 +30,12 @@ class Finding:
         claim: the claim.
         model, suite: where it was checked.
         status: ``supported``, ``contradicted`` or ``undecided``.
-        effect: gain (:class:`~.measures.Measure`, for answers accuracy) under the supposedly better setting minus the
-            other's, averaged over the pairs, by item; of a claim about kinds of questions, the share kept of the one
-            minus that of the other (:mod:`~.kinds`), averaged over the runs.
-        p: of the effect, after Holm's correction over all findings of the store.
-        pairs: the run ids compared, better first (or :data:`MAJORITY`), or each run and its baseline; of several seeds,
-            those with the lowest.
+        effect: gain (:class:`~.measures.Measure`; accuracy for answers) under the supposedly better setting minus that
+        under the other, by item, averaged over the pairs. For a claim about kinds of questions: the share kept of
+        the first kind minus that of the second (:mod:`~.kinds`), averaged over the runs.
+        p: p-value of the effect, after Holm's correction over all findings of the store.
+        pairs: the run ids compared, better first (or :data:`MAJORITY`), or each run and its baseline; with several
+        seeds, those of the lowest.
         seeds: number of seeds over which the effect is averaged, those shared by all its runs.
     """
 
@@ -77,7 +77,7 @@ Draft = tuple[Finding, NDArray[np.float64], NDArray[np.float64]]
 
 
 def _effects(drafts: Sequence[Draft]) -> list[Estimate]:
-    """The estimates: of paired differences if the items are the same, otherwise of two samples' means."""
+    """Estimates of paired differences if the items are the same, otherwise of the difference of two means."""
     paired = [better - worse for finding, better, worse in drafts if finding.claim.measure.paired]
     differences = iter(mean_differences(paired))
     return [

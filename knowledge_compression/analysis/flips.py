@@ -17,7 +17,7 @@ class Flips:
     Attributes:
         items: number of items that both answer.
         kept, lost, gained, never_known: number of items with each fate.
-        wrong_otherwise: number of those never known that are answered differently; None if a run has no answers as
+        wrong_otherwise: number of never known items that are answered differently; None if a run has no answers as
             text.
         flips, all_flips: share of the items, with Wilson's interval over items (each is one pair of answers).
     """

@@ -1,9 +1,10 @@
 """Two kinds of questions under the same compression: how much of each is kept, above chance.
 
-Of the items of a kind, what counts is the share of right answers above guessing (one answer in ``choices``; none where
-answers are not ranked). A run *keeps* the ratio of its own share to the dense model's, 1 if nothing is lost and 0 if it
-guesses, so that questions with two answers and with thousands can be compared. Items are resampled within each kind,
-and seeds, shared by both, with them. The wordings of one fact are not independent and count as one item, their mean.
+For each kind, only the share of right answers above guessing counts. (Guessing answers one item in ``choices``; none
+where answers are not ranked.) A run *keeps* the ratio of its own share to the dense model's: 1 if nothing is lost, 0 if
+it guesses. So questions with two answers and with thousands can be compared. Items are resampled within each kind;
+seeds, shared by both kinds, are resampled too. The wordings of one fact are not independent: their mean counts as one
+item.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Asked:
 
     @cached_property
     def _told(self) -> pl.DataFrame:
-        """Of each item of the kind: the chance to guess it, and the number of its fact."""
+        """For each item of the kind: the chance of guessing it, and the number of its fact."""
         items = items_of(self.group.dense, self.group.asked.suite)
         fact = pl.col("fact") if "fact" in items.collect_schema() else pl.col("id")
         of = items.select(*KEY, "choices", fact.alias("fact")).collect()
@@ -63,13 +64,13 @@ class Asked:
         return told.select((1 / pl.col("choices")).fill_null(0.0).alias("chance"), fact_of_task.rank("dense") - 1)
 
     def above(self, run: Run) -> NDArray[np.float64]:
-        """Right or wrong less chance, mean over the wordings of each fact: ``[facts]``."""
+        """Right (1) or wrong (0), minus chance, mean over the wordings of each fact: ``[facts]``."""
         right = self.group.correct(run)[self.rows] - self._told["chance"].to_numpy()
         of = self._told["task"].to_numpy()
         return np.bincount(of, right) / np.bincount(of)
 
     def table(self, runs: Sequence[Run], seeds: Sequence[int]) -> NDArray[np.float64]:
-        """Above chance, the dense model and the mean over these runs' settings: ``[2, seeds, facts]``."""
+        """:meth:`above` of the dense model, and its mean over these runs' settings: ``[2, seeds, facts]``."""
         group = self.group
         dense = np.stack([self.above(group.under(group.dense, seed)) for seed in seeds])
         each = [[self.above(group.under(run, seed)) for seed in seeds] for run in runs]
@@ -91,7 +92,7 @@ def asked(group: Group, kind: Kind) -> Asked | None:
 
 
 def pairs(groups: Sequence[Group], kinds: tuple[Kind, Kind]) -> Iterator[tuple[Asked, Asked, list[Run]]]:
-    """Every two suites of these kinds that the same runs were asked, and those runs, one for each setting."""
+    """Every pair of suites of these kinds that the same runs answered, and those runs, one for each setting."""
     first, second = ([found for group in groups if (found := asked(group, kind))] for kind in kinds)
     for one in first:
         for other in second:
@@ -102,7 +103,7 @@ def pairs(groups: Sequence[Group], kinds: tuple[Kind, Kind]) -> Iterator[tuple[A
 
 
 def kept(tables: Sequence[NDArray[np.float64]]) -> list[Estimate]:
-    """Of each table of :meth:`Asked.table`, what is kept of the dense model's answers above chance."""
+    """The share of the dense model's answers above chance that is kept, for each table of :meth:`Asked.table`."""
     ends = bootstrap([[table] for table in tables], _ratio)
     found = []
     for table, end in zip(tables, ends, strict=True):
@@ -114,16 +115,16 @@ def kept(tables: Sequence[NDArray[np.float64]]) -> list[Estimate]:
 def differences(
     both: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]], resamples: int | None = RESAMPLES
 ) -> list[Estimate]:
-    """What is kept of the first kind less what is kept of the second, of each pair of tables of the same seeds.
+    """The share kept of the first kind minus that of the second, for each pair of tables of the same seeds.
 
-    Both kinds are resampled independently of each other, as they share no items, under the same seeds.
+    The kinds share no items, so they are resampled independently of each other, under the same seeds.
 
     Args:
-        both: the pairs, of :meth:`Asked.table`.
-        resamples: by default so many that the p-value, which is the bootstrap's with one seed too, is still small
-            after a correction for a hundred findings; None takes as many as an interval needs.
+        both: pairs of tables of :meth:`Asked.table`.
+        resamples: number of resamples. By default so many that the bootstrap's p-value, used with one seed too, can
+        still be small after a correction for a hundred findings. None takes as many as an interval needs.
     """
-    # The bootstrap averages over both sets of items: with one sign turned and doubled, that is the difference.
+    # The bootstrap averages over both sets of items. With one set negated, twice that mean is the difference.
     signed = [[one, np.stack([other[0], -other[1]])] for one, other in both]
     ends = bootstrap(signed, lambda dense, run: 2 * _ratio(dense, run), resamples=resamples)
     found = []
@@ -138,7 +139,7 @@ def by_kind(comparisons: Comparisons, kinds: tuple[Kind, Kind]) -> list[Row]:
 
     Returns:
         Rows with ``run`` (id), ``suites`` (the names of both), ``kept`` (an :class:`Estimate` of each) and
-        ``difference``, first less second.
+        ``difference``, the first minus the second.
     """
     rows: list[Row] = []
     tables: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []

@@ -14,7 +14,7 @@ from knowledge_compression.analysis.comparisons import KEY, items_of
 from knowledge_compression.results.store import Run
 
 REDIRECTION, WEIGHTS, UNKNOWN = "redirection", "weights", "unknown"
-# How the strategies of this project restore, for runs older than that entry of the report.
+# How the strategies of this project restore, for runs whose report does not say so.
 _BY_STRATEGY = dict.fromkeys(("prompt", "prefix", "idp", "concat"), REDIRECTION) | {"lora": WEIGHTS, "none": "nothing"}
 
 KEPT, LOST, GAINED, NEVER_KNOWN = "kept", "lost", "gained", "never known"
@@ -25,7 +25,7 @@ BY_REDIRECTION, BY_WEIGHTS, BY_BOTH, BY_NEITHER = "by redirection", "by weights"
 def restores_by(run: Run) -> str:
     """How a run's recovery restores, as declared by its class: by ``weights``, ``redirection`` or ``nothing``.
 
-    For runs older than that entry of ``report.json`` the recorded strategy decides; ``unknown`` if it is not one of
+    For runs whose ``report.json`` does not say so, the recorded strategy decides; ``unknown`` if it is not one of
     this project's. Names of configuration files have no influence.
     """
     recovery = run.report.get("recovery", {})
@@ -38,10 +38,10 @@ def fates(dense: Run, compressed: Run, suite: str, *, by: Sequence[str] = ()) ->
     Args:
         dense, compressed: the two runs.
         suite: which suite's items.
-        by: further columns of the dense run's items to give, e.g. ``bin`` (how often training said the fact).
+        by: further columns of the dense run's items to return, e.g. ``bin`` (how often training stated the fact).
 
     Returns:
-        One row an item: ``task, id, question, gold, before, after`` (the two answers), ``fate`` (kept, lost, gained or
+        One row per item: ``task, id, question, gold, before, after`` (the two answers), ``fate`` (kept, lost, gained or
         never known), ``flip`` and ``changed`` (whether it counts among the flips and among all flips; the latter is
         null for a wrong answer that is not known as text), and how far the gold answer sank: ``rank_before,
         rank_after, log_prob_before, log_prob_after``.
@@ -77,16 +77,19 @@ def fates(dense: Run, compressed: Run, suite: str, *, by: Sequence[str] = ()) ->
 
 
 def depths(dense: Run, compressed: Run, suite: str) -> pl.DataFrame | None:
-    """In which depth the right answers to lost facts are found (both runs with ``eval=[<suite>,lens]``).
+    """The depth at which the right answers to lost facts are found (both runs with ``eval=[<suite>,lens]``).
 
     Returns:
-        One row for each lost fact to which the lens was applied: ``task, id, question, gold``; ``ranks_before,
-        ranks_after``,
-        the answer's rank by depth, before the first block and after each; ``first_until``, the last depth at which the
-        compressed model ranks it first (null: at none); and ``went``: ``to the end`` where that is after the last
-        block (the lens reads an answer's first token, so the rest of it went wrong, or another that begins alike won),
-        ``late`` where it is in the last third of the blocks, ``early`` where it is before, ``never there``. None where
-        either run lacks the lens.
+        One row for each lost fact to which the lens was applied:
+
+        - ``task, id, question, gold``;
+        - ``ranks_before, ranks_after``: the answer's rank by depth, before the first block and after each;
+        - ``first_until``: the last depth at which the compressed model ranks the answer first (null: none);
+        - ``went``: where that depth is: ``to the end`` (after the last block; the lens reads only an answer's first
+          token, so the rest went wrong, or another answer that begins alike won), ``late`` (in the last third of the
+          blocks), ``early`` (before), or ``never there``.
+
+        None if either run lacks the lens.
     """
     looked = [_lens(run, suite) for run in (dense, compressed)]
     if looked[0] is None or looked[1] is None:
@@ -137,13 +140,13 @@ def restorations(
 
     Args:
         dense, compressed: the two runs between which facts were lost.
-        recovered: name (of the strategy, or longer where it was tried in several ways) to the run that recovered the
+        recovered: name (of the strategy, or longer if it was tried in several ways) to the run that recovered the
             compressed model; each has to say how it restores, see :func:`restores_by`.
         suite: which suite's items.
         by: as in :func:`fates`.
 
     Returns:
-        One row a lost item: ``task, id, question, gold``, one boolean column a recovery, and ``restored`` (by
+        One row per lost item: ``task, id, question, gold``, one boolean column per recovery, and ``restored`` (by
         redirection, by weights, by both, by neither). Strategies that were not run restore nothing: compare
         only like sets of them.
 

@@ -88,7 +88,7 @@ def restored(comparisons: Comparisons) -> list[str]:
 
 
 class Table(NamedTuple):
-    """A table of text: in each row first the names, which come from the store, then the figures."""
+    """A table of text; each row has first the names, which come from the store, then the figures."""
 
     heads: list[str]
     rows: list[tuple[list[str], list[str]]]

@@ -16,7 +16,7 @@ from knowledge_compression.statistics import Estimate
 
 @dataclass(frozen=True)
 class Measure:
-    """A column of the item table, and how differences in it are estimated and reported.
+    """A column of the item table, and how its differences are estimated and reported.
 
     Attributes:
         column: the column.
@@ -28,7 +28,7 @@ class Measure:
         suite: the suite that measures it; empty if several do.
         metric: the suite's metric of it that is shown first.
         paired: whether two runs have the same items; otherwise two samples are compared.
-        against_dense: whether it is how far a run's values lie from the baseline's, not the values themselves.
+        against_dense: whether the measure is the distance of a run's values from the baseline's, not the values.
     """
 
     column: str
@@ -46,7 +46,7 @@ class Measure:
         """An effect and its interval in the unit of the measure."""
         shown = effect.through(self.told)
         if math.isnan(shown.low):
-            return f"{shown.value:+.1f} {self.unit} (one of the {self.items} alone has no interval)"
+            return f"{shown.value:+.1f} {self.unit} (a single one of the {self.items} has no interval)"
         return f"{shown.value:+.1f} [{shown.low:+.1f}, {shown.high:+.1f}] {self.unit}"
 
 
@@ -87,7 +87,7 @@ SIMILARITY = Measure(
 )
 LATENCY = Measure(
     "seconds",
-    lambda seconds: -np.log(seconds),  # so that a difference is a ratio of times
+    lambda seconds: -np.log(seconds),  # a difference is then a ratio of times
     _percent,
     "% speed",
     items="repeats",

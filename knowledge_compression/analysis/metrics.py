@@ -19,7 +19,7 @@ Estimates = Callable[[Sequence[Any]], list[Estimate]]
 _perplexities: Estimates = partial(means, of_mean=np.exp)
 _root_mean_squares: Estimates = partial(means, of_mean=np.sqrt)
 
-# By the name of a metric within its suite: its columns, the values taken from them, and the kind of estimate.
+# The columns of each metric, the values taken from them, and the kind of estimate, by its name within its suite.
 _MADE_OF: Mapping[str, tuple[list[str], Callable[[pl.DataFrame], Any], Estimates]] = {
     "accuracy": (["correct"], lambda items: items["correct"].to_numpy(), accuracies),
     "accuracy_macro": (["correct", "task"], lambda items: _by_task(items, pl.col("correct")), macro_accuracies),
@@ -105,12 +105,12 @@ def _by_window(items: pl.DataFrame, kind: str) -> np.ndarray:
 
 
 def _by_item(positions: pl.Series) -> np.ndarray:
-    """One value an item whose mean is that over all positions, and varies like it when items are drawn anew.
+    """One value per item. Their mean is the mean over all positions, and varies like it when items are resampled.
 
     The mean over positions is a ratio of sums over items; this is its linear part (Cochran, 1977, 2.11).
 
     Args:
-        positions: lists, one entry a position.
+        positions: lists with one entry per position.
     """
     positions = positions.list.drop_nulls().cast(pl.List(pl.Float64))
     sums, counts = positions.list.sum().to_numpy(), positions.list.len().to_numpy()

@@ -147,8 +147,9 @@ def results_table(comparisons: Comparisons) -> PaperTable:
                 row["lost_of_known"] = whole["lost"]
             rows.append(row)
     caption = (
-        "Accuracy, relative drop against the dense model, flips (of all facts, those lost or gained) and facts lost of "
-        "those that the dense model knew, in percent with 95 % intervals; MB: stored size in 10^6 bytes."
+        "Accuracy, relative drop against the dense model, flips (share of all facts that were lost or gained) and "
+        "share lost of the facts that the dense model knew, in percent with 95 % intervals; MB: stored size in 10^6 "
+        "bytes."
     )
     return PaperTable("results", caption, rows)
 

@@ -22,7 +22,7 @@ from knowledge_compression.statistics import Estimate, drops, mean, means
 # Figure 1: the compressions it shows, and the setting that varies in each.
 _TURNED = {"gptq": "bits", "sparsegpt": "sparsity"}
 _NOT_RECOVERED = "not recovered"
-_POOLED = ("seed", "eval")  # settings that a panel does not tell apart
+_POOLED = ("seed", "eval")  # settings that a panel does not distinguish
 _COLOURS = {"lora": "C0", "prompt": "C1", "prefix": "C2", "idp": "C3", "concat": "C4", "none": "grey"}
 
 
@@ -105,7 +105,7 @@ def _scatter(
 ) -> Figure | None:
     """Average accuracy against another quantity of the same run (Figures 2 and 4).
 
-    One panel per compressed model, one colour per recovery, with its size beside each mark.
+    One panel per compressed model, one colour per recovery, with its size next to each mark.
     """
     found = [
         (group, bare, marks)
@@ -138,7 +138,7 @@ def _trained(run: Run) -> Estimate | None:
 
 
 def _perplexity(run: Run) -> Estimate | None:
-    """Of the windows that the run scored, with the interval over them."""
+    """Perplexity of the windows that the run scored, with the interval over them."""
     windows = run.scan_items()
     if "nll" not in windows.collect_schema():
         return None

@@ -1,4 +1,4 @@
-"""The tables of both papers from any store of runs, with published figures beside ours."""
+"""The tables of both papers from any store of runs, with published figures next to ours."""
 
 from __future__ import annotations
 
@@ -139,8 +139,8 @@ def recovery_table(comparisons: Comparisons) -> PaperTable:
     caption = (
         "Accuracy of compressed models, and of the same models after each recovery, with 95 % intervals. TriviaQA: the "
         "paper calls all nine tasks multiple-choice. The task triviaqa generates an answer and matches it exactly, as "
-        "the harness defines it today, so that this column and the means with it are not the paper's measure; "
-        "triviaqa_greedy is right where an answer is what the model says greedily, as in the harness's first versions."
+        "the harness defines it today, so this column and the means with it are not the paper's measure; "
+        "triviaqa_greedy is right if an answer is the model's greedy continuation, as in the harness's first versions."
     )
     return PaperTable(published.FORGOTTEN, caption, rows)
 
@@ -169,9 +169,9 @@ def fates_table(comparisons: Comparisons) -> PaperTable:
             back = told["restored"] or [None] * len(RESTORED)
             rows.append(row | {f"restored {how}": share for how, share in zip(RESTORED, back, strict=True)})
     caption = (
-        "Facts by fate relative to the dense model, with 95 % intervals of the shares. Wrong otherwise: of those never "
-        "known, how many are answered differently. Flips: of all facts, those lost or gained; all flips: these, and "
-        "those wrong otherwise."
+        "Facts by fate relative to the dense model, with 95 % intervals of the shares. Wrong otherwise: how many of "
+        "those never known are answered differently. Flips: the facts lost or gained; all flips: also those wrong "
+        "otherwise."
     )
     return PaperTable("fates", caption, rows)
 

@@ -1,4 +1,4 @@
-"""Facts asked in several wordings, over a store: known in all, some or none of them, and what became of half-lost ones.
+"""Facts asked in several wordings: whether they are known in all, some or none, and what restores half-lost ones.
 
 A fact is *half lost* if compression lost it in one wording and kept it in another, and *wholly lost* if it lost every
 wording in which the dense model knew it. If a half-lost fact is displaced rather than forgotten, redirecting the input
@@ -57,7 +57,7 @@ def knowledge(group: Group) -> list[Row]:
 
 
 def half_lost(dense: Run, compressed: Run, suite: str) -> pl.DataFrame:
-    """The facts of which compression lost at least one wording, of those that the dense model knew in several.
+    """The facts that the dense model knew in several wordings and that compression lost in at least one.
 
     Returns:
         One row for each lost wording: ``task``, ``id``, ``fact``, ``lost`` (how many of its wordings), ``kept``, and
@@ -80,14 +80,16 @@ def half_lost(dense: Run, compressed: Run, suite: str) -> pl.DataFrame:
 def brought_back(group: Group) -> list[Row]:
     """Whether half-lost facts come back by redirection or by weights more often than wholly lost ones.
 
-    That they come back more often by either way would only say that they were lost narrowly; that they are displaced
-    rather than forgotten, that redirection has more of an advantage over weights with them. The last row is of that.
+    If they come back more often by either way, that only shows that they were lost narrowly. They are displaced rather
+    than forgotten if redirection has more of an advantage over weights with them than with wholly lost ones; the last
+    row tests this.
 
     Returns:
-        Rows with ``compressed`` (run id), ``by`` (redirection, weights, or the one less the other), ``tried`` (names of
-        the recoveries), ``facts`` and ``back`` (for half lost and wholly lost: number of facts, and the mean over them
-        of the share of their lost wordings that at least one of the recoveries made right, an :class:`Estimate` or None
-        without facts), and ``difference``: of those means, by Welch's t-test over facts; None if either has no facts.
+        Rows with ``compressed`` (run id), ``by`` (redirection, weights, or the first minus the second), ``tried``
+        (names of the recoveries), ``facts`` and ``back`` (for half lost and wholly lost: number of facts, and the mean
+        over them of the share of their lost wordings that at least one of the recoveries made right, an
+        :class:`Estimate` or None without facts), and ``difference``: of those means, by Welch's t-test over facts; None
+        if either has no facts.
     """
     if not asks_wordings(group):
         return []
@@ -113,7 +115,7 @@ def brought_back(group: Group) -> list[Row]:
 
 
 def _shares(lost: pl.DataFrame, recovered: Sequence[Run], suite: str) -> pl.DataFrame:
-    """Of each fact, the share of its lost wordings that at least one recovered model answers rightly."""
+    """The share of each fact's lost wordings that at least one recovered model answers correctly."""
     known = lost.lazy()
     names = [f"right_{i}" for i in range(len(recovered))]
     for name, run in zip(names, recovered, strict=True):

@@ -293,7 +293,7 @@ def test_one_item_decides_nothing():
         [claim_named("idp_at_least_equals_lora")],
     )[0].findings
     assert (finding.status, finding.effect.value) == (UNDECIDED, 1)
-    assert "one of the items alone has no interval" in finding.claim.measure.words(finding.effect)
+    assert "a single one of the items has no interval" in finding.claim.measure.words(finding.effect)
 
 
 @pytest.mark.parametrize(
