@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Model)
 
 ADAPTER = "adapter_config.json"  # the file that identifies a folder of peft
+CONFIGURATION = "config.json"  # the file that identifies a folder of save_pretrained
 
 
 class ModelSource(Protocol):
@@ -239,7 +240,7 @@ class LocalModel:
     @property
     def label(self) -> str:
         """Its name among files of the same model: the file name; for a folder, with the name of its parent."""
-        place = Path(self.path).expanduser().resolve()
+        place = self._folder_or_file().resolve()
         return place.name if place.is_file() else "/".join(place.parts[-2:])
 
     def streamed(self, device: str | Spread = "auto", dtype: str = "auto") -> StreamedModel:
@@ -255,6 +256,11 @@ class LocalModel:
         model.note = self.note
         return model
 
+    def _folder_or_file(self) -> Path:
+        """The path; its folder, if it is that of a configuration."""
+        place = Path(self.path).expanduser()
+        return place.parent if place.name == CONFIGURATION else place
+
     def _place(self) -> tuple[Path, bool]:
         """The folder or file, and whether it is a file or a folder with a configuration.
 
@@ -262,9 +268,9 @@ class LocalModel:
             ModelUnavailable: it cannot be opened.
             BadInput: it is an adapter.
         """
-        place = Path(self.path).expanduser()
+        place = self._folder_or_file()
         try:
-            there = place.is_file() or (place / "config.json").is_file()
+            there = place.is_file() or (place / CONFIGURATION).is_file()
             adapter = not there and (place / ADAPTER).is_file()
             whole = place.resolve()
         except (OSError, RuntimeError, ValueError) as error:  # no permission, a link to itself, or an invalid path
@@ -287,10 +293,11 @@ class LocalModel:
 
         place, there = self._place()
         with one_line_failures(self.path, self.name, allow_pickle=False):
-            stored = stored_at(place)
+            stored = stored_at(Path(self.path).expanduser() if there else place)
         if stored is None and place.is_file():
             raise ModelUnavailable(
-                f"model.path={self.path} is a file but not a GGUF file; give one, or a folder saved by save_pretrained"
+                f"model.path={self.path} is a file but not a GGUF file; give one, or the folder of a model with its "
+                "config.json and safetensors"
             )
         if stored is None and not there:
             raise ModelUnavailable(

@@ -20,9 +20,15 @@ from knowledge_compression.models.failures import one_line_failures, quiet
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, family_of
 from knowledge_compression.models.hub import is_cached
 from knowledge_compression.models.model import Model
-from knowledge_compression.models.soundness import check_configuration, check_it_runs, check_loaded, check_tokenizer
+from knowledge_compression.models.soundness import (
+    check_configuration,
+    check_it_runs,
+    check_loaded,
+    check_shapes,
+    check_tokenizer,
+)
 from knowledge_compression.models.spread import Spread, is_spread, keep_scratch
-from knowledge_compression.models.streamed import Checkpoint, StreamedModel, check_kinds
+from knowledge_compression.models.streamed import Checkpoint, StreamedModel, check_kinds, has_weights
 from knowledge_compression.progress import underway
 
 if TYPE_CHECKING:
@@ -77,12 +83,16 @@ def from_pretrained(
     """
     from transformers import AutoTokenizer
 
+    from knowledge_compression.models.checkpoints.folder import check_declared
+
     place = resolve_device(device)
     spread = device.loading(place) if isinstance(device, Spread) else {}
     if place.type == "cpu":
         reuse_freed_memory()
     if Path(where).is_dir():
         check_shards(Path(where))
+        if has_weights(Path(where)):
+            Checkpoint(Path(where)).described()  # names the file that is damaged
     # A download shows the hub's own bars, which would interfere with this program's.
     waiting = underway(f"loading {name}") if Path(where).exists() or is_cached(where, **hub) else nullcontext()
     with one_line_failures(where, name, allow_pickle), quiet(), waiting:
@@ -98,10 +108,13 @@ def from_pretrained(
                 config=config,
                 dtype=resolve_dtype(dtype, place),
                 use_safetensors=None if allow_pickle else True,
+                ignore_mismatched_sizes=True,  # which are in the report
                 output_loading_info=True,
                 **spread,
                 **hub,
             )
+        check_shapes(loaded["mismatched_keys"])
+        check_declared(network.config, loaded["unexpected_keys"])
         check_loaded(network, loaded["missing_keys"], loaded["unexpected_keys"])
         if stored is None:
             check_kinds(network, Path(where))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -49,20 +49,43 @@ def check_loaded(network: PreTrainedModel, missing: Iterable[str], left_over: It
     Raises:
         BadInput: weights would be random, or whole blocks left out.
     """
-    if names := sorted(missing):
-        raise BadInput(
-            f"it lacks {len(names)} weights ({names[0]}, ...), so its answers would be partly random; use a "
-            "checkpoint that was saved with its language-model head"
-        )
+    names = sorted(missing)
     for stack in architecture_of(network).stacks:
         inside = re.escape(stack.blocks.removeprefix(f"{network.base_model_prefix}.")).replace(r"\*", r"[^.]+")
         depth = sum(stack.is_block(path) for path, _ in network.named_modules())
-        for name in left_over:
+        last = [name for name in network.state_dict() if re.search(rf"(?:^|\.){inside}\.{depth - 1}\.", name)]
+        if last and set(last) <= set(names):
+            raise BadInput(
+                f"its configuration has {depth} blocks, but its files hold no weight of the last ({last[0]}, ...); one "
+                "of the two is wrong"
+            )
+        for name in sorted(left_over):
             found = re.search(rf"(?:^|\.){inside}\.(\d+)\.", name)
             if found and int(found[1]) >= depth:
                 raise BadInput(
                     f"its files hold {name}, but its configuration has {depth} blocks; one of the two is wrong"
                 )
+    if names:
+        raise BadInput(
+            f"it lacks {len(names)} weights ({names[0]}, ...), so its answers would be partly random; use a "
+            "checkpoint that was saved whole, with its language-model head"
+        )
+
+
+def check_shapes(mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """Refuse weights of another shape than the configuration describes.
+
+    Args:
+        mismatched: name, shape in the files and shape in the network, as transformers reports them.
+
+    Raises:
+        BadInput: there is such a weight.
+    """
+    for name, stored, wanted in sorted(mismatched):
+        raise BadInput(
+            f"it holds {name} of shape {list(stored)}, but its configuration describes {list(wanted)}; use weights and "
+            "config.json of the same model"
+        )
 
 
 def check_tokenizer(model: Model) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from knowledge_compression.errors import BadInput, ModelUnavailable
+from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
 from knowledge_compression.heavy import nn, torch
 from knowledge_compression.models.model import Model
 
@@ -41,6 +41,11 @@ class Described:
     def floats(self) -> bool:
         """Whether it holds floating-point numbers."""
         return "F" in self.dtype  # F32, BF16, F8_E4M3, ...
+
+    @property
+    def plain(self) -> bool:
+        """Whether it holds floating-point numbers that need no scale, of 16 bits or more."""
+        return self.floats and not self.dtype.startswith(("F8", "F4"))
 
     @property
     def count(self) -> int:
@@ -74,19 +79,22 @@ class Checkpoint:
         """Read the index of tensors and files.
 
         Raises:
-            ModelUnavailable: there are no weights, or the index points outside the folder.
+            ModelUnavailable: there are no weights, or the index cannot be read or points outside the folder.
         """
         self.folder = folder
-        try:
-            if (folder / INDEX).is_file() and not (
-                folder / SINGLE
-            ).is_file():  # the order of preference of from_pretrained
-                self.file_of: dict[str, str] = dict(json.loads((folder / INDEX).read_bytes())["weight_map"])
-            else:
-                with safe_open(folder / SINGLE, "pt") as file:
-                    self.file_of = dict.fromkeys(file.keys(), SINGLE)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ModelUnavailable(f"{folder} holds no safetensors weights that can be read ({error})") from None
+        if (folder / SINGLE).is_file():  # which from_pretrained prefers
+            with self._opened(SINGLE) as file:
+                self.file_of: dict[str, str] = dict.fromkeys(file.keys(), SINGLE)
+        elif (folder / INDEX).is_file():
+            try:
+                self.file_of = dict(json.loads((folder / INDEX).read_bytes())["weight_map"])
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ModelUnavailable(
+                    f"{folder / INDEX} cannot be read ({first_line(error)}); it must name the file of each weight, as "
+                    "save_pretrained writes it: copy it again"
+                ) from None
+        else:
+            raise ModelUnavailable(f"{folder} holds no safetensors weights: neither {SINGLE} nor {INDEX}")
         if outside := [name for name in self.file_of.values() if not isinstance(name, str) or Path(name).name != name]:
             raise ModelUnavailable(f"{folder / INDEX} refers to a file outside its folder: {outside[0]}")
 
@@ -134,8 +142,12 @@ class Checkpoint:
         try:
             with safe_open(path, "pt") as file:
                 yield file
-        except (OSError, SafetensorError) as error:
-            raise ModelUnavailable(f"{path} cannot be read ({error})") from None
+        except OSError as error:
+            raise ModelUnavailable(f"{path} cannot be read ({first_line(error)})") from None
+        except SafetensorError as error:
+            raise ModelUnavailable(
+                f"{path} is damaged or cut short ({first_line(error)}); copy the whole file again"
+            ) from None
 
 
 @dataclass
@@ -271,13 +283,18 @@ def check_kinds(network: PreTrainedModel, folder: Path) -> None:
         BadInput: there is such a tensor; the message names it.
         ModelUnavailable: a file cannot be read, or is outside the folder.
     """
-    if getattr(network.config, "quantization_config", None) or not any((folder / name).is_file() for name in _WEIGHTS):
+    if getattr(network.config, "quantization_config", None) or not has_weights(folder):
         return
     there = Checkpoint(folder).described()
     needed = network.state_dict()
     for name, key in names_in_files(network, there).items():
         if name in needed and needed[name].is_floating_point() and not there[key].floats:
             raise BadInput(f"it holds {key} as integers, without a quantization_config that describes them")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds safetensors that from_pretrained finds."""
+    return any((folder / name).is_file() for name in _WEIGHTS)
 
 
 def names_in_files(network: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:

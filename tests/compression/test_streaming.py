@@ -290,7 +290,7 @@ def test_broken_checkpoints_are_one_line(saved: Callable[..., LocalModel], tmp_p
         source.streamed("cpu")
     index_file.write_text(json.dumps(index))
     shards[-1].write_bytes(shards[-1].read_bytes()[:100])
-    with pytest.raises(ModelUnavailable, match="cannot be read"):
+    with pytest.raises(ModelUnavailable, match="is damaged or cut short"):
         streamed(source, Magnitude(sparsity=0.2), ALL, tmp_path / "out")
     for path in (*shards, index_file):
         path.unlink()

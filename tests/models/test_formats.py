@@ -15,13 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from helpers import stored_layers as made_of
-from helpers.networks import build_network
+from helpers.stored_folders import Maker, describe, write_folder
 from helpers.stored_layers import Made
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.checkpoints.folder import FORMATS
 from knowledge_compression.models.loading import LocalModel
 
-Maker = Callable[..., Made]
 LAYERS: dict[str, Maker] = {
     **{f"gptq-v{v}-{b}": partial(made_of.gptq, bits=b, version=v) for v in (1, 2) for b in (2, 3, 4, 8)},
     "gptq-act-order": partial(made_of.gptq, act_order=True),
@@ -88,39 +87,19 @@ def test_a_bank_of_experts() -> None:
     assert np.array_equal(weight.numpy(), made.weight)
 
 
-WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "tie_word_embeddings": False}
-
-
 @pytest.fixture
 def stored(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., tuple[Path, dict[str, Made]]]:
     """``stored(maker)`` makes a folder of a small LLaMA whose block linears are stored so, and gives what it made."""
 
     def make(maker: Maker, architecture: str = "llama", **wide: Any) -> tuple[Path, dict[str, Made]]:
-        network = build_network(architecture, **(wide or WIDE))
         folder = tmp_path / "stored"
-        network.half().save_pretrained(folder)
-        tiny_tokenizer.save_pretrained(folder)
-        state = load_file(folder / "model.safetensors")
-        rng, layers = np.random.default_rng(3), {}
-        for name in list(state):
-            turned = architecture == "gpt2"
-            block = ".layers." in name or ".h." in name
-            if block and name.endswith(".weight") and state[name].dim() == 2:
-                shape = tuple(state.pop(name).shape)
-                made = maker(rng, *(shape[::-1] if turned else shape))
-                path = name.removesuffix(".weight")
-                state |= {path + end: tensor.contiguous() for end, tensor in made.tensors.items()}
-                layers[path] = made
-        save_file(state, folder / "model.safetensors", {"format": "pt"})
-        write_settings(folder, next(iter(layers.values())).settings)
-        return folder, layers
+        return folder, write_folder(folder, tiny_tokenizer, maker, architecture, **wide)
 
     return make
 
 
 def write_settings(folder: Path, settings: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    describe(folder, quantization_config=settings)
 
 
 WHOLE = ["gptq-v1-4", "gptq-act-order", "awq", "ct-packed-asymmetric", "ct-float-channel", "ct-nvfp4", "ct-mxfp4"]
@@ -254,7 +233,7 @@ def test_a_file_that_is_cut_short_is_one_line(stored: Callable[..., tuple[Path, 
     folder, _ = stored(LAYERS["awq"])
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(BadInput, match="holds no safetensors weights that can be read"):
+    with pytest.raises(BadInput, match=r"model.safetensors is damaged or cut short \(.*\); copy the whole file again"):
         LocalModel("local", str(folder)).load("cpu", "float32")
 
 

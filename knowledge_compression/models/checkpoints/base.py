@@ -53,6 +53,7 @@ class Format(ABC):
         endings: endings of all tensors of one layer that are read, including the mark.
         weight: ending of the weight that they represent.
         telling: endings of small tensors that determine its shape and are read first.
+        left_out: the setting of ``quantization_config`` that names the layers stored as plain floats.
     """
 
     name: ClassVar[str]
@@ -61,6 +62,7 @@ class Format(ABC):
     endings: ClassVar[tuple[str, ...]]
     weight: ClassVar[str] = ".weight"
     telling: ClassVar[tuple[str, ...]] = ()
+    left_out: ClassVar[str] = "modules_to_not_convert"
 
     @classmethod
     @abstractmethod

@@ -33,6 +33,7 @@ class FourBit(Format):
 
     name = "bitsandbytes 4 bits"
     methods = ("bitsandbytes_4bit",)
+    left_out = "llm_int8_skip_modules"
     mark = ".weight.absmax"
     kinds = (".weight.quant_state.bitsandbytes__nf4", ".weight.quant_state.bitsandbytes__fp4")
     endings = (
@@ -91,6 +92,7 @@ class EightBit(Format):
 
     name = "bitsandbytes 8 bits"
     methods = ("bitsandbytes_8bit",)
+    left_out = "llm_int8_skip_modules"
     mark = ".SCB"
     endings = (".weight", ".SCB")
 

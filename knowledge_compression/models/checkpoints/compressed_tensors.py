@@ -73,6 +73,7 @@ class CompressedTensors(Format):
 
     name = "compressed-tensors"
     methods = ("compressed-tensors",)
+    left_out = "ignore"
     mark = ".weight_scale"
     endings = (
         *(".weight_packed", ".weight", ".weight_scale", ".weight_zero_point"),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.errors import BadInput
@@ -32,6 +33,7 @@ FORMATS: tuple[type[Format], ...] = (Gptq, Awq, CompressedTensors, FourBit, Eigh
 # The files in which older programs wrote the settings.
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _SETTINGS = ("quantization_config", "compression_config")
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,15 @@ class QuantizedFolder(Stored):
         """
         from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-        settings = settings_of(folder)
+        if (settings := settings_of(folder)) is None:
+            return None
         if (found := _format(settings)) is not None:
             return cls(folder, found.of(settings))
-        if settings and settings.get("quant_method") not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        if (method := settings.get("quant_method")) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            told = "no quant_method" if method is None else f"quant_method={method!r}"
+            known = "" if method is None else ", which neither this program nor transformers knows"
             raise BadInput(
-                f"its quantization_config names quant_method={settings.get('quant_method')!r}, which neither this "
-                f"program nor transformers knows; {', '.join(readable())} and GGUF files can be read"
+                f"its quantization_config names {told}{known}; {', '.join(readable())} and GGUF files can be read"
             )
         return None
 
@@ -103,6 +107,7 @@ class QuantizedFolder(Stored):
         layers = {f"{layer.path}{self.format.weight}": layer for layer in self.layers}
         parts = {name for layer in self.layers for name in layer.names.values()}
         plain = {name: described for name, described in self.described.items() if name not in parts}
+        self._check_one_format(plain)
         wanted = skeleton.state_dict()
         turned = set()
         for name, key in names_in_files(skeleton, [*layers, *plain]).items():
@@ -119,8 +124,13 @@ class QuantizedFolder(Stored):
                         f"{layers[key].path} represents weights of shape {list(layers[key].coded.shape)}, but the "
                         f"configuration describes {list(shape)}"
                     )
-            elif wanted[name].is_floating_point() and not plain[key].floats:
-                raise BadInput(f"it holds {key} as integers, and nothing describes what they represent")
+            elif wanted[name].is_floating_point() and not plain[key].plain:
+                raise BadInput(
+                    f"it holds {key} in the type {plain[key].dtype}, without the scales that belong to it; its layers "
+                    f"must be {self.format.name} or plain floats"
+                )
+            elif isinstance(skeleton.get_submodule(name.rpartition(".")[0]), nn.Linear):
+                self._check_left_out(key)
         decoded = {key: Later(partial(self._decode, layer, key in turned)) for key, layer in layers.items()}
         return decoded | {name: Later(partial(self._checkpoint.read, name)) for name in plain}
 
@@ -174,14 +184,45 @@ class QuantizedFolder(Stored):
         size = sum(described.bytes for described in there.values())
         return Layer(path, names, self.format.coded(path, there, facts), size)
 
+    def _check_one_format(self, plain: Iterable[str]) -> None:
+        """Refuse a layer that is stored in another format than the declared one.
+
+        Raises:
+            BadInput: there is such a layer.
+        """
+        for name, other in coded_elsewhere(plain):
+            raise BadInput(
+                f"its configuration declares the format {self.format.name}, but it holds {name}, which is part of a "
+                f"layer in the format {other}; all layers must be {self.format.name} or plain floats"
+            )
+
+    def _check_left_out(self, key: str) -> None:
+        """Refuse a weight stored as floats, if the same layer of another block is coded and no setting names this one.
+
+        Raises:
+            BadInput: it is such a weight, which other programs would look for among the coded ones.
+        """
+        path = key.removesuffix(".weight")
+        if _NUMBER.sub(".*.", path) in self._kinds and not _names(settings_of(self.folder), path):
+            raise BadInput(
+                f"it holds {path} as plain floats, but the same layer of other blocks as {self.format.name}, and no "
+                f"setting of its quantization_config names it; use the files of one model, or name the layer there "
+                f"under {self.format.left_out}"
+            )
+
+    @cached_property
+    def _kinds(self) -> set[str]:
+        """The paths of coded layers, for any block."""
+        return {_NUMBER.sub(".*.", layer.path) for layer in self.layers}
+
     def _decode(self, layer: Layer, turned: bool) -> Tensor:
         tensors = self._checkpoint.read_all(layer.names.values())
         weight = self.format.decode(layer.path, {end: tensors[name] for end, name in layer.names.items()})
         return weight.T if turned else weight
 
 
-def settings_of(folder: Path) -> Mapping[str, Any]:
-    """A model folder's declaration of its quantization; empty if there is none.
+def settings_of(folder: Path) -> Mapping[str, Any] | None:
+    """A model folder's declaration of its quantization; None if there is none.
 
     Raises:
         BadInput: it is not a mapping of settings.
@@ -195,7 +236,48 @@ def settings_of(folder: Path) -> Mapping[str, Any]:
     for name, method in _BESIDE.items():
         if settings := _read(folder / name):
             return {"quant_method": method} | dict(settings)
-    return {}
+    return None
+
+
+def coded_elsewhere(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The tensors among these that are part of a coded layer, and the formats that have such tensors."""
+    for name in names:
+        if found := list(dict.fromkeys(form.name for form in FORMATS if name.endswith(form.mark))):
+            yield name, " or ".join(found)
+
+
+def check_declared(config: Any, left_over: Iterable[str]) -> None:
+    """Refuse files that hold coded layers beside a configuration without their format.
+
+    Args:
+        config: the network's.
+        left_over: tensors of the files that no weight of the network uses.
+
+    Raises:
+        BadInput: there is such a layer.
+    """
+    if any(getattr(config, name, None) is not None for name in _SETTINGS):
+        return
+    for name, form in coded_elsewhere(sorted(left_over)):
+        raise BadInput(
+            f"it holds {name}, which is part of a layer in the format {form}, but its config.json has no "
+            "quantization_config that describes it; copy the config.json that belongs to these weights"
+        )
+
+
+def _names(settings: Any, path: str) -> bool:
+    """Whether a setting, at any depth, contains a layer's path, a part of it, or a pattern that it matches."""
+    if isinstance(settings, Mapping):
+        return any(_names(one, path) for pair in settings.items() for one in pair)
+    if isinstance(settings, list):
+        return any(_names(one, path) for one in settings)
+    if not isinstance(settings, str):
+        return False
+    text = settings.removeprefix("re:").removeprefix("-:").removeprefix("+:")
+    try:
+        return bool(text) and (f".{text}." in f".{path}." or re.match(text, path) is not None)
+    except re.error:
+        return False
 
 
 def readable() -> list[str]:

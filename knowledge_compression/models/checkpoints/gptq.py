@@ -40,6 +40,7 @@ class Gptq(Format):
 
     name = "gptq"
     methods = ("gptq",)
+    left_out = "dynamic"
     mark = ".qweight"
     endings = (".qweight", ".qzeros", ".scales", ".g_idx")
     layouts: ClassVar[Mapping[str, int]] = {"gptq": 1, "gptq_v2": 0}

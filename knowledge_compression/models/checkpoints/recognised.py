@@ -9,19 +9,33 @@ from knowledge_compression.models.checkpoints.folder import QuantizedFolder
 from knowledge_compression.models.checkpoints.gguf import GgufFile
 from knowledge_compression.models.checkpoints.stored import Stored
 
+CONFIGURATION = "config.json"
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
 
 def stored_at(place: Path) -> Stored | None:
     """The compressed checkpoint at a path; None if there is none, or if transformers itself must load it.
 
+    A folder's ``config.json`` as the path chooses what it describes, whatever GGUF files lie beside it.
+
     Raises:
-        BadInput: it is compressed in a way that cannot be read.
+        BadInput: it is compressed in a way that cannot be read, or a folder holds two models.
         ModelUnavailable: a part of it is missing.
     """
+    if place.name == CONFIGURATION:
+        return QuantizedFolder.at(place.parent)
     if place.is_file():
         return GgufFile.at(place)
-    if (place / "config.json").is_file():
-        return QuantizedFolder.at(place)
-    return gguf_in(place)
+    if not (place / CONFIGURATION).is_file():
+        return gguf_in(place)
+    files = [path for path in sorted(place.glob("*.gguf")) if GgufFile.at(path)]
+    weights = [path for pattern in _WEIGHTS for path in sorted(place.glob(pattern))]
+    if files and weights:
+        raise BadInput(
+            f"it holds both {weights[0].name} and {files[0].name}; choose one by model.path={place / CONFIGURATION} or "
+            f"model.path={files[0]}"
+        )
+    return gguf_in(place) if files else QuantizedFolder.at(place)
 
 
 def gguf_in(folder: Path) -> GgufFile | None:

@@ -41,6 +41,7 @@ class SparseTensors(Format):
 
     name = "compressed-tensors"
     methods = ("compressed-tensors",)
+    left_out = "ignore"
     mark = ".bitmask"
     endings = (".bitmask", ".compressed", ".shape", ".row_offsets", ".weight_scale")
     telling = (".shape",)
