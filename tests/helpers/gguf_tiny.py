@@ -79,6 +79,20 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "t5 of relu": ("t5", _T5 | {"feed_forward_proj": "relu", "num_decoder_layers": 3}),
     "umt5": ("umt5", _T5 | {"feed_forward_proj": "gated-gelu"}),
 }
+_LATENT = {"kv_lora_rank": 32, "q_lora_rank": 64, "qk_rope_head_dim": 8, "qk_nope_head_dim": 24, "v_head_dim": 16}
+_LATENT |= {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2}
+_LATENT |= {"moe_intermediate_size": 32, "n_shared_experts": 2, "routed_scaling_factor": 1.5}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 32}
+_YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.707, "mscale_all_dim": 0.707}
+_TWO_KINDS = {"layer_types": ["conv", "full_attention"], "pad_token_id": 0}
+FURTHER |= {
+    "exaone4": ("exaone4", TINY | {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "gpt-oss": ("gpt_oss", TINY | HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
+    "lfm2": ("lfm2", TINY | _TWO_KINDS | {"block_multiple_of": 8}),
+    "deepseek2": ("deepseek_v3", TINY | _LATENT | {"n_group": 2, "topk_group": 1}),
+    "deepseek2 yarn": ("deepseek_v3", TINY | _LATENT | {"n_group": 2, "topk_group": 1, "rope_parameters": _YARN}),
+    "deepseek2 without groups": ("deepseek_v2", TINY | _LATENT | {"rope_parameters": _YARN}),
+}
 WRITTEN = ["llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "stablelm", "starcoder2", "nemotron", "gemma2", "gemma3"]
 WRITTEN += ["gpt2", "bloom", "mamba", "phi3", "falcon", *FURTHER]
 

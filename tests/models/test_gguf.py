@@ -172,6 +172,10 @@ def test_any_changed_byte_is_answered_in_one_line_or_read(good: Path) -> None:
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
         ),
         ({"type": "none"}, {"rope_type": "default"}),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 32, "yarn_beta_fast": 16.0},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 16.0},
+        ),
     ],
 )
 def test_scaled_rotary_embeddings_are_read(settings: dict[str, Any], wanted: dict[str, Any], tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.compression.formats.gguf_blocks import (
     FLOATS,
@@ -41,6 +40,7 @@ from knowledge_compression.models.checkpoints.gguf_architectures import (
     GgufArchitecture,
     architecture_for,
     further_tensors,
+    is_turned,
 )
 from knowledge_compression.models.checkpoints.gguf_changes import Array
 from knowledge_compression.models.checkpoints.gguf_vocabulary import GgufVocabulary
@@ -52,7 +52,19 @@ log = logging.getLogger(__name__)
 
 FILE = "model.gguf"
 # llama.cpp has no other type there.
-_ALWAYS_FLOAT32 = ("ffn_gate_inp", "position_embd", "ssm_conv1d", "ssm_a", "ssm_d", "_norm", "attn_rel_b")
+_ALWAYS_FLOAT32 = (
+    *(
+        "ffn_gate_inp",
+        "position_embd",
+        "ssm_conv1d",
+        "ssm_a",
+        "ssm_d",
+        "_norm",
+        "attn_rel_b",
+        "shortconv.conv",
+        ".bias",
+    ),
+)
 
 # Attributes of a configuration on which no answer depends, or that follow from the file's vocabulary.
 _NO_MATTER = {
@@ -66,7 +78,15 @@ _NO_MATTER = {
         "transformers_version",
     ),
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "use_cache", "initializer_range"),
-    *("initializer_std", "pretraining_tp", "slow_but_exact", "router_aux_loss_coef", "output_router_logits"),
+    *(
+        "num_mtp_layers",
+        "num_nextn_predict_layers",
+        "initializer_std",
+        "pretraining_tp",
+        "slow_but_exact",
+        "router_aux_loss_coef",
+        "output_router_logits",
+    ),
     *("cache_implementation", "rescale_prenorm_residual", "residual_in_fp32", "use_mambapy", "max_window_layers"),
 }
 _NO_MATTER_ANYWHERE = ("drop", "pdrop", "summary_", "time_step_")
@@ -318,8 +338,7 @@ def _as_is(values: Array) -> tuple[Array, None]:
 
 def _oriented(model: Model, state: Mapping[str, Tensor], name: str) -> Tensor:
     """A parameter's values; matrices as ``[..., out_features, in_features]``."""
-    module = model.network.get_submodule(name.rpartition(".")[0])
-    return state[name].T if isinstance(module, Conv1D) and name.endswith(".weight") else state[name]
+    return state[name].transpose(-1, -2) if is_turned(model.network, name) else state[name]
 
 
 def _kept(model: Model, name: str) -> list[Blocks] | None:

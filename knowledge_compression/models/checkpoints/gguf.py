@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType, dequantize
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
 from knowledge_compression.models.checkpoints.base import Coded, StoredAs
-from knowledge_compression.models.checkpoints.gguf_architectures import GgufArchitecture, architecture_in
+from knowledge_compression.models.checkpoints.gguf_architectures import GgufArchitecture, architecture_in, is_turned
 from knowledge_compression.models.checkpoints.gguf_families import ARCHITECTURES
 from knowledge_compression.models.checkpoints.gguf_header import MAGIC, GgufHeader, GgufTensor
 from knowledge_compression.models.checkpoints.gguf_rope import FREQUENCIES, check_lengths, with_rope
@@ -38,7 +37,6 @@ logging.getLogger("gguf").setLevel(logging.WARNING)  # gguf reports every file t
 
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _PLAIN = {kind for kind, (block, _) in GGML_QUANT_SIZES.items() if block == 1} | {GGMLQuantizationType.BF16}
-_SCALED_BY_TRANSFORMERS = ("gpt-oss", "gpt_oss")
 _ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
 _TERNARY = {GGMLQuantizationType.TQ1_0: 1.625}  # five ternary digits per byte, and the rest
 
@@ -192,8 +190,6 @@ class GgufFile(Stored):
                 raise BadInput(f"its settings do not describe a model ({first_line(error)})") from None
         words = stored.get("tokenizer.ggml.tokens")
         settings = ({"vocab_size": words} if isinstance(words, int) else {}) | settings
-        if self.architecture in _SCALED_BY_TRANSFORMERS:
-            return settings
         check_lengths(names)
         found = [(tensor, path) for tensor, path in self.described if tensor.name == FREQUENCIES]
         divisors = next((dequantize(tensor.read(path), tensor.kind) for tensor, path in found), None)
@@ -230,6 +226,8 @@ class GgufFile(Stored):
         writer = GGUFWriter(path, self.architecture)
         for key, value in first.settings.items():
             if key == "general.architecture" or key.startswith("tokenizer."):
+                continue
+            if ".rope.scaling." in key:  # read here; transformers takes the length of the key for gpt-oss's value
                 continue
             if isinstance(value, list) and value:
                 writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=first.kinds[key])
@@ -271,8 +269,8 @@ def _decoded(
     """The weight that several tensors form."""
     values = [(tensor.name, dequantize(tensor.read(path), tensor.kind)) for tensor, path in of]
     whole = known.put_together(values, skeleton.config)
-    if isinstance(skeleton.get_submodule(name.rpartition(".")[0]), Conv1D) and whole.ndim > 1:
-        whole = whole.T
+    if is_turned(skeleton, name):
+        whole = whole.swapaxes(-1, -2)
     return torch.from_numpy(np.require(whole, requirements=["C", "W", "O"]))
 
 

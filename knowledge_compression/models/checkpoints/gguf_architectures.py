@@ -9,11 +9,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models.checkpoints.gguf_changes import Array, Change
+from knowledge_compression.models.checkpoints.gguf_changes import UNCHANGED, Array, Change
 from knowledge_compression.models.checkpoints.gguf_rope import FREQUENCIES, llama3_divisors
 from knowledge_compression.models.checkpoints.gguf_settings import Setting, Settings, rotated
 
@@ -27,7 +27,12 @@ _FURTHER_NAMES: Mapping[str, Sequence[str]] = {
         "blk.{}.ffn_up_shexp.weight",
     ),
     r".*layers\.(\d+)\.(?:linear_attn|mixer)\.dt_bias": ("blk.{}.ssm_dt.bias",),
-    r".*layers\.(\d+)\.mlp\.e_score_correction_bias": ("blk.{}.exp_probs_b.bias",),
+    r".*layers\.(\d+)\.\w+(?:\.gate|\.moe_statics|\.gate\.moe_statics)?\.(?:e_score_correction|expert)_bias": (
+        "blk.{}.exp_probs_b.bias",
+    ),
+    r".*layers\.(\d+)\.mlp\.experts\.gate_up_proj_bias": ("blk.{}.ffn_gate_exps.bias", "blk.{}.ffn_up_exps.bias"),
+    r".*layers\.(\d+)\.mlp\.experts\.down_proj_bias": ("blk.{}.ffn_down_exps.bias",),
+    r".*layers\.(\d+)\.self_attn\.kv_b_proj\.weight": ("blk.{}.attn_k_b.weight", "blk.{}.attn_v_b.weight"),
 }
 _WITHOUT_ENDING = (".ssm_a", ".ssm_d")
 
@@ -94,11 +99,9 @@ class GgufArchitecture:
 
     def put_together(self, tensors: Sequence[tuple[str, Array]], config: Any) -> Array:
         """The network's parameter that the given tensors of the file form, by their names."""
-        loaded = []
-        for name, tensor in tensors:
-            change = self.change(name)
-            loaded.append(tensor if change is None else change.load(tensor, config))
-        return loaded[0] if len(loaded) == 1 else np.concatenate(loaded, axis=-2)
+        changes = [self.change(name) or UNCHANGED for name, _ in tensors]
+        loaded = [change.load(tensor, config) for change, (_, tensor) in zip(changes, tensors, strict=True)]
+        return loaded[0] if len(loaded) == 1 else changes[0].join(loaded)
 
     def names(self, network: Any) -> dict[str, Sequence[str]]:
         """Each parameter of a network, and the tensors of the file that hold it, in the order of its rows."""
@@ -119,6 +122,14 @@ class GgufArchitecture:
             if told is not None:
                 found[name] = (told + (ending or ("" if told.endswith(_WITHOUT_ENDING) else ".weight")),)
         return found
+
+
+def is_turned(network: Any, name: str) -> bool:
+    """Whether a parameter is ``[..., in_features, out_features]``: GPT-2's Conv1D, and some banks of experts."""
+    module = network.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, Conv1D):
+        return name.endswith(".weight")
+    return bool(getattr(module, "is_transposed", False)) and name.endswith("_proj")
 
 
 def further_tensors(config: Any) -> dict[str, Array]:

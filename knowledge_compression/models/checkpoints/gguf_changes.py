@@ -6,7 +6,7 @@ moves only whole rows unless it declares otherwise; tensors of one dimension, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,20 +17,25 @@ Array = NDArray[Any]
 Function = Callable[[Array, Any], Array]
 
 
+def _one_below_the_other(parts: Sequence[Array]) -> Array:
+    return np.concatenate(parts, axis=-2)
+
+
 @dataclass(frozen=True)
 class Change:
     """A change of a tensor, given the network's configuration.
 
     Attributes:
         store: converts the network's tensor to the file's.
-        load: converts the file's tensor to the network's. If several tensors form one parameter, the results are joined
-            along the rows.
+        load: converts the file's tensor to the network's.
         rows: whether only whole rows are moved, which is then possible for encoded rows too.
+        join: makes one parameter of the results of ``load`` if several tensors form it; by default along the rows.
     """
 
     store: Function
     load: Function
     rows: bool = True
+    join: Callable[[Sequence[Array]], Array] = _one_below_the_other
 
 
 def paired(heads: str) -> Change:
@@ -95,6 +100,7 @@ def _add(number: float) -> Function:
     return change
 
 
+UNCHANGED = Change(_same, _same)
 PLUS_ONE = Change(_add(1), _add(-1))
 NEGATIVE_EXPONENTIAL = Change(lambda tensor, _: -np.exp(tensor), lambda tensor, _: np.log(-tensor))
 WITHOUT_MIDDLE = Change(lambda tensor, _: tensor[:, 0], lambda tensor, _: tensor[:, None])
@@ -108,10 +114,43 @@ BANK_HALVES = {"ffn_gate_exps": half(0), "ffn_up_exps": half(1)}
 SHARED_HALVES = {"ffn_gate_shexp": half(0), "ffn_up_shexp": half(1)}
 
 
-def interleaved(number: int) -> Change:
-    """Every second column of a bank ``[experts, in_features, out_features]``, turned."""
+def every_second(number: int, axis: int) -> Change:
+    """Every second row of a matrix, of each expert in a bank (axis -2), or of its biases (axis -1)."""
 
     def store(tensor: Array, config: Any) -> Array:
-        return tensor.swapaxes(-1, -2)[..., number::2, :]
+        return np.moveaxis(np.moveaxis(tensor, axis, 0)[number::2], 0, axis)
 
-    return Change(store, lambda tensor, _: tensor.swapaxes(-1, -2), rows=False)
+    def join(parts: Sequence[Array]) -> Array:
+        first = [np.moveaxis(part, axis, 0) for part in parts]
+        return np.moveaxis(np.stack(first, axis=1).reshape(-1, *first[0].shape[1:]), 0, axis)
+
+    return Change(store, _same, join=join)
+
+
+def of_latent(number: int) -> Change:
+    """Keys (0) or values (1) that multi-head latent attention makes of its latent vectors: of each head first the
+    keys, then the values in the network; in the file two banks of heads, the keys ``[heads, latent, width]``.
+    """
+
+    def store(tensor: Array, config: Any) -> Array:
+        heads = tensor.reshape(config.num_attention_heads, -1, tensor.shape[-1])
+        keys, values = np.split(heads, [config.qk_nope_head_dim], axis=1)
+        return values if number else keys.swapaxes(1, 2)
+
+    def load(tensor: Array, config: Any) -> Array:
+        return tensor if number else tensor.swapaxes(1, 2)
+
+    def join(parts: Sequence[Array]) -> Array:
+        whole = np.concatenate(parts, axis=1)
+        return whole.reshape(-1, whole.shape[-1])
+
+    return Change(store, load, rows=bool(number), join=join)
+
+
+GATE_AND_UP_IN_TURN = {
+    f"ffn_{name}_exps.{ending}": every_second(number, axis)
+    for number, name in enumerate(("gate", "up"))
+    for ending, axis in (("weight", -2), ("bias", -1))
+}
+LATENT = {"attn_k_b.": of_latent(0), "attn_v_b.": of_latent(1)}
+ROW = Change(lambda tensor, _: tensor.reshape(-1), lambda tensor, _: tensor.reshape(1, -1))

@@ -23,6 +23,7 @@ from knowledge_compression.models.checkpoints.gguf_changes import (
     of_each_kind,
     paired,
 )
+from knowledge_compression.models.checkpoints.gguf_newer_families import NEWER
 from knowledge_compression.models.checkpoints.gguf_settings import (
     COMMON,
     EXPERTS,
@@ -384,6 +385,13 @@ _T5 = GgufArchitecture(
 )
 _ENCODER_DECODERS = {"t5": _T5, "umt5": replace(_T5, marks="enc.blk.1.attn_rel_b")}
 
-ARCHITECTURES: Mapping[str, GgufArchitecture] = (
-    _LLAMAS | _QWENS | _OLMOS | _COHERES | _GEMMAS | _OLDER | _ENCODER_DECODERS
-)
+ARCHITECTURES: Mapping[str, GgufArchitecture] = {
+    **_LLAMAS,
+    **_QWENS,
+    **_OLMOS,
+    **_COHERES,
+    **_GEMMAS,
+    **_OLDER,
+    **_ENCODER_DECODERS,
+    **NEWER,
+}

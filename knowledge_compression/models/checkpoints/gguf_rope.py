@@ -14,7 +14,8 @@ from knowledge_compression.errors import BadInput
 FREQUENCIES = "rope_freqs.weight"  # divisors of each pair's frequency, as in Llama 3.1
 _LENGTHS = ("rope_factors_long.weight", "rope_factors_short.weight")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-_PLAIN_SCALING = {"type", "factor", "original_context_length", "finetuned"}
+_PLAIN_SCALING = {"type", "factor", "original_context_length", "finetuned", "yarn_beta_fast", "yarn_beta_slow"}
+_LATENT = "deepseek2"  # whose attention scores YaRN scales too
 
 
 def llama3_divisors(parameters: Mapping[str, Any], width: int) -> NDArray[np.float32]:
@@ -60,7 +61,9 @@ def scaled_rope(
         if architecture != "gemma3":
             return {}
         parameters = {"rope_type": "default", "rope_theta": theta}
-    elif kind not in ("linear", "yarn") or set(scaling) - _PLAIN_SCALING:
+    elif kind not in ("linear", "yarn") or set(scaling) - _PLAIN_SCALING - (
+        {"yarn_log_multiplier"} if architecture == _LATENT else set()
+    ):
         raise BadInput(
             f"its rotary embeddings are scaled by {', '.join(sorted(scaling))} ({kind}), which cannot be read"
         )
@@ -68,6 +71,14 @@ def scaled_rope(
         parameters = {"rope_type": kind, "rope_theta": theta, "factor": float(scaling["factor"])}
         if kind == "yarn":
             parameters["original_max_position_embeddings"] = int(scaling["original_context_length"])
+            parameters |= {
+                name: float(scaling[f"yarn_{name}"]) for name in ("beta_fast", "beta_slow") if f"yarn_{name}" in scaling
+            }
+        if "yarn_log_multiplier" in scaling:
+            both = round(float(scaling["yarn_log_multiplier"]) / 0.1, 6)  # llama.cpp's conversion multiplies by 0.1
+            parameters |= {"mscale": both, "mscale_all_dim": both}
+        if architecture == "gpt-oss":
+            parameters["truncate"] = False
     if architecture == "gemma3":  # only its global layers are scaled
         local = {
             "rope_type": "default",

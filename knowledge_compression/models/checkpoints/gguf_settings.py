@@ -38,6 +38,13 @@ Settings = Mapping[str, str | Setting | Callable[[Any], Any]]
 """Each key without the architecture's name, and its attribute; a key with a function is only written."""
 
 
+# Types of scaled rotary embeddings that files written here can express.
+SCALED: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("llama", "mistral", "exaone4"), ("llama3",)),
+    **dict.fromkeys(("gpt_oss", "deepseek_v2", "deepseek_v3"), ("yarn",)),
+}
+
+
 def rope(config: Any) -> Mapping[str, Any]:
     """The settings of rotary embeddings; those of the global layers if the others differ.
 
@@ -46,7 +53,7 @@ def rope(config: Any) -> Mapping[str, Any]:
     """
     told = config.rope_parameters or {}
     told = told.get("full_attention", told)
-    known = ("default", "llama3") if config.model_type in ("llama", "mistral") else ("default",)
+    known = ("default", *SCALED.get(config.model_type, ()))
     if (kind := told.get("rope_type", "default")) not in known:
         raise BadInput(
             f"output.save_model=gguf writes rotary embeddings of the type {' or '.join(known)}, but this "
@@ -108,6 +115,27 @@ PARTLY_ROTARY: Settings = {
     "rope.dimension_count": Setting(
         "partial_rotary_factor", rotated, lambda value, told: float(value) / _told_width(told)
     ),
+}
+
+
+def _yarn(name: str, factor: float = 1.0) -> Callable[[Any], Any]:
+    """A parameter of rotary embeddings of the type YaRN; None if they are of another type or have none."""
+
+    def stored(config: Any) -> Any:
+        told = rope(config)
+        value = told.get(name) if told.get("rope_type") == "yarn" else None
+        return value if value is None or factor == 1 else factor * value
+
+    return stored
+
+
+YARN: Settings = {
+    "rope.scaling.type": _yarn("rope_type"),
+    "rope.scaling.factor": _yarn("factor"),
+    "rope.scaling.original_context_length": _yarn("original_max_position_embeddings"),
+    "rope.scaling.yarn_beta_fast": _yarn("beta_fast"),
+    "rope.scaling.yarn_beta_slow": _yarn("beta_slow"),
+    "rope.scaling.yarn_log_multiplier": _yarn("mscale_all_dim", 0.1),
 }
 ROOT: Settings = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 EXPERTS: Settings = {
