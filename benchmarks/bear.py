@@ -1,15 +1,15 @@
-"""``eval=[bear]`` against its reference implementation: the same scores and ranks, in how many of its seconds?
+"""``eval=[bear]``, compared with its reference implementation: scores, ranks and time.
 
     pip install --no-deps --target DIR lm-pub-quiz==0.3.3
     PYTHONPATH=.:DIR python benchmarks/bear.py --data-dir ../shared/data --relations P30 P36 --facts 20
     PYTHONPATH=.:DIR python benchmarks/bear.py --data-dir ../shared/data --model bert_tiny --relations P30 P36
 
-Both score the same facts in all templates, in turn, from the strings on, with the same network in float32. The
+Both score the same facts in all templates, in turn, starting from strings, with the same network in float32. The
 reference is timed with each of ``--batch-sizes`` (1 is its default). Every answer's score must lie within 1e-3 nats of
-the reference's, and every fact's right answer have the same rank; otherwise the script ends with status 1, and says of
-a decoder how far both are from the network in float64, and the network in float32, reading one and two copies at once.
-Of the facts, ``--facts`` of each relation are taken, evenly spaced, because the reference is slow; ours gets faster
-per fact the more there are. ``--processor-seconds`` counts those, for a machine that others use (then with
+the reference's, and every fact's right answer must have the same rank. Otherwise the script ends with status 1; for a
+decoder it prints how far both are from the network in float64, and how far the network in float32 is when it reads one
+and two copies at once. ``--facts`` facts of each relation are taken, evenly spaced, because the reference is slow; ours
+gets faster per fact the more there are. ``--processor-seconds`` counts processor time, for a shared machine (then with
 ``--threads 1``).
 """
 
@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lm_pub_quiz import Dataset, Evaluator  # of no part of this project
+from lm_pub_quiz import Dataset, Evaluator  # not a dependency of this project
 from side_by_side import in_turn, ratio, spread, write
 
 from knowledge_compression.evaluation.bear import Bear

@@ -1,4 +1,4 @@
-"""GPTQ and SparseGPT here against the published algorithm run linear by linear, in one run on one machine.
+"""GPTQ and SparseGPT, compared with the published algorithms run linear by linear, in one run on one machine.
 
     python benchmarks/calibrated.py                    six blocks of smollm2, each contestant three times in turn
     python benchmarks/calibrated.py --blocks 30        the whole of it
@@ -6,9 +6,9 @@
     python benchmarks/calibrated.py --hand-back        peaks without the freed memory that is kept for speed
 
 The reference is written here from the papers' description: float32 forward passes one window at a time, a Hessian for
-every linear, each linear by itself with columns as the papers have them, a second forward pass for the outputs. Text is
-random token ids, on which the time does not depend. Prints seconds, ratios round by round and the peak of resident
-memory above the loaded model, each in a process of its own; writes them as JSON.
+every linear, each linear by itself with columns in the papers' order, a second forward pass for the outputs. The text
+is random token ids, because the time does not depend on it. Prints seconds, ratios round by round and the peak of
+resident memory above the loaded model, each in a process of its own; writes them as JSON.
 """
 
 from __future__ import annotations

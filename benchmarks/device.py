@@ -1,11 +1,10 @@
-"""What is chosen for a device, against what was not: threads, dtype, torch.compile, pinned memory.
+"""The choices made for a device, compared with their alternatives: threads, dtype, torch.compile, pinned memory.
 
     python benchmarks/device.py                      smollm2's body over 1,024 tokens, on this machine's best device
     python benchmarks/device.py --model bert_tiny
 
-Each line is one choice with everything else as it is in a run: how many times faster a pass is than with the other one.
-``torch.compile`` takes the blocks one by one, which are alike, so that one of them is compiled; what that takes once is
-told beside it.
+Each line is one choice, with everything else as in a run: how many times faster a pass is than with the alternative.
+``torch.compile`` takes the blocks one by one; they are alike, so only one is compiled. The time of that is printed too.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What the distance to the dense model costs: seconds beside those of scoring alone, and memory above the two models.
+"""The cost of the distance to the dense model: seconds relative to scoring alone, and memory above the two models.
 
     python benchmarks/distance.py --data-dir DIR
 
-Each suite is asked of a pruned model alone, then with its distance to the dense model, whose states are recorded
-before; and of the dense model alone and with recording. Memory is the process's peak in each, above what it holds with
-both models loaded (Linux).
+Each suite is scored with a pruned model, without and with its distance to the dense model, whose states were recorded
+before; and with the dense model, without and with recording. Memory is the process's peak in each case, above what it
+holds with both models loaded (Linux).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The identity of a model on disk: every byte of its files, read once, against reading alone and against SHA-256.
+"""The identity of a model on disk, which reads every byte once, compared with reading alone and with SHA-256.
 
     python benchmarks/fingerprint.py --gigabytes 4
 
-A model folder in shards of a gigabyte is written and lies in the page cache; everything then runs on one core.
-``again`` is what every later run takes, from the digests that were kept. Sizes are in 10^9 bytes.
+A model folder in shards of a gigabyte is written, and is then in the page cache; everything runs on one core. ``again``
+is the time of every later run, which uses the stored digests. Sizes are in 10^9 bytes.
 """
 
 from __future__ import annotations

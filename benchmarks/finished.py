@@ -1,12 +1,13 @@
-"""Asking for what is there already, beside an older checkout of this program: seconds, and their ratio.
+"""Asking for finished runs, compared with an older checkout of this program: seconds, and their ratio.
 
     python benchmarks/finished.py --against DIR                   one run, a sweep of eight, 10,000 runs
     python benchmarks/finished.py --against DIR --runs 500        to see it run
 
-Each checkout does the runs itself once, untimed, and is then asked for them again, in turn with the other, each time in
-a process of its own: the whole of ``python run.py ...`` from the start of the interpreter to its end. The store of many
-runs is made by each checkout's own ``benchmarks/store.py``. Wall seconds and the processor's are told; on a machine
-that others use, the processor's say more.
+Each checkout first does the runs itself, untimed. Then both are asked for them again, in turn, each time in a process
+of
+its own: the whole of ``python run.py ...`` from the start of the interpreter to its end. Each checkout's own
+``benchmarks/store.py`` makes the store of many runs. Wall time and processor time are printed; on a shared machine,
+processor time says more.
 """
 
 from __future__ import annotations

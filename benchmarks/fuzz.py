@@ -1,13 +1,13 @@
-"""Coverage-guided fuzzing of what reads files of others: any input is read, or refused in one line of ours.
+"""Coverage-guided fuzzing of the readers of other programs' files: any input is read, or refused in one line of ours.
 
-atheris is no dependency of this project. Give it an environment of its own that sees the project's packages::
+atheris is not a dependency of this project. Give it an environment of its own that sees the project's packages::
 
     python -m venv /tmp/fuzz && /tmp/fuzz/bin/pip install atheris
     python -c "import site; print(site.getsitepackages()[0])" > $(echo /tmp/fuzz/lib/python3*/site-packages)/project.pth
     nice -n 19 /tmp/fuzz/bin/python benchmarks/fuzz.py store --seconds 600
 
-What is tried begins with a whole file of each kind, made here. An input that is neither read nor refused ends the
-program, which says what was raised and where libFuzzer put the input.
+Fuzzing begins with a whole file of each kind, made here. An input that is neither read nor refused ends the program,
+which prints the exception and the place where libFuzzer put the input.
 """
 
 from __future__ import annotations

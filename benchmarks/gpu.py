@@ -1,10 +1,10 @@
-"""Whole runs on a GPU beside the same runs on the processor: seconds of each step, and memory.
+"""Whole runs on a GPU, compared with the same runs on the CPU: seconds of each step, and memory.
 
-    python benchmarks/gpu.py                                  smollm2 on the first GPU; says so where there is none
-    python benchmarks/gpu.py --device cpu --model bert_tiny   tries the program itself, where there is no GPU
+    python benchmarks/gpu.py                                  smollm2 on the first GPU; says so if there is none
+    python benchmarks/gpu.py --device cpu --model bert_tiny   tries the program itself on a machine without a GPU
 
-Every run is one that users type, in a process of its own, with an empty cache, so that nothing is found made. The
-seconds are those that a run's report.json tells: they leave out the start of Python and of torch.
+Every run is a command that users type, in a process of its own, with an empty cache, so nothing is finished already.
+The seconds are those in the run's report.json; they leave out the start of Python and of torch.
 """
 
 from __future__ import annotations

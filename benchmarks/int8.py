@@ -1,4 +1,4 @@
-"""int8 layers against float32 and against ``torch.ao.quantization.quantize_dynamic`` on the same work.
+"""int8 layers, compared with float32 and with ``torch.ao.quantization.quantize_dynamic`` on the same work.
 
     python benchmarks/int8.py --repeats 7
 

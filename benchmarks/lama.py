@@ -1,13 +1,13 @@
 """LAMA on an encoder, against the loop of The Cost of Compression: python benchmarks/lama.py [--data-dir DIR]
 
-The paper's loop pads every sentence to 512 tokens, has the model give logits over the vocabulary at every position, and
-takes the best token at the mask. Ours is the suite itself, from sentences to ranked items. Both start from the same
-strings, run on the same model, and must give the same top-1 answers; an answer may differ only where the two best
-tokens lie closer than the rounding of float32 (they are counted).
+The paper's loop pads every sentence to 512 tokens, computes logits over the vocabulary at every position, and takes the
+best token at the mask. Ours is the suite itself, from sentences to ranked items. Both start from the same strings, run
+on the same model, and must give the same top-1 answers. An answer may differ only if the two best tokens are closer
+than the rounding of float32 (these are counted).
 
-The sentences are T-REx's masked evidences in DIR, $KC_DATA_DIR or ../shared/data; where there are none, the embedded
-atlas in all its wordings, whose sentences are shorter and flatter the ratio. The loop is slow, so it gets evenly spaced
-items out of those that ours answers, and seconds an item are compared. Each repeat times both, one after the other.
+The sentences are T-REx's masked evidences in DIR, $KC_DATA_DIR or ../shared/data; without them, the embedded atlas in
+all its wordings, whose sentences are shorter and flatter the ratio. The loop is slow, so it gets evenly spaced items of
+those that ours answers, and seconds per item are compared. Each repeat times both, one after the other.
 """
 
 from __future__ import annotations

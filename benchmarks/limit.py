@@ -1,9 +1,9 @@
-"""LAMA on encoders and perplexity of a decoder against the matrix products that they need.
+"""LAMA on encoders and perplexity of a decoder, compared with the matrix products that they need.
 
     python benchmarks/limit.py --data-dir DIR
 
-Each suite is timed from sentences (or text) to its finished item table, and its scoring core alone; in turn with the
-bare products, timed here for the very rows that the suite reads. Harness tasks are in ``scoring.py``.
+Each suite is timed from sentences (or text) to its finished item table, and so is its scoring core alone. In turn, the
+bare products are timed for the same rows that the suite reads. Harness tasks are in ``scoring.py``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def perplexity(model: Model, data_dir: Path, window: int, limit: int) -> Contest
 
 
 def products(scorer: Scorer, lengths: list[int], reads: int, chunk: int) -> Contestants:
-    """By torch's own choice of library, and by the one that is the faster here."""
+    """By torch's own choice of library, and by the faster one here."""
     return {
         name: Products(scorer, lengths, reads, chunk, fastest=fastest).multiply
         for name, fastest in (("torch's products", False), ("fastest products", True))

@@ -1,11 +1,11 @@
-"""The page of a large store: its bytes, the seconds that make it, and those until a browser shows it.
+"""The page of a large store: its size, the time to make it, and the time until a browser shows it.
 
     python benchmarks/page.py --facts 129 --relations 60 --wordings 3 --runs 20   # BEAR's size
     python benchmarks/page.py --facts 1182 --relations 1 --wordings 1 --runs 300  # the atlas under many settings
 
-The store is written by the product's own writer, with answers drawn at random: known with the setting's probability,
-with scores, shares and ranks as a suite gives them. Opening needs Chromium; it ends when the page says that it is
-ready, and then a search is typed into the fact explorer and its answer waited for.
+The product's own writer writes the store, with answers drawn at random: right with the setting's probability, with
+scores, shares and ranks as a suite gives them. Opening needs Chromium. It ends when the page says that it is ready;
+then a search is typed into the fact explorer, until its results appear.
 """
 
 from __future__ import annotations

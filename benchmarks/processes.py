@@ -1,10 +1,10 @@
-"""How much faster several processes ask one model than one does, in turn in one run, as JSON.
+"""How much faster several processes evaluate one model than one process does, in turn in one run, as JSON.
 
     python benchmarks/processes.py --model smollm2 --processes 2 --repeats 5
 
-Each of the processes has one thread. They are compared with one process of one thread (what a second core gains), and
-with one process that has as many threads as there are processes (what is gained over doing nothing). The answers of all
-are compared too. Seconds are those of the wall: nothing else should be running.
+Each of the processes has one thread. They are compared with one process of one thread (the gain of a second core), and
+with one process that has as many threads as there are processes (the gain over the default). The answers of all are
+compared too. The seconds are wall time, so nothing else should be running.
 """
 
 from __future__ import annotations

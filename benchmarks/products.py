@@ -1,4 +1,4 @@
-"""The matrix products that reading some text needs, and nothing around them: what a scoring core is held against."""
+"""The bare matrix products that reading some text needs, with which a scoring core is compared."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Product = tuple[Callable[[Tensor, Tensor], Tensor], Tensor]  # how, and the weig
 class Products:
     """One forward pass of a decoder or an encoder over rows of text, as bare products of the model's own shapes.
 
-    Every token goes once through every linear layer of the body and attends to those it may see (a decoder's on average
-    to half of its row). The head sees only the positions that are read; so does, in an encoder, what its last block
-    does after its attention. No norms, softmax, masks, padding or Python between.
+    Every token goes once through every linear layer of the body and attends to the tokens it may see (in a decoder, on
+    average half of its row). The head sees only the positions that are read, and so does the part of an encoder's last
+    block after its attention. There are no norms, softmax, masks, padding or Python between.
 
     Args:
         scorer: scores with the model; products are of the type it scores in and on the model's device.
         lengths: tokens of each row.
         reads: positions whose log-probabilities are read.
         chunk: tokens that go through a layer at a time.
-        fastest: by the library that is the faster one here; else by what torch takes by itself.
+        fastest: whether to use the library that is faster here; otherwise the one that torch chooses.
     """
 
     def __init__(self, scorer: Scorer, lengths: Sequence[int], reads: int, chunk: int, *, fastest: bool = True) -> None:

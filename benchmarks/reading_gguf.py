@@ -1,10 +1,10 @@
-"""Reading a GGUF file: this program beside transformers' own ``gguf_file=``, both with network and tokenizer.
+"""Reading a GGUF file: this program and transformers' own ``gguf_file=``, both with network and tokenizer.
 
     python benchmarks/reading_gguf.py                   # the file that smollm2 arrives in (98 MB, Q4_1)
     python benchmarks/reading_gguf.py --file A.gguf
 
-Both give float32 weights, which are compared bit by bit. Each is then read once in a process of its own, which tells by
-how much its resident memory grew at most, beside the bytes of the weights and of the largest of them.
+Both give float32 weights, which are compared bit for bit. Then each reads once in a process of its own, which prints
+the peak growth of its resident memory, the bytes of the weights, and those of the largest weight.
 """
 
 from __future__ import annotations

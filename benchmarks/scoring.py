@@ -1,14 +1,14 @@
-"""The scoring core against stock lm-eval HFLM and against this machine's matrix-product rate.
+"""The scoring core, compared with stock lm-eval HFLM and with this machine's rate of matrix products.
 
     python benchmarks/scoring.py --data-dir ../shared/data --limit 200 --repeats 3
     python benchmarks/scoring.py --data-dir ../shared/data --limit 200 --scoring-dtype auto
     python benchmarks/scoring.py --data-dir ../shared/data --limit 200 --dtype bfloat16 --against float32
 
-Both score the same requests of the same tasks, in turn; the seconds are those of ``loglikelihood`` alone, tokenization
-included. The limit is what the multiply-adds that must be done take in matrix products of the model's own shapes, with
-nothing around them (``products.py``): every token of a token tree once, the head only where a log-probability is read;
-by torch's own choice of library, and by the one that is the faster here.
-The peak of memory is that of one more pass over the requests, above what was resident before it.
+Both score the same requests of the same tasks, in turn; the seconds are those of ``loglikelihood`` alone, with
+tokenization. The limit is the time of the necessary multiply-adds as bare matrix products of the model's own shapes
+(``products.py``): every token of a token tree once, the head only where a log-probability is read; by torch's own
+choice of library, and by the faster one here. The peak of memory is that of one more pass over the requests, above what
+was resident before it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Times things against each other in one run, in turn, so that a busy machine hurts all of them alike."""
+"""Times contestants against each other in one run, in turn, so a busy machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULTS = Path("outputs/benchmarks")
 def in_turn(
     contestants: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant, every one once a round; the order turns from round to round.
+    """Seconds of each contestant, once per round; the order rotates from round to round.
 
     ``clock=time.process_time`` counts the processor's seconds instead of the wall's: with one thread they stay
     comparable on a machine that others are using.
@@ -31,7 +31,7 @@ def in_turn(
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and most."""
+    """Median, minimum and maximum."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 

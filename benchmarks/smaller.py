@@ -1,4 +1,4 @@
-"""How much faster a shallower or narrower model is asked than the whole one, side by side in one process, as JSON.
+"""How much faster a shallower or narrower model is scored than the whole one, side by side in one process, as JSON.
 
     python benchmarks/smaller.py --model smollm2 --sparsity 0.25 --repeats 3
 

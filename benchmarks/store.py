@@ -1,15 +1,15 @@
-"""A store of many finished runs: how long it takes to list, resume and load them for comparison, and in what memory.
+"""A store of many finished runs: the time and memory to list, look up and load them for comparison.
 
     python benchmarks/store.py --runs 10000 --items 500,5000
 
-The folders are what a run of smollm2 leaves (an item table, a report with its 210 layers), written once by the store
-and copied with other settings and answers; item files are hard links to a few. Each step is done in a process of its
-own, the files being in the page cache, and again for each number of items, so that memory that grew with them would
-show: nothing but the number of items differs. ``compare`` loads every run and sorts it to its dense baseline;
-``accuracy`` then reads the column of right and wrong answers of each run, one run after the other.
+The folders are those of a run of smollm2 (an item table, a report with its 210 layers). The store writes one, which is
+copied with other settings and answers; item files are hard links to a few. Each step has a process of its own, with the
+files in the page cache. It is repeated for each number of items, and nothing else differs, so memory that grows with
+the items would show. ``compare`` loads every run and matches it to its dense baseline; ``accuracy`` then reads the
+column of right and wrong answers of each run, one run after the other.
 
-``command`` is the whole of ``python run.py -m ...`` over a sweep whose runs are all there, under the ids that they
-have, in seconds of the wall's clock and of the processor.
+``command`` is the whole of ``python run.py -m ...`` over a sweep whose runs are all finished, in wall time and
+processor time.
 """
 
 from __future__ import annotations

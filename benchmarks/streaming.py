@@ -1,9 +1,9 @@
-"""Streaming magnitude pruning of a randomly filled checkpoint: seconds, peak memory, and rates beside the disk's own.
+"""Streaming magnitude pruning of a randomly filled checkpoint: seconds, peak memory, and rates (also the disk's).
 
     python benchmarks/streaming.py                    # the shape of LLaMA-7B: 13.5 GB of bfloat16, written and removed
     python benchmarks/streaming.py --layers 2         # the same with fewer blocks, for a quick look
 
-The checkpoint and its compressed copy lie in a temporary folder (``--folder``: where) that is removed at the end.
+The checkpoint and its compressed copy are in a temporary folder (in ``--folder``) that is removed at the end.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A whole sweep beside the compression and the scoring in it.
+"""The time of a whole sweep, compared with that of the compression and the scoring in it.
 
     python benchmarks/sweep.py --data-dir DIR              dense and eight runs of smollm2, atlas and 300 BoolQ items
     python benchmarks/sweep.py --data-dir DIR --limit 20   to see it run
 
-The whole is the wall's clock over ``python run.py -m ...``, from the start of the interpreter to its end: imports,
-composing, loading, making requests, item tables, pictures, W&B's files. The rest is what passes in that same process
-inside a method's ``compress`` and inside the scoring core, which turns token ids into log-probabilities.
+The whole is the wall time of ``python run.py -m ...``, from the start of the interpreter to its end: imports,
+composing, loading, making requests, item tables, pictures, W&B's files. The others are the times that the same process
+spends in a method's ``compress`` and in the scoring core, which turns token ids into log-probabilities.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Global magnitude pruning against ``torch.nn.utils.prune.global_unstructured`` on the same model: seconds and memory.
+"""Global magnitude pruning and ``torch.nn.utils.prune.global_unstructured`` on the same model: seconds and memory.
 
     python benchmarks/threshold.py --sparsity 0.5 --repeats 3
 
 Each contestant prunes in a process of its own, in turn. Memory is the peak of the resident set above the loaded model
 (Linux), so what ``global_unstructured`` keeps (the masks and the original weights, until ``prune.remove``) counts too.
-Both must remove the same number of weights and the same sum of magnitudes; which of two equal weights goes may differ.
+Both must remove the same number of weights and the same sum of magnitudes. Of two equal weights, either may go.
 """
 
 from __future__ import annotations

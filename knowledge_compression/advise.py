@@ -18,9 +18,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("outputs", type=Path, help="the outputs folder, with runs/ inside")
     parser.add_argument("--keep", default="95%", help="share of the known facts to keep, e.g. 95%% or 0.95 (95%%)")
     parser.add_argument(
-        "--flips", help="share of all facts that may flip (right to wrong or back), e.g. 5%%; none asked"
+        "--flips", help="share of all facts that may flip (right to wrong or back), e.g. 5%%; no limit by default"
     )
-    parser.add_argument("--claims", action="store_true", help="also the commands that would test the papers' claims")
+    parser.add_argument("--claims", action="store_true", help="also print commands that would test the papers' claims")
     options = parser.parse_args(arguments)
     try:
         flips = 1.0 if options.flips is None else _share("--flips", options.flips, 0.05)
@@ -38,7 +38,7 @@ def advise(outputs: Path, keep: float, flips: float = 1.0, *, claims: bool = Fal
         outputs: folder of the store.
         keep: share of the dense model's known facts to keep, in (0, 1].
         flips: share of all facts whose answers may go from right to wrong or from wrong to right, in (0, 1].
-        claims: whether to print the commands of the runs that the papers' untested claims lack.
+        claims: whether to print the commands of the runs that would test the papers' untested claims.
 
     Raises:
         BadInput: there is nothing to compare.

@@ -1,7 +1,7 @@
 """The user's cache of results that are computed once: converted models, trained worlds, tokenized tasks, file digests.
 
-Its content is verified. A folder is used only if it was made under its own name and every byte of its files is as
-written; otherwise it is made again.
+Its content is verified. A folder is used only if it was made under its own name and every byte of its files is as it
+was written; otherwise it is made again.
 
 A file is read once for its digest, which is reused as long as the file has the same path, size, inode and times. These
 include the time of its last status change, which cannot be set back, so an edit that restores the modification time is
@@ -37,7 +37,7 @@ MADE = ".made.json"  # in a folder of the cache: the name under which it was mad
 _PART = 2 << 20  # bytes read at a time, which fit in the processor's cache
 _SETTLED = 2.0  # seconds, within which a second write may leave a file's times unchanged
 _LEFT_FREE = 0.1  # of the disk, left free for everything else
-_LONG = 10 << 30  # bytes from which on reading is announced
+_LONG = 10 << 30  # bytes above which reading is announced
 
 
 def cache_folder() -> Path:
@@ -65,7 +65,7 @@ def check_cache() -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file beside ``path``, so that one process creates it while the others wait."""
+    """Hold the lock file next to ``path``, so one process creates it while the others wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         yield
@@ -131,11 +131,11 @@ def discard(folder: Path) -> None:
 
 
 def keep_within(newest: Path, gigabytes: float) -> None:
-    """Delete the least recently used folders beside the newest, which was just used, until they are few enough.
+    """Delete the least recently used folders next to the newest, which was just used, until few enough remain.
 
     Args:
         newest: a folder of the cache, which stays.
-        gigabytes: upper bound for all of them together; fewer where a tenth of the disk would not stay free.
+        gigabytes: upper bound for all of them together; less if a tenth of the disk would not stay free.
     """
     os.utime(newest)
     kept = [path for path in newest.parent.iterdir() if path.is_dir() and not path.name.startswith(".")]

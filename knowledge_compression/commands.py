@@ -14,7 +14,7 @@ SUBCOMMANDS = {
     "status": ("knowledge_compression.sweeping.status", "the progress of sweeps"),
     "take": ("knowledge_compression.take", "take results that other tools made into a store"),
     "advise": ("knowledge_compression.advise", "the smallest setting that keeps a share of the known facts"),
-    "doctor": ("knowledge_compression.doctor", "what works on this machine, and how to mend what does not"),
+    "doctor": ("knowledge_compression.doctor", "what works on this machine, and how to fix what does not"),
     "dashboard": ("knowledge_compression.dashboard", "a workspace and a report on Weights & Biases for a sweep"),
 }
 

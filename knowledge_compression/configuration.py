@@ -49,7 +49,7 @@ class Doing:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a compression may take of its target (``allocation=``), and training settings of every recovery at once."""
+    """The budget of a compression (``allocation=``), and the training budget of every recovery."""
 
     bits: Annotated[float, Field(gt=0)] | None = None
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -181,7 +181,7 @@ def put_together(settings: Mapping[str, Any], made_of: Callable[[str], Any], cho
         named = [choices.get(group, "") for group in ("compression", "allocation")]
         called[Allocated] = "+".join(filter(None, named))
     elif values.budget.bits is not None or values.budget.sparsity is not None:
-        raise BadInput("a budget is spread by an allocation; choose allocation=uniform, owl or sensitivity")
+        raise BadInput("a budget needs an allocation; choose allocation=uniform, owl or sensitivity")
     return Experiment(
         source=made["model"],
         original=_original(getattr(made["model"], "dense", None)),
@@ -206,12 +206,12 @@ def _place(values: Values) -> str | Spread:
     """One device, or the choice to divide the model over several.
 
     Raises:
-        BadInput: there are limits for a model that is not divided, or one that is not a limit.
+        BadInput: there are limits for a model that is not divided, or an invalid limit.
     """
     if values.device_map is not None:
         return Spread.over(values.device, values.max_memory)
     if values.max_memory is not None:
-        raise BadInput("max_memory limits what a divided model puts on each device; choose device_map=auto as well")
+        raise BadInput("max_memory limits a divided model's weights on each device; choose device_map=auto as well")
     return values.device
 
 
@@ -230,12 +230,12 @@ def _original(dense: str | None) -> ModelSource | None:
     names = sorted(path.stem for path in (conf_folder() / "model").glob("[!_]*.yaml") if path.stem != "local")
     if dense not in names:
         raise BadInput(
-            f"model.dense={dense} is no folder or file, and no model{nearest(dense, names)}; give a path, or one of "
+            f"model.dense={dense} is neither a path nor a model{nearest(dense, names)}; give a path, or one of "
             f"{', '.join(names)}"
         )
     named: ModelSource = part("model", dense)
     if not hasattr(named, "provenance"):
-        raise BadInput(f"model.dense={dense} is a model that is trained here, of which there are no published files")
+        raise BadInput(f"model.dense={dense} is a model that is trained here, so there are no published files of it")
     return named
 
 
@@ -258,7 +258,7 @@ def part(group: str, name: str, /, **values: Any) -> Any:
     """The part that ``conf/<group>/<name>.yaml`` describes, with some of its settings changed.
 
     Args:
-        group, name: as on the command line, e.g. ``recovery`` and ``lora``; of ``eval`` the one suite.
+        group, name: as on the command line, e.g. ``recovery`` and ``lora``; for ``eval``, one suite.
         values: settings of the part, nested ones as mappings, e.g. ``training={"tokens": 100}``; or values of
             ``conf/config.yaml`` such as ``sparsity`` and ``data_dir``. A setting exists where its class has the field.
 
@@ -269,7 +269,7 @@ def part(group: str, name: str, /, **values: Any) -> Any:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.initialize import get_gh_backup, restore_gh_from_backup
 
-    before = get_gh_backup()  # of the run that asks, or of what a notebook has composed
+    before = get_gh_backup()  # Hydra's state of the calling run, or of a notebook
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):

@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Build both and print their addresses, or their definitions."""
     parser = argparse.ArgumentParser(prog="kc dashboard", description=__doc__)
     parser.add_argument("outputs", type=Path, nargs="?", default=Path("outputs"), help="the folder of the runs")
-    parser.add_argument("--sweep", help="a folder under outputs/sweeps (the latest)")
+    parser.add_argument("--sweep", help="a folder under outputs/sweeps (default: the latest)")
     parser.add_argument("--project", default=WandbTracker.project, help="the W&B project (%(default)s)")
     parser.add_argument("--entity", help="the W&B user or team (the one logged in)")
     parser.add_argument("--json", action="store_true", help="print the definition without contacting a server")

@@ -134,7 +134,7 @@ def _data(folder: Path | None) -> Iterator[Check]:
 def _writable(name: str, folder: Path) -> Check:
     existing = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     free = shutil.disk_usage(existing).free / 1e9
-    if not existing.is_dir() or not os.access(existing, os.W_OK):  # a file may be in the way
+    if not existing.is_dir() or not os.access(existing, os.W_OK):  # there may be a file of that name
         return Check(name, BROKEN, f"{folder} cannot be written", "output.dir=DIR chooses another place")
     state = FINE if free > 1 else MISSING
     return Check(name, state, f"{folder}: {free:.0f} GB free", "" if state == FINE else "make room, or output.dir=DIR")

@@ -1,4 +1,4 @@
-"""An experiment: the parts of a run, what of them decides the result, and whether that result exists already."""
+"""An experiment: the parts of a run, the settings that decide its result, and whether that result exists already."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Experiment:
 
     Attributes:
         source: where the model comes from.
-        original: the model that it was compressed from before, whose run is then the baseline; None where it is dense.
+        original: the model from which a compressed file was made; its run is then the baseline. None otherwise.
         target: which of its layers are compressed.
         compression, recovery: how it is compressed and recovered.
         corpus: text for calibration and recovery, drawn only if one of them needs it.
@@ -64,7 +64,7 @@ class Experiment:
             compressed model, before recovery, is saved in the run's folder.
         kept_models: the cache of compressed models for other runs; None compresses in every run.
         holds: whether the model stays in memory for other runs of this process.
-        processes: how many share the questions of an evaluation.
+        processes: number of processes that share the questions of an evaluation.
     """
 
     source: ModelSource
@@ -136,14 +136,14 @@ class Experiment:
             )
         if self.save_model and not writer_of(self.save_model).streams and self.streams:
             raise BadInput(
-                f"output.save_model={self.save_model} needs the whole model, and model.stream=true and device_map=auto "
+                f"output.save_model={self.save_model} needs the whole model, but model.stream=true and device_map=auto "
                 "compress it from disk to disk; choose output.save_model=true"
             )
         stock = any(getattr(suite, "scoring", None) == "stock" for suite in self.suites.values())
         if self.distance and stock:
-            raise BadInput("distance=true compares what our scoring core reads; choose scoring=fast")
+            raise BadInput("distance=true works only with our scoring core; choose scoring=fast")
         if self.processes > 1 and stock:
-            raise BadInput(f"run.processes={self.processes} divides what our scoring core reads; choose scoring=fast")
+            raise BadInput(f"run.processes={self.processes} works only with our scoring core; choose scoring=fast")
 
     def check(self) -> None:
         """Refuse settings that contradict the model's configuration, before anything is loaded or computed.
@@ -160,7 +160,7 @@ class Experiment:
             targets = self.target.select(skeleton)
         self.compression.check_budget(targets)
         for part in self.compression.parts:
-            if isinstance(part, Reshaping):  # whether what is left can be loaded is in the configuration
+            if isinstance(part, Reshaping):  # its configuration shows whether the smaller network can be loaded
                 part.check(targets)
         if self.save_model:
             check_form(self.save_model, self.compression, targets)

@@ -1,7 +1,7 @@
 """Libraries that take seconds to import, under their usual names: each is imported when it is first used.
 
-Describing a run, and seeing that it is finished, needs none of them. A module that defines a part therefore refers to
-them through this one, and can be imported without them::
+Describing a run, or finding that it is finished, needs none of them. So a module that defines a part refers to them
+through this one, and can be imported without them::
 
     from knowledge_compression.heavy import torch
 

@@ -1,11 +1,11 @@
 """A part of a run as plain data, and its identity: the fields of its dataclass that decide a result.
 
-A field's metadata says why its value does not count::
+The metadata of a field says that its value does not count, and why::
 
     path: str = field(metadata=PLACE)         # where something is; the part's fingerprint() digests its content
     block_size: int = field(default=128, metadata=SPEED)   # affects speed or safety, never results
     note: str = field(default="", metadata=LABEL)          # a name
-    blocks: Ints = field(default=None, metadata=ADDED)     # counts unless it has its default: the field was added later
+    blocks: Ints = field(default=None, metadata=ADDED)     # counts only with another value than its default
 
 Every other field counts, whether or not a configuration file lists it.
 """
@@ -27,7 +27,7 @@ from knowledge_compression.errors import BadInput
 PLACE: Mapping[str, bool] = {"place": True}
 SPEED: Mapping[str, bool] = {"speed": True}
 LABEL: Mapping[str, bool] = {"label": True}
-ADDED: Mapping[str, bool] = {"added": True}  # so that the runs that were done before keep their hashes
+ADDED: Mapping[str, bool] = {"added": True}  # runs from before the field existed keep their hashes
 
 TARGET = "_target_"  # the key for the class that plain data describes
 CONTENT = "content"  # and the key for the digest of the content at its places

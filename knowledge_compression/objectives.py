@@ -221,14 +221,14 @@ def _summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
 
 
 def _imbalance(router_logits: Sequence[Tensor], config: Any, read: Tensor) -> Tensor:
-    """How unevenly the routers spread the tokens, mean over blocks: if evenly, the number of experts that read a token.
+    """How unevenly the routers spread the tokens, mean over blocks; if evenly, it is the number of experts per token.
 
-    Every router by itself, as published (Fedus et al., Switch Transformers, 2022, equations 4 to 6): transformers adds
-    up all blocks first, so that one block may neglect the experts that another prefers.
+    Each router counts by itself, as published (Fedus et al., Switch Transformers, 2022, equations 4 to 6). transformers
+    adds up all blocks first, so one block could neglect the experts that another prefers.
 
     Args:
         router_logits: ``[tokens, experts]`` of each block.
-        config: the network's, with the number of experts that read a token.
+        config: the network's configuration, with the number of experts that read a token.
         read: which tokens count: bool ``[batch, length]``.
     """
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func

@@ -39,7 +39,7 @@ def shown(items: Iterable[T], what: str) -> Iterator[T]:
 @contextmanager
 def counted(total: int | None, what: str) -> Iterator[Callable[[int], None]]:
     """Show a bar in this context; call the function with the number of things done since the last call."""
-    if not sys.stderr.isatty():  # and do not import rich for nothing
+    if not sys.stderr.isatty():  # then rich need not be imported
         yield lambda done: None
         return
     with bars() as display:
@@ -49,7 +49,7 @@ def counted(total: int | None, what: str) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def underway(what: str) -> Iterator[None]:
-    """Show, in this context, what takes a while and for how long it has been going on."""
+    """Show, in this context, what is being done and for how long."""
     if not sys.stderr.isatty():
         yield
         return

@@ -19,11 +19,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="kc report", description=__doc__)
     parser.add_argument("outputs", type=Path, help="the outputs folder, with runs/ inside")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("report.html"), help="the file to write (report.html)"
+        "-o", "--output", type=Path, default=Path("report.html"), help="the file to write (default: report.html)"
     )
     parser.add_argument("--figures", type=Path, help="also write tables, figures and what to cite into this folder")
     parser.add_argument(
-        "--per-parameter", action="store_true", help="drops in the figures divided by the share of parameters touched"
+        "--per-parameter", action="store_true", help="divide drops in the figures by the share of parameters touched"
     )
     options = parser.parse_args(arguments)
     try:

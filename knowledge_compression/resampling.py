@@ -1,4 +1,4 @@
-"""Bootstrap and permutation tests over items and seeds: scipy draws, matrix products take the means of many figures."""
+"""Bootstrap and permutation tests over items and seeds: scipy draws, and matrix products compute many means at once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from knowledge_compression.heavy import stats
 
 CONFIDENCE = 0.95
-# Of a bootstrap. With several seeds they give the p-value too, which must stay small after a correction for a hundred
-# comparisons; with one seed only an interval, whose ends 2,000 place to within 1.5 % of its width.
+# Resamples of a bootstrap. With several seeds they also give the p-value, which must stay small after a correction for
+# a hundred comparisons. With one seed they give only an interval; 2,000 find its ends to within 1.5 % of its width.
 RESAMPLES, RESAMPLES_OF_ONE_SEED = 9_999, 1_999
 FLIPS = 100_000  # permutations of a test, for the same reason
 _BATCH = 250_000  # items drawn at a time, which fit in a processor's cache
@@ -41,8 +41,8 @@ def bootstrap(
 ) -> list[Ends]:
     """Percentile intervals by ``scipy.stats.bootstrap`` over items and, where there are several, seeds.
 
-    Items and seeds are crossed (every seed answers every item), so both are redrawn in each resample, independently of
-    each other and identically for everything compared (Owen, 2007, "The pigeonhole bootstrap"), which is conservative:
+    Items and seeds are crossed: every seed answers every item. So both are redrawn in each resample, independently of
+    each other and identically for everything compared (Owen, 2007, "The pigeonhole bootstrap"); this is conservative.
     scipy sees two independent samples, the indices of the items and of the seeds. The number of draws of each is
     counted, and one matrix product then computes the means of all figures.
 
@@ -119,8 +119,8 @@ def _counts(drawn: NDArray[np.int64], n: int) -> NDArray[np.int64]:
 def sign_flips(per_item: NDArray[np.float64]) -> float:
     """Two-sided p-value of a mean against zero, if each difference could equally have the other sign.
 
-    How many of the items with one size of difference turn out positive is binomial, so scipy's test draws kinds, not
-    items.
+    Among items with equally large differences, the number of positive ones is binomial. So scipy's test draws one
+    number per size of difference, not one per item.
     """
     sizes, kind, counts = np.unique(np.abs(per_item).round(9), return_inverse=True, return_counts=True)
     positive = np.bincount(kind, per_item > 0)
@@ -143,6 +143,6 @@ def sign_flips(per_item: NDArray[np.float64]) -> float:
 
 def _two_sided(values: NDArray[np.float64]) -> float:
     """Twice the smaller share of resamples on either side of zero, counting the data themselves as one of them."""
-    told = np.round(values[np.isfinite(values)], 9)  # what sums to zero in another order is zero too
+    told = np.round(values[np.isfinite(values)], 9)  # a sum that is zero in another order counts as zero
     tail = min((told <= 0).sum(), (told >= 0).sum())
     return float(min(1.0, 2 * (1 + tail) / (1 + len(told))))

@@ -174,7 +174,7 @@ def _compress(
 
 
 def _data_at_hand(experiment: Experiment) -> dict[str, Mapping[str, Suite]]:
-    """Check that the data of corpus and suites is available, before hours of work after which it is needed.
+    """Check that the data of corpus and suites is available, before the hours of work after which it is needed.
 
     Returns:
         The parts of each suite that has parts.
@@ -190,11 +190,11 @@ def _data_at_hand(experiment: Experiment) -> dict[str, Mapping[str, Suite]]:
 
 
 def _beside(experiment: Experiment, report: Mapping[str, Any]) -> Beside:
-    """The dense model: to be compared with or, if it is the model that is asked, to be recorded."""
+    """The dense model, with which a run is compared; in the dense run itself, its states are recorded."""
     if report.get("dense", {}).get(OTHER_TOKENIZER):
         raise BadInput(
-            f"distance=true compares probabilities of the same tokens; {experiment.source.name} has not the tokenizer "
-            "of its dense original"
+            f"distance=true compares probabilities of the same tokens, but {experiment.source.name} has another "
+            "tokenizer than its dense original"
         )
     dense = experiment.dense()
     return Beside(
@@ -222,7 +222,7 @@ def _ask(scorer: Callable[[], Scorer], beside: Beside | None, whole: Suite, name
     asking = scorer()
     found = ask(suite, asking) if beside is None else beside.ask(suite, asking, [name, known_identity(whole)])
     if asking.helpers and asking.helpers.processes > 1 and not asking.passes:
-        log.info("%s asks in one process: run.processes does not divide what it measures", name)
+        log.info("%s runs in one process: it measures the network itself, which run.processes cannot divide", name)
     return found
 
 

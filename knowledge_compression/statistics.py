@@ -59,7 +59,7 @@ def accuracy(correct: NDArray[np.bool_], confidence: float = CONFIDENCE) -> Esti
 
 
 def accuracies(correct: Sequence[NDArray[np.bool_]], confidence: float = CONFIDENCE) -> list[Estimate]:
-    """:func:`accuracy` of each."""
+    """:func:`accuracy` of each table."""
     tables = [np.atleast_2d(one) for one in correct]
     # If all answers are right, or all wrong, there is nothing to resample, whatever the number of seeds.
     several = [place for place, table in enumerate(tables) if len(table) > 1 and np.unique(table).size > 1]
@@ -74,7 +74,7 @@ def accuracies(correct: Sequence[NDArray[np.bool_]], confidence: float = CONFIDE
 def proportion(right: int, n: int, confidence: float = CONFIDENCE) -> Estimate:
     """``right`` of ``n`` with Wilson's interval."""
     low, high = proportion_confint(right, n, alpha=1 - confidence, method="wilson")
-    # By Wilson's formula, the interval ends at 0 if none is right and at 1 if all are; its sums miss that by rounding.
+    # By Wilson's formula, the interval ends at 0 if none is right and at 1 if all are, but for rounding in its sums.
     return Estimate(right / n, float(low) if right else 0.0, float(high) if right < n else 1.0, n)
 
 
@@ -95,9 +95,9 @@ def drop(dense: NDArray[np.bool_], compressed: NDArray[np.bool_]) -> Estimate:
         dense, compressed: ``[items]`` or ``[seeds, items]`` whether each was right, the same items in the same order.
 
     Returns:
-        The drop with a paired bootstrap interval over items (and seeds); its p-value is McNemar's exact one, or the
-        bootstrap's if there are several seeds. If no item differs, the interval is that of the share that could. nan if
-        the dense model has no item right or there is only one item.
+        The drop with a paired bootstrap interval over items (and seeds). Its p-value is McNemar's exact one, or the
+        bootstrap's if there are several seeds. If no item differs, the interval is that of the share that could differ.
+        nan if the dense model has no item right, or if there is only one item.
     """
     return drops([(dense, compressed)])[0]
 
@@ -111,11 +111,11 @@ def drops(pairs: Sequence[Pair]) -> list[Estimate]:
 
 
 def mean_drops(by_set: Sequence[Sequence[Pair]]) -> list[Estimate]:
-    """Mean over data sets of :func:`drop`, as the first paper averages it, of each.
+    """For each figure, the mean over data sets of :func:`drop`, as the first paper averages it.
 
     Args:
-        by_set: for each figure, the pair of every data set, with the same seeds in all. Sets of which the dense model
-            has no item right have no drop and are left out.
+        by_set: for each figure, the pair of every data set, with the same seeds in all. Sets in which the dense model
+        has no item right have no drop and are left out.
     """
     found = []
     able: dict[int, list[NDArray[np.bool_]]] = {}
@@ -167,7 +167,7 @@ def mean_differences(per_item: Sequence[NDArray[np.float64]]) -> list[Estimate]:
 
 
 def difference_of_means(one: NDArray[np.float64], other: NDArray[np.float64]) -> Estimate:
-    """Mean of one sample minus that of another, independent one, such as timings, by Welch's t-test.
+    """Mean of one sample minus that of an independent other, such as timings, by Welch's t-test.
 
     Returns:
         The difference with its interval and p-value; nan and 1 if either sample has fewer than two values.

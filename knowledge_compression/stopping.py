@@ -1,6 +1,6 @@
-"""Stopping a process: in order at the first signal, at once at the second, and together with its parent.
+"""Stopping a process: cleanly at the first signal, at once at the second, and together with its parent.
 
-Only the standard library is imported here, so that a command can be stopped from its first moment.
+Only the standard library is imported here, so a command can be stopped from its first moment.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable(grace: float = GRACE) -> Iterator[None]:
-    """A context in which Ctrl-C, SIGTERM and SIGHUP end the process in order, whatever they interrupt.
+    """A context in which Ctrl-C, SIGTERM and SIGHUP end the process cleanly, whatever they interrupt.
 
     :class:`Stopped` is raised in the main thread. Python drops an exception that is raised in a finalizer or in a
     callback of C code; it is then raised again. Code that swallows it has ``grace`` seconds, after which the process
@@ -77,7 +77,7 @@ class _Stopper:
             raise Stopped(self.asked)
         if self.asked is None:
             self.asked = number
-            _say("stopping; what is finished is kept (Ctrl-C once more ends at once)\n")
+            _say("stopping; finished work is kept (press Ctrl-C again to end at once)\n")
             threading.Thread(target=self._insist, daemon=True).start()
             raise Stopped(number)
         if number == signal.SIGINT:

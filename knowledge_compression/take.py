@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from knowledge_compression.taking.answers import Answers
     from knowledge_compression.taking.said import Made, Statement
 
-# What the command line can state about one model; the fields of Made.
+# The fields of Made that the command line can state about one model.
 _SAID = ("model", "compression", "target", "recovery", "restores_by", "family", "bits", "sparsity", "stored_mb", "seed")
 
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--as", dest="said", type=Path, metavar="FILE", help="a YAML file that describes the results")
     parser.add_argument("--by", help="who made the results")
     parser.add_argument("--compression", help="what was done to the model; none: this is the uncompressed one")
-    parser.add_argument("--model", help="what the model is called, the same compressed and uncompressed")
+    parser.add_argument("--model", help="the name of the model, the same for compressed and uncompressed runs")
     for name in _SAID[2:]:
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help="if known")
     options = parser.parse_args(arguments)
@@ -49,9 +49,9 @@ def take_results(results: Path, output: Path, said: Path | None, by: str | None,
     Args:
         results: what to take.
         output: the outputs folder.
-        said: the file of a statement, if there is one.
+        said: the file with the user's statement, if there is one.
         by: who made the results.
-        told: how the one model was made, as far as the command line says.
+        told: what the command line says about how the one model was made.
 
     Raises:
         BadInput: the results cannot be read, or the statements about them do not fit.
@@ -66,7 +66,7 @@ def take_results(results: Path, output: Path, said: Path | None, by: str | None,
     by = by or statement.by
     if results.is_dir() and Layout(results).runs.is_dir():
         if told or said:
-            raise BadInput(f"{results} is a store, whose runs say themselves how they were made; give only --by")
+            raise BadInput(f"{results} is a store, and its runs say how they were made; give only --by")
         if results.resolve() == output.resolve():
             raise BadInput(f"{results} is the store itself; give another one with -o")
         with underway(f"reading {results}"):
@@ -94,11 +94,11 @@ def _answers(results: Path, statement: Statement, said: Path | None, told: dict[
     folders = log_folders(results) if results.is_dir() else []
     if not folders:
         raise BadInput(
-            f"{results} holds no results that are known: a store (runs/), samples of lm-eval --log_samples, or, with a "
+            f"{results} holds no known results: a store (runs/), samples of lm-eval --log_samples, or, with a "
             "mapping in --as FILE, a CSV or JSON of answers"
         )
     if told and statement.runs:
-        raise BadInput(f"{said} says how the models were made; --{next(iter(told))} says it again")
+        raise BadInput(f"{said} says how the models were made; leave out --{next(iter(told))}")
     if not statement.runs:
         if len(folders) > 1:
             names = ", ".join(str(folder.relative_to(results)) for folder in folders[:4])
@@ -117,7 +117,7 @@ def _answers(results: Path, statement: Statement, said: Path | None, told: dict[
 
 def _named(made: Made, where: str) -> Made:
     if not made.model:
-        raise BadInput(f"{where}model is missing: what the model is called, the same compressed and uncompressed")
+        raise BadInput(f"{where}model is missing: the name of the model, the same for compressed and uncompressed runs")
     return made
 
 

@@ -1,10 +1,10 @@
-"""GPTAQ and ALPS here beside their authors' own code, on random layers.
+"""GPTAQ and ALPS, compared with their authors' own code on random layers.
 
     PYTHONPATH=tests python experiments/authors_code/compare.py --gptaq DIR --alps DIR
 
 The folders are copies of the authors' repositories (Intelligent-Computing-Lab-Yale/GPTAQ, mazumder-lab/ALPS), which are
-no part of this one. Their code is made to run on a processor; the grid of GPTAQ's codes is ours in both. Prints the
-share of entries that differ, and the squared output errors of both relative to the output.
+not part of this one. Their code is made to run on a CPU; both use our grid for GPTAQ's codes. Prints the share of
+entries that differ, and the squared output errors of both relative to the output.
 """
 
 from __future__ import annotations

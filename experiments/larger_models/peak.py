@@ -1,11 +1,11 @@
-"""How much memory a divided model takes while it is loaded and asked: peak resident bytes of a process of its own.
+"""The memory that a divided model takes while it is loaded and asked: peak resident bytes of a process of its own.
 
     python experiments/larger_models/peak.py --limit 400
 
 A Llama of 0.2 * 10^9 parameters without training (0.94 GB in float32) is loaded with ``device_map=auto`` and
-``max_memory={cpu: LIMIT}``, so that the rest lies on disk, and asked eight questions. Counted is what the process holds
-beyond what it held with its libraries loaded: all resident pages, and those of them that are not pages of files (which
-the system takes back when it needs them). Promised is at most the limit and one block.
+``max_memory={cpu: LIMIT}``, so the rest lies on disk, and asked eight questions. The script counts the pages that the
+process holds beyond those it held with its libraries loaded: all resident ones, and those that are not pages of files
+(which the system takes back when it needs them). The promise is at most the limit and one block.
 """
 
 from __future__ import annotations

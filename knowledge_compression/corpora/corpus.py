@@ -29,7 +29,7 @@ AUTO = "auto"
 
 
 class Corpus(Protocol):
-    """A source of running text; one file beside this one and one YAML under ``conf/corpus/``.
+    """A source of running text; one file next to this one and one YAML under ``conf/corpus/``.
 
     Attributes:
         name: what the user types.
@@ -80,7 +80,7 @@ class Documents:
         return torch.tensor(encoded["input_ids"], dtype=torch.long)  # type: ignore[return-value]
 
     def windows_in_turn(self, model: Model, length: int, begin: Sequence[int]) -> LongTensor:
-        """The stream cut into windows, each behind the tokens of ``begin``; the remainder is dropped.
+        """The stream cut into windows, each after the tokens of ``begin``; the remainder is dropped.
 
         Returns:
             Token ids ``[windows, length]``.
@@ -97,7 +97,7 @@ class Documents:
             samples: number of windows.
             length: tokens in a window.
             seed: for the starts.
-            begin: what each window begins with; it takes the place of as many tokens of text.
+            begin: the tokens with which each window begins, in place of as many tokens of text.
 
         Returns:
             Token ids ``[samples, length]``.
@@ -145,9 +145,9 @@ class TextCorpus(Windowed, ABC):
     """The common part of corpora made of text; subclasses provide the documents.
 
     Attributes:
-        bos: decoders only: whether each window begins with the tokenizer's beginning-of-text token. ``auto`` does as
-            the tokenizer does before every text (see :func:`beginning`): without it, Gemma sees states in calibration
-            that it never has in use. The published scripts cut windows out of running text, hence without one.
+        bos: decoders only: whether each window begins with the tokenizer's beginning-of-text token. ``auto`` follows
+        what the tokenizer does before every text (see :func:`beginning`): without the token, Gemma has states in
+        calibration that it never has in use. The published scripts cut windows out of running text, without it.
     """
 
     bos: bool | str = field(default=AUTO, kw_only=True)
@@ -175,7 +175,7 @@ class TextCorpus(Windowed, ABC):
         return self.documents().draw(model, self.samples, self.length, self.seed, begin)
 
     def token_stream(self, model: Model) -> LongTensor:
-        """The training text as one row of token ids, in which each window of ``length`` tokens begins as asked for."""
+        """The training text as one row of token ids; each window of ``length`` tokens begins as ``bos`` says."""
         begin, documents = beginning(model, self.bos, "corpus.bos"), self.documents()
         if not begin:
             return documents.stream(model)
@@ -208,7 +208,7 @@ class PublishedCorpus(TextCorpus):
         return self.hub_name if self.data_dir is None else digest_file(self._file(split))
 
     def check_data(self, split: str = TRAIN) -> None:
-        """Refuse a split that is not to be had, before hours of work that it is needed after.
+        """Refuse a split that is not available, before the hours of work after which it is needed.
 
         Raises:
             DataUnavailable: neither the data folder nor the hub has it.
@@ -246,12 +246,12 @@ def beginning(model: Model, bos: bool | str, setting: str) -> list[int]:
 
     Args:
         model: any family.
-        bos: ``auto`` does as the tokenizer does before every text: those of Gemma and LLaMA put one there, those of
-            GPT-2 and Qwen do not.
+        bos: ``auto`` does what the tokenizer does before every text: those of Gemma and LLaMA put the token there,
+        those of GPT-2 and Qwen do not.
         setting: what the user calls it, for messages.
 
     Raises:
-        BadInput: it was asked for and the tokenizer has none, or the model is not a decoder.
+        BadInput: the token was requested, but the tokenizer has none, or the model is not a decoder.
     """
     token = model.tokenizer.bos_token_id if model.family == DECODER else None
     if bos == AUTO:
@@ -259,7 +259,7 @@ def beginning(model: Model, bos: bool | str, setting: str) -> list[int]:
     if not bos:
         return []
     if token is None:
-        why = "is no decoder" if model.family != DECODER else "has a tokenizer without a beginning-of-text token"
+        why = "is not a decoder" if model.family != DECODER else "has a tokenizer without a beginning-of-text token"
         raise BadInput(f"{setting}=true: {model.name} {why}; choose auto or false")
     return [int(token)]
 
@@ -299,7 +299,7 @@ def _text_of(line: str, path: Path, number: int) -> str:
     return text
 
 
-@lru_cache(maxsize=4)  # asked for before it is needed, and by the next run of a sweep
+@lru_cache(maxsize=4)  # read by the check before a run, by the run, and by the next run of a sweep
 def hub_texts(repository: str, split: str, *, config: str | None = None, files: str | None = None) -> Any:
     """The ``text`` column of a data set on the hub (or in its local cache), one entry per row.
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 class Mix(Windowed):
     """A mix of corpora, by weights.
 
-    Every source gives windows in proportion to its weight, the remainder of the division to the largest fractions; they
-    are drawn as the source draws them, with the seed of the mix, and shuffled with it. Of running text for tuning, each
-    source gives as much as its weight says of the longest stream that all can give: none is repeated.
+    Every source gives windows in proportion to its weight; the remainder of the division goes to the largest fractions.
+    The windows are drawn as the source draws them, and shuffled, both with the seed of the mix. For tuning, the sources
+    form the longest stream in which they have their shares and no text is repeated.
 
     Attributes:
-        sources: corpora by a name of the user's; their ``samples``, ``length`` and ``seed`` are those of the mix.
+        sources: corpora by names that the user gives; their ``samples``, ``length`` and ``seed`` are those of the mix.
         weights: the share of each, by the same names; they need not add up to one.
     """
 
@@ -34,7 +34,7 @@ class Mix(Windowed):
     weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse mixes of nothing, and weights that are none."""
+        """Refuse empty mixes, and weights that are not positive."""
         super().__post_init__()
         if not self.sources:
             raise BadInput("corpus.sources is empty; name at least one corpus, see conf/corpus/mix.yaml")
@@ -45,9 +45,9 @@ class Mix(Windowed):
             )
         for source, weight in self.weights.items():
             if not weight > 0:
-                raise BadInput(f"corpus.weights.{source}={weight} is no share; a weight is above 0")
+                raise BadInput(f"corpus.weights.{source}={weight} is not a weight; give a number above 0")
         if self.samples < len(self.sources):
-            raise BadInput(f"corpus.samples={self.samples} are too few for {len(self.sources)} sources")
+            raise BadInput(f"corpus.samples={self.samples} is too small for {len(self.sources)} sources")
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Mix(Windowed):
         return "mix-1"
 
     def check_data(self) -> None:
-        """Refuse a source whose text is not to be had."""
+        """Refuse a source whose text is not available."""
         for source in self.parts.values():
             if hasattr(source, "check_data"):
                 source.check_data()

@@ -1,13 +1,13 @@
 """The model's own samples: calibration and tuning text for a model whose training data is unavailable.
 
 Data-free calibration from a model's own generations follows LLM-QAT [Liu et al., 2023, section 2.1]; masked language
-models are sampled as Wang & Cho [2019] do. Everything is drawn at temperature 1 from the whole vocabulary except
-special tokens, from the uncompressed model, in batches, with the corpus's seed.
+models are sampled as in Wang & Cho [2019]. The uncompressed model draws everything at temperature 1 from the whole
+vocabulary except special tokens, in batches, with the corpus's seed.
 
-- A decoder continues what its tokenizer puts before a text (a BOS token), or, where that is nothing, one token drawn
-  uniformly from the vocabulary.
-- An encoder-decoder grows a text: the encoder reads the text so far and a blank (T5's first sentinel, BART's mask), the
-  decoder fills the blank until it says a special token, and what it said is appended.
+- A decoder continues the tokens that its tokenizer puts before a text (a BOS token). If there are none, it continues
+  one token drawn uniformly from the vocabulary.
+- An encoder-decoder grows a text. The encoder reads the text so far and a blank (T5's first sentinel, BART's mask); the
+  decoder fills the blank until it generates a special token, and the filling is appended.
 - An encoder starts from masks between its own CLS and SEP and fills them in random order, an equal share in each of 16
   rounds, every token drawn from its distribution given those already there.
 """
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = "own-samples-1"  # raised whenever the same model and seed would give other samples
+VERSION = "own-samples-1"  # raised whenever the same model and seed would give different samples
 _BATCH = 32  # sequences sampled in one batch; changing it changes the samples
 _ROUNDS = 16  # number of forward passes in which an encoder's masks are filled
 _CONTEXT = 128  # tokens of the preceding text that an encoder-decoder reads for each blank

@@ -14,7 +14,7 @@ class TextFile(TextCorpus):
     """One file, used for every split.
 
     Attributes:
-        path: a ``.jsonl`` (one document a line) or any other UTF-8 file (one document).
+        path: a ``.jsonl`` (one document per line) or any other UTF-8 file (one document).
     """
 
     name: str = field(default="text", metadata=LABEL)

@@ -38,7 +38,7 @@ class WorldText(Windowed):
     bos: bool | str = field(default=AUTO, kw_only=True, metadata=ADDED)
 
     def __post_init__(self) -> None:
-        """Refuse what is neither yes, no nor ``auto``."""
+        """Refuse anything but true, false and ``auto``."""
         super().__post_init__()
         check_bos(self.bos, "corpus.bos")
 

@@ -169,7 +169,7 @@ class Tuning:
     def _windows(self, model: Model, corpus: Corpus, reserved: int) -> LongTensor:
         length, limit = corpus.length, model.max_positions
         if limit is not None and reserved + length > limit:
-            beside = f" beside a prompt of {reserved}" if reserved else ""
+            beside = f" after a prompt of {reserved}" if reserved else ""
             raise BadInput(
                 f"windows of corpus.length={length} tokens{beside} do not fit the {limit} positions of {model.name}; "
                 f"choose corpus.length={max(limit - reserved, 0)} or less"
@@ -266,6 +266,6 @@ def check_gradients(model: Model) -> None:
             handle.remove()
     if without:
         raise BadInput(
-            f"{len(without)} layers of {model.name} run on kernels that pass no gradient back ({without[0]}, ...), so "
-            "nothing can be trained through them; compression=int8_dynamic rounds alike and has gradients"
+            f"{len(without)} layers of {model.name} run on kernels without gradients ({without[0]}, ...), so "
+            "nothing can be trained through them; compression=int8_dynamic rounds in the same way and has gradients"
         )

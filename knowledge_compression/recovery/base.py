@@ -37,7 +37,7 @@ class RecoveryReport:
 
     Attributes:
         strategy: e.g. ``lora``.
-        trainable_parameters: number of parameters that were trained and are stored beside the model.
+        trainable_parameters: number of parameters that were trained and are stored in addition to the model.
         tokens: number of training tokens.
         loss_before, loss_after: mean training loss (nats per token) over the first and the last tenth of the budget.
         seconds: wall time.
@@ -83,7 +83,7 @@ class Recovered:
     Attributes:
         report: the report.
         prompts: the prompts before every input; None if there are none.
-        restores_by: how it restores, if only what was found decides that; None takes what the recovery declares.
+        restores_by: how it restores, if that is known only afterwards; None takes what the recovery declares.
     """
 
     report: RecoveryReport
@@ -92,15 +92,15 @@ class Recovered:
 
 
 class Recovery(ABC):
-    """A way to bring lost facts back; one short file beside this one and one YAML under ``conf/recovery/``.
+    """A way to bring lost facts back; one short file next to this one and one YAML under ``conf/recovery/``.
 
     A subclass declares ``restores_by``, which a run writes into its report; the fact ledger sorts recovered facts by
     it. One that trains derives from :class:`~knowledge_compression.recovery.tuned.Tuned`.
 
     Attributes:
         restores_by: new weights, redirection of the input, or nothing.
-        beside_offloaded: whether it also works where weights of a divided network lie in memory or on disk until they
-            are used (``device_map=auto``).
+        beside_offloaded: whether it also works while weights of a divided network lie in memory or on disk
+        (``device_map=auto``).
     """
 
     restores_by: RestoresBy
@@ -132,17 +132,17 @@ class Recovery(ABC):
         return self.budget is not None
 
     def check_reach(self, model: Model) -> None:
-        """Refuse a network whose weights are not all at hand, if this recovery needs that.
+        """Refuse a network whose weights are not all on computing devices, if this recovery needs them there.
 
         Raises:
-            BadInput: weights lie in memory or on disk until they are used.
+            BadInput: weights lie in memory or on disk.
         """
         network = model.network.get_input_embeddings() if self.beside_offloaded else model.network
         if any(weight.is_meta for weight in network.parameters()):
             part = "the embeddings" if self.beside_offloaded else "all weights"
             raise BadInput(
-                f"{type(self).__name__} needs {part} at hand, and device_map=auto keeps some in memory or on disk "
-                "until they are used; choose recovery=prompt, idp or concat, or give more memory"
+                f"{type(self).__name__} needs {part} on the computing devices, but device_map=auto keeps some in "
+                "memory or on disk; choose recovery=prompt, idp or concat, or raise max_memory"
             )
 
     @abstractmethod

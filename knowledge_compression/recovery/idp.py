@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Idp(SeveralPrompts):
-    """Prompts of several lengths, each trained as by ``recovery=prompt``, of which the input selects one.
+    """Prompts of several lengths, each trained as by ``recovery=prompt``; the input selects one of them.
 
     The prompts do not attend to each other, and their keys and values are computed once. The prompt that gets the most
     attention from the input (mean over heads, input tokens and the prompt's tokens) is selected; the answer being

@@ -1,4 +1,4 @@
-"""LoRA: low-rank matrices added to the projections (Hu et al., 2021), by which forgotten knowledge is relearned."""
+"""LoRA: low-rank matrices added to the projections (Hu et al., 2021), which relearn forgotten knowledge."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _TAKES = {FF: (FF, EXPERTS, SHARED_EXPERTS), DECODER_SELF_ATT: (DECODER_SELF_ATT
 class Lora(OneAdapter):
     """Train low-rank additions to every attention and feed-forward projection; they are not merged into the weights.
 
-    Each expert of a mixture gets one of its own; what replaces attention (linear attention, state-space mixers)
-    counts as attention.
+    Each expert of a mixture gets an addition of its own. Linear attention and state-space mixers, which replace
+    attention, count as attention.
 
     Attributes:
         rank: of the additions; the paper uses 2, 3 and 4.

@@ -39,8 +39,8 @@ class PeftAdapter(Recovery):
 
     Attributes:
         path: a folder that peft's ``save_pretrained`` wrote.
-        merge: whether a LoRA is added into the weights, which costs nothing when the model runs, but rounds them once;
-            otherwise it stays beside them.
+        merge: whether a LoRA is added into the weights. This costs nothing when the model runs, but rounds the weights
+        once. Otherwise the LoRA stays separate.
     """
 
     path: str = field(metadata=PLACE)
@@ -63,7 +63,7 @@ class PeftAdapter(Recovery):
         kind = settings["peft_type"]
         if self.merge and (kind != LORA or any(layer.is_replaced for layer in linear_layers(model))):
             raise BadInput(
-                f"recovery.merge=true adds a LoRA into weights that are floating-point numbers; this is {kind} on "
+                f"recovery.merge=true adds a LoRA into floating-point weights; this is {kind} on "
                 f"{model.name}, so choose recovery.merge=false"
             )
         model.network.requires_grad_(False)
@@ -105,7 +105,7 @@ class PeftAdapter(Recovery):
         if settings.get("modules_to_save"):
             raise BadInput(
                 f"recovery.path={self.path} replaces whole layers ({settings['modules_to_save']}) "
-                "beside its adapter, which is not read; merge it into the model with peft's merge_and_unload"
+                "in addition, which is not read; merge it into the model with peft's merge_and_unload"
             )
         if not (self._folder / WEIGHTS).is_file():
             there = "a pickle, which can run code, and no" if (self._folder / PICKLE).is_file() else "no"
@@ -120,7 +120,7 @@ class PeftAdapter(Recovery):
             raise BadInput(f"{self._folder / WEIGHTS} cannot be read ({first_line(error)})") from None
 
     def _add_lora(self, model: Model, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Put the low-rank additions beside the layers that the adapter names."""
+        """Insert the low-rank additions at the layers that the adapter names."""
         from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
         from peft.tuners.lora import Linear as LoraLinear
 
@@ -144,7 +144,7 @@ class PeftAdapter(Recovery):
         model.network.eval()
 
     def _check_shapes(self, model: Model, tensors: Mapping[str, Tensor]) -> None:
-        """Refuse matrices of other widths than the layers beside which they belong; torch's message has many lines."""
+        """Refuse matrices whose widths differ from those of their layers; torch's own message has many lines."""
         there = model.network.state_dict()
         for name, tensor in tensors.items():
             place = there.get(name.removeprefix("base_model.model.").removesuffix(".weight") + ".default.weight")
@@ -154,7 +154,7 @@ class PeftAdapter(Recovery):
                 )
 
     def _merge_lora(self, model: Model) -> None:
-        """Add the low-rank additions into the weights, and take them away from beside the layers."""
+        """Add the low-rank additions into the weights, and remove them from the layers."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         found = {path: part for path, part in model.network.named_modules() if isinstance(part, BaseTunerLayer)}
@@ -166,7 +166,7 @@ class PeftAdapter(Recovery):
         """Put the prompt or prefix before the model's input."""
         trained = tensors.get(_TRAINED)
         if trained is None or trained.dim() != 2:
-            raise BadInput(f"{self._folder / WEIGHTS} holds no {_TRAINED}, which an adapter of the kind {kind} is")
+            raise BadInput(f"{self._folder / WEIGHTS} holds no {_TRAINED}, which an adapter of the kind {kind} needs")
         check_positions(model, len(trained))
         if kind == PREFIX:
             check_decoder(model)
@@ -174,12 +174,12 @@ class PeftAdapter(Recovery):
             layers = model.network.config.get_text_config().num_hidden_layers
             if trained.shape[1] != (wanted := 2 * layers * heads * width):
                 raise self._of_another(
-                    model, f"a prefix for it has {wanted} numbers a token, this one {trained.shape[1]}"
+                    model, f"a prefix for it has {wanted} numbers per token, this one has {trained.shape[1]}"
                 )
             return Prompted(model, prefix_bank(model, trained)).prompts
         if trained.shape[1] != (width := embedding_width(model)):
             raise self._of_another(
-                model, f"its embeddings have {width} numbers, those of the prompt {trained.shape[1]}"
+                model, f"its embeddings have {width} numbers, those of the prompt have {trained.shape[1]}"
             )
         if model.family == DECODER:
             return Prompted(model, bank_of(model, [trained.to(model.device, model.dtype)])).prompts

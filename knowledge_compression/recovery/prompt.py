@@ -1,4 +1,4 @@
-"""Prompt tuning: trained embeddings before the input (Lester et al., 2021), by which displaced knowledge returns."""
+"""Prompt tuning: trained embeddings before the input (Lester et al., 2021), which bring displaced knowledge back."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Attention of a decoder with cached prompts before its input, as an attention function for transformers.
 
-Attention to the input and to a prompt are computed separately and combined exactly, so that no mask over prompts and
-input is needed and the causal kernel can be used. Their log-sum-exps also give Inference-time Dynamic Prompting the
-attention that the input pays to each prompt.
+Attention to the input and attention to a prompt are computed separately and combined exactly. So no mask over prompts
+and input is needed, and the causal kernel can be used. Their log-sum-exps also give Inference-time Dynamic Prompting
+the attention that the input pays to each prompt.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
 
 
 def register() -> None:
-    """Tell transformers of this attention, under the name :data:`PROMPTED`."""
+    """Register this attention with transformers under the name :data:`PROMPTED`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

@@ -89,7 +89,7 @@ class OneAdapter(Tuned):
         """Refuse models that this recovery does not fit.
 
         Raises:
-            BadInput: the model is of a family, or too short, for it.
+            BadInput: the model is of the wrong family, or has too few positions.
         """
 
     def prepare(self, model: Model) -> None:

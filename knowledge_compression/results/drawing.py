@@ -20,9 +20,9 @@ from knowledge_compression.results.summary import HEADLINES, asked_columns, head
 from knowledge_compression.results.varying import CHOSEN, text_of
 from knowledge_compression.statistics import Estimate, accuracies, accuracy, drops, means
 
-_BESIDE = 8  # lines whose legend has room inside the axes; that of more stands below them
-_NARROW = 34  # characters of a line's name, of which two stand side by side
-_LOOKS = (("-", "o"), ("--", "s"), (":", "D"))  # of ten lines each, as many as there are colours
+_BESIDE = 8  # lines whose legend fits inside the axes; with more lines it is drawn below
+_NARROW = 34  # characters of a line's name up to which two fit in one row
+_LOOKS = (("-", "o"), ("--", "s"), (":", "D"))  # each for ten lines, as many as there are colours
 
 
 def literal_text() -> AbstractContextManager[None]:

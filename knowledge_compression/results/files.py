@@ -1,4 +1,4 @@
-"""Compressed files of one model beside their original: what each is, and how many of the facts it kept, by its size."""
+"""Compressed files of one model, compared with their original: what each is, and how many facts it kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KEY = ["task", "id"]
-OTHER_TOKENIZER = "other_tokenizer"  # in a run's report: its original reads the same text as other tokens
+OTHER_TOKENIZER = "other_tokenizer"  # in a run's report: its original has another tokenizer
 
 
 def is_file(run: Run) -> bool:
@@ -24,9 +24,9 @@ def kept(run: Run, baseline: Run, suite: str) -> dict[str, Any]:
     """What a table shows about a file; all None for any other run.
 
     Returns:
-        ``file``, its name, and ``kept_percent, kept_low, kept_high``: the share of the items that the original answers
-        right which the file still answers right, with its 95 % interval; None where the suite has no right answers, or
-        the original knows none.
+        ``file``, its name, and ``kept_percent, kept_low, kept_high``: of the items that the original answers right, the
+        share that the file still answers right, with its 95 % interval. None if the suite has no right answers, or the
+        original knows none.
     """
     from knowledge_compression.statistics import accuracy
 
@@ -67,10 +67,10 @@ def tokens_differ(run: Run) -> str | None:
 
 
 def kept_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Facts kept against megabytes, one panel a suite and one point a file; None where no file was asked for facts.
+    """Facts kept against megabytes, one panel per suite and one point per file; None if no file was asked for facts.
 
     Args:
-        rows: of the table, see :func:`kept`.
+        rows: the rows of the table, see :func:`kept`.
     """
     from matplotlib.figure import Figure
 

@@ -183,7 +183,7 @@ def columns_of(path: Path, *, whole: bool) -> dict[str, str]:
         schema = pl.scan_parquet(path, glob=False).collect_schema()
         if whole:
             pl.read_parquet(path, glob=False)
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # the latter is no Exception
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # the latter is not an Exception
         raise ValueError(first_line(error)) from None
     return {name: str(dtype) for name, dtype in schema.items()}
 

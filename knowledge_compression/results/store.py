@@ -50,7 +50,7 @@ class Run:
         report: the reports of compression, recovery and each suite, JSON-ready.
         environment: versions, hardware, time, command.
         folder: its folder; None before it is written.
-        items_digest: of the file of its items, as it was written; None if it was not recorded.
+        items_digest: digest of the file of its items as it was written; None if it was not recorded.
     """
 
     id: str
@@ -78,7 +78,7 @@ class Run:
         """The item table, as a lazy table: only the columns and rows that are used are read.
 
         Raises:
-            BadInput: the file has other columns than a run's, whatever else was noted of it.
+            BadInput: the file cannot be read, or lacks columns of a run.
         """
         if self._items is not None:
             return self._items.lazy()
@@ -111,7 +111,7 @@ class Run:
 
     @property
     def taken(self) -> bool:
-        """Whether it was made by other tools, so that only what its taker stated is known (docs/taking.md)."""
+        """Whether it was made by other tools; then only the statements of the person who took it are known."""
         return "content" in self.config.get("identity", {})
 
     @property
@@ -320,7 +320,7 @@ class RunStore:
                     path.rename(scratch / path.name)
         for path in scratch.rglob("*"):
             if path.is_file():
-                path.chmod((scratch / "config.yaml").stat().st_mode)  # safetensors lets only the owner read its files
+                path.chmod((scratch / "config.yaml").stat().st_mode)  # safetensors lets only the owner read
                 _flush(path)
         scratch.chmod(0o755)
         return digests

@@ -1,7 +1,7 @@
 """The table and the figure of a few runs: results, and drops relative to the dense baseline.
 
-Slow results are kept in the user's cache: intervals by the digests of their items, figures by their rows. Showing runs
-again therefore needs no library that reads items or draws.
+Slow results are kept in the user's cache: intervals by the digests of their items, figures by their rows. So showing
+runs again needs no library that reads items or draws.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def shown(text: object) -> Text:
 
 
 def _left_out(run: Run) -> str | None:
-    """A line about what a run's target left out within its own roles; None if nothing."""
+    """A line about the parts of its own roles that a run's target left out; None if there are none."""
     parts = [part for part in run.report.get("compression", {}).get("left_out", ()) if part["inside"]]
     if not parts:
         return None
@@ -91,7 +91,7 @@ def _left_out(run: Run) -> str | None:
 
 
 def _hardly_read(run: Run) -> str | None:
-    """A line about layers that were compressed without calibration, as hardly any text reached them; None if none."""
+    """A line about layers compressed without calibration, because hardly any text reached them; None if none."""
     report = run.report.get("compression", {})
     counts = [report.get("fallbacks", {}).get(name, 0) for name in ("few_tokens", "no_tokens")]
     if not any(counts):
@@ -100,7 +100,7 @@ def _hardly_read(run: Run) -> str | None:
     choices = run.config["choices"]
     return (
         f"{choices['model']}, target={choices['target']}, compression={choices['compression']}: {few + none:,} of "
-        f"{report['layers_touched']:,} layers were compressed without calibration, as too few tokens of the text "
+        f"{report['layers_touched']:,} layers were compressed without calibration, because too few tokens "
         f"reached them ({none:,}: none); more corpus.samples reach more experts"
     )
 
@@ -109,13 +109,16 @@ def drop_rows(runs: Sequence[Run], baselines: Mapping[str, Run]) -> list[dict[st
     """One row per run and suite, dense baselines first.
 
     Returns:
-        Rows of the same columns. First what varies among the runs and nothing else: a choice among files under its
-        group (``target``), a setting as ``asked_<name>`` (``asked_bits``); None where a run has no such thing. Then
-        ``suite, metric, value, dense``, ``drop_percent`` (share of the dense value lost; for perplexity, the rise), the
-        95 % intervals ``value_low, value_high`` and ``drop_low, drop_high`` (paired bootstrap over items or windows of
-        text), ``majority_percent`` (the same for always giving the most frequent answer), ``reached_sparsity,
-        reached_bits, stored_mb, baseline, run``; with files of one model also ``file``, its name, and ``kept_percent,
-        kept_low, kept_high``: the share of what its original answers right that it still answers right.
+        Rows with the same columns:
+
+        - the settings that vary among the runs: a choice among files under its group (``target``), a setting as
+          ``asked_<name>`` (``asked_bits``); None if a run has no such setting;
+        - ``suite, metric, value, dense``; ``drop_percent`` (share of the dense value lost; for perplexity, the rise);
+          the 95 % intervals ``value_low, value_high`` and ``drop_low, drop_high`` (paired bootstrap over items or
+          windows of text); ``majority_percent`` (the drop of always giving the most frequent answer);
+        - ``reached_sparsity, reached_bits, stored_mb, baseline, run``;
+        - for files of one model, ``file``, its name, and ``kept_percent, kept_low, kept_high``, see
+          :func:`~knowledge_compression.results.files.kept`.
     """
     distinct = list({run.id: run for run in [*baselines.values(), *runs]}.values())
     settings = varied([run.config for run in distinct])
@@ -162,8 +165,8 @@ class _Column:
     Attributes:
         name: its heading.
         cells: the text of each row.
-        right: whether it is set to the right, as numbers are.
-        spare: which columns are left out first in a narrow terminal: those with the largest number; None: never.
+        right: whether it is aligned to the right, as numbers are.
+        spare: in a narrow terminal, the columns with the largest number are left out first; None is never left out.
     """
 
     name: str
@@ -178,12 +181,12 @@ class _Column:
 
 
 def as_rich(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> Table:
-    """The rows of :func:`drop_rows` as a terminal shows them: what varies, what came out.
+    """The rows of :func:`drop_rows` as a terminal shows them: the settings that vary, and the results.
 
     Args:
         rows: the rows.
-        width: characters in a line. For longer rows, columns are left out, first those that are the same in all rows;
-            the table's caption names them. None shows all.
+        width: characters in a line. If rows are longer, columns are left out, those that are the same in all rows
+        first; the table's caption names them. None shows all.
     """
     columns = _columns(rows)
     gone: list[_Column] = []
@@ -256,7 +259,7 @@ def _row(run: Run, baseline: Run, suite: str, metric: str) -> dict[str, Any]:
 
 
 def _intervals(asked: Sequence[tuple[Run, Run, str, str]]) -> list[dict[str, float]]:
-    """As :func:`~knowledge_compression.results.drawing.intervals`, found once for items of the same bytes."""
+    """As :func:`~knowledge_compression.results.drawing.intervals`, computed once for items with the same bytes."""
 
     def find() -> list[dict[str, float]]:
         from knowledge_compression.results.drawing import intervals
@@ -280,7 +283,7 @@ _CODE = ("statistics.py", "resampling.py", "results/drawing.py", "results/files.
 
 
 def _code() -> list[str]:
-    """Digests of the code that finds intervals and draws: what is kept was made by this one."""
+    """Digests of the code that computes intervals and draws; cached results of other code are not used."""
     package = Path(__file__).parents[1]
     return [file_digest(package / file) for file in _CODE]
 

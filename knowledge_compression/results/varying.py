@@ -72,7 +72,7 @@ class Names:
     A dense run is called ``dense``. A run that differs from the others in nothing has the names of its chosen files.
 
     Args:
-        configs: of all the runs, by id.
+        configs: the settings of all the runs, by id.
     """
 
     def __init__(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -92,7 +92,7 @@ class Names:
         """What a run is called, e.g. ``ff gptq bits=3``.
 
         Args:
-            run_id: of one of the runs.
+            run_id: id of one of the runs.
             without: settings to leave out, by name; the name of a part (``recovery``) leaves out what only it holds.
         """
         words = []
@@ -168,7 +168,7 @@ def _named(keys: Sequence[Key], flat: Sequence[Mapping[Key, Any]]) -> Iterator[V
     for word, alike in by_word.items():
         values = [{repr(of[key]): of[key] for key in alike if key in of} for of in flat]
         parts = frozenset(key[0] for key in alike)
-        if word == "seed" and ("seed",) in alike:  # the parts draw by the run's own
+        if word == "seed" and ("seed",) in alike:  # the parts use the run's own seed
             yield Varied(word, [of.get(("seed",), ANY) for of in flat], parts=parts)
         elif all(len(each) < 2 for each in values):
             yield Varied(word, [next(iter(each.values()), None) for each in values], parts=parts)

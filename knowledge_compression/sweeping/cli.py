@@ -44,7 +44,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES}  # a disk tha
 def main() -> None:
     """Entry point of ``run.py``."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive unchanged; what the user sees is decided here
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports each list of fonts that it makes
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs the building of its font list
     command = hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)
     try:
         check_choices(sys.argv[1:])
@@ -84,7 +84,7 @@ def check_choices(arguments: Sequence[str]) -> None:
     """
     for before, argument in pairwise(["", *arguments]):
         name = argument.lstrip("-").partition("=")[0]
-        if argument.startswith("--") and name.partition(".")[0] in SETTINGS and name != "run":  # which is Hydra's
+        if argument.startswith("--") and name.partition(".")[0] in SETTINGS and name != "run":  # --run is Hydra's
             raise BadInput(f"{argument} is not an option; write settings as {name}=VALUE, without dashes")
         if argument in SETTINGS and not before.startswith("-"):
             raise BadInput(f"{argument} has no value; write {argument}=VALUE, without spaces")
@@ -92,7 +92,7 @@ def check_choices(arguments: Sequence[str]) -> None:
         if equals and group in (*GROUPS, "tracker"):
             listed = choice.startswith("[") and group != "eval"
             if listed or choice.strip("'\"") in ("", "null", "~"):
-                raise BadInput(f"{argument} chooses no file; give a name of conf/{group}, see --help")
+                raise BadInput(f"{argument} does not choose a file; give a name of conf/{group}, see --help")
 
 
 def settled_by_classes(arguments: Sequence[str]) -> list[str]:
@@ -170,13 +170,12 @@ def carry_out(config: DictConfig) -> tuple[Run, Run]:
     if in_sweep and HydraConfig.get().runtime.choices["hydra/launcher"] == "basic":  # all runs in this process
         experiment = replace(experiment, holds=True)
     store = RunStore(config.output.dir)
-    # The baseline comes second, so that jobs of a sweep that start together do not all wait for it, unless it records
-    # what they compare with.
-    # Where nothing is asked there is nothing to compare.
+    # The baseline comes second, so jobs of a sweep that start together do not all wait for it; it comes first if it
+    # records the states that they compare with. Without suites there is nothing to compare.
     wanted = [experiment] if experiment.is_dense or not experiment.suites else [experiment, experiment.dense()]
     tracker: Tracker = NoTracker()
     if config.run.force or not all(one.is_done(store) for one in wanted):
-        if not in_sweep:  # where the sweeper has said it
+        if not in_sweep:  # in a sweep, the sweeper says it
             say_what_moved([experiment], store)
         sweep = Path(HydraConfig.get().sweep.dir) if in_sweep else None
         typed = HydraConfig.get().overrides.task

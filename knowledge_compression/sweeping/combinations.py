@@ -1,8 +1,8 @@
 """The combinations of a sweep, and the settings of each.
 
-Hydra needs a tenth of a second to compose a configuration, too long for ten thousand combinations, so it composes one
-configuration for each choice of files. Otherwise combinations differ in plain values: the places of a value in the
-settings are found by trying every value of the sweep, and from then on values are put there directly. A key whose
+Hydra needs a tenth of a second to compose a configuration, too long for ten thousand combinations. So it composes only
+one configuration for each choice of files. Combinations with the same files differ in plain values. The places of a
+value in the settings are found by trying every value of the sweep; then values are put there directly. A key whose
 values have any other effect is left to Hydra.
 """
 
@@ -54,8 +54,8 @@ def selected(
 ) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
     """The grids of a preset that the command line asks for, each with the overrides that apply to it.
 
-    A typed choice of files, e.g. ``recovery=lora``, that some grids have among theirs selects those grids, and in each
-    of them the typed files that it has. A choice that no grid has replaces that of every grid.
+    A typed choice of files, e.g. ``recovery=lora``, selects the grids that have it, and in each of these grids only the
+    typed files. A choice that no grid has replaces that of every grid.
 
     Args:
         grids: keys of the sweep and their values.

@@ -1,13 +1,13 @@
 """The cost of a sweep, estimated without starting it: ``python run.py -m ... run.plan=true``.
 
-Every suite is rehearsed once on a miniature of the network: the same kind of network with the same depth, tokenizer and
-vocabulary, but only a few numbers wide. Hooks count the tokens that pass each linear layer; with the layers' true
-shapes, from the configuration on the meta device, that gives the multiply-adds. Their speed is measured on one block of
-true width with random weights, or taken from the finished runs of the store, or given (``run.rate``).
+Every suite is rehearsed once on a miniature of the network: the same kind of network with the same depth and tokenizer,
+but only a few numbers wide (see ``rehearsal.py``). Hooks count the tokens that pass each linear layer. Together with
+the layers' true shapes, from the configuration on the meta device, this gives the multiply-adds. Their speed is given
+(``run.rate``), taken from the finished runs of the store, or measured on one block of true width with random weights.
 
-Counted are linear layers, calibrated compressions by their passes and second moments, training, and with
-``distance=true`` the dense model's head at every position that is compared, its states on disk, and a pass of its own
-where no run records them. Not counted are attention's own products and any work of a suite outside its model.
+The forecast counts linear layers, the passes and second moments of calibrated compressions, and training. With
+``distance=true`` it also counts the dense model's head at every compared position, its states on disk, and a pass of
+its own if no run records them. It does not count attention's own products or the work of a suite outside its model.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from knowledge_compression.sweeping.rehearsal import Work, multiply_adds, reache
 
 log = logging.getLogger(__name__)
 
-_READING = 1e9  # bytes a second that a model is read with
-_A_PASS = 4096  # tokens for which a divided network's weights are brought once to the device that computes
-_ITEM_BYTES = 100.0  # of a row of items.parquet
-# What a calibrated method's solving (columns one by one, the search for a grid) and a model's writing of its own
-# samples take, in products of matrices: fitted to one run of GPTQ on smollm2, held against others in docs/scaling.md.
+_READING = 1e9  # bytes per second at which a model is read
+_A_PASS = 4096  # tokens per transfer of a divided network's weights to the computing device
+_ITEM_BYTES = 100.0  # per row of items.parquet
+# The cost of a calibrated method's solving (columns one by one, the search for a grid) and of sampling text from the
+# model, in matrix products: fitted to one run of GPTQ on smollm2, compared with other runs in docs/scaling.md.
 _SOLVING, _WRITING = 8, 4
 
 
@@ -76,14 +76,14 @@ class Forecaster:
         store: its finished runs are not repeated, and show how fast this machine is.
         rate: multiply-adds per second, if known; None measures.
         process_each: whether each run starts its own process.
-        holds: whether one process does all runs and keeps the model besides the copy that a run changes.
+        holds: whether one process does all runs and keeps the model in addition to the copy that a run changes.
     """
 
     def __init__(
         self, store: RunStore, rate: float | None = None, *, process_each: bool = False, holds: bool = False
     ) -> None:
         if rate is not None and rate <= 0:
-            raise BadInput(f"run.rate={rate} is not a rate; give multiply-adds a second, e.g. 2e11")
+            raise BadInput(f"run.rate={rate} is not a rate; give multiply-adds per second, e.g. 2e11")
         self.store, self.rate, self.holds = store, rate, holds
         self.started = time.time() - psutil.Process().create_time() if process_each else 0.0
         self.libraries = float(psutil.Process().memory_info().rss)
@@ -92,11 +92,11 @@ class Forecaster:
         self._reached: dict[str, Callable[[int], dict[str, float]]] = {}
         self._compressed: set[str] = set()
         self._done: set[str] = set()
-        self._written: set[Any] = set()  # models that have written their own samples by then
+        self._written: set[Any] = set()  # models whose own samples exist by then
         self._recorded: set[Any] = set()  # dense models and suites whose states are on disk by then
 
     def of(self, experiment: Experiment, label: str) -> list[Forecast]:
-        """The run, and its dense baseline where this sweep has not made it by then."""
+        """The run, and its dense baseline if this sweep has not made it by then."""
         found = [self._one(experiment, label)]
         dense = experiment.dense()
         if experiment.suites and not experiment.is_dense:
@@ -117,7 +117,7 @@ class Forecaster:
         self._compress(forecast, experiment, skeleton)
         self._train(forecast, experiment, skeleton)
         left = left_of(experiment.compression, lambda: experiment.target.select(skeleton))
-        on_cpu, shared = resolve_device(experiment.device).type == "cpu", 0.0  # multiply-adds that other GPUs do
+        on_cpu, shared = resolve_device(experiment.device).type == "cpu", 0.0  # multiply-adds done by other GPUs
         for name in experiment.suites:
             work = self.work(experiment, skeleton, name)
             if work is None:
@@ -132,7 +132,7 @@ class Forecaster:
             forecast.memory = max(forecast.memory, before + held + logits + self._of_helpers(experiment, held, logits))
             if experiment.distance and scores(experiment.suites[name]):
                 self._compare(forecast, experiment, skeleton, name)
-        if experiment.compares and any(map(scores, experiment.suites.values())):  # the dense model beside
+        if experiment.compares and any(map(scores, experiment.suites.values())):  # the dense model too
             forecast.memory += held
             forecast.seconds += size / _READING
         forecast.seconds += (forecast.macs - shared) / self.rate_of(experiment, skeleton)
@@ -160,7 +160,7 @@ class Forecaster:
             self._compressed.add(key)
             forecast.disk += size
             forecast.memory += size  # while it is written
-        forecast.seconds += 4 * size / _READING  # to rank or round, and to write
+        forecast.seconds += 4 * size / _READING  # ranking or rounding, and writing
         if not experiment.compression.calibrated:
             return
         if (took := self._past_seconds(experiment)) is not None:
@@ -184,7 +184,7 @@ class Forecaster:
                 forecast.memory += 12.0 * max(width**2 for _, _, width in shapes)
 
     def _compare(self, forecast: Forecast, experiment: Experiment, skeleton: Model, suite: str) -> None:
-        """What the distance to the dense model adds to a suite of one run."""
+        """Add the cost of the distance to the dense model for one suite of a run."""
         work, dense = self.work(experiment, skeleton, suite), experiment.dense()
         assert work is not None  # it has been rehearsed
         key = (dense.compressed_id, digest_of(known_identity(experiment.suites[suite])))
@@ -200,7 +200,7 @@ class Forecaster:
             forecast.macs += _of_head(skeleton, work)
 
     def _past_seconds(self, experiment: Experiment) -> float | None:
-        """The cost of this compression in a finished run with other later settings."""
+        """The seconds of this compression in a finished run that differs only in later steps."""
         parts = ("model", "target", "compression", "corpus")
         asked = {part: experiment.identity.get(part) for part in parts}
         for run in self._past:
@@ -229,7 +229,7 @@ class Forecaster:
         forecast.memory += 4.0 * training.batch_size * length * widths
 
     def tokens_through(self, experiment: Experiment, skeleton: Model, tokens: int) -> dict[str, float]:
-        """How many of some tokens of text pass each matrix, see :func:`~.rehearsal.reached`."""
+        """The number of tokens that pass each matrix, for so many tokens of text; see :func:`~.rehearsal.reached`."""
         key = experiment.source.fingerprint()
         if key not in self._reached:
             self._reached[key] = reached(skeleton)
@@ -255,7 +255,7 @@ class Forecaster:
         return self.rate or self._rates[key]
 
     def _past_rate(self, experiment: Experiment, skeleton: Model) -> float | None:
-        """From runs of the same model on the same kind of device that were asked the same."""
+        """From finished runs of the same model and suites on the same kind of device."""
         macs = seconds = 0.0
         device = str(resolve_device(experiment.device))
         scored_in = experiment.scored_in and str(experiment.scored_in)
@@ -296,7 +296,7 @@ def _bytes_of_weights(experiment: Experiment, skeleton: Model) -> float:
 
 
 def _held(experiment: Experiment, skeleton: Model, size: float) -> tuple[float, float]:
-    """Of a model of so many bytes: the most that memory holds, and what travels to where it computes in each pass."""
+    """For a model of so many bytes: the peak in memory, and the bytes moved to the computing device in each pass."""
     if experiment.streams and not experiment.loads:  # from disk to disk, block by block
         return largest_block(skeleton) * weights_dtype(experiment, skeleton).itemsize, 0.0
     if not isinstance(experiment.device, Spread):
@@ -316,7 +316,7 @@ def largest_block(skeleton: Model) -> int:
 
 
 def totals(found: Iterable[Forecast], at_once: int, gpus: int) -> dict[str, Any]:
-    """What a whole sweep takes: figures by name."""
+    """The cost of a whole sweep: figures by name."""
     todo = [forecast for forecast in found if forecast.state != "there"]
     seconds = sum(forecast.seconds for forecast in todo)
     return {

@@ -56,7 +56,7 @@ class LocalLauncher(ProcessLauncher):
             assert process.stdin is not None
             with suppress(BrokenPipeError):  # it has ended already; its outcome is collected like any other
                 process.stdin.write(pickle.dumps(job))
-                process.stdin.flush()  # and left open: it closes when this process ends, for whatever reason
+                process.stdin.flush()  # left open: it closes when this process ends, for whatever reason
             self._running[job.number] = started[job.number] = (process, log_file)
         return started
 

@@ -1,4 +1,4 @@
-"""The line that says that a model on the hub has changed since earlier runs."""
+"""The line that reports a model that has changed on the hub since earlier runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def say_what_moved(experiments: Iterable[Experiment], store: RunStore) -> None:
-    """Log one line for each hub model of which finished runs in the store used another commit."""
+    """Log one line for each hub model that finished runs in the store used at another commit."""
     sources = {
         (source.hub_id, source.revision): source
         for source in (experiment.source for experiment in experiments)

@@ -43,7 +43,7 @@ class Parts:
             raise refusal
 
     def is_done(self, experiment: Experiment, store: RunStore) -> bool:
-        """As :meth:`Experiment.is_done`; a run that many are compared with is read once."""
+        """As :meth:`Experiment.is_done`; a run with which many are compared is read once."""
         key = (store.folder, experiment.id, experiment.save_model)
         if key not in self._done:
             self._done[key] = experiment.is_done(store)

@@ -19,7 +19,7 @@ DONE, FAILED, BAD_INPUT = "done", "failed", "bad input"
 PLAN, OUTCOME = "plan.json", "outcome.json"
 _WHERE = ("run.", "output.", "hydra.", "tracker")  # overrides about where or how a run is done
 _PLACES = ("path", "data_dir", "adapter", "device")
-# Settings that no part holds by itself.
+# Settings that belong to no single part.
 _VALUES = ("sparsity", "reading", "seed", "dtype", "scoring_dtype", "distance", "limit")
 
 
@@ -99,7 +99,7 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
 
 
 def settings_typed(overrides: Sequence[str]) -> list[str]:
-    """The settings among overrides, each by its last word, e.g. ``bits=3``; no files, and nothing of where or how."""
+    """The settings among overrides, each by its last word, e.g. ``bits=3``; not files, places or ways of running."""
     plain = [override.lstrip("+") for override in overrides if not override.lstrip("+").startswith(_WHERE)]
     typed = [override.partition("=") for override in plain]
     return [
@@ -110,10 +110,10 @@ def settings_typed(overrides: Sequence[str]) -> list[str]:
 
 
 def write_plan(folder: Path, runs: Sequence[PlannedRun], at_once: int, names: Mapping[str, str] | None = None) -> None:
-    """Store the plan of a sweep in its folder; job ``i`` has the folder ``<i>`` beside it.
+    """Store the plan of a sweep in its folder; job ``i`` has the folder ``<i>`` next to it.
 
     Args:
-        folder: of the sweep.
+        folder: the folder of the sweep.
         runs: its jobs.
         at_once: how many of them run at the same time.
         names: what a tracker calls the runs, by id.
@@ -132,7 +132,7 @@ def read_plan(folder: Path) -> tuple[list[PlannedRun], int]:
 
 
 def planned_names(folder: Path) -> dict[str, str]:
-    """What a tracker calls the runs of a sweep, by id; empty where another sweeper than ours, which plans, made it.
+    """What a tracker calls the runs of a sweep, by id; empty if a sweeper made it that writes no plan.
 
     Raises:
         BadInput: the file that says so is damaged.

@@ -1,4 +1,4 @@
-"""How fast this machine is at a kind of network: multiply-adds a second of one block, timed."""
+"""The speed of this machine for a kind of network: multiply-adds per second of one block, timed."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from knowledge_compression.sweeping.rehearsal import counting, multiply_adds
 from knowledge_compression.timing import timed
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
-_VOCABULARY = 256  # of the block that is measured
-_PROBED = (8, 128)  # rows and tokens of the pass that measures the rate: what a CPU's budget holds
-_PASSES, _PROBING = 3, 2.0  # of them at least, and seconds: what else a machine does comes and goes
+_VOCABULARY = 256  # of the measured block
+_PROBED = (8, 128)  # rows and tokens of the measured pass, which fill a CPU's batch
+_PASSES, _PROBING = 3, 2.0  # minimum of both, passes and seconds, because other work comes and goes
 
 
 def measured_rate(experiment: Experiment, skeleton: Model) -> float:
-    """Multiply-adds a second of one block of true width as it stands, on the device and in the precision of the run."""
+    """Multiply-adds per second of one uncompressed block of true width, on the run's device and in its precision."""
     device = resolve_device(experiment.device)
     if device.type == "cpu":
         reuse_freed_memory()  # as the run will

@@ -1,7 +1,7 @@
-"""The work of a suite on a kind of network, counted on a miniature of equal depth but tiny width and vocabulary.
+"""The work of a suite on a kind of network, counted on a miniature with the same depth but a tiny width and vocabulary.
 
-How many tokens pass each matrix depends neither on widths nor on what the network says. Without a short vocabulary the
-miniature's logits, hundreds of thousands a position, would take all of the time.
+The number of tokens that pass each matrix depends neither on widths nor on the network's answers. With the true
+vocabulary, the miniature's logits, hundreds of thousands per position, would take almost all of the time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from knowledge_compression.models.pretrained import auto_class
 from knowledge_compression.models.roles import EXPERTS
 from knowledge_compression.models.targets import linear_layers
 
-_NARROW, _HEAD = 8, 4  # numbers in a hidden state of a miniature for each of its heads, and in a head
+_NARROW, _HEAD = 8, 4  # width of a miniature's hidden state per head, and width of a head
 _WIDTHS = (
     "intermediate_size",
     "d_ff",
@@ -39,8 +39,8 @@ _WIDTHS = (
     "shared_expert_intermediate_size",
     "intermediate_size_mlp",
 )
-_TRIED = 512  # tokens that show which share of them reaches an expert
-_WORDS = 2048  # in a miniature's vocabulary at most
+_TRIED = 512  # tokens that are sent through to find the share that reaches an expert
+_WORDS = 2048  # maximum in a miniature's vocabulary
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Work:
 
     Attributes:
         tokens: number of tokens that pass each matrix, by path; for an expert, the tokens sent to it.
-        widest: maximum number that pass the head at once.
+        widest: maximum number of tokens that pass the head at once.
         items: number of rows in the item table.
         compared: number of positions at which ``distance=true`` compares distributions.
     """
@@ -83,7 +83,7 @@ def rehearse(skeleton: Model, suite: Any) -> Work:
 
 
 class _Rehearsing(Scorer):
-    """A scorer of a miniature that asks what the true model's scorer would, and answers that all is equally likely."""
+    """A scorer of a miniature that reads what the true model's scorer would, and finds all answers equally likely."""
 
     def __init__(self, small: Model, skeleton: Model, original: Callable[[], Model]) -> None:
         super().__init__(small, original=original, watcher=_Compared())
@@ -106,7 +106,7 @@ class _Rehearsing(Scorer):
             yield indices, torch.zeros(1, 1, 1).expand(*of_each.shape[:2], words)
 
     def log_likelihoods(self, questions: Sequence[Question]) -> list[list[Likelihood]]:
-        """Of the same questions in the miniature's words: numbers in their order, so that beginnings stay shared."""
+        """For the same questions in the miniature's words; ids keep their order, so common beginnings stay shared."""
         texts = [of for question in questions for of in (question.context, *question.continuations)]
         there = sorted({token for text in texts for token in text})
         words = int(self.model.text_config.vocab_size)
@@ -163,10 +163,10 @@ class _CountedExperts(ExpertProducts):
 
 
 def reached(skeleton: Model) -> Callable[[int], dict[str, float]]:
-    """How many of some tokens of text pass each matrix in one pass: all of them, but of an expert its part.
+    """The number of tokens that pass each matrix in one pass over some text: all of them, or an expert's part.
 
-    To which experts a token is sent depends on weights, but their number does not, so all experts of a block are
-    assumed to get equally many tokens.
+    The weights decide to which experts a token is sent, but not to how many. So all experts of a block are assumed to
+    get equally many tokens.
     """
     layers = linear_layers(skeleton)
     blocks = skeleton.architecture.block_paths(skeleton.network)
@@ -226,9 +226,9 @@ def _shrink(config: Any) -> None:
         config.d_kv = _HEAD
     config.hidden_size = _NARROW * config.num_attention_heads
     for name in ("embedding_size", "word_embed_proj_dim", "cross_attention_hidden_size"):
-        if getattr(config, name, None) is not None:  # where it is that of the hidden states there is no layer between
+        if getattr(config, name, None) is not None:  # if it equals that of the hidden states there is no layer between
             setattr(config, name, config.hidden_size if getattr(config, name) == width else _NARROW)
-    # A bank's matrices must be told from their transposes: their inner width, or twice it, is not that of the states.
+    # A bank's matrices must differ from their transposes: neither the inner width nor twice it may equal the outer one.
     inner = _NARROW if config.hidden_size > 2 * _NARROW else 12
     for name in _WIDTHS:
         if getattr(config, name, None):
@@ -236,5 +236,5 @@ def _shrink(config: Any) -> None:
 
 
 def multiply_adds(skeleton: Model, tokens: Mapping[str, float]) -> float:
-    """Of all matrices of the true network, for so many tokens through each."""
+    """Multiply-adds of all matrices of the true network, for so many tokens through each."""
     return float(sum(layer.parameters * tokens.get(layer.path, 0) for layer in linear_layers(skeleton)))

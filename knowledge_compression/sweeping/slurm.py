@@ -119,8 +119,8 @@ class SlurmLauncher(ProcessLauncher):
         processes = self.config.run.processes
         if self.gpus and isinstance(processes, int) and processes > self.gpus:
             raise BadInput(
-                f"run.processes={processes} takes a GPU for each, and hydra.launcher.gpus={self.gpus} is what a run "
-                f"gets; give hydra.launcher.gpus={processes}, or hydra.launcher.gpus=0 for processors"
+                f"run.processes={processes} needs a GPU per process, but hydra.launcher.gpus={self.gpus} gives a run "
+                f"too few; give hydra.launcher.gpus={processes}, or hydra.launcher.gpus=0 to use the CPU"
             )
         there = {name.rstrip("*") for name in _slurm("sinfo", "-h", "-o", "%P").split()}
         if self.partition is not None and self.partition not in there:
@@ -214,7 +214,7 @@ class SlurmLauncher(ProcessLauncher):
 
 
 def _what(run: PlannedRun) -> tuple[str, str, frozenset[str]]:
-    """What a job of an outputs folder does and how, independent of its sweep and of how that was started."""
+    """What a job of an outputs folder does and how, independent of its sweep and of the way that sweep was started."""
     how = (override for override in run.overrides if not override.startswith(("run.", "output.dir=")))
     return run.run_id, run.baseline_id, frozenset(how)
 

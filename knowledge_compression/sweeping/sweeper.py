@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_MANY = 200  # combinations whose checks a bar shows
+_MANY = 200  # combinations above which a bar shows the checks
 
 _SHOWN = 1000  # runs of a sweep with nothing to do; a table of more would take longer than everything else
 
@@ -153,7 +153,7 @@ class PlannedSweeper(Sweeper):
         forecast.show(found, forecast.totals(found, launcher.get("at_once", 1), launcher.get("gpus", 0)))
 
     def _names(self, accepted: Sequence[tuple[PlannedRun, Experiment]]) -> dict[str, str]:
-        """What a tracker calls the runs, by id: what varies in this sweep. Empty where there is nothing to track."""
+        """What a tracker calls the runs, by id: the settings that vary in this sweep. Empty if nothing is tracked."""
         from knowledge_compression.results.varying import Names
 
         assert self.config is not None

@@ -20,7 +20,7 @@ SUITE = "lm_eval"
 _SAMPLES = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?)\.jsonl")
 _NEEDED = ("doc_id", "doc_hash", "target", "arguments", "filtered_resps", "filter")
 _SHAPE = "expected what lm-eval 0.4.13 writes with --log_samples"
-# The entries of the results that say how everything was asked.
+# The entries of the results that say how the questions were asked.
 _ASKED = ("system_instruction_sha", "chat_template_sha", "fewshot_as_multiturn")
 
 
@@ -36,7 +36,7 @@ def read_log(folder: Path, root: Path, made: Made, suite: str | None) -> Answers
         folder: the folder of the files of results and samples.
         root: the folder that the user named.
         made: what the user says about the model.
-        suite: what the questions are called together; ``lm_eval`` if None.
+        suite: the name of the set of questions; ``lm_eval`` if None.
 
     Raises:
         BadInput: the files are of another version, are incomplete, or contain a task or a document twice.
@@ -57,7 +57,7 @@ def read_log(folder: Path, root: Path, made: Made, suite: str | None) -> Answers
             if task in found_in:
                 raise BadInput(f"{folder}: task {task} was logged twice ({found_in[task].name}, {file.name}); keep one")
             if not file.is_file():
-                raise BadInput(f"{path} reports task {task}, whose samples ({file.name}) are not there")
+                raise BadInput(f"{path} reports task {task}, but its samples ({file.name}) are missing")
             found_in[task] = file
             read.append(file)
             items = _items(file, config, results, task)
@@ -77,18 +77,19 @@ def _results(folder: Path, date: str) -> tuple[Path, Mapping[str, Any]]:
     files = sorted(folder.glob(f"*_{date}.json"))
     if len(files) != 1:
         there = "no file of results" if not files else f"{len(files)} files of results"
-        raise BadInput(f"{folder} has {there} (results_{date}.json) beside its samples of {date}; {_SHAPE}")
+        raise BadInput(f"{folder} has {there} (results_{date}.json) for its samples of {date}; {_SHAPE}")
     found = parsed(text_of(files[0], _SHAPE), str(files[0]), _SHAPE)
     version = found.get("lm_eval_version") if isinstance(found, dict) else None
     if not isinstance(version, str) or not KNOWN.match(version):
-        raise BadInput(f"{files[0]} is of lm-eval {version or 'of unknown version'}; logs of versions 0.4 are read")
+        told = version or "(unknown version)"
+        raise BadInput(f"{files[0]} was written by lm-eval {told}; logs of versions 0.4 are read")
     return files[0], found
 
 
 def _mapping(results: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
     found = results.get(key)
     if not isinstance(found, Mapping):
-        raise BadInput(f"{path} says nothing of {key}; {_SHAPE}")
+        raise BadInput(f"{path} lacks {key}; {_SHAPE}")
     return found
 
 
@@ -100,7 +101,7 @@ def _items(file: Path, config: Any, results: Mapping[str, Any], task: str) -> li
             raise BadInput(f"{file}:{number}: {missing[0]} is missing; {_SHAPE}")
         key = (str(sample["doc_id"]), str(sample["filter"]))
         if key in seen:
-            raise BadInput(f"{file}:{number}: document {key[0]} is there twice (filter {key[1]})")
+            raise BadInput(f"{file}:{number}: document {key[0]} appears twice (filter {key[1]})")
         seen.add(key)
         try:
             samples.append(_as_in_memory(sample))
@@ -111,7 +112,7 @@ def _items(file: Path, config: Any, results: Mapping[str, Any], task: str) -> li
     told = asked.get(task) if isinstance(asked, Mapping) else None
     counted = told.get("effective") if isinstance(told, Mapping) else None
     if counted is not None and counted != len(documents):
-        raise BadInput(f"{file} holds {len(documents)} of the {counted} documents that were asked; it is cut short")
+        raise BadInput(f"{file} holds {len(documents)} of the {counted} documents that were asked; it is truncated")
     output_type = config.get("output_type") if isinstance(config, Mapping) else None
     listed = [one for one in (config.get("metric_list") or []) if isinstance(one, Mapping)] if output_type else []
     means = [str(one.get("metric")) for one in listed if one.get("aggregation", "mean") == "mean"]
@@ -126,7 +127,7 @@ def _items(file: Path, config: Any, results: Mapping[str, Any], task: str) -> li
 
 
 def _as_in_memory(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample as lm-eval holds it: in the file all numbers of answers, and the target, are text."""
+    """A sample as lm-eval holds it in memory; in the file the target and all numbers of answers are text."""
     arguments = [tuple(one[name] for name in sorted(one)) for one in sample["arguments"].values()]
     answers = [_answer(answer) for answer in sample["filtered_resps"]]
     return {**sample, "arguments": arguments, "filtered_resps": answers, "target": _target(sample["target"])}
@@ -161,7 +162,7 @@ def _item(samples: list[Mapping[str, Any]], output_type: str | None, judge: Any)
 def _gold(sample: Mapping[str, Any], choices: list[str]) -> int | None:
     """The index of the right choice: the target is its text or its index, and the file does not say which.
 
-    Where it could be either, what the answer's accuracy says decides; where that does not, it is unknown.
+    If it could be either, the recorded accuracy of the answer decides; if that fits both, the right choice is unknown.
     """
     as_text = place(sample["target"], choices)
     digits = str(sample["target"]).strip()

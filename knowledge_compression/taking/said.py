@@ -15,7 +15,7 @@ from knowledge_compression.errors import BadInput, first_line
 from knowledge_compression.reading import text_of, yaml_of
 
 UNKNOWN = "unknown"
-_CLOSED = ConfigDict(extra="forbid")  # a word that is not known is a mistake of the user's
+_CLOSED = ConfigDict(extra="forbid")  # an unknown word is a mistake of the user
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Questions:
-    """The place of a table's questions, if not beside the answers.
+    """The place of a table's questions, if they are not in the file of the answers.
 
     Attributes:
         file: path from the folder of the answers.
@@ -71,13 +71,13 @@ class Statement:
 
     Attributes:
         by: the author of the results: a person, a publication, an address.
-        suite: what the questions are called together.
-        runs: for logs of lm-eval: the folder of each run, from the folder taken, and how its model was made.
+        suite: the name of the set of questions.
+        runs: for logs of lm-eval: the folder of each run, relative to the folder taken, and how its model was made.
         files: for tables: the files with answers, as a pattern such as ``answers_*.csv``; all of a folder otherwise.
         columns: for tables: item column to column of the file.
         fixed: for tables: item columns that have one value throughout.
-        in_order: for tables: the answers are those to the questions of their task in their order, without ids.
-        questions: for tables: where the questions stand.
+        in_order: for tables: the answers have no ids and follow the order of the questions of their task.
+        questions: for tables: where the questions are.
         made: for tables: by the value of the column ``made``, how the model was made.
     """
 
@@ -123,7 +123,7 @@ def made_of(told: Mapping[str, Any]) -> Made:
 
 
 def plain(made: Made) -> dict[str, Any]:
-    """What is known of how a model was made."""
+    """What is known about how a model was made."""
     return {name: value for name, value in asdict(made).items() if value not in (None, UNKNOWN)}
 
 

@@ -1,4 +1,4 @@
-"""Tables of items and answers, in CSV or JSON, by a mapping that the user states: nothing is guessed from names."""
+"""Tables of items and answers in CSV or JSON, read by a mapping that the user states; nothing is guessed from names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read_tables(root: Path, said: Statement, where: str, made: Made | None) -> l
         made: how the model was made if the table does not say it.
 
     Raises:
-        BadInput: a column is missing, a value is not possible, or an item is there twice.
+        BadInput: a column is missing, a value is not possible, or an item appears twice.
     """
     folder = root if root.is_dir() else root.parent
     files = _files(root, said, where)
@@ -85,11 +85,11 @@ def read_columns(path: Path, keys: str | None = None) -> Columns:
     if isinstance(content, list):
         return _columns(content, path)
     if not isinstance(content, Mapping):
-        raise BadInput(f"{path} is no table; it holds {wanted}")
+        raise BadInput(f"{path} is not a table; expected {wanted}")
     lengths = {len(value) for value in content.values() if isinstance(value, list)}
     if len(lengths) != 1:
         raise BadInput(
-            f"{path} has columns of {', '.join(map(str, sorted(lengths))) or 'no'} rows; they are of one length"
+            f"{path} has columns of {', '.join(map(str, sorted(lengths))) or 'no'} rows; all must have the same number"
         )
     count = lengths.pop()
     return {name: value if isinstance(value, list) else [value] * count for name, value in content.items()}
@@ -97,7 +97,7 @@ def read_columns(path: Path, keys: str | None = None) -> Columns:
 
 def _columns(rows: Sequence[Any], path: Path) -> Columns:
     if not all(isinstance(row, Mapping) for row in rows):
-        raise BadInput(f"{path} is no table; it holds a list of objects")
+        raise BadInput(f"{path} is not a table; expected a list of objects")
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
@@ -110,11 +110,11 @@ def _files(root: Path, said: Statement, where: str) -> list[Path]:
         return [root]
     pattern = said.files
     if pattern is None:
-        raise BadInput(f"{where}: files is missing; it names the files with answers in {root}, e.g. answers_*.csv")
+        raise BadInput(f"{where}: files is missing; name the files with answers in {root}, e.g. answers_*.csv")
     try:
         found = sorted(path for path in root.glob(pattern) if path.is_file())
     except (ValueError, NotImplementedError) as error:
-        raise BadInput(f"{where}: files={pattern} is no pattern ({first_line(error)})") from None
+        raise BadInput(f"{where}: files={pattern} is not a pattern ({first_line(error)})") from None
     asked = root / said.questions.file if said.questions else None
     found = [path for path in found if path != asked]
     if not found:
@@ -123,19 +123,17 @@ def _files(root: Path, said: Statement, where: str) -> list[Path]:
 
 
 def _check_mapping(said: Statement, where: str) -> None:
-    """Refuse a mapping from which no items follow."""
+    """Refuse a mapping that does not give items."""
     questions = said.questions.columns if said.questions else {}
     told = [*said.columns, *said.fixed, *questions]
     if unknown := [name for name in told if name not in KNOWN]:
-        raise BadInput(f"{where}: {unknown[0]} is no column of an item; known are {', '.join(KNOWN)}")
+        raise BadInput(f"{where}: {unknown[0]} is not a column of an item; choose one of {', '.join(KNOWN)}")
     if said.questions and (foreign := [name for name in questions if name not in _OF_QUESTION]):
-        raise BadInput(f"{where}: questions.columns.{foreign[0]} says nothing of a question")
+        raise BadInput(f"{where}: questions.columns.{foreign[0]} is not a column of a question")
     if said.in_order == ("id" in said.columns) or (said.in_order and not said.questions):
-        raise BadInput(
-            f"{where}: columns needs id; or in_order: true says that the answers are to the questions in their order"
-        )
+        raise BadInput(f"{where}: columns needs id, or in_order: true if the answers follow the order of the questions")
     if "correct" not in told and not {"prediction", "gold"} <= set(told):
-        raise BadInput(f"{where}: columns says nothing of correct, nor of both prediction and gold")
+        raise BadInput(f"{where}: columns needs correct, or both prediction and gold")
 
 
 def _chosen(columns: Columns, mapping: Mapping[str, str], file: Path, where: str) -> Columns:
@@ -160,7 +158,7 @@ class _Questions:
         for row in _rows(_chosen(columns, mapping, self.file, "the mapping")):
             name, key = _text(row.get("task")) or task, _text(row.get("id"))
             if key is None or key in self.by_task[name]:
-                why = "a question has no id" if key is None else f"question {key} of {name} is there twice"
+                why = "a question has no id" if key is None else f"question {key} of {name} appears twice"
                 raise BadInput(f"{self.file}: {why}")
             self.by_task[name][key] = {k: _text(v) for k, v in row.items()} | {"task": name, "id": key}
 
@@ -178,14 +176,14 @@ class _Questions:
                 raise BadInput(f"{whose} has {len(answers)} answers to the {len(questions)} questions of {task}")
             ids = list(questions) if in_order else [item["id"] for item in answers]
             if stray := [key for key in ids if key not in questions]:
-                raise BadInput(f"{len(stray)} answers of {whose} in {task} are to no question (the first: {stray[0]})")
+                raise BadInput(f"{len(stray)} answers of {whose} in {task} have no question (the first: {stray[0]})")
             found += [item | questions[key] for key, item in zip(ids, answers, strict=True)]
         return found
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """What is known while the answers of one model after the other are put together."""
+    """The common state while the answers of one model after another are put together."""
 
     said: Statement
     where: str
@@ -200,20 +198,20 @@ class _Reading:
         items = self.questions.beside(items, said.in_order, whose)
         counts = Counter((item["task"], item["id"]) for item in items)
         if twice := [item for item, count in counts.items() if count > 1]:
-            raise BadInput(f"{len(twice)} items of {whose} are there twice (the first: {' '.join(map(str, twice[0]))})")
+            raise BadInput(f"{len(twice)} items of {whose} appear twice (the first: {' '.join(map(str, twice[0]))})")
         for item in items:
             if item.get("correct") is None and None not in (item.get("prediction"), item.get("gold")):
                 item["correct"] = item["prediction"] == item["gold"]
         unknown = sum(item.get("correct") is None for item in items)
-        notes = [f"{unknown} items of {whose} have no answer or no right answer, and count nowhere"] if unknown else []
+        notes = [f"{unknown} items of {whose} lack an answer or a right one and are not counted"] if unknown else []
         suite = said.suite or SUITE
         return Answers(made, suite, item_table(items), {"from": "a table"}, "a table", self.files, notes)
 
     def _made(self, model: str, how: str) -> Made:
         made = self.said.made.get(how) if how else self.given
         if made is None:
-            known = f"; known are {', '.join(self.said.made)}" if self.said.made else ""
-            told = f"made says nothing of {how}{known}" if how else "a column made, or --compression NAME, is missing"
+            known = f"; it has {', '.join(self.said.made)}" if self.said.made else ""
+            told = f"made lacks {how}{known}" if how else "a column made, or --compression NAME, is missing"
             raise BadInput(f"{self.where}: {told}")
         made = replace(made, model=model or made.model or (self.given.model if self.given else None))
         if not made.model:
@@ -242,19 +240,19 @@ def _number(text: str, name: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{name} is {text}, which is no number") from None
+        raise ValueError(f"{name} is {text}, which is not a number") from None
 
 
 def _whole(text: str, name: str) -> int:
     number = _number(text, name)
     if not number.is_integer():
-        raise ValueError(f"{name} is {text}, which is no whole number")
+        raise ValueError(f"{name} is {text}, which is not a whole number")
     return int(number)
 
 
 def _right(text: str, name: str) -> bool:
     if text.lower() not in _RIGHT:
-        raise ValueError(f"{name} is {text}; true, false, 1 and 0 are read")
+        raise ValueError(f"{name} is {text}; give true, false, 1 or 0")
     return _RIGHT[text.lower()]
 
 
@@ -263,7 +261,7 @@ def _log(value: Any, name: str) -> float | None:
         return None
     share = _number(text, name)
     if not 0 <= share <= 1:
-        raise ValueError(f"{name} is {text}, which is no share")
+        raise ValueError(f"{name} is {text}, which is not a share")
     return math.log(share) if share else -math.inf
 
 

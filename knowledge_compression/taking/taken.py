@@ -45,7 +45,7 @@ def run_of(answers: Answers, by: str) -> Run:
     the files. Unknown settings are absent or null.
 
     Args:
-        answers: of one model.
+        answers: the answers of one model.
         by: their author.
     """
     made, suite = answers.made, answers.suite
@@ -172,14 +172,14 @@ def _differences(group: Group, run: Run) -> list[str]:
     if unlike.height:
         task, item, ours, dense = unlike.select(*KEY, "gold", "gold_dense").row(0)
         raise BadInput(
-            f"{unlike.height} items of {_called(run)} have other right answers than in its uncompressed run "
+            f"{unlike.height} items of {_called(run)} have other right answers in its uncompressed run "
             f"(the first: {task} {item}, {ours} and {dense}); they are not the same questions"
         )
     notes = []
     for has, lacks, whose in ((mine, theirs, "it"), (theirs, mine, "the uncompressed run")):
         if (alone := has.join(lacks, on=KEY, how="anti", maintain_order="left")).height:
             first = " ".join(alone.select(KEY).row(0))
-            notes.append(f"{_called(run)}: {alone.height} items are in {whose} alone (the first: {first})")
+            notes.append(f"{_called(run)}: {alone.height} items are only in {whose} (the first: {first})")
     return notes
 
 

@@ -74,7 +74,7 @@ def test_only_a_decoder_reads_behind_a_beginning_of_text_token(
     corpus = TextFile(path=str(text_file), samples=2, length=8)
     model = tiny_model(family)
     assert torch.equal(corpus.windows(model), replace(corpus, bos=False).windows(model))
-    with pytest.raises(BadInput, match=r"corpus\.bos=true: .* is no decoder; choose auto or false"):
+    with pytest.raises(BadInput, match=r"corpus\.bos=true: .* is not a decoder; choose auto or false"):
         replace(corpus, bos=True).windows(model)
     with pytest.raises(BadInput, match=r"corpus\.bos=maybe does not exist; choose one of auto, true, false"):
         replace(corpus, bos="maybe")

@@ -73,8 +73,8 @@ def test_every_source_identifies_it(sources: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ({"cats": 1, "dogs": 0, "fishes": 1}, "weights.dogs=0 is no share"),
-        ({"cats": 1, "dogs": -1, "fishes": 1}, "weights.dogs=-1 is no share"),
+        ({"cats": 1, "dogs": 0, "fishes": 1}, "weights.dogs=0 is not a weight"),
+        ({"cats": 1, "dogs": -1, "fishes": 1}, "weights.dogs=-1 is not a weight"),
         ({"cats": 1, "dogs": 1}, "fishes is in one of them"),
         ({"cats": 1, "dogs": 1, "fishes": 0.001}, "none of 12 windows"),
     ],

@@ -115,9 +115,9 @@ def test_an_adapter_of_another_model_is_one_line(
     with pytest.raises(BadInput, match="was trained for another model than llama: ") as caught:
         PeftAdapter(str(folder)).recover(model, None)
     assert "\n" not in str(caught.value)
-    assert {"lora": "and the model takes [", "prompt": "its embeddings have", "prefix": "numbers a token"}[kind] in str(
-        caught.value
-    )
+    assert {"lora": "and the model takes [", "prompt": "its embeddings have", "prefix": "numbers per token"}[
+        kind
+    ] in str(caught.value)
 
 
 def test_an_adapter_of_another_architecture_is_one_line(

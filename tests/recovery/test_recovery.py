@@ -245,7 +245,7 @@ def test_kernels_without_gradients_name_the_variant_that_has_them(tiny_model, te
     alone = torch.nn.ModuleDict({"q_proj": attention.q_proj})
     attention.q_proj = torch.ao.quantization.quantize_dynamic(alone, {torch.nn.Linear})["q_proj"]  # torch's own kernel
     for strategy in STRATEGIES.values():
-        said = r"1 layers .* no gradient back \(model.layers.1.self_attn.q_proj, .* compression=int8_dynamic"
+        said = r"1 layers .* without gradients \(model.layers.1.self_attn.q_proj, .* compression=int8_dynamic"
         with pytest.raises(BadInput, match=said):
             strategy.recover(model, text)
 
@@ -286,7 +286,7 @@ def test_trainings_that_cannot_be_say_so(tiny_model, text):
     with pytest.raises(BadInput, match="a prompt of 128 tokens leaves none of the 128 positions"):
         Prompt(SHORT, tokens=128).recover(tiny_model("opt"), text)
     with pytest.raises(
-        BadInput, match=r"beside a prompt of 120 do not fit the 128 positions .* corpus.length=8 or less"
+        BadInput, match=r"after a prompt of 120 do not fit the 128 positions .* corpus.length=8 or less"
     ):
         Prompt(SHORT, tokens=120).recover(tiny_model("opt"), text)
     with pytest.raises(BadInput, match=r"384 tokens .* too few for a budget of 1,920 in at most 2 passes.*epochs=5"):

@@ -80,7 +80,7 @@ def test_ctrl_c_once_ends_it_with_130(interrupted: str) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert said.startswith("stopping; what is finished is kept") and "Traceback" not in said
+    assert said.startswith("stopping; finished work is kept") and "Traceback" not in said
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])

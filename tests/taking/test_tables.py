@@ -93,12 +93,12 @@ def renamed(name, column):
     ("rows", "mapping", "expected"),
     [
         (ROWS, renamed("gold", "truth"), "a.csv has no column truth, which"),
-        (ROWS, renamed("truth", "right"), "truth is no column of an item; known are task, id"),
+        (ROWS, renamed("truth", "right"), "truth is not a column of an item; choose one of task, id"),
         (ROWS, without(MAPPING, "id"), "columns needs id"),
-        (ROWS, without(MAPPING, "gold"), "columns says nothing of correct, nor of both prediction and gold"),
+        (ROWS, without(MAPPING, "gold"), "columns needs correct, or both prediction and gold"),
         (ROWS, without(MAPPING, "made"), "a column made, or --compression NAME, is missing"),
         (ROWS, without(MAPPING, "model"), "the model has no name"),
-        (ROWS, MAPPING | {"made": {"full": {"compression": "none"}}}, "made says nothing of 4bit; known are full"),
+        (ROWS, MAPPING | {"made": {"full": {"compression": "none"}}}, "made lacks 4bit; it has full"),
         (ROWS, MAPPING | {"maid": {}}, "maid: Unexpected keyword argument; known are by, suite, runs"),
         (ROWS, MAPPING | {"made": {"full": {"compression": "none", "seed": 2**40}}}, "seed: Input should be less"),
         (ROWS, MAPPING | {"made": {"full": {"compression": "x", "bits": math.inf}}}, "bits: Input should be a finite"),
@@ -107,11 +107,11 @@ def renamed(name, column):
         (ROWS, MAPPING | {"files": "*.tsv"}, "has no file *.tsv"),
         ([], MAPPING, "a.csv holds no answers"),
         (ROWS, {name: value for name, value in MAPPING.items() if name != "files"}, "files is missing"),
-        ([*ROWS, ROWS[0]], MAPPING, "1 items of m full are there twice (the first: t 1)"),
-        ([(*ROWS[0][:-1], "2")], MAPPING, "a.csv, row 1: prediction_probability is 2, which is no share"),
-        ([(*ROWS[0][:-1], "x")], MAPPING, "a.csv, row 1: prediction_probability is x, which is no number"),
-        (ROWS, renamed("correct", "said"), "a.csv, row 1: correct is 2; true, false, 1 and 0 are read"),
-        (ROWS, renamed("rank", "sure"), "a.csv, row 1: rank is 0.5, which is no whole number"),
+        ([*ROWS, ROWS[0]], MAPPING, "1 items of m full appear twice (the first: t 1)"),
+        ([(*ROWS[0][:-1], "2")], MAPPING, "a.csv, row 1: prediction_probability is 2, which is not a share"),
+        ([(*ROWS[0][:-1], "x")], MAPPING, "a.csv, row 1: prediction_probability is x, which is not a number"),
+        (ROWS, renamed("correct", "said"), "a.csv, row 1: correct is 2; give true, false, 1 or 0"),
+        (ROWS, renamed("rank", "sure"), "a.csv, row 1: rank is 0.5, which is not a whole number"),
     ],
 )
 def test_a_table_that_does_not_fit_its_mapping_is_one_line(rows, mapping, expected, quiz, tmp_path, capsys):
@@ -122,7 +122,7 @@ def test_a_table_that_does_not_fit_its_mapping_is_one_line(rows, mapping, expect
 def test_items_that_do_not_pair_are_named_and_counted(quiz, tmp_path, capsys):
     more = ("m", "4bit", "u", "2", "3+3", "6", "6", "1")
     taken(*quiz([*ROWS, more]))
-    assert "m nf4: 1 items are in it alone (the first: u 2)" in capsys.readouterr().out
+    assert "m nf4: 1 items are only in it (the first: u 2)" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "out")
     taken(*quiz(ROWS[:-1]))
     assert "m nf4: 1 items that its baseline answers are missing" in capsys.readouterr().out
@@ -158,7 +158,7 @@ def test_a_compressed_run_without_its_dense_one_is_taken_and_says_so(quiz, tmp_p
 
 def test_items_without_an_answer_are_counted_and_unknown(quiz, tmp_path, capsys):
     taken(*quiz([(*ROWS[0][:6], "", ""), *ROWS[1:3]]))
-    assert "1 items of m full have no answer or no right answer, and count nowhere" in capsys.readouterr().out
+    assert "1 items of m full lack an answer or a right one and are not counted" in capsys.readouterr().out
     (run,) = RunStore(tmp_path / "out")
     assert run.items["correct"].to_list() == [None, False, True]
 
@@ -196,9 +196,9 @@ def test_answers_in_the_order_of_the_questions(quiz, tmp_path):
     ("questions", "expected"),
     [
         ({"t": ASKED["t"][:1], "u": ASKED["u"]}, "m 4bit has 2 answers to the 1 questions of t"),
-        ({"t": ASKED["t"] * 2, "u": ASKED["u"]}, "question 1 of t is there twice"),
+        ({"t": ASKED["t"] * 2, "u": ASKED["u"]}, "question 1 of t appears twice"),
         ({"t": [{"ask": "1+1"}]}, "asked.json has no column right, which"),
-        ("nothing", "asked.json is no table"),
+        ("nothing", "asked.json is not a table"),
     ],
 )
 def test_questions_that_do_not_fit_are_one_line(questions, expected, quiz, capsys):
@@ -210,4 +210,4 @@ def test_answers_to_no_question_are_one_line(quiz, capsys):
     said["questions"] = {"file": "asked.json", "keys": "task", "columns": {"id": "no", "gold": "right"}}
     words = quiz(ROWS, said)
     (words[0] / "asked.json").write_text(json.dumps({"t": ASKED["t"], "u": []}))
-    assert "1 answers of m 4bit in u are to no question (the first: 1)" in refused(capsys, *words)
+    assert "1 answers of m 4bit in u have no question (the first: 1)" in refused(capsys, *words)

@@ -150,11 +150,11 @@ def test_a_log_that_is_not_whole_is_one_line(damage, logs, tmp_path, capsys):
         samples.write_text("\n".join(["{", *lines]))
     said = refused(capsys, folder, "-o", tmp_path / "out", "--model", "m", "--compression", "none")
     expected = {
-        "version": "is of lm-eval 0.5.1; logs of versions 0.4 are read",
-        "no version": "is of lm-eval of unknown version",
+        "version": "was written by lm-eval 0.5.1; logs of versions 0.4 are read",
+        "no version": "was written by lm-eval (unknown version)",
         "no results": "no file of results",
-        "no samples": "task piqa, whose samples",
-        "twice": f"{samples}:6: document 0 is there twice",
+        "no samples": "task piqa, but its samples",
+        "twice": f"{samples}:6: document 0 appears twice",
         "short": "holds 4 of the 5 documents",
         "field": f"{samples}:1: its answers cannot be read",
         "text": f"{samples}:1: not JSON",
@@ -213,13 +213,13 @@ def test_another_store_is_taken_with_its_ids_and_a_mark(tmp_path, capsys):
     taken(store.folder, "-o", tmp_path / "ours")
     assert "0 runs taken; 2 were there already" in capsys.readouterr().out
     said = refused(capsys, store.folder, "-o", tmp_path / "ours", "--model", "m")
-    assert "whose runs say themselves" in said
+    assert "its runs say how" in said
     assert "is the store itself" in refused(capsys, store.folder, "-o", store.folder)
 
 
 def test_what_holds_no_results_is_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert "holds no results that are known" in refused(capsys, tmp_path / "empty", "-o", tmp_path / "out")
+    assert "holds no known results" in refused(capsys, tmp_path / "empty", "-o", tmp_path / "out")
     assert "is not there" in refused(capsys, tmp_path / "nowhere", "-o", tmp_path / "out")
     (tmp_path / "a.yaml").write_text("- 1")
     assert "no statement" in refused(capsys, tmp_path / "empty", "--as", tmp_path / "a.yaml", "-o", tmp_path / "out")

@@ -231,7 +231,7 @@ const main = ({runs, varying, points, measured, fates, sure, names}, facts) => {
     if (!depth) return first;
     const second = Plotly.react("depth-chart", [["before", "dense model"], ["after", literal(byId[fateRun.value].label)]].map(([key, name]) => ({name, mode: "lines+markers",
       x: depth[key].map((_, i) => i), y: depth[key].map(e => 100 * e[0]), error_y: bars(depth[key])})),
-      whole(layout("after so many blocks", "right first token first (% of the lost facts)"), depth.after.length), CONFIG);
+      whole(layout("number of blocks read", "right answer's first token ranks first (% of the lost facts)"), depth.after.length), CONFIG);
     at("depth-words").textContent = `Of the ${depth.lost} facts that were lost and looked into, the first token of the right answer was last ranked first: `
       + Object.entries(depth.went).map(([where, share]) => `${WENT[where]} ${interval(share)}`).join("; ") + ".";
     return Promise.all([first, second]);
@@ -270,7 +270,7 @@ const main = ({runs, varying, points, measured, fates, sure, names}, facts) => {
   const others = () => {
     const group = facts[Number(groupChoice.value || 0)];
     const ids = group ? Object.keys(group.runs).filter(id => id !== group.dense) : [];
-    changedIn.replaceChildren(make("option", "whatever became of them", {value: ""}), ...ids.map(id => make("option", called(id), {value: id})));
+    changedIn.replaceChildren(make("option", "(no filter)", {value: ""}), ...ids.map(id => make("option", called(id), {value: id})));
     change.disabled = true;
     beside.replaceChildren(make("legend", "Answers of"), ...(group ? [group.dense, ...ids] : []).map((id, i) => {
       const label = make("label"), box = make("input", null, {type: "checkbox", value: id});
@@ -323,7 +323,7 @@ const main = ({runs, varying, points, measured, fates, sure, names}, facts) => {
     const run = byId[choice.value], place = at("run-page");
     place.replaceChildren();
     if (!run) return;
-    for (const [suite, why] of Object.entries(run.void)) place.append(make("p", `${suite} gives no figures, as ${why}`, {class: "wrong"}));
+    for (const [suite, why] of Object.entries(run.void)) place.append(make("p", `${suite} gives no figures, because ${why}`, {class: "wrong"}));
     place.append(table(["metric", "value", "95 % interval"], Object.entries(run.metrics).map(([name, told]) => [name, [Number(told[0]).toPrecision(4), "number"], [within(told), "number"]])));
     if (run.layers.length) {
       const map = make("div", null, {class: "chart", id: "layer-map"}); place.append(make("h3", "Layer map: sparsity"), map);
