@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
-from knowledge_compression.compression.base import Compression
+from knowledge_compression.compression.base import Compression, Method
 from knowledge_compression.compression.kept import KeptModels, code_of
 from knowledge_compression.compression.methods.none import NoCompression
 from knowledge_compression.compression.reshaping import Reshaping
@@ -160,8 +160,10 @@ class Experiment:
             targets = self.target.select(skeleton)
         self.compression.check_budget(targets)
         for part in self.compression.parts:
-            if isinstance(part, Reshaping):  # its configuration shows whether the smaller network can be loaded
+            if isinstance(part, Method):
                 part.check(targets)
+            if isinstance(part, Reshaping):
+                break  # what follows gets layers of other shapes
         if self.save_model:
             check_form(self.save_model, self.compression, targets)
             writer_of(self.save_model).check(skeleton, self.source)

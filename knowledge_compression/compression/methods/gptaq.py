@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from knowledge_compression.compression.methods.gptq import Gptq
-from knowledge_compression.compression.solve.hessian import Hessian, InverseFactor
+from knowledge_compression.compression.solve.hessian import Hessian
 from knowledge_compression.compression.walk.statistics import LayerInputs, WalkSettings
 from knowledge_compression.heavy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from knowledge_compression.compression.methods.gptq import Pulls
 
 
 class PairedInputs(Hessian):
@@ -65,25 +62,7 @@ class Gptaq(Gptq):
         """The statistics that all linears with one input share."""
         return PairedInputs(in_features, device)
 
-    def pulls_of(self, statistics: Hessian) -> Pulls:
-        """See :func:`pull`."""
+    def lacking(self, statistics: Hessian) -> Tensor:
+        """The chosen share of what the inputs lack."""
         assert isinstance(statistics, PairedInputs)
-        return partial(pull, statistics.lacking.mul_(self.alpha))
-
-
-def pull(lacking: Tensor, factor: InverseFactor, order: Tensor) -> Tensor:
-    """By how much each column moves those after it because of what its input lacks.
-
-    With ``H⁻¹ = Rᵀ R`` (``R`` upper triangular) and ``M`` the entries above the diagonal, this is ``((D Rᵀ) ∘ M) R``:
-    row ``i`` is what the least-squares solution in the columns after ``i`` adds for the residual of column ``i``.
-
-    Args:
-        lacking: ``D``, ``[in_features, in_features]``, see :attr:`PairedInputs.lacking`.
-        factor: of the inverse Hessian, in ``order``.
-        order: the order of the columns.
-
-    Returns:
-        Float32 ``[in_features, in_features]`` in that order, zero on and below the diagonal.
-    """
-    turned = lacking[order][:, order]
-    return ((turned @ factor.upper.T) * factor.pivots).triu_(1) @ factor.upper
+        return statistics.lacking.mul_(self.alpha)

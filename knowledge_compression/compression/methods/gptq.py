@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from knowledge_compression.building import Positive
 from knowledge_compression.compression.calibrated import SecondOrder, Solved
 from knowledge_compression.compression.solve.coding import Coding
-from knowledge_compression.compression.solve.compensation import compensate
+from knowledge_compression.compression.solve.compensation import compensate, pull
+from knowledge_compression.compression.solve.descent import descended
 from knowledge_compression.compression.solve.grid import (
     SCALE_BITS,
     Grid,
@@ -17,15 +20,13 @@ from knowledge_compression.compression.solve.grid import (
     QuantizedWeight,
     plainly_rounded,
 )
-from knowledge_compression.compression.solve.hessian import Hessian, InverseFactor, inverse_factor
+from knowledge_compression.compression.solve.hessian import Hessian, inverse_factor
 from knowledge_compression.heavy import torch
 from knowledge_compression.identity import SPEED
 from knowledge_compression.models import TargetLayer, Targets
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    Pulls = Callable[[InverseFactor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Gptq(SecondOrder):
         desc_act: round the columns in order of decreasing second moment rather than in their own order.
         static_groups: fix every group's grid beforehand, so that a group consists of neighbouring columns in any order
             of rounding; otherwise a group is a run of the rounding order, and its grid is chosen when it is reached.
+        refine: rounds in which, after the sweep, scales and codes are improved in turn
+            (:func:`~knowledge_compression.compression.solve.descent.descended`); 0 is GPTQ as published.
         block_size: columns whose errors are accumulated before they are applied to later blocks; affects the speed
             only.
     """
@@ -52,6 +55,7 @@ class Gptq(SecondOrder):
     scale_bits: int = SCALE_BITS
     desc_act: bool = True
     static_groups: bool = True
+    refine: Annotated[int, Field(ge=0)] = 0
     block_size: Positive = field(default=128, metadata=SPEED)
     name = "gptq"
 
@@ -81,23 +85,24 @@ class Gptq(SecondOrder):
 
     def solve(self, weight: Tensor, statistics: Hessian, heights: Sequence[int]) -> Solved:
         """Quantize the weight, using the Hessian of its inputs."""
-        quantized, damping, fallbacks = self.quantize(weight, statistics.matrix, self.pulls_of(statistics))
+        quantized, damping, fallbacks = self.quantize(weight, statistics.matrix, self.lacking(statistics))
         plain = plainly_rounded(weight, replace(self.grid, clip="minmax")).dequantize().to(weight)
         return Solved(quantized=quantized, plain=plain, damping=damping, fallbacks=fallbacks)
 
-    def pulls_of(self, statistics: Hessian) -> Pulls | None:
-        """How each column moves the later ones beyond its rounding error; None if it does not (see ``compensate``)."""
+    def lacking(self, statistics: Hessian) -> Tensor | None:
+        """What the inputs lack (:func:`~knowledge_compression.compression.solve.compensation.pull`), or None."""
         return None
 
     def quantize(
-        self, weight: Tensor, hessian: Tensor, pulls: Pulls | None = None
+        self, weight: Tensor, hessian: Tensor, lacking: Tensor | None = None
     ) -> tuple[QuantizedWeight, float | None, list[str]]:
         """The algorithm itself, on tensors alone.
 
         Args:
             weight: float32 ``[out_features, in_features]``.
             hessian: mean second moments of the inputs, ``[in_features, in_features]``.
-            pulls: gives ``pull`` of :func:`~knowledge_compression.compression.solve.compensation.compensate`.
+            lacking: what the inputs lack of those in the uncompressed network, see
+                :func:`~knowledge_compression.compression.solve.compensation.pull`.
 
         Returns:
             The quantized weight, the relative damping used (None if it fell back to plain rounding), and the names of
@@ -122,8 +127,10 @@ class Gptq(SecondOrder):
             groups.fit(start // width, turned[start:end], importance[order[start:end]])
 
         in_turn: dict[str, Any] = {} if beforehand else {"prepare": fit, "unit": width}
-        pull = pulls and pulls(factor, order)
-        compensate(turned, factor.upper, groups.round, block_size=self.block_size, pull=pull, **in_turn)
+        pulls = None if lacking is None else pull(lacking, factor, order)
+        compensate(turned, factor.upper, groups.round, block_size=self.block_size, pull=pulls, **in_turn)
         damping, fallbacks = factor.damping, factor.fallbacks
-        del factor  # it is as large as the Hessian
-        return groups.quantized(turned, order), damping, fallbacks
+        del factor, pulls  # each is as large as the Hessian
+        swept = groups.quantized(turned, order)
+        refined = descended(weight, swept, hessian, damping=damping, rounds=self.refine, lacking=lacking)
+        return refined, damping, fallbacks

@@ -15,6 +15,8 @@ from knowledge_compression.heavy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from knowledge_compression.compression.solve.hessian import InverseFactor
+
 
 _LEAF = 16  # columns whose errors are propagated one by one; for longer runs matrix products do it
 
@@ -44,7 +46,7 @@ def compensate(
         block_size: columns whose errors are accumulated before they are applied to the columns after the block, rounded
             to whole units; it affects the speed, not the result.
         pull: ``[in_features, in_features]``, zero on and below the diagonal: how much each column's value at its
-            projection moves the later columns in addition (GPTAQ, Li et al. 2025).
+            projection moves the later columns in addition (:func:`pull`).
     """
     block_size = unit * max(1, block_size // unit)
     errors = columns.new_empty(block_size, columns.shape[1])
@@ -92,3 +94,22 @@ def _halve(
     _halve(start, middle, whole, sweep, move)
     move(start, middle, end)
     _halve(middle, end, whole, sweep, move)
+
+
+def pull(lacking: Tensor, factor: InverseFactor, order: Tensor) -> Tensor:
+    """By how much each column moves those after it because of what its input lacks (GPTAQ, Li et al. 2025).
+
+    With ``H⁻¹ = Rᵀ R`` (``R`` upper triangular) and ``M`` the entries above the diagonal, this is ``((D Rᵀ) ∘ M) R``:
+    row ``i`` is what the least-squares solution in the columns after ``i`` adds for the residual of column ``i``.
+
+    Args:
+        lacking: ``D``, the mean of ``(x' - x) xᵀ`` with ``x'`` the inputs in the uncompressed network,
+            ``[in_features, in_features]``.
+        factor: of the inverse Hessian, in ``order``.
+        order: the order of the columns.
+
+    Returns:
+        Float32 ``[in_features, in_features]`` in that order, zero on and below the diagonal.
+    """
+    turned = lacking[order][:, order]
+    return ((turned @ factor.upper.T) * factor.pivots).triu_(1) @ factor.upper

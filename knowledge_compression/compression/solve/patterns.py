@@ -37,7 +37,10 @@ class Pattern:
         """Refuse layers whose number of inputs is not a multiple of m."""
         for layer in layers:
             if (inputs := layer.weight.shape[1]) % self.of:
-                raise BadInput(f"pattern={self} does not divide the {inputs} inputs of {layer.path}")
+                raise BadInput(
+                    f"compression.pattern={self} does not divide the {inputs} inputs of {layer.path}; choose n:m "
+                    "with an m that divides them, e.g. 2:4"
+                )
 
     def removes(self, scores: Tensor) -> Tensor:
         """Mask of what to remove, bool ``[out, in]``: the ``of - keep`` lowest of a group, the first among equals."""
