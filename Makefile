@@ -1,7 +1,7 @@
 # make run   installs what is needed and runs the main job on the embedded model
 # make test  installs what is needed and runs the tests
-# make help  lists the rest
-# KC_TEST_SLURM=all make test-slurm   and fifty jobs that start at the same second, which takes minutes and memory
+# make help  lists all targets
+# KC_TEST_SLURM=all make test-slurm   also fifty jobs that start in the same second, which takes minutes and memory
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -37,23 +37,23 @@ test-slurm: $(INSTALLED)  ## a sweep on a real SLURM, which is started on this m
 trials: $(INSTALLED)  ## wrong inputs of every kind through the command line, and how each ended (half an hour)
 	PYTHONPATH=tests $(BIN)/python -m trials
 
-test-gpu: $(INSTALLED)  ## all that is shipped on this machine's GPU, against the processor; then what it takes, as JSON
+test-gpu: $(INSTALLED)  ## everything shipped on this machine's GPU, compared with the CPU; then time and memory, as JSON
 	$(BIN)/python -m pytest -rs tests/gpu
 	$(BIN)/python benchmarks/gpu.py --device $(KC_TEST_DEVICE)
 
-coverage: $(INSTALLED)  ## all tests once more, and the lines that none of them runs, by file
+coverage: $(INSTALLED)  ## all tests, then the lines that none of them runs, by file
 	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term-missing:skip-covered
 
-test-fast: $(INSTALLED)  ## the tests that take a moment each
+test-fast: $(INSTALLED)  ## the quick tests
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'
 
-lint: $(INSTALLED)  ## formatting, lint, types, and which part may import which
+lint: $(INSTALLED)  ## formatting, lint, docstrings, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(INSTALLED)  ## put the code into shape
+format: $(INSTALLED)  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -63,22 +63,22 @@ bench: $(INSTALLED)  ## every benchmark, side by side in one run each; JSON in o
 clean:  ## remove the environment and caches, keep outputs
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
 
-world: $(INSTALLED)  ## train the controlled world's models (once, minutes) and ask them what they know
+world: $(INSTALLED)  ## train the controlled world's models (once, minutes) and evaluate them
 	$(BIN)/python run.py -m model=world_encoder,world_encoder_decoder,world_decoder,world_moe compression=none eval=[world]
 
 world-study: $(INSTALLED)  ## the controlled world study: its runs (each done once), table, figures and findings
 	$(BIN)/python run.py +experiment=controlled_world/compression
 	$(BIN)/python experiments/controlled_world/study.py outputs/controlled_world experiments/controlled_world
 
-world-recovery: $(INSTALLED)  ## the controlled world's recovery experiment: forgotten or displaced; table, figure, answer
+world-recovery: $(INSTALLED)  ## the controlled world's recovery experiment, forgotten or displaced; table and figure
 	$(BIN)/python run.py +experiment=controlled_world/recovery
 	$(BIN)/python experiments/controlled_world/recovery.py outputs/controlled_world_recovery experiments/controlled_world
 
-world-unlearned: $(INSTALLED)  ## unlearned facts: makes models forget, quantizes them, follows each fact; tables, figure, answer
+world-unlearned: $(INSTALLED)  ## unlearned facts: makes models forget, quantizes them, follows each fact; tables and figure
 	$(BIN)/python experiments/unlearned_facts/unlearn.py outputs/unlearned_facts
 	$(BIN)/python run.py -m +experiment=unlearned_facts/quantization
 	$(BIN)/python experiments/unlearned_facts/study.py outputs/unlearned_facts experiments/unlearned_facts
 
-world-experts: $(INSTALLED)  ## facts in experts: removes each expert of the mixture; tables, figure, answer
+world-experts: $(INSTALLED)  ## facts in experts: removes each expert of the mixture; tables and figure
 	$(BIN)/python run.py +experiment=facts_in_experts/removal
 	$(BIN)/python experiments/facts_in_experts/study.py outputs/facts_in_experts experiments/facts_in_experts

@@ -184,9 +184,7 @@ def plot(found: Sequence[Case], path: Path) -> None:
 def main(store: Path, folder: Path) -> None:
     found = cases(store)
     if not found:
-        sys.exit(
-            f"error: {store} holds no compressed model with a recovery beside it; run the recovery_* presets first"
-        )
+        sys.exit(f"error: {store} holds no compressed model with a recovery of it; run the recovery_* presets first")
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     plot(found, folder / "figures" / "recovery.png")
     text = [*table(found), "", "What restored the facts that were lost:", "", *origins(found), "", *answer(found)]

@@ -66,7 +66,7 @@ def main(store: Path, folder: Path) -> None:
 
 
 def rows_of(group: Group) -> Iterator[dict[str, Any]]:
-    """One row a run: what was done, how large the model then is, and how much it recalls."""
+    """One row per run: what was done, the size of the model afterwards, and how much it recalls."""
     dense = group.correct(group.dense)
     facts = items_of(group.dense, group.asked.suite).select("bin", "choices").collect()
     bins = facts["bin"].to_numpy()
@@ -92,7 +92,7 @@ def rows_of(group: Group) -> Iterator[dict[str, Any]]:
 
 
 def worth(recall: Estimate, chance: float, stored: int) -> dict[str, Estimate]:
-    """How many facts a recall stands for once what guessing would give is taken off, in all and a kilobyte."""
+    """The number of facts that a recall stands for, minus those expected from guessing: in all and per kilobyte."""
     known = recall.through(lambda share: (share - chance) / (1 - chance) * recall.n)
     return {"facts_known": known, "facts_per_kilobyte": known.through(lambda facts: facts / stored * 1000)}
 
@@ -117,7 +117,7 @@ def panels(table: pl.DataFrame) -> tuple[Figure, Sequence[Axes]]:
 
 
 def plot_drop(table: pl.DataFrame, path: Path) -> None:
-    """Relative drop in recall against sparsity, a panel a family, with 95 % bootstrap bands over facts."""
+    """Relative drop in recall against sparsity, one panel per family, with 95 % bootstrap bands over facts."""
     figure, axes = panels(table)
     for axis, (model, title) in zip(axes, shown(table), strict=True):
         for target, colour in TARGETS.items():
@@ -139,7 +139,7 @@ def plot_drop(table: pl.DataFrame, path: Path) -> None:
 
 
 def plot_bits(table: pl.DataFrame, path: Path) -> None:
-    """Facts known against the bytes that the compressed model takes, a panel a family."""
+    """Facts known against the bytes of the compressed model, one panel per family."""
     figure, axes = panels(table)
     for axis, (model, title) in zip(axes, shown(table), strict=True):
         part = table.filter(pl.col("model") == model).with_columns(megabytes=pl.col("stored_bytes") / 1e6)
@@ -160,7 +160,7 @@ def plot_bits(table: pl.DataFrame, path: Path) -> None:
 
 
 def plot_bins(table: pl.DataFrame, path: Path) -> None:
-    """Share of the dense model's facts still known, by how often training said them; everything pruned."""
+    """Share of the dense model's facts still known, by how often training stated them; everything pruned."""
     figure, axes = panels(table)
     chosen = table.filter(pl.col("compression") == "magnitude", pl.col("target") == "all").sort("sparsity")
     for axis, (model, title) in zip(axes, shown(table), strict=True):
@@ -183,14 +183,14 @@ def marks(axis: Axes, part: pl.DataFrame, x: str, y: str, **style: Any) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a figure and forget it."""
+    """Write a figure and close it."""
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def models(groups: dict[str, Group]) -> list[str]:
-    """What each dense model is and knows: in held-out wordings as asked here, the rest as it was when it was made."""
+    """What each dense model is and knows: in held-out wordings as asked here, the rest as recorded when it was made."""
     heads = ["model", "facts", "asked", "parameters", "trained (s)"]
     heads += ["head, held-out wording", "tail, held-out", "seen wording", "native"]
     rows = []
@@ -265,7 +265,7 @@ def own_findings(groups: dict[str, Group], table: pl.DataFrame) -> list[str]:
         )
         rows.append(
             [
-                "Which setting keeps most facts a kilobyte?",
+                "Which setting keeps most facts per kilobyte?",
                 MODELS[model],
                 f"{best['compression']} of {best['target']} at sparsity {best['sparsity']:.1f}: {kept} facts per kB, "
                 f"recall {recall} (dense {before}, {known})",

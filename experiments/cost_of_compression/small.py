@@ -25,7 +25,7 @@ def main(store: Path, folder: Path) -> None:
     """Read the runs under ``store`` and write the study's table, figures and findings into ``folder``."""
     comparisons = compare(list(RunStore(store)))
     if not comparisons.groups:
-        sys.exit(f"error: {store} holds no dense run with compressed ones beside it; run the presets first")
+        sys.exit(f"error: {store} holds no dense run with compressed ones of the same model; run the presets first")
     figures = draw(comparisons, folder / "figures")
     for path in list(figures):  # a README shows pictures, and those of 22 relations are for the page
         if path.suffix != ".svg" or path.stem.endswith("_by_data_set"):

@@ -138,7 +138,7 @@ def head_minus_tail(model: Model, removals: Removals) -> Estimate:
 
 
 def losses(found: Sequence[Model]) -> list[str]:
-    """How many facts one removal loses, beside as many weights elsewhere."""
+    """How many facts one removal loses, compared with as many weights elsewhere."""
     rows = []
     for model in found:
         experts = model.removals[EXPERTS]
@@ -242,7 +242,7 @@ def routed(found: Sequence[Model]) -> list[str]:
                     str((lost & these).sum()),
                 ]
             )
-    heads = ["training", "tokens of the question that the expert reads", "experts a question, mean"]
+    heads = ["training", "tokens of the question that the expert reads", "experts per question, mean"]
     return markdown.table([*heads, "of the facts lost by its removal", "facts lost, all experts"], rows)
 
 

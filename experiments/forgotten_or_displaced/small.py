@@ -38,7 +38,9 @@ def main(store: Path, page: Path, suites: Collection[str]) -> None:
     claims = [claim for claim in CLAIMS if "Forget" in claim.source]
     text += ["## The paper's claims", "", *markdown.findings(check(comparisons, claims)), ""]
     heading = f"# {page.stem.replace('_', ' ').capitalize()}"
-    page.write_text("\n".join([heading, "", "Written by `small.py`; the README says from what.", "", *text]), "utf-8")
+    page.write_text(
+        "\n".join([heading, "", "Written by `small.py` from the runs that the README names.", "", *text]), "utf-8"
+    )
 
 
 def pictures(comparisons: Comparisons, page: Path) -> Iterator[str]:
@@ -66,7 +68,7 @@ def tables(group: Group, names: Names) -> Iterator[str]:
 
 
 def of_answers(group: Group, compressed: Run, tried: Mapping[str, Run]) -> Iterator[str]:
-    """Answers that were lost, which of them came back, and how many of those that neither model had came as well."""
+    """The lost answers, those of them that came back, and those that came although neither model had them."""
     dense, before = group.correct(group.dense), group.correct(compressed)
     lost, never = dense & ~before, ~dense & ~before
     known = f"Dense: {percent(accuracy(dense))} of {len(dense)} items right"
@@ -99,7 +101,7 @@ def of_answers(group: Group, compressed: Run, tried: Mapping[str, Run]) -> Itera
 
 
 def of_values(group: Group, compressed: Run, tried: Mapping[str, Run]) -> Iterator[str]:
-    """Perplexity, similarity or time, where nothing is right or wrong."""
+    """Perplexity, similarity or time, for suites without right answers."""
     measure, suite = group.measure, group.asked.suite
     difference = (lambda one, other: mean_difference(one - other)) if measure.paired else difference_of_means
     metrics = with_intervals([group.dense, compressed, *tried.values()])
@@ -109,7 +111,7 @@ def of_values(group: Group, compressed: Run, tried: Mapping[str, Run]) -> Iterat
         return f"{value:.3g} [{interval.low:.3g}, {interval.high:.3g}]" if interval else f"{value:.3g}"
 
     name = measure.metric.replace("_", " ")
-    yield f"Dense: {name} {shown(group.dense)}; compressed: {shown(compressed)}, which the changes are from."
+    yield f"Dense: {name} {shown(group.dense)}; compressed: {shown(compressed)}; changes are from the latter."
     yield ""
     before = group.gains(compressed)
     rows = []

@@ -67,7 +67,7 @@ def decoded(place: Path) -> Model:
     weights = load_file(place / "weights.safetensors")
     unknown = model.network.load_state_dict(weights, strict=False).unexpected_keys
     if unknown:
-        sys.exit(f"error: {place} has weights of layers that smollm2 has not: {', '.join(unknown)}")
+        sys.exit(f"error: {place} has weights of layers that smollm2 lacks: {', '.join(unknown)}")
     return model
 
 

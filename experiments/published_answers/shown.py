@@ -80,7 +80,7 @@ def _balance(answers: Answers) -> list[str]:
     return [
         "## Which way the flips go, and how sure the lost answers were",
         "",
-        "Share of the flips that go from right to wrong (half: an even balance).",
+        "Share of the flips that go from right to wrong (half means an even balance).",
         "",
         *markdown.table(heads, rows),
         "",
@@ -120,14 +120,14 @@ def _together(answers: Answers, together: dict[str, Overlap]) -> list[str]:
     return [
         "## Items that flip in several models at once",
         "",
-        f"Number of items (of {answers.items.height:,}) that flip in so many of the five models, beside the mean over "
+        f"Number of items (of {answers.items.height:,}) that flip in so many of the five models, next to the mean over "
         f"{PERMUTATIONS:,} permutations of each model's flips: among the items of a benchmark, and among those in the "
         "same twentieth of the model's own confidence on it. Pairs: how many pairs of models flip an item together; "
         "for the permutations, their mean and their middle 95 %. p is two-sided.",
         "",
         *markdown.table(heads, rows),
         "",
-        f"Of the pairs of models at int4, the flips meet least and most, over chance: {least}; {most}.",
+        f"Of the pairs of models at int4, flips coincide least and most, relative to chance: {least}; {most}.",
         "",
     ]
 
@@ -159,13 +159,15 @@ def _unsure(answers: Answers) -> list[str]:
         "Both at once, in a logistic regression with a level for each model and benchmark, standard errors by item: "
         "odds ratios of a changed answer.",
         "",
-        *markdown.table(["precision", "one standard deviation surer", "one more of the other models wrong"], regressed),
+        *markdown.table(
+            ["precision", "one standard deviation more confidence", "one more of the other models wrong"], regressed
+        ),
         "",
     ]
 
 
 def draw(answers: Answers, table: pl.DataFrame, together: dict[str, Overlap], path: Path) -> None:
-    """Flips beside the change in accuracy, answers that change by confidence, and flips in several models at once."""
+    """Flips against the change in accuracy, changed answers by confidence, and flips in several models at once."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2))
     for precision, colour in zip(PRECISIONS.values(), ("tab:blue", "tab:red"), strict=True):
         rows = table.filter(pl.col("precision") == precision)
