@@ -32,7 +32,7 @@ for folder in map(Path, sys.argv[2:]):
     try:
         hparams = ModelBase.load_hparams(folder, False)
         kind = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
-        kind.set_vocab = lambda self: None
+        kind.set_vocab, kind.no_mtp = lambda self: None, True
         kind(folder, gguf.LlamaFileType.ALL_F32, folder / "theirs.gguf").write()
     except Exception as error:
         (folder / "refused").write_text(f"{type(error).__name__}: {error}")

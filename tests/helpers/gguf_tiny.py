@@ -82,6 +82,12 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
 _LATENT = {"kv_lora_rank": 32, "q_lora_rank": 64, "qk_rope_head_dim": 8, "qk_nope_head_dim": 24, "v_head_dim": 16}
 _LATENT |= {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2}
 _LATENT |= {"moe_intermediate_size": 32, "n_shared_experts": 2, "routed_scaling_factor": 1.5}
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 2}
+_ROUTED |= {"routed_scaling_factor": 1.5, "first_k_dense_replace": 1}
+_LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16}
+_LINEAR |= {"linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 6}
+_EXPERTS_OF_QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_EXPERTS_OF_QWEN |= {"shared_expert_intermediate_size": 48}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 32}
 _YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.707, "mscale_all_dim": 0.707}
 _TWO_KINDS = {"layer_types": ["conv", "full_attention"], "pad_token_id": 0}
@@ -89,6 +95,37 @@ FURTHER |= {
     "exaone4": ("exaone4", TINY | {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "gpt-oss": ("gpt_oss", TINY | HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
     "lfm2": ("lfm2", TINY | _TWO_KINDS | {"block_multiple_of": 8}),
+    "glm4moe": (
+        "glm4_moe",
+        TINY | HEADS | _ROUTED | {"use_qk_norm": True, "n_group": 2, "topk_group": 1, "num_nextn_predict_layers": 0},
+    ),
+    "dots1": ("dots1", TINY | HEADS | _ROUTED | {"n_group": 2, "topk_group": 1, "num_key_value_heads": 4}),
+    "ernie4_5-moe": (
+        "ernie4_5_moe",
+        TINY | HEADS | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "pad_token_id": 0},
+    ),
+    "minimax-m2": (
+        "minimax_m2",
+        TINY | HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
+    ),
+    "lfm2moe": (
+        "lfm2_moe",
+        TINY
+        | _TWO_KINDS
+        | {"num_dense_layers": 1, "num_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 32},
+    ),
+    "hunyuan-dense": ("hunyuan_v1_dense", TINY | HEADS | {"pad_token_id": 0}),
+    "hunyuan-dense stretched": (
+        "hunyuan_v1_dense",
+        TINY
+        | HEADS
+        | {"pad_token_id": 0}
+        | {"rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 1e4}},
+    ),
+    "qwen3next": ("qwen3_next", TINY | HEADS | _LINEAR | _EXPERTS_OF_QWEN),
+    "qwen35": ("qwen3_5_text", TINY | _LINEAR | {"head_dim": 256}),
+    "qwen35moe": ("qwen3_5_moe_text", TINY | {"head_dim": 256} | _LINEAR | _EXPERTS_OF_QWEN),
     "deepseek2": ("deepseek_v3", TINY | _LATENT | {"n_group": 2, "topk_group": 1}),
     "deepseek2 yarn": ("deepseek_v3", TINY | _LATENT | {"n_group": 2, "topk_group": 1, "rope_parameters": _YARN}),
     "deepseek2 without groups": ("deepseek_v2", TINY | _LATENT | {"rope_parameters": _YARN}),

@@ -7,8 +7,11 @@ default in the narrowest floats that hold it exactly.
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +26,8 @@ from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import AutoConfig, masking_utils
+from transformers import modeling_rope_utils as rope_utils
 
 from knowledge_compression.compression.formats.gguf_blocks import (
     FLOATS,
@@ -89,6 +94,8 @@ _NO_MATTER = {
     ),
     *("cache_implementation", "rescale_prenorm_residual", "residual_in_fp32", "use_mambapy", "max_window_layers"),
 }
+# Parts of settings of rotary embeddings: in a text all positions of a token are equal; "type" repeats "rope_type".
+_NO_MATTER_INSIDE = ("mrope_section", "mrope_interleaved", "type")
 _NO_MATTER_ANYWHERE = ("drop", "pdrop", "summary_", "time_step_")
 
 
@@ -227,8 +234,11 @@ class GgufModel:
                     "the tokenizer that transformers makes of a GGUF file differs from that of %s for some texts",
                     self.model.name,
                 )
+        strange = _strange(self.model.network)
         for name, value in config.to_dict().items():
-            if _matters(name) and name not in self.architecture.covers and not _alike(value, told.get(name)):
+            if name in strange or not _matters(name) or name in self.architecture.covers:
+                continue
+            if not _alike(value, told.get(name)):
                 raise BadInput(
                     f"output.save_model=gguf: {config.model_type} has {name}={value}, which a GGUF file cannot "
                     f"express; its readers assume {told.get(name)}"
@@ -366,8 +376,21 @@ def _matters(name: str) -> bool:
     return name not in _NO_MATTER and not any(part in name for part in _NO_MATTER_ANYWHERE)
 
 
+def _strange(network: Any) -> set[str]:
+    """Entries of a configuration that its class does not declare, and that no code of the network mentions.
+
+    Published configurations have many: settings of their training, or of programs of their authors.
+    """
+    kind = network.config.model_type
+    further = network.config.to_dict().keys() - AutoConfig.for_model(kind).to_dict().keys()
+    modules = {sys.modules[type(module).__module__] for module in network.modules()} | {masking_utils, rope_utils}
+    code = "\n".join(inspect.getsource(module) for module in modules if module.__name__.startswith("transformers."))
+    return {name for name in further if not re.search(rf"\b{re.escape(name)}\b", code)}
+
+
 def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, Mapping) and isinstance(other, Mapping):
+        one, other = ({name: part for name, part in of.items() if name not in _NO_MATTER_INSIDE} for of in (one, other))
         return one.keys() == other.keys() and all(_alike(value, other[name]) for name, value in one.items())
     if isinstance(one, float) and isinstance(other, int | float):
         return bool(np.isclose(one, other, rtol=1e-6))

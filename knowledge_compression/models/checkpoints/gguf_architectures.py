@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.checkpoints.gguf_changes import UNCHANGED, Array, Change
 from knowledge_compression.models.checkpoints.gguf_rope import FREQUENCIES, llama3_divisors
-from knowledge_compression.models.checkpoints.gguf_settings import Setting, Settings, rotated
+from knowledge_compression.models.checkpoints.gguf_settings import FLOATS, Setting, Settings, rotated
+from knowledge_compression.models.families import ENCODER, family_of
 
 # Parameters of networks that gguf's table lacks, because transformers stores them differently in its own files.
 _FURTHER_NAMES: Mapping[str, Sequence[str]] = {
@@ -32,6 +33,7 @@ _FURTHER_NAMES: Mapping[str, Sequence[str]] = {
     ),
     r".*layers\.(\d+)\.mlp\.experts\.gate_up_proj_bias": ("blk.{}.ffn_gate_exps.bias", "blk.{}.ffn_up_exps.bias"),
     r".*layers\.(\d+)\.mlp\.experts\.down_proj_bias": ("blk.{}.ffn_down_exps.bias",),
+    r".*layers\.(\d+)\.linear_attn\.in_proj_qkvz\.weight": ("blk.{}.attn_qkv.weight", "blk.{}.attn_gate.weight"),
     r".*layers\.(\d+)\.self_attn\.kv_b_proj\.weight": ("blk.{}.attn_k_b.weight", "blk.{}.attn_v_b.weight"),
 }
 _WITHOUT_ENDING = (".ssm_a", ".ssm_d")
@@ -72,7 +74,7 @@ class GgufArchitecture:
             else:
                 value = source.stored(config) if isinstance(source, Setting) else source(config)
             if value is not None:
-                yield f"{self.name}.{key}", value
+                yield f"{self.name}.{key}", float(value) if key.endswith(FLOATS) else value
 
     def told(self, stored: Mapping[str, Any], tensors: Collection[str]) -> dict[str, Any]:
         """The attributes of a configuration for a file's settings and the names of its tensors."""
@@ -146,6 +148,11 @@ def architecture_for(config: Any) -> GgufArchitecture:
     """
     from knowledge_compression.models.checkpoints.gguf_families import ARCHITECTURES
 
+    if family_of(config) == ENCODER:
+        raise BadInput(
+            f"output.save_model=gguf: GGUF files have no tensors for the head by which {config.model_type} fills "
+            "blanks; choose output.save_model=true"
+        )
     if (found := ARCHITECTURES.get(config.model_type)) is None:
         raise BadInput(
             f"output.save_model=gguf cannot write models of the type {config.model_type}; it writes "

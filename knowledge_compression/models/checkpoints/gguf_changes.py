@@ -147,6 +147,62 @@ def of_latent(number: int) -> Change:
     return Change(store, load, rows=bool(number), join=join)
 
 
+def of_key_heads(number: int) -> Change:
+    """Rows of Qwen3-Next's joint projection: of each key head its query, key, values and gates in the network; in the
+    file all queries, keys and values (0), and all gates (1).
+    """
+
+    def widths(config: Any) -> list[int]:
+        key = config.linear_key_head_dim
+        values = config.linear_num_value_heads // config.linear_num_key_heads * config.linear_value_head_dim
+        return [key, 2 * key, 2 * key + values]
+
+    def store(tensor: Array, config: Any) -> Array:
+        heads = tensor.reshape(config.linear_num_key_heads, -1, *tensor.shape[1:])
+        kinds = np.split(heads, widths(config), axis=1)
+        chosen = kinds[3:] if number else kinds[:3]
+        return np.concatenate([kind.reshape(-1, *tensor.shape[1:]) for kind in chosen])
+
+    def load(tensor: Array, config: Any) -> Array:
+        count, ends = config.linear_num_key_heads, widths(config)
+        kinds = [tensor] if number else np.split(tensor, [count * end for end in ends[:2]])
+        return np.concatenate([kind.reshape(count, -1, *tensor.shape[1:]) for kind in kinds], axis=1)
+
+    def join(parts: Sequence[Array]) -> Array:
+        whole = np.concatenate(parts, axis=1)
+        return whole.reshape(-1, *whole.shape[2:])
+
+    return Change(store, load, join=join)
+
+
+def values_in_turn(axis: int = 0, *, behind_keys: bool = False, before: Change | None = None) -> Change:
+    """Value heads of Qwen3.5's linear attention: of each key head together in the network, of all key heads in turn in
+    the file.
+
+    Args:
+        axis: along which they lie.
+        behind_keys: whether queries and keys lie before them.
+        before: a change that the file's tensor has besides.
+    """
+
+    def moved(tensor: Array, config: Any, *, stored: bool) -> Array:
+        keys = config.linear_num_key_heads
+        start = 2 * keys * config.linear_key_head_dim if behind_keys else 0
+        rest, values = np.split(np.moveaxis(tensor, axis, 0), [start])
+        sizes = (keys, config.linear_num_value_heads // keys)
+        heads = values.reshape(*(sizes if stored else sizes[::-1]), -1, *values.shape[1:]).swapaxes(0, 1)
+        return np.moveaxis(np.concatenate([rest, heads.reshape(values.shape)]), 0, axis)
+
+    def store(tensor: Array, config: Any) -> Array:
+        return moved(before.store(tensor, config) if before else tensor, config, stored=True)
+
+    def load(tensor: Array, config: Any) -> Array:
+        back = moved(tensor, config, stored=False)
+        return before.load(back, config) if before else back
+
+    return Change(store, load, rows=axis == 0)
+
+
 GATE_AND_UP_IN_TURN = {
     f"ffn_{name}_exps.{ending}": every_second(number, axis)
     for number, name in enumerate(("gate", "up"))
@@ -154,3 +210,27 @@ GATE_AND_UP_IN_TURN = {
 }
 LATENT = {"attn_k_b.": of_latent(0), "attn_v_b.": of_latent(1)}
 ROW = Change(lambda tensor, _: tensor.reshape(-1), lambda tensor, _: tensor.reshape(1, -1))
+QWEN3_NEXT = {
+    "ssm_norm": UNCHANGED,
+    "norm.weight": PLUS_ONE,
+    "ssm_a": NEGATIVE_EXPONENTIAL,
+    "ssm_conv1d.weight": WITHOUT_MIDDLE,
+    "attn_qkv": of_key_heads(0),
+    "attn_gate": of_key_heads(1),
+    "ffn_gate_inp_shexp": FLAT,
+    **BANK_HALVES,
+}
+QWEN3_5 = {
+    "ssm_alpha": values_in_turn(),  # before ssm_a, which its name contains
+    "ssm_a": values_in_turn(before=NEGATIVE_EXPONENTIAL),
+    "ssm_conv1d.weight": values_in_turn(behind_keys=True, before=WITHOUT_MIDDLE),
+    "attn_qkv": values_in_turn(behind_keys=True),
+    "attn_gate": values_in_turn(),
+    "ssm_beta": values_in_turn(),
+    "ssm_dt": values_in_turn(),
+    "ssm_out": values_in_turn(1),
+    "ssm_norm": UNCHANGED,
+    "norm.weight": PLUS_ONE,
+    "ffn_gate_inp_shexp": FLAT,
+    **BANK_HALVES,
+}

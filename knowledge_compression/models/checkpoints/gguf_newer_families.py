@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +12,16 @@ from knowledge_compression.models.checkpoints.gguf_changes import (
     BANK_HALVES,
     GATE_AND_UP_IN_TURN,
     LATENT,
+    QWEN3_5,
+    QWEN3_NEXT,
+    ROW,
     WITHOUT_MIDDLE,
 )
 from knowledge_compression.models.checkpoints.gguf_settings import (
     COMMON,
+    EXPERTS,
     LOCAL_EXPERTS,
+    PARTLY_ROTARY,
     ROOT,
     ROTARY,
     WIDTHS,
@@ -24,9 +29,12 @@ from knowledge_compression.models.checkpoints.gguf_settings import (
     Setting,
     Settings,
     Told,
+    head_width,
+    stretched_base,
 )
 
 _SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's numbers for how a router's scores become weights
+_BIASES = {"attention_bias": "attn_q.bias"}
 _ROUTED: Settings = {
     "expert_count": "n_routed_experts",
     "expert_used_count": "num_experts_per_tok",
@@ -41,32 +49,19 @@ def _without(settings: Settings, *keys: str) -> Settings:
     return {key: value for key, value in settings.items() if key not in keys}
 
 
-def _window_of_64_blocks(config: Any) -> int | None:
-    """EXAONE 4's window, which llama.cpp uses only in a network of 64 blocks.
+def _only(attribute: str, taken: Callable[[Any], bool], where: str) -> Setting:
+    """A setting that llama.cpp takes from a file only in some networks; any other is refused."""
 
-    Raises:
-        BadInput: this network has another number of blocks.
-    """
-    if config.sliding_window is not None and config.num_hidden_layers != 64:
-        raise BadInput(
-            f"output.save_model=gguf: exaone4 has sliding_window={config.sliding_window} in {config.num_hidden_layers} "
-            "blocks; llama.cpp takes a window only in 64 blocks"
-        )
-    return config.sliding_window
+    def store(config: Any) -> Any:
+        value = getattr(config, attribute, None)
+        if not taken(config):
+            raise BadInput(
+                f"output.save_model=gguf: {config.model_type} has {attribute}={value}, which llama.cpp takes only "
+                f"{where}"
+            )
+        return value
 
-
-def _latent_queries(config: Any) -> int | None:
-    """The width of DeepSeek's latent queries, without which llama.cpp knows networks of 26 and 27 blocks only.
-
-    Raises:
-        BadInput: this network has none, and another number of blocks.
-    """
-    if config.q_lora_rank is None and config.num_hidden_layers not in (26, 27):
-        raise BadInput(
-            f"output.save_model=gguf: {config.model_type} has q_lora_rank=None in {config.num_hidden_layers} blocks; "
-            "llama.cpp takes that only in 26 or 27 blocks"
-        )
-    return config.q_lora_rank
+    return Setting(attribute, store)
 
 
 def _keys_of_blocks() -> Setting:
@@ -101,6 +96,36 @@ def _narrowed(config: Any) -> int:
     return int(config.block_multiple_of * -(-width // config.block_multiple_of))
 
 
+_LINEAR: Settings = {
+    **COMMON,
+    **WIDTHS,
+    **PARTLY_ROTARY,
+    **ROOT,
+    "ssm.conv_kernel": "linear_conv_kernel_dim",
+    "ssm.state_size": "linear_key_head_dim",
+    "ssm.group_count": "linear_num_key_heads",
+    "ssm.time_step_rank": "linear_num_value_heads",
+    "ssm.inner_size": Setting(
+        "linear_value_head_dim",
+        lambda config: config.linear_value_head_dim * config.linear_num_value_heads,
+        lambda value, told: value // told["linear_num_value_heads"],
+    ),
+    "attention.recurrent_layers": Setting(
+        "layer_types",
+        lambda config: [kind == "linear_attention" for kind in config.layer_types],
+        lambda value, told: ["linear_attention" if one else "full_attention" for one in value],
+    ),
+    "full_attention_interval": lambda config: 4,
+}
+_SHARED: Settings = {**EXPERTS, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
+_SECTIONS: Settings = {"rope.dimension_sections": lambda config: [11, 11, 10, 0]}  # of text all positions are equal
+_SIGMOIDS: Settings = {
+    **_ROUTED,
+    "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+    "expert_gating_func": lambda config: _SIGMOID,
+    "expert_weights_norm": "norm_topk_prob",
+}
 _LFM2: Settings = {
     **_without(COMMON, "feed_forward_length", "attention.head_count_kv"),
     **ROTARY,
@@ -117,7 +142,11 @@ _DEEPSEEK = GgufArchitecture(
         **ROOT,
         **_ROUTED,
         "attention.head_count_kv": lambda config: 1,  # a file's keys are latent vectors, which all heads share
-        "attention.q_lora_rank": Setting("q_lora_rank", _latent_queries),
+        "attention.q_lora_rank": _only(
+            "q_lora_rank",
+            lambda config: config.q_lora_rank is not None or config.num_hidden_layers in (26, 27),
+            "in networks of 26 or 27 blocks",
+        ),
         "attention.kv_lora_rank": "kv_lora_rank",
         "rope.dimension_count": "qk_rope_head_dim",
         "attention.key_length": lambda config: config.kv_lora_rank + config.qk_rope_head_dim,
@@ -141,7 +170,17 @@ NEWER: Mapping[str, GgufArchitecture] = {
             **COMMON,
             **ROTARY,
             **ROOT,
-            "attention.sliding_window": Setting("sliding_window", _window_of_64_blocks),
+            "attention.key_length": _only(
+                "head_dim",
+                lambda config: head_width(config) * config.num_attention_heads == config.hidden_size,
+                "if all heads together are as wide as the network",
+            ),
+            "attention.value_length": lambda config: getattr(config, "head_dim", None),
+            "attention.sliding_window": _only(
+                "sliding_window",
+                lambda config: config.sliding_window is None or config.num_hidden_layers == 64,
+                "in networks of 64 blocks",
+            ),
         },
         given={"sliding_window": None},
         also=lambda told: (
@@ -161,7 +200,7 @@ NEWER: Mapping[str, GgufArchitecture] = {
             "attention.sliding_window": "sliding_window",
         },
         GATE_AND_UP_IN_TURN,
-        present={"attention_bias": "attn_q.bias"},
+        present=_BIASES,
     ),
     "lfm2": GgufArchitecture(
         "lfm2",
@@ -186,5 +225,93 @@ NEWER: Mapping[str, GgufArchitecture] = {
         given={"q_lora_rank": None, "norm_topk_prob": False},
         marks="exp_probs_b",
     ),
-    "deepseek_v2": replace(_DEEPSEEK, settings={**_DEEPSEEK.settings, "expert_gating_func": lambda config: _SOFTMAX}),
+    "glm4_moe": GgufArchitecture(
+        "glm4moe",
+        {**COMMON, **WIDTHS, **PARTLY_ROTARY, **ROOT, **_SIGMOIDS},
+        BANK_HALVES,
+        present={"attention_bias": "attn_q.bias", "use_qk_norm": "attn_q_norm"},
+    ),
+    "dots1": GgufArchitecture(
+        "dots1",
+        {
+            **COMMON,
+            **WIDTHS,
+            **ROTARY,
+            **ROOT,
+            **_SIGMOIDS,
+            "attention.head_count_kv": _only(
+                "num_key_value_heads",
+                lambda config: config.num_key_value_heads == config.num_attention_heads,
+                "if every head has its own keys",
+            ),
+        },
+        BANK_HALVES,
+        present=_BIASES,
+    ),
+    "ernie4_5_moe": GgufArchitecture(
+        "ernie4_5-moe",
+        {
+            **COMMON,
+            **WIDTHS,
+            **ROTARY,
+            **ROOT,
+            "expert_count": "moe_num_experts",
+            "expert_used_count": "moe_k",
+            "interleave_moe_layer_step": "moe_layer_interval",
+            "leading_dense_block_count": "moe_layer_start_index",
+            "expert_feed_forward_length": "moe_intermediate_size",
+            "expert_shared_count": "moe_num_shared_experts",
+            "expert_shared_feed_forward_length": lambda config: (
+                config.moe_num_shared_experts * config.moe_intermediate_size
+            ),
+        },
+        {**BANK_HALVES, "exp_probs_b": ROW},
+        present={"use_bias": "attn_q.bias"},
+    ),
+    "minimax_m2": GgufArchitecture(
+        "minimax-m2",
+        {
+            **COMMON,
+            **WIDTHS,
+            **PARTLY_ROTARY,
+            **ROOT,
+            **LOCAL_EXPERTS,
+            "expert_feed_forward_length": lambda config: config.intermediate_size,
+            "expert_gating_func": lambda config: _SIGMOID,
+        },
+        BANK_HALVES,
+    ),
+    "lfm2_moe": GgufArchitecture(
+        "lfm2moe",
+        {
+            **_LFM2,
+            **EXPERTS,
+            "feed_forward_length": "intermediate_size",
+            "leading_dense_block_count": "num_dense_layers",
+            "expert_gating_func": lambda config: _SIGMOID,
+        },
+        {"shortconv.conv.weight": WITHOUT_MIDDLE, **BANK_HALVES},
+        present={"use_expert_bias": "exp_probs_b"},
+        also=_blocks_of,
+    ),
+    "hunyuan_v1_dense": GgufArchitecture(
+        "hunyuan-dense",
+        {
+            **COMMON,
+            **WIDTHS,
+            **ROTARY,
+            **ROOT,
+            "rope.freq_base": Setting("rope_theta", stretched_base, lambda value, _: float(value)),
+        },
+        covers=frozenset({"rope_parameters"}),
+        present=_BIASES,
+    ),
+    "qwen3_next": GgufArchitecture("qwen3next", {**_LINEAR, **_SHARED}, QWEN3_NEXT, present=_BIASES),
+    "qwen3_5_text": GgufArchitecture("qwen35", {**_LINEAR, **_SECTIONS}, QWEN3_5, present=_BIASES),
+    "qwen3_5_moe_text": GgufArchitecture("qwen35moe", {**_LINEAR, **_SECTIONS, **_SHARED}, QWEN3_5, present=_BIASES),
+    "deepseek_v2": replace(
+        _DEEPSEEK,
+        settings={**_DEEPSEEK.settings, "expert_gating_func": lambda config: _SOFTMAX},
+        covers=frozenset({"n_group", "topk_group"}),  # groups matter to no topk_method but one, which is refused
+    ),
 }

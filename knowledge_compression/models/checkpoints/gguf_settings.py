@@ -38,9 +38,16 @@ Settings = Mapping[str, str | Setting | Callable[[Any], Any]]
 """Each key without the architecture's name, and its attribute; a key with a function is only written."""
 
 
+# Endings of keys whose values are floats, also where a configuration holds whole numbers; llama.cpp reads nothing else.
+FLOATS = (
+    *("freq_base", "freq_base_swa", "epsilon", ".scale", "_scale", "softcapping", "clamp_kqv", "max_alibi_bias"),
+    *("scaling.factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_log_multiplier"),
+)
+
 # Types of scaled rotary embeddings that files written here can express.
 SCALED: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama", "mistral", "exaone4"), ("llama3",)),
+    "hunyuan_v1_dense": ("dynamic",),
     **dict.fromkeys(("gpt_oss", "deepseek_v2", "deepseek_v3"), ("yarn",)),
 }
 
@@ -88,6 +95,23 @@ def _head_width_as_scaled(config: Any) -> int:
             f"cannot express; llama.cpp uses the width of a head, {width}"
         )
     return width
+
+
+def stretched_base(config: Any) -> float:
+    """The base of HunYuan's rotary embeddings, which a constant stretches.
+
+    Raises:
+        BadInput: the text's length stretches it.
+    """
+    told, width = rope(config), head_width(config)
+    if told.get("rope_type") == "default":
+        return float(told["rope_theta"])
+    if (constant := told.get("alpha")) is None:
+        raise BadInput(
+            f"output.save_model=gguf: the rotary embeddings of this {config.model_type} depend on the length of a "
+            "text, which a GGUF file cannot express"
+        )
+    return float(told["rope_theta"] * constant ** (width / (width - 2)))
 
 
 COMMON: Settings = {

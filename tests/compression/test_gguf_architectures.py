@@ -1,0 +1,111 @@
+"""Which configurations of an architecture are written as GGUF, and which are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader, GGUFValueType
+
+from helpers.gguf_files import TOKENS
+from helpers.gguf_tiny import tiny
+from helpers.networks import build_network
+from knowledge_compression.compression.formats.gguf import GgufModel, save_gguf
+from knowledge_compression.compression.writing.writers import writer_of
+from knowledge_compression.errors import BadInput
+from knowledge_compression.models import Model
+from knowledge_compression.models.loading import LocalModel
+
+
+def answers(network: Any) -> torch.Tensor:
+    ids = torch.randint(3, len(TOKENS), (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found: torch.Tensor = network(ids).logits
+    return found
+
+
+# As published configurations have them: whole numbers for floats, and entries that no code of the network reads.
+_OF_DEEPSEEK = {"ep_size": 1, "moe_layer_freq": 1, "aux_loss_alpha": 1e-3, "seq_aux": True, "scoring_func": "sigmoid"}
+_SCALED = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "type": "yarn"}
+_SECTIONS = {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000}},
+    "granite": {"embedding_multiplier": 12, "logits_scaling": 8},
+    "deepseek2": {
+        **_OF_DEEPSEEK,
+        "topk_method": "noaux_tc",
+        "rope_theta": 10_000,
+        "rope_scaling": _SCALED | {"original_max_position_embeddings": 4096},
+    },
+    "qwen35": {
+        "attn_output_gate": True,
+        "mamba_ssm_dtype": "float32",
+        "mtp_num_hidden_layers": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000_000, **_SECTIONS},
+    },
+    "gpt-oss": {"experts_per_token": 4, "initial_context_length": 4096},
+    "minimax-m2": {"use_mtp": True, "qk_norm_type": "per_layer", "attn_type_list": [1, 1], "rope_theta": 5_000_000},
+}
+
+
+@pytest.mark.parametrize("architecture", PUBLISHED)
+def test_published_configurations_are_written(architecture: str, tmp_path: Path) -> None:
+    model = tiny(architecture, **PUBLISHED[architecture])
+    save_gguf(model, tmp_path / "model")
+    back = LocalModel("local", str(tmp_path / "model")).load("cpu", "float32")
+    assert torch.allclose(answers(back.network), answers(model.network), rtol=1e-4, atol=1e-5)
+    fields = GGUFReader(tmp_path / "model" / "model.gguf").fields
+    floats = ("freq_base", "_scale", "beta_fast", "beta_slow", "scaling.factor")
+    assert {field.types[0] for key, field in fields.items() if key.endswith(floats)} == {GGUFValueType.FLOAT32}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "match"),
+    [
+        (
+            "hunyuan-dense stretched",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "depend on the length of a text",
+        ),
+        (
+            "exaone4",
+            {"sliding_window": 4, "layer_types": None},
+            "sliding_window=4, which llama.cpp takes only in networks of 64 blocks",
+        ),
+        (
+            "deepseek2 without groups",
+            {"q_lora_rank": None},
+            "q_lora_rank=None, which llama.cpp takes only in networks of 26 or 27",
+        ),
+        (
+            "deepseek2 without groups",
+            {"topk_method": "group_limited_greedy", "n_group": 2},
+            "has topk_method=group_limited_greedy",
+        ),
+        ("dots1", {"num_key_value_heads": 2}, "which llama.cpp takes only if every head has its own keys"),
+        ("deepseek2", {"rope_interleave": False}, "has rope_interleave=False, which a GGUF file cannot express"),
+        ("gpt-oss", {"swiglu_limit": 5.0}, "has swiglu_limit=5.0, which a GGUF file cannot express"),
+        ("gpt-oss", {"layer_types": ["full_attention"] * 2}, "has layer_types=.*, which a GGUF file cannot express"),
+    ],
+)
+def test_what_llama_cpp_takes_otherwise_is_one_line(architecture: str, changes: Any, match: str) -> None:
+    with pytest.raises(BadInput, match=match) as caught:
+        GgufModel.of(tiny(architecture, **changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "match"),
+    [
+        ("bert", "GGUF files have no tensors for the head by which bert fills blanks; choose output.save_model=true"),
+        ("opt", "cannot write models of the type opt; it writes arcee, bloom, .*qwen3"),
+        ("bart", "cannot write models of the type bart; it writes arcee, bloom, .*qwen3"),
+    ],
+)
+def test_other_architectures_are_one_line(architecture: str, match: str, tiny_tokenizer: Any) -> None:
+    model = Model(build_network(architecture), tiny_tokenizer, architecture)
+    with pytest.raises(BadInput, match=match):
+        writer_of("gguf").check(model, SimpleNamespace(tokenizer=lambda: tiny_tokenizer))  # type: ignore[arg-type]
