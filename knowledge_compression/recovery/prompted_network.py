@@ -93,15 +93,6 @@ class Prompted:
         self.model.network.set_attn_implementation(self._attention_before)
 
     @contextmanager
-    def using(self, prompt: int) -> Any:
-        """Use one prompt for every row and layer, whatever the input."""
-        before, self.forced = self.forced, prompt
-        try:
-            yield self
-        finally:
-            self.forced = before
-
-    @contextmanager
     def choosing(self, context: Sequence[int] | None) -> Iterator[Choices]:
         """See :class:`~knowledge_compression.models.prompts.Prompts`."""
         self._context_lengths, self._chosen = context, []

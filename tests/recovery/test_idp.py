@@ -62,7 +62,8 @@ def test_forced_to_one_prompt_it_is_prompt_tuning_with_that_prompt(tiny_model, a
     prompted = Prompted(model, bank_of(model, prompts), selection)
     ids, mask = inputs()
     for i, prompt in enumerate(prompts):
-        with torch.no_grad(), prompted.using(i):
+        prompted.forced = i
+        with torch.no_grad():
             ours = model.network(input_ids=ids, attention_mask=mask).logits
             unpadded = model.network(input_ids=ids).logits
             plain = prompt_tuned(architecture, prompt)
@@ -229,11 +230,13 @@ def test_prompts_do_not_see_each_other(tiny_model, architecture):
         assert not torch.equal(ours[1], theirs[1])
     prompted = Prompted(model, other)
     ids, _ = inputs()
-    with torch.no_grad(), prompted.using(0):
+    prompted.forced = 0
+    with torch.no_grad():
         perturbed = model.network(input_ids=ids).logits
     prompted.remove()
     prompted = Prompted(model, one)
-    with torch.no_grad(), prompted.using(0):
+    prompted.forced = 0
+    with torch.no_grad():
         assert torch.equal(model.network(input_ids=ids).logits, perturbed)
 
 
