@@ -142,7 +142,7 @@ class Recovery(ABC):
             part = "the embeddings" if self.beside_offloaded else "all weights"
             raise BadInput(
                 f"{type(self).__name__} needs {part} on the computing devices, but device_map=auto keeps some in "
-                "memory or on disk; choose recovery=prompt, idp or concat, or raise max_memory"
+                "memory or on disk; choose recovery=prompt, idp or concat, or use larger devices"
             )
 
     @abstractmethod

@@ -106,7 +106,7 @@ def alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_of_several_processes_gets_a_gpu_for_each(alive: Path) -> None:
     launcher = SlurmLauncher(gpus=2)
     launcher.config = OmegaConf.create({"run": {"processes": 4}})
-    with pytest.raises(BadInput, match=r"run.processes=4 takes a GPU for each.* give hydra.launcher.gpus=4"):
+    with pytest.raises(BadInput, match=r"run.processes=4 needs a GPU per process.* give hydra.launcher.gpus=4"):
         launcher.check()
     for gpus in (0, 4):
         launcher = SlurmLauncher(gpus=gpus)
