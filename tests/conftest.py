@@ -42,7 +42,8 @@ def plain_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     Programs that a test starts see the machine as it is.
     """
     place = torch.device("cpu")
-    monkeypatch.setitem(Device.known, place, replace(Device.of(place), onednn_products=False, bfloat16_gain=1.0))
+    plain = replace(Device.of(place), onednn_products=False, bfloat16_gain=1.0, int8_gain=4.0)
+    monkeypatch.setitem(Device.known, place, plain)
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import platform
 import statistics
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
@@ -34,6 +35,7 @@ PRODUCT_DTYPES = ("auto", "bfloat16", "float32")
 _CPU_INFO = Path("/proc/cpuinfo")
 _KIND = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")  # lines that distinguish processors
 _SIDE, _REPEATS = 1024, 7  # size of the matrix product that measures a device's rate
+_INT8_SIDE = 512  # size of the product that shows whether int8 is worth using
 _CLEARLY = 1.25  # required speed-up, so that the work around the products does not consume the gain
 
 
@@ -47,19 +49,17 @@ class Device:
     Attributes:
         place: the torch device, e.g. ``cuda:0``.
         name: name of the processor or card, for the record.
-        int8_products: whether torch multiplies int8 matrices there; otherwise the same integers are multiplied as
-            float32.
         onednn_products: whether oneDNN multiplies float32 faster there than torch's default, MKL, as measured on AMD
             processors with AVX512 (docs/performance.md).
-        bfloat16_gain: speed of bfloat16 products relative to float32 products; None until it is first needed and
-            measured.
+        bfloat16_gain, int8_gain: speed of bfloat16 and of int8 products relative to float32 products, 0 where torch has
+            none; None until it is first needed and measured.
     """
 
     place: torch.device
     name: str = ""
-    int8_products: bool = False
     onednn_products: bool = False
     bfloat16_gain: float | None = None
+    int8_gain: float | None = None
 
     known: ClassVar[dict[torch.device, Device]] = {}
 
@@ -67,7 +67,7 @@ class Device:
     def of(cls, place: torch.device) -> Device:
         """The capabilities of a device, determined once."""
         if place not in cls.known:
-            cls.known[place] = cls(place, _name(place), _multiplies_int8(place), _onednn_is_faster(place))
+            cls.known[place] = cls(place, _name(place), _onednn_is_faster(place))
         return cls.known[place]
 
     @classmethod
@@ -80,6 +80,12 @@ class Device:
         """Whether bfloat16 products are clearly faster; measured once for each kind of device and kept in the cache."""
         gain = measured_bfloat16_gain(self) if self.bfloat16_gain is None else self.bfloat16_gain
         return gain > _CLEARLY
+
+    @cached_property
+    def multiplies_int8_faster(self) -> bool:
+        """Whether int8 products are faster than float32 products of the same integers, whose results are the same."""
+        gain = measured_int8_gain(self) if self.int8_gain is None else self.int8_gain
+        return gain > 1
 
     def product_dtype(self, choice: str, stored: torch.dtype, setting: str) -> torch.dtype | None:
         """The dtype of a network's products on this device: the one rule for scoring, calibration and training.
@@ -237,15 +243,49 @@ def processor() -> dict[str, str]:
 
 def measured_bfloat16_gain(device: Device) -> float:
     """Speed of a device's bfloat16 products relative to float32; measured once, kept in the user's cache."""
-    place = device.place
-    kind = device.name if place.type == "cuda" else [place.type, processor()]
 
     def find() -> float:
-        gain = products_a_second(place, torch.bfloat16) / products_a_second(place, torch.float32)
-        log.info("products of bfloat16 are %.1f times as fast as those of float32 on this %s", gain, place.type)
+        gain = products_a_second(device.place, torch.bfloat16) / products_a_second(device.place, torch.float32)
+        log.info("products of bfloat16 are %.1f times as fast as those of float32 on this %s", gain, device.place.type)
         return gain
 
-    return float(kept_finding("bfloat16", [kind, torch.get_num_threads(), torch.__version__, _SIDE], find))
+    return float(kept_finding("bfloat16", [*_circumstances(device), _SIDE], find))
+
+
+def measured_int8_gain(device: Device) -> float:
+    """Speed of a device's int8 products relative to float32; 0 if torch has none there.
+
+    Measured on processors, once, and kept in the user's cache: torch multiplies int8 on all of them, but on those
+    without instructions for it (AVX2 alone) in loops that take twenty times as long as float32. Elsewhere it is taken
+    to be faster.
+    """
+    place = device.place
+    if place.type == "meta":
+        return 0.0
+    ones = torch.ones(_INT8_SIDE, _INT8_SIDE, dtype=torch.int8, device=place)
+    try:
+        if not bool((torch._int_mm(ones, ones) == _INT8_SIDE).all()):
+            return 0.0
+    except (RuntimeError, NotImplementedError):
+        return 0.0
+    if place.type != "cpu":
+        return math.inf
+
+    def seconds(product: Callable[[], torch.Tensor]) -> float:
+        return min(timed(place, product)[0] for _ in range(3))
+
+    def find() -> float:
+        gain = seconds(lambda: ones.float() @ ones.float()) / seconds(lambda: torch._int_mm(ones, ones))
+        log.info("products of int8 are %.1f times as fast as those of float32 on this processor", gain)
+        return gain
+
+    return float(kept_finding("int8", [*_circumstances(device), _INT8_SIDE], find))
+
+
+def _circumstances(device: Device) -> list[Any]:
+    """What decides how fast a device multiplies."""
+    kind = device.name if device.place.type == "cuda" else [device.place.type, processor()]
+    return [kind, torch.get_num_threads(), torch.__version__]
 
 
 def products_a_second(place: torch.device, dtype: torch.dtype) -> float:
@@ -257,16 +297,6 @@ def products_a_second(place: torch.device, dtype: torch.dtype) -> float:
 
 def _name(place: torch.device) -> str:
     return torch.cuda.get_device_name(place) if place.type == "cuda" else processor().get("model name", place.type)
-
-
-def _multiplies_int8(place: torch.device) -> bool:
-    if place.type == "meta":
-        return False
-    ones = torch.ones(32, 32, dtype=torch.int8, device=place)
-    try:
-        return bool((torch._int_mm(ones, ones) == 32).all())
-    except (RuntimeError, NotImplementedError):
-        return False
 
 
 def _onednn_is_faster(place: torch.device) -> bool:

@@ -1,7 +1,9 @@
 """The int8 layer against torch's own dynamic quantization, a slow reference, and itself on other devices' paths."""
 
+import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -168,8 +170,39 @@ def test_emulation_gives_the_same_bits(granularity: str, monkeypatch: pytest.Mon
     layer, x = Int8Linear.of(random_linear(300, 77), granularity), torch.randn(3, 11, 300)
     with torch.no_grad():
         real = layer(x)
-        monkeypatch.setitem(Device.known, x.device, Device(x.device, int8_products=False))
+        monkeypatch.setitem(Device.known, x.device, Device(x.device, int8_gain=0.0))
         assert torch.equal(layer(x), real)
+
+
+def _slow(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    time.sleep(0.2)
+    return torch.full((len(left), right.shape[1]), left.shape[1], dtype=torch.int32)
+
+
+def _fast(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return torch.full((), left.shape[1], dtype=torch.int32).expand(len(left), right.shape[1])
+
+
+def _wrong(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return _fast(left, right) + 1
+
+
+def _missing(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("not implemented for this device")
+
+
+@pytest.mark.parametrize(("product", "used"), [(_slow, False), (_fast, True), (_wrong, False), (_missing, False)])
+def test_integers_are_multiplied_as_such_where_that_is_right_and_faster(
+    product: Callable[..., torch.Tensor], used: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processors without AVX512-VNNI multiply int8 in loops that take many times as long as float32."""
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch, "_int_mm", product)
+    cpu = torch.device("cpu")
+    monkeypatch.setitem(Device.known, cpu, Device(cpu))
+    assert Device.of(cpu).multiplies_int8_faster is used
+    left, right = torch.full((4, 8), 2, dtype=torch.int8), torch.full((3, 8), 5, dtype=torch.int8)
+    assert (integer_product(left, right) == (8 if used else 80)).all()  # the fast one counts columns instead
 
 
 @settings(max_examples=40)

@@ -9,7 +9,7 @@ which float32 is exact.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Self
 from weakref import ReferenceType, ref
 
@@ -218,7 +218,7 @@ def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Exact ``left @ right.T`` of int8 matrices ``[rows, inner]`` and ``[columns, inner]``, as int32."""
     if left.shape[1] == 1:  # torch 2.13's product on the CPU misreads matrices of one inner column
         return left.int() * right.T.int()
-    if not Device.of(left.device).int8_products:
+    if not Device.of(left.device).multiplies_int8_faster:
         return float_product(left, right)
     return _cuda_product(left, right) if left.is_cuda else torch._int_mm(left, right.T)
 
@@ -226,10 +226,8 @@ def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def float_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """The same as :func:`integer_product` in float32, exact because no partial sum reaches 2^24."""
     step = (1 << 24) // (128 * 128) - 1
-    total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.int32, device=left.device)
-    for a, b in zip(left.split(step, 1), right.split(step, 1), strict=True):
-        total += (a.float() @ b.float().T).to(torch.int32)
-    return total
+    parts = zip(left.split(step, 1), right.split(step, 1), strict=True)
+    return reduce(torch.Tensor.add_, ((a.float() @ b.float().T).to(torch.int32) for a, b in parts))
 
 
 def _cuda_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
