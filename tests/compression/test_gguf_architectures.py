@@ -47,6 +47,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000_000, **_SECTIONS},
     },
     "gpt-oss": {"experts_per_token": 4, "initial_context_length": 4096},
+    "olmo2 with windows": {
+        "rope_parameters": {
+            "full_attention": {
+                **{"rope_type": "yarn", "rope_theta": 500_000, "factor": 8.0, "beta_fast": 32, "beta_slow": 1},
+                **{"original_max_position_embeddings": 8192, "attention_factor": 1.2079441541679836},
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500_000},
+        }
+    },
     "minimax-m2": {"use_mtp": True, "qk_norm_type": "per_layer", "attn_type_list": [1, 1], "rope_theta": 5_000_000},
 }
 
@@ -84,6 +93,21 @@ def test_published_configurations_are_written(architecture: str, tmp_path: Path)
             "deepseek2 without groups",
             {"topk_method": "group_limited_greedy", "n_group": 2},
             "has topk_method=group_limited_greedy",
+        ),
+        ("hunyuan-moe", {"moe_topk": [1, 2]}, r"has moe_topk=\[1, 2\]; llama.cpp takes one number for all blocks"),
+        (
+            "mistral3",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 8.0,
+                    "attention_factor": 1.0,
+                    "rope_theta": 1e4,
+                    "original_max_position_embeddings": 8,
+                    "llama_4_scaling_beta": 0.1,
+                }
+            },
+            "attention_factor=1.0, but readers",
         ),
         ("dots1", {"num_key_value_heads": 2}, "which llama.cpp takes only if every head has its own keys"),
         ("deepseek2", {"rope_interleave": False}, "has rope_interleave=False, which a GGUF file cannot express"),

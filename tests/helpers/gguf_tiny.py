@@ -88,6 +88,9 @@ _LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_key_he
 _LINEAR |= {"linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 6}
 _EXPERTS_OF_QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _EXPERTS_OF_QWEN |= {"shared_expert_intermediate_size": 48}
+_WIDE = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 8}
+_WIDE |= {"beta_fast": 32.0, "beta_slow": 1.0}
+_NARROW = {"rope_type": "default", "rope_theta": 5e5}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 32}
 _YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.707, "mscale_all_dim": 0.707}
 _TWO_KINDS = {"layer_types": ["conv", "full_attention"], "pad_token_id": 0}
@@ -122,6 +125,22 @@ FURTHER |= {
         | HEADS
         | {"pad_token_id": 0}
         | {"rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 1e4}},
+    ),
+    "hunyuan-moe": ("hunyuan_v1_moe", TINY | HEADS | {"pad_token_id": 0, "num_experts": 4, "moe_topk": [2, 2]}),
+    "olmo2 with windows": (
+        "olmo3",
+        TINY
+        | {"sliding_window": 4, "num_hidden_layers": 4}
+        | {
+            "rope_parameters": {
+                "full_attention": _WIDE,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            }
+        },
+    ),
+    "mistral3": (
+        "ministral3",
+        TINY | HEADS | {"rope_parameters": _WIDE | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
     ),
     "qwen3next": ("qwen3_next", TINY | HEADS | _LINEAR | _EXPERTS_OF_QWEN),
     "qwen35": ("qwen3_5_text", TINY | _LINEAR | {"head_dim": 256}),

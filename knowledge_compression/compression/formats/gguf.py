@@ -94,8 +94,9 @@ _NO_MATTER = {
     ),
     *("cache_implementation", "rescale_prenorm_residual", "residual_in_fp32", "use_mambapy", "max_window_layers"),
 }
-# Parts of settings of rotary embeddings: in a text all positions of a token are equal; "type" repeats "rope_type".
-_NO_MATTER_INSIDE = ("mrope_section", "mrope_interleaved", "type")
+# Parts of settings of rotary embeddings: in a text all positions of a token are equal; "type" repeats "rope_type";
+# attention_factor was found to be the usual one.
+_NO_MATTER_INSIDE = ("mrope_section", "mrope_interleaved", "type", "attention_factor", "max_position_embeddings")
 _NO_MATTER_ANYWHERE = ("drop", "pdrop", "summary_", "time_step_")
 
 

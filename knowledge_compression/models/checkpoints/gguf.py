@@ -167,7 +167,8 @@ class GgufFile(Stored):
     @cached_property
     def _known(self) -> tuple[str, GgufArchitecture] | None:
         """The model type and description of its architecture, if it is one of those described here."""
-        return architecture_in(self.architecture, {tensor.name for tensor, _ in self.described})
+        names = {tensor.name for tensor, _ in self.described}
+        return architecture_in(self.architecture, names | set(self._headers[0].settings))
 
     @cached_property
     def _settings(self) -> dict[str, Any]:

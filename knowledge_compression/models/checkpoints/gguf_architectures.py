@@ -53,8 +53,8 @@ class GgufArchitecture:
         present: attributes that are true if the file has a tensor whose name contains the text; with three values: the
             text, and the attribute's value with and without such a tensor.
         also: attributes that follow from those read.
-        marks: text in tensor names that distinguishes files of this model type from others with the same architecture;
-            empty for the type without such names.
+        marks: text in names of tensors or settings that distinguishes files of this model type from others with the
+            same architecture; empty for the type without such names.
     """
 
     name: str
@@ -161,16 +161,16 @@ def architecture_for(config: Any) -> GgufArchitecture:
     return found
 
 
-def architecture_in(name: str, tensors: Collection[str]) -> tuple[str, GgufArchitecture] | None:
+def architecture_in(name: str, keys: Collection[str]) -> tuple[str, GgufArchitecture] | None:
     """The model type and description of a file's architecture; None if there is none here.
 
     Args:
         name: GGUF's name for it.
-        tensors: names of the file's tensors.
+        keys: names of the file's tensors and settings.
     """
     from knowledge_compression.models.checkpoints.gguf_families import ARCHITECTURES
 
     there = [(kind, one) for kind, one in ARCHITECTURES.items() if one.name == name]
-    marked = [pair for pair in there if pair[1].marks and any(pair[1].marks in tensor for tensor in tensors)]
+    marked = [pair for pair in there if pair[1].marks and any(pair[1].marks in key for key in keys)]
     plain = [pair for pair in there if not pair[1].marks]
     return next(iter(marked + plain), None)

@@ -101,6 +101,7 @@ def _add(number: float) -> Function:
 
 
 UNCHANGED = Change(_same, _same)
+PAIRED = {".attn_q.": paired("num_attention_heads"), ".attn_k.": paired("num_key_value_heads")}
 PLUS_ONE = Change(_add(1), _add(-1))
 NEGATIVE_EXPONENTIAL = Change(lambda tensor, _: -np.exp(tensor), lambda tensor, _: np.log(-tensor))
 WITHOUT_MIDDLE = Change(lambda tensor, _: tensor[:, 0], lambda tensor, _: tensor[:, None])

@@ -15,13 +15,13 @@ from knowledge_compression.models.checkpoints.gguf_changes import (
     FLAT,
     NEGATIVE_EXPONENTIAL,
     NEGATIVE_EXPONENTIAL_COLUMN,
+    PAIRED,
     PLUS_ONE,
     ROW_PER_GROUP,
     SHARED_HALVES,
     WITHOUT_MIDDLE,
     of_each_group,
     of_each_kind,
-    paired,
 )
 from knowledge_compression.models.checkpoints.gguf_newer_families import NEWER
 from knowledge_compression.models.checkpoints.gguf_settings import (
@@ -40,7 +40,6 @@ from knowledge_compression.models.checkpoints.gguf_settings import (
     setting_of_attention,
 )
 
-_PAIRED = {".attn_q.": paired("num_attention_heads"), ".attn_k.": paired("num_key_value_heads")}
 _MEAN: Settings = {"attention.layer_norm_epsilon": "layer_norm_eps"}
 _UNSCALED: Settings = {"rope.scaling.type": lambda config: "none"}
 _NORMS = {"norm.weight": PLUS_ONE}
@@ -62,20 +61,20 @@ _MAMBAS: Settings = {
     "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
     "ssm.conv_kernel": "conv_kernel",
 }
-_LLAMA = GgufArchitecture("llama", {**COMMON, **ROTARY, **WIDTHS, **ROOT}, _PAIRED)
-_GRANITE = GgufArchitecture("granite", {**COMMON, **ROTARY, **ROOT, **_SCALES}, _PAIRED, present=_BIASES)
+_LLAMA = GgufArchitecture("llama", {**COMMON, **ROTARY, **WIDTHS, **ROOT}, PAIRED)
+_GRANITE = GgufArchitecture("granite", {**COMMON, **ROTARY, **ROOT, **_SCALES}, PAIRED, present=_BIASES)
 
 _LLAMAS = {
     "llama": replace(_LLAMA, present={"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}),
     "mistral": _LLAMA,
     "mixtral": replace(
-        _LLAMA, settings={**_LLAMA.settings, **LOCAL_EXPERTS}, changes={**_PAIRED, **BANK_HALVES}, marks="ffn_gate_inp"
+        _LLAMA, settings={**_LLAMA.settings, **LOCAL_EXPERTS}, changes={**PAIRED, **BANK_HALVES}, marks="ffn_gate_inp"
     ),
     "arcee": replace(_LLAMA, name="arcee", present={"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}),
     "smollm3": GgufArchitecture(
         "smollm3",
         {**COMMON, **ROTARY, **ROOT},
-        _PAIRED,
+        PAIRED,
         present={"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"},
     ),
     "granite": replace(_GRANITE, present={**_BIASES, "mlp_bias": "ffn_up.bias"}),
@@ -83,7 +82,7 @@ _LLAMAS = {
         _GRANITE,
         name="granitemoe",
         settings={**_GRANITE.settings, **LOCAL_EXPERTS},
-        changes={**_PAIRED, **BANK_HALVES},
+        changes={**PAIRED, **BANK_HALVES},
     ),
     "granitemoeshared": replace(
         _GRANITE,
@@ -93,7 +92,7 @@ _LLAMAS = {
             **LOCAL_EXPERTS,
             "expert_shared_feed_forward_length": "shared_intermediate_size",
         },
-        changes={**_PAIRED, **BANK_HALVES, **SHARED_HALVES},
+        changes={**PAIRED, **BANK_HALVES, **SHARED_HALVES},
         marks="ffn_gate_shexp",
     ),
     "seed_oss": GgufArchitecture(
@@ -174,7 +173,7 @@ _OLMOS = {
             "attention.layer_norm_epsilon": lambda config: 1e-5,
             "attention.clamp_kqv": "clip_qkv",
         },
-        _PAIRED,
+        PAIRED,
     ),
     "olmo2": GgufArchitecture("olmo2", {**COMMON, **ROTARY, **ROOT}),
     "olmoe": GgufArchitecture(

@@ -12,6 +12,7 @@ from knowledge_compression.models.checkpoints.gguf_changes import (
     BANK_HALVES,
     GATE_AND_UP_IN_TURN,
     LATENT,
+    PAIRED,
     QWEN3_5,
     QWEN3_NEXT,
     ROW,
@@ -30,6 +31,7 @@ from knowledge_compression.models.checkpoints.gguf_settings import (
     Settings,
     Told,
     head_width,
+    rope,
     stretched_base,
 )
 
@@ -62,6 +64,26 @@ def _only(attribute: str, taken: Callable[[Any], bool], where: str) -> Setting:
         return value
 
     return Setting(attribute, store)
+
+
+def _of_every_block(attribute: str) -> Callable[[Any], int]:
+    """A number that a configuration may state for each block.
+
+    Raises:
+        BadInput: the blocks differ.
+    """
+
+    def store(config: Any) -> int:
+        value = getattr(config, attribute)
+        values = set(value) if isinstance(value, list) else {value}
+        if len(values) > 1:
+            raise BadInput(
+                f"output.save_model=gguf: {config.model_type} has {attribute}={value}; llama.cpp takes one number for "
+                "all blocks"
+            )
+        return int(values.pop())
+
+    return store
 
 
 def _keys_of_blocks() -> Setting:
@@ -118,6 +140,7 @@ _LINEAR: Settings = {
     "full_attention_interval": lambda config: 4,
 }
 _SHARED: Settings = {**EXPERTS, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
+_STRETCHED: Settings = {"rope.freq_base": Setting("rope_theta", stretched_base, lambda value, _: float(value))}
 _SECTIONS: Settings = {"rope.dimension_sections": lambda config: [11, 11, 10, 0]}  # of text all positions are equal
 _SIGMOIDS: Settings = {
     **_ROUTED,
@@ -301,10 +324,58 @@ NEWER: Mapping[str, GgufArchitecture] = {
             **WIDTHS,
             **ROTARY,
             **ROOT,
-            "rope.freq_base": Setting("rope_theta", stretched_base, lambda value, _: float(value)),
+            **_STRETCHED,
         },
         covers=frozenset({"rope_parameters"}),
         present=_BIASES,
+    ),
+    "hunyuan_v1_moe": GgufArchitecture(
+        "hunyuan-moe",
+        {
+            **COMMON,
+            **WIDTHS,
+            **ROTARY,
+            **ROOT,
+            **_STRETCHED,
+            "expert_count": "num_experts",
+            "expert_used_count": Setting("moe_topk", _of_every_block("moe_topk")),
+            "expert_shared_count": lambda config: 1,
+            "expert_feed_forward_length": lambda config: config.intermediate_size,
+            "expert_shared_feed_forward_length": lambda config: config.intermediate_size,
+        },
+        BANK_HALVES,
+        covers=frozenset({"rope_parameters", "moe_topk"}),
+        present=_BIASES,
+    ),
+    "olmo3": GgufArchitecture(
+        "olmo2",
+        {
+            **COMMON,
+            **ROTARY,
+            **YARN,
+            **ROOT,
+            "rope.freq_base_swa": lambda config: config.rope_parameters["sliding_attention"]["rope_theta"],
+            "attention.sliding_window": "sliding_window",
+            "attention.sliding_window_pattern": Setting(
+                "layer_types",
+                lambda config: [kind == "sliding_attention" for kind in config.layer_types],
+                lambda value, _: ["sliding_attention" if one else "full_attention" for one in value],
+            ),
+        },
+        marks="attention.sliding_window",
+    ),
+    "ministral3": GgufArchitecture(
+        "mistral3",
+        {
+            **COMMON,
+            **WIDTHS,
+            **ROTARY,
+            **YARN,
+            **ROOT,
+            "rope.scaling.yarn_log_multiplier": lambda config: rope(config).get("mscale_all_dim"),
+            "attention.temperature_scale": lambda config: rope(config).get("llama_4_scaling_beta"),
+        },
+        PAIRED,
     ),
     "qwen3_next": GgufArchitecture("qwen3next", {**_LINEAR, **_SHARED}, QWEN3_NEXT, present=_BIASES),
     "qwen3_5_text": GgufArchitecture("qwen35", {**_LINEAR, **_SECTIONS}, QWEN3_5, present=_BIASES),

@@ -15,7 +15,8 @@ FREQUENCIES = "rope_freqs.weight"  # divisors of each pair's frequency, as in Ll
 _LENGTHS = ("rope_factors_long.weight", "rope_factors_short.weight")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _PLAIN_SCALING = {"type", "factor", "original_context_length", "finetuned", "yarn_beta_fast", "yarn_beta_slow"}
-_LATENT = "deepseek2"  # whose attention scores YaRN scales too
+# Architectures in which YaRN scales attention scores too, and what llama.cpp's conversion multiplies the constant by.
+_SCALED_SCORES = {"deepseek2": 0.1, "mistral3": 1.0}
 
 
 def llama3_divisors(parameters: Mapping[str, Any], width: int) -> NDArray[np.float32]:
@@ -52,17 +53,18 @@ def scaled_rope(
     prefix = f"{architecture}.rope.scaling."
     scaling = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
     kind, theta = scaling.get("type", "none"), float(told.get("rope_theta", 10_000.0))
+    windows = architecture == "olmo2" and told.get("sliding_window") is not None
     if divisors is not None:
         factor = float(divisors.max())
         parameters = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **_LLAMA3}
         if not np.allclose(llama3_divisors(parameters, 2 * len(divisors)), divisors, rtol=1e-4):
             raise BadInput(f"its {FREQUENCIES} scale rotary embeddings differently from Llama 3.1")
     elif kind == "none":
-        if architecture != "gemma3":
+        if architecture != "gemma3" and not windows:
             return {}
         parameters = {"rope_type": "default", "rope_theta": theta}
     elif kind not in ("linear", "yarn") or set(scaling) - _PLAIN_SCALING - (
-        {"yarn_log_multiplier"} if architecture == _LATENT else set()
+        {"yarn_log_multiplier"} if architecture in _SCALED_SCORES else set()
     ):
         raise BadInput(
             f"its rotary embeddings are scaled by {', '.join(sorted(scaling))} ({kind}), which cannot be read"
@@ -75,15 +77,15 @@ def scaled_rope(
                 name: float(scaling[f"yarn_{name}"]) for name in ("beta_fast", "beta_slow") if f"yarn_{name}" in scaling
             }
         if "yarn_log_multiplier" in scaling:
-            both = round(float(scaling["yarn_log_multiplier"]) / 0.1, 6)  # llama.cpp's conversion multiplies by 0.1
+            both = round(float(scaling["yarn_log_multiplier"]) / _SCALED_SCORES[architecture], 6)
             parameters |= {"mscale": both, "mscale_all_dim": both}
         if architecture == "gpt-oss":
             parameters["truncate"] = False
-    if architecture == "gemma3":  # only its global layers are scaled
-        local = {
-            "rope_type": "default",
-            "rope_theta": float(stored.get(f"{architecture}.rope.freq_base_swa", 10_000.0)),
-        }
+        if (growth := stored.get(f"{architecture}.attention.temperature_scale")) is not None:
+            parameters["llama_4_scaling_beta"] = round(float(growth), 6)
+    if architecture == "gemma3" or windows:  # only global layers are scaled
+        base = stored.get(f"{architecture}.rope.freq_base_swa", theta if windows else 10_000.0)
+        local = {"rope_type": "default", "rope_theta": float(base)}
         return {"rope_parameters": {"full_attention": parameters, "sliding_attention": local}}
     return {"rope_parameters": parameters}
 

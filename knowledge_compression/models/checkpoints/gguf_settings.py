@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,8 +48,8 @@ FLOATS = (
 # Types of scaled rotary embeddings that files written here can express.
 SCALED: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama", "mistral", "exaone4"), ("llama3",)),
-    "hunyuan_v1_dense": ("dynamic",),
-    **dict.fromkeys(("gpt_oss", "deepseek_v2", "deepseek_v3"), ("yarn",)),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe"), ("dynamic",)),
+    **dict.fromkeys(("gpt_oss", "deepseek_v2", "deepseek_v3", "olmo3", "ministral3"), ("yarn",)),
 }
 
 
@@ -65,6 +66,12 @@ def rope(config: Any) -> Mapping[str, Any]:
         raise BadInput(
             f"output.save_model=gguf writes rotary embeddings of the type {' or '.join(known)}, but this "
             f"{config.model_type} has {kind}"
+        )
+    factor, stated = told.get("factor"), told.get("attention_factor")
+    if stated is not None and not math.isclose(stated, 0.1 * math.log(factor) + 1, rel_tol=1e-6):
+        raise BadInput(
+            f"output.save_model=gguf: the rotary embeddings of this {config.model_type} have "
+            f"attention_factor={stated}, but readers of GGUF files take the usual one, 0.1 ln(factor) + 1"
         )
     return told
 
@@ -159,7 +166,7 @@ YARN: Settings = {
     "rope.scaling.original_context_length": _yarn("original_max_position_embeddings"),
     "rope.scaling.yarn_beta_fast": _yarn("beta_fast"),
     "rope.scaling.yarn_beta_slow": _yarn("beta_slow"),
-    "rope.scaling.yarn_log_multiplier": _yarn("mscale_all_dim", 0.1),
+    "rope.scaling.yarn_log_multiplier": _yarn("mscale_all_dim", 0.1),  # so that llama.cpp reads DeepSeek's
 }
 ROOT: Settings = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 EXPERTS: Settings = {
