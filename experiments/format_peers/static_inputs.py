@@ -2,10 +2,10 @@
 
     python experiments/format_peers/static_inputs.py
 
-Only inputs are rounded here, weights stay as they are. Each linear layer of the blocks rounds its inputs over the range
-that it saw on calibration text, in 7 bits, or with one scale per token. Printed are divergences from the dense model
-(KL, nats a token) for the inputs of some layers, and the widest range of each kind of layer beside the range without
-the first token of a text, which is where smollm2 has its massive activations.
+Printed are divergences from the dense model (KL, nats a token): first of the program's own methods, then with rounded
+inputs and weights as they are, where each linear layer of the blocks rounds its inputs over the range that it saw on
+calibration text, or with one scale per token. Last come the widest ranges, beside those without the first token of a
+text, which is where smollm2 has its massive activations.
 """
 
 from __future__ import annotations
@@ -20,18 +20,29 @@ from torch import Tensor, nn
 import knowledge_compression as kc
 
 Rounding = Callable[[Tensor], Tensor]
+METHODS: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("int8_dynamic", {"granularity": "per_channel"}, "all"),
+    ("smoothquant", {}, "all"),
+    ("int8_static", {}, "all"),
+    ("int8_static", {}, "att"),
+)
 
 
 def main() -> None:
     """Print one line for each choice of layers."""
     model = kc.load("smollm2", device="cpu")
-    windows = kc.choose("corpus=self", samples=16, length=128).prepared(model).windows(model)
+    corpus = kc.choose("corpus=self", samples=16, length=128)
+    windows = corpus.prepared(model).windows(model)
     ids = model.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    dense = _log_probs(model, ids)
+    for method, settings, target in METHODS:
+        run = kc.load("smollm2", device="cpu")
+        kc.compress(run, kc.choose(f"compression={method}", **settings), kc.choose(f"target={target}"), corpus)
+        print(f"{f'{method}, target={target}':60s} {_divergence(dense, _log_probs(run, ids)):8.3g}")
     layers = {
         name: one for name, one in model.network.named_modules() if isinstance(one, nn.Linear) and "layers" in name
     }
     whole, later = _ranges(model, layers, windows, 0), _ranges(model, layers, windows, 1)
-    dense = _log_probs(model, ids)
 
     def told(what: str, chosen: Callable[[str], bool], rounding: Callable[[str], Rounding]) -> None:
         made = {name: rounding(name) for name in layers if chosen(name)}
@@ -42,7 +53,7 @@ def main() -> None:
         run = _log_probs(model, ids)
         for hook in hooks:
             hook.remove()
-        print(f"{what:60s} {float((dense.exp() * (dense - run)).sum(-1).mean()):8.3g}")
+        print(f"inputs alone, {what:46s} {_divergence(dense, run):8.3g}")
 
     def fixed(bits: int, ranges: dict[str, tuple[float, float]] = whole) -> Callable[[str], Rounding]:
         return lambda name: lambda values: _over(values, *ranges[name], 2**bits - 1)
@@ -76,6 +87,10 @@ def _ranges(model: Any, layers: dict[str, nn.Module], windows: Tensor, start: in
     for hook in hooks:
         hook.remove()
     return found
+
+
+def _divergence(dense: Tensor, run: Tensor) -> float:
+    return float((dense.exp() * (dense - run)).sum(-1).mean())
 
 
 def _width(range_: tuple[float, float]) -> float:

@@ -17,9 +17,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGUFReader
+from numpy.typing import NDArray
 
 CONVERT = """
 import logging, sys
@@ -84,7 +86,7 @@ def compared(folder: Path) -> str:
     ]
     apart = 0.0
     for name in mine.keys() & other.keys():
-        if mine[name].size != other[name].size:
+        if sizes(mine[name]) != sizes(other[name]):
             wrong.append(f"tensor {name} has {mine[name].shape} in ours and {other[name].shape} in theirs")
         elif not np.array_equal(a := mine[name].ravel(), b := other[name].ravel()):
             apart = max(apart, float(np.abs(a - b).max()))
@@ -101,6 +103,11 @@ def compared(folder: Path) -> str:
         return "differs: " + "; ".join(wrong)
     equal = "bit for bit" if apart == 0 else f"to {apart:.1g}"
     return f"{len(mine)} tensors equal {equal}, {len(said)} settings equal"
+
+
+def sizes(tensor: NDArray[Any]) -> tuple[int, ...]:
+    """The shape without the leading ones, which a file does not tell from none."""
+    return tuple(tensor.shape[next((place for place, size in enumerate(tensor.shape) if size > 1), tensor.ndim) :])
 
 
 def alike(one: object, other: object) -> bool:

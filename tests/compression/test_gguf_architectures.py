@@ -31,6 +31,8 @@ def answers(network: Any) -> torch.Tensor:
 _OF_DEEPSEEK = {"ep_size": 1, "moe_layer_freq": 1, "aux_loss_alpha": 1e-3, "seq_aux": True, "scoring_func": "sigmoid"}
 _SCALED = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "type": "yarn"}
 _SECTIONS = {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25}
+_UNUSUAL = {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.0, "rope_theta": 1e4}
+_UNUSUAL |= {"original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.1}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000}},
     "granite": {"embedding_multiplier": 12, "logits_scaling": 8},
@@ -109,6 +111,8 @@ def test_published_configurations_are_written(architecture: str, tmp_path: Path)
             },
             "attention_factor=1.0, but readers",
         ),
+        ("olmoe", {"num_key_value_heads": 2}, "which llama.cpp takes only if every head has its own keys"),
+        ("command-r", {"use_qk_norm": True}, "use_qk_norm=True, which llama.cpp takes only from 64 blocks on"),
         ("dots1", {"num_key_value_heads": 2}, "which llama.cpp takes only if every head has its own keys"),
         ("deepseek2", {"rope_interleave": False}, "has rope_interleave=False, which a GGUF file cannot express"),
         ("gpt-oss", {"swiglu_limit": 5.0}, "has swiglu_limit=5.0, which a GGUF file cannot express"),

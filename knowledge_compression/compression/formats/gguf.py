@@ -312,7 +312,7 @@ def _parts(
     for tensor in tensors:
         change = partial(described.architecture.changed, tensor, config=config)
         moved = described.architecture.change(tensor)
-        shape = change(np.empty(values.shape, dtype=np.bool_)).shape if values.dim() > 1 else tuple(values.shape)
+        shape = change(np.zeros(values.shape, dtype=np.bool_)).shape
         if kept is not None and (moved is None or moved.rows):
             stored = [blocks.data for blocks in kept]
             bank = values.dim() > 2  # experts

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from knowledge_compression.models.checkpoints.gguf_architectures import GgufArchitecture
 from knowledge_compression.models.checkpoints.gguf_changes import (
@@ -19,6 +20,7 @@ from knowledge_compression.models.checkpoints.gguf_changes import (
     PLUS_ONE,
     ROW_PER_GROUP,
     SHARED_HALVES,
+    UNCHANGED,
     WITHOUT_MIDDLE,
     of_each_group,
     of_each_kind,
@@ -37,6 +39,7 @@ from knowledge_compression.models.checkpoints.gguf_settings import (
     Settings,
     falcon_generation,
     falcon_keys,
+    only,
     setting_of_attention,
 )
 
@@ -50,6 +53,13 @@ _SCALES: Settings = {
     "logit_scale": "logits_scaling",
 }
 _BIASES = {"attention_bias": "attn_q.bias"}
+
+
+def _norms_of_64_blocks(config: Any) -> None:
+    """Nothing is written: llama.cpp takes norms of queries and keys for granted from 64 blocks on."""
+    only("use_qk_norm", lambda one: not one.use_qk_norm or one.num_hidden_layers >= 64, "from 64 blocks on").stored(
+        config
+    )
 
 
 _MAMBAS: Settings = {
@@ -164,29 +174,10 @@ _QWENS = {
     ),
 }
 
-_OLMOS = {
-    "olmo": GgufArchitecture(
-        "olmo",
-        {
-            **COMMON,
-            **ROTARY,
-            "attention.layer_norm_epsilon": lambda config: 1e-5,
-            "attention.clamp_kqv": "clip_qkv",
-        },
-        PAIRED,
-    ),
-    "olmo2": GgufArchitecture("olmo2", {**COMMON, **ROTARY, **ROOT}),
-    "olmoe": GgufArchitecture(
-        "olmoe",
-        {**COMMON, **ROTARY, **ROOT, "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
-        BANK_HALVES,
-    ),
-}
-
 _COHERES = {
     "cohere": GgufArchitecture(
         "command-r",
-        {**COMMON, **ROTARY, **_UNSCALED, **_MEAN, "logit_scale": "logit_scale"},
+        {**COMMON, **ROTARY, **_UNSCALED, **_MEAN, "logit_scale": "logit_scale", "norms": _norms_of_64_blocks},
         present={**_BIASES, "use_qk_norm": "attn_q_norm"},
     ),
     "cohere2": GgufArchitecture(
@@ -348,6 +339,7 @@ _OLDER = {
         },
         {
             "ssm_a": NEGATIVE_EXPONENTIAL_COLUMN,
+            "ssm_dt": UNCHANGED,  # before ssm_d, which its name contains
             "ssm_d": COLUMN,
             "ssm_conv1d.weight": WITHOUT_MIDDLE,
             "ssm_norm": ROW_PER_GROUP,
@@ -387,7 +379,6 @@ _ENCODER_DECODERS = {"t5": _T5, "umt5": replace(_T5, marks="enc.blk.1.attn_rel_b
 ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     **_LLAMAS,
     **_QWENS,
-    **_OLMOS,
     **_COHERES,
     **_GEMMAS,
     **_OLDER,

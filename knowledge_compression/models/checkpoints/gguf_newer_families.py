@@ -22,6 +22,7 @@ from knowledge_compression.models.checkpoints.gguf_settings import (
     COMMON,
     EXPERTS,
     LOCAL_EXPERTS,
+    OWN_KEYS,
     PARTLY_ROTARY,
     ROOT,
     ROTARY,
@@ -31,6 +32,7 @@ from knowledge_compression.models.checkpoints.gguf_settings import (
     Settings,
     Told,
     head_width,
+    only,
     rope,
     stretched_base,
 )
@@ -49,21 +51,6 @@ _ROUTED: Settings = {
 
 def _without(settings: Settings, *keys: str) -> Settings:
     return {key: value for key, value in settings.items() if key not in keys}
-
-
-def _only(attribute: str, taken: Callable[[Any], bool], where: str) -> Setting:
-    """A setting that llama.cpp takes from a file only in some networks; any other is refused."""
-
-    def store(config: Any) -> Any:
-        value = getattr(config, attribute, None)
-        if not taken(config):
-            raise BadInput(
-                f"output.save_model=gguf: {config.model_type} has {attribute}={value}, which llama.cpp takes only "
-                f"{where}"
-            )
-        return value
-
-    return Setting(attribute, store)
 
 
 def _of_every_block(attribute: str) -> Callable[[Any], int]:
@@ -165,7 +152,7 @@ _DEEPSEEK = GgufArchitecture(
         **ROOT,
         **_ROUTED,
         "attention.head_count_kv": lambda config: 1,  # a file's keys are latent vectors, which all heads share
-        "attention.q_lora_rank": _only(
+        "attention.q_lora_rank": only(
             "q_lora_rank",
             lambda config: config.q_lora_rank is not None or config.num_hidden_layers in (26, 27),
             "in networks of 26 or 27 blocks",
@@ -193,13 +180,13 @@ NEWER: Mapping[str, GgufArchitecture] = {
             **COMMON,
             **ROTARY,
             **ROOT,
-            "attention.key_length": _only(
+            "attention.key_length": only(
                 "head_dim",
                 lambda config: head_width(config) * config.num_attention_heads == config.hidden_size,
                 "if all heads together are as wide as the network",
             ),
             "attention.value_length": lambda config: getattr(config, "head_dim", None),
-            "attention.sliding_window": _only(
+            "attention.sliding_window": only(
                 "sliding_window",
                 lambda config: config.sliding_window is None or config.num_hidden_layers == 64,
                 "in networks of 64 blocks",
@@ -262,11 +249,7 @@ NEWER: Mapping[str, GgufArchitecture] = {
             **ROTARY,
             **ROOT,
             **_SIGMOIDS,
-            "attention.head_count_kv": _only(
-                "num_key_value_heads",
-                lambda config: config.num_key_value_heads == config.num_attention_heads,
-                "if every head has its own keys",
-            ),
+            "attention.head_count_kv": OWN_KEYS,
         },
         BANK_HALVES,
         present=_BIASES,
@@ -346,6 +329,29 @@ NEWER: Mapping[str, GgufArchitecture] = {
         BANK_HALVES,
         covers=frozenset({"rope_parameters", "moe_topk"}),
         present=_BIASES,
+    ),
+    "olmo": GgufArchitecture(
+        "olmo",
+        {
+            **COMMON,
+            **ROTARY,
+            "attention.layer_norm_epsilon": lambda config: 1e-5,
+            "attention.clamp_kqv": "clip_qkv",
+        },
+        PAIRED,
+    ),
+    "olmo2": GgufArchitecture("olmo2", {**COMMON, **ROTARY, **ROOT}),
+    "olmoe": GgufArchitecture(
+        "olmoe",
+        {
+            **COMMON,
+            **ROTARY,
+            **ROOT,
+            "expert_count": "num_experts",
+            "expert_used_count": "num_experts_per_tok",
+            "attention.head_count_kv": OWN_KEYS,
+        },
+        BANK_HALVES,
     ),
     "olmo3": GgufArchitecture(
         "olmo2",

@@ -104,6 +104,21 @@ def _head_width_as_scaled(config: Any) -> int:
     return width
 
 
+def only(attribute: str, taken: Callable[[Any], bool], where: str) -> Setting:
+    """A setting that llama.cpp takes from a file only in some networks; any other is refused."""
+
+    def store(config: Any) -> Any:
+        value = getattr(config, attribute, None)
+        if not taken(config):
+            raise BadInput(
+                f"output.save_model=gguf: {config.model_type} has {attribute}={value}, which llama.cpp takes only "
+                f"{where}"
+            )
+        return value
+
+    return Setting(attribute, store)
+
+
 def stretched_base(config: Any) -> float:
     """The base of HunYuan's rotary embeddings, which a constant stretches.
 
@@ -203,3 +218,10 @@ def setting_of_attention(name: str, stored: Callable[[Any], Any], loaded: Callab
         return None if value is None else stored(value)
 
     return Setting("attn_config", store, lambda value, told: told.get("attn_config", {}) | {name: loaded(value)})
+
+
+OWN_KEYS = only(
+    "num_key_value_heads",
+    lambda config: config.num_key_value_heads == config.num_attention_heads,
+    "if every head has its own keys",
+)
