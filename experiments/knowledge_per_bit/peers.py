@@ -9,7 +9,7 @@ windows of 512, as the preset asks ours. Prints a row for each. What is there is
 
     python experiments/knowledge_per_bit/peers.py DATA_DIR --environments DIR --outputs DIR --bits 3 --blocks 4
 
-quantizes blocks 0-3 alone and asks the 12 windows of `four_blocks.py`, in float32, without facts.
+quantizes blocks 0-3 alone and asks the windows of `four_blocks.py` (`--windows`), in float32, without facts.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=40, help="of tuning, where a peer tunes")
     options.add_argument("--batch", type=int, default=4, help="windows of a step")
     options.add_argument("--blocks", type=int, default=BLOCKS, help="the first so many")
+    options.add_argument("--windows", type=int, default=12, help="asked where only some blocks are quantized")
     options.add_argument("--seed", type=int, default=0, help="of the calibration windows")
     chosen = options.parse_args()
     dense = chosen.outputs / "dense"
@@ -107,7 +108,7 @@ def main() -> None:
     if not dense.is_dir():
         save_checkpoint(model, dense)
     windows = C4(samples=32, length=512, seed=chosen.seed, data_dir=chosen.data_dir).windows(model).numpy()
-    before = losses(model, chosen.data_dir, 12) if chosen.blocks < BLOCKS else None
+    before = losses(model, chosen.data_dir, chosen.windows) if chosen.blocks < BLOCKS else None
     for peer in chosen.peers.split(","):
         python = environment(chosen.environments / peer, peer)
         for bits in map(int, chosen.bits.split(",")):
@@ -122,7 +123,7 @@ def main() -> None:
                 found = facts(place, chosen.data_dir)
                 said += f", perplexity {found['perplexity.perplexity']:.2f}, facts {found['atlas.accuracy']:.3f}"
             else:
-                rise = losses(decoded(place), chosen.data_dir, 12) - before
+                rise = losses(decoded(place), chosen.data_dir, chosen.windows) - before
                 error = rise.std(ddof=1) / len(rise) ** 0.5
                 said += f", {rise.mean():.4f} ({error:.4f}) nats above dense"
             print(said, flush=True)
