@@ -229,7 +229,9 @@ def multiplied_in(dtype: torch.dtype | None, place: torch.device) -> AbstractCon
     Weights are cast again for each product: the casts take no lasting memory, and a weight that was compressed in
     between is never used in its old form.
     """
-    return nullcontext() if dtype is None else torch.autocast(place.type, dtype, cache_enabled=False)
+    if dtype is None or dtype == torch.float32:  # their own; autocast only warns about it
+        return nullcontext()
+    return torch.autocast(place.type, dtype, cache_enabled=False)
 
 
 def processor() -> dict[str, str]:

@@ -21,7 +21,7 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.harness import Harness
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
 from knowledge_compression.models import Model, Target, device
-from knowledge_compression.models.device import Device, measured_bfloat16_gain, processor
+from knowledge_compression.models.device import Device, measured_bfloat16_gain, multiplied_in, processor
 from knowledge_compression.models.families import ENCODER
 from knowledge_compression.models.prompts import NO_PROMPTS, Prompts
 from knowledge_compression.results.store import RunStore
@@ -133,6 +133,13 @@ def test_a_device_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(device, "products_a_second", lambda *_: pytest.fail("measured again"))
     assert measured_bfloat16_gain(here) == gain
     assert here.multiplies_bfloat16_faster == (gain > 1.25)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_networks_multiply_in_their_own_type_without_a_warning(dtype: torch.dtype | None) -> None:
+    with multiplied_in(dtype, CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
 def test_processors_are_told_apart() -> None:
