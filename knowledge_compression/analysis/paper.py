@@ -65,6 +65,16 @@ PAPERS = {
         "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration",
         "arXiv:2504.02692",
     ),
+    "scales": (
+        "Chen et al. (2025)",
+        "EfficientQAT: Efficient Quantization-Aware Training for Large Language Models",
+        "arXiv:2407.11062",
+    ),
+    "alps": (
+        "Meng et al. (2024)",
+        "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
+        "arXiv:2406.07831",
+    ),
     "rotate": (
         "Ashkboos et al. (2024)",
         "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs",

@@ -29,8 +29,8 @@ def descended(
 
     One sweep over the columns fixes each code for good, and the scales before any code. Here a round first solves for
     all scales of a row together, with its codes fixed, which is a least-squares problem; then it visits each column
-    again and takes the code that is best given all others (coordinate descent, as QuantEase: Behdin et al. 2023,
-    section 3, and CDQuant: Nair and Suggala 2024, algorithm 1). Zero points stay.
+    again and takes the code that is best given all others. Such coordinate descent is that of QuantEase (Behdin et al.
+    2023); scales as further coordinates are that of COMQ (Zhang et al. 2024). Zero points stay.
 
     Args:
         weight: the weight before rounding, float32 ``[out_features, in_features]``.
