@@ -19,7 +19,7 @@ from knowledge_compression.models.spread import Spread
 
 if TYPE_CHECKING:
     from knowledge_compression.experiment import Experiment
-    from knowledge_compression.models.loading import ModelSource
+    from knowledge_compression.models.source import ModelSource
     from knowledge_compression.results.tracker import Tracker
 
 # The configuration groups, from which an experiment is built.

@@ -28,8 +28,8 @@ from knowledge_compression.models.device import (
     weight_type,
 )
 from knowledge_compression.models.held import HeldSource
-from knowledge_compression.models.loading import ModelSource
 from knowledge_compression.models.pretrained import check_memory
+from knowledge_compression.models.source import ModelSource
 from knowledge_compression.models.spread import Spread
 from knowledge_compression.progress import underway
 from knowledge_compression.recovery.base import Recovery

@@ -31,8 +31,8 @@ from knowledge_compression.evaluation.suite import Evaluation, Suite
 from knowledge_compression.evaluation.suite import ask as ask_suite
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.device import Device
-from knowledge_compression.models.loading import ModelSource
 from knowledge_compression.models.prompts import NO_PROMPTS
+from knowledge_compression.models.source import ModelSource
 from knowledge_compression.recovery.base import Recovered, Recovery
 from knowledge_compression.statistics import Estimate
 from knowledge_compression.statistics import drop as paired_drop

@@ -29,8 +29,9 @@ from knowledge_compression.identity import CONTENT, known_identity
 from knowledge_compression.memory import peak_of_process
 from knowledge_compression.models import Model, Targets
 from knowledge_compression.models.device import resolve_device
-from knowledge_compression.models.loading import LocalModel, ModelSource
+from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.soundness import non_finite, shown, weights_of
+from knowledge_compression.models.source import ModelSource
 from knowledge_compression.models.spread import bytes_by_place, is_spread
 from knowledge_compression.models.streamed import StreamedModel
 from knowledge_compression.models.tokenizers import read_alike
@@ -45,7 +46,7 @@ from knowledge_compression.results.workplace import Workplace
 
 if TYPE_CHECKING:
     from knowledge_compression.experiment import Experiment
-    from knowledge_compression.models.loading import StreamableSource
+    from knowledge_compression.models.source import StreamableSource
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 
 from knowledge_compression.heavy import torch
-from knowledge_compression.models.loading import ModelSource
 from knowledge_compression.models.model import Model
+from knowledge_compression.models.source import ModelSource
 from knowledge_compression.models.spread import Spread
 
 log = logging.getLogger(__name__)

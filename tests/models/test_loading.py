@@ -13,8 +13,7 @@ from helpers.networks import TINY, build_network, logits_of
 from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.models import Model
 from knowledge_compression.models.device import resolve_device, resolve_dtype
-from knowledge_compression.models.loading import LocalModel
-from knowledge_compression.models.packaged import PackagedModel
+from knowledge_compression.models.loading import LocalModel, PackagedModel
 
 SMOLLM2 = kc.choose("model=smollm2")
 BERT_TINY = kc.choose("model=bert_tiny")

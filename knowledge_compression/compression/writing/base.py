@@ -11,7 +11,7 @@ from knowledge_compression.compression.base import Compression
 from knowledge_compression.models import Model, Targets
 
 if TYPE_CHECKING:
-    from knowledge_compression.models.loading import ModelSource
+    from knowledge_compression.models.source import ModelSource
 
 
 class Writer(ABC):

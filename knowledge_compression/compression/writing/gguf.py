@@ -13,7 +13,7 @@ from knowledge_compression.compression.writing.base import Writer
 from knowledge_compression.models import Model, Targets
 
 if TYPE_CHECKING:
-    from knowledge_compression.models.loading import ModelSource
+    from knowledge_compression.models.source import ModelSource
 
 TYPES = (
     *("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4"),
