@@ -209,7 +209,7 @@ def test_files_lie_the_further_from_their_original_the_fewer_their_bits(
 @pytest.mark.parametrize(
     ("dense", "message"),
     [
-        ("smollm3", r"model\.dense=smollm3 is no folder or file, and no model \(did you mean smollm2\?\)"),
+        ("smollm3", r"model\.dense=smollm3 is neither a path nor a model \(did you mean smollm2\?\)"),
         ("world_encoder", "is a model that is trained here"),
     ],
 )
