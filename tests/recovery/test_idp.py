@@ -219,25 +219,23 @@ def test_choices_and_logits_are_those_of_a_plain_rewrite(lengths, tiny_model):
     assert (ours - torch.stack([logits for logits, _ in expected])).abs().max() < 1e-4
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
 def test_prompts_do_not_see_each_other(tiny_model, architecture):
     model = tiny_model(architecture)
     first, second = soft_prompts(model)
-    one = bank_of(model, [first, second])
-    other = bank_of(model, [first, second + 1.0])
+    one, other = (bank_of(model, [first, second + change]) for change in (0.0, 1.0))
     for ours, theirs in zip([*one.keys, *one.values], [*other.keys, *other.values], strict=True):
         assert torch.equal(ours[0], theirs[0])
         assert not torch.equal(ours[1], theirs[1])
     prompted = Prompted(model, other)
     ids, _ = inputs()
     prompted.forced = 0
-    with torch.no_grad():
-        perturbed = model.network(input_ids=ids).logits
+    perturbed = model.network(input_ids=ids).logits
     prompted.remove()
     prompted = Prompted(model, one)
     prompted.forced = 0
-    with torch.no_grad():
-        assert torch.equal(model.network(input_ids=ids).logits, perturbed)
+    assert torch.equal(model.network(input_ids=ids).logits, perturbed)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt"])

@@ -58,17 +58,8 @@ log = logging.getLogger(__name__)
 FILE = "model.gguf"
 # llama.cpp has no other type there.
 _ALWAYS_FLOAT32 = (
-    *(
-        "ffn_gate_inp",
-        "position_embd",
-        "ssm_conv1d",
-        "ssm_a",
-        "ssm_d",
-        "_norm",
-        "attn_rel_b",
-        "shortconv.conv",
-        ".bias",
-    ),
+    *("ffn_gate_inp", "position_embd", "ssm_conv1d", "ssm_a", "ssm_d"),
+    *("_norm", "attn_rel_b", "shortconv.conv", ".bias"),
 )
 
 # Attributes of a configuration on which no answer depends, or that follow from the file's vocabulary.
