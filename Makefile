@@ -10,7 +10,7 @@ export KC_TEST_DEVICE ?= cuda
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test trials coverage test-slurm test-gpu test-fast lint format bench clean world world-study world-recovery world-experts
+.PHONY: help install run test trials coverage test-slurm test-gpu test-fast lint format bench clean world world-study world-recovery world-unlearned world-experts
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16

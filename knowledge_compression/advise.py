@@ -1,4 +1,4 @@
-"""Which setting to use, and what to run next: ``kc advise outputs/ --keep 95%``."""
+"""Which setting to use, and what to run next: kc advise outputs/ --keep 95%."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The W&B workspace and report for a sweep: ``kc dashboard outputs/``.
+"""The W&B workspace and report for a sweep: kc dashboard outputs/.
 
-They compare the runs that ``tracker=wandb`` logged (or ``wandb sync`` uploaded later): the figures of the table at the
-end of a sweep, by the settings in which the runs differ. ``--json`` prints the definition without contacting a server.
+They compare the runs that tracker=wandb logged (or wandb sync uploaded later): the figures of the table at the
+end of a sweep, by the settings in which the runs differ. --json prints the definition without contacting a server.
 """
 
 from __future__ import annotations

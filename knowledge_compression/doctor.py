@@ -1,4 +1,4 @@
-"""What works on this machine and what is missing: ``kc doctor``."""
+"""What works on this machine and what is missing: kc doctor."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import urlparse
+
+from knowledge_compression.progress import underway
 
 FINE, MISSING, BROKEN = "fine", "missing", "broken"
 _PACKAGES = ("torch", "transformers", "hydra-core", "omegaconf", "lm-eval", "peft", "wandb", "datasets", "polars")
@@ -41,7 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     for column in ("what", "state", "found", "remedy"):
         table.add_column(column, overflow="fold")
     colours = {FINE: "green", MISSING: "yellow", BROKEN: "red"}
-    checks = list(examine(options.outputs, options.data_dir))
+    with underway("looking at what works here"):
+        checks = list(examine(options.outputs, options.data_dir))
     for check in checks:
         table.add_row(check.name, f"[{colours[check.state]}]{check.state}[/]", check.found, check.remedy)
     console = Console()
@@ -84,7 +87,7 @@ def _devices() -> Iterator[Check]:
     for place in places:
         name = f"{torch.get_num_threads()} threads" if place == "cpu" else torch.cuda.get_device_name(place)
         rates = [
-            f"{products_a_second(torch.device(place), dtype) / 1e9:.0f} GFLOP/s {str(dtype)[6:]}"
+            f"{products_a_second(torch.device(place), dtype) / 1e9:.2g} GFLOP/s {str(dtype)[6:]}"
             for dtype in (torch.float32, torch.bfloat16)
         ]
         yield Check(f"device {place}", FINE, f"{name}: {', '.join(rates)}")

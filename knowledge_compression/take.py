@@ -1,4 +1,4 @@
-"""Import results made by other tools into a store: ``kc take DIR -o outputs``."""
+"""Import results made by other tools into a store: kc take DIR -o outputs."""
 
 from __future__ import annotations
 

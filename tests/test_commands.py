@@ -44,6 +44,14 @@ def test_a_folder_that_is_none_is_one_line_that_names_it(command, kind, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == (["outputs"] if kind == "a file" else [])
 
 
+@pytest.mark.parametrize("command", [name for name in SUBCOMMANDS if name != "run"])
+def test_the_help_is_plain_text_that_names_the_command(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(SUBCOMMANDS[command][0]).main(["--help"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and said.count(f"kc {command}") > 1 and "`" not in said
+
+
 @pytest.mark.parametrize("command", [*READERS, "doctor"])
 def test_an_option_that_does_not_exist_is_refused(command, capsys):
     assert "--nonsense" in said_by(command, ["somewhere", "--nonsense"][command == "doctor" :], capsys)

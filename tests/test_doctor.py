@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from knowledge_compression import doctor
+from knowledge_compression.models import device
 
 
 def test_every_missing_thing_comes_with_a_remedy(tmp_path, monkeypatch):
@@ -17,6 +19,21 @@ def test_every_missing_thing_comes_with_a_remedy(tmp_path, monkeypatch):
     )
     assert checks["device cpu"].state == doctor.FINE and "GFLOP/s" in checks["device cpu"].found
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_type_that_this_processor_hardly_multiplies_is_measured_once_and_not_called_zero(monkeypatch):
+    """bfloat16 without instructions for it takes seconds a product, and has a rate all the same."""
+    asked = []
+
+    def timed(place, work):
+        asked.append(work().dtype)
+        return (5.0, None) if asked[-1] == torch.bfloat16 else (0.01, None)
+
+    monkeypatch.setattr(device, "timed", timed)
+    monkeypatch.setattr(device, "_SIDE", 128)
+    (cpu, *_) = doctor._devices()
+    assert asked.count(torch.bfloat16) == 2 < asked.count(torch.float32)
+    assert "0.00084 GFLOP/s bfloat16" in cpu.found
 
 
 def test_the_status_tells_whether_a_run_could_work(tmp_path, monkeypatch, capsys):

@@ -35,6 +35,7 @@ PRODUCT_DTYPES = ("auto", "bfloat16", "float32")
 _CPU_INFO = Path("/proc/cpuinfo")
 _KIND = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")  # lines that distinguish processors
 _SIDE, _REPEATS = 1024, 7  # size of the matrix product that measures a device's rate
+_SLOW = 1.0  # seconds; bfloat16 on a processor without it takes several for one product
 _INT8_SIDE = 512  # size of the product that shows whether int8 is worth using
 _CLEARLY = 1.25  # required speed-up, so that the work around the products does not consume the gain
 
@@ -248,7 +249,7 @@ def measured_bfloat16_gain(device: Device) -> float:
 
     def find() -> float:
         gain = products_a_second(device.place, torch.bfloat16) / products_a_second(device.place, torch.float32)
-        log.info("products of bfloat16 are %.1f times as fast as those of float32 on this %s", gain, device.place.type)
+        log.info("products of bfloat16 are %.2g times as fast as those of float32 on this %s", gain, device.place.type)
         return gain
 
     return float(kept_finding("bfloat16", [*_circumstances(device), _SIDE], find))
@@ -278,7 +279,7 @@ def measured_int8_gain(device: Device) -> float:
 
     def find() -> float:
         gain = seconds(lambda: ones.float() @ ones.float()) / seconds(lambda: torch._int_mm(ones, ones))
-        log.info("products of int8 are %.1f times as fast as those of float32 on this processor", gain)
+        log.info("products of int8 are %.2g times as fast as those of float32 on this processor", gain)
         return gain
 
     return float(kept_finding("int8", [*_circumstances(device), _INT8_SIDE], find))
@@ -291,10 +292,11 @@ def _circumstances(device: Device) -> list[Any]:
 
 
 def products_a_second(place: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a square matrix product, the median of a few runs."""
+    """Floating-point operations per second of a square matrix product, the median of a few (one, if it is slow)."""
     a = torch.ones(_SIDE, _SIDE, device=place, dtype=dtype)
-    seconds = [timed(place, lambda: a @ a)[0] for _ in range(_REPEATS + 1)]  # the first one warms up
-    return 2 * _SIDE**3 / statistics.median(seconds[1:])
+    first = timed(place, lambda: a @ a)[0]  # warms up
+    seconds = [timed(place, lambda: a @ a)[0] for _ in range(_REPEATS if first < _SLOW else 1)]
+    return 2 * _SIDE**3 / statistics.median(seconds)
 
 
 def _name(place: torch.device) -> str:

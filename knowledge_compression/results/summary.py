@@ -26,7 +26,7 @@ from knowledge_compression.identity import digest_of
 from knowledge_compression.progress import underway
 from knowledge_compression.results.files import is_file, kept, tokens_differ, told
 from knowledge_compression.results.store import Run
-from knowledge_compression.results.varying import text_of, varied
+from knowledge_compression.results.varying import called, text_of, varied
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
     if not rows:
         console.print("these suites have no accuracy or perplexity to compare; their results are in each run's folder")
         return
-    console.print(as_rich(rows, console.width))
+    names = {run.id: called(run.config["choices"], without=("model",)) for run in runs}
+    console.print(as_rich(rows, console.width, names))
     for note in sorted(
         {
             f"{run.report['model']['name']}: {run.report['model']['note']}"
@@ -71,7 +72,9 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
     drawn = cached_folder(f"figures/{digest_of([_code(), version('matplotlib'), rows])}", partial(_write, rows))
     for file in sorted(drawn.glob("[!.]*")):
         shutil.copyfile(file, folder / f"{file.stem}{by}{file.suffix}")
-    console.print(f"table and figure: {folder / f'table{by}.csv'}, {folder / f'drop{by}.png'}", markup=False)
+    figures = [str(folder / f"{file.stem}{by}.png") for file in sorted(drawn.glob("[!.]*.png"))]
+    what = "table and figure" + "s" * (len(figures) > 1)
+    console.print(f"{what}: {', '.join([str(folder / f'table{by}.csv'), *figures])}", markup=False)
 
 
 def shown(text: object) -> Text:
@@ -180,15 +183,18 @@ class _Column:
         return len({str(cell) for cell in self.cells}) == 1
 
 
-def as_rich(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> Table:
+def as_rich(
+    rows: Sequence[Mapping[str, Any]], width: int | None = None, names: Mapping[str, str] | None = None
+) -> Table:
     """The rows of :func:`drop_rows` as a terminal shows them: the settings that vary, and the results.
 
     Args:
         rows: the rows.
         width: characters in a line. If rows are longer, columns are left out, those that are the same in all rows
-        first; the table's caption names them. None shows all.
+            first; the table's caption names them. None shows all.
+        names: what a run is called where no setting varies, by its id.
     """
-    columns = _columns(rows)
+    columns = _columns(rows, names or {})
     gone: list[_Column] = []
     while True:
         made = _table(rows, columns, gone)
@@ -202,14 +208,16 @@ def as_rich(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> Tabl
 _WIDE = Console(width=10_000)  # to measure a table that nothing squeezes
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> list[_Column]:
+def _columns(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[_Column]:
     asked = asked_columns(list(rows[0]))
+    alone = {} if asked else names
+    called_by = ["dense" if row["run"] == row["baseline"] else alone.get(row["run"], "") for row in rows]
     texts = {name for name in asked if any(isinstance(row[name], str) for row in rows)}
     kept = [_Column("kept %", ["" if (s := row.get("kept_percent")) is None else f"{s:.1f}" for row in rows])]
     stored = ["" if row["stored_mb"] is None else f"{row['stored_mb']:.0f}" for row in rows]
     frequent = ["" if row["majority_percent"] is None else f"{row['majority_percent']:+.1f}" for row in rows]
     return [
-        _Column("", ["dense" if row["run"] == row["baseline"] else "" for row in rows], right=False),
+        _Column("", [shown(name) for name in called_by], right=False),
         *(_Column(heading(name), [shown(text_of(row[name])) for row in rows], name not in texts) for name in asked),
         _Column("suite", [shown(row["suite"]) for row in rows], right=False, spare=0),
         _Column("metric", [shown(row["metric"]) for row in rows], right=False, spare=1),

@@ -1,4 +1,4 @@
-"""The progress of sweeps, run by run: ``kc status outputs/``."""
+"""The progress of sweeps, run by run: kc status outputs/."""
 
 from __future__ import annotations
 

@@ -53,6 +53,15 @@ def test_the_terminal_shows_them(rows):
     assert "0.3 [0.1078, 0.6032]" in shown and "+50.0 [" in shown
 
 
+def test_a_run_by_itself_is_called_by_what_was_done(capsys):
+    """Nothing varies beside one dense run, so no column says what the other row is."""
+    dense, small = made_run(bits("1111110000"), compression="none"), made_run(bits("1110000000"))
+    choices = small.config["choices"]
+    summary.show([small], {small.id: dense})
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if small.id[:8] in line)
+    assert f"{choices['target']} {choices['compression']}" in line
+
+
 @pytest.mark.parametrize("width", [80, 100, 120, 200])
 def test_a_narrow_terminal_shows_whole_cells_of_fewer_columns(rows, width):
     """What varies, the values and the drops stay; what gives way is named, and what all rows share is in the title."""

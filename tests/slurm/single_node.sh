@@ -4,7 +4,7 @@
 # All of its files lie in FOLDER and its commands find it by SLURM_CONF=FOLDER/etc/slurm.conf; /etc/slurm is left alone,
 # and its ports are its own, so that it runs beside any other that is there.
 set -euo pipefail
-action=$1
+case ${1:-} in install | start | stop) action=$1 ;; *) sed -n 's/^#   /usage: /p' "$0" >&2; exit 2 ;; esac
 base=$(realpath -m "${2:-.}")
 host=$(hostname -s)
 port=$((20000 + $$ % 4000 * 3))
