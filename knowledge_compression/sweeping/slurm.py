@@ -12,7 +12,9 @@ import shutil
 import subprocess
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -179,16 +181,26 @@ class SlurmLauncher(ProcessLauncher):
         )
         executor.update_parameters(job_name="knowledge_compression", **self._parameters)
         try:
-            with executor.batch():
+            with redirect_stderr(StringIO()), executor.batch():  # submitit prints what sbatch said, and raises it too
                 handed_in = [executor.submit(job) for job in jobs]
         except FailedJobError as error:
-            raise BadInput(f"SLURM refused the jobs: {' '.join(str(error).split())[:300]}") from None
+            raise BadInput(f"SLURM refused the jobs: {self._said(error)}") from None
         found = {
             job.number: HandedIn(handle.job_id, str(handle.paths.stderr), job.folder)
             for job, handle in zip(jobs, handed_in, strict=True)
         }
         log.info("submitted %d runs as job array %s", len(jobs), found[jobs[0].number].array)
         return found
+
+    def _said(self, error: Exception) -> str:
+        """Why SLURM refused jobs, in one line."""
+        said = " ".join(str(error).split())[:300]
+        if self.gpus and "generic resource" in said:  # sbatch does not say that it means GPUs
+            said += (
+                f"; hydra.launcher.gpus={self.gpus} asks for GPUs that these nodes do not have, "
+                "hydra.launcher.gpus=0 runs on their processors"
+            )
+        return said
 
     def ended(self, handles: Mapping[int, HandedIn]) -> Mapping[int, str]:
         """The jobs that left an outcome, and those that SLURM has not listed for a while: they were killed."""

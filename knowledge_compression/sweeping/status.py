@@ -127,8 +127,8 @@ def _living_jobs() -> set[str] | None:
 
 def show(found: Sequence[SweepStatus], console: Console) -> None:
     """Print the table, and one line per run that ended without a result."""
-    table = Table(title="Sweeps", title_justify="left")
-    # Names fit in 80 characters, because only the last heading wraps.
+    # Without edges, a row and its time left fit in 80 characters.
+    table = Table(title="Sweeps", title_justify="left", show_edge=False, pad_edge=False)
     damaged = [DAMAGED] if any(sweep.count(DAMAGED) for sweep in found) else []
     for column in ("sweep", "runs", DONE, RUNNING, FAILED, MISSING, *damaged, "time left"):
         table.add_column(column, justify="left" if column == "sweep" else "right", no_wrap=column != "time left")
@@ -148,7 +148,7 @@ def _duration(seconds: float | None) -> str:
         return "unknown"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{hours}:{minutes:02d} h" if hours else f"{minutes} min" if minutes else f"{rest} s"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -186,6 +186,16 @@ def test_labels_tell_jobs_apart() -> None:
     assert labels([["run.plan=true", "recovery=lora", "output.dir=x"]]) == ["recovery=lora"]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(None, "unknown"), (45.0, "45 s"), (500.0, "8 min"), (3_900.0, "1:05 h"), (4.3e5, "119:26 h")]
+)
+def test_the_time_left_is_whole_in_a_terminal_of_80_columns(seconds: float | None, said: str) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    status.show([status.SweepStatus("2026-11-22_09-00-00.123456", ["missing"], [], seconds)], console)
+    (row,) = (line for line in console.export_text().splitlines() if line.startswith("2026"))
+    assert row.rstrip().endswith(f" {said}")
+
+
 def test_the_status_of_a_sweep(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +227,7 @@ def test_the_status_of_a_sweep(
     narrow = Console(width=80, record=True, file=io.StringIO())
     status.show([found], narrow)
     table = narrow.export_text()
-    assert all(whole in table for whole in (f"│ {folder.name} │", " running ", " missing "))
+    assert all(whole in table for whole in (f"{folder.name} │", " running ", " missing ", " 19 s"))
     assert status.main([str(tmp_path)]) == 1
     finished = tmp_path / "sweeps" / "2026-11-22_10-00-00.123456"  # nothing was left to do when it was started
     finished.mkdir()
