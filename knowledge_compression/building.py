@@ -101,7 +101,10 @@ def _class(where: str, path: Any) -> type:
     try:
         found = getattr(import_module(module), name)
     except (ImportError, ValueError, AttributeError) as error:
-        raise BadInput(f"{where}: {path} cannot be imported ({first_line(error)})") from None
+        package = module.partition(".")[0]
+        absent = isinstance(error, ModuleNotFoundError) and error.name == package
+        remedy = f"; put the folder that holds {package} on PYTHONPATH, or install it" if absent else ""
+        raise BadInput(f"{where}: {path} cannot be imported ({first_line(error)}){remedy}") from None
     if not (isinstance(found, type) and is_dataclass(found)):
         raise BadInput(f"{where}: {path} is not a dataclass, so its settings cannot be read")
     return found

@@ -64,6 +64,19 @@ def test_a_method_a_recovery_and_a_suite_of_ones_own(users_folder, monkeypatch):
     assert dense.metrics["days.accuracy"] >= compressed.metrics["days.accuracy"]
 
 
+def test_a_misspelt_method_of_ones_own_is_found_and_a_package_out_of_reach_is_named(users_folder, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        run(users_folder, monkeypatch, "compression=keep_sign")
+    said = capsys.readouterr().err
+    assert refusal.value.code == 2 and "(did you mean keep_signs?)" in said and " magnitude, " in said
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place != str(users_folder)])
+    with pytest.raises(SystemExit) as refusal:
+        run(users_folder, monkeypatch, "compression=keep_signs")
+    said = capsys.readouterr().err
+    assert refusal.value.code == 2 and said.count("\n") == 1
+    assert "put the folder that holds my_package on PYTHONPATH, or install it" in said
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

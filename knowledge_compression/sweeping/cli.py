@@ -230,7 +230,8 @@ def one_line(error: BaseException) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        there = sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
+        names = {path.stem for path in (CONF / group).glob("*.yaml")} | {*(error.options or ())}  # and the reader's own
+        there = sorted(name for name in names if not name.startswith("_"))
         return f"{group}={name} does not exist{nearest(name, there)}; choose one of {', '.join(there)}"
     if found := re.match(r"Could not override '([^']+)'", message):
         key = found[1]
