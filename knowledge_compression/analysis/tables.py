@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,16 +58,39 @@ class PaperTable:
         """Plain columns: ``x`` with ``x_low`` and ``x_high`` for every figure that has an interval."""
         return pl.DataFrame([dict(_flat(row)) for row in self.rows], infer_schema_length=None)
 
+    @property
+    def same(self) -> Mapping[str, Any]:
+        """The columns without intervals that say the same in all rows, of which there are several."""
+        if len(self.rows) < 2:
+            return {}
+        first = self.rows[0]
+        return {
+            key: value
+            for key, value in first.items()
+            if not isinstance(value, Estimate) and all(key in row and row[key] == value for row in self.rows)
+        }
+
     def latex(self) -> str:
-        """A tabular with booktabs rules, intervals in brackets."""
-        keys = list(dict.fromkeys(key for row in self.rows for key in row))
-        rows = [
-            [str(key).replace("_", " ") for key in keys],
-            *([_cell(row.get(key), shares=self.shares) for key in keys] for row in self.rows),
+        """A tabular with booktabs rules, without the columns that say the same in all rows; intervals in brackets."""
+        left_out = self.same
+        keys = [key for key in dict.fromkeys(key for row in self.rows for key in row) if key not in left_out]
+        cells = [[_cell(row.get(key), shares=self.shares) for key in keys] for row in self.rows]
+        sides = ["r" if all(map(_NUMBER.match, column)) else "l" for column in zip(*cells, strict=True)]
+        rows = [[_escaped(str(key).replace("_", " ")) for key in keys]]
+        rows += [
+            [_minus(cell) if side == "r" else _escaped(cell) for side, cell in zip(sides, row, strict=True)]
+            for row in cells
         ]
-        head, *body = [" & ".join(map(_escaped, row)) + r" \\" for row in rows]
-        opening = rf"\begin{{tabular}}{{{'l' * len(keys)}}}"
+        head, *body = [" & ".join(row) + r" \\" for row in rows]
+        opening = rf"\begin{{tabular}}{{{''.join(sides)}}}"
         return "\n".join([opening, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
+
+    def told(self) -> str:
+        """The caption, and the columns that the LaTeX table leaves out, in one line."""
+        there = {key: value for key, value in self.same.items() if value is not None}
+        same = [f"{key} {_cell(value, shares=self.shares)}".replace("_", " ") for key, value in there.items()]
+        line = f"{self.caption} The same in all rows: {', '.join(same)}." if same else self.caption
+        return "".join(c if c.isprintable() else " " for c in line)
 
 
 def cost_table(comparisons: Comparisons) -> PaperTable:
@@ -232,7 +256,7 @@ def write(table: PaperTable, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{table.name}.csv", folder / f"{table.name}.tex"]
     table.frame().write_csv(paths[0])
-    paths[1].write_text(f"% {table.caption}\n{table.latex()}")
+    paths[1].write_text(f"% {table.told()}\n{table.latex()}")
     return paths
 
 
@@ -279,11 +303,18 @@ def _figure(value: float, share: bool) -> str:
     return f"{100 * value:.1f}" if share else f"{value:.3g}"
 
 
+_NUMBER = re.compile(r"(-?[\d.e+]+|nan|-?inf)( \[[^]]*\])?$|--$")  # a cell of a column of numbers
+
 _LATEX = {
     **{character: rf"\{character}" for character in "_%&#${}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
     **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"},
 }
+
+
+def _minus(cell: str) -> str:
+    """A figure with minus signs where it has hyphens."""
+    return cell if cell == "--" else cell.replace("-", "$-$")
 
 
 def _escaped(text: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 from helpers.stores import bits, made_run
 from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.analysis.paper import how_to_cite, results_table, values_table
+from knowledge_compression.analysis.tables import PaperTable, write
 from knowledge_compression.report import main
 from knowledge_compression.results.store import RunStore
 
@@ -36,9 +37,28 @@ def test_latex_shows_names_literally_and_figures_in_percent_with_intervals(runs)
     latex = results_table(compare(runs)).latex()
     (row,) = [line for line in latex.splitlines() if r"a\_b\%" in line]
     cells = row.removesuffix(r" \\").split(" & ")
-    assert len(cells) == len(latex.splitlines()[2].split(" & ")) == 11
-    assert cells[3] == "40.0" and re.fullmatch(r"50\.0 \[\d+\.\d, \d+\.\d\]", cells[7])
-    assert latex.startswith(r"\begin{tabular}{lllllllllll}") and r"\toprule" in latex and r"\bottomrule" in latex
+    head = latex.splitlines()[2].removesuffix(r" \\").split(" & ")
+    told = dict(zip(head, cells, strict=True))
+    assert told["sparsity"] == "40.0" and re.fullmatch(r"50\.0 \[\d+\.\d, \d+\.\d\]", told["accuracy"])
+    assert r"\toprule" in latex and r"\bottomrule" in latex
+
+
+def test_latex_leaves_out_what_all_rows_share_and_says_it_beside_the_caption(runs, tmp_path):
+    """A table of one model on one suite would be wider than a page; numbers stand to the right."""
+    table = results_table(compare(runs))
+    assert table.same.keys() >= {"model", "suite", "seeds"} and "accuracy" not in table.same
+    write(table, tmp_path)
+    caption, opening, _, head, *_ = (tmp_path / "results.tex").read_text().splitlines()
+    columns = head.removesuffix(r" \\").split(" & ")
+    assert not {"model", "suite", "seeds"} & {*columns}
+    assert f"model {runs[0].config['choices']['model']}, " in caption and "seeds 1" in caption
+    sides = dict(zip(columns, opening.rpartition("{")[2].strip("}"), strict=True))
+    assert sides["setting"] == "l" and sides["accuracy"] == sides["drop"] == "r"
+    assert {"model", "suite", "seeds"} <= {*pl.read_csv(tmp_path / "results.csv").columns}
+    gained = PaperTable("drops", "A drop.", [{"drop": -0.1, "run": "3-bit"}, {"drop": 0.1, "run": "4-bit"}]).latex()
+    assert "$-$10.0 & 3-bit" in gained and "{rl}" in gained  # a minus sign, but a hyphen in a name
+    alone = PaperTable("one", "A row.", table.rows[:1])
+    assert not alone.same and "model & suite" in alone.latex()
 
 
 def test_values_without_right_answers_have_a_table_of_their_own(runs):
