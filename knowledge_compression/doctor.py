@@ -85,7 +85,8 @@ def _devices() -> Iterator[Check]:
 
     places = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     for place in places:
-        name = f"{torch.get_num_threads()} threads" if place == "cpu" else torch.cuda.get_device_name(place)
+        threads = torch.get_num_threads()
+        name = f"{threads} thread{'s' * (threads > 1)}" if place == "cpu" else torch.cuda.get_device_name(place)
         rates = [
             f"{products_a_second(torch.device(place), dtype) / 1e9:.2g} GFLOP/s {str(dtype)[6:]}"
             for dtype in (torch.float32, torch.bfloat16)

@@ -62,19 +62,19 @@ def show(runs: Sequence[Run], baselines: Mapping[str, Run], folder: Path | None 
             if run.report["model"].get("note")
         }
     ):
-        console.print(shown(note), style="dim")
+        console.print(shown(note), style="dim", soft_wrap=True)
     for line_of in (told, tokens_differ, _left_out, _hardly_read):
         for line in sorted(set(filter(None, map(line_of, runs)))):
-            console.print(shown(line), style="dim")
+            console.print(shown(line), style="dim", soft_wrap=True)
     if folder is None:
         return
     by = _file_name(asked_columns(list(rows[0])))
     drawn = cached_folder(f"figures/{digest_of([_code(), version('matplotlib'), rows])}", partial(_write, rows))
     for file in sorted(drawn.glob("[!.]*")):
         shutil.copyfile(file, folder / f"{file.stem}{by}{file.suffix}")
-    figures = [str(folder / f"{file.stem}{by}.png") for file in sorted(drawn.glob("[!.]*.png"))]
-    what = "table and figure" + "s" * (len(figures) > 1)
-    console.print(f"{what}: {', '.join([str(folder / f'table{by}.csv'), *figures])}", markup=False)
+    figures = [f"{file.stem}{by}.png" for file in sorted(drawn.glob("[!.]*.png"))]
+    for what, name in [("table", f"table{by}.csv"), *(("figure", name) for name in figures)]:
+        console.print(shown(f"{what}: {folder / name}"), soft_wrap=True)  # a path is copied whole
 
 
 def shown(text: object) -> Text:
@@ -198,11 +198,23 @@ def as_rich(
     gone: list[_Column] = []
     while True:
         made = _table(rows, columns, gone)
-        spare = [column for column in columns if column.spare is not None]
-        if width is None or not spare or Measurement.get(_WIDE, _WIDE.options, made).maximum <= width:
+        if width is None or Measurement.get(_WIDE, _WIDE.options, made).maximum <= width:
             return made
+        if not (spare := [column for column in columns if column.spare is not None]):
+            return _table(rows, *_without_ends(rows, columns, gone))
         gone.append(max(spare, key=lambda column: (column.says_little, column.spare)))
         columns = [column for column in columns if column not in gone]
+
+
+def _without_ends(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[_Column], gone: Sequence[_Column]
+) -> tuple[Sequence[_Column], Sequence[_Column]]:
+    """The columns that stay and go where no column can go any more: the drops keep their intervals."""
+    plain = _Column("value", [f"{row['value']:.4g}" for row in rows])
+    return [plain if column.name == "value" else column for column in columns], [
+        *gone,
+        _Column("the intervals of value", [""]),
+    ]
 
 
 _WIDE = Console(width=10_000)  # to measure a table that nothing squeezes

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -79,6 +81,29 @@ def test_a_narrow_terminal_shows_whole_cells_of_fewer_columns(rows, width):
         said = accuracy[0][name] in title if name in ("suite", "metric") else name in text.partition("no room for: ")[2]
         assert said, name
     assert (everything == there) == (width == 200)
+
+
+def test_where_three_settings_vary_80_columns_show_the_intervals_of_the_drops_unbroken(tmp_path, capsys):
+    dense = made_run(bits("1111110000"), compression="none")
+    runs = [
+        made_run(bits("1110000000"), compression="magnitude", target="encoder_att", sparsity=0.25),
+        made_run(bits("1110000001"), compression="structured", target="ff", sparsity=0.5),
+    ]
+    table = summary.drop_rows(runs, {run.id: dense for run in runs})
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(summary.as_rich(table, 80))
+    text = console.export_text()
+    lines = text.splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    assert len([line for line in lines if line.startswith("│")]) == len(table)  # no row is broken
+    assert re.search(r"│ +0\.3 │ +\+50\.0 \[", text) and "the intervals of value" in text
+    folder = tmp_path / ("long" * 40)
+    folder.mkdir()
+    summary.show(runs, {run.id: dense for run in runs}, folder)
+    said = capsys.readouterr().out.splitlines()
+    assert {path for line in said if (path := line.partition(": ")[2]) and Path(path).is_file()} == {
+        str(file) for file in folder.iterdir() if file.suffix != ".svg"
+    }
 
 
 def test_the_bars_of_tasks_have_intervals():
