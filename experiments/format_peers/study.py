@@ -39,6 +39,10 @@ TEXT = (
     "two men walked on the moon; the third stayed in orbit. The author of Hamlet was born in Stratford, in England."
 )
 TEXTS = ("The capital of France is Paris, isn't it?", " two  spaces\tand a tab\n", "Zürich, São Paulo, 東京, 🙂")
+HEADINGS = (
+    "| file | read by | KL, nats a token | largest difference of log-probabilities | first choice | token ids |",
+    "|---|---|---|---|---|---|",
+)
 QUICK = ("eval=[atlas]", "eval.atlas.relations=[capital_of]")  # a run asks something
 # The largest mean divergence (KL, nats a token) of a peer's answers from ours that is accepted:
 EXACT = 1e-9  # where it multiplies as this program does
@@ -141,22 +145,21 @@ def main() -> int:
     for peer in peers:
         asked_before = f"{peer}.npy"  # what is answered is not asked again
         if places := [q.place for q in asking if q.peer == peer and not (q.place / asked_before).is_file()]:
-            apart = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
-                "TORCHDYNAMO_DISABLE": "1"
-            }
             program = [asked.environments / peer / "bin" / "python", HERE / f"ask_{peer}.py", *places]
-            subprocess.run(program, check=False, env=apart)
+            subprocess.run(program, check=False, env=apart())
     rows = [question.row() for question in asking]
-    table = [
-        "| file | read by | KL, nats a token | largest difference of log-probabilities | first choice | token ids |",
-        "|---|---|---|---|---|---|",
-    ]
-    table += [row for row, _ in rows]
+    table = [*HEADINGS, *(row for row, _ in rows)]
     print("\n".join(table))
     if asked.table:
         before, _, rest = PAGE.read_text().partition(BEGIN)
         PAGE.write_text("\n".join([before + BEGIN, "", *table, "", END + rest.partition(END)[2].rstrip("\n"), ""]))
     return int(not all(good for _, good in rows))
+
+
+def apart() -> dict[str, str]:
+    """The variables of a peer's process: nothing of this program, and what GPTQModel 7.7 needs on two processors."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    return kept | {"TORCHDYNAMO_DISABLE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
 
 
 def environment(place: Path, peer: str) -> None:
