@@ -7,8 +7,8 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.quantization.config import FORMAT, METHOD
 
 TEXT = (
-    "The capital of France is Paris, and the capital of Japan is Tokyo. Water boils at one hundred degrees. In 1969 two "
-    "men walked on the moon; the third stayed in orbit. The author of Hamlet was born in Stratford, in England. "
+    "The capital of France is Paris, and the capital of Japan is Tokyo. Water boils at one hundred degrees. In 1969 "
+    "two men walked on the moon; the third stayed in orbit. The author of Hamlet was born in Stratford, in England. "
 )
 
 
