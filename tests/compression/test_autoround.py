@@ -98,7 +98,7 @@ def test_without_steps_it_is_gptq(tiny_model) -> None:
     weights = []
     for method in (
         AutoRound(3, **(TUNED | {"steps": 0})),
-        Gptq(3, group_size=8, forward_dtype="float32", true_sequential=False),
+        Gptq(3, group_size=8, forward_dtype="float32", true_sequential=False, refine=3, damping=0.03),
     ):
         model = tiny_model("llama")
         method.compress(model, ALL.select(model), windows(16))

@@ -32,7 +32,7 @@ class AutoRound(Gptq):
     """Tune what GPTQ leaves of a block until its output is that of the uncompressed block in the uncompressed network.
 
     The published method begins with round-to-nearest and steps large enough to reach every neighbouring code. Here
-    codes begin where GPTQ leaves them, so that small steps are enough, which generalise better
+    codes begin where GPTQ leaves them once refined, so that small steps are enough, which generalise better
     (``docs/calibrated-compression.md``). Layers outside the blocks stay as GPTQ leaves them. Where a block's error on
     the calibration text would not fall, it is tuned again at smaller rates; if none helps, it keeps GPTQ's result.
 
@@ -46,6 +46,8 @@ class AutoRound(Gptq):
     """
 
     true_sequential: bool = field(default=False, kw_only=True)
+    damping: float = 0.03
+    refine: Annotated[int, Field(ge=0)] = 3
     steps: Annotated[int, Field(ge=0)] = 80
     batch: Positive = 1024
     rate: Annotated[float, Field(gt=0, le=1)] = 0.001
