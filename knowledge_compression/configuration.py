@@ -105,7 +105,7 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
 def _what_is_missing(error: OmegaConfBaseException) -> str:
     message = first_line(error)
     if found := re.match(r"Missing mandatory value: (\S+)", message):
-        return f"{found[1]} must be given"
+        return f"{error.full_key or found[1]} must be given"
     return message
 
 

@@ -247,8 +247,9 @@ class LocalModel:
                 "config.json and safetensors"
             )
         if stored is None and not there:
+            lacks = "holds no config.json" if place.exists() else "does not exist"
             raise ModelUnavailable(
-                f"model.path={self.path} holds no config.json; give a folder saved by save_pretrained, or a GGUF file"
+                f"model.path={self.path} {lacks}; give a folder saved by save_pretrained, or a GGUF file"
             )
         return place, stored
 

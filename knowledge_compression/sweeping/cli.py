@@ -118,6 +118,7 @@ def job(config: DictConfig) -> Outcome | None:
         refuse(BadInput(f"hydra.sweeper={sweeper} is not a sweeper of this project; use hydra/sweeper=planned"))
     if sweeper.get("params") or sweeper.get("grids"):
         raise _ManyRuns
+    from knowledge_compression.results.layout import Layout
     from knowledge_compression.results.summary import show
 
     try:
@@ -128,6 +129,7 @@ def job(config: DictConfig) -> Outcome | None:
     except BadInput as error:
         refuse(error)
     show([run], {run.id: baseline})
+    log.info("items, metrics and reports: %s", Layout(Path(config.output.dir)).runs / run.id)
     return None
 
 

@@ -145,8 +145,11 @@ def test_a_checkpoint_without_its_head_is_refused(folder: Path, tmp_path: Path, 
 
 
 def test_folders_that_hold_no_model(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(ModelUnavailable, match=r"holds no config.json; give a folder saved by save_pretrained"):
+    with pytest.raises(ModelUnavailable, match=r"does not exist; give a folder saved by save_pretrained"):
         LocalModel("mine", str(tmp_path / "nothing")).load("cpu")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelUnavailable, match=r"holds no config.json; give a folder saved by save_pretrained"):
+        LocalModel("mine", str(tmp_path / "empty")).load("cpu")
     (folder / "model.safetensors").write_bytes(b"not safetensors at all")
     with pytest.raises(ModelUnavailable, match=r"model\.safetensors is damaged or cut short") as error:
         LocalModel("mine", str(folder)).load("cpu")
