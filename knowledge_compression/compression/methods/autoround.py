@@ -46,7 +46,7 @@ class AutoRound(Gptq):
     """
 
     true_sequential: bool = field(default=False, kw_only=True)
-    damping: float = 0.03
+    damping: float = field(default=0.03, kw_only=True)
     refine: Annotated[int, Field(ge=0)] = 3
     steps: Annotated[int, Field(ge=0)] = 80
     batch: Positive = 1024
