@@ -101,15 +101,14 @@ def run_next(verdicts: Sequence[Verdict], comparisons: Comparisons) -> list[str]
     for verdict in verdicts:
         if verdict.status != UNDECIDED:
             continue
+        claim = f'{verdict.claim.name}: "{verdict.claim.text}"'
         if not verdict.findings:
-            advice += [
-                f"{verdict.claim.name}: no runs here test it; {how}" for how in _commands(verdict.claim, comparisons)
-            ]
+            advice += [f"{claim}; no runs here test it; {how}" for how in _commands(verdict.claim, comparisons)]
         for finding in verdict.findings:
             if finding.status == UNDECIDED and (needed := _needed(finding, told)):
                 measure = verdict.claim.measure
                 advice.append(
-                    f"{verdict.claim.name}: {finding.model} on {finding.suite} shows {measure.words(finding.effect)}; "
+                    f"{claim}; {finding.model} on {finding.suite} shows {measure.words(finding.effect)}; "
                     f"about {needed:,} {measure.items} instead of {finding.effect.n:,} would decide it at that size"
                 )
     return advice

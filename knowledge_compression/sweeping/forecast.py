@@ -54,7 +54,7 @@ class Forecast:
 
     Attributes:
         label: distinguishes it from the others.
-        state: ``there``, ``to do``, or ``shared`` if another run does its compression.
+        state: ``finished``, ``to do``, or ``shared`` if another run does its compression.
         seconds, macs: time and multiply-adds of the remaining work.
         memory, disk: peak bytes of memory, and bytes written.
         unknown: suites whose cost cannot be predicted.
@@ -101,12 +101,12 @@ class Forecaster:
         dense = experiment.dense()
         if experiment.suites and not experiment.is_dense:
             baseline = self._one(dense, f"dense baseline of {label}")
-            found += [baseline] if baseline.state != "there" else []
+            found += [baseline] if baseline.state != "finished" else []
         return found
 
     def _one(self, experiment: Experiment, label: str) -> Forecast:
         if experiment.id in self._done or experiment.is_done(self.store):
-            return Forecast(label, "there")
+            return Forecast(label, "finished")
         self._done.add(experiment.id)
         skeleton = experiment.loader.skeleton()
         size = _bytes_of_weights(experiment, skeleton)
@@ -317,7 +317,7 @@ def largest_block(skeleton: Model) -> int:
 
 def totals(found: Iterable[Forecast], at_once: int, gpus: int) -> dict[str, Any]:
     """The cost of a whole sweep: figures by name."""
-    todo = [forecast for forecast in found if forecast.state != "there"]
+    todo = [forecast for forecast in found if forecast.state != "finished"]
     seconds = sum(forecast.seconds for forecast in todo)
     return {
         "runs to do": len(todo),
@@ -342,13 +342,13 @@ def show(found: Sequence[Forecast], whole: Mapping[str, Any]) -> None:
     for name in ("state", "10^12 multiply-adds", "time", "peak memory GB", "disk MB"):
         table.add_column(name, justify="right")
     for forecast in found:
-        there = forecast.state == "there"
+        done = forecast.state == "finished"
         figures = (f"{forecast.macs / 1e12:.3g}", _time(forecast.seconds), f"{forecast.memory / 1e9:.2f}")
         table.add_row(
             forecast.label,
             forecast.state,
-            *("" if there else figure for figure in figures),
-            "" if there else f"{forecast.disk / 1e6:.1f}",
+            *("" if done else figure for figure in figures),
+            "" if done else f"{forecast.disk / 1e6:.1f}",
         )
     console.print(table)
     console.print(

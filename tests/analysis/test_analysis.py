@@ -260,6 +260,7 @@ def test_every_undecided_claim_has_a_command_that_names_what_it_compares():
     comparisons = compare([made_run(bits("10"), compression="none")])
     advice = dict(line.split(": ", 1) for line in run_next(check(comparisons), comparisons))
     assert set(advice) == {claim.name for claim in CLAIMS}
+    assert all(advice[claim.name].startswith(f'"{claim.text}"; ') for claim in CLAIMS)  # a name alone says little
     assert "compression.bits=4,3" in advice["fewer_bits_hurt"]
     assert "recovery=idp 'recovery.prompts=[10,30],[50,100]'" in advice["idp_is_stable_over_sizes"]
     assert "sparsity=0.1,0.2" in advice["decline_steepens_past_half"]

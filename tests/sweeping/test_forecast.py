@@ -118,7 +118,7 @@ def test_what_is_there_and_what_is_shared(
     assert whole["runs to do"] == 5 and whole["GPU-hours"] == 3 * whole["seconds, one after the other"] / 3600
 
     runs[0].run(store, NoTracker())
-    assert [one.state for one in foretold()] == ["there", "to do", "shared", "to do", "to do"]
+    assert [one.state for one in foretold()] == ["finished", "to do", "shared", "to do", "to do"]
     past = foretold(rate=None)[-1]  # the finished run tells how fast this machine is
     (done,) = store
     took = done.report["cost"]["seconds"]["eval.a"]
