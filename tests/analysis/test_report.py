@@ -256,6 +256,21 @@ def test_in_a_browser_runs_without_right_answers_are_told_all_the_same(tmp_path,
 
 
 @pytest.mark.slow
+def test_in_a_browser_drops_of_files_are_drawn_over_their_bits(tmp_path, page_in_browser):
+    """Nothing was pruned and no number was typed, so over the sparsity all of them would lie on one line."""
+    luck = np.random.default_rng(4).random(60)
+    runs = [made_run(luck < 0.9, compression="none")]
+    for name, width, share in (("a_gptq", 3, 0.5), ("b_gptq", 4, 0.7), ("c_float", None, 0.9)):
+        runs.append(made_run(luck < share, compression=name, sparsity=0.0))
+        runs[-1].report["compression"] = {"sparsity": 0.0, "bits": width}
+    (tmp_path / "report.html").write_text(render(runs))
+    page = page_in_browser(tmp_path / "report.html")
+    assert page.locator("#drop-chart .xtitle").text_content() == "mean bits of a weight"
+    places = page.evaluate("document.querySelector('#drop-chart').data.map(line => line.x[0])")
+    assert sorted(places) == [3, 4, 32]
+
+
+@pytest.mark.slow
 def test_in_a_browser_a_hundred_thousand_items_can_be_searched(tmp_path, page_in_browser):
     luck = np.random.default_rng(3).random(100_000)
     runs = [made_run(luck < 0.8, compression="none"), made_run(luck < 0.6, sparsity=0.4), made_run(luck < 0.7)]

@@ -98,11 +98,14 @@ const main = ({runs, varying, points, measured, fates, sure, names}, facts) => {
   }
   const plain = (facet, value) => FACETS.includes(facet) || !value ? value : `${facet}=${value}`;
   const named = (row, by) => by.map(facet => plain(facet, valueOf(row, facet))).filter(part => part && part !== "none").join(" ");
-  // Drops are drawn over the sparsity where it varies, else over the first number that does.
+  // Drops are drawn over the sparsity where it varies, else over the first number that does, else over the bits, as in files.
   const across = list => {
     const turned = name => valuesOf(list, name).length > 1 && list.every(r => r.told[name] && Number.isFinite(Number(r.told[name])));
     const number = new Set(list.map(r => r.sparsity)).size > 1 ? undefined : varying.find(turned);
-    return number === undefined ? ["sparsity of the target (%)", r => r.sparsity === null ? null : 100 * r.sparsity] : [number, r => Number(r.told[number])];
+    if (number !== undefined) return [number, r => Number(r.told[number])];
+    const bits = r => r.bits ?? (r.sparsity === null ? null : 32), same = of => new Set(list.map(of)).size < 2;
+    if (same(r => r.sparsity) && !same(bits)) return ["mean bits of a weight", bits];
+    return ["sparsity of the target (%)", r => r.sparsity === null ? null : 100 * r.sparsity];
   };
   const draw = () => {
     const visible = rows.filter(r => facets.every(f => chosen[f].has(valueOf(r, f)) || (r.dense && f !== "model" && f !== "suite")));
