@@ -73,7 +73,7 @@ def test_in_a_browser_nothing_that_a_store_says_runs_and_all_of_it_shows_as_text
     page.click("#fact-list details.fact summary >> nth=0")
     page.wait_for_selector("#fact-list table")
     page.select_option("#run-choice", f"n {IN_A_NAME}")
-    void = f"s {MARKUP} gives no figures, as weights of the model are not finite ({MARKUP})"
+    void = f"s {MARKUP} gives no figures, because weights of the model are not finite ({MARKUP})"
     assert void in page.locator("#run-page").text_content()
     page.select_option("#run-choice", f"b {IN_A_NAME}")
     page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
