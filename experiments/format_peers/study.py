@@ -263,7 +263,7 @@ def of_architectures(outputs: Path, wanted: Callable[[str, str], bool]) -> Itera
 
     for name in WRITTEN:
         told = f"GGUF, F32, a tiny random {name}"
-        if not wanted(told, "llama_cpp") or (model := tiny(name)).network.config.is_encoder_decoder:
+        if name in UNASKED or not wanted(told, "llama_cpp") or (model := tiny(name)).network.config.is_encoder_decoder:
             continue  # llama-cpp-python evaluates decoders alone
         if not (outputs / name / "ours.npy").is_file():
             writer_of("gguf").write(model, outputs / name / "model")
