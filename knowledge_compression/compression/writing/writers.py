@@ -55,7 +55,8 @@ def check_form(form: bool | str, compression: Compression, targets: Targets) -> 
         kinds = [type(writer) for writer in fitting.values()]
         others = [name for place, name in enumerate(fitting) if kinds.index(kinds[place]) == place]  # one of each kind
         raise BadInput(
-            f"output.save_model={_shown(form)} cannot hold this: {why}; choose {' or '.join(map(_shown, others))}"
+            f"output.save_model={_shown(form)} cannot hold this: {why}; or choose output.save_model="
+            f"{' or '.join(map(_shown, others))}"
         )
 
 
