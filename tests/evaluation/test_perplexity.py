@@ -78,7 +78,7 @@ def test_windows_behind_a_beginning_of_text_token_equal_a_plain_loop(
 
 def test_a_beginning_of_text_token_that_is_not_there_is_refused(tiny_model: Callable[[str], Model]) -> None:
     suite = Perplexity(bos=True)
-    with pytest.raises(BadInput, match=r"perplexity\.bos=true: tiny-bert is no decoder; choose auto or false"):
+    with pytest.raises(BadInput, match=r"perplexity\.bos=true: tiny-bert is not a decoder; choose auto or false"):
         suite.begin(tiny_model("bert"))
     model = tiny_model("llama")
     model.tokenizer = make("wordpiece")
