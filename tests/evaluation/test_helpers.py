@@ -261,5 +261,5 @@ def test_how_many_ask_decides_nothing(tiny_folder: Path) -> None:
     four = replace(one, processes=4)
     assert (four.id, four.settings, four.dense().processes) == (one.id, one.settings, 4)
     stock = Harness(["boolq"], scoring="stock")
-    with pytest.raises(BadInput, match=r"run.processes=2 divides what our scoring core reads; choose scoring=fast"):
+    with pytest.raises(BadInput, match=r"run.processes=2 works only with our scoring core; choose scoring=fast"):
         replace(one, suites={"h": stock}, processes=2)
