@@ -29,7 +29,7 @@ from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.compression.methods.pipeline import Pipeline
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models import Model, Target, Targets
+from knowledge_compression.models import Model, Target, Targets, device
 from knowledge_compression.models.device import Device
 from knowledge_compression.models.targets import is_linear
 
@@ -203,6 +203,17 @@ def test_integers_are_multiplied_as_such_where_that_is_right_and_faster(
     assert Device.of(cpu).multiplies_int8_faster is used
     left, right = torch.full((4, 8), 2, dtype=torch.int8), torch.full((3, 8), 5, dtype=torch.int8)
     assert (integer_product(left, right) == (8 if used else 80)).all()  # the fast one counts columns instead
+
+
+def test_accelerators_use_their_integer_products_untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device=None, **more: ones(*size, **more))  # there is no GPU here
+    monkeypatch.setattr(torch, "_int_mm", _fast)
+    monkeypatch.setattr(device, "timed", lambda *_: pytest.fail("timed"))
+    assert Device(torch.device("cuda")).multiplies_int8_faster
+    monkeypatch.setattr(torch, "_int_mm", _missing)
+    assert not Device(torch.device("cuda")).multiplies_int8_faster
+    assert not Device(torch.device("meta")).multiplies_int8_faster
 
 
 @settings(max_examples=40)

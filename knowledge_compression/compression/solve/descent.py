@@ -59,14 +59,18 @@ class _Descent:
         self._added = float(damping * alive.mean()) if len(alive) else 1.0
         self._wanted = weight.T.contiguous()
         self._towards = None if lacking is None else lacking.T @ self._wanted
+        self._goal = self._damped(self._wanted)  # what the slope would be at zero, but for its sign
+        if self._towards is not None:
+            self._goal += self._towards
         self._group_of = grid.group_of.to(place, torch.int64)
         self._scales = grid.scales.T.contiguous().to(place)
         self._zeros = grid.zeros.T.to(place, torch.float32).contiguous()
+        self._members = [(self._group_of == group).nonzero()[:, 0] for group in range(len(self._scales))]
         self._levels = start.codes.T.to(place, torch.float32) - spread(self._zeros, self._group_of, 0)
 
     def after(self, rounds: int) -> QuantizedWeight:
-        slope, errors = self._slope(self._scales)
         for _ in range(rounds):
+            slope, errors = self._slope(self._scales)
             scales = self._best_scales()
             new_slope, new_errors = self._slope(scales)
             better = new_errors < errors
@@ -74,7 +78,6 @@ class _Descent:
             slope = torch.where(better, new_slope, slope)
             if not self._best_codes(slope):
                 break
-            slope, errors = self._slope(self._scales)
         codes = (self._levels + spread(self._zeros, self._group_of, 0)).T
         grid = replace(self._start.grid, scales=self._scales.T.cpu().contiguous())
         return QuantizedWeight(codes.to("cpu", torch.uint8).contiguous(), grid)
@@ -94,20 +97,16 @@ class _Descent:
     def _best_scales(self) -> Tensor:
         """Those with the least error for these codes, ``[groups, out_features]``, as they can be stored."""
         groups = len(self._scales)
-        members = [(self._group_of == group).nonzero()[:, 0] for group in range(groups)]
         found = []
         for rows in torch.arange(self._levels.shape[1]).split(max(1, _SYSTEMS // groups**2)):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             levels, before = self._levels[:, part], self._scales[:, part].T.double()
-            towards = self._damped(self._wanted[:, part])
-            if self._towards is not None:
-                towards += self._towards[:, part]
             matrix = levels.new_zeros(len(rows), groups, groups, dtype=torch.float64)
-            for group, columns in enumerate(members):
+            for group, columns in enumerate(self._members):
                 product = self._hessian[:, columns] @ levels[columns]
                 product[columns] += self._added * levels[columns]
                 matrix[:, group] = self._by_group(product * levels).T
-            wanted = self._by_group(towards * levels).T.double()
+            wanted = self._by_group(self._goal[:, part] * levels).T.double()
             diagonal = matrix.diagonal(dim1=1, dim2=2)
             ridge = _RIDGE * diagonal.amax(1, keepdim=True).clamp(min=1e-30).expand_as(diagonal)
             solution = torch.linalg.solve(matrix + torch.diag_embed(ridge), wanted + ridge * before)
