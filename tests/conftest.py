@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from transformers import (
     logging,
 )
 
+from helpers.commands import fresh_processes
 from helpers.networks import TINY, build_network, make_tokenizer
 from helpers.tasks import documents
 from knowledge_compression.corpora.own_samples import DrawnSamples
@@ -28,6 +28,7 @@ from knowledge_compression.models import Model
 from knowledge_compression.models.device import Device
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: more threads would only get into each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that a test starts
     torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -100,11 +101,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTra
 @pytest.fixture(scope="session")
 def processes() -> Any:
     """Where tests start processes that they may kill: fresh ones, in which the heavy libraries are loaded already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["knowledge_compression.configuration", "transformers.models.bert.modeling_bert", "sweep_parts"]
-    )
-    return context
+    return fresh_processes()
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import commands
 from helpers.networks import WORDS, build_network
 from helpers.shipped import shipped
 from knowledge_compression.results.store import Run, RunStore
@@ -60,12 +59,12 @@ def sweep(
     outputs: Path, data: Path, *choices: str, ends: int = 0, target: str = "all", sparsity: float = SPARSITY
 ) -> str:
     """What a user types; gives what the terminal shows. It asks for perplexity where the choices name no suite."""
-    command = [sys.executable, str(CONF.parent / "run.py"), "-m", f"target={target}", f"sparsity={sparsity}"]
+    command = [str(CONF.parent / "run.py"), "-m", f"target={target}", f"sparsity={sparsity}"]
     command += ["corpus=text", f"corpus.path={data / 'calibration.txt'}", "corpus.samples=6", "corpus.length=24"]
     if not any(choice.startswith("eval=") for choice in choices):
         command += ["eval=[perplexity]", "eval.perplexity.window=24", "eval.perplexity.masked_per_window=4", "limit=4"]
     command += [f"data_dir={data}", f"output.dir={outputs}", *choices]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=outputs.parent)
+    ended = commands.run(*command, folder=outputs.parent)
     assert ended.returncode == ends, ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
     return ended.stdout + ended.stderr

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import gguf_files
+from helpers import commands, gguf_files
 from helpers import stored_layers as made_of
 from helpers.networks import build_network
 from helpers.places import ROOT
@@ -168,16 +165,8 @@ def test_from_the_command_line(plain: Path, tmp_path: Path) -> None:
     """One line and exit status 2; nothing is written."""
     describe(plain, intermediate_size=128)
     outputs = tmp_path / "outputs"
-    command = [
-        sys.executable,
-        "run.py",
-        "model=local",
-        f"model.path={plain}",
-        "compression=none",
-        f"output.dir={outputs}",
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    choices = ["model=local", f"model.path={plain}", "compression=none", f"output.dir={outputs}"]
+    done = commands.run(str(ROOT / "run.py"), *choices, folder=ROOT)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: model=local: ") and done.stderr.count("\n") == 1
     assert not list(outputs.glob("runs/*"))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers import commands
 from helpers.networks import WORDS, build_network
 from helpers.shipped import shipped
 from knowledge_compression.analysis.ledger import restores_by
@@ -50,13 +50,12 @@ def kc(
     folder: Path, data: Path, outputs: Path, *choices: str, flags: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
     """What a user types, on one thread."""
-    command = [sys.executable, str(CONF.parent / "run.py"), *flags, "model=local", f"model.path={folder}", "device=cpu"]
+    command = [str(CONF.parent / "run.py"), *flags, "model=local", f"model.path={folder}", "device=cpu"]
     command += ["compression=magnitude", "target=all", "sparsity=0.25", "corpus=text", "corpus.length=16"]
     command += [f"corpus.path={data / 'text.txt'}", "+budget.tokens=256", "+budget.epochs=10"]
     command += ["eval=[perplexity]", "eval.perplexity.window=16", "eval.perplexity.masked_per_window=2", "limit=3"]
     command += [f"data_dir={data}", f"output.dir={outputs}", *choices]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=outputs.parent, env=alone)
+    return commands.run(*command, folder=outputs.parent, environment=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def test_every_recovery_runs_in_every_type(folder: Path, data: Path, tmp_path: Path) -> None:
