@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,7 @@ def accuracies(correct: Sequence[NDArray[np.bool_]], confidence: float = CONFIDE
     return found
 
 
+@lru_cache(maxsize=100_000)  # the same few counts come back for every relation of every run
 def proportion(right: int, n: int, confidence: float = CONFIDENCE) -> Estimate:
     """``right`` of ``n`` with Wilson's interval."""
     low, high = proportion_confint(right, n, alpha=1 - confidence, method="wilson")

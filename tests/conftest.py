@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -124,30 +124,39 @@ def text():
     return DrawnSamples("fixed", len(ids), 16, 0, ids=ids)
 
 
-@pytest.fixture
-def page_in_browser():
-    """Opens a file in headless Chromium; what the console complains of fails the test."""
+@pytest.fixture(scope="module")
+def _browser() -> Iterator[Any]:
+    """Headless Chromium, started once a module."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
     from playwright.sync_api import sync_playwright
 
-    problems = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=chromium, args=["--no-sandbox", "--disable-gpu"], timeout=300_000
         )
-
-        def opened(path, *, complains=False, **settings):
-            page = browser.new_page(**settings)
-            page.set_default_timeout(300_000)  # a busy machine is no reason to fail
-            if not complains:
-                page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-            page.on("pageerror", lambda error: problems.append(str(error)))
-            page.goto(path.as_uri())
-            page.wait_for_selector("body[data-ready=yes]")
-            return page
-
-        yield opened
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def page_in_browser(_browser: Any) -> Iterator[Any]:
+    """Opens a file in headless Chromium; what the console complains of fails the test."""
+    problems, opened = [], []
+
+    def open_page(path, *, complains=False, **settings):
+        page = _browser.new_page(**settings)
+        opened.append(page)
+        page.set_default_timeout(300_000)  # a busy machine is no reason to fail
+        if not complains:
+            page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(path.as_uri())
+        page.wait_for_selector("body[data-ready=yes]")
+        return page
+
+    yield open_page
+    for page in opened:
+        page.close()
     assert not problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import polars as pl
@@ -37,7 +38,7 @@ def flips_of(ledger: pl.DataFrame) -> Flips | None:
     if ledger.is_empty():
         return None
     n = ledger.height
-    counts = {fate: int((ledger["fate"] == fate).sum()) for fate in (KEPT, LOST, GAINED, NEVER_KNOWN)}
+    counts = Counter(ledger["fate"].to_list())
     flips = counts[LOST] + counts[GAINED]
     known = ledger["changed"].null_count() == 0
     changed = int(ledger["changed"].sum()) if known else 0

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import polars as pl
 
-from knowledge_compression.analysis.comparisons import compare
+from knowledge_compression.analysis import markdown
+from knowledge_compression.analysis.comparisons import Comparisons, compare
+from knowledge_compression.analysis.findings import Verdict, check
 from knowledge_compression.analysis.naming import reading_order
 from knowledge_compression.evaluation.suite import item_table
 from knowledge_compression.results.store import Run, RunStore
@@ -64,15 +66,12 @@ def _run(kept: dict, answers: pl.DataFrame) -> Run:
     )
 
 
-def written() -> str:
-    """The report on them."""
-    from knowledge_compression.analysis import markdown
-    from knowledge_compression.analysis.findings import check
-
+def judged() -> tuple[Comparisons, list[Verdict]]:
+    """Their comparisons, and the verdicts on them."""
     comparisons = compare(kept())
-    return markdown.report(comparisons, check(comparisons))
+    return comparisons, check(comparisons)
 
 
 if __name__ == "__main__":
     keep(Path(sys.argv[1]))
-    REPORT.write_text(written(), encoding="utf-8")
+    REPORT.write_text(markdown.report(*judged()), encoding="utf-8")
