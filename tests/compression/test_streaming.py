@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from helpers.layers import ALL, windows
 from helpers.networks import MIXTURES, TINY, build_network, logits_of
-from helpers.places import ROOT, TESTS
 from helpers.streaming import METHODS, streamed
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.methods.hqq import Hqq
@@ -225,39 +223,28 @@ def files(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-CHILD = """
-import sys, torch
-from pathlib import Path
-sys.path[:0] = [{tests!r}, {root!r}]
-from helpers.layers import ALL
-from helpers.streaming import METHODS, streamed
-from knowledge_compression.models.loading import LocalModel
-torch.set_num_threads(1)
-print("ready", flush=True)
-source = LocalModel("child", sys.argv[1], stream=True)
-streamed(source, METHODS[sys.argv[2]], ALL, Path(sys.argv[3]))
-print("done", flush=True)
-"""
+def stream(path: str, method: str, folder: Path) -> None:
+    """Done in a process that is killed."""
+    torch.set_num_threads(1)
+    streamed(LocalModel("child", path, stream=True), METHODS[method], ALL, folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["magnitude", "gptq"])
-def test_kill_minus_nine_at_any_moment(method: str, saved: Callable[..., LocalModel], tmp_path: Path) -> None:
+def test_kill_minus_nine_at_any_moment(
+    method: str, saved: Callable[..., LocalModel], tmp_path: Path, processes: Any
+) -> None:
     source = saved("llama", num_hidden_layers=24, layer_types=None)
     streamed(source, METHODS[method], ALL, tmp_path / "whole")
-    code = CHILD.format(tests=str(TESTS), root=str(ROOT))
     folder, kills = tmp_path / "killed", 0
     for wanted in (2, 15):
-        child = subprocess.Popen(
-            [sys.executable, "-c", code, source.path, method, str(folder)], stdout=subprocess.PIPE, text=True
-        )
-        assert child.stdout is not None and child.stdout.readline() == "ready\n"
-        while child.poll() is None and len(list(folder.glob("*.safetensors"))) < wanted:
+        child = processes.Process(target=stream, args=(source.path, method, folder))
+        child.start()
+        while child.is_alive() and len(list(folder.glob("*.safetensors"))) < wanted:
             time.sleep(0.0005)
-        if child.poll() is None:
-            os.kill(child.pid, signal.SIGKILL)
-            kills += 1
-        child.wait()
+        child.kill()
+        child.join()
+        kills += child.exitcode == -signal.SIGKILL
     assert kills == 2
     streamed(source, METHODS[method], ALL, folder)
     left = {name: content for name, content in files(folder).items() if not name.endswith(".partial")}

@@ -6,10 +6,12 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -36,26 +38,68 @@ def fresh_processes() -> multiprocessing.context.ForkServerContext:
     return processes
 
 
-def run(*command: str, folder: Path, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a Python program in a folder; gives its exit status and what it printed.
+class Started:
+    """A program that was started, to be waited for or killed as a ``subprocess.Popen`` is."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        self._process = process
+        assert process.pid is not None
+        self.pid = process.pid
+
+    def poll(self) -> int | None:
+        """Its exit status; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status, waited for."""
+        self._process.join(timeout)
+        if (status := self.poll()) is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout or 0.0)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill it as ``kill -9`` does."""
+        self.send_signal(signal.SIGKILL)
+
+
+def start(
+    *command: str, folder: Path, stdout: Path, stderr: Path, environment: Mapping[str, str] | None = None
+) -> Started:
+    """Start a Python program in a folder and in a session of its own.
 
     Args:
         command: the program's file, then its arguments.
+        folder: where it runs.
+        stdout, stderr: files to whose end it writes what it says; may be one.
         environment: None for this process's. Libraries have read theirs already, those of this project read it later.
     """
+    settings = dict(os.environ if environment is None else environment)
+    process = fresh_processes().Process(target=_begin, args=(command, folder, settings, stdout, stderr))
+    process.start()
+    return Started(process)
+
+
+def run(*command: str, folder: Path, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a Python program to its end; gives its exit status and what it printed. For the arguments see ``start``."""
     with tempfile.TemporaryDirectory() as printed:
-        settings = dict(os.environ if environment is None else environment)
-        process = fresh_processes().Process(target=_begin, args=(command, folder, settings, Path(printed)))
-        process.start()
-        process.join()
-        assert process.exitcode is not None
-        said = [(Path(printed) / name).read_text() for name in ("stdout", "stderr")]
-    return subprocess.CompletedProcess(command, process.exitcode, *said)
+        files = [Path(printed) / name for name in ("stdout", "stderr")]
+        program = start(*command, folder=folder, stdout=files[0], stderr=files[1], environment=environment)
+        try:
+            status = program.wait()
+        finally:
+            program.kill()  # where these tests are told to stop
+        return subprocess.CompletedProcess(command, status, *(file.read_text() for file in files))
 
 
-def _begin(command: tuple[str, ...], folder: Path, environment: Mapping[str, str], printed: Path) -> None:
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(printed / name, os.O_WRONLY | os.O_CREAT), number)
+def _begin(command: tuple[str, ...], folder: Path, environment: Mapping[str, str], stdout: Path, stderr: Path) -> None:
+    os.setsid()
+    for number, file in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -9,7 +9,7 @@ from kills import main
 
 @pytest.mark.slow
 def test_nothing_is_lost_done_twice_or_left_behind(capsys: pytest.CaptureFixture[str]) -> None:
-    status = main(["--kills", "2", "--launchers", "basic,local"])
+    status = main(["--kills", "2", "--launchers", "basic,local", "--loaded"])
     said = capsys.readouterr().out
     assert "kills 2, lost 0, done twice 0, orphans 0, wrong statuses and hangs 0" in said
     assert status == 0
