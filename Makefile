@@ -28,7 +28,7 @@ run: $(INSTALLED)  ## the main job: four compressed runs and their dense baselin
 	$(BIN)/python run.py -m target=att,ff sparsity=0.2,0.4
 
 test: $(INSTALLED)  ## all tests, on every core
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slurm: $(INSTALLED)  ## a sweep on a real SLURM, which is started on this machine; as root, installs Debian packages
 	tests/slurm/single_node.sh install
@@ -42,7 +42,7 @@ test-gpu: $(INSTALLED)  ## everything shipped on this machine's GPU, compared wi
 	$(BIN)/python benchmarks/gpu.py --device $(KC_TEST_DEVICE)
 
 coverage: $(INSTALLED)  ## all tests, then the lines that none of them runs, by file
-	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --cov --cov-report=term-missing:skip-covered
 
 test-fast: $(INSTALLED)  ## the quick tests
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'

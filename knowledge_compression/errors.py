@@ -5,7 +5,13 @@ class BadInput(ValueError):
     """The request cannot be carried out; the message is one line that says why and what would be accepted.
 
     The command line prints only the message and exits with status 2. Callers of the library catch this class.
+
+    Args:
+        message: may quote what the user gave: characters that end a line or do not print are shown escaped.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 class ModelUnavailable(BadInput):

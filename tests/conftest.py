@@ -36,6 +36,11 @@ settings.register_profile("any machine", deadline=None)  # no test fails for wan
 settings.load_profile("any machine")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The modules that take minutes begin first, so that no worker waits at the end for another's."""
+    items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
+
+
 @pytest.fixture(autouse=True)
 def plain_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process every machine computes as a plain processor does; tests of another kind hand in another value.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ from helpers.matrix import (
     SMALLER,
     WIDE,
     check,
+    done,
     linears,
     runs_in,
+    shipped_compression,
     sweep,
     write_model,
     write_text,
 )
+from knowledge_compression.compression.methods.none import NoCompression
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.minutes]
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +56,11 @@ def test_every_compression_runs_and_its_model_is_read_back(folder: Path, data: P
         if name != "ablation":  # which leaves nothing of any block
             assert 0.5 * dense < run.metrics["perplexity.perplexity"] < 2 * dense, name
 
-    again = tmp_path / "again"
-    paths = ",".join(str(outputs / "runs" / run.id / "model") for run in runs.values())
-    sweep(again, data, "model=local", f"model.path={paths}", "compression=none")
-    back = sorted(run.metrics["perplexity.perplexity"] for _, run in runs_in(again))
-    first = sorted({run.metrics["perplexity.perplexity"] for name, run in runs.items() if name not in PUTS_MODULES})
-    assert len(back) >= len(first)
-    for value in first:  # weights come back as they were, to the bit; only activations rounded to int8 are no weights
-        assert min(abs(value - other) for other in back) <= 1e-5 * value
+    for name, run in runs.items():
+        back = done(tmp_path / "again", outputs / "runs" / run.id / "model", data, NoCompression())
+        if name not in PUTS_MODULES:  # weights come back as they were; activations rounded to int8 are no weights
+            before, after = (one.metrics["perplexity.perplexity"] for one in (run, back))
+            assert after == pytest.approx(before, rel=1e-5), name
 
 
 @pytest.mark.parametrize("name", SMALLER)
@@ -82,33 +83,24 @@ def test_a_smaller_network_is_asked_and_read_back(name: str, folder: Path, data:
 
 def test_every_compression_runs_on_narrower_checkpoints(folder: Path, data: Path, tmp_path: Path) -> None:
     """As a GPU loads them by default: each in one of the two types here, in the other on the next family."""
-    outputs = tmp_path / "outputs"
     turn = sorted(WIDE).index(folder.name) % 2
-    names = {"float16": COMPRESSIONS[turn::2], "bfloat16": COMPRESSIONS[1 - turn :: 2]}
-    grids = ",".join(f"{{dtype: {dtype}, compression: '{','.join(chosen)}'}}" for dtype, chosen in names.items())
-    said = sweep(outputs, data, "model=local", f"model.path={folder}", f"hydra.sweeper.grids=[{grids}]")
-    runs = {name: run for name, run in runs_in(outputs) if name != "none"}
-    assert "0 failed" in said and sorted([*runs, "none"]) == sorted(COMPRESSIONS)
-    for dtype, chosen in names.items():
-        for name in set(chosen) - {"none"}:
-            assert runs[name].config["dtype"] == dtype
-            check(name, runs[name], folder.name, dtype)
+    for i, name in enumerate(COMPRESSIONS):
+        if name != "none":
+            dtype = ("float16", "bfloat16")[(i + turn) % 2]
+            check(name, done(tmp_path, folder, data, shipped_compression(name), dtype), folder.name, dtype)
 
 
 def test_every_calibrated_compression_runs_on_both_kinds_of_passes(folder: Path, data: Path, tmp_path: Path) -> None:
     """Bfloat16 forward passes are what ``auto`` takes on a GPU or with AMX, float32 ones elsewhere."""
-    outputs = tmp_path / "outputs"
-    sweep(
-        outputs, data, "model=local", f"model.path={folder}", f"compression={','.join(CALIBRATED)}",
-        "compression.forward_dtype=bfloat16,float32",
-    )  # fmt: skip
-    found: dict[str, list[float]] = {}
-    for name, run in runs_in(outputs):
-        if name != "none":
+    for name in CALIBRATED:
+        found = []
+        for dtype in ("bfloat16", "float32"):
+            compression = replace(shipped_compression(name), forward_dtype=dtype)
+            run = done(tmp_path, folder, data, compression)
             check(name, run, folder.name, "float32")
-            found.setdefault(name, []).append(run.metrics["perplexity.perplexity"])
-    assert {name: len(values) for name, values in found.items()} == dict.fromkeys(CALIBRATED, 2)
-    for name, (one, other) in found.items():
+            found.append(run.metrics["perplexity.perplexity"])
+        one, other = found
+        assert one != other, name
         assert one == pytest.approx(other, rel=0.3), name  # a few hundred tokens of a random network
 
 

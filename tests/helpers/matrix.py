@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import knowledge_compression as kc
 from helpers import commands
 from helpers.networks import WORDS, build_network
 from helpers.shipped import shipped
+from knowledge_compression.compression.base import Compression
+from knowledge_compression.corpora.text import TextFile
+from knowledge_compression.evaluation.perplexity import Perplexity
+from knowledge_compression.experiment import Experiment
+from knowledge_compression.models.loading import LocalModel
+from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results.store import Run, RunStore
+from knowledge_compression.results.tracker import NoTracker
 from knowledge_compression.sweeping.cli import CONF
 
 # Those that take every family, compress by themselves and leave the network's shape; for rotate see test_rotate.py.
@@ -30,6 +39,7 @@ WIDE: dict[str, dict[str, Any]] = {
     "t5": {"d_model": 128, "d_kv": 64, "d_ff": 256},
     "llama": {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "num_key_value_heads": 2},
 }
+QUICK: dict[str, dict[str, Any]] = {"autoround": {"steps": 10}}
 BITS = {"int8_dynamic": 8, "prune_int8": 8, "int8_static": 8, "smoothquant": 8, "fp8": 8} | dict.fromkeys(
     ["rtn", "gptq", "gptaq", "autoround", "scales", "awq", "nf4", "hqq", "gguf", "imatrix", "mxfp4", "nvfp4"], 4
 )
@@ -68,6 +78,32 @@ def sweep(
     assert ended.returncode == ends, ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
     return ended.stdout + ended.stderr
+
+
+@cache
+def shipped_compression(name: str) -> Compression:
+    """What ``compression=NAME`` describes, at the sparsity of :func:`sweep`; tuning takes fewer steps."""
+    made: Compression = kc.choose(f"compression={name}", sparsity=SPARSITY, **QUICK.get(name, {}))
+    return made
+
+
+def done(outputs: Path, folder: Path, data: Path, compression: Compression, dtype: str = "auto") -> Run:
+    """What a run of :func:`sweep` does, without Hydra and in this process, so as any plain processor does it."""
+    text = str(data / "calibration.txt")
+    experiment = Experiment(
+        source=LocalModel("local", str(folder)),
+        target=_chosen("target=all"),
+        compression=compression,
+        recovery=NoRecovery(),
+        corpus=TextFile(name="text", path=text, samples=6, length=24),
+        suites={"perplexity": Perplexity(window=24, masked_per_window=4, limit=4, data_dir=str(data))},
+        device="cpu",
+        dtype=dtype,
+    )
+    return experiment.run(RunStore(outputs), NoTracker())
+
+
+_chosen = cache(kc.choose)
 
 
 def runs_in(outputs: Path) -> Iterator[tuple[str, Run]]:

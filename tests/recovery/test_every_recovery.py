@@ -18,7 +18,7 @@ from knowledge_compression.analysis.ledger import restores_by
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.sweeping.cli import CONF
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.minutes]
 
 RECOVERIES = [choice.partition("=")[2] for choice in shipped("recovery") if choice != "recovery=adapter"]
 DECODERS_ONLY = ["concat", "idp", "prefix"]
@@ -62,13 +62,15 @@ def test_every_recovery_runs_in_every_type(folder: Path, data: Path, tmp_path: P
     decoder = folder.name in ("llama", "mixtral")
     fit = [name for name in RECOVERIES if decoder or name not in DECODERS_ONLY]
     ended = kc(
-        folder, data, tmp_path / "outputs", f"recovery={','.join(fit)}", f"dtype={','.join(DTYPES)}",
-        "scoring_dtype=model,bfloat16", flags=["-m"],
+        folder, data, tmp_path / "outputs", f"recovery={','.join(fit)}",
+        "hydra.sweeper.grids=[{dtype: float32, scoring_dtype: 'model,bfloat16'}, {dtype: 'float16,bfloat16'}]",
+        flags=["-m"],
     )  # fmt: skip
     assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stdout + ended.stderr
     runs = [run for run in RunStore(tmp_path / "outputs") if run.config["choices"]["compression"] != "none"]
     found = {(run.config["choices"]["recovery"], run.config["dtype"], run.config["scoring_dtype"]) for run in runs}
-    assert found == {(name, dtype, scoring) for name in fit for dtype in DTYPES for scoring in ("model", "bfloat16")}
+    ways = [*((dtype, "model") for dtype in DTYPES), ("float32", "bfloat16")]  # narrower types are scored as they are
+    assert found == {(name, *way) for name in fit for way in ways}
     for run in runs:
         name = run.config["choices"]["recovery"]
         assert restores_by(run) == run.report["recovery"]["restores_by"] == WAYS[name]
