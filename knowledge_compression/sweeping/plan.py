@@ -121,6 +121,13 @@ def write_plan(folder: Path, runs: Sequence[PlannedRun], at_once: int, names: Ma
     _write(folder / PLAN, {"at_once": at_once, "runs": [vars(run) for run in runs], "names": dict(names or {})})
 
 
+def withdraw_plan(folder: Path) -> None:
+    """Remove the plan of a sweep of which no job was started, so that none of them counts as missing."""
+    runs, _ = read_plan(folder)
+    if not any((folder / str(number)).exists() for number in range(len(runs))):
+        (folder / PLAN).unlink()
+
+
 def read_plan(folder: Path) -> tuple[list[PlannedRun], int]:
     """The jobs of a sweep, and the number that run simultaneously.
 

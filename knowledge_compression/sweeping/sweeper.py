@@ -25,7 +25,16 @@ from knowledge_compression.results.secrets import hidden
 from knowledge_compression.sweeping.cli import EXIT_STATUS, one_line, settled_by_classes
 from knowledge_compression.sweeping.combinations import combinations, selected
 from knowledge_compression.sweeping.launching import ProcessLauncher
-from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, Outcome, PlannedRun, labels, write_plan
+from knowledge_compression.sweeping.plan import (
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    Outcome,
+    PlannedRun,
+    labels,
+    withdraw_plan,
+    write_plan,
+)
 
 if TYPE_CHECKING:
     from knowledge_compression.experiment import Experiment
@@ -187,7 +196,11 @@ class PlannedSweeper(Sweeper):
             log.info("kc report %s compares them", self.config.output.dir)
             return []
         self._name_held(missing, names)
-        returns = self.launcher.launch([run.overrides for run in missing], initial_job_idx=0) if missing else []
+        try:
+            returns = self.launcher.launch([run.overrides for run in missing], initial_job_idx=0) if missing else []
+        except BadInput:
+            withdraw_plan(folder)
+            raise
         if self.config.run.detach:
             log.info("the runs continue without this process; kc status shows their progress")
             return []

@@ -194,9 +194,10 @@ def test_a_partition_that_does_not_exist_is_one_line(sweep: Any, tmp_path: Path)
     assert not (tmp_path / "outputs").exists()
 
 
-def test_gpus_that_the_nodes_do_not_have_are_one_line_that_says_what_to_give(sweep: Any) -> None:
+def test_gpus_that_the_nodes_do_not_have_are_one_line_that_says_what_to_give(sweep: Any, tmp_path: Path) -> None:
     process = sweep("sparsity=0.1,0.2", "hydra.launcher.gpus=1")
     output, _ = process.communicate(timeout=PATIENCE)
     (line,) = (line for line in output.splitlines() if "error" in line)
     assert process.returncode == 2 and line.startswith("error: SLURM refused the jobs: ")
     assert line.endswith("hydra.launcher.gpus=0 runs on their processors")
+    assert sweeps(tmp_path / "outputs") == []  # nothing is missing of what was never taken
