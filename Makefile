@@ -1,6 +1,7 @@
 # make run   installs what is needed and runs the main job on the embedded model
 # make test  installs what is needed and runs the tests
 # make help  lists all targets
+# KC_TEST_EXHAUSTIVE=1 make test   every member of a family of settings or models, not one that stands for it
 # KC_TEST_SLURM=all make test-slurm   also fifty jobs that start in the same second, which takes minutes and memory
 PYTHON ?= python3
 VENV ?= .venv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from helpers.shipped import NEEDED, shipped
 from knowledge_compression.configuration import experiment_from, tracker_from
 from knowledge_compression.errors import BadInput
+from knowledge_compression.models.loading import HubModel
 from knowledge_compression.sweeping.cli import CONF
 
 BEHIND = {"experiment=forgotten_or_displaced/older_triviaqa": "forgotten_or_displaced/table1"}
@@ -22,12 +24,16 @@ def composed(*overrides: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", shipped("model", "target", "compression", "recovery", "corpus"))
+@pytest.mark.parametrize("choice", shipped("model", "target"))  # for the others see test_combinations.py
 def test_every_choice_makes_an_experiment(choice):
     config, choices = composed(choice, *NEEDED.get(choice, []))
     experiment = experiment_from(config, choices)
     group, name = choice.split("=")
     assert experiment.choices[group] == name
+    if isinstance(source := experiment.source, HubModel):
+        assert source.name and config.model.revision
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", source.hub_id)
+        assert not source.allow_pickle and not source.trust_remote_code
 
 
 @pytest.mark.parametrize("choice", shipped("eval"))
@@ -52,14 +58,6 @@ def test_every_preset_makes_an_experiment(preset, data_dir):
     group, _, name = preset.partition("=")
     config, choices = composed(f"+{group}=[{before},{name}]" if before else f"+{preset}", f"data_dir={data_dir}")
     experiment_from(config, choices)
-
-
-@pytest.mark.slow
-def test_models_name_a_hub_id_and_a_revision():
-    for choice in shipped("model"):
-        config, _ = composed(choice, *NEEDED.get(choice, []))
-        if config.model._target_.endswith("HubModel"):
-            assert "/" in config.model.hub_id and config.model.revision
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,10 @@ class TargetLayer:
     @property
     def module(self) -> nn.Module:
         """The module that is currently at :attr:`holder`."""
-        return self.network.get_submodule(self.holder)
+        module: Any = self.network
+        for name in self.holder.split("."):  # get_submodule does the same ten times slower, which counts with experts
+            module = module._modules[name]
+        return module  # type: ignore[no-any-return]
 
     @property
     def weight_name(self) -> str:

@@ -218,14 +218,15 @@ def _config(model_type: str, tiny: Tiny, tokenizer: PreTrainedTokenizerFast) -> 
     return AutoConfig.for_model(model_type, **{"vocab_size": rows} | small | ids | tiny.config)
 
 
-def sentences() -> list[str]:
+@cache
+def sentences() -> tuple[str, ...]:
     """Prompts of the atlas with their answers, one a fact."""
     folder = Path(knowledge_compression.evaluation.__file__).parent / "atlas_facts"
     texts = []
     for path in sorted(folder.glob("*.jsonl")):
         facts = [json.loads(line) for line in path.read_text().splitlines()]
         texts += [" ".join(str(value) for value in fact.values() if isinstance(value, str)) for fact in facts]
-    return texts
+    return tuple(texts)
 
 
 @cache

@@ -43,11 +43,14 @@ SAMPLE = {
 }
 
 
-@pytest.fixture(params=[pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in TYPES])
-def dense(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
-    """A tiny model, written and then loaded as a user loads one."""
-    write_tiny(request.param, tmp_path / request.param)
-    return loaded(request.param, tmp_path / request.param)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in TYPES]
+)
+def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A tiny model, written and then loaded as a user loads one; no test changes it."""
+    folder = tmp_path_factory.mktemp("tiny") / request.param
+    write_tiny(request.param, folder)
+    return loaded(request.param, folder)
 
 
 def loaded(name: str, folder: Path) -> Model:
@@ -113,7 +116,8 @@ def test_magnitude(dense: Model, part: str, tmp_path: Path) -> None:
         ) == matrices(dense)
     elsewhere = logits(model)
     assert elsewhere.isfinite().all() and not torch.equal(elsewhere, logits(dense))
-    assert torch.equal(logits(back(model, tmp_path / "again")), elsewhere)
+    if part in ("all", "final"):  # which hold what the others do
+        assert torch.equal(logits(back(model, tmp_path / "again")), elsewhere)
 
 
 def test_int8(dense: Model, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from helpers.shipped import NEEDED, shipped
+from helpers.places import EXHAUSTIVE
+from helpers.shipped import NEEDED, one_of_each_kind, shipped
 from knowledge_compression.configuration import GROUPS, experiment_from
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.atlas import Atlas
@@ -32,23 +34,29 @@ class Sweep:
         self.jobs = jobs or combinations(OverridesParser.create().parse_overrides(list(overrides)))
         random.Random(0).shuffle(self.jobs)
         self._loader = loader
-        self._master = loader.load_configuration("config", list(overrides) if jobs else [], RunMode.MULTIRUN)
+        self._master = _master(loader, tuple(overrides) if jobs else ())
         self._composer = Composer(self, self._master, self.jobs)  # type: ignore[arg-type]
         self._parts = Parts()
+        self._by_hydra: dict[tuple[str, ...], Any] = {}
         self.composed = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
 
-    def load_sweep_config(self, *arguments: Any) -> Any:
+    def load_sweep_config(self, master: Any, job: list[str]) -> Any:
         self.composed += 1
-        return self._loader.load_sweep_config(*arguments)
+        return self._composed(job)
+
+    def _composed(self, job: list[str]) -> Any:
+        if tuple(job) not in self._by_hydra:
+            self._by_hydra[tuple(job)] = self._loader.load_sweep_config(self._master, job)
+        return self._by_hydra[tuple(job)]
 
     def assembled(self, job: list[str]) -> Any:
         return self._parts.experiment(self._composer(job))
 
     def by_hydra(self, job: list[str]) -> Any:
-        config = self._loader.load_sweep_config(self._master, job)
+        config = self._composed(job)
         return experiment_from(config, config.hydra.runtime.choices)
 
     def check(self) -> int:
@@ -58,7 +66,12 @@ class Sweep:
         return self.composed
 
 
-@pytest.fixture
+@cache
+def _master(loader: Any, overrides: tuple[str, ...]) -> Any:
+    return loader.load_configuration("config", list(overrides), RunMode.MULTIRUN)
+
+
+@pytest.fixture(scope="module")
 def loader() -> Iterator[Any]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield GlobalHydra.instance().config_loader()
@@ -70,12 +83,18 @@ def test_every_shipped_choice_is_assembled_as_hydra_composes_it(
     group: str, loader: Any, request: pytest.FixtureRequest
 ) -> None:
     data = [f"data_dir={request.getfixturevalue('data_dir')}"] if group == "eval" else []
-    for choice in shipped(group):
+    for choice in one_of_each_kind(group):
         chosen = f"eval=[{choice.split('=')[1]}]" if group == "eval" else choice
         given = [*data, chosen, *NEEDED.get(choice, []), "reading=paper"]
         sweep = Sweep(loader, [*given, "sparsity=0.1,0.3", "seed=1,2"])
-        sweep.jobs = sweep.jobs[:3]
-        assert sweep.check() == 1
+        first, *others = sweep.jobs
+        sweep.assembled(first)
+        for other in others:
+            if EXHAUSTIVE or not set(first) & set(other) - {*given}:  # in which everything that is swept differs
+                assert sweep.assembled(other) == sweep.by_hydra(other), other
+        assert sweep.composed == 1
+        called = sweep.by_hydra(first).choices
+        assert group not in called or called[group] == choice.partition("=")[2]
 
 
 @pytest.mark.slow
@@ -110,7 +129,7 @@ def test_every_shipped_preset_is_assembled_as_hydra_composes_it(preset: str, loa
     jobs = sweeper._jobs(list(config.hydra.overrides.task))
     assert len({tuple(job) for job in jobs}) == len(jobs)
     sweep = Sweep(loader, given, jobs)
-    for job in sweep.jobs[:4]:
+    for job in sweep.jobs[: 4 if EXHAUSTIVE else 2]:
         try:
             expected = sweep.by_hydra(job)
         except BadInput as error:  # an overlay of another preset lacks what that chooses
