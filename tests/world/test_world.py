@@ -32,27 +32,29 @@ from knowledge_compression.world.generator import WorldSettings, generate
 from knowledge_compression.world.models import Mixture, Shape, WorldModel
 from knowledge_compression.world.schema import RELATIONS
 
-# Few relations with many subjects each, so that every wording is learnt from many others.
-TRAINED = WorldSettings(people=60, works=2, firms=12, towns=10, countries=2, professions=10, languages=8, instruments=8,
-                        relations=("born_in", "employer", "profession", "instrument"))  # fmt: skip
+# Few relations with many subjects each, so that every wording is learnt from many others; no fact is rare.
+TRAINED = WorldSettings(people=36, works=2, firms=12, towns=10, countries=2, professions=10, languages=8, instruments=8,
+                        relations=("born_in", "employer", "profession", "instrument"), mean_frequency=8.0,
+                        exponent=0.5)  # fmt: skip
 FAMILIES = ("encoder", "encoder_decoder", "decoder")
 
 
-# What each family needs to know that world: a shape, and steps, batch size, learning rate and weight decay.
+def recipe(shape: Shape, length: int, steps: int, batch_size: int, learning_rate: float, weight_decay: float) -> dict:
+    plan = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "weight_decay": weight_decay}
+    return {"shape": shape, "length": length, "training": TrainingSettings(**plan, betas=(0.9, 0.99))}
+
+
+# What each family needs to know that world, from any seed and however a processor rounds: a window holds one sentence.
 RECIPES = {
-    "encoder": (Shape(width=128, depth=2), (600, 64, 3e-3, 0.5)),
-    "encoder_decoder": (Shape(width=128, depth=4), (500, 64, 2e-3, 1.0)),
-    "decoder": (Shape(width=64, depth=2, heads=2), (400, 32, 4e-3, 0.1)),
+    "encoder": recipe(Shape(width=64, depth=2), 11, 500, 64, 5e-3, 0.1),
+    "encoder_decoder": recipe(Shape(width=64, depth=4), 9, 400, 64, 4e-3, 0.5),
+    "decoder": recipe(Shape(width=64, depth=2, heads=2), 10, 500, 32, 4e-3, 0.1),
 }
 
 
 def small_model(family: str, **changes) -> WorldModel:
-    shape, (steps, batch_size, learning_rate, weight_decay) = RECIPES.get(family, RECIPES["decoder"])
-    plan = TrainingSettings(
-        steps=steps, batch_size=batch_size, learning_rate=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99)
-    )
-    recipe = {"world": TRAINED, "shape": shape, "training": plan, "length": 12, "recall": 0.9}
-    return WorldModel(f"small_{family}", family, **(recipe | changes))
+    made = {"world": TRAINED, "recall": 0.9} | RECIPES.get(family, RECIPES["decoder"])
+    return WorldModel(f"small_{family}", family, **(made | changes))
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +182,9 @@ def trained(cache):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_learns_a_small_world_in_any_wording(trained, family):
     metrics = WorldProbes().evaluate(Scorer(trained[family])).metrics
-    assert metrics["head.held_out"] >= 0.95
-    assert metrics["accuracy"] >= 0.85
-    assert metrics["native.accuracy"] >= 0.85
+    assert metrics["head.held_out"] >= 0.9  # of 34 questions: seeds and processors decide one or two
+    assert metrics["accuracy"] >= 0.9
+    assert metrics["native.accuracy"] >= 0.9
     assert metrics["majority"] < 0.4
 
 
@@ -201,7 +203,7 @@ def test_a_mixture_learns_a_small_world_and_uses_every_expert(cache):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_more_sparsity_does_more_damage(trained, family):
-    grid = [i / 10 for i in range(10)]
+    grid = [0.0, 0.2, 0.4, 0.6, 0.8, 0.9]
     left = []
     for sparsity in grid:
         model = small_model(family).load()
