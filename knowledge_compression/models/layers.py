@@ -54,7 +54,7 @@ class TargetLayer:
         module: Any = self.network
         for name in self.holder.split("."):  # get_submodule does the same ten times slower, which counts with experts
             module = module._modules[name]
-        return module  # type: ignore[no-any-return]
+        return module
 
     @property
     def weight_name(self) -> str:
