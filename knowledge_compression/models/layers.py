@@ -52,8 +52,8 @@ class TargetLayer:
     def module(self) -> nn.Module:
         """The module that is currently at :attr:`holder`."""
         module: Any = self.network
-        for name in self.holder.split("."):  # get_submodule does the same ten times slower, which counts with experts
-            module = module._modules[name]
+        for name in self.holder.split("."):  # get_submodule also checks each one, which takes seconds with many experts
+            module = getattr(module, name)
         return module
 
     @property
