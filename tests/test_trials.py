@@ -11,6 +11,8 @@ from trials.inputs import KINDS
 from trials.materials import prepare
 from trials.trying import ACCEPTED, HANG, ONE_LINE, STACK_TRACE, WRONG, Ending, Tester, Trial
 
+pytestmark = pytest.mark.minutes
+
 # One in so many of each kind, all in all about a minute.
 ONE_IN = {"controls": 1, "issue": 40, "settings": 400, "configurations": 30, "files": 80, "folders": 8, "stores": 100}
 

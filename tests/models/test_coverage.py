@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from knowledge_compression.models.coverage import Coverage, cover, main
 
+pytestmark = pytest.mark.minutes
+
 QUICK = ("gpt2", "qwen3_moe", "mamba2", "switch_transformers", "modernbert")
 
 

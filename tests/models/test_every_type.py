@@ -28,6 +28,8 @@ from knowledge_compression.models.families import ENCODER, ENCODER_DECODER
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.saving import full_state, save_checkpoint
 
+pytestmark = pytest.mark.minutes
+
 # One of each kind: fused projections, banks of experts, recurrent state beside attention, windows, chunks and experts,
 # latent attention, encoder, encoder-decoder with experts.
 SAMPLE = {

@@ -26,6 +26,8 @@ from knowledge_compression.sweeping.combinations import Composer, combinations
 from knowledge_compression.sweeping.parts import Parts
 from knowledge_compression.sweeping.sweeper import PlannedSweeper
 
+pytestmark = pytest.mark.minutes
+
 
 class Sweep:
     """A sweep's combinations, in an order of no meaning."""

@@ -6,6 +6,8 @@ import pytest
 
 from kills import main
 
+pytestmark = pytest.mark.minutes
+
 
 @pytest.mark.slow
 def test_nothing_is_lost_done_twice_or_left_behind(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,8 @@ from knowledge_compression.world.generator import WorldSettings, generate
 from knowledge_compression.world.models import Mixture, Shape, WorldModel
 from knowledge_compression.world.schema import RELATIONS
 
+pytestmark = pytest.mark.minutes
+
 # Few relations with many subjects each, so that every wording is learnt from many others; no fact is rare.
 TRAINED = WorldSettings(people=36, works=2, firms=12, towns=10, countries=2, professions=10, languages=8, instruments=8,
                         relations=("born_in", "employer", "profession", "instrument"), mean_frequency=8.0,
