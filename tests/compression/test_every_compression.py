@@ -18,6 +18,7 @@ from helpers.matrix import (
     WIDE,
     check,
     done,
+    in_turn,
     linears,
     runs_in,
     shipped_compression,
@@ -82,17 +83,15 @@ def test_a_smaller_network_is_asked_and_read_back(name: str, folder: Path, data:
 
 
 def test_every_compression_runs_on_narrower_checkpoints(folder: Path, data: Path, tmp_path: Path) -> None:
-    """As a GPU loads them by default: each in one of the two types here, in the other on the next family."""
-    turn = sorted(WIDE).index(folder.name) % 2
-    for i, name in enumerate(COMPRESSIONS):
-        if name != "none":
-            dtype = ("float16", "bfloat16")[(i + turn) % 2]
+    """As a GPU loads them by default."""
+    for name in in_turn([name for name in COMPRESSIONS if name != "none"], folder.name):
+        for dtype in ("float16", "bfloat16"):
             check(name, done(tmp_path, folder, data, shipped_compression(name), dtype), folder.name, dtype)
 
 
 def test_every_calibrated_compression_runs_on_both_kinds_of_passes(folder: Path, data: Path, tmp_path: Path) -> None:
     """Bfloat16 forward passes are what ``auto`` takes on a GPU or with AMX, float32 ones elsewhere."""
-    for name in CALIBRATED:
+    for name in in_turn(CALIBRATED, folder.name):
         found = []
         for dtype in ("bfloat16", "float32"):
             compression = replace(shipped_compression(name), forward_dtype=dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 import knowledge_compression as kc
 from helpers import commands
 from helpers.networks import WORDS, build_network
+from helpers.places import EXHAUSTIVE
 from helpers.shipped import shipped
 from knowledge_compression.compression.base import Compression
 from knowledge_compression.corpora.text import TextFile
@@ -104,6 +105,12 @@ def done(outputs: Path, folder: Path, data: Path, compression: Compression, dtyp
 
 
 _chosen = cache(kc.choose)
+
+
+def in_turn(names: Sequence[str], family: str) -> list[str]:
+    """The share of the names that falls to a family, so that each is tried on one; all where tests are exhaustive."""
+    families = sorted(WIDE)
+    return list(names if EXHAUSTIVE else names[families.index(family) :: len(families)])
 
 
 def runs_in(outputs: Path) -> Iterator[tuple[str, Run]]:
