@@ -241,12 +241,12 @@ def test_the_status_of_a_sweep(
 
 
 @pytest.mark.slow
-def test_a_local_sweep_of_a_real_run_that_is_killed(tmp_path: Path, tiny_folder: Path) -> None:
+def test_a_local_sweep_of_real_runs_of_which_one_is_killed(tmp_path: Path, tiny_folder: Path) -> None:
     (tmp_path / "mishaps").mkdir()
     (tmp_path / "mishaps" / "compression-0.3").write_text("kill")
     command = [str(ROOT / "run.py"), "-m", "hydra/launcher=local", f"hydra.searchpath=[file://{PARTS}/conf]"]
     command += ["model=local", f"model.path={tiny_folder}", "target=all", "compression=stumbling", "eval=[probe]"]
-    command += [f"output.dir={tmp_path / 'outputs'}", "sparsity=0.3"]
+    command += [f"output.dir={tmp_path / 'outputs'}", "sparsity=0.2,0.3"]
     environment = os.environ | {"MISHAPS": str(tmp_path / "mishaps"), "PYTHONPATH": str(PARTS)}
     environment["KC_CACHE_DIR"] = str(tmp_path / "cache")
 
@@ -256,7 +256,7 @@ def test_a_local_sweep_of_a_real_run_that_is_killed(tmp_path: Path, tiny_folder:
     second = commands.run(*command, folder=ROOT, environment=environment)
     assert second.returncode == 0, second.stderr
     way = (tmp_path / "mishaps" / "log").read_text().split()
-    assert way.count("compression-0.3") == 2
-    assert way.count("probe") == 2  # of the run and of the dense baseline
-    assert [found.states for found in status.sweeps(tmp_path / "outputs")] == [["done"]] * 2
+    assert way.count("compression-0.2") == 1 and way.count("compression-0.3") == 2
+    assert way.count("probe") == 3  # two runs and one dense baseline
+    assert [found.states for found in status.sweeps(tmp_path / "outputs")] == [["done", "done"]] * 2
     assert not (tmp_path / "outputs" / "unfinished").exists()
