@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import knowledge_compression as kc
+from helpers.places import EXHAUSTIVE
 from helpers.shipped import shipped
 from knowledge_compression.building import build
 from knowledge_compression.configuration import made_of, settings_of
@@ -74,7 +75,7 @@ def value_like(value: Any) -> st.SearchStrategy[Any]:
     return st.none() | st.integers(1, 64)
 
 
-@settings(max_examples=40)
+@settings(max_examples=200 if EXHAUSTIVE else 15)
 @given(st.data())
 def test_equal_parts_are_one_however_they_were_made(data: st.DataObject) -> None:
     choice = data.draw(st.sampled_from([one for one in CHOICES if simple_fields(one)]))
