@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.heavy import nn, torch
@@ -51,9 +52,8 @@ class TargetLayer:
     @property
     def module(self) -> nn.Module:
         """The module that is currently at :attr:`holder`."""
-        module: Any = self.network
-        for name in self.holder.split("."):  # get_submodule also checks each one, which takes seconds with many experts
-            module = getattr(module, name)
+        # get_submodule also checks each step, which takes longer.
+        module: nn.Module = attrgetter(self.holder)(self.network)
         return module
 
     @property

@@ -205,7 +205,7 @@ def test_a_mixture_learns_a_small_world_and_uses_every_expert(cache):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_more_sparsity_does_more_damage(trained, family):
-    grid = [0.0, 0.2, 0.4, 0.6, 0.8, 0.9]
+    grid = [i / 10 for i in range(10)]
     left = []
     for sparsity in grid:
         model = small_model(family).load()
@@ -213,7 +213,7 @@ def test_more_sparsity_does_more_damage(trained, family):
         Magnitude(sparsity).compress(model, targets, None)
         left.append(WorldProbes(native=False).evaluate(Scorer(model)).metrics["accuracy"])
     whole = max(i for i, accuracy in enumerate(left) if accuracy == left[0])  # until there ranks would only be ties
-    assert spearmanr(grid[whole:], left[whole:]).statistic < -0.75, left  # at the end, where all guess, two may swap
+    assert spearmanr(grid[whole:], left[whole:]).statistic < -0.9, left
     assert all(more <= less + 0.05 for less, more in pairwise(left)), left
     assert left[-1] < 0.5 < left[0]
 
