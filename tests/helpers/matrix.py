@@ -107,10 +107,13 @@ def done(outputs: Path, folder: Path, data: Path, compression: Compression, dtyp
 _chosen = cache(kc.choose)
 
 
-def in_turn(names: Sequence[str], family: str) -> list[str]:
-    """The share of the names that falls to a family, so that each is tried on one; all where tests are exhaustive."""
+def in_turn(names: Sequence[str], family: str, ahead: int = 0) -> list[str]:
+    """The share of the names that falls to a family, so that each is tried on one; all where tests are exhaustive.
+
+    What is ``ahead`` by 1 or 2 falls to the family after, so that tests of three kinds try a name on all families.
+    """
     families = sorted(WIDE)
-    return list(names if EXHAUSTIVE else names[families.index(family) :: len(families)])
+    return list(names if EXHAUSTIVE else names[(families.index(family) + ahead) % len(families) :: len(families)])
 
 
 def runs_in(outputs: Path) -> Iterator[tuple[str, Run]]:

@@ -1,4 +1,4 @@
-"""Every file of ``conf/recovery``, run from the command line on one model of each family, in every type."""
+"""Every file of ``conf/recovery``, run from the command line on one model of each family, and in every type."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.minutes]
 RECOVERIES = [choice.partition("=")[2] for choice in shipped("recovery") if choice != "recovery=adapter"]
 DECODERS_ONLY = ["concat", "idp", "prefix"]
 WAYS = dict.fromkeys(["prompt", "prefix", "idp", "concat"], "redirection") | {"lora": "weights", "none": "nothing"}
-NARROW_ON = {"bert": "float16", "t5": "bfloat16", "llama": "float16", "mixtral": "bfloat16"}
+# The types of the weights and of the products in scoring, and those that each family is tried in by default. Narrower
+# weights are scored as they are.
+TYPES = [("float32", "model"), ("float32", "bfloat16"), ("float16", "model"), ("bfloat16", "model")]
+TYPES_ON = {"bert": TYPES[::2], "t5": TYPES[1::2], "llama": TYPES[:2], "mixtral": TYPES[2:]}
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +65,14 @@ def kc(
 def test_every_recovery_runs_in_every_type(folder: Path, data: Path, tmp_path: Path) -> None:
     decoder = folder.name in ("llama", "mixtral")
     fit = [name for name in RECOVERIES if decoder or name not in DECODERS_ONLY]
-    narrow = ["float16", "bfloat16"] if EXHAUSTIVE else [NARROW_ON[folder.name]]
-    ended = kc(
-        folder, data, tmp_path / "outputs", f"recovery={','.join(fit)}",
-        f"hydra.sweeper.grids=[{{dtype: float32, scoring_dtype: 'model,bfloat16'}}, {{dtype: '{','.join(narrow)}'}}]",
-        flags=["-m"],
-    )  # fmt: skip
+    types = TYPES if EXHAUSTIVE else TYPES_ON[folder.name]
+    grids = ", ".join(f"{{dtype: {dtype}, scoring_dtype: {scoring}}}" for dtype, scoring in types)
+    outputs = tmp_path / "outputs"
+    ended = kc(folder, data, outputs, f"recovery={','.join(fit)}", f"hydra.sweeper.grids=[{grids}]", flags=["-m"])
     assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stdout + ended.stderr
-    runs = [run for run in RunStore(tmp_path / "outputs") if run.config["choices"]["compression"] != "none"]
+    runs = [run for run in RunStore(outputs) if run.config["choices"]["compression"] != "none"]
     found = {(run.config["choices"]["recovery"], run.config["dtype"], run.config["scoring_dtype"]) for run in runs}
-    # Narrower types are scored as they are.
-    ways = [("float32", "model"), ("float32", "bfloat16"), *((dtype, "model") for dtype in narrow)]
-    assert found == {(name, *way) for name in fit for way in ways}
+    assert found == {(name, *way) for name in fit for way in types}
     for run in runs:
         name = run.config["choices"]["recovery"]
         assert restores_by(run) == run.report["recovery"]["restores_by"] == WAYS[name]
