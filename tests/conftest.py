@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from hydra._internal.config_repository import ConfigRepository
 from hypothesis import settings
 from transformers import (
     PreTrainedTokenizerFast,
     logging,
 )
 
+import helpers.first_uses  # noqa: F401 - which are not to be done anew in every process
 from helpers.commands import fresh_processes
 from helpers.networks import TINY, build_network, make_tokenizer
 from helpers.tasks import documents
@@ -40,24 +40,6 @@ settings.load_profile("any machine")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The modules that take minutes begin first, so that no worker waits at the end for another's."""
     items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def files_read_once() -> Iterator[None]:
-    """Hydra reads each configuration file once a session, not anew for each of the hundreds of compositions."""
-    known: dict[Any, Any] = {}
-    read = ConfigRepository.load_config
-
-    def load_config(self: ConfigRepository, config_path: str) -> Any:
-        key = config_path, *(source.full_path() for source in self.get_sources())
-        found = known[key] if key in known else read(self, config_path)
-        if found is not None:  # a file that is not there may still be written
-            known[key] = found
-        return deepcopy(found)  # composing changes it
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ConfigRepository, "load_config", load_config)
-        yield
 
 
 @pytest.fixture(autouse=True)

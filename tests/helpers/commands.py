@@ -16,29 +16,40 @@ from pathlib import Path
 
 import torch
 
+from knowledge_compression.models import device
+
 # What nearly every run uses. Whether the product loads what it needs by itself, and no more, is asked of processes that
 # start with nothing: test_finished.py, test_launchers.py, test_hub.py and the tests that kill programs.
 LOADED = (
     "knowledge_compression.configuration",
+    "knowledge_compression.running",
     "knowledge_compression.results.summary",
     "knowledge_compression.sweeping.cli",
     "knowledge_compression.results.drawing",
     "knowledge_compression.models.checkpoints.recognised",
     "knowledge_compression.evaluation.distance",
+    "hydra_plugins.knowledge_compression",
     "matplotlib.backends.backend_agg",
     "matplotlib.backends.backend_svg",
     "lm_eval.tasks",
+    "peft",
+    "transformers.convert_slow_tokenizer",
+    "transformers.models.auto.tokenization_auto",
     "transformers.models.bert.modeling_bert",
     "transformers.models.llama.modeling_llama",
     "transformers.models.t5.modeling_t5",
     "sweep_parts",
+    "helpers.first_uses",
 )
 
 
 def fresh_processes() -> multiprocessing.context.ForkServerContext:
-    """Where tests start processes: each is a copy of one that has done nothing but load the libraries."""
+    """Where tests start processes: each is a copy of one that has done nothing but load the libraries.
+
+    Beside a GPU each loads them itself: a driver that a library has asked for anything does not survive the copying.
+    """
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(list(LOADED))
+    processes.set_forkserver_preload([] if device.kind_of("auto") != "cpu" else list(LOADED))
     return processes
 
 
