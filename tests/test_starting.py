@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.places import TESTS
+from helpers.places import EXHAUSTIVE, TESTS
 
 
 def imported(path: Path) -> set[str]:
@@ -39,11 +39,8 @@ def test_no_file_imports_a_test_module_or_conftest(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "folder"),
-    [
-        (["pytest"], TESTS.parent),
-        (["pytest", "-n", "1"], TESTS),
-    ],
-    ids=["bare in the root", "with workers in tests"],
+    [(["pytest", "-n", "1"], TESTS), *([(["pytest"], TESTS.parent)] if EXHAUSTIVE else [])],
+    ids=lambda given: " ".join(given) if isinstance(given, list) else given.name,
 )
 def test_a_file_alone(start: list[str], folder: Path) -> None:
     """The bare command is the one of this environment."""

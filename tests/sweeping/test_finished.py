@@ -8,12 +8,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers import commands
 from helpers.places import CONF, ROOT
 from knowledge_compression import heavy
 from knowledge_compression.models import device
@@ -49,6 +50,13 @@ def loaded(code: str, *arguments: str) -> list[str]:
     return found
 
 
+def fresh(*command: str, folder: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """As :func:`helpers.commands.run`, in a process that starts with nothing."""
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False, env=environment
+    )
+
+
 def test_what_a_part_is_can_be_said_without_them() -> None:
     assert len(PARTS) > 40
     modules = {part.rpartition(".")[0] for part in PARTS} | {"knowledge_compression.experiment"}
@@ -56,26 +64,26 @@ def test_what_a_part_is_can_be_said_without_them() -> None:
 
 
 @pytest.fixture
-def command(tmp_path: Path, tiny_folder: Path) -> Iterator[Any]:
+def command(tmp_path: Path, tiny_folder: Path) -> Any:
     """``command(...)`` runs ``run.py``; gives what it printed and the heavy libraries that it had at its end."""
     environment = os.environ | {"KC_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    program, file = tmp_path / "program.py", tmp_path / "loaded.json"
+    program.write_text(COMMAND)
 
-    def run(*arguments: str) -> tuple[str, list[str]]:
-        file = tmp_path / "loaded.json"
+    def run(*arguments: str, start: Any = fresh) -> tuple[str, list[str]]:
         given = ["model=local", f"model.path={tiny_folder}", "device=cpu", "limit=10", f"output.dir={tmp_path / 'out'}"]
-        command = [sys.executable, "-c", COMMAND, str(file), ",".join(HEAVY), *arguments, *given]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+        command = [str(program), str(file), ",".join(HEAVY), *arguments, *given]
+        done = start(*command, folder=ROOT, environment=environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout, json.loads(file.read_text())
 
-    yield run
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["target=all"], ["-m", "target=all", "sparsity=0.2,0.4"]], ids=["run", "sweep"])
 def test_a_finished_run_is_shown_without_them(command: Any, tmp_path: Path, arguments: list[str]) -> None:
-    first, needed = command(*arguments)
-    assert {"torch", "transformers", "polars"} <= set(needed)
+    first, _ = command(*arguments, start=commands.run)
     sweeps = sorted((tmp_path / "out").glob("sweeps/*"))
     again, taken = command(*arguments)
     assert taken == []
