@@ -9,6 +9,12 @@ from knowledge_compression import doctor
 from knowledge_compression.models import device
 
 
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    """A product takes seconds in a type for which a processor has no instructions."""
+    monkeypatch.setattr(device, "_SIDE", 128)
+
+
 def test_every_missing_thing_comes_with_a_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
@@ -30,7 +36,6 @@ def test_a_type_that_this_processor_hardly_multiplies_is_measured_once_and_not_c
         return (5.0, None) if asked[-1] == torch.bfloat16 else (0.01, None)
 
     monkeypatch.setattr(device, "timed", timed)
-    monkeypatch.setattr(device, "_SIDE", 128)
     (cpu, *_) = doctor._devices()
     assert asked.count(torch.bfloat16) == 2 < asked.count(torch.float32)
     assert "0.00084 GFLOP/s bfloat16" in cpu.found
