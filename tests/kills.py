@@ -26,7 +26,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -61,8 +60,8 @@ class Sweep:
     folder: Path
     launcher: str
     environment: dict[str, str]
-    loaded: bool = False  # whether the command begins with the heavy libraries loaded, seconds later than users' do
-    process: subprocess.Popen[str] | commands.Started | None = None
+    begin: Callable[..., subprocess.Popen[bytes] | commands.Started]  # how the command is started
+    process: subprocess.Popen[bytes] | commands.Started | None = None
 
     def __post_init__(self) -> None:
         self.outputs, self.cache = self.folder / "outputs", self.folder / "cache"
@@ -80,14 +79,7 @@ class Sweep:
         command += [f"output.dir={self.outputs}", *options.get(self.launcher, [])]
         self.folder.mkdir(parents=True, exist_ok=True)
         said = self.folder / "log"
-        if self.loaded:
-            self.process = commands.start(*command, folder=ROOT, stdout=said, stderr=said, environment=self.environment)
-            return
-        with said.open("a") as log:
-            whole = [sys.executable, *command]
-            self.process = subprocess.Popen(
-                whole, cwd=ROOT, env=self.environment, stdout=log, stderr=log, text=True, start_new_session=True
-            )
+        self.process = self.begin(*command, folder=ROOT, stdout=said, stderr=said, environment=self.environment)
 
     def processes(self) -> list[psutil.Process]:
         """All that still run for the sweep: in the session of its last start, or marked, wherever in the tree."""
@@ -204,9 +196,8 @@ def moments(draw: random.Random, seconds: float) -> dict[str, Callable[[Sweep], 
     }
 
 
-def undisturbed(folder: Path, loaded: bool) -> tuple[dict[str, Any], float]:
+def undisturbed(sweep: Sweep) -> tuple[dict[str, Any], float]:
     """The results of a sweep that nobody kills, and the seconds that it takes."""
-    sweep = Sweep(folder, "basic", dict(os.environ), loaded)
     sweep.start()
     begin = time.monotonic()  # not before: what is started with the libraries loaded may have waited for them
     assert sweep.process is not None
@@ -385,7 +376,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with stoppable(), ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kills-")))
         stack.callback(end_all_in, folder)
-        expected, seconds = undisturbed(folder / "undisturbed", given.loaded)
+        begin = commands.start if given.loaded else commands.start_anew
+        expected, seconds = undisturbed(Sweep(folder / "undisturbed", "basic", dict(os.environ), begin))
         for i, launcher in enumerate(launchers):
             share = given.kills * (i + 1) // len(launchers) - given.kills * i // len(launchers)
             environment = dict(os.environ)
@@ -393,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 environment = stack.enter_context(single_node(folder / "slurm-itself"))
 
             def sweep_of(number: int, launcher: str = launcher, found: dict[str, str] = environment) -> Sweep:
-                return Sweep(folder / f"{launcher}-{number}", launcher, found, given.loaded)
+                return Sweep(folder / f"{launcher}-{number}", launcher, found, begin)
 
             kill_sweeps(sweep_of, share, draw, expected, seconds, counts)
         counts.show()

@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -99,11 +100,32 @@ def start(
     return Started(process)
 
 
+def start_anew(
+    *command: str, folder: Path, stdout: Path, stderr: Path, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """As :func:`start`, in a process that starts with nothing, as users' do."""
+    with stdout.open("ab") as said, stderr.open("ab") as warned:
+        return subprocess.Popen(
+            [sys.executable, *command], cwd=folder, env=environment, stdout=said, stderr=warned, start_new_session=True
+        )
+
+
 def run(*command: str, folder: Path, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a Python program to its end; gives its exit status and what it printed. For the arguments see ``start``."""
+    return _ended(start, *command, folder=folder, environment=environment)
+
+
+def run_anew(
+    *command: str, folder: Path, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As :func:`run`, in a process that starts with nothing, as users' do."""
+    return _ended(start_anew, *command, folder=folder, environment=environment)
+
+
+def _ended(begin: Callable[..., Any], *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as printed:
         files = [Path(printed) / name for name in ("stdout", "stderr")]
-        program = start(*command, folder=folder, stdout=files[0], stderr=files[1], environment=environment)
+        program = begin(*command, stdout=files[0], stderr=files[1], **options)
         try:
             status = program.wait()
         finally:

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +49,6 @@ def loaded(code: str, *arguments: str) -> list[str]:
     return found
 
 
-def fresh(*command: str, folder: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """As :func:`helpers.commands.run`, in a process that starts with nothing."""
-    return subprocess.run(
-        [sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False, env=environment
-    )
-
-
 def test_what_a_part_is_can_be_said_without_them() -> None:
     assert len(PARTS) > 40
     modules = {part.rpartition(".")[0] for part in PARTS} | {"knowledge_compression.experiment"}
@@ -70,7 +62,7 @@ def command(tmp_path: Path, tiny_folder: Path) -> Any:
     program, file = tmp_path / "program.py", tmp_path / "loaded.json"
     program.write_text(COMMAND)
 
-    def run(*arguments: str, start: Any = fresh) -> tuple[str, list[str]]:
+    def run(*arguments: str, start: Any = commands.run_anew) -> tuple[str, list[str]]:
         given = ["model=local", f"model.path={tiny_folder}", "device=cpu", "limit=10", f"output.dir={tmp_path / 'out'}"]
         command = [str(program), str(file), ",".join(HEAVY), *arguments, *given]
         done = start(*command, folder=ROOT, environment=environment)
