@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from knowledge_compression.models.coverage import Coverage, cover, main
+from helpers.places import DOCS, EXHAUSTIVE
+from knowledge_compression.models.coverage import Coverage, as_markdown, cover, main
+from knowledge_compression.models.families import EXCEPTIONS
 
 pytestmark = pytest.mark.minutes
 
@@ -51,7 +54,29 @@ def test_a_type_that_is_in_no_table_is_named(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "models.md").exists()
 
 
+# Beside the types that are excepted from the rules: one for each rule, reason and role, and each way to nest blocks.
+RULES = {
+    *("gpt2", "llama", "bloom", "falcon", "qwen2_moe", "gpt_oss", "jetmoe", "granitemoehybrid", "ernie4_5_moe"),
+    *("mamba2", "jamba", "xlstm", "lfm2", "minimax", "qwen3_next", "kimi_linear", "blt", "gemma3"),
+    *("modernbert", "convbert", "squeezebert", "deberta-v2", "perceiver"),
+    *("t5", "bart", "switch_transformers", "nllb-moe", "longt5", "granite_speech"),
+}
+
+
 @pytest.mark.slow
+def test_what_a_sample_holds_is_what_the_page_says() -> None:
+    """For every type of the page see the next test."""
+    found = list(cover(RULES | EXCEPTIONS.keys()))
+    assert {one.type for one in found if one.trouble} == {"perceiver"} and all(one.builds for one in found)
+    page = (DOCS / "models.md").read_text()
+    rows = [line for line in as_markdown(found).splitlines() if line.startswith("| ")]
+    assert len(rows) > len(found)
+    if f" transformers {transformers.__version__} " in " ".join(page.split()):  # in others the default sizes may differ
+        assert set(rows) <= set(page.splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not EXHAUSTIVE, reason="a sample stands for them (KC_TEST_EXHAUSTIVE=1)")
 def test_at_least_240_types_are_placed() -> None:
     found = list(cover())
     assert sum(not one.trouble for one in found) >= 240
