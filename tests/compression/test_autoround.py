@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from helpers.layers import ALL, EVERYTHING, random_layer, windows
-from helpers.networks import MIXTURES
+from helpers.networks import MIXTURES, TINY
+from helpers.places import EXHAUSTIVE
 from knowledge_compression.compression.methods.autoround import AutoRound
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.solve.grid import Grid, plainly_rounded, quantized_weight
@@ -15,6 +16,11 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 
 TUNED = {"group_size": 8, "forward_dtype": "float32", "steps": 40, "batch": 48, "rate": 0.002, "scale_rate": 0.002}
+BRIEFLY = TUNED | {"steps": 10}  # where it only matters that something is tuned, not by how much
+# Each family, transposed weights, one block used many times, windows that alternate, a decoder behind an encoder.
+ARCHITECTURES = sorted(TINY) if EXHAUSTIVE else ["albert", "bert", "gemma3_text", "gpt2", "llama", "t5"]
+# Banks as they are published: plain, and transposed with biases; and with an expert that all tokens share.
+BANKS = list(MIXTURES) if EXHAUSTIVE else ["mixtral", "gpt_oss", "llama4_text"]
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -68,9 +74,14 @@ def block_errors(model: Model, method: AutoRound, caplog) -> list[tuple[float, f
     return [(before, after) for _, before, after in said]
 
 
-def test_every_block_comes_closer_to_the_uncompressed_one(any_tiny_model: Model, caplog) -> None:
-    errors = block_errors(any_tiny_model, AutoRound(3, **TUNED), caplog)
-    blocks = any_tiny_model.architecture.block_paths(any_tiny_model.network)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(n, marks=() if n in ("bert", "t5", "llama", "gpt2") else pytest.mark.slow) for n in ARCHITECTURES],
+)
+def test_every_block_comes_closer_to_the_uncompressed_one(tiny_model, architecture: str, caplog) -> None:
+    model = tiny_model(architecture)
+    errors = block_errors(model, AutoRound(3, **TUNED), caplog)
+    blocks = model.architecture.block_paths(model.network)
     assert len(errors) == len(blocks)
     for before, after in errors:
         assert after < before, errors
@@ -78,7 +89,7 @@ def test_every_block_comes_closer_to_the_uncompressed_one(any_tiny_model: Model,
 
 
 @pytest.mark.parametrize(
-    "architecture", [pytest.param(n, marks=pytest.mark.slow) for n in MIXTURES if n != "mixtral"] + ["mixtral"]
+    "architecture", [pytest.param(n, marks=() if n == "mixtral" else pytest.mark.slow) for n in BANKS]
 )
 def test_experts_are_tuned_too(tiny_model, architecture: str) -> None:
     def codes(method) -> dict[str, torch.Tensor]:
@@ -109,7 +120,7 @@ def test_without_steps_it_is_gptq(tiny_model) -> None:
 def test_the_seed_decides(tiny_model) -> None:
     def weights(seed: int) -> torch.Tensor:
         model = tiny_model("llama")
-        AutoRound(3, seed=seed, **TUNED).compress(model, ALL.select(model), windows(16))
+        AutoRound(3, seed=seed, **BRIEFLY).compress(model, ALL.select(model), windows(16))
         return torch.cat([layer.weight.flatten() for layer in ALL.select(model)])
 
     assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
@@ -118,7 +129,7 @@ def test_the_seed_decides(tiny_model) -> None:
 def test_no_parameter_is_left_asking_for_gradients_and_codes_are_kept(tiny_model) -> None:
     model = tiny_model("llama")
     before = [parameter.requires_grad for parameter in model.network.parameters()]
-    AutoRound(3, **TUNED).compress(model, ALL.select(model), windows(16))
+    AutoRound(3, **BRIEFLY).compress(model, ALL.select(model), windows(16))
     assert [parameter.requires_grad for parameter in model.network.parameters()] == before
     assert all(parameter.grad is None for parameter in model.network.parameters())
     for layer in ALL.select(model):
