@@ -21,6 +21,7 @@ from knowledge_compression.compression.formats.gguf import GgufModel, save_gguf
 from knowledge_compression.compression.methods.gguf import Gguf
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.mxfp4 import Mxfp4
+from knowledge_compression.compression.methods.none import NoCompression
 from knowledge_compression.compression.writing.writers import writer_of
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
@@ -310,7 +311,7 @@ def test_a_tokenizer_made_from_sentencepiece_is_read_back(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path) -> None:
     """A run saves the file; its own report and a second run, of the file, tell the same perplexity."""
-    from helpers.matrix import runs_in, sweep, write_text
+    from helpers.matrix import done, runs_in, sweep, write_text
 
     folder = tmp_path / "llama"
     model = tiny("llama", hidden_size=256, head_dim=64)
@@ -325,8 +326,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     run = runs["gguf"]
     assert run.report["saved"]["weights"]["Q6_K"] > 0 and run.report["saved_as"] == "gguf"
     place = tmp_path / "outputs" / "runs" / run.id / "model" / "model.gguf"
-    sweep(tmp_path / "again", data, "model=local", f"model.path={place}", "compression=none")
-    ((_, again),) = runs_in(tmp_path / "again")
+    again = done(tmp_path / "again", place, data, NoCompression())
     name = "perplexity.perplexity"
     assert again.metrics[name] == pytest.approx(run.metrics[name], rel=1e-5)
     assert json.dumps(again.report["compression"]["stored"]).count("Q6_K")
