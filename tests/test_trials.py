@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.places import EXHAUSTIVE
 from trials.__main__ import BAD, summary
 from trials.inputs import KINDS
 from trials.materials import prepare
@@ -13,8 +14,18 @@ from trials.trying import ACCEPTED, HANG, ONE_LINE, STACK_TRACE, WRONG, Ending, 
 
 pytestmark = pytest.mark.minutes
 
-# One in so many of each kind, all in all about a minute.
-ONE_IN = {"controls": 1, "issue": 16, "settings": 200, "configurations": 10, "files": 30, "folders": 4, "stores": 50}
+# One in so many of each kind.
+ONE_IN = {"controls": 1, "issue": 40, "settings": 500, "configurations": 34, "files": 81, "folders": 8, "stores": 106}
+if EXHAUSTIVE:
+    ONE_IN = {
+        "controls": 1,
+        "issue": 16,
+        "settings": 200,
+        "configurations": 10,
+        "files": 30,
+        "folders": 4,
+        "stores": 50,
+    }
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from helpers.findings import known_findings
 from helpers.networks import build_network, make_tokenizer
 from helpers.stores import bits, made_run
 from knowledge_compression.results.store import RunStore
@@ -32,7 +33,10 @@ TASK = {
 
 
 def prepare(folder: Path) -> None:
-    """Fill a folder: ``bert/``, ``llama/`` (in shards), ``data/``, ``conf/``, ``store/``, ``kc_carrier/`` (GGUF)."""
+    """Fill a folder: ``bert/``, ``llama/`` (in shards), ``data/``, ``conf/``, ``store/``, ``kc_carrier/`` (GGUF).
+
+    Also ``cache/``, which is that of the trials.
+    """
     tokenizer = make_tokenizer()
     for name, size in (("bert", "50GB"), ("llama", "8KB")):
         build_network(name).save_pretrained(folder / name, max_shard_size=size)
@@ -68,6 +72,7 @@ def prepare(folder: Path) -> None:
     store = RunStore(folder / "store")
     store.write(made_run(bits("1101"), id="dense", compression="none"))
     store.write(made_run(bits("0101"), id="pruned"))
+    known_findings(folder / "cache")
     (folder / "kc_carrier").mkdir()
     (folder / "kc_carrier" / "__init__.py").touch()
     write_gguf(folder / "kc_carrier" / "tiny.gguf")
