@@ -31,6 +31,7 @@ def write_log(folder: Path, tasks_dir: Path, model: Path, tasks: list[str]) -> N
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     loaded = load_tasks(tasks, str(tasks_dir)).tasks
     tracker = EvaluationTracker(output_path=str(folder))
@@ -42,6 +43,7 @@ def write_log(folder: Path, tasks_dir: Path, model: Path, tasks: list[str]) -> N
             limit=5,
             bootstrap_iters=0,
             evaluation_tracker=tracker,
+            task_manager=TaskManager(include_defaults=False),  # else it reads all of its 13,000 tasks' files, twice
         )
     samples = found.pop("samples")
     tracker.save_results_aggregated(results=found, samples=samples)
