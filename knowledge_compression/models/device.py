@@ -294,8 +294,8 @@ def _circumstances(device: Device) -> list[Any]:
 def products_a_second(place: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a square matrix product, the median of a few (one, if it is slow)."""
     a = torch.ones(_SIDE, _SIDE, device=place, dtype=dtype)
-    first = timed(place, lambda: a @ a)[0]  # warms up
-    seconds = [timed(place, lambda: a @ a)[0] for _ in range(_REPEATS if first < _SLOW else 1)]
+    first = timed(place, lambda: a @ a)[0]  # warms up, which is nothing beside a product that is slow
+    seconds = [timed(place, lambda: a @ a)[0] for _ in range(_REPEATS)] if first < _SLOW else [first]
     return 2 * _SIDE**3 / statistics.median(seconds)
 
 
