@@ -2,8 +2,8 @@
 # transformers 5.23.0 with compressed-tensors 0.20.1: a model that compressed-tensors itself packed with asymmetric integers and
 # saved does not load again, because of the shape of the zero points. They are packed in the file, [out * bits / 32, groups],
 # and not in the skeleton that is prepared for it, [out, groups]: on the meta device the library's packing returns before it
-# comes to them. With CompressedTensorsConfig(dequantize=True) the file loads, and symmetric ones do anyway.
-# Why it matters here: output.save_model=compressed-tensors writes such files, which vLLM reads, and plain transformers only so.
+# reaches them. With CompressedTensorsConfig(dequantize=True) the file loads; symmetric files load without it.
+# Why it matters here: output.save_model=compressed-tensors writes such files; transformers loads them only with that setting.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

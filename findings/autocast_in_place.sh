@@ -2,7 +2,7 @@
 # torch 2.13.0: under autocast on a CPU, `a @ b` of two float32 matrices is bfloat16, and the in-place `c.addmm_(a, b)`
 # of the same matrices raises instead of being narrowed or left alone.
 # Seen: "self and mat2 must have the same dtype".
-# Why it matters here: a solver (GPTQ, SparseGPT) inside somebody's autocast either stops, or, where it does not,
+# Why it matters here: a solver (GPTQ, SparseGPT) inside an autocast context either stops, or else
 # computes in 8 bits of mantissa what its authors call float32. The context belongs around forward passes only.
 set -euo pipefail
 folder=$(mktemp -d)

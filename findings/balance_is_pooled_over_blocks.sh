@@ -2,7 +2,7 @@
 # transformers 5.23.0 with torch 2.13.0: the load-balancing loss of Mixtral (and of the mixtures that share the function)
 # adds up the tokens of all blocks before it compares experts, so a block may neglect the experts that another prefers.
 # Seen: of two routers, one sends all tokens to experts 0 and 1, the other all to 2 and 3. Each alone has twice the loss of
-# an even router; both together have the least loss that there is.
+# an even router; both together have the smallest possible loss.
 # Expected: equations 4 to 6 of Switch Transformers (Fedus et al., 2022) for each router by itself, then their mean.
 # Why it matters here: half of a block's experts would hold nothing, which the study of facts in experts would take for a
 # property of the facts. world_moe is trained with the function on one block at a time.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # bitsandbytes 0.50.2 with torch 2.13.0 on a CPU: dequantize_4bit gives wrong weights when the rows of a matrix are no
-# multiple of the block size, with the codes and scales that its own quantize_4bit has just made: three times the error of
-# the definition (value of the code times the scale of its run of 64 weights), which the same call meets for whole rows.
-# Why it matters here: files in NF4 and FP4 are read by the definition, so a layer with such rows reads unlike the library.
+# multiple of the block size, even from codes and scales that quantize_4bit has just made. The error is three times that of
+# the definition (value of the code times the scale of its 64 weights). With rows of whole blocks the call is right.
+# Why it matters here: files in NF4 and FP4 are read by the definition, so a layer with such rows differs from the library's.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

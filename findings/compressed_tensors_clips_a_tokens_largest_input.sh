@@ -2,8 +2,8 @@
 # compressed-tensors 0.20.1 with torch 2.13.0: where a layer's inputs are rounded to 8 bits at run time, a step is a token's largest
 # magnitude over 127.5, so the largest input, if it is positive, is clipped to 127 steps and never comes back as it was. SmoothQuant's
 # definition, and vLLM's kernels for the same files, divide by 127.
-# Why it matters here: the same file gives other answers in transformers than in a run with SmoothQuant's steps, by as much as
-# rounding inputs changes them at all; compression.input_steps=127.5 rounds as the library does.
+# Why it matters here: the same file gives other answers in transformers than in a run with SmoothQuant's steps, and the
+# difference is as large as the effect of rounding inputs itself; compression.input_steps=127.5 rounds as the library does.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

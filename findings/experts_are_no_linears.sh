@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # transformers 5.23.0 with torch 2.13.0: the experts of a mixture are three-dimensional parameters, so whatever looks for
-# nn.Linear passes over nearly all of the model without a word.
+# nn.Linear silently skips nearly all of the model.
 # Seen: torch's quantize_dynamic({nn.Linear}) and global L1 pruning of every nn.Linear of a small Mixtral reach about a tenth
 # of the weights of its blocks, and report nothing.
 # Why it matters here: "50 % pruned" would be true of a ninth of the model. Targets are counted over parameters instead.

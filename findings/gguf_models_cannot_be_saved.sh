@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # transformers 5.23.0 with gguf: a model that from_pretrained(gguf_file=...) has read is float32 throughout, and
-# save_pretrained of it raises, as its configuration still says that it is quantized.
+# save_pretrained raises for it, because its configuration still says that it is quantized.
 # Why it matters here: a GGUF file cannot be turned into a plain checkpoint in the obvious two lines; the weights have to be
 # put into a fresh network without quantization_config, which then saves and reloads to the same bits.
 set -euo pipefail

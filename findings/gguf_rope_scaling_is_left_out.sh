@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # transformers 5.23.0 with gguf 0.19.0: from_pretrained(gguf_file=...) of a LLaMA ignores the scaling of rotary embeddings, both
 # the settings llama.rope.scaling.* and the tensor rope_freqs.weight, in which every GGUF file of Llama 3.1 and later holds it.
-# Why it matters here: such a model answers otherwise than its original at every position but the first, without a word.
+# Why it matters here: such a model answers differently from its original at every position but the first, without a warning.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# peft 0.21.2 with accelerate 1.15.0 and transformers 5.23.0: beside a model that device_map divides over memory and disk
+# peft 0.21.2 with accelerate 1.15.0 and transformers 5.23.0: with a model that device_map divides over memory and disk
 # alone (a computer without a GPU), prefix tuning fails when it is added, with a bare StopIteration, because it looks for a
 # device that is neither "cpu" nor "disk"; LoRA is added, but its backward pass raises, as the gradients belong to tensors
 # of the meta device; prompt tuning trains.
-# Why it matters here: device_map=auto with recovery=lora or prefix is refused in one line, before any of the three shows.
+# Why it matters here: device_map=auto with recovery=lora or prefix is refused in one line, before either error can occur.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # transformers 5.23.0: T5 loaded with dtype=float16 keeps the `wo` linears of its feed-forward layers in float32; loaded in
 # bfloat16 it does not.
-# Why it matters here: bits and bytes of a "float16" model are not 16 a weight, autocast rules that look at the first
-# parameter guess wrong, and a saved float16 T5 reloads into two types.
+# Why it matters here: a "float16" model does not have 16 bits per weight, autocast rules that look at the first
+# parameter guess wrong, and a saved float16 T5 is loaded again in two dtypes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

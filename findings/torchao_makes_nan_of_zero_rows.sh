@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # torchao 0.18.0 with torch 2.13.0 on a CPU: Float8WeightOnlyConfig makes NaN of every weight of an output whose weights are all
 # zero. Its scale, the largest magnitude over 448, is then zero, and the weights are divided by it.
-# Why it matters here: pruned models have such rows, and compressed-tensors gives their scales a small number instead; the
-# method fp8 here does as compressed-tensors does.
+# Why it matters here: pruned models have such rows. compressed-tensors gives them a small scale instead, and so does the
+# method fp8 here.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

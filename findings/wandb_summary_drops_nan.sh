@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# wandb 0.31.0: a NaN that is written to a run's summary is not there afterwards, while an infinity is, and while a NaN
-# that is logged as a step's metric is.
+# wandb 0.31.0: a NaN that is written to a run's summary is not there afterwards, while an infinity is, and so is a NaN
+# that is logged as a step's metric.
 # Seen offline: run.summary['perplexity'] = nan leaves no such key in run.summary, without an error or a warning.
-# Why it matters here: a run whose perplexity is not a number has no perplexity on a dashboard and looks like one that
-# was not asked; it has to be marked by a value that is kept.
+# Why it matters here: a run whose perplexity is not a number has no perplexity on a dashboard and looks like one in which
+# it was not measured; it has to be marked by a value that is kept.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
