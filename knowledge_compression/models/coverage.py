@@ -41,8 +41,7 @@ _TRIED = (
     "with a plain pass over each text.",
     "",
     "The command is `KC_TEST_EXHAUSTIVE=1 python -m pytest tests/models/test_every_type.py`; without the variable, a "
-    "sample of every kind goes through all of it and the other types are only pruned, saved and read back. The list is "
-    "`tests/helpers/every_type.py`. All types pass, with these notes:",
+    "sample with a type of every kind. The list is `tests/helpers/every_type.py`. All types pass, with these notes:",
     "",
     "- `mamba` and `mamba2` have no attention and no feed-forward layers. `target=att` and `ff` say so; `mixer` and "
     "`all` select what they have.",

@@ -67,11 +67,10 @@ class TargetLayer:
         from knowledge_compression.models.replaced import ReplacedExperts
 
         module = self.module
-        if self.expert:
-            bank = getattr(module, self.expert.parameter)
-            if isinstance(bank, ReplacedExperts):  # other experts of the bank have been replaced
-                return bank.get_submodule(str(self.expert.number)).weight.detach()  # type: ignore[operator]
-        return self.part_of(self.parameter.data)
+        held: Any = getattr(module, self.expert.parameter) if self.expert else module.weight
+        if self.expert and isinstance(held, ReplacedExperts):  # other experts of the bank have been replaced
+            return held.get_submodule(str(self.expert.number)).weight.detach()  # type: ignore[operator]
+        return self._part_of(held.data, module)
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -81,11 +80,14 @@ class TargetLayer:
 
     def part_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """This layer's ``[out_features, in_features]`` of a tensor of :attr:`parameter`'s shape, e.g. its gradient."""
+        return self._part_of(tensor, self.module)
+
+    def _part_of(self, tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
         from transformers.pytorch_utils import Conv1D
 
         if self.expert:
             return tensor[self.expert.number].T if self.expert.transposed else tensor[self.expert.number]
-        return tensor.T if isinstance(self.module, Conv1D) else tensor
+        return tensor.T if isinstance(module, Conv1D) else tensor
 
     @property
     def bias(self) -> torch.Tensor | None:

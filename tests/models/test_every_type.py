@@ -46,16 +46,13 @@ SAMPLE = {
     "switch_transformers",
 }
 SLOW_SAMPLE = {"albert", "electra", "deepseek_v3", "gpt2", "gpt_oss", "jamba", "led", "mbart", "opt", "qwen3_next"}
-# All that is done is done with these; the others are only pruned, saved and read back.
 TRIED = TYPES.keys() if EXHAUSTIVE else SAMPLE | SLOW_SAMPLE
 
 
-def case(name: str, *more: str) -> Any:
-    """Parameters of a test of one type, which is slow unless the type is in the quick sample."""
-    return pytest.param(name, *more, marks=() if name in SAMPLE else pytest.mark.slow)
-
-
-@pytest.fixture(scope="module", params=[case(name) for name in TYPES if name in TRIED])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in TYPES if name in TRIED],
+)
 def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A tiny model, written and then loaded as a user loads one; no test changes it."""
     folder = tmp_path_factory.mktemp("tiny") / request.param
@@ -104,11 +101,7 @@ def back(model: Model, folder: Path) -> Model:
     return loaded(model.name, folder)
 
 
-@pytest.mark.parametrize(
-    ("dense", "part"),
-    [case(name, part) for name in TYPES for part in ("att", "ff", "all", "final") if name in TRIED or part == "all"],
-    indirect=["dense"],
-)
+@pytest.mark.parametrize("part", ["att", "ff", "all", "final"])
 def test_magnitude(dense: Model, part: str, tmp_path: Path) -> None:
     if part in TYPES[dense.name].without:
         with pytest.raises(BadInput, match="does not have; it has"):
