@@ -87,9 +87,8 @@ class Sweep:
         for process in psutil.process_iter():
             with suppress(psutil.Error, ProcessLookupError):
                 its = self.process is not None and os.getsid(process.pid) == self.process.pid
-                if (
-                    its or process.environ().get(MARK) == str(self.folder)
-                ) and process.status() != psutil.STATUS_ZOMBIE:
+                its = its or process.environ().get(MARK) == str(self.folder)
+                if its and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
 
@@ -163,7 +162,10 @@ class Counts:
         print(f"kills {self.kills.total()}, {self.sums}")
 
 
-def moments(draw: random.Random, seconds: float) -> dict[str, Callable[[Sweep], Callable[[], bool]]]:
+Moment = Callable[["Sweep"], Callable[[], bool]]
+
+
+def moments(draw: random.Random, seconds: float) -> dict[str, Moment]:
     """The kinds of moments; each gives, for a sweep about to be started, what tells that its moment has come."""
 
     def at_any(sweep: Sweep) -> Callable[[], bool]:
@@ -211,8 +213,8 @@ def kill_sweeps(
     sweep_of: Callable[[int], Sweep],
     kills: int,
     draw: random.Random,
+    kinds: dict[str, Moment],
     expected: dict[str, Any],
-    seconds: float,
     counts: Counts,
 ) -> None:
     """Kill sweeps of one launcher so often, some of them twice; each is brought to its end afterwards.
@@ -221,10 +223,10 @@ def kill_sweeps(
         sweep_of: gives the sweep of a number.
         kills: how often.
         draw: where chance comes from.
-        expected, seconds: results and length of a sweep that nobody disturbs.
+        kinds: the kinds of moments.
+        expected: results of a sweep that nobody disturbs.
         counts: what is counted goes here.
     """
-    kinds = moments(draw, seconds)
     chosen, killed, number = Counter[str](), 0, 0
     while killed < kills:
         number += 1
@@ -245,7 +247,7 @@ def kill_sweeps(
 
 def kill_once(
     sweep: Sweep,
-    moment: Callable[[Sweep], Callable[[], bool]],
+    moment: Moment,
     how: signal.Signals,
     draw: random.Random,
     counts: Counts,
@@ -282,13 +284,17 @@ def kill_once(
         # In the first moments, before any of our code runs, Python itself ends by the signal.
         if status not in ((0, 1) if jobs else (STATUS[how], -how)):
             counts.wrong.append(f"{sweep.folder}: status {status} after {how.name}")
-    left = [one for one in sweep.processes() if not is_slurms(one)]
-    _, left = psutil.wait_procs(left, timeout=10)
-    for one in left:
+    # One that goes on may be done in a few seconds.
+    count_orphans(sweep, [one for one in sweep.processes() if not is_slurms(one)], 2, counts)
+    return True
+
+
+def count_orphans(sweep: Sweep, processes: Sequence[psutil.Process], seconds: float, counts: Counts) -> None:
+    """Count and end those of a sweep's processes that still run after some seconds."""
+    for one in psutil.wait_procs(processes, timeout=seconds)[1]:
         with suppress(psutil.Error):
             counts.orphans.append(f"{sweep.folder}: {' '.join(one.cmdline())[:100]}")
             one.kill()
-    return True
 
 
 def is_slurms(process: psutil.Process) -> bool:
@@ -297,9 +303,8 @@ def is_slurms(process: psutil.Process) -> bool:
         job = process.environ().get("SLURM_JOB_ID")
     except psutil.Error:
         return False
-    if job is None:
-        return False
-    return bool(subprocess.run(["squeue", "-h", "-j", job], capture_output=True, check=False).stdout.strip())
+    known = subprocess.run(["squeue", "-h", "-j", job], capture_output=True, check=False) if job else None
+    return known is not None and bool(known.stdout.strip())
 
 
 def check_kept(sweep: Sweep, before: dict[str, int], counts: Counts) -> dict[str, int]:
@@ -321,17 +326,12 @@ def finish(sweep: Sweep, made: dict[str, int], expected: dict[str, Any], counts:
         status = sweep.process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         counts.wrong.append(f"{sweep.folder}: hangs when it is started again")
-        for one in sweep.processes():
-            with suppress(psutil.Error):
-                one.kill()
+        end_all_in(sweep.folder)
         return
     end = time.monotonic() + PATIENCE
     while any(map(is_slurms, sweep.processes())) and time.monotonic() < end:
         time.sleep(0.5)
-    for one in psutil.wait_procs(sweep.processes(), timeout=10)[1]:
-        with suppress(psutil.Error):
-            counts.orphans.append(f"{sweep.folder}: {' '.join(one.cmdline())[:100]}")
-            one.kill()
+    count_orphans(sweep, sweep.processes(), 10, counts)
     if status != 0:
         counts.wrong.append(f"{sweep.folder}: status {status} when it is started again")
     check_kept(sweep, made, counts)
@@ -367,6 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=30, help="kills over all launchers together")
     parser.add_argument("--launchers", default=",".join(LAUNCHERS), help="which, separated by commas")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--moment", default="", help="only moments whose names begin so, e.g. 'while it trains'")
     loaded = "commands begin with the heavy libraries loaded: seconds less each, and no kill comes while they load"
     parser.add_argument("--loaded", action="store_true", help=loaded)
     given = parser.parse_args(arguments)
@@ -378,16 +379,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stack.callback(end_all_in, folder)
         begin = commands.start if given.loaded else commands.start_anew
         expected, seconds = undisturbed(Sweep(folder / "undisturbed", "basic", dict(os.environ), begin))
+        kinds = {name: of for name, of in moments(draw, seconds).items() if name.startswith(given.moment)}
         for i, launcher in enumerate(launchers):
             share = given.kills * (i + 1) // len(launchers) - given.kills * i // len(launchers)
-            environment = dict(os.environ)
-            if launcher == "slurm":
-                environment = stack.enter_context(single_node(folder / "slurm-itself"))
+            slurms = launcher == "slurm"
+            environment = stack.enter_context(single_node(folder / "slurm-itself")) if slurms else dict(os.environ)
 
             def sweep_of(number: int, launcher: str = launcher, found: dict[str, str] = environment) -> Sweep:
                 return Sweep(folder / f"{launcher}-{number}", launcher, found, begin)
 
-            kill_sweeps(sweep_of, share, draw, expected, seconds, counts)
+            kill_sweeps(sweep_of, share, draw, kinds, expected, counts)
         counts.show()
         if not counts.are_zero:
             kept = Path(tempfile.mkdtemp(prefix="kills-kept-"))
