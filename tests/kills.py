@@ -284,13 +284,12 @@ def kill_once(
         # In the first moments, before any of our code runs, Python itself ends by the signal.
         if status not in ((0, 1) if jobs else (STATUS[how], -how)):
             counts.wrong.append(f"{sweep.folder}: status {status} after {how.name}")
-    # One that goes on may be done in a few seconds.
     count_orphans(sweep, [one for one in sweep.processes() if not is_slurms(one)], 2, counts)
     return True
 
 
 def count_orphans(sweep: Sweep, processes: Sequence[psutil.Process], seconds: float, counts: Counts) -> None:
-    """Count and end those of a sweep's processes that still run after some seconds."""
+    """Count and end a sweep's processes that still run after some seconds, too few for one that goes on to be done."""
     for one in psutil.wait_procs(processes, timeout=seconds)[1]:
         with suppress(psutil.Error):
             counts.orphans.append(f"{sweep.folder}: {' '.join(one.cmdline())[:100]}")
