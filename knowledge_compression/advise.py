@@ -99,7 +99,7 @@ def advise(outputs: Path, keep: float, flips: float = 1.0, *, claims: bool = Fal
     for line in run_next(verdicts if claims else [v for v in verdicts if v.findings], comparisons):
         say(f"undecided – {line}")
     if untested and not claims:
-        say(f"untested – {len(untested)} claims of the papers have no runs here; --claims names the runs they need")
+        say(f"untested – claims of the papers without runs here: {len(untested)}; --claims names the runs they need")
     for run_id, why in [*unreadable, *comparisons.skipped]:
         say(f"left out – {run_id}: {why}")
 

@@ -1,6 +1,7 @@
 """The tests can be started in any way: bare, from any folder, one file alone, with workers and without.
 
-As a module in the root is how ``make test`` starts them, so that way is tried by every run of them.
+As a module in the root is how ``make test`` starts them, and one folder without workers how ``make test-slurm`` does,
+so those ways are tried whenever they run.
 """
 
 from __future__ import annotations
@@ -37,10 +38,13 @@ def test_no_file_imports_a_test_module_or_conftest(path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not EXHAUSTIVE, reason="make test and make test-slurm start them in two ways (KC_TEST_EXHAUSTIVE=1)"
+)
 @pytest.mark.parametrize(
     ("start", "folder"),
-    [(["pytest", "-n", "1"], TESTS), *([(["pytest"], TESTS.parent)] if EXHAUSTIVE else [])],
-    ids=lambda given: " ".join(given) if isinstance(given, list) else given.name,
+    [(["pytest"], TESTS.parent), (["pytest", "-n", "1"], TESTS)],
+    ids=["bare in the root", "with workers in tests"],
 )
 def test_a_file_alone(start: list[str], folder: Path) -> None:
     """The bare command is the one of this environment."""

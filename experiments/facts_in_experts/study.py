@@ -102,7 +102,7 @@ def unevenness(table: NDArray[np.float64]) -> float:
 
 
 def by_relation(model: Model, removals: Removals) -> tuple[float, float, float, float]:
-    """Cramer's V, the 95 % range of what it is when relations are dealt anew to the lost facts, and its p-value."""
+    """Cramer's V, its 95 % range when the relations of the facts are permuted, and its p-value."""
     names, relations = np.unique(model.relations, return_inverse=True)
     ever = removals.times > 0
     lost, relations = removals.lost[:, ever], relations[ever]
@@ -192,7 +192,7 @@ def specialised(found: Sequence[Model]) -> list[str]:
             rows.append(
                 [str(model.seed), kind, f"{value:.3f}", f"{low:.3f} to {high:.3f}", f"{p:.2g}", str(len(pairs))]
             )
-    heads = ["training", "removed", "Cramer's V", "if relations are dealt anew, 95 %", "p", "pairs beyond chance"]
+    heads = ["training", "removed", "Cramer's V", "with permuted relations, 95 %", "p", "pairs beyond chance"]
     return markdown.table(heads, rows)
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from knowledge_compression.statistics import Estimate
 
-TWENTIETHS = 20  # parts of the confidence within which flips are dealt anew
+TWENTIETHS = 20  # parts of the confidence within which flips are permuted
 PERMUTATIONS, RESAMPLES = 1999, 1999
 
 
@@ -64,7 +64,7 @@ PAIRS = np.array([k * (k - 1) // 2 for k in range(len(MODELS) + 1)])
 
 
 def permuted(flips: NDArray[np.bool_], strata: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """How many items flip in 0, 1, ... models when each model's flips are dealt anew within its strata."""
+    """How many items flip in 0, 1, ... models when each model's flips are permuted within its strata."""
     rng = np.random.default_rng(0)
     sorted_places = [np.argsort(row, kind="stable") for row in strata]
     dealt = np.empty_like(flips)

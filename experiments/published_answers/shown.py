@@ -38,7 +38,7 @@ def _estimate(row: dict[str, Any], name: str) -> Estimate:
 
 def _counts(table: pl.DataFrame, unlike: list[str]) -> list[str]:
     heads = ["model", "benchmark", "precision", "accuracy", "change, points", "p", "flips", "all flips"]
-    heads += ["kept", "lost", "gained", "wrong otherwise"]
+    heads += ["kept", "lost", "gained", "other wrong answer"]
     rows = []
     for row in table.iter_rows(named=True):
         flips, every, change = (_estimate(row, name) for name in ("flips", "all_flips", "change"))

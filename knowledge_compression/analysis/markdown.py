@@ -37,7 +37,7 @@ def findings(verdicts: Sequence[Verdict]) -> list[str]:
     rows = [_finding(verdict.claim, finding) for verdict in verdicts for finding in verdict.findings]
     heads = ["", "claim", "model", "suite", "effect, 95 %", "p (Holm)", "items", "seeds", "pairs of runs"]
     silent = sum(not verdict.findings for verdict in verdicts)
-    note = ["", f"{silent} of {len(verdicts)} claims have no runs in this store."] if silent else []
+    note = ["", f"Claims without runs in this store: {silent} of {len(verdicts)}."] if silent else []
     return [*table(heads, rows), *note] if rows else []
 
 

@@ -187,7 +187,7 @@ def fates_table(comparisons: Comparisons) -> PaperTable:
                 "recovery": recovery_name(run),
             }
             row |= {"seeds": told["seeds"], **dict(zip(FATES, map(_number, told["counts"]), strict=True))}
-            row |= {"wrong otherwise": _number(told["wrong_otherwise"])}
+            row |= {"other wrong answer": _number(told["wrong_otherwise"])}
             row |= {"lost_of_known": told["lost"], "gained_of_unknown": told["gained"]}
             row |= {"flips": told["flips"], "all_flips": told["all_flips"]}
             back = told["restored"] or [None] * len(RESTORED)

@@ -83,7 +83,7 @@ def test_without_the_answers_themselves_only_flips_are_known():
     group = compare([dense, small]).groups[0]
     row = shares_by_setting(group, [])[0]
     assert row["flips"].value == pytest.approx(2 / 3) and row["all_flips"] is row["wrong_otherwise"] is None
-    assert tables.fates_table(compare([dense, small])).rows[0]["wrong otherwise"] is None
+    assert tables.fates_table(compare([dense, small])).rows[0]["other wrong answer"] is None
 
 
 def test_ledger_table_and_markdown_tell_them():
@@ -92,7 +92,7 @@ def test_ledger_table_and_markdown_tell_them():
     row = shares_of_fates(comparisons.groups[0], small)[0]
     assert row["wrong_otherwise"] == 1 and row["flips"].value == pytest.approx(2 / 6)
     told = tables.fates_table(comparisons).rows[0]
-    assert told["wrong otherwise"] == "1" and told["all_flips"].value == pytest.approx(3 / 6)
+    assert told["other wrong answer"] == "1" and told["all_flips"].value == pytest.approx(3 / 6)
     heads, _, line = markdown.fates(comparisons)
     cells = dict(zip(heads.split(" | "), line.split(" | "), strict=True))
     assert cells["flips"].startswith("33.3 % [") and cells["all flips"].startswith("50.0 % [")

@@ -142,7 +142,7 @@ def test_in_a_browser_the_filters_change_the_chart_and_the_search_finds_a_fact(p
     page.fill("#fact-search", "")
     assert page.locator("#fact-change").is_disabled()
     page.select_option("#fact-changed-in", "ff0.6")
-    for kind, count in {"all flips": lost, "flips": lost, "lost": lost, "gained": 0, "wrong otherwise": 0}.items():
+    for kind, count in {"all flips": lost, "flips": lost, "lost": lost, "gained": 0, "other wrong answer": 0}.items():
         page.select_option("#fact-change", kind)
         until(page, "n => document.querySelector('#fact-count').innerText.startsWith(`${n} facts`)", int(count))
     page.check("#fact-runs label:has-text('ff') input >> nth=-1")

@@ -27,7 +27,7 @@ WAYS = dict.fromkeys(["prompt", "prefix", "idp", "concat"], "redirection") | {"l
 # The types of the weights and of the products in scoring, and those that each family is tried in by default. Narrower
 # weights are scored as they are.
 TYPES = [("float32", "model"), ("float32", "bfloat16"), ("float16", "model"), ("bfloat16", "model")]
-TYPES_ON = {"bert": TYPES[:1], "t5": TYPES[2:3], "llama": TYPES[:2], "mixtral": TYPES[3:]}
+TYPES_ON = {"bert": TYPES[:1], "t5": TYPES[2:3], "llama": TYPES[::3], "mixtral": TYPES[1:2]}
 
 
 @pytest.fixture(scope="module")

@@ -137,7 +137,7 @@ def test_every_shipped_preset_is_assembled_as_hydra_composes_it(preset: str, loa
     jobs = sweeper._jobs(list(config.hydra.overrides.task))
     assert len({tuple(job) for job in jobs}) == len(jobs)
     sweep = Sweep(loader, given, jobs)
-    for job in sweep.jobs[: 4 if EXHAUSTIVE else 2]:
+    for job in sweep.jobs[: 4 if EXHAUSTIVE else 1]:
         try:
             expected = sweep.by_hydra(job)
         except BadInput as error:  # an overlay of another preset lacks what that chooses

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from helpers import commands
-from helpers.places import CONF, PARTS, ROOT
+from helpers.places import CONF, EXHAUSTIVE, PARTS, ROOT
 from helpers.stores import made_run
 from knowledge_compression.errors import BadInput
 from knowledge_compression.results.store import RunStore
@@ -241,6 +241,7 @@ def test_the_status_of_a_sweep(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not EXHAUSTIVE, reason="test_kills.py kills a local sweep of real runs (KC_TEST_EXHAUSTIVE=1)")
 def test_a_local_sweep_of_real_runs_of_which_one_is_killed(tmp_path: Path, tiny_folder: Path) -> None:
     (tmp_path / "mishaps").mkdir()
     (tmp_path / "mishaps" / "compression-0.3").write_text("kill")

@@ -52,7 +52,7 @@ const roomy = (id, names) => {  // a chart as high as its legend needs, so that 
 const CONFIG = {displaylogo: false, responsive: true};  // its tool bar stands upright in the right margin, beside the legend
 const FACETS = ["model", "suite", "target", "compression", "recovery"];
 const WENT = {"to the end": "after the last block too", late: "within the last third of the blocks", early: "in the first two thirds", "never there": "nowhere"};
-const OTHERWISE = "of these wrong otherwise", CHANGED = ["lost, of the known", "gained, of the unknown", "flips", "all flips"];
+const OTHERWISE = "of these, another wrong answer", CHANGED = ["lost, of the known", "gained, of the unknown", "flips", "all flips"];
 const changed = row => [row.lost, row.gained, row.flips, row.all_flips].map(share => [interval(share), "number"]);
 const LINES = 16;  // in a chart before it is touched: with more, it starts with one model
 const BESIDE = 4;  // runs whose answers are shown side by side before others are chosen
@@ -262,11 +262,11 @@ const main = ({runs, varying, points, measured, fates, sure, names}, facts) => {
       ...(sure ? [[run.sure?.[i]?.toFixed(2) ?? "", "number"]] : []), [run.gold[i]?.toFixed(2) ?? "", "number"], [run.rank[i] ?? "", "number"], ...(far ? [[run.kl?.[i]?.toFixed(3) ?? "", "number"]] : []), ...(looked ? [(run.depths?.[i] ?? []).join(" ")] : [])]));
   };
   const KINDS = {
-    "all flips": (before, after, i) => before.right[i] !== after.right[i] || KINDS["wrong otherwise"](before, after, i),
+    "all flips": (before, after, i) => before.right[i] !== after.right[i] || KINDS["other wrong answer"](before, after, i),
     flips: (before, after, i) => before.right[i] !== after.right[i],
     lost: (before, after, i) => before.right[i] && !after.right[i],
     gained: (before, after, i) => !before.right[i] && after.right[i],
-    "wrong otherwise": (before, after, i) => !before.right[i] && !after.right[i] && before.said[i] !== after.said[i],
+    "other wrong answer": (before, after, i) => !before.right[i] && !after.right[i] && before.said[i] !== after.said[i],
   };
   const changedIn = at("fact-changed-in"), change = at("fact-change"), beside = at("fact-runs");
   change.append(...Object.keys(KINDS).map(kind => make("option", kind, {value: kind})));
@@ -285,7 +285,7 @@ const main = ({runs, varying, points, measured, fates, sure, names}, facts) => {
   };
   const answerOf = (group, id, i) => {
     const run = group.runs[id], before = group.runs[group.dense];
-    const became = before && id !== group.dense ? ["lost", "gained", "wrong otherwise"].find(kind => KINDS[kind](before, run, i)) : undefined;
+    const became = before && id !== group.dense ? ["lost", "gained", "other wrong answer"].find(kind => KINDS[kind](before, run, i)) : undefined;
     const node = make("span", null, {class: became ? "answer changed" : "answer"});
     node.append(make("span", called(id), {class: "soft"}), make("span", `${run.right[i] ? "✓" : "✗"} ${group.strings[run.said[i]]}`, {class: run.right[i] ? "right" : "wrong"}));
     if (became) node.append(make("b", became));

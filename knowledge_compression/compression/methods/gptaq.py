@@ -1,4 +1,4 @@
-"""GPTAQ: GPTQ whose target is the layer's output in the uncompressed network (Li et al. 2025, GPTQv2)."""
+"""GPTAQ: GPTQ towards the layer's output in the uncompressed network (Li et al. 2025, GPTQv2)."""
 
 from __future__ import annotations
 
