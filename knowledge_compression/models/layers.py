@@ -67,7 +67,7 @@ class TargetLayer:
         from knowledge_compression.models.replaced import ReplacedExperts
 
         module = self.module
-        held: Any = getattr(module, self.expert.parameter) if self.expert else module.weight
+        held = self._held(module)
         if self.expert and isinstance(held, ReplacedExperts):  # other experts of the bank have been replaced
             return held.get_submodule(str(self.expert.number)).weight.detach()  # type: ignore[operator]
         return self._part_of(held.data, module)
@@ -75,8 +75,11 @@ class TargetLayer:
     @property
     def parameter(self) -> nn.Parameter:
         """The network's parameter that holds the weight; the experts of a bank share one."""
-        held: nn.Parameter = getattr(self.module, self.expert.parameter) if self.expert else self.module.weight  # type: ignore[assignment]
+        held: nn.Parameter = self._held(self.module)
         return held
+
+    def _held(self, module: nn.Module) -> Any:
+        return getattr(module, self.expert.parameter) if self.expert else module.weight
 
     def part_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """This layer's ``[out_features, in_features]`` of a tensor of :attr:`parameter`'s shape, e.g. its gradient."""

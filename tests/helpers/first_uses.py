@@ -26,12 +26,7 @@ def _load_config(self: ConfigRepository, config_path: str) -> Any:
     return deepcopy(found)  # composing changes it
 
 
-def read_each_file_once() -> None:
-    """Let Hydra read a configuration file once a process, not anew for each of the hundreds of compositions."""
-    ConfigRepository.load_config = _load_config
-
-
-read_each_file_once()
+ConfigRepository.load_config = _load_config  # each file is read once, not anew for each of hundreds of compositions
 with initialize_config_dir(str(CONF), version_base="1.3"):
     compose("config")
 get_checkpoint_conversion_mapping("bert")  # compiles a thousand regular expressions

@@ -75,7 +75,8 @@ def command(tmp_path: Path, tiny_folder: Path) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["target=all"], ["-m", "target=all", "sparsity=0.2,0.4"]], ids=["run", "sweep"])
 def test_a_finished_run_is_shown_without_them(command: Any, tmp_path: Path, arguments: list[str]) -> None:
-    first, _ = command(*arguments, start=commands.run)
+    first, needed = command(*arguments, start=commands.run)
+    assert {"torch", "transformers", "polars"} <= set(needed)
     sweeps = sorted((tmp_path / "out").glob("sweeps/*"))
     again, taken = command(*arguments)
     assert taken == []
