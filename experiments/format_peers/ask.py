@@ -12,10 +12,11 @@ import numpy as np
 def answer(peer: str, logits: Callable[[Path, Any], Any], versions: Callable[[Path], str]) -> None:
     """Write logits and versions beside the files, or why they cannot be read."""
     for place in map(Path, sys.argv[1:]):
+        (place / f"{peer}.txt").write_text(versions(place / "model"))
         try:
             np.save(place / f"{peer}.npy", logits(place / "model", np.load(place / "ids.npy")))
-            (place / f"{peer}.txt").write_text(versions(place / "model"))
+            (place / f"{peer}.error").unlink(missing_ok=True)
         except Exception as error:  # one file that cannot be read leaves the others to be asked
             traceback.print_exc()
-            told = str(error).strip().splitlines() or [""]
-            (place / f"{peer}.error").write_text(f"{type(error).__name__}: {told[0][:200]}")
+            told = " ".join(str(error).split())  # some libraries give the reason after the first line
+            (place / f"{peer}.error").write_text(f"{type(error).__name__}: {told[:400]}")

@@ -3,9 +3,14 @@
     PYTHONPATH=tests python experiments/format_peers/study.py --environments DIR --outputs DIR --table
 
 makes the environments that are missing (GPTQModel brings its own torch, 6 GB in all; llama.cpp is compiled, which takes
-half an hour on one core), has `run.py` compress the whole of smollm2 and save it in every form, writes tiny networks of
-every architecture as GGUF, asks the peers for logits, and puts versions and differences into `docs/formats.md`. It ends
-with status 1 where a difference exceeds its bound. What is written or answered is not repeated. It is not run in CI.
+half an hour on one core; vLLM is its build for CPUs), has `run.py` compress the whole of smollm2 and save it in every
+form, writes tiny networks of every architecture as GGUF, asks the peers for logits, and puts versions and differences
+into `docs/formats.md`. It ends with status 1 where a difference exceeds its bound, or where a peer refuses a file for
+another reason than is known. What is written or answered is not repeated. It is not run in CI.
+
+    ... --peers vllm --only "compressed-tensors" --table
+
+asks one peer about some files, and renews their rows alone.
 """
 
 from __future__ import annotations
@@ -15,7 +20,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from as_peers import with_inputs_of_8_bits, with_sums_of_floats
+from forms import FILES, FLOATS, OWN, TABLE, Bound, Refused, Written
+from page import put
 
 import knowledge_compression as kc
 from knowledge_compression.compression.writing.writers import writer_of
@@ -34,100 +41,18 @@ from knowledge_compression.models.targets import linear_layers
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "formats.md"
-BEGIN, END = "<!-- peers: made by experiments/format_peers/study.py -->", "<!-- peers: end -->"
 TEXT = (
     "The capital of France is Paris, and the capital of Japan is Tokyo. Water boils at one hundred degrees. In 1969 "
     "two men walked on the moon; the third stayed in orbit. The author of Hamlet was born in Stratford, in England."
 )
 TEXTS = ("The capital of France is Paris, isn't it?", " two  spaces\tand a tab\n", "Zürich, São Paulo, 東京, 🙂")
 UNASKED = ("phi3",)  # llama.cpp takes tokens of its tokenizer for granted that the tiny one lacks
+TINY = "GGUF, F32, a tiny random {}"
 HEADINGS = (
     "| file | read by | KL, nats a token | largest difference of log-probabilities | first choice | token ids |",
     "|---|---|---|---|---|---|",
 )
 QUICK = ("eval=[atlas]", "eval.atlas.relations=[capital_of]")  # a run asks something
-# The largest mean divergence (KL, nats a token) of a peer's answers from ours that is accepted:
-EXACT = 1e-9  # where it multiplies as this program does
-HALF = 1e-4  # where it multiplies in float16
-TABLE = 1e-5  # where llama.cpp takes GELU from a table in float16
-ROUNDED = None  # where it rounds activations to 8 bits: twice what that rounding alone changes in our own answers
-SHORT = 1e-2  # where it multiplies in kernels that round (bitsandbytes on a CPU)
-
-
-@dataclass(frozen=True)
-class Written:
-    """A form of smollm2, and the peers that read it.
-
-    Attributes:
-        name: for the table.
-        form: as in `output.save_model`.
-        peers: which read it; each with the largest divergence that is accepted (:data:`ROUNDED`: see there).
-        choices: what is typed after `run.py`, besides the model and what is saved.
-        dtype: in which both programs multiply.
-        rounds_inputs: whether the run rounds inputs, which a file read here does not: the run itself is compared, its
-            sums taken of floats as the peer takes them.
-    """
-
-    name: str
-    form: str
-    peers: Mapping[str, float | None]
-    choices: str
-    dtype: str = "float32"
-    rounds_inputs: bool = False
-
-
-def integers(name: str, form: str, bits: int, peers: Mapping[str, float | None], **settings: Any) -> Written:
-    """Plain rounding with scales of 16 bits."""
-    chosen = {"bits": bits, "group_size": 64, "symmetric": True, "scale_bits": 16} | settings
-    typed = [f"compression.{key}={str(value).lower()}" for key, value in chosen.items()]
-    return Written(name, form, peers, " ".join(["compression=rtn", *typed]))
-
-
-def blocks(name: str, kind: str) -> Written:
-    """A type of llama.cpp."""
-    return Written(f"GGUF, {name}", "gguf", BY_LLAMA, f"compression=gguf compression.type={kind}")
-
-
-BY_GPTQMODEL, BY_TRANSFORMERS = {"gptqmodel": HALF}, {"transformers": EXACT}
-BY_LLAMA = BY_TRANSFORMERS | {"llama_cpp": ROUNDED}
-SELF = "corpus=self corpus.samples=16 corpus.length=128"
-AWQ = f"compression=awq compression.fold=true compression.group_size=64 {SELF}"
-DYNAMIC = "compression=int8_dynamic compression.granularity=per_channel compression.input_steps=127.5"
-SMOOTH = f"compression=smoothquant compression.fold=true compression.input_steps=127.5 {SELF}"
-COMPRESSED = "compressed-tensors"
-FILES = (
-    Written("AWQ, 4 bits", "awq", BY_GPTQMODEL, AWQ),
-    Written(f"{COMPRESSED}, AWQ, 4 bits, dequantize=True", COMPRESSED, BY_TRANSFORMERS, AWQ),
-    *(
-        Written(f"{COMPRESSED}, {name}", COMPRESSED, BY_TRANSFORMERS, choices, rounds_inputs=True)
-        for name, choices in (
-            ("int8", DYNAMIC),
-            ("int8, static inputs", f"compression=int8_static {SELF}"),
-            ("SmoothQuant", SMOOTH),
-            ("FP8, inputs too", "compression=fp8 compression.activations=true"),
-        )
-    ),
-    Written("bitsandbytes, NF4", "bitsandbytes", {"transformers": SHORT}, "compression=nf4"),
-    Written(f"{COMPRESSED}, FP8", COMPRESSED, BY_TRANSFORMERS, "compression=fp8"),
-    Written(f"{COMPRESSED}, MXFP4, both in bfloat16", COMPRESSED, BY_TRANSFORMERS, "compression=mxfp4", "bfloat16"),
-    Written(f"{COMPRESSED}, NVFP4, both in bfloat16", COMPRESSED, BY_TRANSFORMERS, "compression=nvfp4", "bfloat16"),
-    integers("GPTQ v1, 4 bits", "gptq", 4, BY_GPTQMODEL),
-    integers("GPTQ v2, 4 bits", "gptq", 4, BY_GPTQMODEL, symmetric=False),
-    integers("GPTQ v2, 3 bits", "gptq", 3, BY_GPTQMODEL, symmetric=False),
-    integers("GPTQ v1, 8 bits", "gptq", 8, BY_GPTQMODEL),
-    integers("AWQ's format, plainly rounded", "awq", 4, BY_GPTQMODEL, symmetric=False),
-    integers(f"{COMPRESSED}, 4 bits", COMPRESSED, 4, BY_TRANSFORMERS),
-    integers(f"{COMPRESSED}, 8 bits", COMPRESSED, 8, BY_TRANSFORMERS),
-    Written("GGUF, F32", "gguf-f32", BY_TRANSFORMERS | {"llama_cpp": EXACT}, "compression=none"),
-    Written("GGUF, F16", "gguf-f16", BY_TRANSFORMERS | {"llama_cpp": HALF}, "compression=none"),
-    integers("GGUF, Q4_0 with the codes of symmetric rounding", "gguf", 4, BY_LLAMA, group_size=32),
-    integers("GGUF, Q5_0 with the codes of asymmetric rounding", "gguf", 4, BY_LLAMA, symmetric=False),
-    blocks("MXFP4", "mxfp4"),
-    blocks("Q8_0", "q8_0"),
-    blocks("Q6_K, Q8_0 where 256 does not divide", "q6_k"),
-    blocks("Q4_K, Q5_0 where 256 does not divide", "q4_k"),
-    blocks("Q2_K, IQ4_NL where 256 does not divide", "q2_k"),
-)
 
 
 def main() -> int:
@@ -135,9 +60,9 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--environments", type=Path, required=True, help="a folder of one environment a peer")
     options.add_argument("--outputs", type=Path, required=True, help="a folder for the files that are written")
-    options.add_argument("--peers", default="gptqmodel,transformers,llama_cpp", help="which are asked")
+    options.add_argument("--peers", default="gptqmodel,transformers,llama_cpp,vllm", help="which are asked")
     options.add_argument("--only", default="", help="only files whose name contains this")
-    options.add_argument("--table", action="store_true", help="put the table into docs/formats.md")
+    options.add_argument("--table", action="store_true", help="put what was asked into the table of docs/formats.md")
     asked = options.parse_args()
     peers = asked.peers.split(",")
     for peer in peers:
@@ -149,17 +74,15 @@ def main() -> int:
         if places := [q.place for q in asking if q.peer == peer and not (q.place / asked_before).is_file()]:
             program = [asked.environments / peer / "bin" / "python", HERE / f"ask_{peer}.py", *places]
             subprocess.run(program, check=False, env=apart())
-    rows = [question.row() for question in asking]
-    table = [*HEADINGS, *(row for row, _ in rows)]
-    print("\n".join(table))
+    rows = {(question.name, question.peer): question.row() for question in asking}
+    print("\n".join([*HEADINGS, *(row for row, _ in rows.values())]))
     for question in asking:
-        if (question.place / "exact.npy").is_file():
-            apart_by = divergence_of(*(question.answer(name) for name in ("exact", "ours")))
+        if (question.place / "integers.npy").is_file():
+            apart_by = divergence_of(*(question.answer(name) for name in ("integers", FLOATS)))
             print(f"{question.name}: sums of whole numbers give other answers than sums of floats, KL {apart_by:.1e}")
     if asked.table:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text("\n".join([before + BEGIN, "", *table, "", END + rest.partition(END)[2].rstrip("\n"), ""]))
-    return int(not all(good for _, good in rows))
+        put(PAGE, HEADINGS, {key: row for key, (row, _) in rows.items()}, list(everything()))
+    return int(not all(good for _, good in rows.values()))
 
 
 def apart() -> dict[str, str]:
@@ -169,7 +92,11 @@ def apart() -> dict[str, str]:
 
 
 def environment(place: Path, peer: str) -> None:
-    """Make a peer's environment where it is missing."""
+    """Make a peer's environment where it is missing.
+
+    vLLM's build for CPUs wants torch's, which PyPI lacks: where pip and uv are not told of an index that has it, set
+    `UV_EXTRA_INDEX_URL` and `UV_INDEX_STRATEGY=unsafe-best-match`.
+    """
     if (place / ".complete").is_file():
         return
     subprocess.run([sys.executable, "-m", "venv", place], check=True)
@@ -179,7 +106,15 @@ def environment(place: Path, peer: str) -> None:
         first = [line for line in needs.read_text().split() if line.startswith("torch")]
         subprocess.run([*pip, "setuptools", "wheel", "numpy", *first], check=True)
         pip.append("--no-build-isolation")
-    subprocess.run([*pip, "-r", needs], check=True)
+    if peer == "vllm":  # pip takes over an hour to choose versions
+        subprocess.run([*pip, "uv"], check=True)
+        uv = [place / "bin" / "uv", "pip"]
+        python = ["--python", place / "bin" / "python"]
+        subprocess.run([*uv, "install", *python, "-r", needs], check=True)
+        # Of these PyPI has builds for CUDA alone, which break beside that torch; text needs none of them.
+        subprocess.run([*uv, "uninstall", *python, "torchvision", "torchaudio", "torchcodec"], check=True)
+    else:
+        subprocess.run([*pip, "-r", needs], check=True)
     (place / ".complete").touch()
 
 
@@ -191,26 +126,29 @@ class Question:
         name: for the table.
         peer: who.
         place: the folder of the file, which also has what is asked and answered.
-        bound: the largest divergence that is accepted, or :data:`ROUNDED`.
+        bound: the largest divergence that is accepted.
     """
 
     name: str
     peer: str
     place: Path
-    bound: float | None
+    bound: Bound
 
     def row(self) -> tuple[str, bool]:
         """A row of the table, and whether the difference is within its bound."""
+        versions = self.place / f"{self.peer}.txt"
+        start = f"| {self.name} | {versions.read_text() if versions.is_file() else self.peer} |"
         if (error := self.place / f"{self.peer}.error").is_file():
-            return (
-                f"| {self.name} | {self.peer} | not read: {error.read_text().replace(str(self.place), '...')} | | | |",
-                False,
-            )
-        if not (told := self.place / f"{self.peer}.txt").is_file():
-            return f"| {self.name} | {self.peer} | the peer ended without an answer | | | |", False
+            why = error.read_text().replace(str(self.place), "...").replace("|", "/")
+            known = isinstance(self.bound, Refused) and self.bound.reason in why
+            return f"{start} not read: {why} | | | |", known
+        if not (self.place / f"{self.peer}.npy").is_file():
+            return f"{start} the peer ended without an answer | | | |", False
         one, other = (self.answer(name) for name in ("ours", self.peer))
         divergence = divergence_of(one, other)
-        bound = 2 * divergence_of(one, self.answer("rounded")) if self.bound is None else self.bound
+        bound = self.bound if isinstance(self.bound, float) else 0.0  # none is accepted where a refusal is known
+        if isinstance(self.bound, str):
+            bound = 2 * divergence_of(one, self.answer(self.bound))
         largest, alike = float((one - other).abs().max()), float((one.argmax(-1) == other.argmax(-1)).double().mean())
         good, said = (
             divergence <= bound,
@@ -221,7 +159,7 @@ class Question:
             good, said = good and ids == read, f"{said} | {'equal' if ids == read else 'different'} |"
         else:
             said = f"{said} | |"
-        return f"| {self.name} | {told.read_text()} | {said}", good
+        return f"{start} {said}", good
 
     def answer(self, name: str) -> torch.Tensor:
         """Log-probabilities, float64 ``[texts, tokens, words]``."""
@@ -243,9 +181,10 @@ def of_smollm2(outputs: Path, wanted: Callable[[str, str], bool]) -> Iterator[Qu
     for written in FILES:
         place = outputs / "".join(letter if letter.isalnum() else "_" for letter in written.name)
         asking = [(peer, bound) for peer, bound in written.peers.items() if wanted(written.name, peer)]
-        if asking and not (place / "ours.npy").is_file():
+        if asking and not (place / "model").exists():
             store = outputs / "stores" / written.form  # a run has one saved model, whatever its form
-            typed = ["model=smollm2", "target=all", *written.choices.split(), *QUICK, f"output.dir={store}"]
+            chosen_layers = f"target={written.target}"
+            typed = ["model=smollm2", chosen_layers, *written.choices.split(), *QUICK, f"output.dir={store}"]
             program = [sys.executable, str(HERE.parents[1] / "run.py"), *typed, f"output.save_model={written.form}"]
             before = set(store.glob("runs/*/model"))
             subprocess.run(program, check=True)
@@ -253,6 +192,7 @@ def of_smollm2(outputs: Path, wanted: Callable[[str, str], bool]) -> Iterator[Qu
             place.mkdir(parents=True, exist_ok=True)
             (place / "model").unlink(missing_ok=True)
             (place / "model").symlink_to(saved.resolve())
+        if asking:
             ask(place, None, written)
         yield from (Question(written.name, peer, place, bound) for peer, bound in asking)
 
@@ -262,13 +202,21 @@ def of_architectures(outputs: Path, wanted: Callable[[str, str], bool]) -> Itera
     from helpers.gguf_tiny import WRITTEN, tiny
 
     for name in WRITTEN:
-        told = f"GGUF, F32, a tiny random {name}"
+        told = TINY.format(name)
         if name in UNASKED or not wanted(told, "llama_cpp") or (model := tiny(name)).network.config.is_encoder_decoder:
             continue  # llama-cpp-python evaluates decoders alone
         if not (outputs / name / "ours.npy").is_file():
             writer_of("gguf").write(model, outputs / name / "model")
             ask(outputs / name, np.random.default_rng(0).integers(3, 60, (2, 24)))
         yield Question(told, "llama_cpp", outputs / name, TABLE)
+
+
+def everything() -> Iterator[tuple[str, str]]:
+    """The rows that the table may have, in order: file and peer."""
+    from helpers.gguf_tiny import WRITTEN
+
+    yield from ((written.name, peer) for written in FILES for peer in written.peers)
+    yield from ((TINY.format(name), "llama_cpp") for name in WRITTEN)
 
 
 def ask(place: Path, ids: np.ndarray | None, written: Written | None = None) -> None:
@@ -279,18 +227,22 @@ def ask(place: Path, ids: np.ndarray | None, written: Written | None = None) -> 
         ids: token ids ``[texts, tokens]``; None for those of a text.
         written: what the file is, if it is one of smollm2.
     """
+    wanted = {"ours": written.sums if written else None}
+    if written:
+        wanted |= {bound: bound for bound in written.peers.values() if isinstance(bound, str)}
+        wanted |= {"integers": "integers", FLOATS: FLOATS} if written.sums == FLOATS else {}
+    wanted = {name: way for name, way in wanted.items() if not (place / f"{name}.npy").is_file()}
+    if not wanted:
+        return
     read = LocalModel("written", str(place / "model")).load("cpu", written.dtype if written else "float32")
     if ids is None:
         ids = np.array([read.tokenizer(TEXT)["input_ids"]], dtype=np.int64)
-    network = read.network
-    if written and written.rounds_inputs:
-        network = again(written, read).network
-        save(place / "exact.npy", network, ids)
-        with_sums_of_floats(network)
-    save(place / "ours.npy", network, ids)
-    if written and ROUNDED in written.peers.values():
-        with_inputs_of_8_bits(network)
-        save(place / "rounded.npy", network, ids)
+    network = again(written, read).network if written and written.sums else read.network
+    for name, way in wanted.items():
+        asked = deepcopy(network)
+        if way:
+            OWN[way](asked)
+        save(place / f"{name}.npy", asked, ids)
     np.save(place / "ids.npy", ids)
     texts = TEXTS if read.network.config.vocab_size > 1000 else ("abc dead beef", "zebra")
     (place / "texts.json").write_text(json.dumps(texts))

@@ -13,7 +13,8 @@ import json
 import subprocess
 from pathlib import Path
 
-from study import HALF, HEADINGS, HERE, Question, apart, ask, environment
+from forms import HALF
+from study import HEADINGS, HERE, Question, apart, ask, environment
 
 import knowledge_compression as kc
 from knowledge_compression.models.saving import save_checkpoint
