@@ -48,11 +48,10 @@ class Written:
         name: for the table.
         form: as in `output.save_model`.
         peers: which read it; each with the largest divergence that is accepted.
-        choices: what is typed after `run.py`, besides the model and what is saved.
+        choices: what is typed after `run.py`, besides the model, `target=all` and what is saved.
         dtype: in which both programs multiply.
         sums: set if the run rounds inputs, which a file read here does not. Then the run itself is compared, its sums
             taken of `integers`, as this program and vLLM do, or of `floats`, as compressed-tensors does.
-        target: which layers are compressed.
     """
 
     name: str
@@ -61,14 +60,15 @@ class Written:
     choices: str
     dtype: str = "float32"
     sums: str | None = None
-    target: str = "all"
 
 
-def integers(name: str, form: str, bits: int, peers: Mapping[str, Bound], **settings: Any) -> Written:
+def integers(
+    name: str, form: str, bits: int, peers: Mapping[str, Bound], target: str = "target=all", **settings: Any
+) -> Written:
     """Plain rounding with scales of 16 bits."""
     chosen = {"bits": bits, "group_size": 64, "symmetric": True, "scale_bits": 16} | settings
     typed = [f"compression.{key}={str(value).lower()}" for key, value in chosen.items()]
-    return Written(name, form, peers, " ".join(["compression=rtn", *typed]))
+    return Written(name, form, peers, " ".join(["compression=rtn", *typed, target]))
 
 
 def blocks(name: str, kind: str) -> Written:
@@ -86,6 +86,7 @@ AWQ = f"compression=awq compression.fold=true compression.group_size=64 {SELF}"
 DYNAMIC = "compression=int8_dynamic compression.granularity=per_channel"
 SMOOTH = f"compression=smoothquant compression.fold=true {SELF}"
 STEPS = "compression.input_steps=127.5"
+FIRST = "target=all target.blocks=[0]"
 COMPRESSED = "compressed-tensors"
 FILES = (
     Written("AWQ, 4 bits", "awq", BY_GPTQMODEL | BY_VLLM, AWQ),
@@ -101,7 +102,11 @@ FILES = (
     ),
     *(
         Written(f"{COMPRESSED}, {name}, steps of 127", COMPRESSED, {"vllm": FLOATS}, choices, sums="integers")
-        for name, choices in (("int8", DYNAMIC), ("SmoothQuant", SMOOTH))
+        for name, choices in (
+            ("int8", DYNAMIC),
+            ("SmoothQuant", SMOOTH),
+            ("int8, the first block alone", f"{DYNAMIC} {FIRST}"),
+        )
     ),
     Written("bitsandbytes, NF4", "bitsandbytes", {"transformers": SHORT}, "compression=nf4"),
     Written(f"{COMPRESSED}, FP8", COMPRESSED, BY_TRANSFORMERS | NO_CPU_KERNEL, "compression=fp8"),
@@ -112,11 +117,16 @@ FILES = (
     integers("GPTQ v1, 4 bits", "gptq", 4, BY_GPTQMODEL | BY_VLLM),
     integers("GPTQ v2, 4 bits", "gptq", 4, BY_GPTQMODEL | NO_SUCH_GPTQ, symmetric=False),
     integers("GPTQ v2, 3 bits", "gptq", 3, BY_GPTQMODEL | NO_SUCH_GPTQ, symmetric=False),
-    integers("GPTQ v1, 8 bits", "gptq", 8, BY_GPTQMODEL | NO_CPU_KERNEL),
+    integers("GPTQ v1, 8 bits", "gptq", 8, BY_GPTQMODEL | {"vllm": Refused("Marlin does not support weight_bits")}),
     integers("AWQ's format, plainly rounded", "awq", 4, BY_GPTQMODEL | BY_VLLM, symmetric=False),
     integers(f"{COMPRESSED}, 4 bits", COMPRESSED, 4, BY_TRANSFORMERS | BY_VLLM),
     integers(f"{COMPRESSED}, 4 bits, asymmetric", COMPRESSED, 4, BY_VLLM, symmetric=False),
     integers(f"{COMPRESSED}, 8 bits", COMPRESSED, 8, BY_TRANSFORMERS | NO_CPU_KERNEL),
+    *(
+        integers(f"{name}, 4 bits, {layers}", form, 4, BY_VLLM, target)
+        for name, form in (("GPTQ v1", "gptq"), (COMPRESSED, COMPRESSED))
+        for layers, target in (("attention alone", "target=att"), ("the final layer too", "target=overall"))
+    ),
     Written("GGUF, F32", "gguf-f32", BY_TRANSFORMERS | {"llama_cpp": EXACT}, "compression=none"),
     Written("GGUF, F16", "gguf-f16", BY_TRANSFORMERS | {"llama_cpp": HALF}, "compression=none"),
     integers("GGUF, Q4_0 with the codes of symmetric rounding", "gguf", 4, BY_LLAMA, group_size=32),
@@ -127,3 +137,11 @@ FILES = (
     blocks("Q4_K, Q5_0 where 256 does not divide", "q4_k"),
     blocks("Q2_K, IQ4_NL where 256 does not divide", "q2_k"),
 )
+MIXTURES = {  # a tiny random Mixtral: form, target, and whether vLLM reads it
+    f"{name}, 4 bits, a tiny random mixtral, {layers}": (form, target, {"vllm": bound})
+    for name, form in (("GPTQ v1", "gptq"), (COMPRESSED, COMPRESSED))
+    for layers, target, bound in (
+        ("attention alone", "att", FLOAT16),
+        ("experts too", "all", Refused("No WNA16 MoE backend")),
+    )
+}

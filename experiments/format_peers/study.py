@@ -20,7 +20,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from forms import FILES, FLOATS, OWN, TABLE, Bound, Refused, Written
+from forms import FILES, FLOATS, MIXTURES, OWN, TABLE, Bound, Refused, Written
 from page import put
 
 import knowledge_compression as kc
@@ -68,7 +68,8 @@ def main() -> int:
     for peer in peers:
         environment(asked.environments / peer, peer)
     wanted = partial(chosen, asked.only, peers)
-    asking = [*of_smollm2(asked.outputs, wanted), *of_architectures(asked.outputs / "architectures", wanted)]
+    asking = [*of_smollm2(asked.outputs, wanted), *of_mixtures(asked.outputs / "mixtures", wanted)]
+    asking += of_architectures(asked.outputs / "architectures", wanted)
     for peer in peers:
         asked_before = f"{peer}.npy"  # what is answered is not asked again
         if places := [q.place for q in asking if q.peer == peer and not (q.place / asked_before).is_file()]:
@@ -92,11 +93,7 @@ def apart() -> dict[str, str]:
 
 
 def environment(place: Path, peer: str) -> None:
-    """Make a peer's environment where it is missing.
-
-    vLLM's build for CPUs wants torch's, which PyPI lacks: where pip and uv are not told of an index that has it, set
-    `UV_EXTRA_INDEX_URL` and `UV_INDEX_STRATEGY=unsafe-best-match`.
-    """
+    """Make a peer's environment where it is missing."""
     if (place / ".complete").is_file():
         return
     subprocess.run([sys.executable, "-m", "venv", place], check=True)
@@ -108,10 +105,13 @@ def environment(place: Path, peer: str) -> None:
         pip.append("--no-build-isolation")
     if peer == "vllm":  # pip takes over an hour to choose versions
         subprocess.run([*pip, "uv"], check=True)
-        uv = [place / "bin" / "uv", "pip"]
-        python = ["--python", place / "bin" / "python"]
-        subprocess.run([*uv, "install", *python, "-r", needs], check=True)
-        # Of these PyPI has builds for CUDA alone, which break beside that torch; text needs none of them.
+        uv, python = [place / "bin" / "uv", "pip"], ["--python", place / "bin" / "python"]
+        # PyPI lacks torch's build for CPUs. It has these three for CUDA alone, which breaks beside it; text needs none.
+        indexes = {
+            "UV_EXTRA_INDEX_URL": "https://download.pytorch.org/whl/cpu",
+            "UV_INDEX_STRATEGY": "unsafe-best-match",
+        }
+        subprocess.run([*uv, "install", *python, "-r", needs], check=True, env=indexes | os.environ)
         subprocess.run([*uv, "uninstall", *python, "torchvision", "torchaudio", "torchcodec"], check=True)
     else:
         subprocess.run([*pip, "-r", needs], check=True)
@@ -183,8 +183,8 @@ def of_smollm2(outputs: Path, wanted: Callable[[str, str], bool]) -> Iterator[Qu
         asking = [(peer, bound) for peer, bound in written.peers.items() if wanted(written.name, peer)]
         if asking and not (place / "model").exists():
             store = outputs / "stores" / written.form  # a run has one saved model, whatever its form
-            chosen_layers = f"target={written.target}"
-            typed = ["model=smollm2", chosen_layers, *written.choices.split(), *QUICK, f"output.dir={store}"]
+            layers = [] if "target=" in written.choices else ["target=all"]
+            typed = ["model=smollm2", *layers, *written.choices.split(), *QUICK, f"output.dir={store}"]
             program = [sys.executable, str(HERE.parents[1] / "run.py"), *typed, f"output.save_model={written.form}"]
             before = set(store.glob("runs/*/model"))
             subprocess.run(program, check=True)
@@ -193,8 +193,27 @@ def of_smollm2(outputs: Path, wanted: Callable[[str, str], bool]) -> Iterator[Qu
             (place / "model").unlink(missing_ok=True)
             (place / "model").symlink_to(saved.resolve())
         if asking:
-            ask(place, None, written)
+            answers = {bound for bound in written.peers.values() if isinstance(bound, str)}
+            ask(place, None, answers | ({"integers", FLOATS} if written.sums == FLOATS else set()), written)
         yield from (Question(written.name, peer, place, bound) for peer, bound in asking)
+
+
+def of_mixtures(outputs: Path, wanted: Callable[[str, str], bool]) -> Iterator[Question]:
+    """Round a tiny mixture, whose width and heads are such as vLLM's kernels for CPUs take."""
+    from helpers.gguf_tiny import tiny
+
+    for name, (form, target, peers) in MIXTURES.items():
+        place = outputs / f"{form}_{target}"
+        asking = [(peer, bound) for peer, bound in peers.items() if wanted(name, peer)]
+        if asking and not (place / "model").exists():
+            model = tiny("mixtral", hidden_size=128, intermediate_size=128, head_dim=32)
+            way = kc.choose("compression=rtn", bits=4, group_size=32, symmetric=True, scale_bits=16)
+            kc.compress(model, way, kc.choose(f"target={target}"))
+            writer_of(form).write(model, place / "model")
+        if asking:
+            answers = {bound for bound in peers.values() if isinstance(bound, str)}
+            ask(place, np.random.default_rng(0).integers(3, 60, (2, 24)), answers)
+        yield from (Question(name, peer, place, bound) for peer, bound in asking)
 
 
 def of_architectures(outputs: Path, wanted: Callable[[str, str], bool]) -> Iterator[Question]:
@@ -216,21 +235,20 @@ def everything() -> Iterator[tuple[str, str]]:
     from helpers.gguf_tiny import WRITTEN
 
     yield from ((written.name, peer) for written in FILES for peer in written.peers)
+    yield from ((name, peer) for name, (_, _, peers) in MIXTURES.items() for peer in peers)
     yield from ((TINY.format(name), "llama_cpp") for name in WRITTEN)
 
 
-def ask(place: Path, ids: np.ndarray | None, written: Written | None = None) -> None:
+def ask(place: Path, ids: np.ndarray | None, more: Collection[str] = (), written: Written | None = None) -> None:
     """Put beside a file what its readers are asked, and what this program answers.
 
     Args:
         place: the folder of the file.
         ids: token ids ``[texts, tokens]``; None for those of a text.
+        more: names of further answers.
         written: what the file is, if it is one of smollm2.
     """
-    wanted = {"ours": written.sums if written else None}
-    if written:
-        wanted |= {bound: bound for bound in written.peers.values() if isinstance(bound, str)}
-        wanted |= {"integers": "integers", FLOATS: FLOATS} if written.sums == FLOATS else {}
+    wanted = {"ours": written.sums if written else None} | {name: name for name in more}
     wanted = {name: way for name, way in wanted.items() if not (place / f"{name}.npy").is_file()}
     if not wanted:
         return
@@ -262,15 +280,16 @@ def again(written: Written, read: Model) -> Model:
     Raises:
         SystemExit: its weights are not those of the file, so that it is not the model of the run.
     """
-    settings: dict[str, dict[str, Any]] = {"compression": {}, "corpus": {}}
+    settings: dict[str, dict[str, Any]] = {"compression": {}, "corpus": {}, "target": {}}
     for typed in written.choices.split():
         key, _, value = typed.partition("=")
         group, _, name = key.partition(".")
         settings[group][name] = yaml.safe_load(value)
-    method, text = (settings[group] for group in ("compression", "corpus"))
+    method, text, layers = (settings[group] for group in ("compression", "corpus", "target"))
+    target = kc.choose(f"target={layers.pop('', 'all')}", **layers)
     model = kc.load("smollm2", device="cpu")
     corpus = kc.choose(f"corpus={text.pop('')}", **text) if text else None
-    kc.compress(model, kc.choose(f"compression={method.pop('')}", **method), kc.choose("target=all"), corpus)
+    kc.compress(model, kc.choose(f"compression={method.pop('')}", **method), target, corpus)
     for layer in linear_layers(model):
         if not torch.equal(layer.weight, dict(read.network.named_modules())[layer.path].weight):
             raise SystemExit(f"{written.name}: {layer.path} of the file is not that of the same compression")

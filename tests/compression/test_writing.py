@@ -370,6 +370,26 @@ def test_experts_are_stored_one_by_one_under_the_names_of_other_programs(
     assert back.on_disk is not None and back.on_disk.format == form
 
 
+@pytest.mark.parametrize("form", ["gptq", "awq", "compressed-tensors"])
+def test_experts_and_routers_left_alone_are_named_as_other_programs_look_for_them(
+    form: str, tiny_tokenizer: object, tmp_path: Path
+) -> None:
+    """vLLM 0.32 looks for `experts` (GPTQ, AWQ) or `experts.0.w1` (compressed-tensors), by the names in the files."""
+    model = mixture("mixtral", tiny_tokenizer)
+    Rtn(bits=4, symmetric=True, group_size=32, scale_bits=16).compress(
+        model, Target("att", ["decoder_self_att"]).select(model), None
+    )
+    WRITERS[form].write(model, tmp_path / "written")
+    settings = json.loads((tmp_path / "written" / "config.json").read_text())["quantization_config"]
+    left = settings.get("ignore", settings.get("modules_to_not_convert")) or settings.get("dynamic", {})
+    for block in (0, 1):
+        path = f"model.layers.{block}.block_sparse_moe"
+        experts = [f"{path}.experts.{number}.{name}" for number in range(4) for name in ("w1", "w2", "w3")]
+        for wanted in (*experts, f"{path}.experts", f"{path}.gate"):
+            assert (f"-:^{wanted}$".replace(".", r"\.") if form == "gptq" else wanted) in left
+    assert not any("self_attn" in one for one in left)
+
+
 @pytest.mark.parametrize("architecture", ["gpt_oss", "granitemoe"])
 def test_experts_that_files_hold_in_one_tensor_are_refused(architecture: str, tiny_tokenizer: object) -> None:
     model = Model(build_network(architecture), tiny_tokenizer, architecture)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.solve.coding import INT8, CodedWeight, Coding
 from knowledge_compression.compression.solve.grid import quantized_weight
 from knowledge_compression.compression.writing.base import Writer
-from knowledge_compression.compression.writing.places import Place, places_of
+from knowledge_compression.compression.writing.places import Place, places_of, stored_names
 from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import torch
 from knowledge_compression.models import Model, TargetLayer, Targets
@@ -115,7 +115,7 @@ class LayerWriter(Writer):
         if not weights:
             raise BadInput(f"{model.name} has no layer whose weights come from codes, and {self.name} holds codes")
         banks = {layer.weight_name for layer in weights}  # possibly only a part of it is coded
-        places = places_of(layer for layer in layers if layer.weight_name in banks or layer.expert is None)
+        places = places_of(layers)
         for layer, weight in weights.items():
             if why := self._unfit(weight.coding, layer, places[layer]):
                 raise BadInput(f"{model.name} cannot be saved as {self.name}: {why}")
@@ -143,12 +143,22 @@ class LayerWriter(Writer):
 def _left(
     model: Model, layers: Sequence[TargetLayer], places: Mapping[TargetLayer, Sequence[Place]], coded: set[str]
 ) -> dict[str, str | None]:
-    """The paths of matrices that are not coded, and their roles."""
+    """The paths of matrices that are not coded, and their roles: those in the files, and those in the network.
+
+    Experts are named one by one, and where none of them is coded, together too: vLLM has one module for all, which it
+    looks up by either name.
+    """
     roles = {layer.path: layer.role for layer in layers if layer.expert is None}
     experts = {layer.path for layer in layers if layer.expert}
     linears = [path for path, part in model.network.named_modules() if is_linear(part) and path not in experts]
     left: dict[str, str | None] = {path: roles.get(path) for path in dict.fromkeys([*linears, *roles])}
+    left |= {name: role for path, role in left.items() for name in stored_names(model.network, path)}
     left |= {place.path: place.role for parts in places.values() for place in parts}
+    for layer, parts in places.items():
+        if layer.expert:
+            together = parts[0].path.rsplit(".", 2)[0] if parts else layer.weight_name.rsplit(".", 1)[0]
+            if not any(path.startswith(f"{together}.") for path in coded):
+                left[together] = layer.role
     return {path: role for path, role in left.items() if path not in coded}
 
 

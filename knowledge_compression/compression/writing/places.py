@@ -66,6 +66,17 @@ def places_of(layers: Iterable[TargetLayer]) -> dict[TargetLayer, list[Place]]:
     return found
 
 
+def stored_names(network: nn.Module, path: str) -> list[str]:
+    """The paths in files of a layer with a weight: transformers saves Mixtral's ``mlp.gate`` by an older name, say."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    weight = getattr(network.get_submodule(path), "weight", None)
+    if weight is None:
+        return []
+    saved: Mapping[str, Tensor] = revert_weight_conversion(network, {f"{path}.weight": weight})
+    return [name.removesuffix(".weight") for name in saved if name.endswith(".weight")]
+
+
 def _matrices(layer: TargetLayer) -> Mapping[int, list[tuple[str, int, int]]]:
     """For each expert of a layer's bank, the paths of its matrices, the first row of each and the number of its rows.
 
