@@ -66,7 +66,7 @@ def places_of(layers: Iterable[TargetLayer]) -> dict[TargetLayer, list[Place]]:
     return found
 
 
-def stored_names(network: nn.Module, path: str) -> list[str]:
+def stored_names(network: Any, path: str) -> list[str]:
     """The paths in files of a layer with a weight: transformers saves Mixtral's ``mlp.gate`` by an older name, say."""
     from transformers.core_model_loading import revert_weight_conversion
 
