@@ -181,7 +181,7 @@ def put_together(settings: Mapping[str, Any], made_of: Callable[[str], Any], cho
         named = [choices.get(group, "") for group in ("compression", "allocation")]
         called[Allocated] = "+".join(filter(None, named))
     elif values.budget.bits is not None or values.budget.sparsity is not None:
-        raise BadInput("a budget needs an allocation; choose allocation=uniform, owl or sensitivity")
+        raise BadInput("a budget needs an allocation; choose allocation=uniform, owl, sensitivity or kl")
     return Experiment(
         source=made["model"],
         original=_original(getattr(made["model"], "dense", None)),

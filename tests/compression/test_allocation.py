@@ -13,11 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import entropy
 
 from helpers.experiments import made
 from helpers.networks import VOCABULARY, logits_of
 from knowledge_compression.compression.allocation import sensitivity
 from knowledge_compression.compression.allocation.allocated import Allocated
+from knowledge_compression.compression.allocation.kl import Kl, Noise
 from knowledge_compression.compression.allocation.owl import Owl
 from knowledge_compression.compression.allocation.sensitivity import Sensitivity
 from knowledge_compression.compression.allocation.uniform import Uniform
@@ -32,6 +34,7 @@ from knowledge_compression.compression.methods.rtn import Rtn
 from knowledge_compression.compression.methods.sparsegpt import SparseGpt
 from knowledge_compression.compression.methods.wanda import Wanda
 from knowledge_compression.compression.solve.knapsack import least_harm
+from knowledge_compression.compression.walk.passes import read_text
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.loading import LocalModel
@@ -112,7 +115,7 @@ def test_with_nothing_to_choose_it_is_the_method_itself(method: Any, tiny_model:
         assert torch.equal(logits_of(plain), logits_of(even))
 
 
-@pytest.mark.parametrize("allocation", [Owl, Sensitivity])
+@pytest.mark.parametrize("allocation", [Owl, Sensitivity, Kl])
 @pytest.mark.parametrize("method", [Magnitude(sparsity=0.1), SparseGpt(sparsity=0.1)])
 def test_a_budget_of_weights_is_met_to_the_weight(
     method: Any, allocation: Any, tiny_model: Callable[[str], Model]
@@ -126,7 +129,7 @@ def test_a_budget_of_weights_is_met_to_the_weight(
         assert report.allocation["values"].keys() == {layer.path for layer in report.layers}
 
 
-@pytest.mark.parametrize("allocation", [Owl, Sensitivity])
+@pytest.mark.parametrize("allocation", [Owl, Sensitivity, Kl])
 def test_a_budget_of_bits_is_kept_and_the_gap_told(allocation: Any, tiny_model: Callable[[str], Model]) -> None:
     model = tiny_model("llama")
     report = done(Gptq(group_size=8), allocation(bits=6.25), model)
@@ -158,6 +161,53 @@ def test_the_choice_is_that_of_least_measured_error(tiny_model: Callable[[str], 
         if sum(costs[path, b] for path, b in zip(errors, combination, strict=True)) <= budget
     )
     assert sum(errors[path][value] for path, value in told["values"].items()) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_the_choice_is_that_of_least_foretold_divergence(family: str, tiny_model: Callable[[str], Model]) -> None:
+    def loud() -> Model:  # as random networks are made, a layer hardly moves their answers
+        made = tiny_model(family)
+        for layer in ALL.select(made):
+            layer.weight.mul_(10)
+        return made
+
+    model = loud()
+    target = Target("att", ["encoder_att" if family == "bert" else "decoder_self_att"], blocks=[0])
+    allocation = Kl(bits=6.0, noise=0.05, windows=2)
+    before = logits_of(model)
+    told = Allocated(Rtn(), allocation).compress(model, target.select(model), TEXT).allocation
+    errors, factors = told["measured"]["errors"], told["measured"]["nats_by_error"]
+    fresh = loud()
+    layers = target.select(fresh)
+    dense = read_text(fresh, TEXT[:2]).detach().flatten(0, 1).double().softmax(-1).numpy()
+    for layer in layers:
+        seen: list[torch.Tensor] = []
+        hook = layer.module.register_forward_pre_hook(
+            lambda _, given, seen=seen: seen.append(given[0].detach().flatten(0, 1).double())
+        )
+        with torch.no_grad():
+            read_text(fresh, TEXT)
+            hook.remove()
+            weight = layer.weight.clone()
+            Noise(0.05).shrink(layer)
+            added = layer.weight - weight
+            noisy = read_text(fresh, TEXT[:2]).flatten(0, 1).double().softmax(-1).numpy()
+            layer.weight.copy_(weight)
+        assert float(added.square().mean() / weight.square().mean()) == pytest.approx(0.05**2, rel=0.3)
+        error = float((seen[0] @ added.double().T).square().sum() / (seen[0] @ weight.double().T).square().sum())
+        assert factors[layer.path] == pytest.approx(entropy(dense, noisy, axis=-1).mean() / error, rel=0.02)
+    costs = {(x.path, b): Rtn(bits=b).stored_bits(x) for x in layers for b in (2, 3, 4, 8)}
+    affordable = [
+        dict(zip(errors, combination, strict=True))
+        for combination in product((2, 3, 4, 8), repeat=len(errors))
+        if sum(costs[path, bits] for path, bits in zip(errors, combination, strict=True))
+        <= 6.0 * sum(layer.parameters for layer in layers)
+    ]
+    harms = [sum(factors[path] * errors[path][f"{bits}"] for path, bits in one.items()) for one in affordable]
+    chosen = {path: int(bits) for path, bits in told["values"].items()}
+    assert harms[affordable.index(chosen)] == pytest.approx(min(harms))
+    assert told["tokens"] == TEXT.numel() + (1 + len(layers)) * TEXT[:2].numel()
+    assert torch.equal(before, logits_of(fresh)) and not torch.equal(before, logits_of(model))
 
 
 def test_measured_errors_are_those_of_the_layers_outputs(tiny_model: Callable[[str], Model]) -> None:
@@ -212,13 +262,29 @@ def test_an_interrupted_search_goes_on_where_it_was(
     assert len(lines) == 14
     file.write_text("".join(lines[:9]) + lines[9][:20])  # killed while it wrote the tenth
     measured: list[str] = []
-    add = sensitivity._Kept.add
+    add = sensitivity.Kept.add
     monkeypatch.setattr(
-        sensitivity._Kept, "add", lambda self, path, errors: (measured.append(path), add(self, path, errors))[1]
+        sensitivity.Kept, "add", lambda self, path, errors: (measured.append(path), add(self, path, errors))[1]
     )
     again = done(Gptq(group_size=8), Sensitivity(bits=6.0), tiny_model("llama")).allocation
     assert len(measured) == 5 and again["values"] == whole["values"]
     assert again["measured"] == whole["measured"] and file.read_text() == "".join(lines)
+
+
+def test_an_interrupted_search_by_divergence_goes_on_too(
+    tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    whole = done(Rtn(), Kl(bits=6.0), tiny_model("llama")).allocation
+    files = list(cache.glob("*.jsonl"))
+    assert len(files) == 2
+    for file in files:
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:9]))
+    noised: list[str] = []
+    shrink = Noise.shrink
+    monkeypatch.setattr(Noise, "shrink", lambda self, layer: (noised.append(layer.path), shrink(self, layer))[1])
+    again = done(Rtn(), Kl(bits=6.0), tiny_model("llama")).allocation
+    assert {key: again[key] for key in ("values", "measured")} == {key: whole[key] for key in ("values", "measured")}
+    assert sorted(noised) == sorted(list(whole["values"])[9:] * 2)  # once for the error, once for the divergence
 
 
 @pytest.mark.parametrize(
@@ -238,7 +304,7 @@ def test_budgets_that_cannot_be_met_are_one_line(
 ) -> None:
     model = tiny_model("llama")
     before = logits_of(model)
-    for kind in (Uniform, Owl, Sensitivity):
+    for kind in (Uniform, Owl, Sensitivity, Kl):
         with pytest.raises(BadInput, match=said):
             done(method, kind(**allocation), model)
     assert torch.equal(before, logits_of(model))

@@ -50,34 +50,49 @@ class Sensitivity(Allocation):
     ) -> Chosen:
         """Measure, then solve."""
         at = {_key(value): set_to(method, budget.kind, value) for value in self.options(budget)}
+        measured, tokens = self.measure(at, model, targets, calibration)
+        return Chosen(self.least(self.harms(measured), method, budget, targets), measured, tokens)
+
+    def measure(
+        self, at: Mapping[str, Method], model: Model, targets: Targets, calibration: LongTensor | None
+    ) -> tuple[dict[str, Any], int]:
+        """What the choice is based on, JSON-ready, and how many tokens were read for it.
+
+        Args:
+            at: the method with each value, by the value's name.
+            model, targets, calibration: as in :meth:`choose`.
+        """
         errors = measured_errors(at, model, targets, calibration)
-        tokens = 0 if calibration is None else calibration.numel()
-        values = self.least(errors, method, budget, targets)
-        return Chosen(values, {"errors": errors}, tokens)
+        return {"errors": errors}, 0 if calibration is None else calibration.numel()
+
+    def harms(self, measured: Mapping[str, Any]) -> Mapping[str, Mapping[str, float]]:
+        """What the sum over the layers is taken of: by layer, then by value."""
+        errors: Mapping[str, Mapping[str, float]] = measured["errors"]
+        return errors
 
     def least(
         self,
-        errors: Mapping[str, Mapping[str, float]],
+        harms: Mapping[str, Mapping[str, float]],
         method: Method,
         budget: Budget,
         targets: Sequence[TargetLayer],
     ) -> Mapping[str, float]:
-        """The values with the least total error.
+        """The values with the least total harm.
 
         Args:
-            errors: by layer, then by value.
+            harms: by layer, then by value.
             method, budget, targets: as in :meth:`choose`.
         """
         options = self.options(budget)
-        measured = [[errors[layer.path][_key(value)] for value in options] for layer in targets]
+        measured = [[harms[layer.path][_key(value)] for value in options] for layer in targets]
         if budget.kind == BITS:
-            harms = measured
+            choices = measured
         else:
             finer = np.unique(np.round(np.arange(options[0], options[-1] + 1e-9, _FINER), 6))
-            harms = [list(np.interp(finer, options, np.maximum.accumulate(of_layer))) for of_layer in measured]
+            choices = [list(np.interp(finer, options, np.maximum.accumulate(of_layer))) for of_layer in measured]
             options = [float(value) for value in finer]
         costs = [[self.cost(method, budget.kind, layer, value) for value in options] for layer in targets]
-        chosen = least_harm(harms, costs, budget.total)
+        chosen = least_harm(choices, costs, budget.total)
         if chosen is None:
             raise self.refuse(budget, method, targets)
         values = {layer.path: options[choice] for layer, choice in zip(targets, chosen, strict=True)}
@@ -105,10 +120,10 @@ def measured_errors(
     method = next(iter(at.values()))
     if method.modules:
         raise BadInput(
-            "allocation=sensitivity compresses layers and restores them, which is not possible with "
-            f"compression={method.name}"
+            "this allocation compresses layers and restores them, which is not possible with "
+            f"compression={method.name}; choose allocation=uniform"
         )
-    kept = _Kept.of([identity(one) for one in at.values()], model, calibration)
+    kept = Kept.of([identity(one) for one in at.values()], model, calibration)
     pending = [layer for layer in targets if layer.path not in kept.found]
     if pending:
         settings = method.walk if isinstance(method, Calibrated) else WalkSettings(true_sequential=True)
@@ -117,14 +132,25 @@ def measured_errors(
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """The measurements so far, in the cache."""
+class Kept:
+    """The measurements so far, in the cache.
+
+    Attributes:
+        file: where they are kept.
+        found: by layer path, then by what was measured.
+    """
 
     file: Path
     found: dict[str, dict[str, float]]
 
     @classmethod
-    def of(cls, what: Any, model: Model, calibration: LongTensor | None) -> _Kept:
+    def of(cls, what: Any, model: Model, calibration: LongTensor | None) -> Kept:
+        """Those of this model and text.
+
+        Args:
+            what: plain data on how they are measured.
+            model, calibration: as in :meth:`Compression.compress`.
+        """
         import hashlib
 
         sha = hashlib.sha256()
@@ -145,6 +171,7 @@ class _Kept:
         return cls(file, found)
 
     def add(self, path: str, errors: dict[str, float]) -> None:
+        """Keep those of one more layer, whole or not at all."""
         self.found[path] = errors
         self.file.parent.mkdir(parents=True, exist_ok=True)
         whole = "".join(json.dumps({one: values}) + "\n" for one, values in self.found.items())
