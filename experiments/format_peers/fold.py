@@ -4,12 +4,13 @@
 
 compresses the first blocks, calibrated on 16 x 128 tokens of WikiText-2's validation text, and reads 8 windows of 256
 tokens of its test text, with products in bfloat16. In between: nothing is moved, but heads that share values share
-their factors, as they must where `v_proj` takes them.
+their factors for the attention's output, as they must where `v_proj` takes them, or that layer has no factors at all.
 """
 
 import argparse
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,8 +22,15 @@ from knowledge_compression.compression.methods.awq import Awq, InputSizes
 HEADS, SHARING, SIZE = 9, 3, 64  # of smollm2: heads, heads that share values, channels of a head
 
 
-class SharedAwq(Awq):
-    """AWQ without folding, whose factors for the attention's output are those that grouped queries can share."""
+@dataclass(frozen=True)
+class Between(Awq):
+    """AWQ without folding, whose factors for the attention's output are those that grouped queries can share, or none.
+
+    Attributes:
+        shared: whether there are any.
+    """
+
+    shared: bool = True
 
     def solve(self, weight: torch.Tensor, statistics: InputSizes, heights: Sequence[int]) -> Solved:
         """The factors of `o_proj`, the only layer as wide as the model that reads alone, one for each channel of a
@@ -33,7 +41,7 @@ class SharedAwq(Awq):
             return solved
         channel = torch.arange(HEADS * SIZE)
         entry = channel // SIZE // SHARING * SIZE + channel % SIZE
-        factors = self.factors(weight, statistics.matrix, statistics.magnitudes, entry)[entry]
+        factors = self.factors(weight, statistics.matrix, statistics.magnitudes, entry)[entry] if self.shared else 1.0
         return Solved(
             weight=self.grid.nearest(weight * factors) / factors,
             plain=solved.plain,
@@ -53,7 +61,8 @@ def main() -> None:
     grid = {"bits": asked.bits, "group_size": 64}
     methods = {
         "not folded": Awq(**grid),
-        "not folded, heads share": SharedAwq(**grid),
+        "not folded, heads share": Between(**grid),
+        "not folded, no factors for o_proj": Between(**grid, shared=False),
         "folded": Awq(**grid, fold=True),
     }
     found = {}
