@@ -10,6 +10,7 @@ settings of both files are compared. Of the conversion, only the choice of a tok
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import subprocess
@@ -24,7 +25,7 @@ from gguf import GGUFReader
 from numpy.typing import NDArray
 
 CONVERT = """
-import logging, sys
+import json, logging, sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
 from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
@@ -35,12 +36,38 @@ for folder in map(Path, sys.argv[2:]):
         hparams = ModelBase.load_hparams(folder, False)
         kind = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
         kind.set_vocab, kind.no_mtp = lambda self: None, True
-        kind(folder, gguf.LlamaFileType.ALL_F32, folder / "theirs.gguf").write()
+        given = {}
+        if hparams["model_type"] == "nemotron_h":  # transformers adds the keys by which experts are recognised
+            given["hparams"] = json.loads((folder / "config.json").read_text())
+        kind(folder, gguf.LlamaFileType.ALL_F32, folder / "theirs.gguf", **given).write()
     except Exception as error:
         (folder / "refused").write_text(f"{type(error).__name__}: {error}")
 """
+# What published configurations say otherwise than those that transformers 5.23 writes; the conversion reads the former.
+KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
+PATTERN = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
+
+
+def as_published(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration in the words of published ones."""
+    kind = config["model_type"]
+    if kind == "granitemoehybrid":
+        config["layer_types"] = [KINDS[one] for one in config["layer_types"]]
+    if kind == "nemotron_h":
+        config["hybrid_override_pattern"] = "".join(PATTERN[one] for one in config.pop("layers_block_type"))
+        config["num_hidden_layers"] = len(config["hybrid_override_pattern"])
+        if "E" not in config["hybrid_override_pattern"]:
+            del config["num_experts_per_tok"], config["n_routed_experts"], config["n_group"], config["topk_group"]
+    return config
+
+
 # Settings that say nothing of the network, or that llama.cpp finds without being told.
 IGNORED = ("general.", "GGUF.", "tokenizer.", "vocab_size")
+
+# Settings of theirs that ours state otherwise on purpose, or lack: the longest text, for which theirs have 2^20 in
+# these, and parts that a network of attention only does not have.
+OTHERWISE = ("granitehybrid.context_length", "nemotron_h.context_length", "nemotron_h_moe.context_length")
+OTHERWISE += ("granite.ssm.", "granite.expert_shared_feed_forward_length")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder = folders[name] = Path(place) / f"{number:02d}"
             model = tiny(name)
             model.network.save_pretrained(folder)
+            config = folder / "config.json"
+            config.write_text(json.dumps(as_published(json.loads(config.read_text()))))
             model.tokenizer.save_pretrained(folder)
             save_gguf(model, folder / "ours")
         environment = os.environ | {"TQDM_DISABLE": "1"}
@@ -89,11 +118,12 @@ def compared(folder: Path) -> str:
         if sizes(mine[name]) != sizes(other[name]):
             wrong.append(f"tensor {name} has {mine[name].shape} in ours and {other[name].shape} in theirs")
         elif not np.array_equal(a := mine[name].ravel(), b := other[name].ravel()):
-            apart = max(apart, float(np.abs(a - b).max()))
-    if apart > 1e-6:
-        wrong.append(f"tensors differ by {apart:.2g}")
+            here = float(np.abs(a - b).max())
+            apart = max(apart, here)
+            if here > 1e-6:
+                wrong.append(f"tensor {name} differs by {here:.2g}")
     told, said = ({key: field.contents() for key, field in file.fields.items()} for file in (ours, theirs))
-    said = {key: value for key, value in said.items() if not any(part in key for part in IGNORED)}
+    said = {key: value for key, value in said.items() if not any(part in key for part in (*IGNORED, *OTHERWISE))}
     for key, value in said.items():
         if key not in told:
             wrong.append(f"{key}={value} is only in theirs")
@@ -114,6 +144,8 @@ def alike(one: object, other: object) -> bool:
     """Whether two settings are equal, as far as their types can hold them."""
     if isinstance(one, float | int) and isinstance(other, float | int):
         return bool(np.isclose(one, other, rtol=1e-6))
+    if isinstance(other, list) and not isinstance(one, list):  # of every block
+        return all(alike(one, part) for part in other)
     return one == other
 
 

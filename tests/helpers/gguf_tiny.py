@@ -149,6 +149,46 @@ FURTHER |= {
     "deepseek2 yarn": ("deepseek_v3", TINY | _LATENT | {"n_group": 2, "topk_group": 1, "rope_parameters": _YARN}),
     "deepseek2 without groups": ("deepseek_v2", TINY | _LATENT | {"rope_parameters": _YARN}),
 }
+_STATES = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 8}
+_HYBRID = TINY | _SCALES | _STATES | {"shared_intermediate_size": 48, "layer_types": ["mamba", "attention"]}
+_NO_EXPERTS = {"num_local_experts": 0, "num_experts_per_tok": 0, "intermediate_size": 48}
+_FACTORS = {"lm_head_multiplier": 0.5, "embedding_multiplier": 3.0, "key_multiplier": 0.7, "ssm_in_multiplier": 1.3}
+_FACTORS |= {"ssm_out_multiplier": 0.6, "attention_in_multiplier": 0.9, "attention_out_multiplier": 1.1}
+_FACTORS |= {"mlp_multipliers": [0.8, 1.2], "ssm_multipliers": [0.3, 0.5, 0.7, 1.1, 0.9]}
+_NEMOTRON = TINY | HEADS | {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2}
+_NEMOTRON |= {"chunk_size": 8}
+_EXPERTS_OF_NEMOTRON = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_EXPERTS_OF_NEMOTRON |= {"moe_shared_expert_intermediate_size": 48, "routed_scaling_factor": 1.5, "n_group": 2}
+_JAMBA = TINY | {"num_hidden_layers": 4, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 4}
+FURTHER |= {
+    "granitehybrid": ("granitemoehybrid", _HYBRID | _NO_EXPERTS),
+    "granitehybrid with experts": ("granitemoehybrid", _HYBRID | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granite of attention only": (
+        "granitemoehybrid",
+        _HYBRID | _NO_EXPERTS | {"layer_types": ["attention"] * 2, "position_embedding_type": "rope"},
+    ),
+    "falcon-h1": ("falcon_h1", TINY | HEADS | _STATES | _FACTORS | {"mamba_d_ssm": 128}),
+    "falcon-h1 with norms": (
+        "falcon_h1",
+        TINY
+        | HEADS
+        | _STATES
+        | {"mamba_d_ssm": 128, "mamba_rms_norm": True, "mamba_norm_before_gate": False, "tie_word_embeddings": True},
+    ),
+    "nemotron_h": ("nemotron_h", _NEMOTRON | {"layers_block_type": ["mamba", "attention", "mlp"]}),
+    "nemotron_h_moe": (
+        "nemotron_h",
+        _NEMOTRON | _EXPERTS_OF_NEMOTRON | {"layers_block_type": ["mamba", "attention", "moe"]},
+    ),
+    "nemotron_h_moe latent": (
+        "nemotron_h",
+        _NEMOTRON | _EXPERTS_OF_NEMOTRON | {"layers_block_type": ["mamba", "attention", "moe"], "moe_latent_size": 32},
+    ),
+    "jamba": (
+        "jamba",
+        _JAMBA | {"attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4},
+    ),
+}
 WRITTEN = ["llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "stablelm", "starcoder2", "nemotron", "gemma2", "gemma3"]
 WRITTEN += ["gpt2", "bloom", "mamba", "phi3", "falcon", *FURTHER]
 

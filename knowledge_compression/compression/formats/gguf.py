@@ -7,15 +7,13 @@ default in the narrowest floats that hold it exactly.
 
 from __future__ import annotations
 
-import inspect
 import logging
-import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,8 +24,6 @@ from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig, masking_utils
-from transformers import modeling_rope_utils as rope_utils
 
 from knowledge_compression.compression.formats.gguf_blocks import (
     FLOATS,
@@ -37,6 +33,7 @@ from knowledge_compression.compression.formats.gguf_blocks import (
     fitting,
     narrowest,
 )
+from knowledge_compression.compression.formats.gguf_expressed import check_expressed
 from knowledge_compression.compression.formats.gguf_mixtures import MixedModel
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
@@ -61,34 +58,6 @@ _ALWAYS_FLOAT32 = (
     *("ffn_gate_inp", "position_embd", "ssm_conv1d", "ssm_a", "ssm_d"),
     *("_norm", "attn_rel_b", "shortconv.conv", ".bias"),
 )
-
-# Attributes of a configuration on which no answer depends, or that follow from the file's vocabulary.
-_NO_MATTER = {
-    *(
-        "_name_or_path",
-        "_model_name_or_path",
-        "architectures",
-        "dtype",
-        "model_type",
-        "tie_word_embeddings",
-        "transformers_version",
-    ),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "use_cache", "initializer_range"),
-    *(
-        "num_mtp_layers",
-        "num_nextn_predict_layers",
-        "initializer_std",
-        "pretraining_tp",
-        "slow_but_exact",
-        "router_aux_loss_coef",
-        "output_router_logits",
-    ),
-    *("cache_implementation", "rescale_prenorm_residual", "residual_in_fp32", "use_mambapy", "max_window_layers"),
-}
-# Parts of settings of rotary embeddings: in a text all positions of a token are equal; "type" repeats "rope_type";
-# attention_factor was found to be the usual one.
-_NO_MATTER_INSIDE = ("mrope_section", "mrope_interleaved", "type", "attention_factor", "max_position_embeddings")
-_NO_MATTER_ANYWHERE = ("drop", "pdrop", "summary_", "time_step_")
 
 
 @dataclass(frozen=True)
@@ -153,6 +122,7 @@ class GgufModel:
         # A tied weight is listed once.
         weights = [name for name, _ in network.named_parameters()]
         weights += [name for name, value in network.named_buffers() if name in kept and value.is_floating_point()]
+        weights = [name for name in weights if self.architecture.number(name) is None]
         if nameless := [name for name in weights if name not in found]:
             raise BadInput(
                 f"output.save_model=gguf: {network.config.model_type} has {nameless[0]}, for which "
@@ -167,7 +137,7 @@ class GgufModel:
         return [_Part(name, Kind.F32, values.shape, partial(_as_is, values)) for name, values in found.items()]
 
     def write(
-        self, path: Path, parts: Sequence[_Part], kind: LlamaFileType | None
+        self, path: Path, parts: Sequence[_Part], kind: LlamaFileType | None, state: Mapping[str, Tensor]
     ) -> Iterator[tuple[_Part, Array, Array | None]]:
         """Write the file one tensor at a time, and yield each tensor once it is written."""
         writer = GGUFWriter(path, self.architecture.name)
@@ -178,7 +148,9 @@ class GgufModel:
             writer.add_file_type(kind)
         if any(part.kind not in FLOATS for part in parts):
             writer.add_quantization_version(GGML_QUANT_VERSION)
-        for key, value in self.architecture.values(self.model.network.config):
+        for key, value in chain(
+            self.architecture.values(self.model.network.config), _numbers(self.architecture, state)
+        ):
             if isinstance(value, bool):
                 writer.add_bool(key, value)
             elif isinstance(value, float):
@@ -208,33 +180,23 @@ class GgufModel:
         Raises:
             BadInput: a setting has no place in the file and is not the one that readers take for granted.
         """
-        config = self.model.network.config
         with TemporaryDirectory() as folder:
             brief = Path(folder) / FILE
             one = np.zeros(1, dtype=np.float32)
-            parts = [
-                _Part(name, Kind.F32, (1,), lambda: (one, None)) for names in self.names.values() for name in names
-            ]
+            names = dict.fromkeys(name for names in self.names.values() for name in names)
+            parts = [_Part(name, Kind.F32, (1,), lambda: (one, None)) for name in names]
             parts += self.further
-            for _ in self.write(brief, parts, LlamaFileType.ALL_F32):
+            for _ in self.write(brief, parts, LlamaFileType.ALL_F32, self.model.network.state_dict()):
                 pass
             read = GgufFile.at(brief)
             assert read is not None
-            told = read.configuration().to_dict()
+            told = read.configuration()
             if not read_alike(self.model.tokenizer, read.tokenizer()):
                 log.warning(
                     "the tokenizer that transformers makes of a GGUF file differs from that of %s for some texts",
                     self.model.name,
                 )
-        strange = _strange(self.model.network)
-        for name, value in config.to_dict().items():
-            if name in strange or not _matters(name) or name in self.architecture.covers:
-                continue
-            if not _alike(value, told.get(name)):
-                raise BadInput(
-                    f"output.save_model=gguf: {config.model_type} has {name}={value}, which a GGUF file cannot "
-                    f"express; its readers assume {told.get(name)}"
-                )
+        check_expressed(self.model.network, told, self.architecture.covers)
 
 
 def save_gguf(model: Model, folder: Path, kind: Kind | str | None = None) -> dict[str, Any]:
@@ -268,7 +230,7 @@ def save_gguf(model: Model, folder: Path, kind: Kind | str | None = None) -> dic
     scratch.mkdir(parents=True)
     parts += described.further
     rounded, lost, whole = 0, 0.0, 0.0
-    for part, stored, values in described.write(scratch / FILE, parts, _file_type(parts, kind)):
+    for part, stored, values in described.write(scratch / FILE, parts, _file_type(parts, kind), state):
         if values is not None:
             difference = dequantize(stored, part.kind) - values
             if bool(difference.any()):
@@ -290,6 +252,15 @@ def save_gguf(model: Model, folder: Path, kind: Kind | str | None = None) -> dic
     return told
 
 
+def _numbers(architecture: GgufArchitecture, state: Mapping[str, Tensor]) -> Iterator[tuple[str, list[float]]]:
+    """The settings that hold one number of each block; zeros of a skeleton, which has no weights."""
+    found: dict[str, list[float]] = {}
+    for name, value in state.items():
+        if (told := architecture.number(name)) is not None:
+            found.setdefault(told[0], []).append(0.0 if value.is_meta else float(value))
+    yield from found.items()
+
+
 def _parts(
     described: GgufModel,
     state: Mapping[str, Tensor],
@@ -300,6 +271,11 @@ def _parts(
     """The tensors of the file that hold one parameter."""
     config = described.model.network.config
     values, kept = _oriented(described.model, state, name), _kept(described.model, name)
+    if (place := described.architecture.place(name)) is not None:
+        if place:
+            return  # in the tensor of the first
+        there = [one for one, of in described.names.items() if of == tensors]
+        values, kept = torch.stack([_oriented(described.model, state, one) for one in there]), None
     for tensor in tensors:
         change = partial(described.architecture.changed, tensor, config=config)
         moved = described.architecture.change(tensor)
@@ -310,7 +286,8 @@ def _parts(
             make = partial(_moved, change, stored, bank=bank)
             yield _Part(tensor, kept[0].kind, shape, make)
             continue
-        kind = _kind_for(tensor, values, shape, asked)
+        exact = asked is not None or moved is None or moved.exact
+        kind = _kind_for(tensor, values if exact else _changed(change, values), shape, asked)
         yield _Part(tensor, kind, shape, partial(_made, change, values, kind, checks=asked is not None))
 
 
@@ -324,10 +301,14 @@ def _kind_for(tensor: str, values: Tensor, shape: tuple[int, ...], asked: Kind |
     return asked if asked in FLOATS else fitting(asked, shape[-1]) or Kind.F16
 
 
+def _changed(change: Callable[[Array], Array], values: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(change(values.detach().cpu().float().numpy())))
+
+
 def _made(change: Callable[[Array], Array], values: Tensor, kind: Kind, *, checks: bool) -> tuple[Array, Array | None]:
-    whole = np.ascontiguousarray(change(values.detach().cpu().float().numpy()))
-    stored = encoded(torch.from_numpy(whole), kind)
-    return stored, whole if checks and kind != Kind.F32 else None
+    whole = _changed(change, values)
+    stored = encoded(whole, kind)
+    return stored, whole.numpy() if checks and kind != Kind.F32 else None
 
 
 def _moved(change: Callable[[Array], Array], stored: Sequence[NDArray[np.uint8]], *, bank: bool) -> tuple[Array, None]:
@@ -362,28 +343,3 @@ def _file_type(parts: Sequence[_Part], asked: Kind | str | None) -> LlamaFileTyp
     most = sizes.most_common(1)[0][0].name if sizes else "F32"
     names = (f"{before}_{most}{after}" for before in ("ALL", "MOSTLY") for after in ("", "_S"))
     return next((LlamaFileType[name] for name in names if name in LlamaFileType.__members__), None)
-
-
-def _matters(name: str) -> bool:
-    return name not in _NO_MATTER and not any(part in name for part in _NO_MATTER_ANYWHERE)
-
-
-def _strange(network: Any) -> set[str]:
-    """Entries of a configuration that its class does not declare, and that no code of the network mentions.
-
-    Published configurations have many: settings of their training, or of programs of their authors.
-    """
-    kind = network.config.model_type
-    further = network.config.to_dict().keys() - AutoConfig.for_model(kind).to_dict().keys()
-    modules = {sys.modules[type(module).__module__] for module in network.modules()} | {masking_utils, rope_utils}
-    code = "\n".join(inspect.getsource(module) for module in modules if module.__name__.startswith("transformers."))
-    return {name for name in further if not re.search(rf"\b{re.escape(name)}\b", code)}
-
-
-def _alike(one: Any, other: Any) -> bool:
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        one, other = ({name: part for name, part in of.items() if name not in _NO_MATTER_INSIDE} for of in (one, other))
-        return one.keys() == other.keys() and all(_alike(value, other[name]) for name, value in one.items())
-    if isinstance(one, float) and isinstance(other, int | float):
-        return bool(np.isclose(one, other, rtol=1e-6))
-    return bool(one == other)

@@ -116,11 +116,16 @@ class GgufFile(Stored):
         if self._known is not None:
             _, known = self._known
             found = known.names(skeleton)
-            return {
+            weights = {
                 name: Later(partial(_decoded, name, [there[one] for one in of], known=known, skeleton=skeleton))
                 for name, of in found.items()
                 if all(one in there for one in of)
             }
+            stored = self._headers[0].settings
+            for name, shape in ((name, value.shape) for name, value in skeleton.state_dict().items()):
+                if (told := known.number(name)) is not None and told[0] in stored:
+                    weights[name] = Later(partial(_number, stored[told[0]], told[1], shape))
+            return weights
         return self._weights_by_transformers(skeleton)
 
     def _weights_by_transformers(self, skeleton: PreTrainedModel) -> dict[str, Later]:
@@ -270,9 +275,16 @@ def _decoded(
     """The weight that several tensors form."""
     values = [(tensor.name, dequantize(tensor.read(path), tensor.kind)) for tensor, path in of]
     whole = known.put_together(values, skeleton.config)
+    if (place := known.place(name)) is not None:
+        whole = whole[place]
     if is_turned(skeleton, name):
         whole = whole.swapaxes(-1, -2)
     return torch.from_numpy(np.require(whole, requirements=["C", "W", "O"]))
+
+
+def _number(values: Sequence[float] | float, block: int, shape: Sequence[int]) -> Tensor:
+    """A parameter of one number, of which a setting holds one for each block, or one for all."""
+    return torch.tensor(values[block] if isinstance(values, Sequence) else values, dtype=torch.float32).reshape(*shape)
 
 
 def _made(target: str, of: Sequence[tuple[GgufTensor, Path]], *, processor: Any, names: dict[str, str]) -> Tensor:

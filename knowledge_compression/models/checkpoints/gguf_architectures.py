@@ -27,7 +27,7 @@ _FURTHER_NAMES: Mapping[str, Sequence[str]] = {
         "blk.{}.ffn_gate_shexp.weight",
         "blk.{}.ffn_up_shexp.weight",
     ),
-    r".*layers\.(\d+)\.(?:linear_attn|mixer)\.dt_bias": ("blk.{}.ssm_dt.bias",),
+    r".*layers\.(\d+)\.(?:linear_attn|mixer|mamba)\.dt_bias": ("blk.{}.ssm_dt.bias",),
     r".*layers\.(\d+)\.\w+(?:\.gate|\.moe_statics|\.gate\.moe_statics)?\.(?:e_score_correction|expert)_bias": (
         "blk.{}.exp_probs_b.bias",
     ),
@@ -52,9 +52,15 @@ class GgufArchitecture:
         given: attributes that every file of this architecture implies.
         present: attributes that are true if the file has a tensor whose name contains the text; with three values: the
             text, and the attribute's value with and without such a tensor.
-        also: attributes that follow from those read.
+        also: attributes that follow from those read and the names of the file's tensors.
         marks: text in names of tensors or settings that distinguishes files of this model type from others with the
             same architecture; empty for the type without such names.
+        further: tensors of parameters that gguf's table lacks or names differently, as in :data:`_FURTHER_NAMES`.
+        stacked: parameters of which one tensor holds several: a pattern of their names, which tells the place of each,
+            and the tensor.
+        numbers: settings that hold one number of each block, and the ending of the parameter's name.
+        others: networks of the same model type that GGUF describes differently: whether a configuration is one of
+            them, and the description.
     """
 
     name: str
@@ -63,8 +69,12 @@ class GgufArchitecture:
     covers: frozenset[str] = frozenset()
     given: Mapping[str, Any] = field(default_factory=dict)
     present: Mapping[str, str | tuple[str, Any, Any]] = field(default_factory=dict)
-    also: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    also: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Any]] | None = None
     marks: str = ""
+    further: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    stacked: Mapping[str, str] = field(default_factory=dict)
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    others: Sequence[tuple[Callable[[Any], bool], GgufArchitecture]] = ()
 
     def values(self, config: Any) -> Iterator[tuple[str, Any]]:
         """Every key with its value."""
@@ -88,7 +98,18 @@ class GgufArchitecture:
         for attribute, means in self.present.items():
             part, there, missing = (means, True, False) if isinstance(means, str) else means
             found[attribute] = there if any(part in name for name in tensors) else missing
-        return found | dict(self.also(found) if self.also else {})
+        return found | dict(self.also(found, tensors) if self.also else {})
+
+    def number(self, name: str) -> tuple[str, int] | None:
+        """The setting that holds a parameter of one number, and the block's place in it; None for other parameters."""
+        key = next((key for key, ending in self.numbers.items() if name.endswith(ending)), None)
+        block = re.search(r"layers\.(\d+)\.", name)
+        return None if key is None or block is None else (f"{self.name}.{key}", int(block[1]))
+
+    def place(self, name: str) -> int | None:
+        """The place of a parameter in the tensor that holds several; None if it has a tensor of its own."""
+        found = next((match for form in self.stacked if (match := re.fullmatch(form, name))), None)
+        return None if found is None else int(found[1])
 
     def change(self, name: str) -> Change | None:
         """The change between a tensor of the file and the network's; None if they are equal."""
@@ -112,11 +133,12 @@ class GgufArchitecture:
         blocks = max(config.num_hidden_layers, getattr(config, "num_decoder_layers", None) or 0)
         table = get_tensor_name_map(kind, blocks)
         found: dict[str, Sequence[str]] = {}
+        forms: list[tuple[str, Sequence[str]]] = [(form, (tensor,)) for form, tensor in self.stacked.items()]
+        forms += [*self.further.items(), *_FURTHER_NAMES.items()]  # the first that matches applies
         for name in network.state_dict():
-            if further := next((n for form, n in _FURTHER_NAMES.items() if re.fullmatch(form, name)), None):
+            if further := next((n for form, n in forms if re.fullmatch(form, name)), None):
                 block = re.search(r"layers\.(\d+)\.", name)
-                assert block is not None
-                found[name] = tuple(one.format(block[1]) for one in further)
+                found[name] = tuple(one.format(block[1]) if block else one for one in further)
                 continue
             stem, ending = re.fullmatch(r"(.*?)(\.weight|\.bias)?", name).groups()  # type: ignore[union-attr]
             # Some files were converted from the inner network, without the head.
@@ -158,7 +180,7 @@ def architecture_for(config: Any) -> GgufArchitecture:
             f"output.save_model=gguf cannot write models of the type {config.model_type}; it writes "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
-    return found
+    return next((other for holds, other in found.others if holds(config)), found)
 
 
 def architecture_in(name: str, keys: Collection[str]) -> tuple[str, GgufArchitecture] | None:
@@ -170,7 +192,10 @@ def architecture_in(name: str, keys: Collection[str]) -> tuple[str, GgufArchitec
     """
     from knowledge_compression.models.checkpoints.gguf_families import ARCHITECTURES
 
-    there = [(kind, one) for kind, one in ARCHITECTURES.items() if one.name == name]
+    # Types of a single description come first: only these read a file of an architecture that several types share.
+    every = [(kind, one) for kind, one in ARCHITECTURES.items()]
+    every += [(kind, other) for kind, one in ARCHITECTURES.items() for _, other in one.others]
+    there = [(kind, one) for kind, one in every if one.name == name]
     marked = [pair for pair in there if pair[1].marks and any(pair[1].marks in key for key in keys)]
     plain = [pair for pair in there if not pair[1].marks]
     return next(iter(marked + plain), None)

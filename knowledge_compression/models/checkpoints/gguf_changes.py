@@ -29,12 +29,14 @@ class Change:
         store: converts the network's tensor to the file's.
         load: converts the file's tensor to the network's.
         rows: whether only whole rows are moved, which is then possible for encoded rows too.
+        exact: whether the file's values are the network's; otherwise they need more bits than these.
         join: makes one parameter of the results of ``load`` if several tensors form it; by default along the rows.
     """
 
     store: Function
     load: Function
     rows: bool = True
+    exact: bool = True
     join: Callable[[Sequence[Array]], Array] = _one_below_the_other
 
 
@@ -110,9 +112,24 @@ COLUMN = Change(lambda tensor, _: tensor[:, None], lambda tensor, _: tensor.resh
 NEGATIVE_EXPONENTIAL_COLUMN = Change(
     lambda tensor, _: -np.exp(tensor)[:, None], lambda tensor, _: np.log(-tensor.reshape(-1))
 )
-ROW_PER_GROUP = Change(lambda tensor, config: tensor.reshape(config.n_groups, -1), lambda tensor, _: tensor.reshape(-1))
 BANK_HALVES = {"ffn_gate_exps": half(0), "ffn_up_exps": half(1)}
 SHARED_HALVES = {"ffn_gate_shexp": half(0), "ffn_up_shexp": half(1)}
+
+
+def row_per_group(groups: str) -> Change:
+    """A vector, in the file a matrix with one row for each group."""
+    return Change(
+        lambda tensor, config: tensor.reshape(getattr(config, groups), -1), lambda tensor, _: tensor.reshape(-1)
+    )
+
+
+def scaled(factor: Callable[[Any], float | Sequence[float]]) -> Change:
+    """A matrix multiplied by a factor of the configuration, or each row by its own; a file's network has none left."""
+
+    def store(tensor: Array, config: Any) -> Array:
+        return np.asarray(tensor * np.asarray(factor(config), dtype=np.float32).reshape(-1, 1))
+
+    return Change(store, _same, rows=False, exact=False)
 
 
 def every_second(number: int, axis: int) -> Change:

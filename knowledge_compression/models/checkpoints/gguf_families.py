@@ -18,13 +18,15 @@ from knowledge_compression.models.checkpoints.gguf_changes import (
     NEGATIVE_EXPONENTIAL_COLUMN,
     PAIRED,
     PLUS_ONE,
-    ROW_PER_GROUP,
     SHARED_HALVES,
     UNCHANGED,
     WITHOUT_MIDDLE,
     of_each_group,
     of_each_kind,
+    row_per_group,
 )
+from knowledge_compression.models.checkpoints.gguf_further_hybrids import FURTHER_HYBRID
+from knowledge_compression.models.checkpoints.gguf_hybrid_families import HYBRID
 from knowledge_compression.models.checkpoints.gguf_newer_families import NEWER
 from knowledge_compression.models.checkpoints.gguf_settings import (
     COMMON,
@@ -34,6 +36,7 @@ from knowledge_compression.models.checkpoints.gguf_settings import (
     ROOT,
     ROTARY,
     SCALED_WIDTHS,
+    SCALES,
     WIDTHS,
     Setting,
     Settings,
@@ -46,12 +49,6 @@ from knowledge_compression.models.checkpoints.gguf_settings import (
 _MEAN: Settings = {"attention.layer_norm_epsilon": "layer_norm_eps"}
 _UNSCALED: Settings = {"rope.scaling.type": lambda config: "none"}
 _NORMS = {"norm.weight": PLUS_ONE}
-_SCALES: Settings = {
-    "attention.scale": "attention_multiplier",
-    "embedding_scale": "embedding_multiplier",
-    "residual_scale": "residual_multiplier",
-    "logit_scale": "logits_scaling",
-}
 _BIASES = {"attention_bias": "attn_q.bias"}
 
 
@@ -72,7 +69,7 @@ _MAMBAS: Settings = {
     "ssm.conv_kernel": "conv_kernel",
 }
 _LLAMA = GgufArchitecture("llama", {**COMMON, **ROTARY, **WIDTHS, **ROOT}, PAIRED)
-_GRANITE = GgufArchitecture("granite", {**COMMON, **ROTARY, **ROOT, **_SCALES}, PAIRED, present=_BIASES)
+_GRANITE = GgufArchitecture("granite", {**COMMON, **ROTARY, **ROOT, **SCALES}, PAIRED, present=_BIASES)
 
 _LLAMAS = {
     "llama": replace(_LLAMA, present={"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}),
@@ -321,7 +318,7 @@ _OLDER = {
             "vocab_size": "vocab_size",
         },
         {"ssm_a": NEGATIVE_EXPONENTIAL, "ssm_conv1d.weight": WITHOUT_MIDDLE},
-        frozenset({"expand", "max_position_embeddings"}),
+        frozenset({"expand", "max_position_embeddings", "time_step_min"}),
     ),
     "mamba2": GgufArchitecture(
         "mamba2",
@@ -342,10 +339,10 @@ _OLDER = {
             "ssm_dt": UNCHANGED,  # before ssm_d, which its name contains
             "ssm_d": COLUMN,
             "ssm_conv1d.weight": WITHOUT_MIDDLE,
-            "ssm_norm": ROW_PER_GROUP,
+            "ssm_norm": row_per_group("n_groups"),
         },
-        frozenset({"time_step_rank", "chunk_size"}),
-        also=lambda told: {"expand": told["num_heads"] * told["head_dim"] // told["hidden_size"]},
+        frozenset({"time_step_rank", "chunk_size", "time_step_min"}),
+        also=lambda told, _: {"expand": told["num_heads"] * told["head_dim"] // told["hidden_size"]},
     ),
 }
 
@@ -384,4 +381,6 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     **_OLDER,
     **_ENCODER_DECODERS,
     **NEWER,
+    **HYBRID,
+    **FURTHER_HYBRID,
 }

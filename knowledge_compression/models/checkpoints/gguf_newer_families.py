@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from knowledge_compression.models.checkpoints.gguf_settings import (
     only,
     rope,
     stretched_base,
+    without,
 )
 
 _SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's numbers for how a router's scores become weights
@@ -47,10 +48,6 @@ _ROUTED: Settings = {
     "expert_weights_scale": "routed_scaling_factor",
     "leading_dense_block_count": "first_k_dense_replace",
 }
-
-
-def _without(settings: Settings, *keys: str) -> Settings:
-    return {key: value for key, value in settings.items() if key not in keys}
 
 
 def _of_every_block(attribute: str) -> Callable[[Any], int]:
@@ -85,7 +82,7 @@ def _keys_of_blocks() -> Setting:
     return Setting("num_key_value_heads", store, load)
 
 
-def _blocks_of(keys: Mapping[str, Any]) -> Mapping[str, Any]:
+def _blocks_of(keys: Told, tensors: Collection[str]) -> Mapping[str, Any]:
     counts = keys["num_key_value_heads"]
     return {
         "num_key_value_heads": max(counts),
@@ -137,7 +134,7 @@ _SIGMOIDS: Settings = {
     "expert_weights_norm": "norm_topk_prob",
 }
 _LFM2: Settings = {
-    **_without(COMMON, "feed_forward_length", "attention.head_count_kv"),
+    **without(COMMON, "feed_forward_length", "attention.head_count_kv"),
     **ROTARY,
     "attention.head_count_kv": _keys_of_blocks(),
     "attention.layer_norm_rms_epsilon": "norm_eps",
@@ -146,7 +143,7 @@ _LFM2: Settings = {
 _DEEPSEEK = GgufArchitecture(
     "deepseek2",
     {
-        **_without(COMMON, "attention.head_count_kv"),
+        **without(COMMON, "attention.head_count_kv"),
         **ROTARY,
         **YARN,
         **ROOT,
@@ -170,7 +167,7 @@ _DEEPSEEK = GgufArchitecture(
     },
     {**BANK_HALVES, **LATENT},
     given={"q_lora_rank": None},
-    also=lambda told: {"num_key_value_heads": told["num_attention_heads"]},
+    also=lambda told, _: {"num_key_value_heads": told["num_attention_heads"]},
 )
 
 NEWER: Mapping[str, GgufArchitecture] = {
@@ -193,7 +190,7 @@ NEWER: Mapping[str, GgufArchitecture] = {
             ),
         },
         given={"sliding_window": None},
-        also=lambda told: (
+        also=lambda told, _: (
             {} if told["sliding_window"] else {"layer_types": ["full_attention"] * told["num_hidden_layers"]}
         ),
     ),

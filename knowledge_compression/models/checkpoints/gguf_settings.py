@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,11 @@ def stretched_base(config: Any) -> float:
     return float(told["rope_theta"] * constant ** (width / (width - 2)))
 
 
+def without(settings: Settings, *keys: str) -> Settings:
+    """The other settings."""
+    return {key: value for key, value in settings.items() if key not in keys}
+
+
 COMMON: Settings = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -183,6 +188,12 @@ YARN: Settings = {
     "rope.scaling.yarn_beta_slow": _yarn("beta_slow"),
     "rope.scaling.yarn_log_multiplier": _yarn("mscale_all_dim", 0.1),  # so that llama.cpp reads DeepSeek's
 }
+SCALES: Settings = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
 ROOT: Settings = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 EXPERTS: Settings = {
     "expert_count": "num_experts",
@@ -199,7 +210,7 @@ def falcon_keys(config: Any) -> int:
     return 1
 
 
-def falcon_generation(told: Mapping[str, Any]) -> Mapping[str, Any]:
+def falcon_generation(told: Told, tensors: Collection[str]) -> Mapping[str, Any]:
     """Falcon's attention of 7B or of 40B, from the number of keys and norms."""
     keys, norms = told.get("num_kv_heads", 1), told["num_ln_in_parallel_attn"]
     new = norms == 2 or keys not in (1, told["num_attention_heads"])
