@@ -189,6 +189,45 @@ FURTHER |= {
         _JAMBA | {"attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4},
     ),
 }
+_LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
+_PER_LAYER = {"vocab_size_per_layer_input": len(TOKENS), "sliding_window": 4}
+_LONG = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 8192}
+_GEMMA4 = TINY | HEADS | _LAYERS | _PER_LAYER | {"global_head_dim": 32}
+FURTHER |= {
+    "llama4": (
+        "llama4_text",
+        TINY
+        | HEADS
+        | {"num_hidden_layers": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "interleave_moe_layer_step": 2}
+        | {"intermediate_size_mlp": 48, "rope_parameters": _LONG | {"low_freq_factor": 1.0, "high_freq_factor": 1.0}},
+    ),
+    "apertus": (
+        "apertus",
+        TINY | HEADS | {"rope_parameters": _LONG | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+    ),
+    "gemma3n": (
+        "gemma3n_text",
+        TINY
+        | HEADS
+        | _PER_LAYER
+        | {"vocab_size_per_layer_input": len(TOKENS) - 3}
+        | {"num_hidden_layers": 22, "num_kv_shared_layers": 2, "activation_sparsity_pattern": None},
+    ),
+    "gemma4": ("gemma4_text", _GEMMA4 | {"hidden_size_per_layer_input": 8, "final_logit_softcapping": 30.0}),
+    "gemma4 with shared keys": (
+        "gemma4_text",
+        _GEMMA4
+        | _LAYERS
+        | {"num_hidden_layers": 4, "layer_types": _LAYERS["layer_types"] * 2, "num_kv_shared_layers": 2}
+        | {"use_double_wide_mlp": True, "hidden_size_per_layer_input": 8},
+    ),
+    "gemma4 with experts": (
+        "gemma4_text",
+        _GEMMA4
+        | {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+        | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    ),
+}
 WRITTEN = ["llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "stablelm", "starcoder2", "nemotron", "gemma2", "gemma3"]
 WRITTEN += ["gpt2", "bloom", "mamba", "phi3", "falcon", *FURTHER]
 

@@ -134,7 +134,8 @@ class GgufModel:
     def further(self) -> list[_Part]:
         """Tensors of the file that are not parameters of the network."""
         found = further_tensors(self.model.network.config)
-        return [_Part(name, Kind.F32, values.shape, partial(_as_is, values)) for name, values in found.items()]
+        kinds = {np.dtype(np.float32): Kind.F32, np.dtype(np.float16): Kind.F16}
+        return [_Part(name, kinds[one.dtype], one.shape, partial(_as_is, one)) for name, one in found.items()]
 
     def write(
         self, path: Path, parts: Sequence[_Part], kind: LlamaFileType | None, state: Mapping[str, Tensor]

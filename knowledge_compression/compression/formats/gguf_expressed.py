@@ -86,6 +86,8 @@ def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         one, other = ({name: part for name, part in of.items() if name not in _NO_MATTER_INSIDE} for of in (one, other))
         return one.keys() == other.keys() and all(_alike(value, other[name]) for name, value in one.items())
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(_alike(*pair) for pair in zip(one, other, strict=True))
     if isinstance(one, float) and isinstance(other, int | float):
         return bool(np.isclose(one, other, rtol=1e-6))
     return bool(one == other)

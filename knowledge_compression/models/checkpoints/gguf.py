@@ -284,7 +284,9 @@ def _decoded(
 
 def _number(values: Sequence[float] | float, block: int, shape: Sequence[int]) -> Tensor:
     """A parameter of one number, of which a setting holds one for each block, or one for all."""
-    return torch.tensor(values[block] if isinstance(values, Sequence) else values, dtype=torch.float32).reshape(*shape)
+    return torch.tensor(values[block] if isinstance(values, Sequence) else values, dtype=torch.float32).reshape(
+        tuple(shape)
+    )
 
 
 def _made(target: str, of: Sequence[tuple[GgufTensor, Path]], *, processor: Any, names: dict[str, str]) -> Tensor:

@@ -9,13 +9,20 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.checkpoints.gguf_changes import UNCHANGED, Array, Change
-from knowledge_compression.models.checkpoints.gguf_rope import FREQUENCIES, llama3_divisors
-from knowledge_compression.models.checkpoints.gguf_settings import FLOATS, Setting, Settings, rotated
+from knowledge_compression.models.checkpoints.gguf_rope import FREQUENCIES, llama3_divisors, proportional_divisors
+from knowledge_compression.models.checkpoints.gguf_settings import (
+    FLOATS,
+    Setting,
+    Settings,
+    of_attention,
+    rotated,
+)
 from knowledge_compression.models.families import ENCODER, family_of
 
 # Parameters of networks that gguf's table lacks, because transformers stores them differently in its own files.
@@ -37,6 +44,7 @@ _FURTHER_NAMES: Mapping[str, Sequence[str]] = {
     r".*layers\.(\d+)\.self_attn\.kv_b_proj\.weight": ("blk.{}.attn_k_b.weight", "blk.{}.attn_v_b.weight"),
 }
 _WITHOUT_ENDING = (".ssm_a", ".ssm_d")
+_TURNED = ("Llama4TextExperts",)  # banks that transformers does not declare
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class GgufArchitecture:
         further: tensors of parameters that gguf's table lacks or names differently, as in :data:`_FURTHER_NAMES`.
         stacked: parameters of which one tensor holds several: a pattern of their names, which tells the place of each,
             and the tensor.
-        numbers: settings that hold one number of each block, and the ending of the parameter's name.
+        numbers: keys that hold one number of each block, and the ending of the parameter's name.
         others: networks of the same model type that GGUF describes differently: whether a configuration is one of
             them, and the description.
     """
@@ -84,7 +92,8 @@ class GgufArchitecture:
             else:
                 value = source.stored(config) if isinstance(source, Setting) else source(config)
             if value is not None:
-                yield f"{self.name}.{key}", float(value) if key.endswith(FLOATS) else value
+                whole = key.endswith(FLOATS) and isinstance(value, int)
+                yield f"{self.name}.{key}", float(value) if whole else value
 
     def told(self, stored: Mapping[str, Any], tensors: Collection[str]) -> dict[str, Any]:
         """The attributes of a configuration for a file's settings and the names of its tensors."""
@@ -104,7 +113,7 @@ class GgufArchitecture:
         """The setting that holds a parameter of one number, and the block's place in it; None for other parameters."""
         key = next((key for key, ending in self.numbers.items() if name.endswith(ending)), None)
         block = re.search(r"layers\.(\d+)\.", name)
-        return None if key is None or block is None else (f"{self.name}.{key}", int(block[1]))
+        return None if key is None or block is None else (key, int(block[1]))
 
     def place(self, name: str) -> int | None:
         """The place of a parameter in the tensor that holds several; None if it has a tensor of its own."""
@@ -153,13 +162,28 @@ def is_turned(network: Any, name: str) -> bool:
     module = network.get_submodule(name.rpartition(".")[0])
     if isinstance(module, Conv1D):
         return name.endswith(".weight")
-    return bool(getattr(module, "is_transposed", False)) and name.endswith("_proj")
+    turned = getattr(module, "is_transposed", type(module).__name__ in _TURNED)
+    return bool(turned) and name.endswith("_proj")
 
 
 def further_tensors(config: Any) -> dict[str, Array]:
-    """Tensors of a file that hold settings of the network."""
+    """Tensors of a file that hold settings of the network, or that llama.cpp requires without reading them."""
     told = getattr(config, "rope_parameters", None) or {}
-    return {FREQUENCIES: llama3_divisors(told, rotated(config))} if told.get("rope_type") == "llama3" else {}
+    found: dict[str, Array] = {}
+    if told.get("rope_type") == "llama3":
+        found[FREQUENCIES] = llama3_divisors(told, rotated(config))
+    if config.model_type == "gemma4_text":
+        found[FREQUENCIES] = proportional_divisors(
+            told["full_attention"], of_attention(config, "head_dim", "full_attention")
+        )
+    if config.model_type == "gemma3n_text":  # blocks that take the keys of earlier ones
+        rows = config.num_key_value_heads * config.head_dim
+        for block in range(config.num_hidden_layers - config.num_kv_shared_layers, config.num_hidden_layers):
+            found |= {
+                f"blk.{block}.attn_{one}.weight": np.zeros((rows, config.hidden_size), np.float16) for one in "kv"
+            }
+            found[f"blk.{block}.attn_k_norm.weight"] = np.zeros(config.head_dim, np.float32)
+    return found
 
 
 def architecture_for(config: Any) -> GgufArchitecture:

@@ -132,6 +132,15 @@ def scaled(factor: Callable[[Any], float | Sequence[float]]) -> Change:
     return Change(store, _same, rows=False, exact=False)
 
 
+def filled(rows: str) -> Change:
+    """A matrix with as many rows as an attribute says, the last of them zeros if the network has fewer."""
+
+    def store(tensor: Array, config: Any) -> Array:
+        return np.pad(tensor, ((0, getattr(config, rows) - len(tensor)), (0, 0)))
+
+    return Change(store, _same, rows=False)
+
+
 def every_second(number: int, axis: int) -> Change:
     """Every second row of a matrix, of each expert in a bank (axis -2), or of its biases (axis -1)."""
 

@@ -26,7 +26,9 @@ from knowledge_compression.models.checkpoints.gguf_changes import (
     row_per_group,
 )
 from knowledge_compression.models.checkpoints.gguf_further_hybrids import FURTHER_HYBRID
+from knowledge_compression.models.checkpoints.gguf_gemma_families import GEMMAS
 from knowledge_compression.models.checkpoints.gguf_hybrid_families import HYBRID
+from knowledge_compression.models.checkpoints.gguf_latest_families import LATEST
 from knowledge_compression.models.checkpoints.gguf_newer_families import NEWER
 from knowledge_compression.models.checkpoints.gguf_settings import (
     COMMON,
@@ -35,7 +37,6 @@ from knowledge_compression.models.checkpoints.gguf_settings import (
     PARTLY_ROTARY,
     ROOT,
     ROTARY,
-    SCALED_WIDTHS,
     SCALES,
     WIDTHS,
     Setting,
@@ -188,35 +189,6 @@ _COHERES = {
             "logit_scale": "logit_scale",
             "attention.sliding_window": "sliding_window",
         },
-    ),
-}
-
-_GEMMAS = {
-    "gemma": GgufArchitecture("gemma", {**COMMON, **ROTARY, **WIDTHS, **ROOT}, _NORMS),
-    "gemma2": GgufArchitecture(
-        "gemma2",
-        {
-            **COMMON,
-            **ROTARY,
-            **SCALED_WIDTHS,
-            **ROOT,
-            "attention.sliding_window": "sliding_window",
-            "attn_logit_softcapping": "attn_logit_softcapping",
-            "final_logit_softcapping": "final_logit_softcapping",
-        },
-        _NORMS,
-    ),
-    "gemma3_text": GgufArchitecture(
-        "gemma3",
-        {
-            **COMMON,
-            **ROTARY,
-            "rope.freq_base_swa": lambda config: config.rope_parameters["sliding_attention"]["rope_theta"],
-            **SCALED_WIDTHS,
-            **ROOT,
-            "attention.sliding_window": "sliding_window",
-        },
-        _NORMS,
     ),
 }
 
@@ -377,10 +349,11 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     **_LLAMAS,
     **_QWENS,
     **_COHERES,
-    **_GEMMAS,
+    **GEMMAS,
     **_OLDER,
     **_ENCODER_DECODERS,
     **NEWER,
+    **LATEST,
     **HYBRID,
     **FURTHER_HYBRID,
 }

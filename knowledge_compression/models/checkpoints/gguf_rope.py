@@ -13,7 +13,11 @@ from knowledge_compression.errors import BadInput
 
 FREQUENCIES = "rope_freqs.weight"  # divisors of each pair's frequency, as in Llama 3.1
 _LENGTHS = ("rope_factors_long.weight", "rope_factors_short.weight")
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_GEMMAS = ("gemma3", "gemma3n", "gemma4")
+_LENGTH = {"original_max_position_embeddings": 8192}
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, **_LENGTH}
+_LLAMA4 = {"low_freq_factor": 1.0, "high_freq_factor": 1.0, **_LENGTH}
+_UNROTATED = np.float32(1e30)  # a divisor that leaves nothing of a frequency
 _PLAIN_SCALING = {"type", "factor", "original_context_length", "finetuned", "yarn_beta_fast", "yarn_beta_slow"}
 # Architectures in which YaRN scales attention scores too, and what llama.cpp's conversion multiplies the constant by.
 _SCALED_SCORES = {"deepseek2": 0.1, "mistral3": 1.0}
@@ -32,8 +36,22 @@ def llama3_divisors(parameters: Mapping[str, Any], width: int) -> NDArray[np.flo
     factor, low, high = (parameters[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
     waves = 2 * math.pi * parameters["rope_theta"] ** (np.arange(0, width, 2) / width)
     turns = parameters["original_max_position_embeddings"] / waves  # length of the longest text before scaling
-    share = ((turns - low) / (high - low)).clip(0, 1)
+    share = ((turns - low) / (high - low)).clip(0, 1) if high > low else turns > low
     return (1 / ((1 - share) / factor + share)).astype(np.float32)
+
+
+def proportional_divisors(parameters: Mapping[str, Any], width: int) -> NDArray[np.float32]:
+    """The divisors of Gemma 4's frequencies: 1 for a share of them, and so much for the others that nothing is rotated.
+
+    Args:
+        parameters: as in transformers' configurations of the type ``proportional``.
+        width: of a head.
+
+    Returns:
+        float32 ``[width / 2]``.
+    """
+    there = int(parameters.get("partial_rotary_factor", 1.0) * width // 2)
+    return np.where(np.arange(width // 2) < there, np.float32(1), _UNROTATED)
 
 
 def scaled_rope(
@@ -54,13 +72,17 @@ def scaled_rope(
     scaling = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
     kind, theta = scaling.get("type", "none"), float(told.get("rope_theta", 10_000.0))
     windows = architecture == "olmo2" and told.get("sliding_window") is not None
-    if divisors is not None:
+    if divisors is not None and architecture == "gemma4":
+        share = float((divisors < _UNROTATED).mean())
+        parameters = {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": share}
+    elif divisors is not None:
         factor = float(divisors.max())
-        parameters = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **_LLAMA3}
+        known = _LLAMA4 if architecture == "llama4" and {1.0, factor} == set(map(float, divisors)) else _LLAMA3
+        parameters = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **known}
         if not np.allclose(llama3_divisors(parameters, 2 * len(divisors)), divisors, rtol=1e-4):
             raise BadInput(f"its {FREQUENCIES} scale rotary embeddings differently from Llama 3.1")
     elif kind == "none":
-        if architecture != "gemma3" and not windows:
+        if architecture not in _GEMMAS and not windows:
             return {}
         parameters = {"rope_type": "default", "rope_theta": theta}
     elif kind not in ("linear", "yarn") or set(scaling) - _PLAIN_SCALING - (
@@ -83,7 +105,7 @@ def scaled_rope(
             parameters["truncate"] = False
         if (growth := stored.get(f"{architecture}.attention.temperature_scale")) is not None:
             parameters["llama_4_scaling_beta"] = round(float(growth), 6)
-    if architecture == "gemma3" or windows:  # only global layers are scaled
+    if architecture in _GEMMAS or windows:  # only global layers are scaled
         base = stored.get(f"{architecture}.rope.freq_base_swa", theta if windows else 10_000.0)
         local = {"rope_type": "default", "rope_theta": float(base)}
         return {"rope_parameters": {"full_attention": parameters, "sliding_attention": local}}

@@ -47,7 +47,8 @@ FLOATS = (
 
 # Types of scaled rotary embeddings that files written here can express.
 SCALED: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("llama", "mistral", "exaone4"), ("llama3",)),
+    **dict.fromkeys(("llama", "mistral", "exaone4", "llama4_text", "apertus"), ("llama3",)),
+    "gemma4_text": ("proportional",),
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe"), ("dynamic",)),
     **dict.fromkeys(("gpt_oss", "deepseek_v2", "deepseek_v3", "olmo3", "ministral3"), ("yarn",)),
 }
@@ -79,6 +80,23 @@ def rope(config: Any) -> Mapping[str, Any]:
 def head_width(config: Any) -> int:
     """Width of an attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def of_attention(config: Any, attribute: str, kind: str) -> int:
+    """A number that blocks with one kind of attention may have of their own; that of the others if none has it.
+
+    Raises:
+        BadInput: these blocks have several.
+    """
+    every = range(config.num_hidden_layers)
+    places = [place for place in every if config.layer_types[place] == kind] or every
+    found = {getattr(config.per_layer_config[place], attribute) for place in places}
+    if len(found) != 1:
+        raise BadInput(
+            f"output.save_model=gguf: the blocks of {kind} of this {config.model_type} have {attribute}="
+            f"{sorted(found)}; a GGUF file has one"
+        )
+    return int(found.pop())
 
 
 def rotated(config: Any) -> int:
@@ -194,6 +212,15 @@ SCALES: Settings = {
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
 }
+WINDOWS: Settings = {
+    "attention.sliding_window": "sliding_window",
+    "attention.sliding_window_pattern": Setting(
+        "layer_types",
+        lambda config: [kind == "sliding_attention" for kind in config.layer_types],
+        lambda value, _: ["sliding_attention" if one else "full_attention" for one in value],
+    ),
+}
+LOCAL_BASE: Settings = {"rope.freq_base_swa": lambda config: config.rope_parameters["sliding_attention"]["rope_theta"]}
 ROOT: Settings = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 EXPERTS: Settings = {
     "expert_count": "num_experts",
