@@ -63,14 +63,7 @@ def _sparsity(config: Any) -> list[float]:
     return [_NORMAL.inv_cdf(share) if share else _NONE for share in told]
 
 
-_ALL_BLOCKS: Settings = {
-    **COMMON,
-    **ROTARY,
-    **LOCAL_BASE,
-    **ROOT,
-    **WINDOWS,
-    "final_logit_softcapping": "final_logit_softcapping",
-}
+_ALL_BLOCKS: Settings = {**COMMON, **ROTARY, **LOCAL_BASE, **ROOT, **WINDOWS}
 _GEMMA3N = GgufArchitecture(
     "gemma3n",
     {
@@ -161,6 +154,11 @@ _GEMMA4 = GgufArchitecture(
         "attention.head_count_kv": Setting("num_key_value_heads", _keys),
         "attention.key_length": Setting("global_head_dim", _whole("head_dim")),
         "attention.value_length": _whole("head_dim"),
+        "final_logit_softcapping": Setting(  # without a number, llama.cpp takes 30
+            "final_logit_softcapping",
+            lambda config: config.final_logit_softcapping or 0.0,
+            lambda value, _: float(value) or None,
+        ),
         "attention.key_length_swa": Setting("head_dim", _local("head_dim")),
         "attention.value_length_swa": _local("head_dim"),
         "attention.shared_kv_layers": "num_kv_shared_layers",
