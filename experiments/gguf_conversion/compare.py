@@ -65,9 +65,9 @@ def as_published(config: dict[str, Any]) -> dict[str, Any]:
 IGNORED = ("general.", "GGUF.", "tokenizer.", "vocab_size")
 
 # Settings of theirs that ours state otherwise on purpose, or lack: the longest text, for which theirs have 2^20 in
-# these, and parts that a network of attention only does not have.
+# these; parts that a network of attention only does not have; and an epsilon that theirs do not read.
 OTHERWISE = ("granitehybrid.context_length", "nemotron_h.context_length", "nemotron_h_moe.context_length")
-OTHERWISE += ("granite.ssm.", "granite.expert_shared_feed_forward_length")
+OTHERWISE += ("granite.ssm.", "granite.expert_shared_feed_forward_length", "chatglm.attention.layer_norm_rms_epsilon")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

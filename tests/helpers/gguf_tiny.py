@@ -228,6 +228,31 @@ FURTHER |= {
         | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     ),
 }
+_OF_SOLAR = {k: v for k, v in _ROUTED.items() if "dense" not in k}
+_OF_SOLAR |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0}}
+FURTHER |= {
+    "afmoe": (
+        "afmoe",
+        TINY
+        | HEADS
+        | {"num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"num_dense_layers": 1, "route_scale": 1.5, "mup_enabled": True, "sliding_window": 4},
+    ),
+    "exaone-moe": (
+        "exaone_moe",
+        TINY
+        | HEADS
+        | {"num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"sliding_window": 4, "n_group": 2},
+    ),
+    "jais2": ("jais2", TINY | HEADS),
+    "chatglm": ("glm", TINY | HEADS | {"pad_token_id": 0}),
+    "deepseek2 of glm4_moe_lite": ("glm4_moe_lite", TINY | _LATENT),
+    "deepseek2 of youtu": ("youtu", TINY | {k: v for k, v in _LATENT.items() if "_lora_" in k or "head" in k}),
+    "glm4moe of solar_open": ("solar_open", TINY | HEADS | _OF_SOLAR),
+    "llama of internlm3": ("internlm3", TINY | HEADS),
+    "llama of iquestcoder": ("iquestcoder", TINY | HEADS),
+}
 WRITTEN = ["llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "stablelm", "starcoder2", "nemotron", "gemma2", "gemma3"]
 WRITTEN += ["gpt2", "bloom", "mamba", "phi3", "falcon", *FURTHER]
 

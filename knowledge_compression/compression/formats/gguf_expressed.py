@@ -70,6 +70,11 @@ def _matters(name: str) -> bool:
     return name not in _NO_MATTER and not any(part in name for part in _NO_MATTER_ANYWHERE)
 
 
+def _matters_inside(name: str, value: Any) -> bool:
+    whole = name == "partial_rotary_factor" and value == 1.0
+    return name not in _NO_MATTER_INSIDE and not whole
+
+
 def _strange(network: Any) -> set[str]:
     """Entries of a configuration that its class does not declare, and that no code of the network mentions.
 
@@ -84,7 +89,7 @@ def _strange(network: Any) -> set[str]:
 
 def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        one, other = ({name: part for name, part in of.items() if name not in _NO_MATTER_INSIDE} for of in (one, other))
+        one, other = ({name: part for name, part in of.items() if _matters_inside(name, part)} for of in (one, other))
         return one.keys() == other.keys() and all(_alike(value, other[name]) for name, value in one.items())
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(_alike(*pair) for pair in zip(one, other, strict=True))

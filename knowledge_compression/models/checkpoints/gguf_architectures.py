@@ -23,6 +23,7 @@ from knowledge_compression.models.checkpoints.gguf_settings import (
     of_attention,
     rotated,
 )
+from knowledge_compression.models.checkpoints.gguf_unwritten import reason_against
 from knowledge_compression.models.families import ENCODER, family_of
 
 # Parameters of networks that gguf's table lacks, because transformers stores them differently in its own files.
@@ -201,8 +202,8 @@ def architecture_for(config: Any) -> GgufArchitecture:
         )
     if (found := ARCHITECTURES.get(config.model_type)) is None:
         raise BadInput(
-            f"output.save_model=gguf cannot write models of the type {config.model_type}; it writes "
-            f"{', '.join(sorted(ARCHITECTURES))}"
+            f"output.save_model=gguf cannot write models of the type {config.model_type}: "
+            f"{reason_against(config.model_type)}; it writes {', '.join(sorted(ARCHITECTURES))}"
         )
     return next((other for holds, other in found.others if holds(config)), found)
 

@@ -75,6 +75,10 @@ _GRANITE = GgufArchitecture("granite", {**COMMON, **ROTARY, **ROOT, **SCALES}, P
 _LLAMAS = {
     "llama": replace(_LLAMA, present={"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}),
     "mistral": _LLAMA,
+    **dict.fromkeys(
+        ("internlm3", "iquestcoder"),  # networks of the class LlamaForCausalLM, as which they are read
+        replace(_LLAMA, present={"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}),
+    ),
     "mixtral": replace(
         _LLAMA, settings={**_LLAMA.settings, **LOCAL_EXPERTS}, changes={**PAIRED, **BANK_HALVES}, marks="ffn_gate_inp"
     ),

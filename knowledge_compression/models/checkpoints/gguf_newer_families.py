@@ -40,9 +40,9 @@ from knowledge_compression.models.checkpoints.gguf_settings import (
     without,
 )
 
-_SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's numbers for how a router's scores become weights
+SOFTMAX, SIGMOID = 1, 2  # llama.cpp's numbers for how a router's scores become weights
 _BIASES = {"attention_bias": "attn_q.bias"}
-_ROUTED: Settings = {
+ROUTED: Settings = {
     "expert_count": "n_routed_experts",
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
@@ -128,11 +128,11 @@ _LINEAR: Settings = {
 _SHARED: Settings = {**EXPERTS, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
 _STRETCHED: Settings = {"rope.freq_base": Setting("rope_theta", stretched_base, lambda value, _: float(value))}
 _SECTIONS: Settings = {"rope.dimension_sections": lambda config: [11, 11, 10, 0]}  # of text all positions are equal
-_SIGMOIDS: Settings = {
-    **_ROUTED,
+SIGMOIDS: Settings = {
+    **ROUTED,
     "expert_group_count": "n_group",
     "expert_group_used_count": "topk_group",
-    "expert_gating_func": lambda config: _SIGMOID,
+    "expert_gating_func": lambda config: SIGMOID,
     "expert_weights_norm": "norm_topk_prob",
 }
 _LFM2: Settings = {
@@ -142,14 +142,14 @@ _LFM2: Settings = {
     "attention.layer_norm_rms_epsilon": "norm_eps",
     "shortconv.l_cache": "conv_L_cache",
 }
-_DEEPSEEK = GgufArchitecture(
+DEEPSEEK = GgufArchitecture(
     "deepseek2",
     {
         **without(COMMON, "attention.head_count_kv"),
         **ROTARY,
         **YARN,
         **ROOT,
-        **_ROUTED,
+        **ROUTED,
         "attention.head_count_kv": lambda config: 1,  # a file's keys are latent vectors, which all heads share
         "attention.q_lora_rank": only(
             "q_lora_rank",
@@ -223,20 +223,20 @@ NEWER: Mapping[str, GgufArchitecture] = {
         also=_blocks_of,
     ),
     "deepseek_v3": replace(
-        _DEEPSEEK,
+        DEEPSEEK,
         settings={
-            **_DEEPSEEK.settings,
+            **DEEPSEEK.settings,
             "expert_weights_norm": "norm_topk_prob",
             "expert_group_count": "n_group",
             "expert_group_used_count": "topk_group",
-            "expert_gating_func": lambda config: _SIGMOID,
+            "expert_gating_func": lambda config: SIGMOID,
         },
         given={"q_lora_rank": None, "norm_topk_prob": False},
         marks="exp_probs_b",
     ),
     "glm4_moe": GgufArchitecture(
         "glm4moe",
-        {**COMMON, **WIDTHS, **PARTLY_ROTARY, **ROOT, **_SIGMOIDS},
+        {**COMMON, **WIDTHS, **PARTLY_ROTARY, **ROOT, **SIGMOIDS},
         BANK_HALVES,
         present={"attention_bias": "attn_q.bias", "use_qk_norm": "attn_q_norm"},
     ),
@@ -247,7 +247,7 @@ NEWER: Mapping[str, GgufArchitecture] = {
             **WIDTHS,
             **ROTARY,
             **ROOT,
-            **_SIGMOIDS,
+            **SIGMOIDS,
             "attention.head_count_kv": OWN_KEYS,
         },
         BANK_HALVES,
@@ -282,7 +282,7 @@ NEWER: Mapping[str, GgufArchitecture] = {
             **ROOT,
             **LOCAL_EXPERTS,
             "expert_feed_forward_length": lambda config: config.intermediate_size,
-            "expert_gating_func": lambda config: _SIGMOID,
+            "expert_gating_func": lambda config: SIGMOID,
         },
         BANK_HALVES,
     ),
@@ -293,7 +293,7 @@ NEWER: Mapping[str, GgufArchitecture] = {
             **EXPERTS,
             "feed_forward_length": "intermediate_size",
             "leading_dense_block_count": "num_dense_layers",
-            "expert_gating_func": lambda config: _SIGMOID,
+            "expert_gating_func": lambda config: SIGMOID,
         },
         {"shortconv.conv.weight": WITHOUT_MIDDLE, **BANK_HALVES},
         present={"use_expert_bias": "exp_probs_b"},
@@ -381,8 +381,8 @@ NEWER: Mapping[str, GgufArchitecture] = {
     "qwen3_5_text": GgufArchitecture("qwen35", {**_LINEAR, **_SECTIONS}, QWEN3_5, present=_BIASES),
     "qwen3_5_moe_text": GgufArchitecture("qwen35moe", {**_LINEAR, **_SECTIONS, **_SHARED}, QWEN3_5, present=_BIASES),
     "deepseek_v2": replace(
-        _DEEPSEEK,
-        settings={**_DEEPSEEK.settings, "expert_gating_func": lambda config: _SOFTMAX},
+        DEEPSEEK,
+        settings={**DEEPSEEK.settings, "expert_gating_func": lambda config: SOFTMAX},
         covers=frozenset({"n_group", "topk_group"}),  # groups matter to no topk_method but one, which is refused
     ),
 }
