@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+from statistics import NormalDist
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from knowledge_compression.compression.formats.int8_linear import Int8Linear
@@ -32,6 +35,30 @@ def _product_of_floats(layer: Int8Linear, inputs: Tensor) -> Tensor:
         codes = integers.float()
     product = nn.functional.linear(codes * scale, layer.weight.float(), layer.bias)
     return product.to(inputs.dtype).view(*inputs.shape[:-1], layer.out_features)
+
+
+def as_llama_cpp(network: nn.Module) -> None:
+    """Let Gemma 3n's sparse layers divide the sum of squares by n - 1 instead of n, and take GELU from a table, as
+    llama.cpp does: few inputs pass the threshold, so that the norm behind them enlarges any rounding.
+    """
+    for module in network.modules():
+        if type(module).__name__.startswith("Gemma3n") and hasattr(module, "act_fn"):
+            module.act_fn = _Table()
+        if getattr(module, "activation_sparsity", 0.0) > 0:
+            module._gaussian_topk = partial(_largest, NormalDist().inv_cdf(module.activation_sparsity))
+
+
+class _Table(nn.Module):
+    """GELU by tanh of inputs of 16 bits, rounded to 16 bits, between -10 and 10."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        values = nn.functional.gelu(inputs.half().float(), approximate="tanh").half().float()
+        return torch.where(inputs <= -10, 0.0, torch.where(inputs >= 10, inputs, values))
+
+
+def _largest(threshold: float, inputs: Tensor) -> Tensor:
+    deviation, mean = torch.std_mean(inputs, dim=-1, keepdim=True)
+    return (inputs - mean - threshold * deviation).relu()
 
 
 def with_inputs_of_8_bits(network: nn.Module) -> None:

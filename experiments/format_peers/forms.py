@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from as_peers import with_inputs_of_8_bits, with_sums_of_floats
+from as_peers import as_llama_cpp, with_inputs_of_8_bits, with_sums_of_floats
 
 # The largest mean divergence (KL, nats a token) of a peer's answers from ours that is accepted: a number, or twice what
 # one thing that the peer does, and nothing else, changes in our own answers. Such a thing has its name in OWN.
@@ -17,6 +17,7 @@ TABLE = 1e-5  # where llama.cpp takes GELU from a table in float16
 SHORT = 1e-2  # where it multiplies in kernels that round (bitsandbytes on a CPU)
 ROUNDED = "rounded"  # where it rounds activations to 8 bits
 FLOAT16 = "float16"  # where it multiplies in float16, and rounds the logits to it
+LIKE_LLAMA = "like llama.cpp"  # where it computes a part of Gemma 3n differently
 FLOATS = "floats"  # where int8 codes are multiplied as floats, or in another order
 
 
@@ -36,6 +37,7 @@ OWN: Mapping[str, Callable[[torch.nn.Module], Any]] = {  # our answers, and what
     ROUNDED: with_inputs_of_8_bits,
     FLOAT16: torch.nn.Module.half,
     FLOATS: with_sums_of_floats,
+    LIKE_LLAMA: as_llama_cpp,
     "integers": lambda network: None,
 }
 

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from forms import FILES, FLOATS, MIXTURES, OWN, TABLE, Bound, Refused, Written
+from forms import FILES, FLOATS, LIKE_LLAMA, MIXTURES, OWN, TABLE, Bound, Refused, Written
 from page import put
 
 import knowledge_compression as kc
@@ -248,7 +248,7 @@ def ask(place: Path, ids: np.ndarray | None, more: Collection[str] = (), written
         more: names of further answers.
         written: what the file is, if it is one of smollm2.
     """
-    wanted = {"ours": written.sums if written else None} | {name: name for name in more}
+    wanted = {"ours": written.sums if written else LIKE_LLAMA} | {name: name for name in more}
     wanted = {name: way for name, way in wanted.items() if not (place / f"{name}.npy").is_file()}
     if not wanted:
         return

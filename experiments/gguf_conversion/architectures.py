@@ -45,7 +45,7 @@ found = {}
 for name in sys.argv[2:]:
     try:
         found[name] = gguf.MODEL_ARCH_NAMES[get_model_class(name).model_arch]
-    except NotImplementedError:
+    except (NotImplementedError, KeyError):  # unknown, or known with images or sound only
         pass
 print(json.dumps(found))
 """

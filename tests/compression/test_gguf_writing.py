@@ -32,11 +32,18 @@ from knowledge_compression.models.pretrained import auto_class
 Kind = GGMLQuantizationType
 ALL = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff", "experts", "shared_experts"])
 # Of which the file holds w + 1, or an exponential.
-CHANGED = {"nemotron", "gemma", "gemma2", "gemma3", "mamba", "mamba2", "qwen3next", "qwen35", "qwen35moe"}
+CHANGED = {"nemotron", "gemma", "gemma2", "gemma3", "mamba", "mamba2", "qwen3next", "qwen35", "qwen35moe", "jamba"}
+CHANGED |= {name for name in FURTHER if name.startswith(("granitehybrid", "nemotron_h"))}
+CHANGED |= {"deepseek2 of youtu"}  # another order of sums
+# Of which the file holds other weights, for another network with the same answers.
+ANSWERS_ALONE = {"granite of attention only", *(name for name in FURTHER if name.startswith("falcon-h1"))}
+# Types that are read as another one with the same answers.
+READ_AS = {"mistral": "llama", "internlm3": "llama", "iquestcoder": "llama", "solar_open": "glm4_moe"}
+READ_AS |= {"youtu": "deepseek_v2", "glm4_moe_lite": "deepseek_v3"}
 # What transformers cannot read, or makes another model of (findings/transformers_misreads_gguf_settings.sh).
 OURS_ALONE = {
     *("llama with biases", "mixtral", "qwen2moe with widths", "qwen3 with widths", "starcoder2 with another base"),
-    *("phi3", "falcon 40b", "t5", "t5 of relu", "umt5"),
+    *("phi3", "falcon 40b", "t5", "t5 of relu", "umt5", "gemma4", "gemma4 with shared keys", "gemma4 with experts"),
 }
 OURS_ALONE |= {name for name in FURTHER if name.split()[0] not in GGUF_SUPPORTED_ARCHITECTURES}
 TEXTS = ("abc dead beef", "zebra", "a b c", "<|s|>ab")
@@ -69,27 +76,31 @@ def logits(network: Any, ids: torch.Tensor) -> torch.Tensor:
 def test_every_architecture_is_read_back_by_us_and_by_transformers(architecture: str, tmp_path: Path) -> None:
     model = tiny(architecture)
     saved = save_gguf(model, tmp_path / "model")
-    kept = model.network.state_dict().keys()
-    biases = sum(value.numel() for name, value in model.network.named_buffers() if name in kept)  # of a router
-    assert saved["weights"] == {"F32": model.parameter_count() + biases} and "rounded" not in saved
+    described = GgufModel.of(model)
+    weights = dict(model.network.named_parameters()) | dict(model.network.named_buffers())
+    sizes = {name: weights[name].numel() for name in described.names}
+    assert saved["weights"] == {"F32": sum(sizes.values())} and "rounded" not in saved
     ours = read_back(tmp_path / "model")
     networks = [ours.network]
     if architecture not in OURS_ALONE:
         kind = auto_class(ours.network.config)
         networks.append(kind.from_pretrained(tmp_path / "model", gguf_file="model.gguf", dtype=torch.float32))
     ids = torch.randint(3, len(TOKENS), (2, 9))
-    exact = architecture not in CHANGED
+    exact = architecture not in CHANGED | ANSWERS_ALONE
     bound = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5}
     for network in networks:
+        assert torch.allclose(logits(model.network, ids), logits(network, ids), **bound)
+        if architecture in ANSWERS_ALONE:
+            continue
         there = network.state_dict()
         assert there.keys() == model.network.state_dict().keys()
         for name, value in model.network.state_dict().items():
             assert (
                 torch.equal(there[name], value) if exact else torch.allclose(there[name], value, rtol=0, atol=5e-7)
             ), name
-        assert torch.allclose(logits(model.network, ids), logits(network, ids), **bound)
     kind = model.network.config.model_type
-    assert ours.network.config.model_type == {"mistral": "llama"}.get(kind, kind)
+    as_read = "granite" if architecture == "granite of attention only" else READ_AS.get(kind, kind)
+    assert ours.network.config.model_type == as_read
     for text in TEXTS[:3]:
         assert ours.tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
 

@@ -210,7 +210,6 @@ FURTHER |= {
         TINY
         | HEADS
         | _PER_LAYER
-        | {"vocab_size_per_layer_input": len(TOKENS) - 3}
         | {"num_hidden_layers": 22, "num_kv_shared_layers": 2, "activation_sparsity_pattern": None},
     ),
     "gemma4": ("gemma4_text", _GEMMA4 | {"hidden_size_per_layer_input": 8, "final_logit_softcapping": 30.0}),

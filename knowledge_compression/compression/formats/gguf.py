@@ -36,7 +36,7 @@ from knowledge_compression.compression.formats.gguf_blocks import (
 from knowledge_compression.compression.formats.gguf_expressed import check_expressed
 from knowledge_compression.compression.formats.gguf_mixtures import MixedModel
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models import Model
+from knowledge_compression.models import Model, TargetLayer
 from knowledge_compression.models.checkpoints.gguf import GgufFile
 from knowledge_compression.models.checkpoints.gguf_architectures import (
     GgufArchitecture,
@@ -136,6 +136,21 @@ class GgufModel:
         found = further_tensors(self.model.network.config)
         kinds = {np.dtype(np.float32): Kind.F32, np.dtype(np.float16): Kind.F16}
         return [_Part(name, kinds[one.dtype], one.shape, partial(_as_is, one)) for name, one in found.items()]
+
+    def kept(self, name: str) -> list[Blocks] | None:
+        """The blocks of a parameter's layers; None unless all of them have blocks of the same type."""
+        layers = self._layers.get(name, [])
+        blocks = [one for one in map(blocks_of, layers) if one is not None]
+        alike = len(blocks) == len(layers) and len({one.kind for one in blocks}) == 1
+        return blocks if alike else None
+
+    @cached_property
+    def _layers(self) -> Mapping[str, Sequence[TargetLayer]]:
+        """The layers of each parameter, several of a bank of experts."""
+        found: dict[str, list[TargetLayer]] = {}
+        for layer in linear_layers(self.model):
+            found.setdefault(layer.weight_name, []).append(layer)
+        return found
 
     def write(
         self, path: Path, parts: Sequence[_Part], kind: LlamaFileType | None, state: Mapping[str, Tensor]
@@ -271,7 +286,7 @@ def _parts(
 ) -> Iterator[_Part]:
     """The tensors of the file that hold one parameter."""
     config = described.model.network.config
-    values, kept = _oriented(described.model, state, name), _kept(described.model, name)
+    values, kept = _oriented(described.model, state, name), described.kept(name)
     if (place := described.architecture.place(name)) is not None:
         if place:
             return  # in the tensor of the first
@@ -323,14 +338,6 @@ def _as_is(values: Array) -> tuple[Array, None]:
 def _oriented(model: Model, state: Mapping[str, Tensor], name: str) -> Tensor:
     """A parameter's values; matrices as ``[..., out_features, in_features]``."""
     return state[name].transpose(-1, -2) if is_turned(model.network, name) else state[name]
-
-
-def _kept(model: Model, name: str) -> list[Blocks] | None:
-    """The blocks of a parameter's layers; None unless all of them have blocks of the same type."""
-    found = [blocks_of(layer) for layer in linear_layers(model) if layer.weight_name == name]
-    blocks = [one for one in found if one is not None]
-    alike = len(blocks) == len(found) and len({one.kind for one in blocks}) == 1
-    return blocks if alike else None
 
 
 def _file_type(parts: Sequence[_Part], asked: Kind | str | None) -> LlamaFileType | None:

@@ -133,10 +133,10 @@ def scaled(factor: Callable[[Any], float | Sequence[float]]) -> Change:
 
 
 def filled(rows: str) -> Change:
-    """A matrix with as many rows as an attribute says, the last of them zeros if the network has fewer."""
+    """A table with as many rows as an attribute says; words that the network's lacks get its first row, as there."""
 
     def store(tensor: Array, config: Any) -> Array:
-        return np.pad(tensor, ((0, getattr(config, rows) - len(tensor)), (0, 0)))
+        return np.concatenate([tensor, np.repeat(tensor[:1], getattr(config, rows) - len(tensor), axis=0)])
 
     return Change(store, _same, rows=False)
 
