@@ -77,8 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "names", nargs="*", help="architectures as tests/helpers/gguf_tiny.py names them; all by default"
     )
+    parser.add_argument(
+        "--unusual", action="store_true", help="with no setting that a file holds at its default, as far as possible"
+    )
     chosen = parser.parse_args(arguments)
-    from helpers.gguf_tiny import WRITTEN, tiny
+    from helpers.gguf_tiny import WRITTEN, tiny, unusual
     from knowledge_compression.compression.formats.gguf import save_gguf
 
     logging.disable(logging.WARNING)
@@ -87,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folders = {}
         for number, name in enumerate(chosen.names or WRITTEN):
             folder = folders[name] = Path(place) / f"{number:02d}"
-            model = tiny(name)
+            model = tiny(name, **(unusual(name) if chosen.unusual else {}))
             model.network.save_pretrained(folder)
             config = folder / "config.json"
             config.write_text(json.dumps(as_published(json.loads(config.read_text()))))

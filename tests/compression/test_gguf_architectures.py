@@ -11,12 +11,13 @@ import torch
 from gguf import GGUFReader, GGUFValueType
 
 from helpers.gguf_files import TOKENS
-from helpers.gguf_tiny import tiny
+from helpers.gguf_tiny import WRITTEN, held, tiny, unusual, usual
 from helpers.networks import build_network
 from knowledge_compression.compression.formats.gguf import GgufModel, save_gguf
 from knowledge_compression.compression.writing.writers import writer_of
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
+from knowledge_compression.models.checkpoints.gguf_architectures import architecture_for
 from knowledge_compression.models.loading import LocalModel
 
 
@@ -74,6 +75,34 @@ def test_published_configurations_are_written(architecture: str, tmp_path: Path)
     assert {field.types[-1] for key, field in fields.items() if key.endswith(floats)} == {GGUFValueType.FLOAT32}
 
 
+# Attributes that stay at their default: names of others, values that llama.cpp takes for granted, or kinds that have tiny
+# networks of their own.
+AT_DEFAULT = {
+    **{key: {"head_dim"} for key in ("qwen3", "gemma2", "gemma3", "exaone4", "qwen35", "qwen35moe")},
+    **{"qwen3moe": {"num_experts"}, "bloom": {"hidden_size", "n_layer"}, "falcon": {"num_ln_in_parallel_attn"}},
+    **{key: {"qk_layernorm"} for key in ("stablelm", "phi2", "stablelm with a share")},
+    **{key: {"use_qk_norm"} for key in ("command-r", "glm4moe of solar_open")},
+    **{"mpt": {"attn_config"}, "ernie4_5-moe": {"moe_layer_interval"}, "falcon-h1": {"mamba_rms_norm"}},
+    **{key: {"feed_forward_proj", "is_gated_act", "dense_act_fn"} for key in ("t5 of relu", "umt5")},
+    **{key: {"position_embedding_type"} for key in ("granitehybrid", "granitehybrid with experts")},
+    **{key: {"num_hidden_layers"} for key in ("nemotron_h", "nemotron_h_moe latent")},
+    "nemotron_h_moe": {"num_hidden_layers", "moe_latent_size"},
+    "gemma4": {"global_head_dim", "num_kv_shared_layers", "num_experts", "top_k_experts", "enable_moe_block"},
+    "gemma4 with shared keys": {"global_head_dim", "num_experts", "top_k_experts", "enable_moe_block"},
+    "gemma4 with experts": {"global_head_dim", "num_kv_shared_layers"},
+}
+
+
+@pytest.mark.parametrize("architecture", WRITTEN)
+def test_every_setting_off_its_default_is_read_back(architecture: str) -> None:
+    """Writing refuses a configuration that is not read back as it is; here no held attribute is guessed right."""
+    model = tiny(architecture, **unusual(architecture))
+    config = model.network.config
+    attributes = {name for name in held(config.model_type, architecture_for(config)) if usual(config, name)}
+    assert attributes <= AT_DEFAULT.get(architecture, set())
+    GgufModel.of(model)
+
+
 @pytest.mark.parametrize(
     ("architecture", "changes", "match"),
     [
@@ -117,6 +146,20 @@ def test_published_configurations_are_written(architecture: str, tmp_path: Path)
         ("dots1", {"num_key_value_heads": 2}, "which llama.cpp takes only if every head has its own keys"),
         ("deepseek2", {"rope_interleave": False}, "has rope_interleave=False, which a GGUF file cannot express"),
         ("gpt-oss", {"swiglu_limit": 5.0}, "has swiglu_limit=5.0, which a GGUF file cannot express"),
+        ("llama4", {"attention_chunk_size": 64}, "has attention_chunk_size=64, which a GGUF file cannot express"),
+        ("gemma3n", {"num_kv_shared_layers": 4}, "num_kv_shared_layers=4; llama.cpp assumes 2 in networks of 22"),
+        (
+            "granitehybrid",
+            {"mamba_d_head": 32, "mamba_expand": 4},
+            "state spaces .* are 256 wide; llama.cpp takes only .* 128",
+        ),
+        ("granitehybrid", {"time_step_limit": [0.0, 1.0]}, "has time_step_limit=.*, which a GGUF file cannot express"),
+        ("granite of attention only", {"position_embedding_type": None}, "readers of such files assume rope"),
+        ("falcon-h1 with norms", {"mamba_norm_before_gate": True}, "llama.cpp takes the norm after the gate"),
+        ("falcon-h1 with norms", {"embedding_multiplier": 2.0}, "are one matrix with two factors, 2.0 and 1.0"),
+        ("nemotron_h_moe", {"layers_block_type": ["mlp", "moe"]}, "some have none; llama.cpp takes one kind"),
+        ("exaone-moe", {"mlp_layer_types": ["sparse", "dense"] * 2}, "blocks without experts only before those with"),
+        ("chatglm", {"head_dim": 32}, "heads of this glm are 128 wide together; llama.cpp takes only"),
         ("gpt-oss", {"layer_types": ["full_attention"] * 2}, "has layer_types=.*, which a GGUF file cannot express"),
     ],
 )

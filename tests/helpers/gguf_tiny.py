@@ -10,6 +10,8 @@ from transformers import AutoConfig, PreTrainedTokenizerFast, T5Tokenizer
 
 from helpers.gguf_files import ARCHITECTURES, HEADS, MERGES, TINY, TOKENS
 from knowledge_compression.models import Model
+from knowledge_compression.models.checkpoints.gguf_architectures import GgufArchitecture, architecture_for
+from knowledge_compression.models.checkpoints.gguf_settings import Setting
 from knowledge_compression.models.pretrained import auto_class
 
 # What readers of files take for granted of an architecture, where a tiny network of transformers differs.
@@ -275,12 +277,23 @@ def unigram() -> PreTrainedTokenizerFast:
     return T5Tokenizer(vocab=words[: len(TOKENS)], extra_ids=0)
 
 
+def tiny_config(architecture: str, **changes: Any) -> Any:
+    """The configuration of a tiny network."""
+    model_type, settings = _settings(architecture, changes)
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def _settings(architecture: str, changes: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    model_type, settings = (ARCHITECTURES | FURTHER).get(architecture, (architecture, {}))
+    return model_type, settings | GRANTED.get(architecture, {}) | changes
+
+
 def tiny(architecture: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Model:
     """A tiny network with random weights, norms and biases."""
-    model_type, settings = (ARCHITECTURES | FURTHER).get(architecture, (architecture, {}))
-    settings = settings | GRANTED.get(architecture, {}) | changes
+    model_type, settings = _settings(architecture, changes)
+    config = AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(len(architecture))
-    network = auto_class(config := AutoConfig.for_model(model_type, **settings)).from_config(config).eval().to(dtype)
+    network = auto_class(config).from_config(config).eval().to(dtype)
     if settings.get("tie_word_embeddings") is False and network.config.is_encoder_decoder:
         network.lm_head.weight = torch.nn.Parameter(
             network.lm_head.weight.detach().clone()
@@ -289,3 +302,60 @@ def tiny(architecture: str, dtype: torch.dtype = torch.float32, **changes: Any) 
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return Model(network, unigram() if network.config.is_encoder_decoder else byte_level(), architecture)
+
+
+# Values that no type has by default, for attributes that tiny networks leave at their defaults.
+_UNUSUAL: dict[str, Any] = {
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"), 3e-5),
+    **dict.fromkeys(("conv_kernel", "mamba_d_conv", "linear_conv_kernel_dim"), 3),
+    **dict.fromkeys(("num_key_value_heads", "num_experts_per_tok"), 1),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 3),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), 20.0),
+    **{"conv_L_cache": 4, "sliding_window": 4, "logit_scale": 0.3, "routed_scaling_factor": 1.7, "n_positions": 64},
+    **{"first_k_dense_replace": 0, "num_dense_layers": 0, "moe_layer_start_index": 0, "n_group": 2, "topk_group": 2},
+    **{"relative_attention_num_buckets": 16, "max_position_embeddings": 64, "moe_intermediate_size": 24},
+    **{"shared_expert_intermediate_size": 40, "decoder_start_token_id": 1, "rope_theta": 5e4, "mamba_expand": 3},
+}
+
+
+# Attributes that have tiny networks of their own, or one value that llama.cpp takes for granted.
+_OWN = {"qk_layernorm", "use_qk_norm", "mamba_rms_norm", "is_gated_act", "enable_moe_block"}
+
+
+def held(model_type: str, architecture: GgufArchitecture) -> list[str]:
+    """The attributes of a configuration that a file holds or its tensors show."""
+    told = [source for source in architecture.settings.values() if isinstance(source, str | Setting)]
+    return [one if isinstance(one, str) else one.attribute for one in told] + list(architecture.present)
+
+
+def usual(config: Any, attribute: str) -> bool:
+    """Whether an attribute has its type's default."""
+    default = AutoConfig.for_model(config.model_type)
+    one, other = (_of(whole.to_dict(), attribute) for whole in (config, default))
+    return bool(one == other)
+
+
+def _of(told: dict[str, Any], attribute: str) -> Any:
+    rope = told.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
+    return rope.get(attribute) if attribute in ("rope_theta", "partial_rotary_factor") else told.get(attribute)
+
+
+def unusual(architecture: str) -> dict[str, Any]:
+    """Changes of a tiny network's settings, after which none that a file holds has its default, as far as they can."""
+    config = tiny_config(architecture)
+    changes: dict[str, Any] = {}
+    for attribute in held(config.model_type, architecture_for(config)):
+        if not usual(config, attribute):
+            continue
+        value = _of(config.to_dict(), attribute)
+        if attribute in ("rope_theta", "partial_rotary_factor"):
+            new = {"rope_theta": 5e4}.get(attribute, 0.25 if value == 0.5 else 0.5)
+            rope = changes.get("rope_parameters", config.rope_parameters)
+            changed = {kind: part | {attribute: new} for kind, part in rope.items() if isinstance(part, dict)}
+            changes["rope_parameters"] = changed or rope | {attribute: new}
+        elif isinstance(value, bool) and attribute not in _OWN:
+            changes[attribute] = not value
+        elif attribute in _UNUSUAL:
+            changes[attribute] = _UNUSUAL[attribute]
+    return changes

@@ -138,7 +138,7 @@ def test_a_type_that_gguf_does_not_know_is_one_line(good: Path) -> None:
 
 def test_an_unknown_architecture_is_told_which_are_read(good: Path) -> None:
     good.write_bytes(good.read_bytes().replace(b"llama", b"llbma"))
-    refused(good, "of the architecture llbma; those that can be read are arcee, .*llama")
+    refused(good, "of the architecture llbma; those that can be read are afmoe, .*llama")
 
 
 def test_a_file_that_is_no_gguf_is_one_line(tmp_path: Path) -> None:

@@ -85,8 +85,7 @@ _NEMOTRON_H = GgufArchitecture(
     frozenset({"expand", "chunk_size", "num_logits_to_keep", "moe_shared_expert_overlap", "mtp_layers_block_type"})
     | {"n_routed_experts", "n_shared_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size"}
     | {"moe_latent_size", "num_experts_per_tok", "routed_scaling_factor", "n_group", "topk_group", "norm_topk_prob"}
-    | {"use_mamba_kernels", "mamba_ssm_cache_dtype", "time_step_limit"},
-    present={"attention_bias": "attn_q.bias"},
+    | {"use_mamba_kernels", "mamba_ssm_cache_dtype", "time_step_limit", "attention_bias"},
     also=_nemotron_blocks("intermediate_size", "mlp"),
     further={
         **{
@@ -117,7 +116,8 @@ _NEMOTRON_H_MOE = replace(
         "moe_latent_size": "moe_latent_size",
     },
     covers=frozenset({"expand", "chunk_size", "num_logits_to_keep", "moe_shared_expert_overlap"})
-    | {"mtp_layers_block_type", "intermediate_size", "use_mamba_kernels", "mamba_ssm_cache_dtype", "time_step_limit"},
+    | {"mtp_layers_block_type", "intermediate_size", "use_mamba_kernels", "mamba_ssm_cache_dtype", "time_step_limit"}
+    | {"attention_bias"},
     also=_nemotron_blocks("moe_intermediate_size", "moe"),
 )
 
