@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import wrap
 
 from gguf import MODEL_ARCH_NAMES
 from transformers.models.auto.modeling_auto import (
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--llama-cpp", type=Path, help="a checkout of llama.cpp")
     parser.add_argument("--page", type=Path, help="a page to put the list into")
     chosen = parser.parse_args(arguments)
-    kinds = {kind: role for role, named in KINDS.items() for kind in named}
+    kinds = {kind: role for role, named in KINDS.items() for kind in named if kind not in SAME}
     rows = [(kind, role, *said(kind)) for kind, role in sorted(kinds.items()) if said(kind)[0]]
     for kind, role, architecture, answer in rows:
         print(f"{kind:24s} {role:8s} {architecture:16s} {answer}")
@@ -86,7 +87,7 @@ def table(rows: Sequence[tuple[str, str, str, str]], versions: str) -> Iterator[
     """The list as a page has it: written types in one paragraph, the others as a table."""
     written = [f"`{kind}`" for kind, _, _, answer in rows if answer == "written"]
     yield ""
-    yield f"{len(written)} types are written ({versions}): {', '.join(written)}."
+    yield from wrap(f"{len(written)} types are written ({versions}): {', '.join(written)}.", 130)
     yield from ("", "| not written | GGUF's architecture | why |", "|---|---|---|")
     for kind, _, architecture, answer in rows:
         if answer != "written":

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
+from runpy import run_path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from gguf import GGUFReader, GGUFValueType
+from gguf import MODEL_ARCH_NAMES, GGUFReader, GGUFValueType
+from transformers import AutoConfig
 
 from helpers.gguf_files import TOKENS
 from helpers.gguf_tiny import WRITTEN, held, tiny, unusual, usual
 from helpers.networks import build_network
+from helpers.places import ROOT
 from knowledge_compression.compression.formats.gguf import GgufModel, save_gguf
 from knowledge_compression.compression.writing.writers import writer_of
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 from knowledge_compression.models.checkpoints.gguf_architectures import architecture_for
+from knowledge_compression.models.checkpoints.gguf_families import ARCHITECTURES
+from knowledge_compression.models.checkpoints.gguf_unwritten import UNWRITTEN
 from knowledge_compression.models.loading import LocalModel
 
 
@@ -75,8 +81,8 @@ def test_published_configurations_are_written(architecture: str, tmp_path: Path)
     assert {field.types[-1] for key, field in fields.items() if key.endswith(floats)} == {GGUFValueType.FLOAT32}
 
 
-# Attributes that stay at their default: names of others, values that llama.cpp takes for granted, or kinds that have tiny
-# networks of their own.
+# Attributes that stay at their default: names of others, values that llama.cpp takes for granted, or kinds of networks
+# that are tiny ones of their own.
 AT_DEFAULT = {
     **{key: {"head_dim"} for key in ("qwen3", "gemma2", "gemma3", "exaone4", "qwen35", "qwen35moe")},
     **{"qwen3moe": {"num_experts"}, "bloom": {"hidden_size", "n_layer"}, "falcon": {"num_ln_in_parallel_attn"}},
@@ -184,3 +190,23 @@ def test_other_architectures_are_one_line(architecture: str, match: str, tiny_to
     model = Model(build_network(architecture), tiny_tokenizer, architecture)
     with pytest.raises(BadInput, match=match):
         writer_of("gguf").check(model, SimpleNamespace(tokenizer=lambda: tiny_tokenizer))  # type: ignore[arg-type]
+
+
+def test_what_gguf_names_is_written_or_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's list is that of the installed gguf and transformers."""
+    place = ROOT / "experiments" / "gguf_conversion"
+    monkeypatch.syspath_prepend(str(place))
+    told = run_path(str(place / "architectures.py"))
+    assert not UNWRITTEN.keys() & ARCHITECTURES.keys()
+    assert {one.architecture for one in UNWRITTEN.values()} <= set(MODEL_ARCH_NAMES.values())
+    kinds = {kind: role for role, named in told["KINDS"].items() for kind in named if kind not in told["SAME"]}
+    assert UNWRITTEN.keys() | ARCHITECTURES.keys() <= kinds.keys()
+    rows = [(kind, role, *told["said"](kind)) for kind, role in sorted(kinds.items()) if told["said"](kind)[0]]
+    versions = f"gguf {version('gguf')}, transformers {version('transformers')}"
+    page = (ROOT / "docs" / "saving.md").read_text().partition(told["BEGIN"])[2].partition(told["END"])[0]
+    assert page.split() == "\n".join(told["table"](rows, versions)).split()
+
+
+def test_a_refusal_gives_the_reason_of_the_list() -> None:
+    with pytest.raises(BadInput, match=r"of the type phimoe: llama\.cpp computes the weights of its"):
+        architecture_for(AutoConfig.for_model("phimoe"))

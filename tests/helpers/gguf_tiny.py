@@ -20,7 +20,7 @@ GRANTED: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 256},
     "gemma3": {"head_dim": 256},
     "mistral": {"sliding_window": None},
-    "phi3": {"original_max_position_embeddings": 64, "sliding_window": 8},
+    "phi3": {"original_max_position_embeddings": 64, "sliding_window": 32},  # llama.cpp leaves the window out
 }
 _WORDS = {"vocab_size": len(TOKENS)}
 _GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64} | _WORDS

@@ -72,15 +72,8 @@ def scaled_rope(
     scaling = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
     kind, theta = scaling.get("type", "none"), float(told.get("rope_theta", 10_000.0))
     windows = architecture == "olmo2" and told.get("sliding_window") is not None
-    if divisors is not None and architecture == "gemma4":
-        share = float((divisors < _UNROTATED).mean())
-        parameters = {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": share}
-    elif divisors is not None:
-        factor = float(divisors.max())
-        known = _LLAMA4 if architecture == "llama4" and {1.0, factor} == set(map(float, divisors)) else _LLAMA3
-        parameters = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **known}
-        if not np.allclose(llama3_divisors(parameters, 2 * len(divisors)), divisors, rtol=1e-4):
-            raise BadInput(f"its {FREQUENCIES} scale rotary embeddings differently from Llama 3.1")
+    if divisors is not None:
+        parameters = _of_divisors(architecture, theta, divisors)
     elif kind == "none":
         if architecture not in _GEMMAS and not windows:
             return {}
@@ -110,6 +103,23 @@ def scaled_rope(
         local = {"rope_type": "default", "rope_theta": float(base)}
         return {"rope_parameters": {"full_attention": parameters, "sliding_attention": local}}
     return {"rope_parameters": parameters}
+
+
+def _of_divisors(architecture: str, theta: float, divisors: NDArray[np.float32]) -> dict[str, Any]:
+    """The parameters that give these divisors.
+
+    Raises:
+        BadInput: no known ones do.
+    """
+    if architecture == "gemma4":
+        share = float((divisors < _UNROTATED).mean())
+        return {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": share}
+    factor = float(divisors.max())
+    known = _LLAMA4 if architecture == "llama4" and {1.0, factor} == set(map(float, divisors)) else _LLAMA3
+    parameters = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **known}
+    if not np.allclose(llama3_divisors(parameters, 2 * len(divisors)), divisors, rtol=1e-4):
+        raise BadInput(f"its {FREQUENCIES} scale rotary embeddings differently from Llama 3.1")
+    return parameters
 
 
 def check_lengths(names: Collection[str]) -> None:
