@@ -124,7 +124,8 @@ def test_narrow_weights_are_stored_in_the_narrowest_floats_that_hold_them(dtype:
         slow_but(pair, ("q4_k", "gpt2"), ("q8_0", "qwen3moe"), ("gptq", "llama"))
         for pair in product(["q4_k", "q8_0", "gptq"], ["llama", "gpt2", "qwen3moe", "bloom"])
     ]
-    + [("mxfp4", "llama"), ("mxfp4", "gpt-oss"), ("q8_0", "deepseek2")],
+    + [("mxfp4", "llama"), ("mxfp4", "gpt-oss"), ("q8_0", "deepseek2"), ("q8_0", "gemma4 with experts")]
+    + [("q8_0", "falcon-h1 with norms")],  # none of its factors differs from 1
 )
 def test_compressed_layers_are_stored_in_the_blocks_of_their_compression(
     method: str, architecture: str, tmp_path: Path
@@ -149,7 +150,8 @@ def test_compressed_layers_are_stored_in_the_blocks_of_their_compression(
     assert coded == targets.parameters - turned and set(kinds.values()) - expected == {Kind.F32}
     back = read_back(tmp_path / "model")
     for name, value in model.network.state_dict().items():
-        assert torch.equal(value, back.network.state_dict()[name]), name
+        there = back.network.state_dict()[name]
+        assert torch.allclose(value, there, atol=5e-7) if name.endswith("A_log") else torch.equal(value, there), name
     assert back.on_disk is not None and back.on_disk.made_by == "knowledge_compression"
 
 

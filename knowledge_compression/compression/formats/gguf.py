@@ -295,6 +295,7 @@ def _parts(
     for tensor in tensors:
         change = partial(described.architecture.changed, tensor, config=config)
         moved = described.architecture.change(tensor)
+        moved = None if moved is None or moved.idle(config) else moved
         shape = change(np.zeros(values.shape, dtype=np.bool_)).shape
         if kept is not None and (moved is None or moved.rows):
             stored = [blocks.data for blocks in kept]

@@ -128,7 +128,7 @@ class GgufArchitecture:
     def changed(self, name: str, tensor: Array, config: Any) -> Array:
         """The tensor in the file's form."""
         change = self.change(name)
-        return tensor if change is None else change.store(tensor, config)
+        return tensor if change is None or change.idle(config) else change.store(tensor, config)
 
     def put_together(self, tensors: Sequence[tuple[str, Array]], config: Any) -> Array:
         """The network's parameter that the given tensors of the file form, by their names."""

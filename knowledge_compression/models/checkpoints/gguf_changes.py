@@ -30,6 +30,7 @@ class Change:
         load: converts the file's tensor to the network's.
         rows: whether only whole rows are moved, which is then possible for encoded rows too.
         exact: whether the file's values are the network's; otherwise they need more bits than these.
+        idle: whether it changes nothing in a network of a configuration.
         join: makes one parameter of the results of ``load`` if several tensors form it; by default along the rows.
     """
 
@@ -37,6 +38,7 @@ class Change:
     load: Function
     rows: bool = True
     exact: bool = True
+    idle: Callable[[Any], bool] = lambda config: False
     join: Callable[[Sequence[Array]], Array] = _one_below_the_other
 
 
@@ -129,7 +131,7 @@ def scaled(factor: Callable[[Any], float | Sequence[float]]) -> Change:
     def store(tensor: Array, config: Any) -> Array:
         return np.asarray(tensor * np.asarray(factor(config), dtype=np.float32).reshape(-1, 1))
 
-    return Change(store, _same, rows=False, exact=False)
+    return Change(store, _same, rows=False, exact=False, idle=lambda config: bool(np.all(np.equal(factor(config), 1))))
 
 
 def filled(rows: str) -> Change:
