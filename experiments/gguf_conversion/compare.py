@@ -53,6 +53,8 @@ def as_published(config: dict[str, Any]) -> dict[str, Any]:
     kind = config["model_type"]
     if kind == "granitemoehybrid":
         config["layer_types"] = [KINDS[one] for one in config["layer_types"]]
+    if kind == "gemma4_unified_text":  # which is published as a part of the network that reads images too
+        config |= {"architectures": ["Gemma4UnifiedForConditionalGeneration"], "moe_intermediate_size": None}
     if kind == "nemotron_h":
         config["hybrid_override_pattern"] = "".join(PATTERN[one] for one in config.pop("layers_block_type"))
         config["num_hidden_layers"] = len(config["hybrid_override_pattern"])

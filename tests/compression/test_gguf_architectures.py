@@ -96,6 +96,8 @@ AT_DEFAULT = {
     "gemma4": {"global_head_dim", "num_kv_shared_layers", "num_experts", "top_k_experts", "enable_moe_block"},
     "gemma4 with shared keys": {"global_head_dim", "num_experts", "top_k_experts", "enable_moe_block"},
     "gemma4 with experts": {"global_head_dim", "num_kv_shared_layers"},
+    "gemma4 of gemma4_unified": {"global_head_dim", "num_kv_shared_layers", "hidden_size_per_layer_input"}
+    | {"vocab_size_per_layer_input", "num_experts", "top_k_experts", "moe_intermediate_size", "enable_moe_block"},
 }
 
 

@@ -39,11 +39,11 @@ CHANGED |= {"deepseek2 of youtu"}  # another order of sums
 ANSWERS_ALONE = {"granite of attention only", *(name for name in FURTHER if name.startswith("falcon-h1"))}
 # Types that are read as another one with the same answers.
 READ_AS = {"mistral": "llama", "internlm3": "llama", "iquestcoder": "llama", "solar_open": "glm4_moe"}
-READ_AS |= {"youtu": "deepseek_v2", "glm4_moe_lite": "deepseek_v3"}
+READ_AS |= {"gemma4_unified_text": "gemma4_text", "youtu": "deepseek_v2", "glm4_moe_lite": "deepseek_v3"}
 # What transformers cannot read, or makes another model of (findings/transformers_misreads_gguf_settings.sh).
 OURS_ALONE = {
     *("llama with biases", "mixtral", "qwen2moe with widths", "qwen3 with widths", "starcoder2 with another base"),
-    *("phi3", "falcon 40b", "t5", "t5 of relu", "umt5", "gemma4", "gemma4 with shared keys", "gemma4 with experts"),
+    *("phi3", "falcon 40b", "t5", "t5 of relu", "umt5", *(name for name in FURTHER if name.startswith("gemma4"))),
 }
 OURS_ALONE |= {name for name in FURTHER if name.split()[0] not in GGUF_SUPPORTED_ARCHITECTURES}
 TEXTS = ("abc dead beef", "zebra", "a b c", "<|s|>ab")

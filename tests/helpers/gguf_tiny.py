@@ -232,6 +232,10 @@ FURTHER |= {
 _OF_SOLAR = {k: v for k, v in _ROUTED.items() if "dense" not in k}
 _OF_SOLAR |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0}}
 FURTHER |= {
+    "gemma4 of gemma4_unified": (
+        "gemma4_unified_text",
+        TINY | HEADS | _LAYERS | {"sliding_window": 4, "global_head_dim": 32, "final_logit_softcapping": 30.0},
+    ),
     "afmoe": (
         "afmoe",
         TINY

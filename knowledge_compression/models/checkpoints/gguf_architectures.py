@@ -173,7 +173,7 @@ def further_tensors(config: Any) -> dict[str, Array]:
     found: dict[str, Array] = {}
     if told.get("rope_type") == "llama3":
         found[FREQUENCIES] = llama3_divisors(told, rotated(config))
-    if config.model_type == "gemma4_text":
+    if config.model_type in ("gemma4_text", "gemma4_unified_text"):
         found[FREQUENCIES] = proportional_divisors(
             told["full_attention"], of_attention(config, "head_dim", "full_attention")
         )

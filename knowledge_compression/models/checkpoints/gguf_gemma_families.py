@@ -165,7 +165,7 @@ _GEMMA4 = GgufArchitecture(
         "rope.dimension_count": _whole("head_dim"),
         "rope.dimension_count_swa": _local("head_dim"),
         "embedding_length_per_layer_input": Setting(
-            "hidden_size_per_layer_input", lambda config: config.hidden_size_per_layer_input or 0
+            "hidden_size_per_layer_input", lambda config: getattr(config, "hidden_size_per_layer_input", None) or 0
         ),
         "expert_count": "num_experts",
         "expert_used_count": "top_k_experts",
@@ -213,4 +213,5 @@ GEMMAS: Mapping[str, GgufArchitecture] = {
     ),
     "gemma3n_text": _GEMMA3N,
     "gemma4_text": _GEMMA4,
+    "gemma4_unified_text": _GEMMA4,  # the same without experts and inputs of each layer; read as the former
 }

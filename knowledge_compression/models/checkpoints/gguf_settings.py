@@ -48,7 +48,7 @@ FLOATS = (
 # Types of scaled rotary embeddings that files written here can express.
 SCALED: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama", "mistral", "exaone4", "llama4_text", "apertus"), ("llama3",)),
-    "gemma4_text": ("proportional",),
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), ("proportional",)),
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe"), ("dynamic",)),
     **dict.fromkeys(("gpt_oss", "deepseek_v2", "deepseek_v3", "olmo3", "ministral3"), ("yarn",)),
 }
