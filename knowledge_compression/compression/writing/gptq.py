@@ -1,4 +1,6 @@
-"""GPTQ checkpoints, which transformers (with GPTQModel) and vLLM load; ``models/checkpoints/gptq.py`` reads them.
+"""GPTQ checkpoints, which transformers (with GPTQModel) loads; ``models/checkpoints/gptq.py`` reads them.
+
+vLLM 0.32 loads those of version 1 with 4 or 8 bits and groups of neighbouring inputs.
 
 Each quantized linear ``<path>`` is stored, instead of its weight, as
 
