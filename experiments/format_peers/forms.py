@@ -127,7 +127,7 @@ FILES = (
     *(
         integers(f"{name}, 4 bits, {layers}", form, 4, BY_VLLM, target)
         for name, form in (("GPTQ v1", "gptq"), (COMPRESSED, COMPRESSED))
-        for layers, target in (("attention alone", "target=att"), ("the final layer too", "target=overall"))
+        for layers, target in (("attention alone", "target=att"), ("the final layer alone", "target=final"))
     ),
     Written("GGUF, F32", "gguf-f32", BY_TRANSFORMERS | {"llama_cpp": EXACT}, "compression=none"),
     Written("GGUF, F16", "gguf-f16", BY_TRANSFORMERS | {"llama_cpp": HALF}, "compression=none"),

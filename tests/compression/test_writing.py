@@ -266,6 +266,18 @@ def test_layers_left_alone_are_named(tiny_tokenizer: object, tmp_path: Path) -> 
     assert len(config["dynamic"]) == 6
 
 
+def test_a_coded_final_layer_is_named_among_the_targets(tiny_tokenizer: object, tmp_path: Path) -> None:
+    """To vLLM 0.32 it is no `Linear`, and unnamed it is taken for floats."""
+    model = small("llama", tiny_tokenizer)
+    Rtn(bits=4, symmetric=True).compress(model, Target("final", ["final"]).select(model), None)
+    WRITERS["compressed-tensors"].write(model, tmp_path / "written")
+    settings = json.loads((tmp_path / "written" / "config.json").read_text())["quantization_config"]
+    assert settings["config_groups"]["group_0"]["targets"] == ["Linear", "lm_head"]
+    assert "lm_head" not in settings["ignore"] and len(settings["ignore"]) == 14
+    back = LocalModel("local", str(tmp_path / "written")).load("cpu", "float32")
+    assert torch.equal(back.network.lm_head.weight, model.network.lm_head.weight)
+
+
 def test_a_layer_of_one_group_goes_with_layers_of_many(tiny_tokenizer: object, tmp_path: Path) -> None:
     network = build_network("llama", hidden_size=64, intermediate_size=128, head_dim=32)
     model = Model(network, tiny_tokenizer, "llama")  # type: ignore[arg-type]

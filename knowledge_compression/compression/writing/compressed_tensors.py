@@ -24,6 +24,7 @@ from knowledge_compression.compression.writing.places import Place
 from knowledge_compression.compression.writing.words import packed
 from knowledge_compression.heavy import torch
 from knowledge_compression.models import Model
+from knowledge_compression.models.families import FINAL
 from knowledge_compression.models.targets import linear_layers
 
 if TYPE_CHECKING:
@@ -148,7 +149,9 @@ class CompressedTensorsWriter(LayerWriter):
         """One group of layers, and the names of the layers outside it."""
         coding = same("coding", list(coded.values()))
         layout = LAYOUTS[coding.kind]
-        group: dict[str, Any] = {"targets": ["Linear"], "weights": _weights(coding, layout), "format": layout.name}
+        final = [place.path for place in coded if place.role == FINAL]  # to vLLM it is no Linear, so it is named
+        group: dict[str, Any] = {"targets": ["Linear", *final], "weights": _weights(coding, layout)}
+        group |= {"format": layout.name}
         inputs = _inputs(coding, group["weights"]) if coding.activations else None
         group |= {"input_activations": inputs, "output_activations": None}
         return {
