@@ -22,25 +22,27 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 def logits(place, ids):
     """As vLLM computes them, up to a constant at each token."""
+    try:
+        return asked(place, ids)
+    finally:
+        cleanup_dist_env_and_memory()  # what is left of a file that was not read is in the way of the next
+
+
+def asked(place, ids):
+    """Log-probabilities, float32 ``[texts, tokens, words]``."""
     told = json.loads((place / "config.json").read_text())["quantization_config"]
-    int8 = told.get("format") == "int-quantized"
-    length = ids.shape[1] + 1
-    asked = SamplingParams(max_tokens=1, prompt_logprobs=-1, logprobs=-1, flat_logprobs=True, detokenize=False)
     model = LLM(
         str(place),
-        dtype="float32" if int8 else "float16",
+        dtype="float32" if told.get("format") == "int-quantized" else "float16",
         enforce_eager=True,
         enable_prefix_caching=False,
-        max_model_len=length,
+        max_model_len=ids.shape[1] + 1,
         max_num_seqs=1,
         max_logprobs=-1,
     )
-    try:
-        answers = model.generate([{"prompt_token_ids": row} for row in ids.tolist()], asked)
-        return np.stack([all_of(found.prompt_logprobs, found.outputs[0].logprobs) for found in answers])
-    finally:
-        del model
-        cleanup_dist_env_and_memory()
+    wanted = SamplingParams(max_tokens=1, prompt_logprobs=-1, logprobs=-1, flat_logprobs=True, detokenize=False)
+    answers = model.generate([{"prompt_token_ids": row} for row in ids.tolist()], wanted)
+    return np.stack([all_of(found.prompt_logprobs, found.outputs[0].logprobs) for found in answers])
 
 
 def all_of(of_prompt, of_next):

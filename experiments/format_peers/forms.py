@@ -26,7 +26,7 @@ class Refused:
     """A file that a peer does not read.
 
     Attributes:
-        reason: a part of the line that it ends with.
+        reason: what a part of the line that it ends with looks like, a regular expression; this part is told.
     """
 
     reason: str
@@ -80,9 +80,10 @@ def blocks(name: str, kind: str) -> Written:
 
 BY_GPTQMODEL, BY_TRANSFORMERS, BY_VLLM = {"gptqmodel": HALF}, {"transformers": EXACT}, {"vllm": FLOAT16}
 BY_LLAMA = BY_TRANSFORMERS | {"llama_cpp": ROUNDED}
-NO_SUCH_GPTQ = {"vllm": Refused("Unsupported quantization config")}
-NO_SUCH_INT8 = {"vllm": Refused("No compressed-tensors compatible scheme")}
-NO_CPU_KERNEL = {"vllm": Refused("kernel")}
+NO_SUCH_GPTQ = {"vllm": Refused(r"Unsupported quantization config: bits=\d, sym=\w+")}
+NO_SUCH_INT8 = {"vllm": Refused("No compressed-tensors compatible scheme was found")}
+NO_CPU_KERNEL = {"vllm": Refused(r"Failed to find a kernel that can implement the \w+ linear layer")}
+NO_CPU_NVFP4 = {"vllm": Refused("Marlin FP4 not available")}
 SELF = "corpus=self corpus.samples=16 corpus.length=128"
 AWQ = f"compression=awq compression.fold=true compression.group_size=64 {SELF}"
 DYNAMIC = "compression=int8_dynamic compression.granularity=per_channel"
@@ -114,12 +115,14 @@ FILES = (
     Written(f"{COMPRESSED}, FP8", COMPRESSED, BY_TRANSFORMERS | NO_CPU_KERNEL, "compression=fp8"),
     *(
         Written(f"{COMPRESSED}, {kind}, both in bfloat16", COMPRESSED, peers, f"compression={kind.lower()}", "bfloat16")
-        for kind, peers in (("MXFP4", BY_TRANSFORMERS | NO_CPU_KERNEL), ("NVFP4", BY_TRANSFORMERS | NO_CPU_KERNEL))
+        for kind, peers in (("MXFP4", BY_TRANSFORMERS | NO_CPU_KERNEL), ("NVFP4", BY_TRANSFORMERS | NO_CPU_NVFP4))
     ),
     integers("GPTQ v1, 4 bits", "gptq", 4, BY_GPTQMODEL | BY_VLLM),
     integers("GPTQ v2, 4 bits", "gptq", 4, BY_GPTQMODEL | NO_SUCH_GPTQ, symmetric=False),
     integers("GPTQ v2, 3 bits", "gptq", 3, BY_GPTQMODEL | NO_SUCH_GPTQ, symmetric=False),
-    integers("GPTQ v1, 8 bits", "gptq", 8, BY_GPTQMODEL | {"vllm": Refused("Marlin does not support weight_bits")}),
+    integers(
+        "GPTQ v1, 8 bits", "gptq", 8, BY_GPTQMODEL | {"vllm": Refused(r"Marlin does not support weight_bits = \w+")}
+    ),
     integers("AWQ's format, plainly rounded", "awq", 4, BY_GPTQMODEL | BY_VLLM, symmetric=False),
     integers(f"{COMPRESSED}, 4 bits", COMPRESSED, 4, BY_TRANSFORMERS | BY_VLLM),
     integers(f"{COMPRESSED}, 4 bits, asymmetric", COMPRESSED, 4, BY_VLLM, symmetric=False),
@@ -144,6 +147,6 @@ MIXTURES = {  # a tiny random Mixtral: form, target, and whether vLLM reads it
     for name, form in (("GPTQ v1", "gptq"), (COMPRESSED, COMPRESSED))
     for layers, target, bound in (
         ("attention alone", "att", FLOAT16),
-        ("experts too", "all", Refused("No WNA16 MoE backend")),
+        ("experts too", "all", Refused("No WNA16 MoE backend supports the deployment configuration")),
     )
 }

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -139,8 +140,8 @@ class Question:
         start = f"| {self.name} | {versions.read_text() if versions.is_file() else self.peer} |"
         if (error := self.place / f"{self.peer}.error").is_file():
             why = error.read_text().replace(str(self.place), "...").replace("|", "/")
-            known = isinstance(self.bound, Refused) and self.bound.reason in why
-            return f"{start} not read: {why} | | | |", known
+            known = isinstance(self.bound, Refused) and re.search(self.bound.reason, why)
+            return f"{start} not read: {known[0] if known else why} | | | |", bool(known)
         if not (self.place / f"{self.peer}.npy").is_file():
             return f"{start} the peer ended without an answer | | | |", False
         one, other = (self.answer(name) for name in ("ours", self.peer))
