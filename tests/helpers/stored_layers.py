@@ -235,6 +235,15 @@ def mxfp4_packed(rng: np.random.Generator, out: int, inputs: int) -> Made:
     return Made(tensors, FP4[codes] * each, _groups("mxfp4-pack-quantized", weights), 4, 32)
 
 
+def mxfp8(rng: np.random.Generator, out: int, inputs: int, *, run: int = 16) -> Made:
+    """compressed-tensors, mxfp8-quantized (whose groups are of 32)."""
+    codes, steps = finite_codes(rng, out, inputs), rng.integers(110, 140, (out, inputs // run))
+    each = np.repeat(np.ldexp(np.float32(1), steps - 127), run, 1).astype(np.float32)
+    tensors = {".weight": float8(codes), ".weight_scale": torch.from_numpy(steps.astype(np.uint8))}
+    weights = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": run, "symmetric": True}
+    return Made(tensors, E4M3[codes] * each, _groups("mxfp8-quantized", weights), 8, run)
+
+
 def four_bit(
     rng: np.random.Generator, out: int, inputs: int, *, kind: str = "nf4", run: int = 64, nested: bool = False
 ) -> Made:

@@ -54,7 +54,16 @@ MIXED: dict[str, tuple[Maker, Maker, str]] = {
     "gptq with packed": (made_of.gptq, made_of.packed, r"gptq, but it holds .*_scale, .* format compressed-tensors"),
     "fp8 with gptq": (made_of.block_fp8, made_of.gptq, r"fp8, but it holds .*\.qweight, .* the format gptq or awq"),
     "NF4 with awq": (made_of.four_bit, made_of.awq, r"4 bits, but it holds .*\.qweight, .* the format gptq or awq"),
-    "awq with gptq": (made_of.awq, made_of.gptq, r"down_proj\.scales has the shape"),  # whose tensors have equal names
+    "awq with gptq": (
+        made_of.awq,
+        made_of.gptq,
+        r"format awq, but the shapes of .*qweight .* those of the format gptq;",
+    ),
+    "gptq with awq": (
+        made_of.gptq,
+        made_of.awq,
+        r"format gptq, but the shapes of .*qweight .* those of the format awq;",
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from helpers import stored_layers as made_of
+from helpers.hqq_layers import hqq
 from helpers.stored_folders import Maker, describe, write_folder
 from helpers.stored_layers import Made
 from knowledge_compression.errors import BadInput
@@ -26,6 +27,7 @@ LAYERS: dict[str, Maker] = {
     "gptq-act-order": partial(made_of.gptq, act_order=True),
     "gptq-3-bits-act-order": partial(made_of.gptq, bits=3, act_order=True, version=2),
     "gptq-no-g-idx": partial(made_of.gptq, with_groups=False),
+    "gptq-2-no-g-idx": partial(made_of.gptq, version=2, with_groups=False),
     "awq": made_of.awq,
     **{f"ct-packed-{b}": partial(made_of.packed, bits=b) for b in (2, 3, 4, 5, 6, 8)},
     "ct-packed-asymmetric": partial(made_of.packed, symmetric=False),
@@ -37,6 +39,7 @@ LAYERS: dict[str, Maker] = {
     "ct-int-zero": partial(made_of.plain, zero=True),
     "ct-nvfp4": made_of.nvfp4,
     "ct-mxfp4": made_of.mxfp4_packed,
+    "ct-mxfp8": made_of.mxfp8,
     "sparse-24": made_of.sparse,
     "sparse-24-fp8": partial(made_of.sparse, fp8=True),
     "sparse-any": partial(made_of.sparse, two_of_four=False),
@@ -47,6 +50,11 @@ LAYERS: dict[str, Maker] = {
     **{f"torchao-{kind}": partial(made_of.torchao, kind=kind) for kind in ("int8", "float8", "int4")},
     **{f"torchao-{kind}-groups": partial(made_of.torchao, kind=kind, group=16) for kind in ("int8", "float8", "int4")},
     "torchao-tensor": partial(made_of.torchao, kind="float8", group=-1),
+    **{f"hqq-{bits}-axis-{axis}": partial(hqq, bits=bits, axis=axis) for bits in (8, 4, 3, 2, 1) for axis in (0, 1)},
+    **{f"hqq-{bits}": partial(hqq, bits=bits) for bits in (6, 1.58)},
+    "hqq-whole": partial(hqq, channel_wise=False),
+    "hqq-as-floats": partial(hqq, as_floats=True),
+    "hqq-together": partial(hqq, axis=0, together=True),
 }
 PACKED_EVENLY = {"gptq", "awq"}  # formats whose outputs and inputs fill whole words
 # MXFP4 has blocks of 32; 48 codes of 3 bits fill five words either way, and are read as they are packed today.
@@ -103,7 +111,7 @@ def write_settings(folder: Path, settings: Any) -> None:
 
 
 WHOLE = ["gptq-v1-4", "gptq-act-order", "awq", "ct-packed-asymmetric", "ct-float-channel", "ct-nvfp4", "ct-mxfp4"]
-WHOLE += ["bnb-nf4-nested", "bnb-int8", "fp8", "sparse-24", "sparse-24-fp8", "sparse-any"]
+WHOLE += ["bnb-nf4-nested", "bnb-int8", "fp8", "sparse-24", "sparse-24-fp8", "sparse-any", "hqq-3-axis-0", "hqq-1.58"]
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -120,7 +128,7 @@ def test_a_folder_loads_as_the_model_that_it_stands_for(
     norm = "model.layers.0.input_layernorm.weight"
     assert torch.equal(state[norm], plain[norm].float())
     told, one = model.on_disk, next(iter(layers.values()))
-    assert told is not None and told.bits == one.bits
+    assert told is not None and told.bits == pytest.approx(one.bits)
     assert told.bytes == (folder / "model.safetensors").stat().st_size
     held = sum(
         t.numel() * t.element_size() for m in layers.values() for e, t in m.tensors.items() if e != ".weight_format"
@@ -148,6 +156,44 @@ def test_settings_beside_the_configuration_are_found(stored: Callable[..., tuple
     assert model.on_disk is not None and (model.on_disk.format, model.on_disk.made_by) == ("gptq", "numpy:1")
 
 
+AUTO_ROUND = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "autoround_version": "0.16.1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "packing"),
+    [
+        ("gptq-no-g-idx", "auto_round:auto_gptq"),
+        ("gptq-2-no-g-idx", "auto_round"),
+        ("gptq-2-no-g-idx", "auto_round:gptqmodel"),
+        ("awq", "auto_round:auto_awq"),
+    ],
+)
+def test_the_layout_of_auto_round(name: str, packing: str, stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:
+    """The tensors are those of GPTQ or AWQ; one layer has other bits and other groups than the rest."""
+    other = partial(
+        made_of.gptq, bits=8, group=16, version=1 if packing.endswith("auto_gptq") else 2, with_groups=False
+    )
+    apart = {} if name == "awq" else {"model.layers.1.mlp.down_proj": other}
+    folder, layers = stored(LAYERS[name], apart=apart)
+    write_settings(folder, AUTO_ROUND | {"bits": 4, "group_size": 32, "packing_format": packing})
+    model = LocalModel("local", str(folder)).load("cpu", "float32")
+    state = model.network.state_dict()
+    for path, made in layers.items():
+        assert np.array_equal(state[f"{path}.weight"].numpy(), made.weight), path
+    assert len(layers) == 14 - len(apart)
+    assert model.on_disk is not None and model.on_disk.made_by == "auto-round 0.16.1"
+    assert model.on_disk.weights.get("8 bits", 0) == sum(state[f"{path}.weight"].numel() for path in apart)
+
+
+def test_rotations_inside_the_weights_are_read(stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:
+    folder, layers = stored(LAYERS["ct-packed-4"])
+    inside = {"R1": {"apply": [{"location": "weight_input"}, {"location": "weight_output"}]}}
+    settings = dict(next(iter(layers.values())).settings) | {"transform_config": {"config_groups": inside}}
+    write_settings(folder, settings)
+    state = LocalModel("local", str(folder)).load("cpu", "float32").network.state_dict()
+    assert all(np.array_equal(state[f"{path}.weight"].numpy(), made.weight) for path, made in layers.items())
+
+
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "marlin": ("gptq-v1-4", {"checkpoint_format": "marlin"}, "in the layout marlin; gptq, gptq_v2 can be read"),
     "gemv": ("awq", {"version": "gemv"}, "in the layout gemv; only gemm can be read"),
@@ -165,6 +211,23 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         "config_groups.group_0 is not symmetric FP8 or int8",
     ),
     "blocks": ("fp8", {"weight_block_size": [0, 1]}, "must be two sizes"),
+    "rotated inputs": (
+        "ct-packed-4",
+        {
+            "transform_config": {
+                "config_groups": {"v": {"apply": [{"location": "weight_input"}, {"location": "input"}]}}
+            }
+        },
+        "transform_config.config_groups.v, which multiplies the input of layers by a matrix at run time",
+    ),
+    "auto-round packing": (
+        "gptq-no-g-idx",
+        AUTO_ROUND | {"packing_format": "auto_round:llm_compressor"},
+        "with packing_format=auto_round:llm_compressor; auto_round:auto_gptq, .* and auto_round:auto_awq can be read",
+    ),
+    "auto-round inputs": ("gptq-no-g-idx", AUTO_ROUND | {"act_bits": 8}, "with data_type=int, act_bits=8; those with"),
+    "auto-round floats": ("gptq-no-g-idx", AUTO_ROUND | {"data_type": "mx_fp"}, "with data_type=mx_fp, act_bits=16;"),
+    "auto-round rotation": ("gptq-no-g-idx", AUTO_ROUND | {"rotation_config": {"a": 1}}, "rotation_config; those with"),
 }
 
 
@@ -181,6 +244,7 @@ def test_settings_that_are_not_read_are_one_line(
 
 
 DAMAGE: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor | None], str]] = {
+    "no bits": ("gptq-no-g-idx", ".qzeros", lambda t: t[:, :1].clone(), "has codes of 0 bits; a GPTQ checkpoint has"),
     "scales": ("gptq-v1-4", ".scales", lambda t: t[:, :-1].clone(), r"\.scales has the shape|\.qzeros has the shape"),
     "zeros": ("gptq-v1-4", ".qzeros", lambda t: None, r"but not .*\.qzeros, without which"),
     "words": ("gptq-v1-4", ".qweight", lambda t: t[:-1].clone(), "which does not fit any number of bits"),
@@ -203,6 +267,22 @@ DAMAGE: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor | None],
     "sparse scale": ("sparse-24-fp8", ".weight_scale", lambda t: t[:-1].clone(), r"\.weight_scale has .* numbers"),
     "not sparse": ("sparse-24-fp8", ".bitmask", lambda t: None, "as codes without a bitmask beside sparse layers"),
     "cells": ("fp8", ".weight_scale_inv", lambda t: t[:-1].clone(), r"\.weight_scale_inv has the shape"),
+    "table": (
+        "hqq-4-axis-1",
+        ".W_q",
+        lambda t: t[:-1].clone(),
+        r"W_q is U8 \[.*\], which does not hold .* codes in the",
+    ),
+    "word type": ("hqq-3-axis-1", ".W_q", lambda t: t.view(torch.float32), "W_q is F32 .* in the packing 3bit_32"),
+    "zero": ("hqq-4-axis-0", ".zero", lambda t: t[:, :-1].clone(), r"\.zero is F32 \[.*\], which must be .* floats"),
+    "no scale": ("hqq-4-axis-0", ".scale", lambda t: None, r"but not .*\.scale, without which"),
+    "both": ("hqq-together", ".zero_scale", lambda t: t[:1].clone(), r"\.zero_scale is F32 .* must be .* floats"),
+    "no axis": ("hqq-4-axis-0", ".axis", lambda t: None, r"but not .*\.axis, without which"),
+    "axes": ("hqq-4-axis-0", ".axis", lambda t: t + 2, "has axis=2 and group_size=16; the axis must be 0 or 1"),
+    "size": ("hqq-4-axis-0", ".group_size", lambda t: t - 3, "group_size=13; .* must divide its .* weights"),
+    "sizes": ("hqq-4-axis-0", ".shape", lambda t: t[:1].clone(), r"\.shape is \[.*\], which must be two sizes"),
+    "number": ("hqq-4-axis-0", ".nbits", lambda t: t.repeat(2), r"\.nbits has the shape \[2\], which must be one"),
+    "packing": ("hqq-4-axis-0", ".packing", lambda t: t[:4].clone(), "is packed as '4bit'; 8bit_u8, .* can be read"),
 }
 
 
@@ -245,8 +325,8 @@ def test_a_file_that_is_cut_short_is_one_line(stored: Callable[..., tuple[Path, 
             "which neither this program nor transformers knows; gptq, awq, .* and GGUF files can be read",
         ),
         (
-            "hqq",
-            "it is compressed by hqq, which only transformers can read; this program reads gptq, awq, .* and GGUF",
+            "vptq",
+            "it is compressed by vptq, which only transformers can read; this program reads gptq, awq, .* and GGUF",
         ),
         ("eetq", "it is compressed by eetq, which only transformers can read"),
         ("quanto", "it is compressed by quanto, which only transformers can read"),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models.checkpoints.base import Coded, Format, fits, needed, number
+from knowledge_compression.models.checkpoints.base import Coded, Format, fits, needed, number, other_layout
 from knowledge_compression.models.checkpoints.codes import unpacked
 from knowledge_compression.models.streamed import Described
 
@@ -25,7 +25,13 @@ BITS = 4
 
 @dataclass(frozen=True)
 class Awq(Format):
-    """The AWQ format, see the module's docstring."""
+    """The AWQ format, see the module's docstring.
+
+    Attributes:
+        quantizer: the program that made the file, if it is known.
+    """
+
+    quantizer: str = ""
 
     name = "awq"
     methods = ("awq",)
@@ -43,11 +49,18 @@ class Awq(Format):
             raise BadInput(f"it is an AWQ checkpoint of {bits} bits; the gemm layout has {BITS}")
         return cls()
 
+    @property
+    def made_by(self) -> str:
+        """Empty, but where :attr:`quantizer` is known."""
+        return self.quantizer
+
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
         """Inputs and outputs from ``qweight``, groups from ``scales``."""
         needed(layer, parts, *self.endings)
         inputs, words = parts[".qweight"].matrix(f"{layer}.qweight")
-        groups, _ = parts[".scales"].matrix(f"{layer}.scales")
+        groups, columns = parts[".scales"].matrix(f"{layer}.scales")
+        if columns == words:  # GPTQ packs inputs, not outputs
+            raise other_layout(layer, self.name, "gptq")
         fits(layer, ".scales", parts[".scales"].shape, (groups, 8 * words))
         fits(layer, ".qzeros", parts[".qzeros"].shape, (groups, words))
         if groups == 0 or inputs % groups:

@@ -191,6 +191,14 @@ def needed(layer: str, parts: Mapping[str, Any], *endings: str) -> None:
             )
 
 
+def other_layout(layer: str, declared: str, other: str) -> BadInput:
+    """The refusal of a layer whose tensors have the names of the declared format and the shapes of another one."""
+    return BadInput(
+        f"its configuration declares the format {declared}, but the shapes of {layer}.qweight and {layer}.scales are "
+        f"those of the format {other}; all layers must be {declared} or plain floats"
+    )
+
+
 def number(settings: Mapping[str, Any], name: str, default: int | None = None) -> int | None:
     """A whole number from a ``quantization_config``.
 

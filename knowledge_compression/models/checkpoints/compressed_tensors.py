@@ -6,12 +6,14 @@ A layer is one of:
   of bits a row, or in files of earlier versions as many whole codes a word as fit;
 - ``weight_packed`` uint8 ``[out, in / 2]`` (``nvfp4-pack-quantized``, ``mxfp4-pack-quantized``): 4-bit floats, low
   half first;
-- ``weight`` int8 or float8 ``[out, in]`` (``int-quantized``, ``float-quantized``, ``naive-quantized``).
+- ``weight`` int8 or float8 ``[out, in]`` (``int-quantized``, ``float-quantized``, ``naive-quantized``,
+  ``mxfp8-quantized``).
 
 ``weight_scale`` is one number, ``[out, 1]``, ``[out, groups]`` or one a block; ``weight_zero_point``, if present, has
 the same shape, or is packed along the outputs. A weight is ``(code - zero) * scale``. NVFP4 scales are E4M3 over one
-``weight_global_scale``; those of MXFP4 are powers of two. ``weight_g_idx`` is the group of each input. The library
-itself rounds these products to the type of the scale (bfloat16 in most files); here they are rounded only to float32.
+``weight_global_scale``; those of MXFP4 and MXFP8 are powers of two. ``weight_g_idx`` is the group of each input. The
+library itself rounds these products to the type of the scale (bfloat16 in most files); here they are rounded only to
+float32.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from knowledge_compression.models.checkpoints.sparse import SparseTensors
 from knowledge_compression.models.streamed import Described
 
 PACKED, NVFP4, MXFP4 = "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"
-PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
+MXFP8 = "mxfp8-quantized"
+PLAIN = ("int-quantized", "float-quantized", "naive-quantized", MXFP8)
 LAYOUTS = (PACKED, *PLAIN, NVFP4, MXFP4)
 _PLAIN_TYPES = ("I8", "F8_E4M3", "F8_E5M2")
 
@@ -91,6 +94,7 @@ class CompressedTensors(Format):
         if not isinstance(groups, Mapping) or not groups:
             raise BadInput("its quantization_config has no config_groups, which describe how its layers are stored")
         whole = settings.get("format")
+        _check_transforms(settings.get("transform_config"))
         return cls([_scheme(name, group, whole) for name, group in groups.items()], str(settings.get("version") or ""))
 
     @property
@@ -127,7 +131,7 @@ class CompressedTensors(Format):
         codes = parts[".weight" if scheme.layout in PLAIN else ".weight_packed"]
         shape = _shape(layer, (codes.shape[0], codes.shape[1]), parts.get(".weight_shape"), scheme)
         scales = parts[".weight_scale"]
-        if scheme.layout == MXFP4:
+        if scheme.layout in (MXFP4, MXFP8):
             scales = powers_of_two(scales)
         elif scheme.layout == NVFP4:
             scales = scales.float() / parts[".weight_global_scale"].float()
@@ -155,6 +159,24 @@ class CompressedTensors(Format):
         if found is None:
             raise BadInput(f"it holds a scale for {layer}, which belongs to none of its config_groups")
         return found
+
+
+def _check_transforms(told: Any) -> None:
+    """Refuse files whose weights are those of another network until inputs or outputs are transformed as well.
+
+    Raises:
+        BadInput: there is such a transform.
+    """
+    groups = told.get("config_groups") if isinstance(told, Mapping) else None
+    for name, group in groups.items() if isinstance(groups, Mapping) else ():
+        places = group.get("apply") if isinstance(group, Mapping) else None
+        for one in places if isinstance(places, list) else ():
+            if isinstance(one, Mapping) and not str(one.get("location")).startswith("weight"):
+                raise BadInput(
+                    f"its quantization_config has transform_config.config_groups.{name}, which multiplies the "
+                    f"{one.get('location')} of layers by a matrix at run time; files whose transforms are part of the "
+                    f"weights can be read"
+                )
 
 
 def _scheme(name: str, group: Any, whole: Any) -> Scheme:

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.models.checkpoints.auto_round import AutoRound
 from knowledge_compression.models.checkpoints.awq import Awq
 from knowledge_compression.models.checkpoints.base import Coded, Format, StoredAs
 from knowledge_compression.models.checkpoints.bitsandbytes import EightBit, FourBit
 from knowledge_compression.models.checkpoints.compressed_tensors import CompressedTensors
 from knowledge_compression.models.checkpoints.fp8 import BlockFp8
 from knowledge_compression.models.checkpoints.gptq import Gptq
+from knowledge_compression.models.checkpoints.hqq import Hqq
 from knowledge_compression.models.checkpoints.mxfp4 import Mxfp4
 from knowledge_compression.models.checkpoints.stored import Later, Stored
 from knowledge_compression.models.checkpoints.torchao import TorchAo
@@ -29,7 +31,8 @@ from knowledge_compression.models.streamed import Checkpoint, Described, names_i
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-FORMATS: tuple[type[Format], ...] = (Gptq, Awq, CompressedTensors, FourBit, EightBit, BlockFp8, Mxfp4, TorchAo)
+FORMATS: tuple[type[Format], ...] = (Gptq, Awq, CompressedTensors, FourBit, EightBit, BlockFp8, Mxfp4, TorchAo, Hqq)
+_READ: tuple[type[Format] | type[AutoRound], ...] = (*FORMATS, AutoRound)
 # The files in which older programs wrote the settings.
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _SETTINGS = ("quantization_config", "compression_config")
@@ -282,7 +285,7 @@ def _names(settings: Any, path: str) -> bool:
 
 def readable() -> list[str]:
     """The values of ``quant_method`` that are read here."""
-    return list(dict.fromkeys(name.split("_")[0] for form in FORMATS for name in form.methods))
+    return list(dict.fromkeys(name.split("_")[0] for form in _READ for name in form.methods))
 
 
 def is_compressed(config: Mapping[str, Any]) -> bool:
@@ -291,11 +294,11 @@ def is_compressed(config: Mapping[str, Any]) -> bool:
     return any(isinstance(one, Mapping) and _format(one) is not None for one in settings)
 
 
-def _format(settings: Mapping[str, Any]) -> type[Format] | None:
+def _format(settings: Mapping[str, Any]) -> type[Format] | type[AutoRound] | None:
     method = str(settings.get("quant_method"))
     if method == "bitsandbytes":
         method += "_8bit" if settings.get("load_in_8bit") else "_4bit"
-    return next((one for one in FORMATS if method in one.methods), None)
+    return next((one for one in _READ if method in one.methods), None)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

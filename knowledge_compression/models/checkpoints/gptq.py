@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models.checkpoints.base import Coded, Format, fits, needed, number
+from knowledge_compression.models.checkpoints.base import Coded, Format, fits, needed, number, other_layout
 from knowledge_compression.models.checkpoints.codes import unpacked
 from knowledge_compression.models.streamed import Described
 
@@ -27,14 +27,10 @@ class Gptq(Format):
     """The GPTQ format, see the module's docstring.
 
     Attributes:
-        bits: bits of a code, if the layer's own tensors do not determine it.
-        group_size: number of neighbouring inputs in one group, if the layer has no ``g_idx``; -1 for all.
         zero_offset: the number subtracted from every zero point before it was stored.
         quantizer: the program that made the file, according to the file.
     """
 
-    bits: int
-    group_size: int
     zero_offset: int
     quantizer: str = ""
 
@@ -54,11 +50,12 @@ class Gptq(Format):
             raise BadInput(f"it is a GPTQ checkpoint in the layout {named}; {', '.join(cls.layouts)} can be read")
         if (words := settings.get("pack_dtype", "int32")) != "int32":
             raise BadInput(f"it is a GPTQ checkpoint packed in {words}; only int32 can be read")
-        bits, size = number(settings, "bits", 4), number(settings, "group_size", -1)
+        for name in ("bits", "group_size"):
+            number(settings, name)
         meta = settings.get("meta")
         made_by = meta.get("quantizer") if isinstance(meta, Mapping) else None
         told = ", ".join(map(str, made_by)) if isinstance(made_by, list) else str(made_by or "")
-        return cls(bits or 4, size or -1, cls.layouts[layout], told)
+        return cls(cls.layouts[layout], told)
 
     @property
     def made_by(self) -> str:
@@ -66,46 +63,57 @@ class Gptq(Format):
         return self.quantizer
 
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
-        """Bits and inputs from ``qweight`` and ``g_idx``."""
+        """Bits and inputs from ``qweight``, and from ``g_idx`` or ``qzeros``."""
         needed(layer, parts, ".qweight", ".qzeros", ".scales")
         rows, outputs = parts[".qweight"].matrix(f"{layer}.qweight")
-        groups, _ = parts[".scales"].matrix(f"{layer}.scales")
-        bits, inputs = self._width(layer, rows, parts[".g_idx"].count if ".g_idx" in parts else None)
+        groups, columns = parts[".scales"].matrix(f"{layer}.scales")
+        if columns == 8 * outputs:  # AWQ packs eight outputs in a word
+            raise other_layout(layer, self.name, "awq")
         fits(layer, ".scales", parts[".scales"].shape, (groups, outputs))
+        _, words = parts[".qzeros"].matrix(f"{layer}.qzeros")
+        bits, inputs = _width(layer, rows, outputs, words, parts[".g_idx"].count if ".g_idx" in parts else None)
         fits(layer, ".qzeros", parts[".qzeros"].shape, (groups, outputs * bits // 32))
-        if ".g_idx" not in parts and self._run(inputs) * groups != inputs:
-            raise BadInput(f"{layer} has {groups} groups and {inputs} inputs, but group_size={self.group_size}")
+        if ".g_idx" not in parts and inputs % groups:
+            raise BadInput(f"{layer} has {groups} groups, which do not divide its {inputs} inputs")
         return Coded((outputs, inputs), bits, inputs // groups)
 
     def decode(self, layer: str, parts: Mapping[str, Tensor]) -> Tensor:
         """``scale * (code - zero)``; every product is exact in float32."""
         words, scales = parts[".qweight"], parts[".scales"].float()
         places = parts.get(".g_idx")
-        bits, inputs = self._width(layer, len(words), None if places is None else len(places))
         groups, outputs = scales.shape
+        zeros = parts[".qzeros"]
+        bits, inputs = _width(layer, len(words), outputs, zeros.shape[1], None if places is None else len(places))
         if places is None:
-            places = torch.arange(inputs) // self._run(inputs)
+            places = torch.arange(inputs) // (inputs // groups)
         if len(places) and not (int(places.min()) >= 0 and int(places.max()) < groups):
             raise BadInput(f"{layer}.g_idx contains group {int(places.max())}, but there are only {groups} groups")
-        zeros = unpacked(parts[".qzeros"], bits, outputs) + self.zero_offset & (1 << bits) - 1
+        zeros = unpacked(zeros, bits, outputs) + self.zero_offset & (1 << bits) - 1
         weight = unpacked(words.T, bits, inputs).float()
         weight -= zeros.float().T[:, places.long()]
         weight *= scales.T[:, places.long()]
         return weight
 
-    def _width(self, layer: str, rows: int, inputs: int | None) -> tuple[int, int]:
-        """Bits of a code and number of inputs, from ``g_idx`` if there is one."""
-        if inputs is None:
-            bits, inputs = self.bits, rows * 32 // self.bits
-        else:
-            bits, left = divmod(rows * 32, max(1, inputs))
-            if left:
-                raise BadInput(
-                    f"{layer}.qweight has {rows} words for {inputs} inputs, which does not fit any number of bits"
-                )
-        if bits not in BITS:
-            raise BadInput(f"{layer} has codes of {bits} bits; a GPTQ checkpoint has {', '.join(map(str, BITS))}")
-        return bits, inputs
 
-    def _run(self, inputs: int) -> int:
-        return inputs if self.group_size < 1 else self.group_size
+def _width(layer: str, rows: int, outputs: int, words: int, inputs: int | None) -> tuple[int, int]:
+    """Bits of a code and number of inputs: from ``g_idx`` if there is one, otherwise from the words of zero points.
+
+    Args:
+        layer: its path.
+        rows: rows of ``qweight``.
+        outputs: its columns.
+        words: columns of ``qzeros``.
+        inputs: length of ``g_idx``.
+    """
+    if inputs is None:
+        bits = 32 * words // outputs
+        inputs = rows * 32 // max(1, bits)
+    else:
+        bits, left = divmod(rows * 32, max(1, inputs))
+        if left:
+            raise BadInput(
+                f"{layer}.qweight has {rows} words for {inputs} inputs, which does not fit any number of bits"
+            )
+    if bits not in BITS:
+        raise BadInput(f"{layer} has codes of {bits} bits; a GPTQ checkpoint has {', '.join(map(str, BITS))}")
+    return bits, inputs
