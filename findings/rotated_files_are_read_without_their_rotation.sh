@@ -2,8 +2,8 @@
 # llmcompressor 0.14.0.1 with transformers 5.17.0 and compressed-tensors 0.19.0: a model saved after QuIPModifier is loaded
 # without an error and answers as another network. The file says that the inputs of its layers are multiplied by a matrix
 # (transform_config, location input), and its weights are divided by that matrix; the loaded model uses these weights and
-# leaves the matrix out. No compression is needed for it: here weights keep 8 bits, and before it is saved the model answers
-# almost as the original does.
+# leaves the matrix out. Weights keep 8 bits here: in memory the largest difference of a log-probability from the original is
+# 1.05, and 12.54 after loading.
 # Why it matters here: weights of such a file alone mean nothing. Files with a transform of inputs or outputs are refused.
 set -euo pipefail
 folder=$(mktemp -d)
@@ -14,7 +14,6 @@ python3 -m venv "$folder/env"
 cd "$folder"
 cat > look.py <<'PYTHON'
 import torch
-from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.quip import QuIPModifier
@@ -39,13 +38,12 @@ recipe = [
         ignore=["lm_head"], config_groups={"all": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}}
     ),
 ]
-data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": [[1] * 40]})
-oneshot(model=model, recipe=recipe, dataset=data, num_calibration_samples=1, max_seq_length=40)
+oneshot(model=model, recipe=recipe)
 distance = {"in memory": (answers(model) - before).abs().max().item()}
 model.save_pretrained("saved", save_compressed=True)
 distance["loaded"] = (answers(AutoModelForCausalLM.from_pretrained("saved")) - before).abs().max().item()
 print({name: round(value, 2) for name, value in distance.items()})
-assert distance["in memory"] < 0.5 and distance["loaded"] > 2
+assert distance["in memory"] < 2 and distance["loaded"] > 8
 print("as found")
 PYTHON
 "$folder/env/bin/python" -W ignore look.py 2> errors.txt || { tail -5 errors.txt; exit 1; }

@@ -1,4 +1,4 @@
-"""GPTQModel's own files: python write_gptqmodel.py DENSE OUT SETTINGS, in its environment; SETTINGS are JSON."""
+"""GPTQModel's own files: python write_gptqmodel.py DENSE OUT SETTINGS ..., in its environment; SETTINGS are JSON."""
 
 import json
 import sys
@@ -23,4 +23,5 @@ def main(dense: str, out: str, settings: str) -> None:
     model.save(out)
 
 
-main(*sys.argv[1:])
+for start in range(1, len(sys.argv), 3):
+    main(*sys.argv[start : start + 3])

@@ -11,6 +11,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import gptq, pruning, quantization
 from llmcompressor.modifiers.transform import awq, quip, smoothquant, spinquant
+from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEXT = (
@@ -18,8 +19,10 @@ TEXT = (
     "two men walked on the moon; the third stayed in orbit. The author of Hamlet was born in Stratford, in England. "
 )
 MODULES = (gptq, pruning, quantization, awq, quip, smoothquant, spinquant)
-if not torch.accelerator.is_available():  # AWQModifier asks for its peak of memory without asking whether there is one
-    torch.accelerator.reset_peak_memory_stats = torch.accelerator.max_memory_allocated = lambda device=None: 0
+if (
+    not torch.accelerator.is_available()
+):  # AWQModifier pins memory for an accelerator without asking whether there is one
+    IntermediatesCache.pin_memory = lambda cache, index: None
 
 
 def modifier(settings: dict):

@@ -115,6 +115,13 @@ def test_a_declaration_without_a_method(settings: dict[str, Any], stored: Callab
     refused(folder, "its quantization_config names no quant_method; gptq, awq, .* and GGUF files can be read")
 
 
+@pytest.mark.parametrize(("name", "by"), [("quanto_qmap.json", "optimum-quanto"), ("qmodel.pt", "a pickle .* hqq")])
+def test_folders_that_programs_write_in_their_own_way(name: str, by: str, plain: Path) -> None:
+    (plain / name).write_bytes(b"")
+    (plain / WEIGHTS).unlink()
+    refused(plain, f"it holds {name}, .*{by}, which cannot be read; gptq, awq, .* and GGUF files can be read")
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_gguf_file_beside_other_weights_asks_which(
     compressed: bool, plain: Path, stored: Callable[..., Path]

@@ -35,6 +35,8 @@ FORMATS: tuple[type[Format], ...] = (Gptq, Awq, CompressedTensors, FourBit, Eigh
 _READ: tuple[type[Format] | type[AutoRound], ...] = (*FORMATS, AutoRound)
 # The files in which older programs wrote the settings.
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+# Files of folders that say nothing of their quantization in config.json, and cannot be read.
+_FOREIGN = {"quanto_qmap.json": "written by optimum-quanto", "qmodel.pt": "a pickle written by hqq"}
 _SETTINGS = ("quantization_config", "compression_config")
 _NUMBER = re.compile(r"\.\d+\.")
 
@@ -78,6 +80,10 @@ class QuantizedFolder(Stored):
         from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
         if (settings := settings_of(folder)) is None:
+            for name, told in _FOREIGN.items():
+                if (folder / name).is_file():
+                    known = ", ".join(readable())
+                    raise BadInput(f"it holds {name}, {told}, which cannot be read; {known} and GGUF files can be read")
             return None
         if (found := _format(settings)) is not None:
             return cls(folder, found.of(settings))
