@@ -81,6 +81,15 @@ def test_published_configurations_are_written(architecture: str, tmp_path: Path)
     assert {field.types[-1] for key, field in fields.items() if key.endswith(floats)} == {GGUFValueType.FLOAT32}
 
 
+def test_what_llama_cpp_would_guess_or_requires_is_in_the_file(tmp_path: Path) -> None:
+    """It caps Gemma 4's logits at 30 if the file is silent, and wants keys in blocks that take those of others."""
+    save_gguf(tiny("gemma4 with experts", final_logit_softcapping=None), tmp_path / "model")
+    assert GGUFReader(tmp_path / "model" / "model.gguf").fields["gemma4.final_logit_softcapping"].contents() == 0
+    save_gguf(tiny("gemma3n"), tmp_path / "model")
+    tensors = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "model" / "model.gguf").tensors}
+    assert tensors["blk.19.attn_k.weight"].any() and not tensors["blk.20.attn_k.weight"].any()
+
+
 # Attributes that stay at their default: names of others, values that llama.cpp takes for granted, or kinds of networks
 # that are tiny ones of their own.
 AT_DEFAULT = {
