@@ -84,11 +84,11 @@ def wait_until(true: Any, process: subprocess.Popen[str] | None = None) -> None:
         time.sleep(0.5)
 
 
-def test_a_sweep_of_five_with_three_mishaps(sweep: Any, slurm: dict[str, str], tmp_path: Path) -> None:
+def test_a_sweep_of_four_with_three_mishaps(sweep: Any, slurm: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "mishaps" / "compression-0.2").write_text("always bad luck")
     (tmp_path / "mishaps" / "compression-0.3").write_text("memory")
     (tmp_path / "mishaps" / "after-compression-0.1").write_text("sleep 600")
-    process = sweep("sparsity=0.1,0.2,0.3,0.4,0.5", "run.retries=1", "hydra.launcher.at_once=2")
+    process = sweep("sparsity=0.1,0.2,0.3,0.4", "run.retries=1", "hydra.launcher.at_once=2")
     wait_until(lambda: "after-compression-0.1" in way(tmp_path), process)
     (note,) = (tmp_path / "outputs" / "sweeps").glob("*/0/slurm_job")
     subprocess.run(["scontrol", "requeue", note.read_text().split()[0]], check=True, env=slurm)
@@ -96,18 +96,18 @@ def test_a_sweep_of_five_with_three_mishaps(sweep: Any, slurm: dict[str, str], t
     assert process.returncode == 1, output
     runs = list(RunStore(tmp_path / "outputs"))
     reached = sorted(run.config["sparsity"] for run in runs if run.config["choices"]["compression"] != "none")
-    assert reached == [0.1, 0.3, 0.4, 0.5], output
-    assert len(runs) == 5  # and the dense baseline, once
+    assert reached == [0.1, 0.3, 0.4], output
+    assert len(runs) == 4  # and the dense baseline, once
     failures = [line for line in output.splitlines() if line.startswith("failed: ")]
     assert failures and all("sparsity=0.2" in line and "always bad luck" in line for line in failures), output
     assert re.search(r"sparsity=0\.3: ended by SLURM without a result \(\w+\); retrying", output)
     came_by = way(tmp_path)
-    started = {f"compression-0.{i}": came_by.count(f"compression-0.{i}") for i in range(1, 6)}
+    started = {f"compression-0.{i}": came_by.count(f"compression-0.{i}") for i in range(1, 5)}
     # what raised was tried again, what was killed or requeued began again, all else was done once
-    assert started == {f"compression-0.{i}": 2 if i in (1, 2, 3) else 1 for i in range(1, 6)}
-    assert came_by.count("probe") == came_by.count("second") == 5
+    assert started == {f"compression-0.{i}": 2 if i in (1, 2, 3) else 1 for i in range(1, 5)}
+    assert came_by.count("probe") == came_by.count("second") == 4
     (status,) = sweeps(tmp_path / "outputs")
-    assert (status.count("done"), status.count("failed"), status.count("missing")) == (4, 1, 0)
+    assert (status.count("done"), status.count("failed"), status.count("missing")) == (3, 1, 0)
     again = sweep("sparsity=0.1,0.3,0.4")  # the same command again has nothing to do
     output, _ = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0, output
@@ -115,14 +115,14 @@ def test_a_sweep_of_five_with_three_mishaps(sweep: Any, slurm: dict[str, str], t
 
 
 def test_a_detached_sweep_goes_on_by_itself(sweep: Any, tmp_path: Path) -> None:
-    process = sweep("sparsity=0.1,0.2", "run.detach=true")
+    process = sweep("sparsity=0.1", "run.detach=true")
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     (status,) = sweeps(tmp_path / "outputs")
-    assert len(status.states) == 2
+    assert len(status.states) == 1
     wait_until(lambda: not {"missing", "running"} & set(sweeps(tmp_path / "outputs")[0].states))
     (status,) = sweeps(tmp_path / "outputs")
-    assert status.states == ["done", "done"], status.outcomes
+    assert status.states == ["done"], status.outcomes
 
 
 def test_a_second_start_waits_for_what_the_first_handed_in(sweep: Any, slurm: dict[str, str], tmp_path: Path) -> None:
