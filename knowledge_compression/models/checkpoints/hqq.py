@@ -7,8 +7,8 @@ group. ``scale`` and ``zero`` hold one number a group, or ``zero_scale`` holds b
 
 ``W_q`` is the table of codes ``[ceil(rows / n), columns]``: ``n`` codes lie in a byte, or ten of 3 bits in an int32,
 and the first part of the rows lies in the highest bits. ``view_as_float`` says that these bytes are declared as floats.
-All settings are tensors of one number or of letters. hqq evaluates the letters that name a type as Python; they are
-not read here. hqq multiplies in the type in which a model is loaded; here products are rounded to float32 alone.
+All settings are tensors of one number or of letters; those of letters are not read. hqq multiplies in the type in which
+a model is loaded; here products are rounded to float32 alone.
 """
 
 from __future__ import annotations
