@@ -107,6 +107,7 @@ EXCEPTIONS: dict[str, Exceptions] = {
     "albert": Exceptions(
         blocks=("albert.encoder.albert_layer_groups.*.albert_layers",), shared_depth="num_hidden_layers"
     ),
+    "dbrx": Exceptions(reasons={f"ffn.experts.mlp.{name}": "all experts in one matrix" for name in ("w1", "v1", "w2")}),
     "deepseek_v4": Exceptions(reasons=_HYPER),
     "hy_v4": Exceptions(reasons=_HYPER),
     "funnel": Exceptions(reasons={"attention.r_kernel": _KERNEL, "attention.seg_embed": "embedding"}),

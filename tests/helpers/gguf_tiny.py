@@ -229,6 +229,7 @@ FURTHER |= {
         | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     ),
 }
+_OF_LATENT = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 _OF_SOLAR = {k: v for k, v in _ROUTED.items() if "dense" not in k}
 _OF_SOLAR |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0}}
 FURTHER |= {
@@ -257,6 +258,16 @@ FURTHER |= {
     "glm4moe of solar_open": ("solar_open", TINY | HEADS | _OF_SOLAR),
     "llama of internlm3": ("internlm3", TINY | HEADS),
     "llama of iquestcoder": ("iquestcoder", TINY | HEADS),
+}
+FURTHER |= {
+    "dbrx": (
+        "dbrx",
+        {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "rope_parameters": _NARROW}
+        | {"attn_config": {"clip_qkv": 2.0, "kv_n_heads": 2, "rope_theta": 5e5}}
+        | {"ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 3, "moe_top_k": 2}}
+        | _WORDS,
+    ),
+    "minicpm3": ("minicpm3", TINY | {key: _LATENT[key] for key in _OF_LATENT} | {"num_key_value_heads": 4}),
 }
 WRITTEN = ["llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "stablelm", "starcoder2", "nemotron", "gemma2", "gemma3"]
 WRITTEN += ["gpt2", "bloom", "mamba", "phi3", "falcon", *FURTHER]

@@ -41,6 +41,7 @@ _NO_MATTER = {
 # Parts of settings of rotary embeddings: in a text all positions of a token are equal; "type" repeats "rope_type";
 # attention_factor was found to be the usual one.
 _NO_MATTER_INSIDE = ("mrope_section", "mrope_interleaved", "type", "attention_factor", "max_position_embeddings")
+_NO_MATTER_INSIDE += ("moe_jitter_eps", "moe_loss_weight")  # of training
 _NO_MATTER_ANYWHERE = ("drop", "pdrop", "summary_")
 
 
@@ -60,19 +61,29 @@ def check_expressed(network: Any, told: PretrainedConfig, covered: Collection[st
         if name in strange or not _matters(name) or name in covered:
             continue
         if not _alike(value, there.get(name)):
+            full, here, assumed = _difference(name, value, there.get(name))
             raise BadInput(
-                f"output.save_model=gguf: {network.config.model_type} has {name}={value}, which a GGUF file cannot "
-                f"express; its readers assume {there.get(name)}"
+                f"output.save_model=gguf: {network.config.model_type} has {full}={here}, which a GGUF file cannot "
+                f"express; its readers assume {assumed}"
             )
+
+
+def _difference(name: str, value: Any, other: Any) -> tuple[str, Any, Any]:
+    """The one entry in which two configurations inside others differ, with its full name; themselves otherwise."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping) and value.keys() == other.keys():
+        apart = [part for part in value if _matters_inside(part, value[part]) and not _alike(value[part], other[part])]
+        if len(apart) == 1:
+            return _difference(f"{name}.{apart[0]}", value[apart[0]], other[apart[0]])
+    return name, value, other
 
 
 def _matters(name: str) -> bool:
     return name not in _NO_MATTER and not any(part in name for part in _NO_MATTER_ANYWHERE)
 
 
-def _matters_inside(name: str, value: Any) -> bool:
+def _matters_inside(name: Any, value: Any) -> bool:
     whole = name == "partial_rotary_factor" and value == 1.0
-    return name not in _NO_MATTER_INSIDE and not whole
+    return _matters(str(name)) and name not in _NO_MATTER_INSIDE and not whole
 
 
 def _strange(network: Any) -> set[str]:

@@ -25,6 +25,7 @@ from knowledge_compression.models.checkpoints.gguf_changes import (
     of_each_kind,
     row_per_group,
 )
+from knowledge_compression.models.checkpoints.gguf_further_families import FURTHER
 from knowledge_compression.models.checkpoints.gguf_further_hybrids import FURTHER_HYBRID
 from knowledge_compression.models.checkpoints.gguf_gemma_families import GEMMAS
 from knowledge_compression.models.checkpoints.gguf_hybrid_families import HYBRID
@@ -43,8 +44,8 @@ from knowledge_compression.models.checkpoints.gguf_settings import (
     Settings,
     falcon_generation,
     falcon_keys,
+    inside,
     only,
-    setting_of_attention,
 )
 
 _MEAN: Settings = {"attention.layer_norm_epsilon": "layer_norm_eps"}
@@ -278,8 +279,8 @@ _OLDER = {
             "feed_forward_length": lambda config: config.expansion_ratio * config.d_model,
             "attention.head_count": "n_heads",
             "attention.layer_norm_epsilon": "layer_norm_epsilon",
-            "attention.max_alibi_bias": setting_of_attention("alibi_bias_max", float, int),
-            "attention.clamp_kqv": setting_of_attention("clip_qkv", float, float),
+            "attention.max_alibi_bias": inside("attn_config", "alibi_bias_max", float, int),
+            "attention.clamp_kqv": inside("attn_config", "clip_qkv", float, float),
             "vocab_size": "vocab_size",
         },
     ),
@@ -360,4 +361,5 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     **LATEST,
     **HYBRID,
     **FURTHER_HYBRID,
+    **FURTHER,
 }

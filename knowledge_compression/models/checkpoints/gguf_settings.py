@@ -248,14 +248,20 @@ def falcon_generation(told: Told, tensors: Collection[str]) -> Mapping[str, Any]
     }
 
 
-def setting_of_attention(name: str, stored: Callable[[Any], Any], loaded: Callable[[Any], Any]) -> Setting:
-    """A setting of MPT's attention, which its configuration holds in one of its own."""
+def inside(part: str, name: str, stored: Callable[[Any], Any], loaded: Callable[[Any], Any]) -> Setting:
+    """A setting that a configuration holds in one of its own, as MPT's and DBRX's do.
+
+    Args:
+        part: the attribute that is a configuration.
+        name: the setting in it.
+        stored, loaded: convert its value to the file's, and back.
+    """
 
     def store(config: Any) -> Any:
-        value = getattr(config.attn_config, name)
+        value = getattr(getattr(config, part), name)
         return None if value is None else stored(value)
 
-    return Setting("attn_config", store, lambda value, told: told.get("attn_config", {}) | {name: loaded(value)})
+    return Setting(part, store, lambda value, told: told.get(part, {}) | {name: loaded(value)})
 
 
 OWN_KEYS = only(

@@ -40,7 +40,6 @@ UNWRITTEN: dict[str, Unwritten] = {
     },
     "bamba": Unwritten("granitehybrid", "its files could not be told from those of Granite 4's hybrids"),
     "bitnet": Unwritten("bitnet", "llama.cpp computes its feed-forward networks with SiLU instead of squared ReLU"),
-    "dbrx": Unwritten("dbrx", f"the layout of its experts {_NOT_YET}"),
     "falcon_mamba": Unwritten(
         "mamba", "llama.cpp gives all its norms one epsilon, but those of its mixers have another"
     ),
@@ -53,7 +52,6 @@ UNWRITTEN: dict[str, Unwritten] = {
     "kimi_linear": Unwritten("kimi-linear", f"its linear attention {_NOT_YET}"),
     "llama4": _text_of("llama4_text", "llama4"),
     "mimo_v2_flash": Unwritten("mimo2", f"its attention {_NOT_YET}"),
-    "minicpm3": Unwritten("minicpm3", f"its attention to latent vectors {_NOT_YET}"),
     "mt5": Unwritten("t5", "its files could not be told from T5's, whose decoder scales its states"),
     "phimoe": Unwritten("phimoe", "llama.cpp computes the weights of its experts differently"),
     "qwen3_5": _text_of("qwen3_5_text", "qwen35"),
