@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 CONVERT = """
 import json, logging, sys
@@ -60,7 +62,30 @@ def as_published(config: dict[str, Any]) -> dict[str, Any]:
         config["num_hidden_layers"] = len(config["hybrid_override_pattern"])
         if "E" not in config["hybrid_override_pattern"]:
             del config["num_experts_per_tok"], config["n_routed_experts"], config["n_group"], config["topk_group"]
+    if kind == "kimi_linear":
+        full = [place for place, one in enumerate(config["layer_types"], 1) if one == "full_attention"]
+        config["linear_attn_config"] = {"full_attn_layers": full, "head_dim": config["linear_head_dim"]}
+        config["linear_attn_config"]["short_conv_kernel_size"] = config["linear_conv_kernel_dim"]
+        config["first_k_dense_replace"] = config["mlp_layer_types"].count("dense")
+    if kind == "mimo_v2_flash":
+        bases = config.pop("rope_parameters")
+        config |= {f"swa_{name}": config[name] for name in ("head_dim", "v_head_dim", "num_attention_heads")}
+        config["swa_num_key_value_heads"] = 2 * config["num_key_value_heads"]
+        config["hybrid_layer_pattern"] = [int(one == "sliding_attention") for one in config["layer_types"]]
+        config |= {"topk_method": "noaux_tc", "layernorm_epsilon": config["rms_norm_eps"]}
+        config |= {"rope_theta": bases["full_attention"]["rope_theta"], "partial_rotary_factor": 0.334}
+        config["swa_rope_theta"] = bases["sliding_attention"]["rope_theta"]
     return config
+
+
+def rename_as_published(weights: Path) -> None:
+    """Give Kimi Linear's layers without experts the names of its authors, where transformers 5.23 saves others."""
+    tensors = load_file(weights)
+    named = {
+        re.sub(r"block_sparse_moe\.(gate|up|down)_proj", r"mlp.\1_proj", name): one for name, one in tensors.items()
+    }
+    if named.keys() != tensors.keys():
+        save_file(named, weights)
 
 
 # Settings that say nothing of the network, or that llama.cpp finds without being told.
@@ -96,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model.network.save_pretrained(folder)
             config = folder / "config.json"
             config.write_text(json.dumps(as_published(json.loads(config.read_text()))))
+            rename_as_published(folder / "model.safetensors")
             model.tokenizer.save_pretrained(folder)
             save_gguf(model, folder / "ours")
         environment = os.environ | {"TQDM_DISABLE": "1"}

@@ -269,6 +269,38 @@ FURTHER |= {
     ),
     "minicpm3": ("minicpm3", TINY | {key: _LATENT[key] for key in _OF_LATENT} | {"num_key_value_heads": 4}),
 }
+_SPARSE = {key: value for key, value in _LATENT.items() if key not in ("first_k_dense_replace", "n_group")}
+_SPARSE |= {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "num_hidden_layers": 4, "n_group": 2}
+_OF_KIMI = {key: value for key, value in _SPARSE.items() if "experts" not in key and key != "q_lora_rank"}
+_SHARE = {"partial_rotary_factor": 0.334}
+FURTHER |= {
+    "glm-dsa": (
+        "glm_moe_dsa",
+        TINY
+        | {key: value for key, value in _SPARSE.items() if key != "mlp_layer_types"}
+        | {"first_k_dense_replace": 1, "topk_group": 1}
+        # of as many heads that no two tokens have the score 0, of which each program would choose others
+        | {"index_topk": 4, "index_head_dim": 64, "index_n_heads": 24}
+        | {"indexer_types": ["full", "shared", "full", "shared"]},
+    ),
+    "kimi-linear": (
+        "kimi_linear",
+        TINY
+        | _OF_KIMI
+        | {"layer_types": ["linear_attention", "full_attention"] * 2, "linear_head_dim": 16, "linear_num_heads": 4}
+        | {"num_experts": 4, "num_experts_per_token": 2, "num_shared_experts": 2}
+        | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "mimo2": (
+        "mimo_v2_flash",
+        TINY
+        | {"num_hidden_layers": 4, "head_dim": 24, "v_head_dim": 16, "sliding_window": 4}
+        | {"num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"layer_types": ["full_attention", *["sliding_attention"] * 3], "attention_value_scale": 0.5}
+        | {"rope_parameters": {"full_attention": _NARROW | _SHARE, "sliding_attention": _NARROW | _SHARE}}
+        | {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"]},
+    ),
+}
 WRITTEN = ["llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "stablelm", "starcoder2", "nemotron", "gemma2", "gemma3"]
 WRITTEN += ["gpt2", "bloom", "mamba", "phi3", "falcon", *FURTHER]
 

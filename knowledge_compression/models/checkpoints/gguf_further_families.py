@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.checkpoints.gguf_architectures import GgufArchitecture
-from knowledge_compression.models.checkpoints.gguf_changes import Array, Change
+from knowledge_compression.models.checkpoints.gguf_changes import BANK_HALVES, LATENT, Array, Change
+from knowledge_compression.models.checkpoints.gguf_latest_families import leading_dense
+from knowledge_compression.models.checkpoints.gguf_newer_families import LATENT_SIZES, NEWER, SIGMOID
 from knowledge_compression.models.checkpoints.gguf_settings import (
     COMMON,
     ROOT,
     ROTARY,
+    WINDOWS,
     Setting,
+    Settings,
+    Told,
     inside,
     only,
     rope,
+    without,
 )
 
 
@@ -46,6 +55,114 @@ def _bank(*, turned: bool) -> Change:
         return bank.reshape(-1, bank.shape[-1])
 
     return Change(store, load, rows=not turned)
+
+
+def _third(number: int) -> Change:
+    """The convolution of queries (0), keys (1) or values (2), which is one in the network."""
+
+    def store(tensor: Array, config: Any) -> Array:
+        return np.split(tensor, 3)[number]
+
+    return Change(store, lambda tensor, _: tensor, join=np.concatenate)
+
+
+_NEGATIVE_EXPONENTIAL = Change(
+    lambda tensor, _: -np.exp(tensor), lambda tensor, config: np.log(-tensor).reshape(1, 1, -1, 1)
+)
+_DENSE = Setting(
+    "mlp_layer_types",
+    leading_dense,
+    lambda value, told: ["dense"] * value + ["sparse"] * (told["num_hidden_layers"] - value),
+)
+_V3 = NEWER["deepseek_v3"]
+_INDEXED: Settings = {
+    "attention.indexer.head_count": "index_n_heads",
+    "attention.indexer.key_length": only(  # by a Hadamard matrix of this size
+        "index_head_dim", lambda config: config.index_head_dim in (64, 128, 256), "if it is 64, 128 or 256"
+    ),
+    "attention.indexer.top_k": "index_topk",
+    "attention.indexer.types": Setting(
+        "indexer_types",
+        lambda config: [kind == "full" for kind in config.indexer_types],
+        lambda value, _: ["full" if one else "shared" for one in value],
+    ),
+}
+
+
+def _linear_heads(config: Any) -> None:
+    """Nothing is written: linear attention has as many heads as the other.
+
+    Raises:
+        BadInput: it has not.
+    """
+    if config.linear_num_heads != config.num_attention_heads:
+        raise BadInput(
+            f"output.save_model=gguf: {config.model_type} has linear_num_heads={config.linear_num_heads}; llama.cpp "
+            f"takes only the number of the other heads, {config.num_attention_heads}"
+        )
+
+
+_ROTATED = ("full_attention", "sliding_attention")
+
+
+def _bases(kind: str) -> Setting:
+    """The base of the rotary embeddings of blocks with one kind of attention.
+
+    Raises:
+        BadInput: they are scaled.
+    """
+
+    def store(config: Any) -> float:
+        told = config.rope_parameters[kind]
+        if (scaled := told.get("rope_type", "default")) != "default":
+            raise BadInput(
+                f"output.save_model=gguf writes rotary embeddings of the type default, but those of {kind} of this "
+                f"{config.model_type} have {scaled}"
+            )
+        return float(told["rope_theta"])
+
+    def load(value: Any, told: Told) -> Any:
+        there = told.get("rope_parameters", {})
+        return there | {kind: {"rope_type": "default", "rope_theta": float(value)}}
+
+    return Setting("rope_parameters", store, load)
+
+
+def _rotated_in_both(config: Any) -> int:
+    """The number of rotated channels of a head.
+
+    Raises:
+        BadInput: it differs between the two kinds of attention.
+    """
+    shares = [config.rope_parameters[kind].get("partial_rotary_factor", 1.0) for kind in _ROTATED]
+    counts = {int(config.head_dim * share) for share in shares}
+    if len(counts) > 1:
+        raise BadInput(
+            f"output.save_model=gguf: {config.model_type} rotates {sorted(counts)} channels of its heads in different "
+            "blocks; a GGUF file has one number"
+        )
+    return counts.pop()
+
+
+def _with_share(value: Any, told: Told) -> Any:
+    share = {"partial_rotary_factor": value / told["head_dim"]}
+    return {kind: parameters | share for kind, parameters in told["rope_parameters"].items()}
+
+
+def _keys_of_windows(config: Any) -> list[int]:
+    """The number of key heads of each block: twice as many where the attention has a window."""
+    return [config.num_key_value_heads * (1 + (kind == "sliding_attention")) for kind in config.layer_types]
+
+
+def _keys(value: Any, told: Told) -> int:
+    return min(
+        count // (1 + (kind == "sliding_attention")) for count, kind in zip(value, told["layer_types"], strict=True)
+    )
+
+
+def _feed_forward(told: Told, tensors: Collection[str]) -> Mapping[str, Any]:
+    routed = [f"blk.{block}.ffn_gate_inp.weight" in tensors for block in range(told["num_hidden_layers"])]
+    return {"mlp_layer_types": ["sparse" if one else "dense" for one in routed]}
 
 
 FURTHER: Mapping[str, GgufArchitecture] = {
@@ -97,5 +214,82 @@ FURTHER: Mapping[str, GgufArchitecture] = {
             ),
         },
         further={r".*layers\.(\d+)\.self_attn\.kv_b_proj\.weight": ("blk.{}.attn_kv_b.weight",)},
+    ),
+    "glm_moe_dsa": replace(
+        _V3,
+        name="glm-dsa",
+        settings={
+            **_V3.settings,
+            **_INDEXED,
+            "attention.q_lora_rank": "q_lora_rank",
+            "leading_dense_block_count": _DENSE,
+        },
+        covers=frozenset({"first_k_dense_replace"}),  # before mlp_layer_types, which the network reads
+        marks="",
+    ),
+    "kimi_linear": GgufArchitecture(
+        "kimi-linear",
+        {
+            **without(COMMON, "context_length", "attention.head_count_kv"),
+            **ROOT,
+            "context_length": "model_max_length",
+            "heads": _linear_heads,
+            "attention.head_count_kv": Setting(
+                "layer_types",
+                lambda config: [int(kind == "full_attention") for kind in config.layer_types],
+                lambda value, _: ["full_attention" if one else "linear_attention" for one in value],
+            ),
+            "ssm.conv_kernel": "linear_conv_kernel_dim",
+            "kda.head_dim": "linear_head_dim",
+            **LATENT_SIZES,
+            "expert_count": "num_experts",
+            "expert_used_count": "num_experts_per_token",
+            "expert_feed_forward_length": "moe_intermediate_size",
+            "expert_shared_count": "num_shared_experts",
+            "expert_weights_scale": "routed_scaling_factor",
+            "expert_group_count": "num_expert_group",
+            "expert_group_used_count": "topk_group",
+            "expert_gating_func": lambda config: SIGMOID,
+            "leading_dense_block_count": _DENSE,
+        },
+        {
+            **BANK_HALVES,
+            **LATENT,
+            "ssm_a": _NEGATIVE_EXPONENTIAL,
+            **{f"ssm_conv1d_{name}": _third(number) for number, name in enumerate("qkv")},
+        },
+        also=lambda told, _: dict.fromkeys(("num_key_value_heads", "linear_num_heads"), told["num_attention_heads"]),
+        further={
+            r".*layers\.(\d+)\.self_attn\.conv1d\.weight": tuple(f"blk.{{}}.ssm_conv1d_{one}.weight" for one in "qkv"),
+            r".*layers\.(\d+)\.self_attn\.forget_gate\.dt_bias": ("blk.{}.ssm_dt.bias",),
+            r".*layers\.(\d+)\.self_attn\.forget_gate\.A_log": ("blk.{}.ssm_a",),
+            r".*layers\.(\d+)\.self_attn\.forget_gate\.f_a_proj\.weight": ("blk.{}.ssm_f_a.weight",),
+            r".*layers\.(\d+)\.self_attn\.forget_gate\.f_b_proj\.weight": ("blk.{}.ssm_f_b.weight",),
+        },
+    ),
+    "mimo_v2_flash": GgufArchitecture(
+        "mimo2",
+        {
+            **without(COMMON, "attention.head_count_kv"),
+            **ROOT,
+            **WINDOWS,
+            "attention.head_count_kv": Setting("num_key_value_heads", _keys_of_windows, _keys),
+            "attention.key_length": "head_dim",
+            "attention.value_length": "v_head_dim",
+            "attention.value_scale": "attention_value_scale",
+            "rope.freq_base": _bases("full_attention"),
+            "rope.freq_base_swa": _bases("sliding_attention"),
+            "rope.dimension_count": Setting("rope_parameters", _rotated_in_both, _with_share),
+            "expert_count": "n_routed_experts",
+            "expert_used_count": "num_experts_per_tok",
+            "expert_feed_forward_length": "moe_intermediate_size",
+            "expert_group_count": "n_group",
+            "expert_group_used_count": "topk_group",
+            "expert_gating_func": lambda config: SIGMOID,
+        },
+        BANK_HALVES,
+        covers=frozenset({"rope_parameters"}),
+        given={"attention_value_scale": None},
+        also=_feed_forward,
     ),
 }

@@ -29,7 +29,7 @@ _BIASES = {"attention_bias": "attn_q.bias"}
 _UNNORMALISED = 128  # the number of experts from which llama.cpp recognises a Llama 4 without norms of queries and keys
 
 
-def _leading_dense(config: Any) -> int:
+def leading_dense(config: Any) -> int:
     """The number of blocks before the first with experts.
 
     Raises:
@@ -133,7 +133,7 @@ LATEST: Mapping[str, GgufArchitecture] = {
             "expert_group_count": "n_group",
             "expert_group_used_count": "topk_group",
             "expert_gating_func": lambda config: SIGMOID,
-            "leading_dense_block_count": Setting("first_k_dense_replace", _leading_dense),
+            "leading_dense_block_count": Setting("first_k_dense_replace", leading_dense),
             "nextn_predict_layers": lambda config: 0,
             "rope.scaling.type": lambda config: "none",
         },
@@ -152,7 +152,7 @@ LATEST: Mapping[str, GgufArchitecture] = {
     # Written as types with the same answers, as which they are read.
     "glm4_moe_lite": replace(
         _V3,
-        settings={**_V3.settings, "leading_dense_block_count": _leading_dense},
+        settings={**_V3.settings, "leading_dense_block_count": leading_dense},
         covers=_V3.covers | {"mlp_layer_types"},
     ),
     "youtu": replace(

@@ -142,6 +142,18 @@ _LFM2: Settings = {
     "attention.layer_norm_rms_epsilon": "norm_eps",
     "shortconv.l_cache": "conv_L_cache",
 }
+LATENT_SIZES: Settings = {
+    "attention.kv_lora_rank": "kv_lora_rank",
+    "rope.dimension_count": "qk_rope_head_dim",
+    "attention.key_length": lambda config: config.kv_lora_rank + config.qk_rope_head_dim,
+    "attention.value_length": lambda config: config.kv_lora_rank,
+    "attention.key_length_mla": Setting(
+        "qk_nope_head_dim",
+        lambda config: config.qk_nope_head_dim + config.qk_rope_head_dim,
+        lambda value, told: value - told["qk_rope_head_dim"],
+    ),
+    "attention.value_length_mla": "v_head_dim",
+}
 DEEPSEEK = GgufArchitecture(
     "deepseek2",
     {
@@ -156,16 +168,7 @@ DEEPSEEK = GgufArchitecture(
             lambda config: config.q_lora_rank is not None or config.num_hidden_layers in (26, 27),
             "in networks of 26 or 27 blocks",
         ),
-        "attention.kv_lora_rank": "kv_lora_rank",
-        "rope.dimension_count": "qk_rope_head_dim",
-        "attention.key_length": lambda config: config.kv_lora_rank + config.qk_rope_head_dim,
-        "attention.value_length": lambda config: config.kv_lora_rank,
-        "attention.key_length_mla": Setting(
-            "qk_nope_head_dim",
-            lambda config: config.qk_nope_head_dim + config.qk_rope_head_dim,
-            lambda value, told: value - told["qk_rope_head_dim"],
-        ),
-        "attention.value_length_mla": "v_head_dim",
+        **LATENT_SIZES,
     },
     {**BANK_HALVES, **LATENT},
     given={"q_lora_rank": None},

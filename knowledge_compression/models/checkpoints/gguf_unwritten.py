@@ -20,7 +20,6 @@ class Unwritten:
 
 
 _NO_HEAD = "GGUF files have no tensors for the head by which it fills blanks"
-_NOT_YET = "has not been described yet"
 
 
 def _text_of(kind: str, architecture: str) -> Unwritten:
@@ -47,11 +46,8 @@ UNWRITTEN: dict[str, Unwritten] = {
     "gemma3n": _text_of("gemma3n_text", "gemma3n"),
     "gemma4": _text_of("gemma4_text", "gemma4"),
     "gemma4_unified": _text_of("gemma4_unified_text", "gemma4"),
-    "glm_moe_dsa": Unwritten("glm-dsa", f"its attention to indexed tokens {_NOT_YET}"),
     "gptj": Unwritten("gptj", "llama.cpp names its architecture, but cannot run it"),
-    "kimi_linear": Unwritten("kimi-linear", f"its linear attention {_NOT_YET}"),
     "llama4": _text_of("llama4_text", "llama4"),
-    "mimo_v2_flash": Unwritten("mimo2", f"its attention {_NOT_YET}"),
     "mt5": Unwritten("t5", "its files could not be told from T5's, whose decoder scales its states"),
     "phimoe": Unwritten("phimoe", "llama.cpp computes the weights of its experts differently"),
     "qwen3_5": _text_of("qwen3_5_text", "qwen35"),
