@@ -39,7 +39,7 @@ for folder in map(Path, sys.argv[2:]):
         kind = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
         kind.set_vocab, kind.no_mtp = lambda self: None, True
         given = {}
-        if hparams["model_type"] == "nemotron_h":  # transformers adds the keys by which experts are recognised
+        if hparams["model_type"] in ("nemotron_h", "mimo_v2_flash"):  # transformers adds keys, by which it chooses
             given["hparams"] = json.loads((folder / "config.json").read_text())
         kind(folder, gguf.LlamaFileType.ALL_F32, folder / "theirs.gguf", **given).write()
     except Exception as error:
@@ -92,9 +92,11 @@ def rename_as_published(weights: Path) -> None:
 IGNORED = ("general.", "GGUF.", "tokenizer.", "vocab_size")
 
 # Settings of theirs that ours state otherwise on purpose, or lack: the longest text, for which theirs have 2^20 in
-# these; parts that a network of attention only does not have; and an epsilon that theirs do not read.
+# these; parts that a network of attention only does not have; an epsilon that theirs do not read; and the width of a
+# head that Kimi Linear's layers do not have.
 OTHERWISE = ("granitehybrid.context_length", "nemotron_h.context_length", "nemotron_h_moe.context_length")
 OTHERWISE += ("granite.ssm.", "granite.expert_shared_feed_forward_length", "chatglm.attention.layer_norm_rms_epsilon")
+OTHERWISE += ("kimi-linear.attention.value_length",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

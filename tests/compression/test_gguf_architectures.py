@@ -40,6 +40,7 @@ _SCALED = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale
 _SECTIONS = {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25}
 _UNUSUAL = {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.0, "rope_theta": 1e4}
 _UNUSUAL |= {"original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.1}
+_BASES = {"full_attention": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.334, "factor": 2.0}}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000}},
     "granite": {"embedding_multiplier": 12, "logits_scaling": 8},
@@ -66,6 +67,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         }
     },
     "gemma3n": {"vocab_size_per_layer_input": len(TOKENS) - 3},  # words that stand for images and sounds
+    "dbrx": {
+        "attn_config": {"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 500_000, "model_type": ""},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 3, "moe_top_k": 2, "moe_jitter_eps": 0.01}
+        | {"moe_loss_weight": 0.05, "model_type": ""},
+    },
+    "kimi-linear": {"use_grouped_topk": True, "moe_router_activation_func": "sigmoid", "mla_use_nope": True},
+    "mimo2": {"sliding_window_size": 3, "routed_scaling_factor": None, "add_swa_attention_sink_bias": True}
+    | {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "attention_chunk_size": 3},
     "minimax-m2": {"use_mtp": True, "qk_norm_type": "per_layer", "attn_type_list": [1, 1], "rope_theta": 5_000_000},
 }
 
@@ -99,6 +108,7 @@ AT_DEFAULT = {
     **{key: {"use_qk_norm"} for key in ("command-r", "glm4moe of solar_open")},
     **{"mpt": {"attn_config"}, "ernie4_5-moe": {"moe_layer_interval"}, "falcon-h1": {"mamba_rms_norm"}},
     **{key: {"feed_forward_proj", "is_gated_act", "dense_act_fn"} for key in ("t5 of relu", "umt5")},
+    "dbrx": {"ffn_config", "n_layers"},
     **{key: {"position_embedding_type"} for key in ("granitehybrid", "granitehybrid with experts")},
     **{key: {"num_hidden_layers"} for key in ("nemotron_h", "nemotron_h_moe latent")},
     "nemotron_h_moe": {"num_hidden_layers", "moe_latent_size"},
@@ -175,6 +185,40 @@ def test_every_setting_off_its_default_is_read_back(architecture: str) -> None:
         ("falcon-h1 with norms", {"mamba_norm_before_gate": True}, "llama.cpp takes the norm after the gate"),
         ("falcon-h1 with norms", {"embedding_multiplier": 2.0}, "are one matrix with two factors, 2.0 and 1.0"),
         ("nemotron_h_moe", {"layers_block_type": ["mlp", "moe"]}, "some have none; llama.cpp takes one kind"),
+        (
+            "dbrx",
+            {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+            "attn_config.rope_theta=10000.0, but transformers computes with rope_parameters.rope_theta=500000.0",
+        ),
+        (
+            "dbrx",
+            {"ffn_config": {"moe_normalize_expert_weights": 2.0}},
+            "has ffn_config.moe_normalize_expert_weights=2.0, which a GGUF file cannot express; .* assume 1.0",
+        ),
+        ("minicpm3", {"scale_depth": 1.0}, "has scale_depth=1.0, which a GGUF file cannot express"),
+        ("minicpm3", {"q_lora_rank": None}, "self_attn.q_proj.weight, for which minicpm3 has no tensor"),
+        ("minicpm3", {"num_key_value_heads": 2}, "takes only if every head has its own keys"),
+        ("glm-dsa", {"index_head_dim": 96}, "index_head_dim=96, which llama.cpp takes only if it is 64, 128 or 256"),
+        (
+            "kimi-linear",
+            {"linear_num_heads": 2},
+            "linear_num_heads=2; llama.cpp takes only the number of the other heads",
+        ),
+        ("kimi-linear", {"q_lora_rank": 16}, "has q_lora_rank=16, which a GGUF file cannot express"),
+        (
+            "mimo2",
+            {"rope_parameters": _BASES | {"sliding_attention": _BASES["full_attention"] | {"rope_type": "linear"}}},
+            "those of sliding_attention of this mimo_v2_flash have linear",
+        ),
+        (
+            "mimo2",
+            {
+                "rope_parameters": _BASES
+                | {"sliding_attention": _BASES["full_attention"] | {"partial_rotary_factor": 0.5}}
+            },
+            r"rotates \[8, 12\] channels of its heads in different blocks",
+        ),
+        ("mimo2", {"routed_scaling_factor": 2.0}, "has routed_scaling_factor=2.0, which a GGUF file cannot express"),
         ("exaone-moe", {"mlp_layer_types": ["sparse", "dense"] * 2}, "blocks without experts only before those with"),
         ("chatglm", {"head_dim": 32}, "heads of this glm are 128 wide together; llama.cpp takes only"),
         ("gpt-oss", {"layer_types": ["full_attention"] * 2}, "has layer_types=.*, which a GGUF file cannot express"),

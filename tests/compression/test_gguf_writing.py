@@ -33,6 +33,7 @@ Kind = GGMLQuantizationType
 ALL = Target("all", ["encoder_att", "decoder_self_att", "cross_att", "ff", "experts", "shared_experts"])
 # Of which the file holds w + 1, or an exponential.
 CHANGED = {"nemotron", "gemma", "gemma2", "gemma3", "mamba", "mamba2", "qwen3next", "qwen35", "qwen35moe", "jamba"}
+CHANGED |= {"kimi-linear"}
 CHANGED |= {name for name in FURTHER if name.startswith(("granitehybrid", "nemotron_h"))}
 CHANGED |= {"deepseek2 of youtu"}  # another order of sums
 # Of which the file holds other weights, for another network with the same answers.

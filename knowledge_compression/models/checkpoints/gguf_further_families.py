@@ -15,6 +15,7 @@ from knowledge_compression.models.checkpoints.gguf_latest_families import leadin
 from knowledge_compression.models.checkpoints.gguf_newer_families import LATENT_SIZES, NEWER, SIGMOID
 from knowledge_compression.models.checkpoints.gguf_settings import (
     COMMON,
+    OWN_KEYS,
     ROOT,
     ROTARY,
     WINDOWS,
@@ -32,7 +33,7 @@ def _base_of_dbrx(config: Any) -> float:
     """The base of DBRX's rotary embeddings, which its configuration states twice.
 
     Raises:
-        BadInput: it states two; transformers computes with one, readers of its own files with the other.
+        BadInput: it states two; transformers computes with one, its authors' code and llama.cpp with the other.
     """
     base, stated = rope(config)["rope_theta"], config.attn_config.rope_theta
     if base != stated:
@@ -67,7 +68,7 @@ def _third(number: int) -> Change:
 
 
 _NEGATIVE_EXPONENTIAL = Change(
-    lambda tensor, _: -np.exp(tensor), lambda tensor, config: np.log(-tensor).reshape(1, 1, -1, 1)
+    lambda tensor, _: -np.exp(tensor), lambda tensor, _: np.log(-tensor).reshape(1, 1, -1, 1)
 )
 _DENSE = Setting(
     "mlp_layer_types",
@@ -102,9 +103,6 @@ def _linear_heads(config: Any) -> None:
         )
 
 
-_ROTATED = ("full_attention", "sliding_attention")
-
-
 def _bases(kind: str) -> Setting:
     """The base of the rotary embeddings of blocks with one kind of attention.
 
@@ -112,8 +110,9 @@ def _bases(kind: str) -> Setting:
         BadInput: they are scaled.
     """
 
-    def store(config: Any) -> float:
-        told = config.rope_parameters[kind]
+    def store(config: Any) -> float | None:
+        if (told := config.rope_parameters.get(kind)) is None:
+            return None
         if (scaled := told.get("rope_type", "default")) != "default":
             raise BadInput(
                 f"output.save_model=gguf writes rotary embeddings of the type default, but those of {kind} of this "
@@ -134,7 +133,7 @@ def _rotated_in_both(config: Any) -> int:
     Raises:
         BadInput: it differs between the two kinds of attention.
     """
-    shares = [config.rope_parameters[kind].get("partial_rotary_factor", 1.0) for kind in _ROTATED]
+    shares = [told.get("partial_rotary_factor", 0.334) for told in config.rope_parameters.values()]
     counts = {int(config.head_dim * share) for share in shares}
     if len(counts) > 1:
         raise BadInput(
@@ -145,7 +144,7 @@ def _rotated_in_both(config: Any) -> int:
 
 
 def _with_share(value: Any, told: Told) -> Any:
-    share = {"partial_rotary_factor": value / told["head_dim"]}
+    share = {"partial_rotary_factor": (value + 0.5) / told["head_dim"]}  # the network rounds the number down
     return {kind: parameters | share for kind, parameters in told["rope_parameters"].items()}
 
 
@@ -197,9 +196,7 @@ FURTHER: Mapping[str, GgufArchitecture] = {
             **ROOT,
             "rope.freq_base": ROTARY["rope.freq_base"],
             "rope.dimension_count": "qk_rope_head_dim",
-            "attention.q_lora_rank": only(
-                "q_lora_rank", lambda config: config.q_lora_rank is not None, "if there is one"
-            ),
+            "attention.q_lora_rank": "q_lora_rank",
             "attention.kv_lora_rank": "kv_lora_rank",
             "attention.key_length": Setting(
                 "qk_nope_head_dim",
@@ -207,11 +204,7 @@ FURTHER: Mapping[str, GgufArchitecture] = {
                 lambda value, told: value - told["qk_rope_head_dim"],
             ),
             "attention.value_length": "v_head_dim",
-            "attention.head_count_kv": only(
-                "num_key_value_heads",
-                lambda config: config.num_key_value_heads == config.num_attention_heads,
-                "if every head has its own keys",
-            ),
+            "attention.head_count_kv": OWN_KEYS,
         },
         further={r".*layers\.(\d+)\.self_attn\.kv_b_proj\.weight": ("blk.{}.attn_kv_b.weight",)},
     ),
@@ -224,7 +217,7 @@ FURTHER: Mapping[str, GgufArchitecture] = {
             "attention.q_lora_rank": "q_lora_rank",
             "leading_dense_block_count": _DENSE,
         },
-        covers=frozenset({"first_k_dense_replace"}),  # before mlp_layer_types, which the network reads
+        covers=_V3.covers | {"first_k_dense_replace"},  # the network reads mlp_layer_types
         marks="",
     ),
     "kimi_linear": GgufArchitecture(
@@ -288,7 +281,7 @@ FURTHER: Mapping[str, GgufArchitecture] = {
             "expert_gating_func": lambda config: SIGMOID,
         },
         BANK_HALVES,
-        covers=frozenset({"rope_parameters"}),
+        covers=frozenset({"rope_parameters", "attention_chunk_size"}),  # no block has chunks
         given={"attention_value_scale": None},
         also=_feed_forward,
     ),
