@@ -6,12 +6,13 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.errors import BadInput
@@ -70,7 +71,7 @@ def write_checkpoint(
     with quiet():
         model.network.save_pretrained(scratch, state_dict=state, max_shard_size=SHARD_SIZE)
     model.tokenizer.save_pretrained(scratch)
-    keep_scaling(model.network, scratch / "config.json")
+    complete_settings(model.network, scratch)
     if settings:
         config = json.loads((scratch / "config.json").read_text())
         (scratch / "config.json").write_text(json.dumps(config | dict(settings), indent=2) + "\n")
@@ -80,12 +81,37 @@ def write_checkpoint(
     scratch.rename(folder)
 
 
-def keep_scaling(network: nn.Module, config_file: Path) -> None:
+def complete_settings(network: nn.Module, folder: Path) -> None:
+    """Complete the ``config.json`` that transformers has saved in a folder."""
+    file = folder / "config.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps(written | _scaling(network) | _rotation(network, written), indent=2) + "\n")
+
+
+def _scaling(network: nn.Module) -> dict[str, Any]:
     """T5 scales the decoder's states by ``tie_word_embeddings``, but ties the head according to the weights."""
     scaled = getattr(network.config, "scale_decoder_outputs", None)
-    if scaled is not None:
-        config = json.loads(config_file.read_text())
-        config_file.write_text(json.dumps(config | {"tie_word_embeddings": scaled}, indent=2) + "\n")
+    return {} if scaled is None else {"tie_word_embeddings": scaled}
+
+
+def _rotation(network: nn.Module, written: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary embeddings in the keys that transformers 4 reads: without them it takes its defaults and says nothing.
+
+    Empty where transformers 5 would read other settings beside these keys (a scaled GPT-NeoX), and where it has some
+    for each kind of attention, for which version 4 had no common keys.
+    """
+    told = written.get("rope_parameters")
+    if not isinstance(told, Mapping) or "rope_theta" not in told:
+        return {}
+    apart = ("rope_theta", "partial_rotary_factor")
+    older = {key: told[key] for key in apart if key in told}
+    if told.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {key: value for key, value in told.items() if key not in apart}
+    kind: type[PreTrainedConfig] = type(network.config)  # type: ignore[assignment]
+    with quiet():
+        # from_dict changes what it is given
+        alone, beside = (kind.from_dict(deepcopy({**written, **more})).to_dict() for more in ({}, older))
+    return older if alone.get("rope_parameters") == beside.get("rope_parameters") else {}
 
 
 def full_state(network: PreTrainedModel) -> dict[str, Tensor]:

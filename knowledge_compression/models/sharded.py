@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models.saving import check_finite, keep_scaling
+from knowledge_compression.models.saving import check_finite, complete_settings
 from knowledge_compression.models.streamed import INDEX, StreamedModel
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class ShardedCopy:
                 size += tensor.numel() * tensor.element_size()
         model.network.config.dtype = model.stored
         model.network.config.save_pretrained(self.folder)
-        keep_scaling(model.network, self.folder / "config.json")
+        complete_settings(model.network, self.folder)
         model.tokenizer.save_pretrained(self.folder)
         generation = model.checkpoint.folder / "generation_config.json"
         if generation.is_file():

@@ -28,6 +28,14 @@ from knowledge_compression.recovery.none import NoRecovery
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.tracker import NoTracker
 
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
 
 def prune_by_half(model: Model) -> None:
     with torch.no_grad():
@@ -53,6 +61,28 @@ def test_round_trip_of_every_architecture(any_tiny_model: Model, untied: bool, t
     ours.network.tie_weights()  # lm-eval does
     assert torch.equal(logits_of(ours), before)
     assert ours.head_is_tied == model.head_is_tied
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scaled", "older"),
+    [
+        ("llama", {}, {"rope_theta": 77777.0}),
+        ("llama", LLAMA_3, {"rope_theta": 77777.0, "rope_scaling": LLAMA_3}),
+        ("gpt_neox", LLAMA_3, {}),  # beside which version 5 would read another base
+        ("bert", None, {}),  # has none
+    ],
+)
+def test_rotary_embeddings_are_also_stated_as_transformers_4_reads_them(
+    architecture: str, scaled: dict[str, Any] | None, older: dict[str, Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    told = {} if scaled is None else {"rope_parameters": {"rope_type": "default"} | scaled | {"rope_theta": 77777.0}}
+    model = Model(build_network(architecture, **told), tiny_tokenizer, "tiny")
+    save_checkpoint(model, tmp_path / "model")
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert {key: written[key] for key in ("rope_theta", "rope_scaling") if key in written} == older
+    plain = type(model.network).from_pretrained(tmp_path / "model")
+    assert getattr(plain.config, "rope_parameters", None) == getattr(model.network.config, "rope_parameters", None)
+    assert torch.equal(logits_of(Model(plain.eval(), tiny_tokenizer, "plain")), logits_of(model))
 
 
 def test_a_t5_with_a_head_of_its_own_keeps_its_scaling(tiny_model: Callable[[str], Model], tmp_path: Path) -> None:
