@@ -75,7 +75,7 @@ def value_like(value: Any) -> st.SearchStrategy[Any]:
     return st.none() | st.integers(1, 64)
 
 
-@settings(max_examples=200 if EXHAUSTIVE else 8)
+@settings(max_examples=200 if EXHAUSTIVE else 4)
 @given(st.data())
 def test_equal_parts_are_one_however_they_were_made(data: st.DataObject) -> None:
     choice = data.draw(st.sampled_from([one for one in CHOICES if simple_fields(one)]))

@@ -60,7 +60,7 @@ def test_accuracy_interval_is_wilsons():
     assert (estimate.low, estimate.high) == pytest.approx((interval.low, interval.high))
 
 
-@settings(max_examples=10)  # each of statsmodels collects the garbage of the whole process
+@settings(max_examples=5)  # each of statsmodels collects the garbage of the whole process
 @given(st.lists(st.floats(0, 1) | st.sampled_from([0.01, 0.03]), max_size=12))
 def test_holm_is_statsmodels(p):
     assert statistics.corrected(p) == (multipletests(p, method="holm")[1].tolist() if p else [])

@@ -183,14 +183,6 @@ def test_a_quick_look_is_an_unbiased_sample_of_the_whole(scored, limit):
     assert abs(np.mean(found) - share) < 3 * np.std(found) / np.sqrt(len(found))
 
 
-@pytest.mark.slow
-def test_smollm2_knows_capitals():
-    source = kc.choose("model=smollm2")
-    metrics = Atlas(relations=["capital_of"]).evaluate(Scorer(source.load("cpu"))).metrics
-    assert metrics["accuracy"] > 0.6
-    assert metrics["chance"] < 0.02
-
-
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [

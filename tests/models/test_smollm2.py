@@ -9,10 +9,11 @@ import knowledge_compression as kc
 
 @pytest.mark.slow
 def test_pruning_by_a_tenth_loses_hardly_a_fact_and_by_four_fifths_nearly_all():
-    atlas = kc.choose("eval=atlas", relations=["capital_of", "language"])
+    atlas = kc.choose("eval=atlas", relations=["capital_of"])
     dense = kc.load("smollm2")
     known = kc.ask(dense, atlas)
-    assert known.metrics["accuracy"] > 0.5
+    assert known.metrics["accuracy"] > 0.6
+    assert known.metrics["chance"] < 0.02
 
     def drop_at(sparsity: float, model):
         report = kc.compress(model, kc.choose("compression=magnitude", sparsity=sparsity), kc.choose("target=all"))
