@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.models.checkpoints.recognised import CONFIGURATION
 from knowledge_compression.models.failures import quiet
 from knowledge_compression.models.model import Model
 from knowledge_compression.models.replaced import ReplacedExperts, ReplacedLinear
@@ -73,8 +73,7 @@ def write_checkpoint(
     model.tokenizer.save_pretrained(scratch)
     complete_settings(model.network, scratch)
     if settings:
-        config = json.loads((scratch / "config.json").read_text())
-        (scratch / "config.json").write_text(json.dumps(config | dict(settings), indent=2) + "\n")
+        _write_settings(scratch, json.loads((scratch / CONFIGURATION).read_text()) | dict(settings))
     for name, text in (files or {}).items():
         (scratch / name).write_text(text)
     shutil.rmtree(folder, ignore_errors=True)
@@ -82,10 +81,9 @@ def write_checkpoint(
 
 
 def complete_settings(network: nn.Module, folder: Path) -> None:
-    """Complete the ``config.json`` that transformers has saved in a folder."""
-    file = folder / "config.json"
-    written = json.loads(file.read_text())
-    file.write_text(json.dumps(written | _scaling(network) | _rotation(network, written), indent=2) + "\n")
+    """Complete the settings that transformers has saved in a folder."""
+    written = json.loads((folder / CONFIGURATION).read_text())
+    _write_settings(folder, written | _scaling(network) | _rotation(network, folder, written))
 
 
 def _scaling(network: nn.Module) -> dict[str, Any]:
@@ -94,7 +92,7 @@ def _scaling(network: nn.Module) -> dict[str, Any]:
     return {} if scaled is None else {"tie_word_embeddings": scaled}
 
 
-def _rotation(network: nn.Module, written: Mapping[str, Any]) -> dict[str, Any]:
+def _rotation(network: nn.Module, folder: Path, written: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary embeddings in the keys that transformers 4 reads: without them it takes its defaults and says nothing.
 
     Empty where transformers 5 would read other settings beside these keys (a scaled GPT-NeoX), and where it has some
@@ -108,10 +106,17 @@ def _rotation(network: nn.Module, written: Mapping[str, Any]) -> dict[str, Any]:
     if told.get("rope_type", "default") != "default":
         older["rope_scaling"] = {key: value for key, value in told.items() if key not in apart}
     kind: type[PreTrainedConfig] = type(network.config)  # type: ignore[assignment]
-    with quiet():
-        # from_dict changes what it is given
-        alone, beside = (kind.from_dict(deepcopy({**written, **more})).to_dict() for more in ({}, older))
-    return older if alone.get("rope_parameters") == beside.get("rope_parameters") else {}
+
+    def read(more: Mapping[str, Any]) -> Any:
+        _write_settings(folder, {**written, **more})
+        with quiet():
+            return kind.from_pretrained(folder).to_dict().get("rope_parameters")
+
+    return older if read({}) == read(older) else {}
+
+
+def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    (folder / CONFIGURATION).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def full_state(network: PreTrainedModel) -> dict[str, Tensor]:
