@@ -28,7 +28,6 @@ from knowledge_compression.sweeping.launching import ProcessLauncher
 from knowledge_compression.sweeping.plan import (
     BAD_INPUT,
     DONE,
-    FAILED,
     Outcome,
     PlannedRun,
     labels,
@@ -239,8 +238,7 @@ class PlannedSweeper(Sweeper):
         baselines = {o.run_id: baseline for o in done if (baseline := store.find(o.baseline_id))}
         if runs:
             show(runs, baselines, folder)
-        failed = sum(outcome.status == FAILED for outcome in outcomes)
-        log.info("%d runs done, %d failed", len(done), failed)
+        log.info("%d runs done, %d failed", len(done), len(outcomes) - len(done))
         if runs:
             outputs = self.config.output.dir
             log.info("next: kc report %s -o report.html, or kc advise %s --keep 95%%", outputs, outputs)

@@ -33,8 +33,10 @@ def command(
 
     def run(*arguments: str) -> tuple[int, str]:
         GlobalHydra.instance().clear()
-        given = ["model=local", f"model.path={tiny_folder}", "compression=stumbling", "device=cpu"]
-        given += [] if any(one.startswith("eval=") for one in arguments) else ["eval=[probe]"]
+        given = ["model=local", f"model.path={tiny_folder}", "device=cpu"]
+        for default in ("compression=stumbling", "eval=[probe]"):
+            group = default.partition("=")[0]
+            given += [] if any(one.startswith(f"{group}=") for one in arguments) else [default]
         given += [f"output.dir={tmp_path / 'outputs'}", f"hydra.searchpath=[file://{PARTS}/conf]"]
         monkeypatch.setattr(sys, "argv", ["run.py", *arguments, *given])
         try:
@@ -118,6 +120,13 @@ def test_a_run_that_raises_is_named_and_the_sweep_goes_on(command: Any, tmp_path
     status, _ = command("-m", "target=all", "sparsity=0.2", "run.force=true")
     assert status == 0 and way(tmp_path).count("compression-0.2") == 2
     assert way(tmp_path).count("probe") == 5  # the baseline is not redone
+
+
+def test_a_run_that_its_network_does_not_allow_counts_as_not_done(command: Any) -> None:
+    status, said = command("-m", "target=all", "compression=none,rotate")  # BERT's norms cannot be rotated
+    assert status == 2
+    assert "1 of 2 runs failed:" in said and "bad input: compression=rotate: " in said
+    assert "1 runs done, 1 failed" in said
 
 
 def test_a_damaged_run_is_named_and_done_again(command: Any, tmp_path: Path) -> None:
