@@ -30,6 +30,8 @@ _PLACES = (
     "adapter",
     OTHER_TOKENIZER,
 )  # paths in runs of format 1; the fingerprint has their content, which decides
+_RECIPE = "model.made.recipe."  # of a model of the controlled world: the settings of its training ...
+_OF_TRAINING = ("model.made.", "model.recipe", "model.world")  # ... and what follows from them
 
 
 @dataclass(frozen=True)
@@ -368,10 +370,15 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _particular(mine: Mapping[str, str], all_of_them: Sequence[Mapping[str, str]]) -> str:
-    """The settings of a protocol that differ between runs."""
+    """The settings of a protocol that differ between runs; of a model trained here, its recipe if that is enough."""
     names = {name for said in all_of_them for name in said}
     unlike = sorted(name for name in names if len({said.get(name) for said in all_of_them}) > 1)
-    return ", ".join(f"{name}={_DIGEST.sub(_BRIEF, mine[name])}" for name in unlike if name in mine)
+    chosen = [name for name in unlike if name.startswith(_RECIPE) or not name.startswith(_OF_TRAINING)]
+    alike = [said for said in all_of_them if all(said.get(name) == mine.get(name) for name in chosen)]
+    told = chosen if all(said == mine for said in alike) else unlike
+    return ", ".join(
+        f"{name.replace(_RECIPE, 'model.', 1)}={_DIGEST.sub(_BRIEF, mine[name])}" for name in told if name in mine
+    )
 
 
 def _in_brackets(text: str) -> str:

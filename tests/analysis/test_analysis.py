@@ -180,6 +180,29 @@ def test_groups_of_one_suite_say_what_is_particular_about_them():
     assert comparisons.skipped == [("alone", "no dense run of m with the same atlas settings (data=other, limit=3)")]
 
 
+def test_trainings_of_one_world_are_told_apart_by_their_recipe():
+    runs = []
+    for seed, loss, machine in ((0, 1.5, "a"), (1, 1.25, "a"), (1, 1.125, "b")):
+        made = {"recipe": {"training": {"seed": seed}}, "training": {"loss_after": loss}}
+        model = {
+            "name": "m",
+            "family": "decoder",
+            "recipe": f"recipe{seed}",
+            "world": f"/{machine}/w{seed}",
+            "made": made,
+        }
+        for compression in ("none", "magnitude"):
+            run = made_run(bits("1100"), compression=compression)
+            run.report["model"] = model
+            runs.append(run)
+    assert [group.asked.differs for group in compare(runs[:2])] == [""]
+    told = sorted(group.asked.differs for group in compare(runs[:4]))
+    assert told == ["model.training.seed=0", "model.training.seed=1"]
+    again = sorted(group.asked.differs for group in compare(runs))  # one recipe, trained on two machines
+    assert again[0] == "model.training.seed=0"
+    assert "loss_after=1.125" in again[1] and "loss_after=1.25" in again[2]
+
+
 def test_a_run_that_lacks_items_is_left_out_by_name():
     comparisons = compare([made_run(bits("1111"), compression="none"), made_run(bits("11"), id="short")])
     assert comparisons.groups[0].runs == []
