@@ -39,6 +39,7 @@ TOLD = {
     NEVER: "never taught",
 }
 DENSE = ("none", 32)
+METHODS = ("rtn", "gptq")  # in the order in which they are told
 
 Setting = tuple[str, int]  # of a run: how it was quantized, and to how many bits
 Answers = NDArray[np.bool_]
@@ -71,8 +72,9 @@ class Study:
 
     @cached_property
     def settings(self) -> list[Setting]:
-        """Ways to quantize, the least compressed first."""
-        return sorted({setting for _, _, setting in self.answers}, key=lambda one: (-one[1], one[0]))
+        """Ways to quantize, by method, the least compressed first; the dense models before them."""
+        there = {setting for _, _, setting in self.answers}
+        return sorted(there, key=lambda one: (one != DENSE, METHODS.index(one[0]) if one != DENSE else 0, -one[1]))
 
     def of(self, way: str, setting: Setting) -> Answers:
         """Whether the named facts are answered: ``[seeds, named facts]``."""
@@ -170,8 +172,8 @@ def table(study: Study) -> list[str]:
     rows = []
     for way, setting, told in quantized(study):
         shares = [percent(told[name]) for name in ("named", "back", "control", "taught", "others")]
-        rows.append([TOLD[way], f"{setting[0]} {setting[1]}", *shares, points(told["beyond"])])
-    heads = ["made to forget by", "quantized by, bits", "named facts answered", "back, of the forgotten"]
+        rows.append([TOLD[way], setting[0], str(setting[1]), *shares, points(told["beyond"])])
+    heads = ["made to forget by", "quantized by", "bits", "named facts answered", "back, of the forgotten"]
     heads += ["answered by the model never taught them", "by the taught model", "other facts answered"]
     return markdown.table([*heads, "gained beyond the control, points"], rows)
 
@@ -185,7 +187,7 @@ def codes(weight: NDArray[np.float32], grid: NDArray[np.float32], bits: int) -> 
 
 def rounded_alike(folder: Path, study: Study) -> list[str]:
     """Of the weights that are quantized, the share that rounds to the same integer as in the taught model."""
-    bits = sorted({setting[1] for setting in study.settings if setting != DENSE}, reverse=True)
+    bits = sorted({bits for method, bits in study.settings if method == "rtn"}, reverse=True)
     rows = []
     for way in study.ways:
         if way in (TAUGHT, NEVER):
@@ -209,17 +211,18 @@ def rounded_alike(folder: Path, study: Study) -> list[str]:
 
 def draw(study: Study, path: Path) -> None:
     """Named and other facts answered against bits, a panel for each way."""
-    methods = sorted({method for method, _ in study.settings} - {DENSE[0]})
+    methods = [method for method in METHODS if any(method == of for of, _ in study.settings)]
     figure = Figure(figsize=(2.6 * len(study.ways), 3.2), layout="constrained")
     axes = figure.subplots(1, len(study.ways), sharey=True)
     bits = sorted({setting[1] for setting in study.settings if setting != DENSE}, reverse=True)
     for axis, way in zip(np.atleast_1d(axes), study.ways, strict=True):
         for name, of, colour in (("named", study.of, "C3"), ("other", study.others, "C0")):
             for method, line in zip(methods, ("-", "--"), strict=False):
-                told = [accuracy(of(way, DENSE)), *(accuracy(of(way, (method, one))) for one in bits)]
-                ends = np.array([[one.value - one.low, one.high - one.value] for one in told]).T.clip(0)
+                places = {0: DENSE} | {1 + place: (method, one) for place, one in enumerate(bits)}
+                told = {place: accuracy(of(way, one)) for place, one in places.items() if one in study.settings}
+                ends = np.array([[one.value - one.low, one.high - one.value] for one in told.values()]).T.clip(0)
                 axis.errorbar(
-                    range(len(told)), [one.value for one in told], ends, color=colour, ls=line, capsize=2,
+                    [*told], [one.value for one in told.values()], ends, color=colour, ls=line, capsize=2,
                     label=f"{name} facts, {method}",
                 )  # fmt: skip
         axis.set(title=TOLD[way], xlabel="bits", ylim=(0, 1))
@@ -252,7 +255,7 @@ def main(arguments: Sequence[str]) -> None:
     lines = [
         "![named and other facts against bits](figures/unlearned_facts.png)",
         *["", "## Before quantization", "", *known(study), "", "## After quantization", "", *table(study)],
-        *["", "## Weights that round to what they rounded to before", "", *rounded_alike(folder, study)],
+        *["", "## Weights that rounding takes to what it took them to before", "", *rounded_alike(folder, study)],
     ]
     markdown.write_below(MARKER, lines, out / "README.md")
 

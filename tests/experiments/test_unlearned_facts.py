@@ -143,6 +143,7 @@ def filled(folder, back):
         ):
             store.write(answered(dense, seed, way, "none", None))
             store.write(answered(quantized, seed, way, "rtn", 4))
+            store.write(answered(dense, seed, way, "gptq", 3))
     (folder / "forget.json").write_text(json.dumps([f"r/{i:02}" for i in range(NAMED)]))
 
 
@@ -161,9 +162,13 @@ def test_what_comes_back_is_counted_fact_by_fact(study, tmp_path, back):
     page = (out / "README.md").read_text()
     assert page.startswith("by hand") and "old" not in page and "ascent, small steps" in page
     assert "| ascent, small steps | 0.1000 | 100.0 % |" in page  # 2.4 rounds to 2 on a grid of 16 whole numbers
+    told = [line.split(" | ")[1:4] for line in page.splitlines() if line.startswith("| ascent, small steps | ")]
+    assert [row[:2] for row in told[1:3]] == [["rtn", "4"], ["gptq", "3"]]  # the first is of the model as it was
+    assert told[2][2].startswith("0.0 %")
     rows = list(csv.DictReader((out / "facts.csv").open()))
     assert len(rows) == 2 * 3 * NAMED
     assert sum(int(row["rtn_4"]) for row in rows if row["way"] == "ascent") == 2 * back
+    assert not any(int(row["gptq_3"]) for row in rows if row["way"] == "ascent")
     assert (out / "figures" / "unlearned_facts.png").stat().st_size > 5_000
 
 
