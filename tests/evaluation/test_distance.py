@@ -18,6 +18,7 @@ import knowledge_compression as kc
 from helpers.experiments import SUITE, made
 from helpers.questions import random_questions
 from helpers.stores import made_run
+from helpers.worlds import SMALL
 from knowledge_compression.analysis import markdown, tables
 from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.analysis.page import _facts, render
@@ -26,9 +27,16 @@ from knowledge_compression.evaluation import distance
 from knowledge_compression.evaluation.distance import Beside, distance_metrics, distances, with_metrics
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
 from knowledge_compression.evaluation.suite import Evaluation, item_table
-from knowledge_compression.models.families import DECODER, ENCODER
+from knowledge_compression.evaluation.world_facts import WorldProbes
+from knowledge_compression.evaluation.world_two_hop import WorldTwoHop
+from knowledge_compression.models import Model
+from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.tracker import NoTracker
+from knowledge_compression.world import files
+from knowledge_compression.world.generator import generate
+from knowledge_compression.world.models import Shape, _network
+from knowledge_compression.world.tokenizer import train_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -379,3 +387,51 @@ def test_a_notebook_compares_with_a_dense_model_at_hand(tiny_model):
     found = kc.ask(other, suite, dense=model)
     assert found.metrics["kl"] > 0 and found.items.equals(compared(model, other, suite).items)
     assert "kl" not in kc.ask(other, suite).metrics
+
+
+@pytest.mark.parametrize(
+    "suite", [WorldProbes(), WorldProbes(native=False), WorldTwoHop()], ids=["both", "typed", "two_hop"]
+)
+@pytest.mark.parametrize("family", [ENCODER, ENCODER_DECODER, DECODER])
+def test_the_controlled_worlds_questions_are_compared_where_their_answers_begin(family, suite, tmp_path):
+    world = generate(replace(SMALL, two_hop=0.5))
+    files.write(world, tmp_path)
+    tokenizer = train_tokenizer(world, family)
+    torch.manual_seed(0)
+    network = _network(Shape(16, 2, 2).config(family, tokenizer), "cpu").eval()
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight *= (
+                6 if family != ENCODER_DECODER and weight.ndim > 1 else 1
+            )  # so that every question is answered otherwise
+    model = Model(network, tokenizer, "world", {"world": str(tmp_path)})
+    other = disturbed(model)
+    items = compared(model, other, suite).items
+    assert items.height > 20 and items["kl"].list.first().quantile(0.1) > 1e-4
+    texts = {cloze.id: cloze.sentence for cloze in suite.questions(model).asked}
+    for row in items.sample(20, seed=0).iter_rows(named=True):
+        before, after = (answer_logits(one, texts[row["id"]]) for one in (model, other))
+        p, q = softmax(before), softmax(after)
+        assert row["kl"] == pytest.approx([rel_entr(p, q).sum()], rel=5e-3, abs=2e-6)
+        assert row["reverse_kl"] == pytest.approx([rel_entr(q, p).sum()], rel=5e-3, abs=2e-6)
+        (gold,) = tokenizer(row["gold"], add_special_tokens=False)["input_ids"]
+        assert row["gold_change"] == pytest.approx([q[gold] - p[gold]], abs=1e-6)
+        assert row["same_top"] == [p.argmax() == q.argmax()]
+    same = compared(model, replace(model, network=deepcopy(network)), suite).items
+    assert not any(same["kl"].explode()) and same["same_top"].explode().all()
+
+
+@torch.no_grad()
+def answer_logits(model, sentence: str) -> np.ndarray:
+    """A network's logits at the blank of a sentence, in a pass of its own, float64."""
+    tokenizer, network = model.tokenizer, model.network
+    if model.family == DECODER:
+        ids = tokenizer(sentence.split(" [MASK]")[0], return_tensors="pt")["input_ids"]
+        return network(input_ids=ids).logits[0, -1].double().numpy()
+    mask = tokenizer.mask_token if model.family == ENCODER else "<extra_id_0>"
+    ids = tokenizer(sentence.replace("[MASK]", mask), return_tensors="pt")["input_ids"]
+    if model.family == ENCODER:
+        (place,) = (ids[0] == tokenizer.mask_token_id).nonzero()[0]
+        return network(input_ids=ids).logits[0, place].double().numpy()
+    said = torch.tensor([[model.decoder_start, tokenizer.convert_tokens_to_ids(mask)]])
+    return network(input_ids=ids, decoder_input_ids=said).logits[0, -1].double().numpy()
