@@ -201,7 +201,7 @@ def miniature(skeleton: Model) -> Model:
         if isinstance(module, nn.Embedding):
             module.register_forward_pre_hook(_as_one_of_its_words)
     tokenizer = skeleton.tokenizer or AutoTokenizer.from_pretrained(skeleton.network.config._name_or_path)
-    return Model(network, tokenizer, skeleton.name)
+    return Model(network, tokenizer, skeleton.name, skeleton.provenance)
 
 
 def _as_one_of_its_words(module: nn.Embedding, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

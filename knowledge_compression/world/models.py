@@ -204,8 +204,10 @@ class WorldModel:
         return hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()[:16]
 
     def skeleton(self) -> Model:
-        """The network on the meta device."""
-        return Model(*_skeleton(self.world, self.shape, self.family), self.name)
+        """The network on the meta device, and its world, so that a plan can count the questions about it."""
+        name = f"worlds/untrained-{self.world.digest()}"
+        world = cached_folder(name, lambda folder: files.write(generate(self.world), folder))
+        return Model(*_skeleton(self.world, self.shape, self.family), self.name, {"world": str(world)})
 
     def load(self, device: str | Spread = "auto", dtype: str = "auto") -> Model:
         """Read it from the cache, training it first if necessary.
@@ -309,6 +311,10 @@ class SavedWorldModel(LocalModel):
     def provenance(self) -> dict[str, Any]:
         """The path, the digest of both, and the world's folder."""
         return super().provenance() | {"world": str(self._world()[0])}
+
+    def skeleton(self) -> Model:
+        """The network on the meta device, and its world."""
+        return replace(super().skeleton(), provenance={"world": str(self._world()[0])})
 
     def load(self, device: str | Spread = "auto", dtype: str = "auto") -> Model:
         """Load the model, with the objective on which such models are trained."""

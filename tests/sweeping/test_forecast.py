@@ -17,11 +17,14 @@ import torch
 
 from helpers.experiments import SUITE, made
 from helpers.networks import MIXTURES, build_network, make_tokenizer
+from helpers.worlds import SMALL
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.compression.methods.wanda import Wanda
 from knowledge_compression.corpora.text import TextFile
 from knowledge_compression.evaluation.scoring import Scorer
+from knowledge_compression.evaluation.world_facts import WorldProbes
+from knowledge_compression.evaluation.world_two_hop import WorldTwoHop
 from knowledge_compression.experiment import Experiment
 from knowledge_compression.models import Model
 from knowledge_compression.models.targets import is_linear, linear_layers
@@ -30,6 +33,8 @@ from knowledge_compression.results.tracker import NoTracker
 from knowledge_compression.sweeping import rate
 from knowledge_compression.sweeping.forecast import Forecaster, largest_block, totals
 from knowledge_compression.sweeping.rehearsal import counting, miniature, multiply_adds, reached, rehearse
+from knowledge_compression.world.generator import generate
+from knowledge_compression.world.models import Shape, WorldModel
 
 
 def counted(model: Model) -> float:
@@ -127,6 +132,22 @@ def test_what_is_there_and_what_is_shared(
 
     unknown = Forecaster(store, 1e6).of(made(tiny_folder, {"c": Unaskable()}), "run")
     assert unknown[0].unknown == ["c"] and "no such data" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["encoder", "encoder_decoder", "decoder"])
+def test_questions_about_a_world_are_counted_before_any_model_knows_it(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path))
+    source = WorldModel("tiny", family, replace(SMALL, two_hop=0.5), Shape(16, 2, 2))
+    world = generate(source.world)
+    facts = rehearse(source.skeleton(), WorldProbes())
+    assert facts.items == 2 * len(world.questions)
+    assert facts.compared == facts.items  # each is read at one position, in both ways of asking
+    compositions = rehearse(source.skeleton(), WorldTwoHop())
+    assert compositions.items == compositions.compared == sum(one.first.probed for one in world.two_hops)
+    assert multiply_adds(source.skeleton(), facts.tokens) > 0
+    assert not list(tmp_path.glob("worlds/tiny-*"))  # nothing was trained
 
 
 def test_distance_costs_the_dense_head_again_and_states_on_disk(
