@@ -53,7 +53,7 @@ class Device:
         onednn_products: whether oneDNN multiplies float32 faster there than torch's default, MKL, as measured on AMD
             processors with AVX512 (docs/performance.md).
         bfloat16_gain, int8_gain: speed of bfloat16 and of int8 products relative to float32 products, 0 where torch has
-            none; None until it is first needed and measured.
+            none that are exact; None until it is first needed and measured.
     """
 
     place: torch.device
@@ -256,33 +256,61 @@ def measured_bfloat16_gain(device: Device) -> float:
 
 
 def measured_int8_gain(device: Device) -> float:
-    """Speed of a device's int8 products relative to float32; 0 if torch has none there.
+    """Speed of a device's int8 products relative to float32; 0 if torch has none there, or none that are exact.
 
-    Measured on processors, once, and kept in the user's cache: torch multiplies int8 on all of them, but on those
-    without instructions for it (AVX2 alone) in loops that take twenty times as long as float32. Elsewhere it is taken
-    to be faster.
+    Without instructions for it (VNNI), oneDNN adds pairs of products in 16 bits on Intel's processors, which overflow
+    silently, and multiplies in loops on others (AVX2 alone), which take twenty times as long as float32. The speed is
+    measured on processors, once, and kept in the user's cache; elsewhere int8 is taken to be faster.
     """
     place = device.place
-    if place.type == "meta":
-        return 0.0
-    ones = torch.ones(_INT8_SIDE, _INT8_SIDE, dtype=torch.int8, device=place)
-    try:
-        if not bool((torch._int_mm(ones, ones) == _INT8_SIDE).all()):
-            return 0.0
-    except (RuntimeError, NotImplementedError):
+    if place.type == "meta" or not is_exact(lambda left, right: torch._int_mm(left, right.T), place):
         return 0.0
     if place.type != "cpu":
         return math.inf
+    ones = torch.ones(_INT8_SIDE, _INT8_SIDE, dtype=torch.int8, device=place)
+    return gain_of(device, "int8", lambda: torch._int_mm(ones, ones.T), lambda: ones.float() @ ones.float(), _INT8_SIDE)
+
+
+def gain_of(
+    device: Device, name: str, work: Callable[[], torch.Tensor], other: Callable[[], torch.Tensor], *more: Any
+) -> float:
+    """How many times faster than another way some work is; measured once for each kind of device, kept in the cache.
+
+    Args:
+        device: where both are done.
+        name, more: what the measurement is kept under, besides the device.
+        work, other: the two ways.
+    """
 
     def seconds(product: Callable[[], torch.Tensor]) -> float:
-        return min(timed(place, product)[0] for _ in range(3))
+        return min(timed(device.place, product)[0] for _ in range(3))
 
     def find() -> float:
-        gain = seconds(lambda: ones.float() @ ones.float()) / seconds(lambda: torch._int_mm(ones, ones))
-        log.info("products of int8 are %.2g times as fast as those of float32 on this processor", gain)
+        gain = seconds(other) / seconds(work)
+        log.info("%s products are %.2g times as fast as the other way on this %s", name, gain, device.place.type)
         return gain
 
-    return float(kept_finding("int8", [*_circumstances(device), _INT8_SIDE], find))
+    return float(kept_finding(name, [*_circumstances(device), *more], find))
+
+
+def is_exact(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], place: torch.device) -> bool:
+    """Whether ``product(left, right)`` of int8 matrices is ``left @ right.T``, also for the largest integers.
+
+    Args:
+        product: returns ``[rows, columns]`` of any type; a refusal counts as not exact.
+        place: the device on which it is tried.
+    """
+    draw = torch.Generator().manual_seed(0)
+    for least, step in ((-128, 1), (-128, 255)):  # all integers, and the two ends
+        sides = torch.randint(0, 255 // step + 1, (2, _INT8_SIDE, _INT8_SIDE), generator=draw) * step + least
+        left, right = sides.to(torch.int8).to(place)
+        try:
+            found = product(left, right)
+        except (RuntimeError, NotImplementedError, AttributeError):
+            return False
+        if not torch.equal(found.double(), (left.float() @ right.float().T).double()):  # no sum reaches 2^24
+            return False
+    return True
 
 
 def _circumstances(device: Device) -> list[Any]:

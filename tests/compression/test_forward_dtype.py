@@ -89,7 +89,7 @@ def test_every_method_stays_close_on_bfloat16_passes(
     exact, narrowed, method = tiny_model(architecture), tiny_model(architecture), METHODS[name]
     dense = logits_of(exact)
     replace(method, forward_dtype="float32").compress(exact, EVERYTHING.select(exact), text())
-    monkeypatch.setitem(Device.known, CPU, Device(CPU, bfloat16_gain=4.0, int8_gain=4.0))
+    monkeypatch.setitem(Device.known, CPU, replace(Device.of(CPU), bfloat16_gain=4.0))
     report = method.compress(narrowed, EVERYTHING.select(narrowed), text())  # auto: as on such a device
     assert len(report.layers) == len(EVERYTHING.select(exact))
     apart = (logits_of(narrowed) - logits_of(exact)).norm()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from knowledge_compression.compression.formats import int8_linear as quantized_linear
 from knowledge_compression.compression.formats import two_of_four
-from knowledge_compression.compression.formats.int8_linear import Int8Linear, integer_product
+from knowledge_compression.compression.formats.int8_linear import Int8Linear
+from knowledge_compression.compression.formats.int8_products import integer_product
 from knowledge_compression.compression.formats.two_of_four import (
     SparseProduct,
     can_skip_zeros,

@@ -1,10 +1,10 @@
 """The int8 layer against torch's own dynamic quantization, a slow reference, and itself on other devices' paths."""
 
-import time
 from collections.abc import Callable
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,22 +15,27 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from helpers.networks import TINY, logits_of, model_inputs
+from knowledge_compression.compression.formats import int8_linear, int8_products
 from knowledge_compression.compression.formats.granularity import GRANULARITIES
 from knowledge_compression.compression.formats.int8_linear import (
     Int8Linear,
-    float_product,
-    integer_product,
     quantize_tensor,
     quantize_tokens,
     quantize_weight,
 )
-from knowledge_compression.compression.formats.int8_variants import SmoothedInt8Linear
+from knowledge_compression.compression.formats.int8_products import (
+    float_product,
+    integer_product,
+    scaled_product,
+    suits_scaled_product,
+)
+from knowledge_compression.compression.formats.int8_variants import SmoothedInt8Linear, StaticInt8Linear
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.compression.methods.pipeline import Pipeline
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target, Targets, device
-from knowledge_compression.models.device import Device
+from knowledge_compression.models.device import Device, is_exact
 from knowledge_compression.models.targets import is_linear
 
 ALL = ["encoder_att", "decoder_self_att", "cross_att", "ff"]
@@ -174,46 +179,127 @@ def test_emulation_gives_the_same_bits(granularity: str, monkeypatch: pytest.Mon
         assert torch.equal(layer(x), real)
 
 
-def _slow(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    time.sleep(0.2)
-    return torch.full((len(left), right.shape[1]), left.shape[1], dtype=torch.int32)
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _fast(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return torch.full((), left.shape[1], dtype=torch.int32).expand(len(left), right.shape[1])
+def _exact(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return (left.float() @ right.float()).to(torch.int32)
 
 
-def _wrong(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return _fast(left, right) + 1
+def _saturating(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """As without VNNI: each pair of products is added in 16 bits."""
+    pairs = torch.einsum("rip,cip->rci", left.float().unflatten(1, (-1, 2)), right.T.float().unflatten(1, (-1, 2)))
+    return pairs.clamp(-(2**15), 2**15 - 1).sum(-1).to(torch.int32)
 
 
 def _missing(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("not implemented for this device")
 
 
-@pytest.mark.parametrize(("product", "used"), [(_slow, False), (_fast, True), (_wrong, False), (_missing, False)])
+@pytest.mark.parametrize(
+    ("product", "seconds", "used"),
+    [(_exact, 0.5, True), (_exact, 2.0, False), (_saturating, 0.5, False), (_missing, 0.5, False)],
+)
 def test_integers_are_multiplied_as_such_where_that_is_right_and_faster(
-    product: Callable[..., torch.Tensor], used: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    product: Product, seconds: float, used: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Processors without AVX512-VNNI multiply int8 in loops that take many times as long as float32."""
+    """Processors without VNNI multiply int8 in slow loops, or fast and wrongly."""
     monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch, "_int_mm", product)
+    calls = []
+
+    def counted(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        calls.append(left.shape)
+        return product(left, right)
+
+    def timed(_place: torch.device, work: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+        before = len(calls)
+        found = work()
+        return (seconds if len(calls) > before else 1.0), found
+
+    monkeypatch.setattr(torch, "_int_mm", counted)
+    monkeypatch.setattr(device, "timed", timed)
     cpu = torch.device("cpu")
     monkeypatch.setitem(Device.known, cpu, Device(cpu))
     assert Device.of(cpu).multiplies_int8_faster is used
+    before = len(calls)
     left, right = torch.full((4, 8), 2, dtype=torch.int8), torch.full((3, 8), 5, dtype=torch.int8)
-    assert (integer_product(left, right) == (8 if used else 80)).all()  # the fast one counts columns instead
+    assert (integer_product(left, right) == 80).all()
+    assert (len(calls) > before) is used
 
 
 def test_accelerators_use_their_integer_products_untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    ones = torch.ones
-    monkeypatch.setattr(torch, "ones", lambda *size, device=None, **more: ones(*size, **more))  # there is no GPU here
-    monkeypatch.setattr(torch, "_int_mm", _fast)
+    monkeypatch.setattr(torch.Tensor, "to", partialmethod(_stay, torch.Tensor.to))  # there is no GPU here
+    monkeypatch.setattr(torch, "_int_mm", _exact)
     monkeypatch.setattr(device, "timed", lambda *_: pytest.fail("timed"))
     assert Device(torch.device("cuda")).multiplies_int8_faster
     monkeypatch.setattr(torch, "_int_mm", _missing)
     assert not Device(torch.device("cuda")).multiplies_int8_faster
     assert not Device(torch.device("meta")).multiplies_int8_faster
+
+
+def _stay(tensor: torch.Tensor, move: Any, target: Any) -> torch.Tensor:
+    moved: torch.Tensor = tensor if isinstance(target, torch.device) else move(tensor, target)
+    return moved
+
+
+@pytest.mark.parametrize("name", ["per_tensor", "per_channel", "static", "smoothed"])
+@settings(max_examples=25)
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 140), st.booleans(), st.integers(0, 1000))
+def test_sums_scaled_by_onednn_have_the_same_bits(
+    name: str, rows: int, inputs: int, outputs: int, bias: bool, seed: int
+) -> None:
+    """The fast way of processors with VNNI or AMX, at any number of rows, and the steps one by one."""
+    inputs *= 64
+    linear = random_linear(inputs, outputs, bias, seed)
+    x = torch.randn(rows, inputs) * torch.logspace(-2, 2, rows)[:, None]
+    weight, shift = linear.weight.data, linear.bias
+    layer = {
+        "per_tensor": lambda: Int8Linear(weight, shift, "per_tensor"),
+        "per_channel": lambda: Int8Linear(weight, shift, "per_channel"),
+        "static": lambda: StaticInt8Linear(weight, shift, "per_channel", x.amin().clamp_max(0), x.amax().clamp_min(0)),
+        "smoothed": lambda: SmoothedInt8Linear(weight, shift, torch.linspace(0.5, 2, inputs)),
+    }[name]()
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(int8_linear, "suits_scaled_product", lambda _: False)
+        expected = layer(x)
+        patched.setattr(int8_linear, "suits_scaled_product", lambda _: True)
+        patched.setattr(int8_linear, "scaled_product", counted := Mock(wraps=_scaled_product_here()))
+        assert torch.equal(layer(x), expected) and counted.called
+
+
+def _scaled_product_here() -> Callable[..., torch.Tensor]:
+    """oneDNN's product, or its definition in float64 on a processor where oneDNN's is not exact."""
+    if is_exact(lambda left, right: scaled_product(left, right, torch.ones(1), None), torch.device("cpu")):
+        return scaled_product
+
+    def defined(left: torch.Tensor, right: torch.Tensor, columns: torch.Tensor, zero: Any) -> torch.Tensor:
+        return ((left.double() - (0 if zero is None else zero)) @ right.double().T).float() * columns
+
+    return defined
+
+
+@pytest.mark.parametrize(
+    ("multiplies", "exact", "faster", "used"),
+    [(4.0, True, 2.0, True), (4.0, True, 0.9, False), (4.0, False, 2.0, False), (0.5, True, 2.0, False)],
+)
+def test_many_rows_take_the_fast_way_where_it_is_exact_and_faster(
+    multiplies: float, exact: bool, faster: float, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many, few = torch.zeros(256, 64, dtype=torch.int8), torch.zeros(255, 64, dtype=torch.int8)
+    monkeypatch.setattr(int8_products, "is_exact", lambda *_: exact)
+    monkeypatch.setattr(int8_products, "gain_of", lambda *_: faster)
+    monkeypatch.setattr(int8_products, "_scales_faster", int8_products._scales_faster.__wrapped__)  # not remembered
+    monkeypatch.setitem(Device.known, many.device, Device(many.device, int8_gain=multiplies))
+    assert suits_scaled_product(many) is used
+    assert not suits_scaled_product(few) and not suits_scaled_product(many[:, :63])
+    assert not suits_scaled_product(many.to("meta"))
+
+
+def test_a_products_exactness_is_tried_with_the_largest_integers() -> None:
+    cpu = torch.device("cpu")
+    assert is_exact(lambda left, right: _exact(left, right.T), cpu)
+    assert not is_exact(lambda left, right: _saturating(left, right.T), cpu)
+    assert not is_exact(lambda left, right: _missing(left, right.T), cpu)
 
 
 @settings(max_examples=40)

@@ -1,15 +1,13 @@
 """A linear layer whose weights are stored as 8-bit integers and whose inputs are quantized at run time.
 
-Products of integers are summed exactly, so that every device gives the same result up to the rounding of the scales.
-Devices with int8 units (a CPU with VNNI, CUDA) use them; a GPU may also skip the zeros of 2:4 weights
-(``two_of_four.py``); elsewhere the integers are multiplied as floats, split so that every sum stays in the range in
-which float32 is exact.
+Products of integers are summed exactly, so that every device gives the same result up to the rounding of the scales
+(``int8_products.py``). A GPU may skip the zeros of 2:4 weights (``two_of_four.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial, reduce
+from functools import partial
 from typing import Any, Self
 from weakref import ReferenceType, ref
 
@@ -18,6 +16,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.compression.formats.granularity import check_granularity
+from knowledge_compression.compression.formats.int8_products import (
+    integer_product,
+    scaled_product,
+    suits_scaled_product,
+)
 from knowledge_compression.compression.formats.two_of_four import (
     WORTH_TRYING,
     SparseProduct,
@@ -25,7 +28,7 @@ from knowledge_compression.compression.formats.two_of_four import (
     faster_product,
 )
 from knowledge_compression.compression.solve.int8 import INPUT_STEPS, Int8Weight
-from knowledge_compression.models.device import Device, torch_dtype
+from knowledge_compression.models.device import torch_dtype
 from knowledge_compression.models.replaced import ReplacedLinear
 
 _SMALL = torch.finfo(torch.float32).eps  # smallest scale, as in torch's observers
@@ -136,6 +139,26 @@ class Int8Linear(ReplacedLinear):
             self._tried, known = ref(weight), True
         return self._sparse(integers) if known and self._sparse is not None else integer_product(integers, weight)
 
+    def multiply_scaled(
+        self, integers: torch.Tensor, columns: torch.Tensor, zero_point: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The product of int8 ``[rows, in_features]``, less their zero point, with the weight, times a factor.
+
+        Args:
+            integers: the rounded inputs.
+            columns: float32 ``[1]`` or ``[out_features]``, the factor of each output.
+            zero_point: the integer that stands for an input of zero, int32; None if it is 0.
+
+        Returns:
+            float32 ``[rows, out_features]``, to the bit the same on every path.
+        """
+        if suits_scaled_product(integers):
+            return scaled_product(integers, self.weight_int8, columns, zero_point)
+        sums = self.multiply(integers)
+        if zero_point is not None:
+            sums.sub_(zero_point * self.weight_sum)
+        return sums.float().mul_(columns)
+
     def round_inputs(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The integers of float32 inputs ``[rows, in_features]``, with a scale per row or one scale and zero point."""
         if self.granularity == "per_tensor":
@@ -155,17 +178,16 @@ class _StraightThrough(torch.autograd.Function):
         ctx.layer = layer
         rows = inputs.reshape(-1, layer.in_features).float()
         integers, scale, zero_point = layer.round_inputs(rows)
-        sums = layer.multiply(integers)
-        if layer.weight_sum is not None and zero_point is not None:  # one scale for all rows
-            outputs = sums.sub_(zero_point * layer.weight_sum).float()
-            columns = layer.weight_scale * scale
-        else:
-            outputs = sums.float().mul_(scale)
-            columns = layer.weight_scale
-        if layer.bias is None:
-            outputs *= columns
-        else:
-            torch.addcmul(layer.bias.float(), outputs, columns, out=outputs)
+        if zero_point is not None:  # one scale for all rows
+            outputs = layer.multiply_scaled(integers, layer.weight_scale * scale, zero_point)
+            if layer.bias is not None:
+                outputs += layer.bias.float()
+        else:  # one for each, applied to the finished sums, so that a row's result does not depend on the others
+            outputs = layer.multiply_scaled(integers, layer.weight_scale, None)
+            if layer.bias is None:
+                outputs *= scale
+            else:
+                torch.addcmul(layer.bias.float(), outputs, scale, out=outputs)
         return outputs.to(inputs.dtype).view(*inputs.shape[:-1], layer.out_features)
 
     @staticmethod
@@ -192,7 +214,8 @@ def quantize_tokens(rows: torch.Tensor, steps: float = INPUT_STEPS[0]) -> tuple[
     A scale is the largest magnitude over ``steps``: 127 as Xiao et al. 2023 ("SmoothQuant") and vLLM's kernels have it;
     127.5, with what exceeds 127 clipped and a division, as compressed-tensors 0.20 does.
     """
-    scale = rows.abs().amax(1, keepdim=True).div_(steps).clamp_min_(_SMALL)
+    largest = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_())  # a copy less than by abs()
+    scale = largest.div_(steps).clamp_min_(_SMALL)
     if steps == INPUT_STEPS[0]:
         return (rows * scale.reciprocal()).round_().to(torch.int8), scale
     return (rows / scale).round_().clamp_(-128, 127).to(torch.int8), scale
@@ -212,28 +235,3 @@ def quantize_tensor(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     zero_point = (-least / scale).round().clamp(0, 127)
     integers = (rows * scale.reciprocal()).add_(zero_point).round_().clamp_(0, 127)
     return integers.to(torch.int8), scale, zero_point.to(torch.int32)
-
-
-def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Exact ``left @ right.T`` of int8 matrices ``[rows, inner]`` and ``[columns, inner]``, as int32."""
-    if left.shape[1] == 1:  # torch 2.13's product on the CPU misreads matrices of one inner column
-        return left.int() * right.T.int()
-    if not Device.of(left.device).multiplies_int8_faster:
-        return float_product(left, right)
-    return _cuda_product(left, right) if left.is_cuda else torch._int_mm(left, right.T)
-
-
-def float_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The same as :func:`integer_product` in float32, exact because no partial sum reaches 2^24."""
-    step = (1 << 24) // (128 * 128) - 1
-    parts = zip(left.split(step, 1), right.split(step, 1), strict=True)
-    return reduce(torch.Tensor.add_, ((a.float() @ b.float().T).to(torch.int32) for a, b in parts))
-
-
-def _cuda_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``torch._int_mm`` on CUDA needs more than 16 rows and other sizes divisible by 8: pad with zeros, then cut."""
-    rows, inner = left.shape
-    columns = right.shape[0]
-    left = nn.functional.pad(left, (0, -inner % 8, 0, max(17 - rows, 0)))
-    right = nn.functional.pad(right, (0, -inner % 8, 0, -columns % 8))
-    return torch._int_mm(left, right.T)[:rows, :columns]
