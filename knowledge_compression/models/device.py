@@ -13,8 +13,8 @@ import math
 import platform
 import statistics
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -233,6 +233,24 @@ def multiplied_in(dtype: torch.dtype | None, place: torch.device) -> AbstractCon
     if dtype is None or dtype == torch.float32:  # their own; autocast only warns about it
         return nullcontext()
     return torch.autocast(place.type, dtype, cache_enabled=False)
+
+
+@contextmanager
+def by_bfloat16_units() -> Iterator[None]:
+    """Multiply float32 matrices by a CPU's bfloat16 units, if it has some, until the context ends.
+
+    Both sides are rounded to bfloat16, and their exact products are summed in float32. Other devices, and versions of
+    torch without this choice, multiply in float32.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None:
+        yield
+        return
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def processor() -> dict[str, str]:

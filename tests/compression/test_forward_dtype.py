@@ -57,6 +57,7 @@ class Watching(Calibrated[InputPower]):
         class Watched(InputPower):
             def update(self, inputs):
                 seen.append(("update", torch.is_autocast_enabled("cpu"), inputs.values.dtype))
+                seen.append(("narrower", inputs.narrower))
                 super().update(inputs)
 
         return Watched(in_features, device)
@@ -79,6 +80,7 @@ def test_only_forward_passes_are_narrowed(tiny_model, architecture: str, sequent
     assert {autocast for autocast, _ in updates} == {False}
     assert torch.bfloat16 in {dtype for _, dtype in updates}  # the passes themselves were narrowed
     assert set(solves) == {(False, torch.float32, torch.float32)}
+    assert {note for note in method.seen if note[0] == "narrower"} == {("narrower", torch.bfloat16)}
 
 
 @pytest.mark.parametrize("name", METHODS)

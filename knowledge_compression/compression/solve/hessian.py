@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from knowledge_compression.compression.walk.statistics import LayerInputs, Statistics
 from knowledge_compression.heavy import torch
+from knowledge_compression.models.device import by_bfloat16_units
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 STRIPS = 12  # parts in which a triangle is multiplied: 13/24 of the work for the whole matrix
+_BROAD = 3  # of them at once by bfloat16 units, which thin strips do not keep busy
 _LEAF = 128  # rows of a triangle that are inverted at once
 _PIECE = 1 << 18  # numbers reversed at once
 LADDER = 4  # how often the damping is raised tenfold before giving up
@@ -35,11 +38,12 @@ class Hessian(Statistics):
         """Add a batch; not allowed once the matrix has been read."""
         if self._complete:
             raise RuntimeError("the sum of second moments has already been turned into their mean")
-        values, weighted = inputs.values.float(), inputs.values.float()
-        if inputs.influence is not None:
-            weighted = values * inputs.influence[:, None]
-        for start, end in _strips(len(self._sum)):
-            self._sum[start:end, start:].addmm_(weighted[:, start:end].T, values[:, start:])
+        values = inputs.values.float()
+        weighted = values if inputs.influence is None else values * inputs.influence[:, None]
+        narrow = inputs.narrower == torch.bfloat16 and inputs.influence is None  # the layer rounds them so, too
+        with by_bfloat16_units() if narrow else nullcontext():
+            for start, end in _strips(len(self._sum), _BROAD if narrow else 1):
+                self._sum[start:end, start:].addmm_(weighted[:, start:end].T, values[:, start:])
         self._weight += len(values) if inputs.influence is None else float(inputs.influence.sum())
 
     @property
@@ -61,8 +65,8 @@ class Hessian(Statistics):
         return self.matrix
 
 
-def _strips(size: int) -> Iterator[tuple[int, int]]:
-    width = math.ceil(size / STRIPS)
+def _strips(size: int, at_once: int = 1) -> Iterator[tuple[int, int]]:
+    width = math.ceil(size / STRIPS) * at_once
     for start in range(0, size, width):
         yield start, min(start + width, size)
 

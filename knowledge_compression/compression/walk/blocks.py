@@ -296,15 +296,15 @@ class _Walk(Generic[S]):
                 with self._multiplying():
                     inputs, _ = reading(part, partial(run, forward))
                 for expert, values in inputs.items():
-                    groups[expert].statistics.update(LayerInputs(finite(expert, values)))
+                    groups[expert].statistics.update(self._inputs(finite(expert, values), None, None))
                     groups[expert].tokens += len(values)
             for group in groups.values():
                 self._shrink(group)
 
-    @staticmethod
-    def _inputs(values: Tensor, influence: Tensor | None, dense: Tensor | None) -> LayerInputs:
+    def _inputs(self, values: Tensor, influence: Tensor | None, dense: Tensor | None) -> LayerInputs:
         """The inputs of one batch ``[..., in_features]`` in the form that is passed to the method."""
-        return LayerInputs(values.flatten(0, -2), influence, None if dense is None else dense.flatten(0, -2))
+        flat = None if dense is None else dense.flatten(0, -2)
+        return LayerInputs(values.flatten(0, -2), influence, flat, self.narrower)
 
     def _observe(
         self, unit: str, forwards: Sequence[SuspendedForward], dense: Sequence[Beside], groups: list[Group[S]]

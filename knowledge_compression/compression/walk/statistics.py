@@ -29,11 +29,13 @@ class LayerInputs:
             output's size, summed over the linears that read the tensor; float32 ``[tokens]``, None unless asked for.
         dense: the layer's inputs at the same tokens in the uncompressed network, ``[tokens, in_features]``; None unless
             requested, and for experts, whose tokens may differ there.
+        narrower: the dtype to which the layer's product rounds ``values``, if the forward passes are narrowed.
     """
 
     values: Tensor
     influence: Tensor | None = None
     dense: Tensor | None = None
+    narrower: torch.dtype | None = None
 
 
 class Statistics(ABC):
