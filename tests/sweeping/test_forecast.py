@@ -158,7 +158,8 @@ def test_distance_costs_the_dense_head_again_and_states_on_disk(
     store = RunStore(tmp_path / "outputs")
     plain = made(tiny_folder, {"a": SUITE})
     far = replace(plain, distance=True)
-    (alone, dense), (compared, recorded) = (Forecaster(store, 1e6).of(run, "") for run in (plain, far))
+    of_plain, of_far = Forecaster(store, 1e6), Forecaster(store, 1e6)
+    (alone, dense), (compared, recorded) = of_plain.of(plain, ""), of_far.of(far, "")
     assert recorded.macs == dense.macs and compared.disk == alone.disk
     mixed = Forecaster(store, 1e6)
     mixed.of(plain, "")  # brings a dense run that records nothing
@@ -171,7 +172,8 @@ def test_distance_costs_the_dense_head_again_and_states_on_disk(
     head = far.source.skeleton().network.get_submodule("cls.predictions.decoder").weight.numel()
     positions = len(np.load(states.with_name("keys.npy")))
     assert compared.macs - alone.macs == positions * head
-    assert compared.memory > alone.memory and compared.seconds > alone.seconds + positions * head / 1e6
+    assert compared.memory - of_far.libraries > alone.memory - of_plain.libraries  # which this process may give back
+    assert compared.seconds > alone.seconds + positions * head / 1e6
 
     (again,) = Forecaster(store, 1e6).of(far, "")
     assert again.macs == compared.macs and again.disk == compared.disk
