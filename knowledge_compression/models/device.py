@@ -239,8 +239,8 @@ def multiplied_in(dtype: torch.dtype | None, place: torch.device) -> AbstractCon
 def by_bfloat16_units() -> Iterator[None]:
     """Multiply float32 matrices by a CPU's bfloat16 units, if it has some, until the context ends.
 
-    Both sides are rounded to bfloat16, and their exact products are summed in float32. Other devices, and versions of
-    torch without this choice, multiply in float32.
+    Only for values that bfloat16 holds exactly: others would be rounded in large products and not in small ones. Sums
+    are float32. Other devices, and versions of torch without this choice, multiply in float32.
     """
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     if matmul is None:

@@ -187,7 +187,7 @@ class _Both(Statistics):
         self.moments, self.own = moments, own
 
     def update(self, inputs: LayerInputs) -> None:
-        self.moments.update(LayerInputs(inputs.values))
+        self.moments.update(LayerInputs(inputs.values, narrower=inputs.narrower))
         self.own.update(inputs)
 
 

@@ -38,9 +38,9 @@ class Hessian(Statistics):
         """Add a batch; not allowed once the matrix has been read."""
         if self._complete:
             raise RuntimeError("the sum of second moments has already been turned into their mean")
-        values = inputs.values.float()
+        values = inputs.values.to(inputs.narrower or inputs.values.dtype).float()  # as the layer multiplies them
         weighted = values if inputs.influence is None else values * inputs.influence[:, None]
-        narrow = inputs.narrower == torch.bfloat16 and inputs.influence is None  # the layer rounds them so, too
+        narrow = inputs.narrower == torch.bfloat16 and inputs.influence is None  # so bfloat16 holds both sides exactly
         with by_bfloat16_units() if narrow else nullcontext():
             for start, end in _strips(len(self._sum), _BROAD if narrow else 1):
                 self._sum[start:end, start:].addmm_(weighted[:, start:end].T, values[:, start:])
