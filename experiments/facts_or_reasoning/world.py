@@ -122,7 +122,7 @@ def known(study: Study) -> list[str]:
 def kept(study: Study) -> list[str]:
     """What is kept of each kind under each compression, over all trainings."""
     shares = kinds.kept([study.kept(name, run) for run in study.runs for name in NAMES])
-    both = [[study.kept(name, run) for name in NAMES] for run in [*study.runs]]
+    both = [[study.kept(name, run) for name in NAMES] for run in study.runs]
     of_facts = kinds.differences([(facts, derived) for facts, _, derived in both], None)
     of_told = kinds.differences([(told, derived) for _, told, derived in both], None)
     rows = [

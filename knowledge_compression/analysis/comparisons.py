@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from knowledge_compression.analysis.measures import ANSWERS, MEASURES, Measure
+from knowledge_compression.analysis.protocols import flat, particular
 from knowledge_compression.results.files import OTHER_TOKENIZER
 from knowledge_compression.results.store import Run
 from knowledge_compression.results.varying import Names
@@ -23,15 +23,12 @@ from knowledge_compression.results.varying import is_dense as _is_dense
 from knowledge_compression.statistics import Estimate, accuracies, drops, macro_accuracies
 
 KEY = ["task", "id"]  # an item of a suite
-_DIGEST, _BRIEF = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{8,}\b"), r"\1"  # a few digits are enough for a reader
 _PLACES = (
     "path",
     "data_dir",
     "adapter",
     OTHER_TOKENIZER,
 )  # paths in runs of format 1; the fingerprint has their content, which decides
-_RECIPE = "model.made.recipe."  # of a model of the controlled world: the settings of its training ...
-_OF_TRAINING = ("model.made.", "model.recipe", "model.world")  # ... and what follows from them
 
 
 @dataclass(frozen=True)
@@ -240,12 +237,12 @@ def compare(runs: Sequence[Run]) -> Comparisons:
             deciding = _deciding(run, suite)
             asked = Asked(run.config["choices"]["model"], suite, _digest(deciding))
             by_question[asked].append(run)
-            said.setdefault(asked, dict(_flat(deciding)))
+            said.setdefault(asked, dict(flat(deciding)))
     groups: list[Group] = []
     measured: list[Group] = []
     for asked in sorted(by_question, key=lambda asked: (asked.model, asked.suite, asked.protocol)):
         rivals = [said[other] for other in said if (other.model, other.suite) == (asked.model, asked.suite)]
-        named = Asked(asked.model, asked.suite, asked.protocol, _particular(said[asked], rivals))
+        named = Asked(asked.model, asked.suite, asked.protocol, particular(said[asked], rivals))
         members = sorted(by_question[asked], key=lambda run: run.config["seed"] or 0)
         dense = list({run.config["seed"]: run for run in members[::-1] if is_dense(run)}.values())[::-1]  # one a seed
         if not dense:
@@ -359,26 +356,6 @@ def seedless(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: seedless(part) for key, part in value.items() if key != "seed"}
     return [seedless(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _flat(part, key if name in ("", "settings") else f"{name}.{key}")
-    else:
-        yield name, str(value)
-
-
-def _particular(mine: Mapping[str, str], all_of_them: Sequence[Mapping[str, str]]) -> str:
-    """The settings of a protocol that differ between runs; of a model trained here, its recipe if that is enough."""
-    names = {name for said in all_of_them for name in said}
-    unlike = sorted(name for name in names if len({said.get(name) for said in all_of_them}) > 1)
-    chosen = [name for name in unlike if name.startswith(_RECIPE) or not name.startswith(_OF_TRAINING)]
-    alike = [said for said in all_of_them if all(said.get(name) == mine.get(name) for name in chosen)]
-    told = chosen if all(said == mine for said in alike) else unlike
-    return ", ".join(
-        f"{name.replace(_RECIPE, 'model.', 1)}={_DIGEST.sub(_BRIEF, mine[name])}" for name in told if name in mine
-    )
 
 
 def _in_brackets(text: str) -> str:

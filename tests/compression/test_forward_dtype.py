@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,8 +19,10 @@ from knowledge_compression.compression.methods.int8_static import Int8Static
 from knowledge_compression.compression.methods.smoothquant import SmoothQuant
 from knowledge_compression.compression.methods.sparsegpt import SparseGpt
 from knowledge_compression.compression.methods.wanda import InputPower, Wanda
+from knowledge_compression.compression.solve import hessian
+from knowledge_compression.compression.walk.statistics import LayerInputs
 from knowledge_compression.models import Model, Target
-from knowledge_compression.models.device import Device
+from knowledge_compression.models.device import Device, by_bfloat16_units
 from knowledge_compression.models.families import ROLES
 
 CPU = torch.device("cpu")
@@ -110,3 +114,25 @@ def test_narrower_networks_keep_their_own_passes(tiny_model, stored: torch.dtype
     assert model.dtype == stored and all(layer.parameters for layer in report.layers)
     found, expected = logits_of(model).float(), logits_of(reference)
     assert (found - expected).norm() < (0.05 if stored == torch.float16 else 0.2) * expected.norm()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_bfloat16_units_are_asked_for_within_the_context_alone(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not at all by a version of torch without the choice."""
+    matmul = SimpleNamespace(fp32_precision="none")
+    monkeypatch.setattr(torch.backends, "mkldnn", SimpleNamespace(matmul=matmul) if there else SimpleNamespace())
+    with pytest.raises(KeyError), by_bfloat16_units():
+        assert matmul.fp32_precision == ("bf16" if there else "none")
+        raise KeyError
+    assert matmul.fp32_precision == "none"
+
+
+@pytest.mark.parametrize(("narrower", "influence"), [(torch.bfloat16, None), (torch.bfloat16, 1.0), (None, None)])
+def test_second_moments_take_bfloat16_units_only_where_they_are_exact(
+    narrower: torch.dtype | None, influence: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = Mock(wraps=by_bfloat16_units)
+    monkeypatch.setattr(hessian, "by_bfloat16_units", taken)
+    by = None if influence is None else torch.full((5,), influence)
+    hessian.Hessian(8, CPU).update(LayerInputs(torch.randn(5, 8), by, narrower=narrower))
+    assert taken.called is (narrower is not None and influence is None)
