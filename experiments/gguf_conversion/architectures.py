@@ -26,8 +26,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from knowledge_compression.models.checkpoints.gguf_families import ARCHITECTURES
-from knowledge_compression.models.checkpoints.gguf_unwritten import UNWRITTEN
+from knowledge_compression.models.checkpoints.gguf.families import ARCHITECTURES
+from knowledge_compression.models.checkpoints.gguf.unwritten import UNWRITTEN
 
 KINDS = {
     "causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

@@ -335,7 +335,7 @@ class PackagedGguf(Packaged):
         return files_fingerprint([_package_folder(self.package, self.requirement) / self.file])
 
     def _convert(self, folder: Path) -> None:
-        from knowledge_compression.models.checkpoints.gguf import GgufFile
+        from knowledge_compression.models.checkpoints.gguf.file import GgufFile
 
         path = _package_folder(self.package, self.requirement) / self.file
         log.info("converting %s to safetensors, once", self.file)

@@ -21,9 +21,9 @@ from knowledge_compression.compression.formats.gguf import GgufModel, save_gguf
 from knowledge_compression.compression.writing.writers import writer_of
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
-from knowledge_compression.models.checkpoints.gguf_architectures import architecture_for
-from knowledge_compression.models.checkpoints.gguf_families import ARCHITECTURES
-from knowledge_compression.models.checkpoints.gguf_unwritten import UNWRITTEN
+from knowledge_compression.models.checkpoints.gguf.architecture import architecture_for
+from knowledge_compression.models.checkpoints.gguf.families import ARCHITECTURES
+from knowledge_compression.models.checkpoints.gguf.unwritten import UNWRITTEN
 from knowledge_compression.models.loading import LocalModel
 
 

@@ -25,7 +25,7 @@ from knowledge_compression.compression.methods.none import NoCompression
 from knowledge_compression.compression.writing.writers import writer_of
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
-from knowledge_compression.models.checkpoints.gguf_vocabulary import GgufVocabulary
+from knowledge_compression.models.checkpoints.gguf.vocabulary import GgufVocabulary
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.pretrained import auto_class
 

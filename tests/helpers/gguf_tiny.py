@@ -10,8 +10,8 @@ from transformers import AutoConfig, PreTrainedTokenizerFast, T5Tokenizer
 
 from helpers.gguf_files import ARCHITECTURES, HEADS, MERGES, TINY, TOKENS
 from knowledge_compression.models import Model
-from knowledge_compression.models.checkpoints.gguf_architectures import GgufArchitecture, architecture_for
-from knowledge_compression.models.checkpoints.gguf_settings import Setting
+from knowledge_compression.models.checkpoints.gguf.architecture import GgufArchitecture, architecture_for
+from knowledge_compression.models.checkpoints.gguf.settings import Setting
 from knowledge_compression.models.pretrained import auto_class
 
 # What readers of files take for granted of an architecture, where a tiny network of transformers differs.

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from helpers import gguf_files
 from helpers.gguf_files import ARCHITECTURES
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models.checkpoints.gguf import GgufFile
+from knowledge_compression.models.checkpoints.gguf.file import GgufFile
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.pretrained import auto_class
 

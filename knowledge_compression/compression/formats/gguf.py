@@ -37,15 +37,15 @@ from knowledge_compression.compression.formats.gguf_expressed import check_expre
 from knowledge_compression.compression.formats.gguf_mixtures import MixedModel
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, TargetLayer
-from knowledge_compression.models.checkpoints.gguf import GgufFile
-from knowledge_compression.models.checkpoints.gguf_architectures import (
+from knowledge_compression.models.checkpoints.gguf.architecture import (
     GgufArchitecture,
     architecture_for,
     further_tensors,
     is_turned,
 )
-from knowledge_compression.models.checkpoints.gguf_changes import Array
-from knowledge_compression.models.checkpoints.gguf_vocabulary import GgufVocabulary
+from knowledge_compression.models.checkpoints.gguf.changes import Array
+from knowledge_compression.models.checkpoints.gguf.file import GgufFile
+from knowledge_compression.models.checkpoints.gguf.vocabulary import GgufVocabulary
 from knowledge_compression.models.saving import check_finite, full_state
 from knowledge_compression.models.targets import linear_layers
 from knowledge_compression.models.tokenizers import read_alike

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Kind
 from knowledge_compression.compression.solve.mixtures import MIXTURES, Mixed
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import TargetLayer
-from knowledge_compression.models.checkpoints.gguf_architectures import architecture_for
+from knowledge_compression.models.checkpoints.gguf.architecture import architecture_for
 
 _OF_70B = ("llama", "qwen2")
 

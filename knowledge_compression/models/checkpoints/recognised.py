@@ -6,7 +6,7 @@ from pathlib import Path
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.checkpoints.folder import QuantizedFolder
-from knowledge_compression.models.checkpoints.gguf import GgufFile
+from knowledge_compression.models.checkpoints.gguf.file import GgufFile
 from knowledge_compression.models.checkpoints.stored import Stored
 
 CONFIGURATION = "config.json"

@@ -1,4 +1,4 @@
-"""The content of GGUF files for Gemma, as ``gguf_families.py`` describes the others."""
+"""The content of GGUF files of Gemma."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from statistics import NormalDist
 from typing import Any
 
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models.checkpoints.gguf_architectures import GgufArchitecture
-from knowledge_compression.models.checkpoints.gguf_changes import PLUS_ONE, filled
-from knowledge_compression.models.checkpoints.gguf_settings import (
+from knowledge_compression.models.checkpoints.gguf.architecture import GgufArchitecture
+from knowledge_compression.models.checkpoints.gguf.changes import PLUS_ONE, filled
+from knowledge_compression.models.checkpoints.gguf.settings import (
     COMMON,
     LOCAL_BASE,
     ROOT,

@@ -1,4 +1,4 @@
-"""The content of GGUF files for Nemotron-H and Jamba, as ``gguf_families.py`` describes the others."""
+"""The content of GGUF files of networks with both attention and state spaces: Falcon H1, Nemotron-H, Jamba."""
 
 from __future__ import annotations
 
@@ -7,21 +7,93 @@ from dataclasses import replace
 from typing import Any
 
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models.checkpoints.gguf_architectures import GgufArchitecture
-from knowledge_compression.models.checkpoints.gguf_changes import (
+from knowledge_compression.models.checkpoints.gguf.architecture import GgufArchitecture
+from knowledge_compression.models.checkpoints.gguf.changes import (
     BANK_HALVES,
     NEGATIVE_EXPONENTIAL,
     PAIRED,
     WITHOUT_MIDDLE,
+    scaled,
 )
-from knowledge_compression.models.checkpoints.gguf_hybrid_families import (
+from knowledge_compression.models.checkpoints.gguf.families.state_spaces import (
     ATTENTION,
+    MAMBA,
     STATE_SPACE,
     WITHOUT_KEYS,
     keys_of_blocks,
     states,
 )
-from knowledge_compression.models.checkpoints.gguf_settings import ROOT, WIDTHS, Setting, Settings, Told
+from knowledge_compression.models.checkpoints.gguf.settings import COMMON, ROOT, ROTARY, WIDTHS, Setting, Settings, Told
+
+
+def _scaled_inputs(config: Any) -> Sequence[float]:
+    """The factor of each row of Falcon H1's joint projection: gates, inputs, two kinds of states, time steps."""
+    states = config.mamba_n_groups * config.mamba_d_state
+    widths = (config.mamba_d_ssm, config.mamba_d_ssm, states, states, config.mamba_n_heads)
+    factors = (config.ssm_in_multiplier * factor for factor in config.ssm_multipliers)
+    return [factor for factor, width in zip(factors, widths, strict=True) for _ in range(width)]
+
+
+def _separate_head(config: Any) -> None:
+    """Nothing is written: embeddings and head are one matrix, or two.
+
+    Raises:
+        BadInput: they are one matrix with two factors.
+    """
+    if config.tie_word_embeddings and config.embedding_multiplier != config.lm_head_multiplier:
+        raise BadInput(
+            f"output.save_model=gguf: embeddings and head of this {config.model_type} are one matrix with two factors, "
+            f"{config.embedding_multiplier} and {config.lm_head_multiplier}, which a GGUF file cannot express"
+        )
+
+
+def _gated_before_norm(config: Any) -> None:
+    """Nothing is written: llama.cpp has one order.
+
+    Raises:
+        BadInput: the network has the other.
+    """
+    if config.mamba_rms_norm and config.mamba_norm_before_gate:
+        raise BadInput(
+            f"output.save_model=gguf: {config.model_type} has mamba_norm_before_gate=True; llama.cpp takes the norm "
+            "after the gate"
+        )
+
+
+_FACTORS = frozenset(f"{name}_multiplier" for name in ("lm_head", "embedding", "key", "ssm_in", "ssm_out"))
+_FACTORS |= {"attention_in_multiplier", "attention_out_multiplier", "mlp_multipliers", "ssm_multipliers"}
+_FALCON_H1 = GgufArchitecture(
+    "falcon-h1",
+    {
+        **COMMON,
+        **WIDTHS,
+        **ROOT,
+        **MAMBA,
+        "rope.freq_base": ROTARY["rope.freq_base"],
+        "ssm.time_step_rank": "mamba_n_heads",
+        "ssm.inner_size": "mamba_d_ssm",
+        "head": _separate_head,
+        "gates": _gated_before_norm,
+    },
+    {
+        **states("mamba_n_groups"),
+        "token_embd": scaled(lambda config: config.embedding_multiplier),
+        ".attn_q.": scaled(lambda config: config.attention_in_multiplier),
+        ".attn_k.": scaled(lambda config: config.attention_in_multiplier * config.key_multiplier),
+        ".attn_v.": scaled(lambda config: config.attention_in_multiplier),
+        ".attn_output.": scaled(lambda config: config.attention_out_multiplier),
+        "output.weight": scaled(lambda config: config.lm_head_multiplier),  # after attn_output, which contains it
+        "ssm_in": scaled(_scaled_inputs),
+        "ssm_out": scaled(lambda config: config.ssm_out_multiplier),
+        "ffn_gate": scaled(lambda config: config.mlp_multipliers[0]),
+        "ffn_down": scaled(lambda config: config.mlp_multipliers[1]),
+    },
+    _FACTORS | {"mamba_expand", "mamba_chunk_size", "mamba_norm_before_gate", "num_logits_to_keep"},
+    given={"mamba_norm_before_gate": False},
+    present={"mamba_rms_norm": "ssm_norm"},
+    also=lambda told, _: {"mamba_d_head": told["mamba_d_ssm"] // told["mamba_n_heads"]},
+    further={r".*layers\.(\d+)\.pre_ff_layernorm\.weight": ("blk.{}.ffn_norm",)},
+)
 
 
 def _widths_of_blocks(attribute: str) -> Setting:
@@ -170,7 +242,8 @@ _JAMBA = GgufArchitecture(
     also=_jamba_blocks,
 )
 
-FURTHER_HYBRID: Mapping[str, GgufArchitecture] = {
+HYBRIDS: Mapping[str, GgufArchitecture] = {
+    "falcon_h1": _FALCON_H1,
     "nemotron_h": replace(_NEMOTRON_H, others=((lambda config: "moe" in config.layer_types, _NEMOTRON_H_MOE),)),
     "jamba": _JAMBA,
 }

@@ -1,5 +1,5 @@
 """An architecture as GGUF describes it: the names of its tensors, its settings, and how its tensors differ from the
-network's. The descriptions themselves are in ``gguf_families.py``.
+network's. The descriptions themselves are in ``families``.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models.checkpoints.gguf_changes import UNCHANGED, Array, Change
-from knowledge_compression.models.checkpoints.gguf_rope import FREQUENCIES, llama3_divisors, proportional_divisors
-from knowledge_compression.models.checkpoints.gguf_settings import (
+from knowledge_compression.models.checkpoints.gguf.changes import UNCHANGED, Array, Change
+from knowledge_compression.models.checkpoints.gguf.rope import FREQUENCIES, llama3_divisors, proportional_divisors
+from knowledge_compression.models.checkpoints.gguf.settings import (
     FLOATS,
     Setting,
     Settings,
     of_attention,
     rotated,
 )
-from knowledge_compression.models.checkpoints.gguf_unwritten import reason_against
+from knowledge_compression.models.checkpoints.gguf.unwritten import reason_against
 from knowledge_compression.models.families import ENCODER, family_of
 
 # Parameters of networks that gguf's table lacks, because transformers stores them differently in its own files.
@@ -193,7 +193,7 @@ def architecture_for(config: Any) -> GgufArchitecture:
     Raises:
         BadInput: there is no description of it.
     """
-    from knowledge_compression.models.checkpoints.gguf_families import ARCHITECTURES
+    from knowledge_compression.models.checkpoints.gguf.families import ARCHITECTURES
 
     if family_of(config) == ENCODER:
         raise BadInput(
@@ -215,7 +215,7 @@ def architecture_in(name: str, keys: Collection[str]) -> tuple[str, GgufArchitec
         name: GGUF's name for it.
         keys: names of the file's tensors and settings.
     """
-    from knowledge_compression.models.checkpoints.gguf_families import ARCHITECTURES
+    from knowledge_compression.models.checkpoints.gguf.families import ARCHITECTURES
 
     # Types of a single description come first: only these read a file of an architecture that several types share.
     every = [(kind, one) for kind, one in ARCHITECTURES.items()]

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
 from knowledge_compression.models.checkpoints.base import Coded, StoredAs
-from knowledge_compression.models.checkpoints.gguf_architectures import GgufArchitecture, architecture_in, is_turned
-from knowledge_compression.models.checkpoints.gguf_families import ARCHITECTURES
-from knowledge_compression.models.checkpoints.gguf_header import MAGIC, GgufHeader, GgufTensor
-from knowledge_compression.models.checkpoints.gguf_rope import FREQUENCIES, check_lengths, with_rope
+from knowledge_compression.models.checkpoints.gguf.architecture import GgufArchitecture, architecture_in, is_turned
+from knowledge_compression.models.checkpoints.gguf.families import ARCHITECTURES
+from knowledge_compression.models.checkpoints.gguf.header import MAGIC, GgufHeader, GgufTensor
+from knowledge_compression.models.checkpoints.gguf.rope import FREQUENCIES, check_lengths, with_rope
 from knowledge_compression.models.checkpoints.stored import Later, Stored
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,24 +230,6 @@ EXPERTS: Settings = {
 LOCAL_EXPERTS: Settings = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 
 
-def falcon_keys(config: Any) -> int:
-    """The number of key heads in Falcon's attention."""
-    if config.new_decoder_architecture or not config.multi_query:
-        return int(config.num_kv_heads)
-    return 1
-
-
-def falcon_generation(told: Told, tensors: Collection[str]) -> Mapping[str, Any]:
-    """Falcon's attention of 7B or of 40B, from the number of keys and norms."""
-    keys, norms = told.get("num_kv_heads", 1), told["num_ln_in_parallel_attn"]
-    new = norms == 2 or keys not in (1, told["num_attention_heads"])
-    return {
-        "new_decoder_architecture": new,
-        "multi_query": keys == 1 or new,
-        "num_ln_in_parallel_attn": norms if new else None,
-    }
-
-
 def inside(part: str, name: str, stored: Callable[[Any], Any], loaded: Callable[[Any], Any]) -> Setting:
     """A setting that a configuration holds in one of its own, as MPT's and DBRX's do.
 
@@ -269,3 +251,39 @@ OWN_KEYS = only(
     lambda config: config.num_key_value_heads == config.num_attention_heads,
     "if every head has its own keys",
 )
+
+
+SOFTMAX, SIGMOID = 1, 2  # llama.cpp's numbers for how a router's scores become weights
+ROUTED: Settings = {
+    "expert_count": "n_routed_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_count": "n_shared_experts",
+    "expert_weights_scale": "routed_scaling_factor",
+    "leading_dense_block_count": "first_k_dense_replace",
+}
+SIGMOIDS: Settings = {
+    **ROUTED,
+    "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+    "expert_gating_func": lambda config: SIGMOID,
+    "expert_weights_norm": "norm_topk_prob",
+}
+STRETCHED: Settings = {"rope.freq_base": Setting("rope_theta", stretched_base, lambda value, _: float(value))}
+BIASES = {"attention_bias": "attn_q.bias"}  # a network has biases of attention if its file has these
+
+
+def leading_dense(config: Any) -> int:
+    """The number of blocks before the first with experts.
+
+    Raises:
+        BadInput: a later block has none.
+    """
+    kinds = list(config.mlp_layer_types)
+    count = kinds.index("sparse") if "sparse" in kinds else len(kinds)
+    if "dense" in kinds[count:]:
+        raise BadInput(
+            f"output.save_model=gguf: {config.model_type} has mlp_layer_types={kinds}; llama.cpp takes blocks without "
+            "experts only before those with experts"
+        )
+    return count

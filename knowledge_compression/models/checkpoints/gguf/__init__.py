@@ -1,0 +1,1 @@
+"""GGUF files, and what each architecture's hold."""
