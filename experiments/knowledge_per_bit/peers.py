@@ -1,11 +1,12 @@
 """What other programs make of the same model, text, bits and groups, asked by the same suites.
 
-    python experiments/knowledge_per_bit/peers.py DATA_DIR --environments DIR --outputs DIR --bits 4,3
+    python experiments/knowledge_per_bit/peers.py DATA_DIR --environments DIR --outputs DIR --bits 4,3,2
 
 makes each peer's environment where it is missing (from `requirements-PEER.txt`; not in CI), hands it smollm2 in float32
-and the calibration windows of the preset (32 of 512 tokens of C4, seed 0), takes the decoded weights of the layers that
-it quantized, saves them as a plain model, and has `run.py` ask that for the facts of the atlas and for WikiText-2 in 74
-windows of 512, as the preset asks ours. Prints a row for each. What is there is not made again.
+and the calibration windows of the preset (32 of 512 tokens of C4, seed 0), and has it save what it quantized in its own
+format. What it did not quantize is put back as it was, in float32. Then `run.py` reads the folder as it reads any
+compressed file and asks it as the preset asks our methods; the runs are in `DIR/store`, which `study.py` takes by
+`--peers DIR`. What is there is not made again.
 
     python experiments/knowledge_per_bit/peers.py DATA_DIR --environments DIR --outputs DIR --bits 3 --blocks 4
 
@@ -17,58 +18,64 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import knowledge_compression as kc
 from knowledge_compression.corpora.c4 import C4
 from knowledge_compression.evaluation.perplexity import Perplexity
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.models import Model
+from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.saving import save_checkpoint
-from knowledge_compression.results.store import RunStore
 
 HERE = Path(__file__).parent
 SMOLLM2 = kc.choose("model=smollm2")
 GROUP, BLOCKS = 64, 30
+TUNING = "auto_round"  # the peer for which steps and windows a step are chosen
 
 
 def environment(place: Path, peer: str) -> Path:
     """The Python of a peer's environment, which is made where it is missing."""
     if not (place / ".complete").is_file():
         subprocess.run([sys.executable, "-m", "venv", place], check=True)
-        needs = HERE / f"requirements-{peer}.txt"
-        subprocess.run([place / "bin" / "pip", "install", "--quiet", "-r", needs], check=True)
+        needs, pip = HERE / f"requirements-{peer}.txt", [place / "bin" / "pip", "install", "--quiet"]
+        if peer == "gptqmodel":  # its setup is that of the environment
+            subprocess.run([*pip, "setuptools", "wheel"], check=True)
+            pip.append("--no-build-isolation")
+        subprocess.run([*pip, "-r", needs], check=True)
         (place / ".complete").touch()
     return place / "bin" / "python"
 
 
 def quantized(place: Path, python: Path, peer: str, asked: dict[str, object], dense: Path, windows: np.ndarray) -> None:
-    """Have the peer quantize, once."""
-    if (place / "told.json").is_file():
+    """Have the peer quantize and save, once."""
+    if (place / "told.json").is_file() and (place / "saved" / "tokenizer.json").is_file():
         return
     place.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(place / "saved", ignore_errors=True)
     (place / "asked.json").write_text(json.dumps(asked))
     np.save(place / "windows.npy", windows)
     (place / "dense").unlink(missing_ok=True)
     (place / "dense").symlink_to(dense.resolve())
     apart = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([python, HERE / f"peer_{peer}.py", place], check=True, env=apart)
+    as_it_was_elsewhere(place / "saved", dense)
 
 
-def decoded(place: Path) -> Model:
-    """smollm2 with the weights that the peer made."""
-    model = SMOLLM2.load()
-    weights = load_file(place / "weights.safetensors")
-    unknown = model.network.load_state_dict(weights, strict=False).unexpected_keys
-    if unknown:
-        sys.exit(f"error: {place} has weights of layers that smollm2 lacks: {', '.join(unknown)}")
-    return model
+def as_it_was_elsewhere(saved: Path, dense: Path) -> None:
+    """Put back the tensors that the peer did not quantize, which some save in 16 bits, and the tokenizer."""
+    (file,) = saved.glob("*.safetensors")
+    state, before = load_file(file), load_file(dense / "model.safetensors")
+    save_file({name: before.get(name, tensor) for name, tensor in state.items()}, file, metadata={"format": "pt"})
+    for name in dense.glob("tokenizer*"):
+        shutil.copy(name, saved)
 
 
 def losses(model: Model, data_dir: str, windows: int) -> np.ndarray:
@@ -77,28 +84,24 @@ def losses(model: Model, data_dir: str, windows: int) -> np.ndarray:
     return items["nll"].to_numpy()
 
 
-def facts(place: Path, data_dir: str) -> dict[str, float]:
-    """What `run.py` finds of the decoded model, saved as a plain one."""
-    if not (place / "model").is_dir():
-        save_checkpoint(decoded(place), place / "model")
-    typed = ["model=local", f"model.path={place / 'model'}", "compression=none", "eval=[atlas,perplexity]"]
-    typed += ["eval.perplexity.window=512", "eval.perplexity.limit=74"]
-    typed += [f"data_dir={data_dir}", f"output.dir={place / 'store'}"]
+def asked_as_ours(place: Path, store: Path, data_dir: str) -> None:
+    """Have `run.py` ask the saved folder what the preset asks."""
+    typed = ["model=local", f"model.path={place / 'saved'}", "model.dense=smollm2", "compression=none"]
+    typed += ["eval=[atlas,perplexity]", "eval.perplexity.window=512", "eval.perplexity.limit=74", "distance=true"]
+    typed += [f"data_dir={data_dir}", f"output.dir={store}"]
     subprocess.run([sys.executable, HERE.parents[1] / "run.py", *typed], check=True)
-    (run,) = list(RunStore(place / "store"))
-    return run.metrics
 
 
 def main() -> None:
-    """Quantize, decode, ask, tell."""
+    """Quantize, save, ask, tell."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("data_dir", help="local data (docs/data.md)")
     options.add_argument("--environments", type=Path, required=True, help="a folder of one environment a peer")
     options.add_argument("--outputs", type=Path, required=True, help="a folder for what is made")
-    options.add_argument("--peers", default="auto_round")
-    options.add_argument("--bits", default="4,3")
-    options.add_argument("--steps", type=int, default=40, help="of tuning, where a peer tunes")
-    options.add_argument("--batch", type=int, default=4, help="windows of a step")
+    options.add_argument("--peers", default=f"{TUNING},gptqmodel,llm_compressor,hqq")
+    options.add_argument("--bits", default="4,3,2")
+    options.add_argument("--steps", type=int, default=40, help="of tuning, for auto-round")
+    options.add_argument("--batch", type=int, default=4, help="windows of a step, for auto-round")
     options.add_argument("--blocks", type=int, default=BLOCKS, help="the first so many")
     options.add_argument("--windows", type=int, default=12, help="asked where only some blocks are quantized")
     options.add_argument("--seed", type=int, default=0, help="of the calibration windows")
@@ -112,18 +115,20 @@ def main() -> None:
     for peer in chosen.peers.split(","):
         python = environment(chosen.environments / peer, peer)
         for bits in map(int, chosen.bits.split(",")):
-            asked = {"bits": bits, "group_size": GROUP, "steps": chosen.steps, "batch": chosen.batch}
-            name = f"{peer}_{bits}_steps_{chosen.steps}_by_{chosen.batch}_blocks_{chosen.blocks}_seed_{chosen.seed}"
-            place = chosen.outputs / name
+            asked = {"bits": bits, "group_size": GROUP}
+            asked |= {"steps": chosen.steps, "batch": chosen.batch} if peer == TUNING else {}
+            words = [peer, *(f"{key}_{value}" for key, value in asked.items())]
+            words += [f"blocks_{chosen.blocks}", f"seed_{chosen.seed}"]
+            place = chosen.outputs / "_".join(words)
             blocks = [f"model.layers.{block}." for block in range(chosen.blocks)]
             quantized(place, python, peer, asked | {"blocks": blocks}, dense, windows)
             told = json.loads((place / "told.json").read_text())
-            said = f"{peer} {told['versions']}, {asked}: {told['seconds']['processor']:.0f} processor seconds"
+            said = f"{told['peer']}, {asked}: {told['seconds']['processor']:.0f} processor seconds"
             if before is None:
-                found = facts(place, chosen.data_dir)
-                said += f", perplexity {found['perplexity.perplexity']:.2f}, facts {found['atlas.accuracy']:.3f}"
+                asked_as_ours(place, chosen.outputs / "store", chosen.data_dir)
             else:
-                rise = losses(decoded(place), chosen.data_dir, chosen.windows) - before
+                there = LocalModel("peer", str(place / "saved")).load("cpu", "float32")
+                rise = losses(there, chosen.data_dir, chosen.windows) - before
                 error = rise.std(ddof=1) / len(rise) ** 0.5
                 said += f", {rise.mean():.4f} ({error:.4f}) nats above dense"
             print(said, flush=True)

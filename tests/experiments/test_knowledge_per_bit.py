@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import runpy
 from types import SimpleNamespace
@@ -66,6 +67,42 @@ def test_the_page_says_whether_facts_follow_perplexity(store: RunStore, tmp_path
 
 def test_the_front_is_of_rows_that_no_smaller_one_beats(store: RunStore) -> None:
     assert [round(row.kept.value, 3) for row in STUDY.best(STUDY.rows_of(store.folder))] == [0.875, 1.0]
+
+
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory):
+    """What peers.py leaves of another program: a run of the file that it saved, and what it told."""
+    folder = tmp_path_factory.mktemp("peers")
+    run = quantized("1111111110", 3.5, "theirs/saved", None)
+    stored = {"layer_bits": 3.5, "weights": {"F32": 500, "3 bits": 1000}}
+    run.report["compression"] |= {"stored": stored, "seconds": 0.01}
+    run.config["file"] = {"path": "anywhere/theirs/saved"}
+    RunStore(folder / "store").write(run)
+    (folder / "theirs").mkdir()
+    told = {"peer": "theirs 1.2", "bits": 3, "seconds": {"clock": 70.0, "processor": 60.0}}
+    (folder / "theirs" / "told.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_another_program_is_a_row_with_the_bytes_of_its_file(store: RunStore, peers) -> None:
+    (row,) = [row for row in STUDY.rows_of(store.folder, peers) if row.peer]
+    assert (row.name, row.bits, row.seconds) == ("theirs 1.2 bits=3", 3.5, 70.0)
+    assert row.megabytes == pytest.approx((3500 / 8 + 2 * 500) / 1e6)
+    assert (row.nats.value, row.kept.value) == (pytest.approx(0.5), 1.0)
+    assert len(STUDY.rows_of(store.folder, peers)) == 1 + len(STUDY.rows_of(store.folder))
+
+
+def test_the_best_of_ours_is_held_against_the_best_of_other_programs(store: RunStore, peers) -> None:
+    (line,) = STUDY.against_peers(STUDY.rows_of(store.folder, peers))
+    assert line.startswith("- Other programs, 3.50 to 3.50 bits: ")
+    assert "bits=4 is 0.100 nats above dense, theirs 1.2 bits=3, the best of theirs, 0.500: 0.20 times, within" in line
+    assert STUDY.against_peers(STUDY.rows_of(store.folder)) == []
+
+
+def test_a_file_of_which_nothing_is_told_is_one_line(store: RunStore, peers, tmp_path) -> None:
+    (tmp_path / "store").symlink_to(peers / "store")
+    with pytest.raises(SystemExit, match=r"^error: the run \w+ asked the file theirs/saved, of which nothing is told"):
+        STUDY.rows_of(store.folder, tmp_path)
 
 
 def test_an_empty_store_is_one_line(tmp_path) -> None:
