@@ -65,7 +65,8 @@ def quantized(place: Path, python: Path, peer: str, asked: dict[str, object], de
     (place / "dense").unlink(missing_ok=True)
     (place / "dense").symlink_to(dense.resolve())
     apart = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([python, HERE / f"peer_{peer}.py", place], check=True, env=apart)
+    if subprocess.run([python, HERE / f"peer_{peer}.py", place], check=False, env=apart).returncode:
+        sys.exit(f"error: {peer} made no model of {place.name}; its messages are above")
     as_it_was_elsewhere(place / "saved", dense)
 
 
@@ -92,6 +93,11 @@ def asked_as_ours(place: Path, store: Path, data_dir: str) -> None:
     subprocess.run([sys.executable, HERE.parents[1] / "run.py", *typed], check=True)
 
 
+def numbers(text: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    return [int(one) for one in text.split(",")]
+
+
 def main() -> None:
     """Quantize, save, ask, tell."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,22 +105,25 @@ def main() -> None:
     options.add_argument("--environments", type=Path, required=True, help="a folder of one environment a peer")
     options.add_argument("--outputs", type=Path, required=True, help="a folder for what is made")
     options.add_argument("--peers", default=f"{TUNING},gptqmodel,llm_compressor,hqq")
-    options.add_argument("--bits", default="4,3,2")
+    options.add_argument("--bits", type=numbers, default="4,3,2")
     options.add_argument("--steps", type=int, default=40, help="of tuning, for auto-round")
     options.add_argument("--batch", type=int, default=4, help="windows of a step, for auto-round")
     options.add_argument("--blocks", type=int, default=BLOCKS, help="the first so many")
     options.add_argument("--windows", type=int, default=12, help="asked where only some blocks are quantized")
     options.add_argument("--seed", type=int, default=0, help="of the calibration windows")
     chosen = options.parse_args()
+    peers, known = chosen.peers.split(","), sorted(file.stem.removeprefix("peer_") for file in HERE.glob("peer_*.py"))
+    if unknown := set(peers) - set(known):
+        options.error(f"--peers: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
     dense = chosen.outputs / "dense"
     model = SMOLLM2.load()
     if not dense.is_dir():
         save_checkpoint(model, dense)
     windows = C4(samples=32, length=512, seed=chosen.seed, data_dir=chosen.data_dir).windows(model).numpy()
     before = losses(model, chosen.data_dir, chosen.windows) if chosen.blocks < BLOCKS else None
-    for peer in chosen.peers.split(","):
+    for peer in peers:
         python = environment(chosen.environments / peer, peer)
-        for bits in map(int, chosen.bits.split(",")):
+        for bits in chosen.bits:
             asked = {"bits": bits, "group_size": GROUP}
             asked |= {"steps": chosen.steps, "batch": chosen.batch} if peer == TUNING else {}
             words = [peer, *(f"{key}_{value}" for key, value in asked.items())]
