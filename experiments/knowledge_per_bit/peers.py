@@ -21,6 +21,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -85,12 +86,12 @@ def losses(model: Model, data_dir: str, windows: int) -> np.ndarray:
     return items["nll"].to_numpy()
 
 
-def asked_as_ours(place: Path, store: Path, data_dir: str) -> None:
-    """Have `run.py` ask the saved folder what the preset asks."""
-    typed = ["model=local", f"model.path={place / 'saved'}", "model.dense=smollm2", "compression=none"]
-    typed += ["eval=[atlas,perplexity]", "eval.perplexity.window=512", "eval.perplexity.limit=74", "distance=true"]
-    typed += [f"data_dir={data_dir}", f"output.dir={store}"]
-    subprocess.run([sys.executable, HERE.parents[1] / "run.py", *typed], check=True)
+def asked_as_ours(places: Sequence[Path], store: Path, data_dir: str) -> None:
+    """Have `run.py` ask the saved folders what the preset asks, in one sweep, which evaluates the dense model once."""
+    typed = ["model=local", f"model.path={','.join(str(place / 'saved') for place in places)}", "model.dense=smollm2"]
+    typed += ["compression=none", "eval=[atlas,perplexity]", "eval.perplexity.window=512", "eval.perplexity.limit=74"]
+    typed += ["distance=true", f"data_dir={data_dir}", f"output.dir={store}"]
+    subprocess.run([sys.executable, HERE.parents[1] / "run.py", "-m", *typed], check=True)
 
 
 def numbers(text: str) -> list[int]:
@@ -121,6 +122,7 @@ def main() -> None:
         save_checkpoint(model, dense)
     windows = C4(samples=32, length=512, seed=chosen.seed, data_dir=chosen.data_dir).windows(model).numpy()
     before = losses(model, chosen.data_dir, chosen.windows) if chosen.blocks < BLOCKS else None
+    places: list[Path] = []
     for peer in peers:
         python = environment(chosen.environments / peer, peer)
         for bits in chosen.bits:
@@ -133,14 +135,15 @@ def main() -> None:
             quantized(place, python, peer, asked | {"blocks": blocks}, dense, windows)
             told = json.loads((place / "told.json").read_text())
             said = f"{told['peer']}, {asked}: {told['seconds']['processor']:.0f} processor seconds"
-            if before is None:
-                asked_as_ours(place, chosen.outputs / "store", chosen.data_dir)
-            else:
+            places.append(place)
+            if before is not None:
                 there = LocalModel("peer", str(place / "saved")).load("cpu", "float32")
                 rise = losses(there, chosen.data_dir, chosen.windows) - before
                 error = rise.std(ddof=1) / len(rise) ** 0.5
                 said += f", {rise.mean():.4f} ({error:.4f}) nats above dense"
             print(said, flush=True)
+    if before is None:
+        asked_as_ours(places, chosen.outputs / "store", chosen.data_dir)
 
 
 if __name__ == "__main__":
