@@ -26,6 +26,7 @@ from knowledge_compression.cache import check_cache
 from knowledge_compression.configuration import GROUPS, Values, conf_folder, settings_of, values_of
 from knowledge_compression.errors import BadInput
 from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, Outcome, planned_names, settings_typed
+from knowledge_compression.threads import let_idle_threads_sleep
 
 if TYPE_CHECKING:
     from knowledge_compression.experiment import Experiment
@@ -43,6 +44,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES}  # a disk tha
 
 def main() -> None:
     """Entry point of ``run.py``."""
+    let_idle_threads_sleep()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive unchanged; what the user sees is decided here
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs the building of its font list
     command = hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)
