@@ -13,10 +13,10 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 
 import torch
+from side_by_side import shared
 
 import knowledge_compression as kc
 from knowledge_compression.evaluation.latency import Latency
@@ -38,12 +38,6 @@ RATIOS = {  # name: measured, compared with, at most
     "prompt / none": ("prompt", "none", None),
     "concat / prompt": ("concat", "prompt", None),
 }
-
-
-def shared(model: Model) -> Model:
-    """Another model with the same weights in memory."""
-    tensors = [*model.network.parameters(), *model.network.buffers()]
-    return Model(deepcopy(model.network, {id(t): t for t in tensors}), model.tokenizer, model.name)
 
 
 def variants(model: Model) -> dict[str, Scorer]:

@@ -6,8 +6,11 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
+
+from knowledge_compression.models import Model
 
 RESULTS = Path("outputs/benchmarks")
 
@@ -51,3 +54,9 @@ def write(name: str, result: Mapping[str, Any]) -> None:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine, **result}, indent=1) + "\n")
     print(f"written to {path}")
+
+
+def shared(model: Model) -> Model:
+    """Another model with the same weights in memory."""
+    tensors = [*model.network.parameters(), *model.network.buffers()]
+    return Model(deepcopy(model.network, {id(t): t for t in tensors}), model.tokenizer, model.name)

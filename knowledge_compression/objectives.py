@@ -38,6 +38,12 @@ class NextToken:
 
     def __call__(self, network: nn.Module, ids: LongTensor) -> tuple[Tensor, int]:
         """Loss of a batch; padding is on the right, which causal attention never sees."""
+        from knowledge_compression.models.frozen_head import head_inputs, plain_head, summed_loss
+
+        if not self.balance and (head := plain_head(network)) is not None:
+            labels = ids[:, 1:]
+            read = torch.ones_like(labels, dtype=torch.bool) if self.pad_id is None else labels != self.pad_id
+            return summed_loss(head_inputs(network, ids)[:, :-1][read], head, labels[read]), int(read.sum())
         routed: dict[str, Any] = {"output_router_logits": True} if self.balance else {}
         outputs = network(input_ids=ids, use_cache=False, **routed)
         logits = outputs.logits[:, -ids.shape[1] :]

@@ -100,8 +100,10 @@ def add_lora(model: Model, settings: Lora) -> nn.Module:
         BadInput: the model has no linear layer with these roles.
     """
     from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import Linear as LoraLinear
     from transformers.pytorch_utils import Conv1D
+
+    from knowledge_compression.heavy import nn
+    from knowledge_compression.recovery.lora_training import LoraLinear
 
     layers = settings.layers(model)
     if not layers:
@@ -115,5 +117,5 @@ def add_lora(model: Model, settings: Lora) -> nn.Module:
         bias="none",
     )
     ours = {type(layer.module) for layer in layers if layer.is_replaced}
-    config._register_custom_module(dict.fromkeys(ours, LoraLinear))
+    config._register_custom_module(dict.fromkeys((*ours, nn.Linear), LoraLinear))
     return inject_adapter_in_model(config, model.network)

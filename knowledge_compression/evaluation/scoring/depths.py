@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from knowledge_compression.evaluation.scoring.heads import without_adapters
+from knowledge_compression.models.bodies import without_adapters
 from knowledge_compression.models.families import architecture_of
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knowledge_compression.heavy import torch
-from knowledge_compression.models.families import ENCODER, architecture_of
+from knowledge_compression.models.bodies import body_of, without_adapters
+from knowledge_compression.models.families import architecture_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,7 +62,7 @@ def head_at(
             *_, last_block = inner.get_submodule(architecture.stacks[-1].blocks).children()
             part = last_block.get_submodule(architecture.pointwise_from)
             hooks.callback(part.register_forward_pre_hook(narrow_inputs).remove)
-        hooks.callback(_body_of(inner).register_forward_hook(narrow_output).remove)
+        hooks.callback(body_of(inner).register_forward_hook(narrow_output).remove)
         yield read
 
 
@@ -76,20 +77,11 @@ def head_over(network: nn.Module, states: Tensor) -> Iterator[None]:
         output["last_hidden_state"] = states
         return output
 
-    handle = _body_of(without_adapters(network)).register_forward_hook(replace)
+    handle = body_of(without_adapters(network)).register_forward_hook(replace)
     try:
         yield
     finally:
         handle.remove()
-
-
-def _body_of(inner: Any) -> nn.Module:
-    """The part before the head: the encoder of an encoder, otherwise the decoder."""
-    architecture = architecture_of(inner)
-    body: nn.Module = inner.base_model if architecture.family == ENCODER else inner.get_decoder()
-    if body is inner:  # as Llama 4's does: the parent of the blocks outputs the hidden states
-        body = inner.get_submodule(architecture.stacks[-1].blocks.rpartition(".")[0])
-    return body
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -134,9 +126,3 @@ def _log_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
     at = best[:, None]
     log_probs = torch.log_softmax(logits.float(), -1)
     return (logits.gather(1, at).float() - log_probs.gather(1, at))[:, 0], best
-
-
-def without_adapters(network: nn.Module) -> Any:
-    """The network inside peft's wrapper, or the network itself without one."""
-    unwrap = getattr(network, "get_base_model", None)  # a method of peft's wrapper
-    return unwrap() if callable(unwrap) else network

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from knowledge_compression.evaluation.scoring.heads import without_adapters
+from knowledge_compression.models.bodies import without_adapters
 
 _WITHIN = "sdpa"  # the attention function within a text
 _END_TO_END = "end_to_end"

@@ -1,0 +1,25 @@
+"""A network without what is around it: peft's wrapper, and the vocabulary head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from knowledge_compression.models.families import ENCODER, architecture_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def without_adapters(network: nn.Module) -> Any:
+    """The network inside peft's wrapper, or the network itself without one."""
+    unwrap = getattr(network, "get_base_model", None)  # a method of peft's wrapper
+    return unwrap() if callable(unwrap) else network
+
+
+def body_of(inner: Any) -> nn.Module:
+    """The part before the head, of a network without a wrapper: the encoder of an encoder, otherwise the decoder."""
+    architecture = architecture_of(inner)
+    body: nn.Module = inner.base_model if architecture.family == ENCODER else inner.get_decoder()
+    if body is inner:  # as Llama 4's does: the parent of the blocks outputs the hidden states
+        body = inner.get_submodule(architecture.stacks[-1].blocks.rpartition(".")[0])
+    return body
