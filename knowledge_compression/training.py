@@ -25,7 +25,7 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import nn, torch
 from knowledge_compression.identity import SPEED
 from knowledge_compression.memory import is_out_of_memory
-from knowledge_compression.models.device import PRODUCT_DTYPES, Device, multiplied_in
+from knowledge_compression.models.device import PRODUCT_DTYPES, Device, frozen_kept_in, multiplied_in
 from knowledge_compression.objectives import Objective
 from knowledge_compression.progress import bars
 
@@ -184,7 +184,8 @@ def train(
     tokens_a_step = settings.batch_size * settings.accumulate * windows.shape[1]
 
     network.train()
-    with _progress() as bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
+    generators = [device] if device.type == "cuda" else []
+    with _progress() as bar, torch.random.fork_rng(generators), frozen_kept_in(narrower, network):
         task = bar.add_task(label, total=steps, completed=state.step, note="")
         start = time.perf_counter() - state.seconds
         while state.step < steps:

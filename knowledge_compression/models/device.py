@@ -13,6 +13,7 @@ import math
 import platform
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -233,6 +234,30 @@ def multiplied_in(dtype: torch.dtype | None, place: torch.device) -> AbstractCon
     if dtype is None or dtype == torch.float32:  # their own; autocast only warns about it
         return nullcontext()
     return torch.autocast(place.type, dtype, cache_enabled=False)
+
+
+@contextmanager
+def frozen_kept_in(dtype: torch.dtype | None, network: torch.nn.Module) -> Iterator[None]:
+    """Keep the frozen float32 weights of linear layers in the dtype of their products, until the context ends.
+
+    Passes under :func:`multiplied_in` then give the same results without casting each weight anew. Autograd would hold
+    as many narrow copies from each forward pass to its backward pass. Weights that other modules share are left alone.
+    """
+    held: dict[torch.Tensor, torch.Tensor] = {}
+    if dtype is not None:
+        uses = Counter(id(p) for module in network.modules() for p in module.parameters(recurse=False))
+        for module in network.modules():
+            if type(module) is torch.nn.Linear and "forward" not in vars(module):
+                weight = module.weight
+                if not weight.requires_grad and weight.dtype == torch.float32 and uses[id(weight)] == 1:
+                    held[weight] = weight.data
+    try:
+        for weight, values in held.items():
+            weight.data = values.to(dtype)
+        yield
+    finally:
+        for weight, values in held.items():
+            weight.data = values
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def plain_head(network: nn.Module) -> nn.Linear | None:
 def _outputs_are_logits(inner: Any, head: nn.Linear) -> bool:
     weight = head.weight
     states = torch.linspace(-1, 1, head.in_features).sin().to(weight)[None, None]  # draws no random numbers
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.no_grad():
         states = states * (_LARGE / head(states).abs().amax().clamp_min(1e-6))
 
     def replace(_body: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -54,7 +54,7 @@ def _outputs_are_logits(inner: Any, head: nn.Linear) -> bool:
     handle = body_of(inner).register_forward_hook(replace)
     generators = [weight.device] if weight.device.type == "cuda" else []  # dropout draws from them
     try:
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), torch.random.fork_rng(generators):
+        with torch.no_grad(), torch.random.fork_rng(generators):
             ids = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
             found = inner(input_ids=ids, use_cache=False).logits
             return torch.equal(found.float(), head(states).float())

@@ -47,7 +47,7 @@ class LoraLinear(PeftLinear):
         if not isinstance(self.lora_dropout[names[0]], nn.Identity):
             return None
         place, stored = x.device.type, base.weight.dtype
-        if torch.is_autocast_enabled(place) and stored == torch.float32:
+        if torch.is_autocast_enabled(place) and stored in (torch.float32, torch.get_autocast_dtype(place)):
             return torch.get_autocast_dtype(place)
         same = x.dtype == stored == self.lora_A[names[0]].weight.dtype
         return stored if same and not torch.is_autocast_enabled(place) else None

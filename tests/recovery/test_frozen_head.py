@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from knowledge_compression.models import frozen_head
-from knowledge_compression.models.device import multiplied_in
+from knowledge_compression.models.device import frozen_kept_in, multiplied_in
 from knowledge_compression.models.frozen_head import plain_head
 from knowledge_compression.objectives import NextToken
 from knowledge_compression.recovery import lora_training
@@ -132,6 +132,31 @@ def test_finding_the_head_draws_no_random_numbers() -> None:
     assert plain_head(network) is not None
     assert torch.equal(torch.rand(4), expected)
     assert network.training
+
+
+def test_frozen_weights_that_are_kept_narrow_change_nothing_and_come_back() -> None:
+    """Losses and gradients are equal to the bit; a shared weight, and one that is trained, keep their type."""
+    network, tokens = llama(), ids()
+    network.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
+    network.model.embed_tokens.weight = network.lm_head.weight
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with multiplied_in(torch.bfloat16, CPU):
+        expected = plain_loss(network, tokens)
+    expected.backward()
+    reference = gradients(network)
+    with pytest.raises(KeyError), frozen_kept_in(torch.bfloat16, network):
+        types = {name.rpartition("layers.")[2]: p.dtype for name, p in network.named_parameters()}
+        assert types["0.self_attn.q_proj.weight"] is torch.bfloat16
+        assert types["1.mlp.up_proj.weight"] is types["model.embed_tokens.weight"] is torch.float32
+        with multiplied_in(torch.bfloat16, CPU):
+            loss = plain_loss(network, tokens)
+        loss.backward()
+        raise KeyError  # whatever ends it, the weights come back
+    assert torch.equal(loss, expected)
+    for ours, plain in zip(gradients(network), reference, strict=True):
+        assert torch.equal(ours, plain)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def lora_pair(base: nn.Linear, **settings: Any) -> list[PeftLinear]:
