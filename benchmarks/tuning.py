@@ -124,7 +124,7 @@ def measure(model: Model, adapter: str, windows: LongTensor, options: argparse.N
     }
     torch.manual_seed(0)
     networks = {f"ours {precision}": ours(shared(model), adapter) for precision in options.precisions}
-    # The Trainer leaves a network multiplying in bfloat16 for good, so each contestant has one of its own.
+    # A network that one Trainer has prepared stays in its precision under another one, so each contestant has its own.
     networks |= {f"stock {precision}": stock(shared(model), adapter) for precision in options.precisions}
     begin = [parameter.detach().clone() for parameter in trained(next(iter(networks.values())))]
     curves: dict[str, list[float]] = {}
