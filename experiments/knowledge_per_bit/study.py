@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -220,13 +221,17 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure, (sizes, losses) = panels(2, width=5.4, height=4.4)
     families = defaultdict(list)
     for row in rows:
-        families[row.name.split()[0].rpartition("=")[2]].append(row)
-    for name, members in families.items():
+        family = row.name.rpartition(" ")[0] if row.peer else row.name.split()[0].rpartition("=")[2]
+        families[family].append(row)
+    colours = colormaps["tab20"].resampled(len(families))
+    for place, (name, members) in enumerate(families.items()):
         kept = np.array([[100 * row.kept.value, 100 * row.kept.low, 100 * row.kept.high] for row in members])
         spread = np.abs(kept[:, 1:] - kept[:, :1]).T
         for axes, x in ((sizes, [r.megabytes for r in members]), (losses, [r.nats.value for r in members])):
             mark = "s" if members[0].peer else "o"
-            axes.errorbar(x, kept[:, 0], yerr=spread, fmt=mark, markersize=4, linewidth=1, label=name)
+            axes.errorbar(
+                x, kept[:, 0], yerr=spread, fmt=mark, color=colours(place), markersize=4, linewidth=1, label=name
+            )
     front = best(rows)
     sizes.step([r.megabytes for r in front], [100 * r.kept.value for r in front], where="post", color="grey", zorder=0)
     sizes.set(xlabel="stored MB", ylabel="known facts kept (%)", title="squares: other programs; grey: most facts")
