@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -83,7 +84,7 @@ def write_checkpoint(
 def complete_settings(network: nn.Module, folder: Path) -> None:
     """Complete the settings that transformers has saved in a folder."""
     written = json.loads((folder / CONFIGURATION).read_text())
-    _write_settings(folder, written | _scaling(network) | _rotation(network, folder, written))
+    _write_settings(folder, written | _scaling(network) | _rotation(network, written))
 
 
 def _scaling(network: nn.Module) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def _scaling(network: nn.Module) -> dict[str, Any]:
     return {} if scaled is None else {"tie_word_embeddings": scaled}
 
 
-def _rotation(network: nn.Module, folder: Path, written: Mapping[str, Any]) -> dict[str, Any]:
+def _rotation(network: nn.Module, written: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary embeddings in the keys that transformers 4 reads: without them it takes its defaults and says nothing.
 
     Empty where transformers 5 would read other settings beside these keys (a scaled GPT-NeoX), and where it has some
@@ -108,9 +109,8 @@ def _rotation(network: nn.Module, folder: Path, written: Mapping[str, Any]) -> d
     kind: type[PreTrainedConfig] = type(network.config)  # type: ignore[assignment]
 
     def read(more: Mapping[str, Any]) -> Any:
-        _write_settings(folder, {**written, **more})
         with quiet():
-            return kind.from_pretrained(folder).to_dict().get("rope_parameters")
+            return kind.from_dict(copy.deepcopy({**written, **more})).to_dict().get("rope_parameters")
 
     return older if read({}) == read(older) else {}
 
