@@ -3,8 +3,9 @@
 python experiments/knowledge_per_bit/study.py outputs/knowledge_per_bit experiments/knowledge_per_bit --peers DIR
 
 Every finished run of the store is a row: no method is named here. A row's bytes are those of the compressed layers as
-stored (codes, scales, zero points, factors of channels, masks) and two for every other parameter, whatever the dense
-model's own file is; a head that a method unties counts. Seconds are those of compressing, on whatever machine.
+stored (codes, scales, zero points, factors of channels, masks) and two for every weight kept as a float and every other
+parameter, whatever the dense model's own file is; a head that a method unties counts. Seconds are those of compressing,
+on whatever machine.
 
 `--peers` names the folder that `peers.py` filled: the models of other programs, asked in the same way. Their bits are
 those of the files that they saved.
@@ -38,7 +39,7 @@ from knowledge_compression.statistics import Estimate, accuracy, mean
 
 MARKER = "<!-- what follows is written by study.py -->"
 FACTS, TEXT = "atlas", "perplexity"
-OTHER_BYTES = 2.0  # of a parameter that is not compressed
+OTHER_BYTES = 2.0  # of a parameter that is not compressed, and at most of one that is
 STEP = 0.1  # bits of a compressed weight by which sizes may differ and count as equal
 GOAL = 0.98  # of the nats above dense of the best other program
 
@@ -81,7 +82,7 @@ def windows_of(run: Run) -> pl.DataFrame:
 def sized(run: Run) -> dict[str, Any]:
     """Bytes and seconds of a run of ours."""
     report = run.report["compression"]
-    layers = [LayerReport(**layer) for layer in run.layers]
+    layers = [LayerReport(**layer | {"bits": min(layer["bits"], 8 * OTHER_BYTES)}) for layer in run.layers]
     stored, weights = sum(layer.stored_bits for layer in layers), sum(layer.parameters for layer in layers)
     peak = report["peak_memory"]
     return {

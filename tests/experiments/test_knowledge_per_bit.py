@@ -55,6 +55,17 @@ def test_rows_are_what_the_store_holds(store: RunStore) -> None:
     assert rows[4.3, 1.0].flips.value == pytest.approx(0.1)
 
 
+def test_kept_floats_count_two_bytes_whatever_the_network_holds(tmp_path) -> None:
+    pruned = quantized("1111110000", 3.4, "magnitude", None)
+    layer = {"path": "a", "role": "ff", "parameters": 1000, "removed": 500, "bits": 32.0}
+    pruned.report["compression"]["layers"] = [layer]
+    store = RunStore(tmp_path)
+    store.write(quantized("1111111100", 3.0, "none", None))
+    store.write(pruned)
+    (row,) = STUDY.rows_of(store.folder)
+    assert row.bits == pytest.approx(500 * 16 / 1000 + 1)  # and a bitmask
+
+
 def test_the_page_says_whether_facts_follow_perplexity(store: RunStore, tmp_path) -> None:
     (tmp_path / "README.md").write_text(f"# Title\n\nWords.\n\n{STUDY.MARKER}\nold\n")
     STUDY.main(store.folder, tmp_path)
