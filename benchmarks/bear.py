@@ -9,8 +9,9 @@ reference is timed with each of ``--batch-sizes`` (1 is its default). Every answ
 the reference's, and every fact's right answer must have the same rank. Otherwise the script ends with status 1; for a
 decoder it prints how far both are from the network in float64, and how far the network in float32 is when it reads one
 and two copies at once. ``--facts`` facts of each relation are taken, evenly spaced, because the reference is slow; ours
-gets faster per fact the more there are. ``--processor-seconds`` counts processor time, for a shared machine (then with
-``--threads 1``).
+gets faster per fact the more there are. ``--scoring-dtype auto`` also times ours with bfloat16 products, if the device
+is faster with them, and counts the ranks that differ then. ``--processor-seconds`` counts processor time, for a shared
+machine (then with ``--threads 1``).
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ from knowledge_compression.evaluation.bear import Bear
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.sentences import Statement, scores_of_answers
 from knowledge_compression.models import Model
+from knowledge_compression.models.device import PRODUCT_DTYPES, Device
 from knowledge_compression.models.families import DECODER
 
 CLOSE = 1e-3  # nats
+OURS, NARROW = "ours", "ours, bfloat16"
 MODELS = {
     "smollm2": kc.choose("model=smollm2"),
     "bert_tiny": kc.choose("model=bert_tiny"),
@@ -56,7 +59,7 @@ def main() -> None:
         for who in next(iter(results.values()))["rounds"]
     }
     whole = compared(rounds) | {"items": sum(result["items"] for result in results.values())}
-    for key in ("answers", "other_ranks"):
+    for key in ("answers", "other_ranks", "other_ranks_in_bfloat16"):
         whole[key] = sum(result[key] for result in results.values())
     whole["furthest"] = max(result["furthest"] for result in results.values())
     print(f"all: {told(whole)}")
@@ -78,27 +81,31 @@ def measure(model: Model, name: str, options: argparse.Namespace) -> dict[str, A
     ids = [fact.id for fact in ours.relation.facts]
     ours = replace(ours, asked=frozenset(ids[i] for i in chosen))
     scorer = Scorer(model)
+    dtype = Device.of(model.device).product_dtype(options.scoring_dtype, torch.float32, "--scoring-dtype")
+    scorers = {OURS: scorer} | ({} if dtype is None else {NARROW: Scorer(model, dtype=dtype)})
     found: dict[str, Any] = {}
 
     def reference(batch_size: int) -> None:
         found["theirs"] = evaluator.evaluate_relation(theirs, batch_size=batch_size)
 
-    def here() -> None:
-        found["ours"] = ours.evaluate(scorer)
+    def here(which: str) -> None:
+        found[which] = ours.evaluate(scorers[which])
 
     contestants = {f"lm-pub-quiz, batches of {n}": lambda n=n: reference(n) for n in options.batch_sizes} | {
-        "ours": here
+        which: lambda which=which: here(which) for which in scorers
     }
     clock = time.process_time if options.processor_seconds else time.perf_counter
     rounds = in_turn(contestants, options.repeats, clock)
-    return compared(rounds) | differences(scorer, ours, found)
+    narrow = found.get(NARROW, found[OURS]).items["rank"]
+    moved = {"other_ranks_in_bfloat16": int((narrow != found[OURS].items["rank"]).sum())}
+    return compared(rounds) | differences(scorer, ours, found) | moved
 
 
 def differences(scorer: Scorer, ours: Any, found: dict[str, Any]) -> dict[str, Any]:
     """Answer by answer, and rank by rank."""
     table = found["theirs"].instance_table
     worst = ("", 0.0, 0.0)  # a sentence, their score and ours
-    items = found["ours"].items
+    items = found[OURS].items
     relation = ours.relation
     furthest, other_ranks, answers = 0.0, 0, 0
     facts = {fact.subject: fact for fact in relation.facts}
@@ -143,8 +150,12 @@ def by_float64(model: Model, sentence: str, theirs: float, ours: float) -> str:
 
 
 def compared(rounds: dict[str, list[float]]) -> dict[str, Any]:
-    ours = rounds["ours"]
-    times = {who: ratio(seconds, ours) for who, seconds in rounds.items() if who != "ours"}
+    times = {
+        f"{ours} than {theirs}": ratio(rounds[theirs], rounds[ours])
+        for ours in (OURS, NARROW)
+        for theirs in rounds
+        if ours in rounds and theirs not in (OURS, NARROW)
+    }
     return {"rounds": rounds, "seconds": {who: spread(seconds) for who, seconds in rounds.items()}, "times": times}
 
 
@@ -152,7 +163,8 @@ def told(result: dict[str, Any]) -> str:
     times = "; ".join(f"{one['median']:.1f} times ({who})" for who, one in result["times"].items())
     return (
         f"{result['items']} items, {result['answers']} answers, furthest {result['furthest']:.1e} nats, "
-        f"{result['other_ranks']} other ranks; ours {result['seconds']['ours']['median']:.2f} s, faster {times}"
+        f"{result['other_ranks']} other ranks ({result['other_ranks_in_bfloat16']} between ours and ours in bfloat16); "
+        f"ours {result['seconds'][OURS]['median']:.2f} s, faster {times}"
     )
 
 
@@ -165,6 +177,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--scoring-dtype", choices=("model", *PRODUCT_DTYPES), default="model", help="of its products")
     parser.add_argument("--processor-seconds", action="store_true")
     return parser.parse_args()
 

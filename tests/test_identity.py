@@ -177,6 +177,9 @@ def test_runs_are_called_by_what_varies_and_nothing_else(tiny_folder):
     assert called(*drawn, *rounded[:1])[:2] == [f"gptq seed={seed}" for seed in (0, 1)]
     assert called(*rounded[:1], *drawn, without=("seed", "compression")) == ["tiny all"] * 3
     assert called(pruned.dense()) == ["dense"]
+    ways = [Magnitude(0.5, "layer"), Magnitude(0.6, "layer"), Magnitude(0.2, "layer", pattern="2:4")]
+    pattern_alone = ["sparsity=0.5", "sparsity=0.6", "pattern=2:4"]  # it sets the sparsity
+    assert called(*(replace(pruned, compression=way) for way in ways)) == pattern_alone
     lens = replace(pruned, suites={"other": SUITE})
     assert called(pruned, lens) == ["atlas", "other"]
 

@@ -239,7 +239,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     losses.set(
         xlabel="nats above dense, WikiText-2", xscale="log", ylabel="known facts kept (%)", title="is it perplexity?"
     )
-    sizes.legend(fontsize=7)
+    losses.legend(fontsize=7, loc="lower left")
     figure.savefig(path, dpi=110)
 
 

@@ -140,7 +140,10 @@ def _flat(config: Mapping[str, Any]) -> Iterator[tuple[Key, Any]]:
     decides = _decides(config)
     for group in (*CHOSEN, "eval"):
         if group in decides or group == "eval":
-            yield from _leaves((group,), config.get(group) or {})
+            settings = dict(config.get(group) or {})
+            if settings.get("pattern") is not None:
+                settings.pop("sparsity", None)  # the pattern sets it
+            yield from _leaves((group,), settings)
     for name in _AROUND:
         if name in config:
             yield (name,), config[name]
