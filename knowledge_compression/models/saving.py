@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import shutil
@@ -84,7 +83,7 @@ def write_checkpoint(
 def complete_settings(network: nn.Module, folder: Path) -> None:
     """Complete the settings that transformers has saved in a folder."""
     written = json.loads((folder / CONFIGURATION).read_text())
-    _write_settings(folder, written | _scaling(network) | _rotation(network, written))
+    _write_settings(folder, written | _scaling(network) | _rotation(network, folder, written))
 
 
 def _scaling(network: nn.Module) -> dict[str, Any]:
@@ -93,7 +92,7 @@ def _scaling(network: nn.Module) -> dict[str, Any]:
     return {} if scaled is None else {"tie_word_embeddings": scaled}
 
 
-def _rotation(network: nn.Module, written: Mapping[str, Any]) -> dict[str, Any]:
+def _rotation(network: nn.Module, folder: Path, written: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary embeddings in the keys that transformers 4 reads: without them it takes its defaults and says nothing.
 
     Empty where transformers 5 would read other settings beside these keys (a scaled GPT-NeoX), and where it has some
@@ -108,9 +107,10 @@ def _rotation(network: nn.Module, written: Mapping[str, Any]) -> dict[str, Any]:
         older["rope_scaling"] = {key: value for key, value in told.items() if key not in apart}
     kind: type[PreTrainedConfig] = type(network.config)  # type: ignore[assignment]
 
-    def read(more: Mapping[str, Any]) -> Any:
+    def read(more: Mapping[str, Any]) -> Any:  # from the file, which spells infinities in a way of its own
+        _write_settings(folder, {**written, **more})
         with quiet():
-            return kind.from_dict(copy.deepcopy({**written, **more})).to_dict().get("rope_parameters")
+            return kind.from_pretrained(folder).to_dict().get("rope_parameters")
 
     return older if read({}) == read(older) else {}
 
