@@ -114,7 +114,8 @@ def row_of(group: Group, run: Run, name: str, peers: Path | None) -> Row:
         told = told_of(run, peers)
         name, size = f"{told['peer']} bits={told['bits']}", sized_by_peer(run, told)
     else:
-        size = sized(run)
+        method = run.report["compression"]["method"]  # of several parts, e.g. rotate+gptq
+        name, size = name.replace(run.config["choices"]["compression"], method, 1), sized(run)
     paired = windows_of(group.dense).join(windows_of(run), on=["task", "id"], suffix="_here", how="left")
     known = group.correct(group.dense)
     return Row(
