@@ -21,10 +21,11 @@ import numpy as np
 
 from knowledge_compression.cache import cached_folder, keep_within
 from knowledge_compression.evaluation.dense_states import ANSWERS, DenseStates, Recording
-from knowledge_compression.evaluation.scoring import Scorer, head_over, likeliest
+from knowledge_compression.evaluation.scoring import Scorer, likeliest
 from knowledge_compression.evaluation.suite import Evaluation, Suite, ask
 from knowledge_compression.heavy import pl, torch
 from knowledge_compression.identity import digest_of
+from knowledge_compression.models.bodies import head_over
 from knowledge_compression.models.families import ENCODER_DECODER
 
 if TYPE_CHECKING:

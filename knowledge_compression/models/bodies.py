@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.models.families import ENCODER, architecture_of
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def without_adapters(network: nn.Module) -> Any:
@@ -23,3 +25,21 @@ def body_of(inner: Any) -> nn.Module:
     if body is inner:  # as Llama 4's does: the parent of the blocks outputs the hidden states
         body = inner.get_submodule(architecture.stacks[-1].blocks.rpartition(".")[0])
     return body
+
+
+@contextmanager
+def head_over(network: nn.Module, states: Tensor) -> Iterator[None]:
+    """Let the vocabulary head read these states, ``[1, chosen, hidden]``, in a pass over any input.
+
+    The states are what the head of the same network reads in some other pass; the logits are then those of that pass.
+    """
+
+    def replace(_body: nn.Module, _inputs: Any, output: Any) -> Any:
+        output["last_hidden_state"] = states
+        return output
+
+    handle = body_of(without_adapters(network)).register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from knowledge_compression.models.bodies import body_of, without_adapters
+from knowledge_compression.models.bodies import body_of, head_over, without_adapters
 
 _LOGITS = 1 << 23  # computed by one product
 _IN_CACHE = 1 << 18  # turned into probabilities at a time on a CPU
@@ -47,19 +47,11 @@ def _outputs_are_logits(inner: Any, head: nn.Linear) -> bool:
     with torch.no_grad():
         states = states * (_LARGE / head(states).abs().amax().clamp_min(1e-6))
 
-    def replace(_body: nn.Module, _inputs: Any, output: Any) -> Any:
-        output["last_hidden_state"] = states
-        return output
-
-    handle = body_of(inner).register_forward_hook(replace)
     generators = [weight.device] if weight.device.type == "cuda" else []  # dropout draws from them
-    try:
-        with torch.no_grad(), torch.random.fork_rng(generators):
-            ids = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
-            found = inner(input_ids=ids, use_cache=False).logits
-            return torch.equal(found.float(), head(states).float())
-    finally:
-        handle.remove()
+    with torch.no_grad(), torch.random.fork_rng(generators), head_over(inner, states):
+        ids = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
+        found = inner(input_ids=ids, use_cache=False).logits
+        return torch.equal(found.float(), head(states).float())
 
 
 def head_inputs(network: nn.Module, ids: Tensor) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from knowledge_compression.evaluation.scoring.heads import head_at, head_over, likeliest
+from knowledge_compression.evaluation.scoring.heads import head_at, likeliest
 from knowledge_compression.evaluation.scoring.questions import Blank, Likelihood, Question
 
 if TYPE_CHECKING:
     from knowledge_compression.evaluation.scoring.scorer import Scorer
 
-__all__ = ["Blank", "Likelihood", "Question", "Scorer", "head_at", "head_over", "likeliest"]
+__all__ = ["Blank", "Likelihood", "Question", "Scorer", "head_at", "likeliest"]
 
 
 def __getattr__(name: str) -> Any:

@@ -66,24 +66,6 @@ def head_at(
         yield read
 
 
-@contextmanager
-def head_over(network: nn.Module, states: Tensor) -> Iterator[None]:
-    """Let the vocabulary head read these states, ``[1, chosen, hidden]``, in a pass over any input.
-
-    The states come from :func:`head_at` on the same network; the logits are then those of that pass.
-    """
-
-    def replace(_body: nn.Module, _inputs: Any, output: Any) -> Any:
-        output["last_hidden_state"] = states
-        return output
-
-    handle = body_of(without_adapters(network)).register_forward_hook(replace)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def likeliest(logits: Tensor) -> Tensor:
     """``logits.argmax(-1)`` of ``[rows, vocabulary]``, the first among equals: int64 ``[rows]``.
 
