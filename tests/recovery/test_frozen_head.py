@@ -18,11 +18,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from knowledge_compression.models import frozen_head
+from knowledge_compression.models import Model, frozen_head
 from knowledge_compression.models.device import frozen_kept_in, multiplied_in
 from knowledge_compression.models.frozen_head import plain_head
 from knowledge_compression.objectives import NextToken
 from knowledge_compression.recovery import lora_training
+from knowledge_compression.recovery.lora import Lora, add_lora
+from knowledge_compression.training import TrainingSettings, train
 
 SMALL: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -159,6 +161,14 @@ def test_frozen_weights_that_are_kept_narrow_change_nothing_and_come_back() -> N
         assert torch.equal(tensor, before[name]), name
 
 
+def test_a_training_keeps_frozen_weights_in_the_type_of_its_products() -> None:
+    network, seen = llama(), set()
+    weight = network.model.layers[0].mlp.up_proj.weight
+    network.model.layers[1].register_forward_pre_hook(lambda *_: seen.add(weight.dtype))
+    train(network, torch.cat([ids()] * 4), NextToken(), TrainingSettings(steps=2, precision="bfloat16"))
+    assert seen == {torch.bfloat16} and weight.dtype == torch.float32
+
+
 def lora_pair(base: nn.Linear, **settings: Any) -> list[PeftLinear]:
     """peft's layer and ours with the same additions, in training."""
     from peft import LoraConfig
@@ -207,3 +217,10 @@ def test_what_is_no_plain_addition_is_left_to_peft() -> None:
     ):
         change()
         assert ours._trains_in(x) is None
+
+
+def test_a_recovery_trains_layers_of_this_kind() -> None:
+    model = Model(llama(), None, "tiny")
+    add_lora(model, Lora(TrainingSettings(steps=1), rank=2))
+    layers = [module for module in model.network.modules() if isinstance(module, PeftLinear)]
+    assert layers and {type(layer) for layer in layers} == {lora_training.LoraLinear}
