@@ -211,6 +211,14 @@ def test_budget_is_found_once(
     assert budget.Budget(tiny_model("llama"), 77).tokens == 77
 
 
+def test_passes_are_long_where_weights_are_cast_in_each(
+    tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "_CACHE", 1)
+    model = tiny_model("llama")
+    assert [budget.Budget(model, products=dtype).tokens for dtype in (None, torch.bfloat16)] == [1024, 2048]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "t5", "bert"])
 def test_a_pass_is_timed(tiny_model: Callable[[str], Model], architecture: str) -> None:
     assert budget._seconds(tiny_model(architecture), 256) > 0

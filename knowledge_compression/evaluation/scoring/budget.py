@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _CACHE = 2 << 20  # bytes that stay in a CPU core's cache
 _ON_CPU = (1024, 4096)  # padded tokens in a pass on a CPU, minimum and maximum
+_CASTING = 2048  # the minimum where each pass casts the weights; twice as many are little faster and take more memory
 _UNPROBED = 4096  # padded tokens on other devices, if there is too little work to be worth probing
 _FIRST, _LAST = 2048, 262_144  # sizes tried there
 _WORTH_PROBING = 65_536  # tokens of work
@@ -34,6 +35,7 @@ class Budget:
         model: the model that scores.
         tokens: padded tokens; None chooses what suits the device.
         device: the device on which it will score; None for its current one.
+        products: dtype of the matrix products; None for the model's own.
 
     Attributes:
         tokens: padded tokens in one pass.
@@ -43,13 +45,19 @@ class Budget:
         pairs_per_token: number of query-key pairs of attention that cost as much as everything else for one token.
     """
 
-    def __init__(self, model: Model, tokens: int | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        tokens: int | None = None,
+        device: torch.device | None = None,
+        products: torch.dtype | None = None,
+    ) -> None:
         config = model.text_config
         on_cpu = (device or model.device).type == "cpu"
         self._model = model
         self.fallbacks: list[str] = []
         self._settled = tokens is not None or on_cpu
-        self.tokens = tokens or (_tokens_on_cpu(model) if on_cpu else _UNPROBED)
+        self.tokens = tokens or (_tokens_on_cpu(model, products) if on_cpu else _UNPROBED)
         self.reads = max(1, _LOGIT_BYTES // (config.vocab_size * model.dtype.itemsize))
         self.rows = max(1, _CACHE // (config.vocab_size * 4)) if on_cpu else self.reads
         embeddings = sum(p.numel() for p in model.network.get_input_embeddings().parameters())
@@ -110,9 +118,14 @@ class Budget:
         log.warning(self.fallbacks[-1])
 
 
-def _tokens_on_cpu(model: Model) -> int:
-    """As many tokens as keep one hidden state in the cache: 1,024 for wide networks, more where calls dominate."""
+def _tokens_on_cpu(model: Model, products: torch.dtype | None) -> int:
+    """As many tokens as keep one hidden state in the cache: 1,024 for wide networks, more where calls dominate.
+
+    With narrower products than its weights, a network casts all of them in every pass, so a pass takes more tokens.
+    """
     least, most = _ON_CPU
+    if products is not None and products.itemsize < model.dtype.itemsize:
+        least = _CASTING
     return min(most, max(least, _CACHE // (4 * model.text_config.hidden_size)))
 
 

@@ -74,7 +74,8 @@ class Scorer:
         self.helpers = helpers
         self.notes = Notes()
         self.passes = 0
-        self.reader = Reader(model, Budget(model, tokens_per_batch), prompts, dtype, ways or FASTEST)
+        budget = Budget(model, tokens_per_batch, products=dtype)
+        self.reader = Reader(model, budget, prompts, dtype, ways or FASTEST)
         if self.reader.lacks_prompts:
             raise BadInput(
                 f"{model.name} reads prompts that a recovery put before its input; score it with what the recovery "
