@@ -1,8 +1,8 @@
 """What `peer_*.py` share, in the peers' environments: `python peer_NAME.py FOLDER`, called by peers.py.
 
 The folder holds `dense/` (the model in float32), `windows.npy` (token ids) and `asked.json` (bits, group_size; steps
-and batch, where a peer tunes; the blocks to quantize). Written are `saved/`, the quantized model as the peer saves it,
-and `told.json`: processor and wall-clock seconds of quantizing, and versions.
+and batch, where a peer tunes; or method and sparsity or pattern, where it prunes; the blocks). Written are `saved/`,
+the compressed model as the peer saves it, and `told.json`: processor and wall-clock seconds of compressing, versions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def windows() -> list[dict[str, torch.Tensor]]:
 
 
 def left_out(model: torch.nn.Module) -> list[str]:
-    """The linear layers outside the blocks to quantize, the head among them."""
+    """The linear layers outside the blocks to compress, the head among them."""
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     return [name for name in linears if not name.startswith(tuple(ASKED["blocks"]))]
 
@@ -43,4 +43,5 @@ def timed(peer: str, *beside: str) -> Iterator[None]:
     yield
     seconds = {"processor": time.process_time() - start[0], "clock": time.perf_counter() - start[1]}
     told = {"peer": f"{peer} {version(peer)}", "beside": {name: version(name) for name in beside}}
-    (PLACE / "told.json").write_text(json.dumps(told | {"bits": ASKED["bits"], "seconds": seconds}))
+    settings = {key: ASKED[key] for key in ("method", "bits", "sparsity", "pattern") if key in ASKED}
+    (PLACE / "told.json").write_text(json.dumps(told | settings | {"seconds": seconds}))

@@ -2,13 +2,14 @@
 
 python experiments/knowledge_per_bit/study.py outputs/knowledge_per_bit experiments/knowledge_per_bit --peers DIR
 
-Every finished run of the store is a row: no method is named here. A row's bytes are those of the compressed layers as
-stored (codes, scales, zero points, factors of channels, masks) and two for every weight kept as a float and every other
-parameter, whatever the dense model's own file is; a head that a method unties counts. Seconds are those of compressing,
-on whatever machine.
+Every setting of which the store has a finished run is a row: no method is named here. If it was run with several
+seeds, the row is the lowest, and a line says how far the others are from it. A row's bytes are those of the compressed
+layers as stored (codes, scales, zero points, factors of channels, masks) and two for every weight kept as a float and
+every other parameter, whatever the dense model's own file is; a head that a method unties counts. Seconds are those of
+compressing, on whatever machine.
 
 `--peers` names the folder that `peers.py` filled: the models of other programs, asked in the same way. Their bits are
-those of the files that they saved.
+those of the files that they saved, or, if they pruned, those of what is not zero there, as for our prunings.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from knowledge_compression.analysis import markdown
-from knowledge_compression.analysis.comparisons import Group, compare, is_dense
+from knowledge_compression.analysis.comparisons import Group, compare
 from knowledge_compression.analysis.markdown import percent
 from knowledge_compression.analysis.marks import panels
 from knowledge_compression.compression.layer_reports import LayerReport
@@ -38,7 +40,8 @@ from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.statistics import Estimate, accuracy, mean
 
 MARKER = "<!-- what follows is written by study.py -->"
-FACTS, TEXT = "atlas", "perplexity"
+FACTS = {"atlas": "atlas", "lama": "LAMA", "bear": "BEAR"}  # what they are called; the first is asked of every row
+FIRST, TEXT = "atlas", "perplexity"
 OTHER_BYTES = 2.0  # of a parameter that is not compressed, and at most of one that is
 STEP = 0.1  # bits of a compressed weight by which sizes may differ and count as equal
 GOAL = 0.98  # of the nats above dense of the best other program
@@ -54,8 +57,8 @@ class Row:
         megabytes: of the whole model.
         nats: rise of the mean negative log-likelihood over the dense model's, paired over windows.
         perplexity: of the windows.
-        kept: share of the facts that the dense model knows which this one knows.
-        flips: share of all facts whose answer turned right or wrong.
+        kept: share of the facts that the dense model knows which this one knows, by suite of :data:`FACTS`.
+        flips: share of the atlas' facts whose answer turned right or wrong.
         kl: mean divergence from the dense model's distributions on the text, nats a position; None if not measured.
         seconds, gigabytes: of compressing; no memory is told of other programs.
         peer: whether another program made it.
@@ -66,7 +69,7 @@ class Row:
     megabytes: float
     nats: Estimate
     perplexity: float
-    kept: Estimate
+    kept: Mapping[str, Estimate]
     flips: Estimate
     kl: float | None
     seconds: float
@@ -96,11 +99,15 @@ def sized(run: Run) -> dict[str, Any]:
 def sized_by_peer(run: Run, told: dict[str, Any]) -> dict[str, Any]:
     """Bytes of a file that another program saved, and the seconds that it told."""
     report = run.report["compression"]
-    file = report["stored"]
-    weights = sum(count for kind, count in file["weights"].items() if kind.endswith(" bits"))
-    stored = file["layer_bits"] * weights
+    if "removed" in told:
+        weights = told["weights"]
+        stored = LayerReport("", "", weights, removed=told["removed"], bits=8 * OTHER_BYTES).stored_bits
+    else:
+        file = report["stored"]
+        weights = sum(count for kind, count in file["weights"].items() if kind.endswith(" bits"))
+        stored = file["layer_bits"] * weights
     return {
-        "bits": file["layer_bits"],
+        "bits": stored / weights,
         "megabytes": (stored / 8 + OTHER_BYTES * (report["model_parameters"] - weights)) / 1e6,
         "seconds": told["seconds"]["clock"],
         "gigabytes": None,
@@ -108,22 +115,27 @@ def sized_by_peer(run: Run, told: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def row_of(group: Group, run: Run, name: str, peers: Path | None) -> Row:
-    """The figures of one run; those of another program have a name of their own."""
+def row_of(groups: Mapping[str, Group], run: Run, name: str, peers: Path | None) -> Row:
+    """The figures of one run, of which ``groups`` has the comparison by each suite that it was asked.
+
+    Another program's run has a name of its own.
+    """
+    first = groups[FIRST]
     if is_file(run):
         told = told_of(run, peers)
-        name, size = f"{told['peer']} bits={told['bits']}", sized_by_peer(run, told)
+        settings = [f"{key}={told[key]}" for key in ("bits", "sparsity", "pattern") if key in told]
+        name = " ".join([told["peer"], *([told["method"]] if "method" in told else []), *settings])
+        size = sized_by_peer(run, told)
     else:
         method = run.report["compression"]["method"]  # of several parts, e.g. rotate+gptq
         name, size = name.replace(run.config["choices"]["compression"], method, 1), sized(run)
-    paired = windows_of(group.dense).join(windows_of(run), on=["task", "id"], suffix="_here", how="left")
-    known = group.correct(group.dense)
+    paired = windows_of(first.dense).join(windows_of(run), on=["task", "id"], suffix="_here", how="left")
     return Row(
         name=name,
         nats=mean((paired["nll_here"] - paired["nll"]).to_numpy()),
         perplexity=run.metrics[f"{TEXT}.perplexity"],
-        kept=accuracy(group.answers(run)[:, known]),
-        flips=group.flips[run.id],
+        kept={suite: accuracy(of.correct(run)[of.correct(of.dense)]) for suite, of in groups.items()},
+        flips=accuracy(first.correct(run) != first.correct(first.dense)),
         kl=run.metrics.get(f"{TEXT}.kl"),
         **size,
     )
@@ -140,20 +152,28 @@ def told_of(run: Run, peers: Path | None) -> dict[str, Any]:
     return dict(json.loads(place.read_text()))
 
 
-def rows_of(store: Path, peers: Path | None = None) -> list[Row]:
-    """Every compressed model of the store and of the peers, the smallest first."""
+def has(group: Group, run: Run) -> bool:
+    """Whether a run is among those of a group."""
+    return any(member.id == run.id for member in group.members)
+
+
+def rows_of(store: Path, peers: Path | None = None) -> list[list[Row]]:
+    """Every compressed model of the store and of the peers, the smallest first; of each the rows of its seeds."""
     runs = list(RunStore(store))
     if peers is not None:
         runs += [run for run in RunStore(peers / "store") if is_file(run)]
     comparisons = compare(runs)
-    groups = [group for group in comparisons if group.asked.suite == FACTS]
-    rows = [
-        row_of(group, run, comparisons.names.of(run.id), peers)
-        for group in groups
-        for run in group.runs
-        if not is_dense(run) and f"{TEXT}.perplexity" in run.metrics
-    ]
-    return sorted(rows, key=lambda row: (round(row.megabytes), row.nats.value))
+    asked = {suite: [group for group in comparisons if group.asked.suite == suite] for suite in FACTS}
+    rows = []
+    for of_setting in (one.seeds[run.id] for one in asked[FIRST] for run in one.runs):
+        seeds = []
+        for run in of_setting:
+            if f"{TEXT}.perplexity" in run.metrics:
+                groups = {suite: of for suite in FACTS for of in asked[suite] if has(of, run)}
+                name = comparisons.names.of(run.id, ("seed", "eval"))
+                seeds.append(row_of(groups, run, name, peers))
+        rows += [seeds] if seeds else []
+    return sorted(rows, key=lambda row: (round(row[0].megabytes), row[0].nats.value))
 
 
 def of_equal_size(rows: Sequence[Row]) -> list[list[Row]]:
@@ -167,20 +187,35 @@ def of_equal_size(rows: Sequence[Row]) -> list[list[Row]]:
     return groups
 
 
+def kept_most(rows: Sequence[Row], suite: str) -> Row:
+    """The row that keeps most of a suite's facts."""
+    return max(rows, key=lambda row: row.kept[suite].value)
+
+
+def suites_of(rows: Sequence[Row]) -> list[str]:
+    """The suites of facts that all rows were asked."""
+    return [suite for suite in FACTS if all(suite in row.kept for row in rows)]
+
+
 def answer(rows: Sequence[Row]) -> list[str]:
-    """At each size, the best by facts and by perplexity, and whether they order the methods alike."""
+    """At each size, the best by each suite of facts and by perplexity, and whether they order the methods alike."""
     lines = []
     for group in of_equal_size(rows):
         if len(group) < 2:
             continue
-        by_facts, by_text = max(group, key=lambda row: row.kept.value), min(group, key=lambda row: row.nats.value)
-        low, high = group[0].bits, group[-1].bits
-        told = f"{by_text.name}, which keeps {percent(by_text.kept)}, has the lowest perplexity"
-        told = "it also has the lowest perplexity" if by_facts is by_text else told
-        lines.append(f"- {low:.2f} to {high:.2f} bits: {by_facts.name} keeps most, {percent(by_facts.kept)}; {told}.")
+        suites, by_text = suites_of(group), min(group, key=lambda row: row.nats.value)
+        firsts = [(suite, kept_most(group, suite)) for suite in suites]
+        told = [f"{row.name} keeps most of {FACTS[suite]} ({percent(row.kept[suite])})" for suite, row in firsts]
+        told.append(f"{by_text.name} has the lowest perplexity")
+        lines.append(f"- {group[0].bits:.2f} to {group[-1].bits:.2f} bits: {'; '.join(told)}.")
         if len(group) > 2:
-            order = stats.spearmanr([row.kept.value for row in group], [-row.nats.value for row in group]).statistic
-            lines[-1] += f" Over its {len(group)} rows the two orders agree with a rank correlation of {order:.2f}."
+            orders = {FACTS[suite]: [row.kept[suite].value for row in group] for suite in suites}
+            orders["perplexity"] = [-row.nats.value for row in group]
+            pairs = [
+                f"{one} and {other} {stats.spearmanr(orders[one], orders[other]).statistic:.2f}"
+                for one, other in combinations(orders, 2)
+            ]
+            lines[-1] += f" Rank correlations over its {len(group)} rows: {', '.join(pairs)}."
     return lines or ["No two rows of equal size yet."]
 
 
@@ -193,82 +228,118 @@ def against_peers(rows: Sequence[Row]) -> list[str]:
         if not ours:
             continue
         text, their_text = (min(some, key=lambda row: row.nats.value) for some in (ours, theirs))
-        facts, their_facts = (max(some, key=lambda row: row.kept.value) for some in (ours, theirs))
         ratio = text.nats.value / their_text.nats.value
-        more = 100 * (facts.kept.value - their_facts.kept.value)
-        kept = f"{abs(more):.1f} points {'more' if more > 0 else 'fewer'}" if round(more, 1) else "as many"
+        told = []
+        for suite in suites_of([*ours, *theirs]):
+            facts, their_facts = kept_most(ours, suite), kept_most(theirs, suite)
+            more = 100 * (facts.kept[suite].value - their_facts.kept[suite].value)
+            told.append(
+                f"{FACTS[suite]} {100 * facts.kept[suite].value:.1f} % ({facts.name}) and "
+                f"{100 * their_facts.kept[suite].value:.1f} % ({their_facts.name}), {more:+.1f} points"
+            )
         met = "within" if ratio <= GOAL else "above"
         low, high = theirs[0].bits, theirs[-1].bits
         lines.append(
             f"- Other programs, {low:.2f} to {high:.2f} bits: {text.name} is {text.nats.value:.3f} nats above dense, "
             f"{their_text.name}, the best of theirs, {their_text.nats.value:.3f}: {ratio:.2f} times, {met} the goal of "
-            f"{GOAL}. {facts.name} keeps {percent(facts.kept)} of the known facts, {their_facts.name}, the best of "
-            f"theirs, {percent(their_facts.kept)}: {kept}."
+            f"{GOAL}. Most facts kept by ours and by theirs: {'; '.join(told)}."
         )
     return lines
 
 
+def between_seeds(rows: Sequence[Sequence[Row]]) -> list[str]:
+    """What the calibration's seed changes, where there are several."""
+    lines = []
+    for seeds in rows:
+        if len(seeds) > 1:
+            nats = ", ".join(f"{row.nats.value:.3f}" for row in seeds)
+            kept = [
+                f"{FACTS[suite]} {', '.join(f'{100 * row.kept[suite].value:.1f}' for row in seeds)} %"
+                for suite in suites_of(seeds)
+            ]
+            lines.append(f"- Seeds of {seeds[0].name}: {nats} nats above dense; {'; '.join(kept)}.")
+    return lines
+
+
 def best(rows: Sequence[Row]) -> list[Row]:
-    """The rows that no smaller one beats by facts (Pareto), the smallest first."""
+    """The rows that no smaller one beats by the first suite's facts (Pareto), the smallest first."""
     front: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row.megabytes, -row.kept.value)):
-        if not front or row.kept.value > front[-1].kept.value:
+    for row in sorted(rows, key=lambda row: (row.megabytes, -row.kept[FIRST].value)):
+        if not front or row.kept[FIRST].value > front[-1].kept[FIRST].value:
             front.append(row)
     return front
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Facts kept against bytes with the Pareto front, and against the rise of the text's loss."""
+    """Facts kept against bytes with the Pareto front, against the rise of the text's loss, and the other suites'."""
     figure: Figure
-    figure, (sizes, losses) = panels(2, width=5.4, height=4.4)
+    figure, (sizes, losses, others) = panels(3, width=4.9, height=4.6)
     families = defaultdict(list)
     for row in rows:
         family = row.name.rpartition(" ")[0] if row.peer else row.name.split()[0].rpartition("=")[2]
         families[family].append(row)
     colours = colormaps["tab20"].resampled(len(families))
     for place, (name, members) in enumerate(families.items()):
-        kept = np.array([[100 * row.kept.value, 100 * row.kept.low, 100 * row.kept.high] for row in members])
+        kept = np.array([percents(row.kept[FIRST]) for row in members])
         spread = np.abs(kept[:, 1:] - kept[:, :1]).T
+        look: dict[str, Any] = {"color": colours(place), "markersize": 4, "linewidth": 1}
+        mark = "s" if members[0].peer else "o"
         for axes, x in ((sizes, [r.megabytes for r in members]), (losses, [r.nats.value for r in members])):
-            mark = "s" if members[0].peer else "o"
-            axes.errorbar(
-                x, kept[:, 0], yerr=spread, fmt=mark, color=colours(place), markersize=4, linewidth=1, label=name
-            )
+            axes.errorbar(x, kept[:, 0], yerr=spread, fmt=mark, label=name, **look)
+        for suite, filled in (("lama", "full"), ("bear", "none")):
+            there = [row for row in members if suite in row.kept]
+            x, y = ([100 * row.kept[of].value for row in there] for of in (FIRST, suite))
+            others.plot(x, y, mark, fillstyle=filled, **(look | {"linewidth": 0}))
     front = best(rows)
-    sizes.step([r.megabytes for r in front], [100 * r.kept.value for r in front], where="post", color="grey", zorder=0)
-    sizes.set(xlabel="stored MB", ylabel="known facts kept (%)", title="squares: other programs; grey: most facts")
-    losses.set(
-        xlabel="nats above dense, WikiText-2", xscale="log", ylabel="known facts kept (%)", title="is it perplexity?"
-    )
-    losses.legend(fontsize=7, loc="lower left")
+    y = [100 * row.kept[FIRST].value for row in front]
+    sizes.step([row.megabytes for row in front], y, where="post", color="grey", zorder=0)
+    others.axline((50, 50), slope=1, color="grey", linewidth=0.8, zorder=0)
+    sizes.set(xlabel="stored MB", ylabel="known facts of the atlas kept (%)", title="squares: other programs")
+    losses.set(xlabel="nats above dense, WikiText-2", xscale="log", title="is it perplexity?")
+    others.set(xlabel="of the atlas (%)", ylabel="of LAMA (filled) and BEAR (hollow) (%)", title="is it the suite?")
+    losses.legend(fontsize=6, loc="lower left")
     figure.savefig(path, dpi=110)
+
+
+def percents(estimate: Estimate) -> list[float]:
+    """A share and the ends of its interval."""
+    return [100 * part for part in (estimate.value, estimate.low, estimate.high)]
+
+
+HEADS = ["settings", "bits a weight", "MB", "perplexity", "nats above dense"]
+HEADS += [f"{name} kept, %" for name in FACTS.values()]
+HEADS += ["answers flipped, %", "KL on the text", "seconds", "peak GB"]
 
 
 def cells(row: Row) -> list[str]:
     """One line of the table."""
+
+    def share(estimate: Estimate | None) -> str:
+        return "" if estimate is None else "{:.1f} [{:.1f}, {:.1f}]".format(*percents(estimate))
+
     nats = f"{row.nats.value:.3f} [{row.nats.low:.3f}, {row.nats.high:.3f}]"
     kl = "" if row.kl is None else f"{row.kl:.3f}"
     peak = "" if row.gigabytes is None else f"{row.gigabytes:.2f}"
-    told = [row.name, f"{row.bits:.2f}", f"{row.megabytes:.1f}", f"{row.perplexity:.4g}", nats, percent(row.kept)]
-    return [*told, percent(row.flips), kl, f"{row.seconds:.0f}", peak]
+    told = [row.name, f"{row.bits:.2f}", f"{row.megabytes:.1f}", f"{row.perplexity:.4g}", nats]
+    return [*told, *(share(row.kept.get(suite)) for suite in FACTS), share(row.flips), kl, f"{row.seconds:.0f}", peak]
 
 
 def main(store: Path, folder: Path, peers: Path | None = None) -> None:
     """Read the runs under ``store`` and ``peers`` and write the study's files into ``folder``."""
-    rows = rows_of(store, peers)
-    if not rows:
-        sys.exit(f"error: {store} holds no compressed model asked for both {FACTS} and {TEXT}; run the preset first")
+    seeds = rows_of(store, peers)
+    if not seeds:
+        sys.exit(f"error: {store} holds no compressed model asked for both {FIRST} and {TEXT}; run the preset first")
+    rows = [row for row, *_ in seeds]
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     draw(rows, folder / "figures" / "knowledge_per_bit.png")
-    heads = ["settings", "bits a weight", "MB", "perplexity", "nats above dense", "known facts kept", "answers flipped"]
-    heads += ["KL on the text", "seconds", "peak GB"]
     text = [
         *answer(rows),
         *against_peers(rows),
+        *between_seeds(seeds),
         "",
         "![facts by size](figures/knowledge_per_bit.png)",
         "",
-        *markdown.table(heads, map(cells, rows)),
+        *markdown.table(HEADS, map(cells, rows)),
     ]
     markdown.write_below(MARKER, text, folder / "README.md")
 
