@@ -2,13 +2,15 @@
 
     python benchmarks/tuning.py --data-dir ../shared/data
     python benchmarks/tuning.py --data-dir ../shared/data --adapters lora --precisions bfloat16 --repeats 5
+    python benchmarks/tuning.py --data-dir ../shared/data --torch-compile    ours with compiled blocks
     OMP_NUM_THREADS=1 python benchmarks/tuning.py --data-dir ../shared/data --clock cpu    on a machine that others use
 
 LoRA of rank 4 and a prompt of 50 tokens for smollm2, on windows of C4. Both sides begin with the same values, read the
 same windows in the same order, and take the same AdamW, learning rate, weight decay, clipping and number of steps; the
 trained parameters are float32. The Trainer's ``bf16=True`` stands against our ``precision=bfloat16``, and float32
-against float32. The seconds are those of whole trainings, without loading and tokenizing, after a warm-up. Losses are
-compared step by step: ``noise`` is what bfloat16 changes in the Trainer's own curve.
+against float32. The seconds are those of whole trainings, without loading and tokenizing, after a warm-up of one step,
+in which blocks are compiled. Losses are compared step by step: ``noise`` is what bfloat16 changes in the Trainer's own
+curve.
 
 Goal: at least 1.5 times the Trainer's tokens a second.
 """
@@ -131,7 +133,11 @@ def measure(model: Model, adapter: str, windows: LongTensor, options: argparse.N
 
     def contestant(name: str, steps: int) -> Callable[[], None]:
         side, precision = name.split()
-        run = (by_train if side == "ours" else by_trainer)(windows, {**settings, "steps": steps}, precision)
+        chosen = {**settings, "steps": steps}
+        if side == "ours":
+            run = by_train(windows, chosen | {"torch_compile": options.torch_compile}, precision)
+        else:
+            run = by_trainer(windows, chosen, precision)
 
         def begin_and_train() -> None:
             with torch.no_grad():
@@ -142,7 +148,9 @@ def measure(model: Model, adapter: str, windows: LongTensor, options: argparse.N
         return begin_and_train
 
     for name in networks:
+        start = time.process_time()
         contestant(name, 1)()
+        print(f"{adapter:7} {name:15} first step {time.process_time() - start:.0f} processor seconds", flush=True)
     contestants = {name: contestant(name, options.steps) for name in networks}
     rounds = in_turn(contestants, options.repeats, time.process_time if options.clock == "cpu" else time.perf_counter)
     tokens = options.steps * options.batch * options.length
@@ -201,6 +209,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data-dir", default=os.environ.get("KC_DATA_DIR", str(beside)))
     parser.add_argument("--adapters", nargs="+", choices=["lora", "prompt"], default=["lora", "prompt"])
     parser.add_argument("--precisions", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--torch-compile", action="store_true", help="ours with compiled blocks; the Trainer's stay plain"
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3, help="of a training")

@@ -68,7 +68,8 @@ class RecoveryReport:
             seconds=sum(report.seconds for report in reports),
             details=dict(settings)
             | {"adapters_of_earlier_runs": found, "resumed_at": resumed, "windows_at_once_for_memory": smaller}
-            | {"multiplied_in": sorted({report.multiplied_in for report in reports})},
+            | {"multiplied_in": sorted({report.multiplied_in for report in reports})}
+            | {"not_compiled": [report.not_compiled for report in reports if report.not_compiled is not None]},
         )
 
     def to_json(self) -> dict[str, Any]:

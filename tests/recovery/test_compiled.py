@@ -1,0 +1,62 @@
+"""Trainings whose blocks are compiled give what plain ones give, and go on without where compiling fails."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.layers import windows
+from knowledge_compression.models import Model, compiled
+from knowledge_compression.objectives import objective_for
+from knowledge_compression.recovery.lora import Lora
+from knowledge_compression.training import TrainingReport, TrainingSettings, train
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler"
+)
+TRAINING: dict[str, Any] = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "schedule": "constant"}
+
+
+def trained(model: Model, **settings: Any) -> tuple[TrainingReport, list[torch.Tensor]]:
+    """LoRA with dropout: the report, and the trained parameters."""
+    training = TrainingSettings(**TRAINING, **settings)
+    torch.manual_seed(0)
+    network = Lora(training, rank=2, dropout=0.2).trainable(model)
+    report = train(network, windows(), objective_for(model), training)
+    return report, [p.detach().clone() for p in network.parameters() if p.requires_grad]
+
+
+@needs_compiler
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+def test_compiled_blocks_train_as_plain_ones(tiny_model: Callable[[str], Model], architecture: str) -> None:
+    plain, expected = trained(tiny_model(architecture))
+    model = tiny_model(architecture)
+    report, found = trained(model, torch_compile=True)
+    assert report.not_compiled is None
+    assert report.loss_after == pytest.approx(plain.loss_after, rel=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert not any("forward" in vars(module) for module in model.network.modules())
+
+
+def test_a_failure_leaves_the_blocks_as_they_are(
+    tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(_graph: Any, _inputs: Any) -> Any:
+        raise RuntimeError("no compiler here\nand more lines")
+
+    monkeypatch.setattr(compiled, "_BACKEND", failing)
+    plain, expected = trained(tiny_model("llama"))
+    with caplog.at_level(logging.WARNING):
+        report, found = trained(tiny_model("llama"), torch_compile=True)
+    assert report.not_compiled is not None
+    assert "no compiler here" in report.not_compiled
+    assert [record.message for record in caplog.records].count(
+        f"blocks are not compiled from here on: {report.not_compiled}"
+    ) == 1
+    assert report.loss_after == plain.loss_after
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
