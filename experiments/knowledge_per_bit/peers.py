@@ -11,7 +11,7 @@ not made again.
 
     python experiments/knowledge_per_bit/peers.py DATA_DIR --environments DIR --outputs DIR --bits 3 --blocks 4
 
-quantizes blocks 0-3 alone and asks the windows of `four_blocks.py` (`--windows`), in float32, without facts.
+quantizes blocks 0-3 alone and asks the windows of `first_blocks.py` (`--windows`), in float32, without facts.
 """
 
 from __future__ import annotations

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from helpers.layers import ALL, EVERYTHING, random_layer, windows
 from helpers.networks import MIXTURES, TINY
 from helpers.places import EXHAUSTIVE
-from knowledge_compression.compression.methods.autoround import AutoRound
+from knowledge_compression.compression.methods.autoround import AutoRound, _first
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.solve.grid import Grid, plainly_rounded, quantized_weight
 from knowledge_compression.compression.solve.tuned import REACH, TunedRounding
+from knowledge_compression.compression.walk.tuning import Call
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
 
@@ -65,6 +68,23 @@ def test_steps_are_those_of_the_equations(symmetric: bool) -> None:
     torch.testing.assert_close(quantized.dequantize().double(), read(), rtol=1e-5, atol=1e-6)
     assert torch.equal(quantized.dequantize(), found.weight())
     assert not torch.equal(quantized.codes, start.codes)
+
+
+@pytest.mark.parametrize("columns", [32, 28])
+def test_groups_may_be_of_any_columns(columns: int) -> None:
+    """Equal groups in the order of the columns are added up in another way than scattered and unequal ones."""
+    weight, hessian = random_layer(rows=6, columns=columns)
+    start = plainly_rounded(weight, Grid(3, 8))
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
+    grid = replace(start.grid, group_of=start.grid.group_of[order])
+    found = TunedRounding(start, weight)
+    scattered = TunedRounding(replace(start, codes=start.codes[:, order], grid=grid), weight[:, order])
+    for rate in (0.1, 0.05):
+        gradient = (found.weight() - weight) @ hessian
+        scattered.follow(gradient[:, order], rate, rate / 10)
+        found.follow(gradient, rate, rate / 10)
+        torch.testing.assert_close(scattered.weight(), found.weight()[:, order], rtol=1e-6, atol=0)
+    assert torch.equal(scattered.quantized().codes, found.quantized().codes[:, order])
 
 
 def block_errors(model: Model, method: AutoRound, caplog) -> list[tuple[float, float]]:
@@ -161,6 +181,11 @@ def test_a_block_that_would_become_worse_keeps_its_start(tiny_model, monkeypatch
         AutoRound(3, **settings).compress(model, ALL.select(model), windows(16))
         results.append(torch.cat([layer.weight.flatten() for layer in ALL.select(model)]))
     assert torch.equal(*results)
+
+
+def test_a_part_of_a_long_text_tells_whether_the_error_falls() -> None:
+    calls = [Call(lambda: torch.zeros(2, 5, 3), torch.zeros(2, 5, 3)) for _ in range(4)]
+    assert [len(_first(calls, tokens)) for tokens in (5, 10, 25, 100)] == [1, 1, 3, 4]
 
 
 def test_linear_by_linear_is_refused() -> None:

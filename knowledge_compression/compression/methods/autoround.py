@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_TRIED = 16_384  # tokens on which a block's error is measured before and after tuning
 _SHARES = (1, 1 / 4, 1 / 16, 1 / 64)  # of the rates, one after the other until the error falls
 
 
@@ -33,8 +35,9 @@ class AutoRound(Gptq):
 
     The published method begins with round-to-nearest and steps large enough to reach every neighbouring code. Here
     codes begin where GPTQ leaves them once refined, so that small steps are enough, which generalise better
-    (``docs/calibrated-compression.md``). Layers outside the blocks stay as GPTQ leaves them. Where a block's error on
-    the calibration text would not fall, it is tuned again at smaller rates; if none helps, it keeps GPTQ's result.
+    (``docs/calibrated-compression.md``). Layers outside the blocks stay as GPTQ leaves them. Where a block's error
+    would not fall on the calibration text (at most 16,384 tokens of it), it is tuned again at smaller rates; if none
+    helps, it keeps GPTQ's result.
 
     Attributes:
         steps: steps in each block; 0 leaves GPTQ's result.
@@ -69,10 +72,11 @@ class AutoRound(Gptq):
     def tune(self, block: CompressedBlock) -> None:
         """Tune the layers of a block together."""
         starts = {layer.path: _codes_of(quantized_weight(layer)) for layer in block.layers}
-        before = after = _error(block.calls)
+        tried = _first(block.calls, _TRIED)
+        before = after = _error(tried)
         for share in _SHARES:
             tuned = self._tuned(block, starts, share)
-            after = _error(block.calls)
+            after = _error(tried)
             if after < before:
                 break
             tuned = starts
@@ -122,6 +126,12 @@ def _codes_of(weight: object) -> QuantizedWeight:
     return weight
 
 
+def _first(calls: Sequence[Call], tokens: int) -> list[Call]:
+    """The first calls, of so many tokens together."""
+    before = accumulate((call.tokens for call in calls), initial=0)
+    return [call for call, so_far in zip(calls, before, strict=False) if so_far < tokens]
+
+
 def _errors(call: Call) -> Tensor:
     """Mean square error of each token of the block's output relative to its mean square, as the next norm sees it."""
     wanted = call.wanted.float()
@@ -130,5 +140,5 @@ def _errors(call: Call) -> Tensor:
 
 
 def _error(calls: Sequence[Call]) -> float:
-    """Mean of :func:`_errors` over the calibration text."""
+    """Mean of :func:`_errors`."""
     return float(torch.cat([_errors(call).flatten() for call in calls]).mean())

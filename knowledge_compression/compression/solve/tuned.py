@@ -31,44 +31,59 @@ class TunedRounding:
     def __init__(self, start: QuantizedWeight, dense: Tensor) -> None:
         self._grid, place = start.grid, dense.device
         self._group_of = start.grid.group_of.to(place, torch.int64)
+        groups = start.grid.scales.shape[1]
+        equal = torch.arange(groups, device=place).repeat_interleave(dense.shape[1] // groups)
+        self._regular = torch.equal(self._group_of, equal)
+        # Equal groups, in the order of the columns, have an axis: scales broadcast, and nothing is gathered.
+        self._shape = (len(dense), groups, -1) if self._regular else tuple(dense.shape)
         self._scales, self._zeros = start.grid.scales.to(place), start.grid.zeros.to(place, torch.float32)
         self._factors = torch.ones_like(self._scales)
-        codes = start.codes.to(place, torch.float32)
-        wanted = dense.float() / self._columns(self._scales) + self._columns(self._zeros)
-        self._first = torch.minimum(torch.maximum(wanted, codes - _INSIDE), codes + _INSIDE)
-        self._places = self._first.clone()
+        codes = start.codes.to(place, torch.float32).view(self._shape)
+        wanted = dense.float().reshape(self._shape) / self._columns(self._scales) + self._columns(self._zeros)
+        self._places = torch.minimum(torch.maximum(wanted, codes - _INSIDE), codes + _INSIDE)
+        self._bounds = self._places - REACH, self._places + REACH
+        self._levels = torch.empty_like(self._places)
+        self._round()
 
     def weight(self) -> Tensor:
         """The current weight on its grid, float32 ``[out_features, in_features]``."""
-        return self._levels().mul_(self._columns(self._stored()))
+        return (self._levels * self._columns(self._stored())).flatten(1)
 
     def follow(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
         """Move by one step against the signs of the gradients.
 
         Args:
-            gradient: gradient of the loss with respect to the weight, ``[out_features, in_features]``.
+            gradient: gradient of the loss with respect to the weight, ``[out_features, in_features]``; not needed
+                afterwards, its memory may be used.
             rate: how far a place moves, in steps of its grid.
             scale_rate: how far a scale moves, relative to its first value.
         """
-        gradient = gradient.float()
-        towards = torch.zeros_like(self._factors).index_add_(1, self._group_of, self._levels().mul_(gradient))
-        self._factors.sub_(towards.sign_(), alpha=scale_rate)
-        self._places.sub_(gradient.sign(), alpha=rate)
-        torch.maximum(torch.minimum(self._places, self._first + REACH), self._first - REACH, out=self._places)
+        gradient = gradient.float().reshape(self._shape)
+        self._factors.sub_(self._by_group(self._levels.mul_(gradient)).sign_(), alpha=scale_rate)
+        self._places.sub_(gradient.sign_(), alpha=rate)
+        torch.clamp(self._places, *self._bounds, out=self._places)
+        self._round()
 
     def quantized(self) -> QuantizedWeight:
         """The current codes and grid."""
         grid = replace(self._grid, scales=self._stored().cpu())
-        return QuantizedWeight(self._codes().to("cpu", torch.uint8).contiguous(), grid)
+        codes = (self._levels + self._columns(self._zeros)).flatten(1)
+        return QuantizedWeight(codes.to("cpu", torch.uint8).contiguous(), grid)
 
-    def _codes(self) -> Tensor:
-        return self._places.round().clamp_(0, 2**self._grid.bits - 1)
-
-    def _levels(self) -> Tensor:
-        return self._codes().sub_(self._columns(self._zeros))
+    def _round(self) -> None:
+        """Codes less zero points, of the current places."""
+        torch.round(self._places, out=self._levels)
+        self._levels.clamp_(0, 2**self._grid.bits - 1).sub_(self._columns(self._zeros))
 
     def _stored(self) -> Tensor:
         return storable(self._scales * self._factors, float_of(self._grid.scale_bits))
 
     def _columns(self, values: Tensor) -> Tensor:
-        return spread(values, self._group_of, 1)
+        """Values of the groups in a form that broadcasts over the columns."""
+        return values[..., None] if self._regular else spread(values, self._group_of, 1)
+
+    def _by_group(self, values: Tensor) -> Tensor:
+        """The sum over each group's columns, ``[out_features, groups]``."""
+        if self._regular:
+            return values.sum(-1)
+        return torch.zeros_like(self._factors).index_add_(1, self._group_of, values)

@@ -1,10 +1,10 @@
-"""How far a quantizer moves the loss of smollm2 when blocks 0-3 alone are quantized, and its processor seconds.
+"""How far a quantizer moves the loss of smollm2 when only its first blocks are quantized, and its processor seconds.
 
-    OMP_NUM_THREADS=1 python experiments/knowledge_per_bit/four_blocks.py DIR gptq:bits=3 gptq:bits=3,refine=3
+    OMP_NUM_THREADS=1 python experiments/knowledge_per_bit/first_blocks.py DIR gptq:bits=3 gptq:bits=3,refine=3
 
-DIR holds local data (docs/data.md). Calibration: 32 windows of 512 tokens of C4, seed 0; asked: windows of 512 tokens
-of WikiText-2, evenly spaced. Groups of 64. Nats are above the dense model's, with the standard error of the differences
-over windows.
+DIR holds local data (docs/data.md). Calibration: `--samples` windows of 512 tokens of C4, seed 0; asked: windows
+of 512 tokens of WikiText-2, evenly spaced. Groups of 64. Four blocks, or `--blocks`. Nats are above the dense model's,
+with the standard error of the differences over windows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ def scales(bits: int = 4, group_size: int | None = None, refine: int = 0, **sett
 
 
 METHODS: dict[str, Any] = {"scales": scales, "rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq, "autoround": AutoRound}
-BLOCKS = tuple(f"model.layers.{block}." for block in range(4))
 
 
 def processor_seconds() -> float:
@@ -50,8 +49,9 @@ def processor_seconds() -> float:
 def measured(method: Any, asked: argparse.Namespace) -> tuple[np.ndarray, float]:
     """The loss of each window after the compression, and its processor seconds."""
     model = SMOLLM2.load()
-    windows = C4(samples=32, length=512, seed=0, data_dir=asked.data_dir).windows(model)
-    layers = [x for x in Target("all", ["decoder_self_att", "ff"]).select(model) if x.path.startswith(BLOCKS)]
+    windows = C4(samples=asked.samples, length=512, seed=0, data_dir=asked.data_dir).windows(model)
+    blocks = tuple(f"model.layers.{block}." for block in range(asked.blocks))
+    layers = [x for x in Target("all", ["decoder_self_att", "ff"]).select(model) if x.path.startswith(blocks)]
     start = processor_seconds()
     method.compress(model, Targets(layers, model, "module"), windows)
     seconds = processor_seconds() - start
@@ -65,7 +65,9 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("data_dir")
     options.add_argument("choices", nargs="+", metavar="METHOD:SETTING=VALUE,...", help="e.g. gptq:bits=3")
-    options.add_argument("--windows", type=int, default=12)
+    options.add_argument("--blocks", type=int, default=4)
+    options.add_argument("--windows", type=int, default=12, help="asked")
+    options.add_argument("--samples", type=int, default=32, help="calibration windows")
     options.add_argument("--scored-in", default="float32", choices=["float32", "bfloat16"])
     asked = options.parse_args()
     dense, _ = measured(NoCompression(), asked)
