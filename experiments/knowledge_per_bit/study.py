@@ -40,7 +40,7 @@ from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.statistics import Estimate, accuracy, mean
 
 MARKER = "<!-- what follows is written by study.py -->"
-FACTS = {"atlas": "atlas", "lama": "LAMA", "bear": "BEAR"}  # what they are called; the first is asked of every row
+FACTS = {"atlas": "the atlas", "lama": "LAMA", "bear": "BEAR"}  # what they are called; the first is asked of every row
 FIRST, TEXT = "atlas", "perplexity"
 OTHER_BYTES = 2.0  # of a parameter that is not compressed, and at most of one that is
 STEP = 0.1  # bits of a compressed weight by which sizes may differ and count as equal
@@ -203,19 +203,21 @@ def answer(rows: Sequence[Row]) -> list[str]:
     for group in of_equal_size(rows):
         if len(group) < 2:
             continue
-        suites, by_text = suites_of(group), min(group, key=lambda row: row.nats.value)
-        firsts = [(suite, kept_most(group, suite)) for suite in suites]
-        told = [f"{row.name} keeps most of {FACTS[suite]} ({percent(row.kept[suite])})" for suite, row in firsts]
+        by_text = min(group, key=lambda row: row.nats.value)
+        firsts = [(suite, kept_most(group, suite)) for suite in suites_of(group)]
+        told = [f"{row.name} keeps most facts of {FACTS[suite]} ({percent(row.kept[suite])})" for suite, row in firsts]
         told.append(f"{by_text.name} has the lowest perplexity")
         lines.append(f"- {group[0].bits:.2f} to {group[-1].bits:.2f} bits: {'; '.join(told)}.")
-        if len(group) > 2:
-            orders = {FACTS[suite]: [row.kept[suite].value for row in group] for suite in suites}
-            orders["perplexity"] = [-row.nats.value for row in group]
+        most = max(len(row.kept) for row in group)
+        compared = [row for row in group if len(row.kept) == most]  # a row of an older store may lack suites
+        if len(compared) > 2:
+            orders = {FACTS[suite]: [row.kept[suite].value for row in compared] for suite in suites_of(compared)}
+            orders["perplexity"] = [-row.nats.value for row in compared]
             pairs = [
                 f"{one} and {other} {stats.spearmanr(orders[one], orders[other]).statistic:.2f}"
                 for one, other in combinations(orders, 2)
             ]
-            lines[-1] += f" Rank correlations over its {len(group)} rows: {', '.join(pairs)}."
+            lines[-1] += f" Rank correlations over {len(compared)} rows: {', '.join(pairs)}."
     return lines or ["No two rows of equal size yet."]
 
 
@@ -307,7 +309,7 @@ def percents(estimate: Estimate) -> list[float]:
 
 
 HEADS = ["settings", "bits a weight", "MB", "perplexity", "nats above dense"]
-HEADS += [f"{name} kept, %" for name in FACTS.values()]
+HEADS += [f"kept of {name}, %" for name in FACTS.values()]
 HEADS += ["answers flipped, %", "KL on the text", "seconds", "peak GB"]
 
 

@@ -86,11 +86,18 @@ def test_the_page_says_whether_facts_follow_perplexity(store: RunStore, tmp_path
     page = (tmp_path / "README.md").read_text()
     assert page.startswith("# Title\n\nWords.\n") and "old" not in page
     said = next(line for line in page.splitlines() if line.startswith("- 3.30 to 3.30 bits"))
-    assert "gptq bits=3 keeps most of atlas (87.5 %" in said and "rtn bits=3 has the lowest perplexity" in said
-    assert "rtn bits=3 keeps most of LAMA (66.7 %" in said and "gptq bits=3 keeps most of BEAR (100.0 %" in said
+    assert (
+        "gptq bits=3 keeps most facts of the atlas (87.5 %" in said and "rtn bits=3 has the lowest perplexity" in said
+    )
+    assert (
+        "rtn bits=3 keeps most facts of LAMA (66.7 %" in said
+        and "gptq bits=3 keeps most facts of BEAR (100.0 %" in said
+    )
     (row,) = (line.split(" | ") for line in page.splitlines() if line.startswith("| rtn bits=4"))
     kept = dict(zip(STUDY.HEADS, row, strict=True))
-    assert kept["atlas kept, %"].startswith("100.0 [") and kept["LAMA kept, %"] == kept["BEAR kept, %"] == ""
+    assert (
+        kept["kept of the atlas, %"].startswith("100.0 [") and kept["kept of LAMA, %"] == kept["kept of BEAR, %"] == ""
+    )
     assert (tmp_path / "figures" / "knowledge_per_bit.png").stat().st_size > 1000
 
 
@@ -116,8 +123,8 @@ def test_methods_are_ordered_by_each_suite_and_by_perplexity(tmp_path) -> None:
     store.write(quantized("1111110000", 3.2, "gptq", 3, "11001100"))
     store.write(quantized("1111100000", 3.3, "awq", 3, "10001110"))
     (said,) = STUDY.answer(rows_of(tmp_path))
-    orders = "atlas and LAMA 1.00, atlas and BEAR -1.00, atlas and perplexity 1.00, LAMA and BEAR -1.00, "
-    assert said.endswith(f"over its 3 rows: {orders}LAMA and perplexity 1.00, BEAR and perplexity -1.00.")
+    orders = "the atlas and LAMA 1.00, the atlas and BEAR -1.00, the atlas and perplexity 1.00, LAMA and BEAR -1.00, "
+    assert said.endswith(f"over 3 rows: {orders}LAMA and perplexity 1.00, BEAR and perplexity -1.00.")
 
 
 def test_another_seed_is_no_row_but_a_line(store: RunStore, tmp_path) -> None:
@@ -131,7 +138,7 @@ def test_another_seed_is_no_row_but_a_line(store: RunStore, tmp_path) -> None:
     (seeds,) = STUDY.rows_of(tmp_path)
     assert [row.nats.value for row in seeds] == pytest.approx([0.4, 0.5])
     (line,) = STUDY.between_seeds([seeds])
-    assert line == f"- Seeds of {seeds[0].name}: 0.400, 0.500 nats above dense; atlas 87.5, 75.0 %."
+    assert line == f"- Seeds of {seeds[0].name}: 0.400, 0.500 nats above dense; the atlas 87.5, 75.0 %."
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +182,7 @@ def test_the_best_of_ours_is_held_against_the_best_of_other_programs(store: RunS
     (line,) = STUDY.against_peers(rows_of(store.folder, peers))
     assert line.startswith("- Other programs, 3.50 to 3.50 bits: ")
     assert "bits=4 is 0.100 nats above dense, theirs 1.2 bits=3, the best of theirs, 0.500: 0.20 times, within" in line
-    assert "by ours and by theirs: atlas 100.0 % (" in line and line.endswith("% (theirs 1.2 bits=3), +0.0 points.")
+    assert "by ours and by theirs: the atlas 100.0 % (" in line and line.endswith("% (theirs 1.2 bits=3), +0.0 points.")
     assert STUDY.against_peers(rows_of(store.folder)) == []
 
 
