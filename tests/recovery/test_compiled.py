@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from helpers.layers import windows
+from knowledge_compression.cache import cache_folder
 from knowledge_compression.models import Model, compiled
 from knowledge_compression.objectives import objective_for
 from knowledge_compression.recovery.lora import Lora
@@ -41,6 +44,19 @@ def test_compiled_blocks_train_as_plain_ones(tiny_model: Callable[[str], Model],
     assert report.loss_after == pytest.approx(plain.loss_after, rel=1e-4)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
     assert not any("forward" in vars(module) for module in model.network.modules())
+
+
+@pytest.mark.parametrize("chosen", [None, "torch's own", "elsewhere"])
+def test_generated_code_is_kept_where_the_user_chooses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chosen: str | None
+) -> None:
+    """Importing parts of torch writes torch's own choice into the variable, which is no choice of the user's."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    if chosen is not None:
+        folder = default_cache_dir() if chosen == "torch's own" else str(tmp_path)
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
+    with compiled._settings():
+        assert cache_dir() == str(tmp_path if chosen == "elsewhere" else cache_folder() / "compiled")
 
 
 def test_a_failure_leaves_the_blocks_as_they_are(
