@@ -241,10 +241,13 @@ def against_peers(rows: Sequence[Row]) -> list[str]:
             )
         met = "within" if ratio <= GOAL else "above"
         low, high = theirs[0].bits, theirs[-1].bits
+        alike = [row for row in ours if low - STEP <= row.bits <= high + STEP]  # e.g. prunings, for other prunings
+        like = min(alike, key=lambda row: row.nats.value, default=text)
+        beside = f" ({like.name}, of the same size, {like.nats.value / their_text.nats.value:.2f} times)"
         lines.append(
             f"- Other programs, {low:.2f} to {high:.2f} bits: {text.name} is {text.nats.value:.3f} nats above dense, "
             f"{their_text.name}, the best of theirs, {their_text.nats.value:.3f}: {ratio:.2f} times, {met} the goal of "
-            f"{GOAL}. Most facts kept by ours and by theirs: {'; '.join(told)}."
+            f"{GOAL}{beside if like is not text else ''}. Most facts kept by ours and by theirs: {'; '.join(told)}."
         )
     return lines
 

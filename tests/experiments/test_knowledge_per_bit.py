@@ -178,10 +178,18 @@ def test_a_pruning_of_another_program_counts_as_ours(store: RunStore, peers, tmp
     assert row.megabytes == pytest.approx((9000 / 8 + 2 * 500) / 1e6)
 
 
-def test_the_best_of_ours_is_held_against_the_best_of_other_programs(store: RunStore, peers) -> None:
+def test_the_best_of_ours_is_held_against_the_best_of_other_programs(store: RunStore, peers, tmp_path) -> None:
     (line,) = STUDY.against_peers(rows_of(store.folder, peers))
     assert line.startswith("- Other programs, 3.50 to 3.50 bits: ")
     assert "bits=4 is 0.100 nats above dense, theirs 1.2 bits=3, the best of theirs, 0.500: 0.20 times, within" in line
+    assert "times)" not in line  # none of ours has that size
+    run = quantized("1111111000", 3.2, "hqq", 3)
+    run.report["compression"]["layers"][0]["overhead_bits"] = 500
+    again = RunStore(tmp_path)
+    for one in (*RunStore(store.folder), run):
+        again.write(one)
+    (beside,) = STUDY.against_peers(rows_of(again.folder, peers))
+    assert "(hqq bits=3, of the same size, 0.40 times)" in beside
     assert "by ours and by theirs: the atlas 100.0 % (" in line and line.endswith("% (theirs 1.2 bits=3), +0.0 points.")
     assert STUDY.against_peers(rows_of(store.folder)) == []
 
