@@ -91,6 +91,11 @@ class TrainingSettings:
             if (value := getattr(self, name)) not in choices:
                 raise BadInput(f"training: {name}={value} does not exist; choose one of {', '.join(choices)}")
 
+    def to_json(self) -> dict[str, Any]:
+        """All settings, JSON-ready; ``torch_compile`` only if it is on, so that digests from before it existed stay."""
+        told = asdict(self)
+        return told if self.torch_compile else {key: value for key, value in told.items() if key != "torch_compile"}
+
     def steps_over(self, length: int) -> int:
         """Number of optimizer steps for windows of ``length`` tokens."""
         if self.steps is not None:
@@ -325,7 +330,7 @@ def _progress() -> Progress:
 def _identity(parameters: Mapping[str, nn.Parameter], windows: Tensor, settings: TrainingSettings) -> str:
     """Digest of everything that a checkpoint must share with the training that resumes from it."""
     sha = hashlib.sha256()
-    deciding = {key: value for key, value in asdict(settings).items() if key != "checkpoint_every"}
+    deciding = {key: value for key, value in settings.to_json().items() if key != "checkpoint_every"}
     shapes = {name: [str(p.dtype), *p.shape] for name, p in parameters.items()}
     sha.update(json.dumps([FORMAT, deciding, shapes, list(windows.shape)]).encode())
     sha.update(windows.contiguous().numpy().tobytes())

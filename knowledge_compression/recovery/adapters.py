@@ -132,7 +132,7 @@ class Tuning:
         """
         check_gradients(model)
         windows = self._windows(model, corpus, reserved)
-        deciding = {"format": FORMAT, "base": base.digest, "text": digest(windows), "training": asdict(self.training)}
+        deciding = {"format": FORMAT, "base": base.digest, "text": digest(windows), "training": self.training.to_json()}
         identity = json.dumps(deciding | dict(kind), sort_keys=True)
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
         label = " ".join(str(value) for value in kind.values())

@@ -188,7 +188,7 @@ class WorldModel:
     @property
     def recipe(self) -> dict[str, Any]:
         """The recipe, JSON-ready, without the required recall, which does not change the weights."""
-        training = {key: value for key, value in asdict(self.training).items() if key != "checkpoint_every"}
+        training = {key: value for key, value in self.training.to_json().items() if key != "checkpoint_every"}
         recipe = {
             "format": FORMAT,
             "world": self.world.digest(),

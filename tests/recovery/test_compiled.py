@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ def test_generated_code_is_kept_where_the_user_chooses(
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
     with compiled._settings():
         assert cache_dir() == str(tmp_path if chosen == "elsewhere" else cache_folder() / "compiled")
+
+
+def test_digests_from_before_the_setting_stay() -> None:
+    """Adapters, checkpoints and trained worlds are found by the settings of their training."""
+    plain = TrainingSettings(steps=1)
+    assert "torch_compile" not in plain.to_json()
+    assert replace(plain, torch_compile=True).to_json() == plain.to_json() | {"torch_compile": True}
 
 
 def test_a_failure_leaves_the_blocks_as_they_are(
