@@ -14,12 +14,12 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from answering import Answering, answer
 from side_by_side import in_turn, ratio, spread, write
 
 HERE = Path(__file__).resolve().parents[1]
@@ -28,30 +28,13 @@ LAMA = "lama"
 BEFORE, NOW = "before", "now"
 
 
-class Contestant:
-    """A process that answers the questions of a task whenever it is told to."""
-
-    def __init__(self, name: str, code: Path, options: argparse.Namespace) -> None:
-        command = [sys.executable, __file__, options.commit, "--side", name, "--limit", str(options.limit)]
-        command += ["--tasks", *options.tasks, "--data-dir", options.data_dir, "--scoring-dtype", options.scoring_dtype]
-        paths = os.pathsep.join(map(str, (code / "benchmarks", code)))  # the package and the helpers of that commit
-        environment = os.environ | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
-        self.process = subprocess.Popen(
-            command, cwd=code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self._said()
-
-    def seconds(self, task: str) -> float:
-        assert self.process.stdin is not None
-        print(task, file=self.process.stdin, flush=True)
-        return float(self._said())
-
-    def _said(self) -> str:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("> "):
-                return line.removeprefix("> ")
-        raise RuntimeError("a contestant has ended")
+def contestant(name: str, code: Path, options: argparse.Namespace) -> Answering:
+    """A process with the code of one side."""
+    command = [sys.executable, __file__, options.commit, "--side", name, "--limit", str(options.limit)]
+    command += ["--tasks", *options.tasks, "--data-dir", options.data_dir, "--scoring-dtype", options.scoring_dtype]
+    # The package and the helpers of that commit; from here only what it lacks.
+    paths = os.pathsep.join(map(str, (code / "benchmarks", code, HERE / "benchmarks")))
+    return Answering(command, os.environ | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}, code)
 
 
 def works(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
@@ -86,18 +69,6 @@ def works(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
     return found | {LAMA: lambda: probe.ask(LAMA, reads, Questions(clozes, {}))}
 
 
-def answer(options: argparse.Namespace) -> None:
-    """Be a contestant."""
-    to_do = works(options)
-    for work in to_do.values():
-        work()
-    print("> ready", flush=True)
-    for line in sys.stdin:
-        start = time.perf_counter()
-        to_do[line.strip()]()
-        print(f"> {time.perf_counter() - start}", flush=True)
-
-
 @contextmanager
 def checked_out(commit: str) -> Iterator[Path]:
     with TemporaryDirectory() as scratch:
@@ -113,14 +84,16 @@ def checked_out(commit: str) -> Iterator[Path]:
 def main() -> None:
     options = parse()
     if options.side:
-        answer(options)
+        to_do = works(options)
+        for work in to_do.values():
+            work()
+        answer(lambda task: to_do[task]())
         return
     with checked_out(options.commit) as folder, ExitStack() as ends:
         contestants = {}
         for name, code in {BEFORE: folder, NOW: HERE}.items():
-            contestants[name] = Contestant(name, code, options)
-            ends.callback(contestants[name].process.wait)
-            ends.callback(contestants[name].process.kill)
+            contestants[name] = contestant(name, code, options)
+            ends.callback(contestants[name].end)
         rounds, results = {}, {}
         for task in options.tasks:
             turns = {name: lambda one=one, task=task: one.seconds(task) for name, one in contestants.items()}

@@ -18,11 +18,11 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from answering import Answering, answer
 from side_by_side import ratio, spread, write
 
 ALONE, LOADS = "alone", ("products", "loops")
@@ -31,29 +31,12 @@ PRODUCTS = "import torch; a = torch.rand(1024, 1024)\nprint(flush=True)\nwhile T
 LOOP = "print(flush=True)\nwhile True: pass"
 
 
-class Answering:
-    """A process that answers the questions whenever it is told to."""
-
-    def __init__(self, side: str, variables: dict[str, str], options: argparse.Namespace) -> None:
-        command = [sys.executable, __file__, "--side", side, "--tasks", *options.tasks, "--limit", str(options.limit)]
-        command += ["--data-dir", options.data_dir, "--scoring-dtype", options.scoring_dtype]
-        command += ["--stock-batch", str(options.stock_batch)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | variables
-        )
-        self._answer()
-
-    def seconds(self) -> float:
-        assert self.process.stdin is not None
-        print("answer", file=self.process.stdin, flush=True)
-        return float(self._answer())
-
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("> "):
-                return line.removeprefix("> ")
-        raise RuntimeError("the process that answers has ended")
+def started(side: str, variables: dict[str, str], options: argparse.Namespace) -> Answering:
+    """A process of one side."""
+    command = [sys.executable, __file__, "--side", side, "--tasks", *options.tasks, "--limit", str(options.limit)]
+    command += ["--data-dir", options.data_dir, "--scoring-dtype", options.scoring_dtype]
+    command += ["--stock-batch", str(options.stock_batch)]
+    return Answering(command, os.environ | variables)
 
 
 @contextmanager
@@ -71,8 +54,8 @@ def load(name: str) -> Iterator[None]:
             process.wait()
 
 
-def answer(options: argparse.Namespace) -> None:
-    """Answer the questions once for each line that is read, and write the seconds; in a process of its own."""
+def answer_all(options: argparse.Namespace) -> None:
+    """Answer the questions once for each line that is read; in a process of its own."""
     if options.side == OURS:
         from knowledge_compression.threads import let_idle_threads_sleep
 
@@ -89,33 +72,28 @@ def answer(options: argparse.Namespace) -> None:
     lm = ScorerLM(Scorer(model, dtype=dtype)) if options.side == OURS else stock_lm(Scorer(model), options.stock_batch)
     requests = [request for task in requests_of(options).values() for request in task]
     lm.loglikelihood(requests[:8], disable_tqdm=True)
-    print("> ready", flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        lm.loglikelihood(requests, disable_tqdm=True)
-        print(f"> {time.perf_counter() - start}", flush=True)
+    answer(lambda _: lm.loglikelihood(requests, disable_tqdm=True))
 
 
 def main() -> None:
     options = parse()
     if options.side:
-        answer(options)
+        answer_all(options)
         return
     with ExitStack() as ends:
-        answering = {OURS: Answering(OURS, {}, options), STOCK: Answering(STOCK, {}, options)}
+        answering = {OURS: started(OURS, {}, options), STOCK: started(STOCK, {}, options)}
         for text in options.environments:
             variables = dict(item.split("=", 1) for item in text.split())
-            answering[f"{OURS} with {text}"] = Answering(OURS, variables, options)
+            answering[f"{OURS} with {text}"] = started(OURS, variables, options)
         for each in answering.values():
-            ends.callback(each.process.wait)
-            ends.callback(each.process.kill)
+            ends.callback(each.end)
         seconds: dict[str, dict[str, list[float]]] = {name: {} for name in answering}
         for repeat in range(options.repeats):
             for place in (ALONE, *LOADS):
                 with load(place):
                     names = list(answering)
                     for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-                        seconds[name].setdefault(place, []).append(answering[name].seconds())
+                        seconds[name].setdefault(place, []).append(answering[name].seconds("all"))
     results = {name: summary(of, seconds[STOCK]) for name, of in seconds.items()}
     for name, result in results.items():
         show(name, result)

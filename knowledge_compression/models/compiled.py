@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 from knowledge_compression.cache import cache_folder
 from knowledge_compression.errors import first_line
@@ -27,9 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BACKEND: Any = "inductor"  # makes loops of C++, or kernels on a GPU
-_FOLDER = (
-    "TORCHINDUCTOR_CACHE_DIR"  # torch's name for the folder of generated code; torch itself sets it when it is empty
-)
+_FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # the variable that names the folder of generated code; if unset, torch sets it
 _MOST_KINDS = 64  # versions of a block's code: layers that are compressed in part differ, as do shapes
 
 
@@ -88,7 +85,7 @@ def _settings() -> Iterator[None]:
     chosen = os.environ.get(_FOLDER, default_cache_dir())
     folder = str(cache_folder() / "compiled") if chosen == default_cache_dir() else chosen
     with (
-        patch.dict(os.environ, {_FOLDER: folder}),
+        _variable(_FOLDER, folder),
         torch._dynamo.config.patch(cache_size_limit=_MOST_KINDS),
         # The backward pass is compiled with the forward pass, where a failure is caught.
         functorch.patch(force_non_lazy_backward_lowering=True),
@@ -96,3 +93,16 @@ def _settings() -> Iterator[None]:
         inductor.patch(compile_threads=1, fallback_random=True),
     ):
         yield
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set a variable of the environment until the end of the context."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from helpers.layers import windows
@@ -65,6 +66,20 @@ def test_digests_from_before_the_setting_stay() -> None:
     plain = TrainingSettings(steps=1)
     assert "torch_compile" not in plain.to_json()
     assert replace(plain, torch_compile=True).to_json() == plain.to_json() | {"torch_compile": True}
+
+
+def test_without_a_compiler_the_blocks_run_as_they_are(
+    tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # where nothing has been compiled yet
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    torch._dynamo.reset()  # nor in this process
+    plain, expected = trained(tiny_model("llama"))
+    report, found = trained(tiny_model("llama"), torch_compile=True)
+    assert report.not_compiled is not None
+    assert "no-such-compiler" in report.not_compiled
+    assert report.loss_after == plain.loss_after
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_failure_leaves_the_blocks_as_they_are(
