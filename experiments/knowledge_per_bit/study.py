@@ -10,6 +10,9 @@ compressing, on whatever machine.
 
 `--peers` names the folder that `peers.py` filled: the models of other programs, asked in the same way. Their bits are
 those of the files that they saved, or, if they pruned, those of what is not zero there, as for our prunings.
+
+`results.json` in the study's folder keeps every row ever written there. A row of the stores replaces the one of the
+same name; the others stay, so that a sweep may be divided over machines. Delete the file to begin anew.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ from knowledge_compression.results.files import is_file
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.statistics import Estimate, accuracy, mean
 
+RESULTS = "results.json"
 MARKER = "<!-- what follows is written by study.py -->"
 FACTS = {"atlas": "the atlas", "lama": "LAMA", "bear": "BEAR"}  # what they are called; the first is asked of every row
 FIRST, TEXT = "atlas", "perplexity"
@@ -52,7 +56,7 @@ class Row:
     """One compressed model.
 
     Attributes:
-        name: the settings in which its run differs from the others.
+        name: method and size; if others of the store have the same, all settings in which its run differs from them.
         bits: stored bits of a compressed weight, with everything that decodes it.
         megabytes: of the whole model.
         nats: rise of the mean negative log-likelihood over the dense model's, paired over windows.
@@ -61,6 +65,7 @@ class Row:
         flips: share of the atlas' facts whose answer turned right or wrong.
         kl: mean divergence from the dense model's distributions on the text, nats a position; None if not measured.
         seconds, gigabytes: of compressing; no memory is told of other programs.
+        scored_in: the type of the products in scoring, e.g. ``torch.bfloat16``.
         peer: whether another program made it.
     """
 
@@ -74,7 +79,14 @@ class Row:
     kl: float | None
     seconds: float
     gigabytes: float | None
+    scored_in: str
     peer: bool = False
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> Row:
+        """The row of which ``plain`` is :func:`asdict`."""
+        kept = {suite: Estimate(**share) for suite, share in plain["kept"].items()}
+        return cls(**plain | {"kept": kept, "nats": Estimate(**plain["nats"]), "flips": Estimate(**plain["flips"])})
 
 
 def windows_of(run: Run) -> pl.DataFrame:
@@ -123,12 +135,10 @@ def row_of(groups: Mapping[str, Group], run: Run, name: str, peers: Path | None)
     first = groups[FIRST]
     if is_file(run):
         told = told_of(run, peers)
-        settings = [f"{key}={told[key]}" for key in ("bits", "sparsity", "pattern") if key in told]
-        name = " ".join([told["peer"], *([told["method"]] if "method" in told else []), *settings])
-        size = sized_by_peer(run, told)
+        made_by = [told["peer"], *([told["method"]] if "method" in told else [])]
+        name, size = " ".join([*made_by, *asked_size(told)]), sized_by_peer(run, told)
     else:
-        method = run.report["compression"]["method"]  # of several parts, e.g. rotate+gptq
-        name, size = name.replace(run.config["choices"]["compression"], method, 1), sized(run)
+        size = sized(run)
     paired = windows_of(first.dense).join(windows_of(run), on=["task", "id"], suffix="_here", how="left")
     return Row(
         name=name,
@@ -137,8 +147,22 @@ def row_of(groups: Mapping[str, Group], run: Run, name: str, peers: Path | None)
         kept={suite: accuracy(of.correct(run)[of.correct(of.dense)]) for suite, of in groups.items()},
         flips=accuracy(first.correct(run) != first.correct(first.dense)),
         kl=run.metrics.get(f"{TEXT}.kl"),
+        scored_in=run.environment.get("scored_in") or run.environment["dtype"],
         **size,
     )
+
+
+def asked_size(settings: Mapping[str, Any]) -> list[str]:
+    """The size that was asked for, by the first setting that says it in a method or in a method within it."""
+    for key in ("pattern", "bits", "sparsity"):
+        if settings.get(key) is not None:
+            return [f"{key}={settings[key]}"]
+    return next((size for one in settings.values() if isinstance(one, Mapping) and (size := asked_size(one))), [])
+
+
+def short_name(run: Run) -> str:
+    """The parts of a method and the size, e.g. ``rotate+gptq bits=3``: the same in whatever store the run is."""
+    return " ".join([run.report["compression"]["method"], *asked_size(run.config["compression"])])
 
 
 def told_of(run: Run, peers: Path | None) -> dict[str, Any]:
@@ -164,16 +188,35 @@ def rows_of(store: Path, peers: Path | None = None) -> list[list[Row]]:
         runs += [run for run in RunStore(peers / "store") if is_file(run)]
     comparisons = compare(runs)
     asked = {suite: [group for group in comparisons if group.asked.suite == suite] for suite in FACTS}
+    settings = [one.seeds[run.id] for one in asked[FIRST] for run in one.runs]
+    alike = Counter(short_name(run) for run, *_ in settings)
     rows = []
-    for of_setting in (one.seeds[run.id] for one in asked[FIRST] for run in one.runs):
+    for of_setting in settings:
         seeds = []
         for run in of_setting:
             if f"{TEXT}.perplexity" in run.metrics:
                 groups = {suite: of for suite in FACTS for of in asked[suite] if has(of, run)}
-                name = comparisons.names.of(run.id, ("seed", "eval"))
+                name = short_name(run)
+                if alike[name] > 1:  # e.g. with another rate
+                    name = comparisons.names.of(run.id, ("seed", "eval"))
                 seeds.append(row_of(groups, run, name, peers))
         rows += [seeds] if seeds else []
+    return ordered(rows)
+
+
+def ordered(rows: Sequence[list[Row]]) -> list[list[Row]]:
+    """The smallest first, and of those the one with the lowest perplexity."""
     return sorted(rows, key=lambda row: (round(row[0].megabytes), row[0].nats.value))
+
+
+def with_earlier(rows: Sequence[list[Row]], file: Path) -> list[list[Row]]:
+    """The rows and those of other names in ``file``, which then holds all of them."""
+    earlier = json.loads(file.read_text()) if file.is_file() else []
+    here = {row.name for row, *_ in rows}
+    others = [[Row.of(row) for row in seeds] for seeds in earlier if seeds[0]["name"] not in here]
+    every = ordered([*rows, *others])
+    file.write_text(json.dumps([[asdict(row) for row in seeds] for seeds in every], indent=1) + "\n")
+    return every
 
 
 def of_equal_size(rows: Sequence[Row]) -> list[list[Row]]:
@@ -313,7 +356,7 @@ def percents(estimate: Estimate) -> list[float]:
 
 HEADS = ["settings", "bits a weight", "MB", "perplexity", "nats above dense"]
 HEADS += [f"kept of {name}, %" for name in FACTS.values()]
-HEADS += ["answers flipped, %", "KL on the text", "seconds", "peak GB"]
+HEADS += ["answers flipped, %", "KL on the text", "seconds", "peak GB", "scored in"]
 
 
 def cells(row: Row) -> list[str]:
@@ -326,7 +369,8 @@ def cells(row: Row) -> list[str]:
     kl = "" if row.kl is None else f"{row.kl:.3f}"
     peak = "" if row.gigabytes is None else f"{row.gigabytes:.2f}"
     told = [row.name, f"{row.bits:.2f}", f"{row.megabytes:.1f}", f"{row.perplexity:.4g}", nats]
-    return [*told, *(share(row.kept.get(suite)) for suite in FACTS), share(row.flips), kl, f"{row.seconds:.0f}", peak]
+    told += [*(share(row.kept.get(suite)) for suite in FACTS), share(row.flips), kl, f"{row.seconds:.0f}", peak]
+    return [*told, row.scored_in.removeprefix("torch.")]
 
 
 def main(store: Path, folder: Path, peers: Path | None = None) -> None:
@@ -334,6 +378,7 @@ def main(store: Path, folder: Path, peers: Path | None = None) -> None:
     seeds = rows_of(store, peers)
     if not seeds:
         sys.exit(f"error: {store} holds no compressed model asked for both {FIRST} and {TEXT}; run the preset first")
+    seeds = with_earlier(seeds, folder / RESULTS)
     rows = [row for row, *_ in seeds]
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     draw(rows, folder / "figures" / "knowledge_per_bit.png")

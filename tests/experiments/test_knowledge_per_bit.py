@@ -101,6 +101,29 @@ def test_the_page_says_whether_facts_follow_perplexity(store: RunStore, tmp_path
     assert (tmp_path / "figures" / "knowledge_per_bit.png").stat().st_size > 1000
 
 
+def test_rows_written_before_stay_until_a_store_has_them_again(store: RunStore, tmp_path) -> None:
+    for place, others in (("first", "11001011"), ("second", "11101100")):
+        part = RunStore(tmp_path / place)
+        part.write(quantized("1111111100", 3.0, "none", None, "11101100"))
+        part.write(quantized("1111110000", 3.4, "rtn", 3, others))
+    RunStore(tmp_path / "first").write(quantized("1111111101", 3.1, "rtn", 4))
+    RunStore(tmp_path / "second").write(quantized("1111111101", 3.2, "gptq", 3))
+
+    def told(place: str) -> dict[str, list[str]]:
+        (tmp_path / "README.md").write_text(f"{STUDY.MARKER}\n")
+        STUDY.main(tmp_path / place, tmp_path)
+        table = [line.strip("| ").split(" | ") for line in (tmp_path / "README.md").read_text().splitlines()]
+        return {line[0]: line for line in table if len(line) == len(STUDY.HEADS)}
+
+    before, after = told("first"), told("second")
+    assert set(after) - set(before) == {"gptq bits=3"}
+    assert after["rtn bits=4"] == before["rtn bits=4"]
+    lama = STUDY.HEADS.index("kept of LAMA, %")
+    assert (before["rtn bits=3"][lama][:4], after["rtn bits=3"][lama][:4]) == ("66.7", "100.")
+    assert after["rtn bits=3"][-1] == "float32"
+    assert told("second") == after
+
+
 def test_the_front_is_of_rows_that_no_smaller_one_beats(store: RunStore) -> None:
     assert [round(row.kept["atlas"].value, 3) for row in STUDY.best(rows_of(store.folder))] == [0.875, 1.0]
 
