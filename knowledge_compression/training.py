@@ -81,7 +81,8 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         """Refuse invalid settings."""
         if (self.steps is None) == (self.tokens is None):
-            raise BadInput("training needs a budget: give either steps or tokens")
+            given = "neither is" if self.steps is None else f"steps={self.steps} and tokens={self.tokens} are both"
+            raise BadInput(f"training: {given} set; give either steps or tokens, and set the other to null")
         for name in ("steps", "tokens", "batch_size", "accumulate", "checkpoint_every"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise BadInput(f"training: {name}={value} must be at least 1")

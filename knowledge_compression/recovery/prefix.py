@@ -11,7 +11,7 @@ from knowledge_compression.models.prompts import Prompts
 from knowledge_compression.recovery.adapters import Adapter
 from knowledge_compression.recovery.bank import PromptBank, check_decoder, check_positions, key_shape
 from knowledge_compression.recovery.base import RestoresBy
-from knowledge_compression.recovery.prompt import check_prompt
+from knowledge_compression.recovery.prompt import by_peft, check_prompt
 from knowledge_compression.recovery.prompted_network import Prompted
 from knowledge_compression.recovery.tuned import OneAdapter
 
@@ -52,10 +52,10 @@ class Prefix(OneAdapter):
 
     def trainable(self, model: Model) -> nn.Module:
         """Return the network with an untrained prefix."""
-        from peft import PrefixTuningConfig, TaskType, get_peft_model
+        from peft import PrefixTuningConfig, TaskType
 
         config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=self.tokens)
-        return get_peft_model(model.network, config)
+        return by_peft(model, config)
 
     def put(self, model: Model, adapter: Adapter) -> Prompts:
         """Place the prefix before the model's input."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from knowledge_compression.recovery.prompted_network import Prompted
 from knowledge_compression.recovery.tuned import OneAdapter
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from torch import Tensor, nn
 
 INITS = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}  # and what peft calls them
@@ -97,9 +99,20 @@ def prompt_embeddings(adapter: Adapter) -> Tensor:
     return embeddings
 
 
+def by_peft(model: Model, config: PeftConfig) -> nn.Module:
+    """The network of a decoder in peft's wrapper, with untrained parameters as configured."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        # peft asks a network by a name that transformers has replaced, which no user can change.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        wrapped: nn.Module = get_peft_model(model.network, config)
+    return wrapped
+
+
 def _trainable(model: Model, tokens: int, init: str) -> nn.Module:
     """The network with an untrained prompt: by peft if it supports the network, otherwise joined inside the stack."""
-    from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
+    from peft import PromptTuningConfig, PromptTuningInit, TaskType
 
     embeddings = model.network.get_input_embeddings()
     width = embedding_width(model)
@@ -110,7 +123,7 @@ def _trainable(model: Model, tokens: int, init: str) -> nn.Module:
             token_dim=width,
             prompt_tuning_init=PromptTuningInit[INITS[init]],
         )
-        return get_peft_model(model.network, config)
+        return by_peft(model, config)
     if init == "random":
         return join_prompt(model, torch.randn(tokens, width))
     drawn = torch.randint(len(model.tokenizer), (tokens,), device=model.device)

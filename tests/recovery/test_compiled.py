@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config as inductor
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from helpers.layers import windows
@@ -97,5 +99,21 @@ def test_a_failure_leaves_the_blocks_as_they_are(
     assert [record.message for record in caplog.records].count(
         f"blocks are not compiled from here on: {report.not_compiled}"
     ) == 1
+    assert report.loss_after == plain.loss_after
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_failure_of_the_backward_pass_leaves_the_blocks_as_they_are(
+    tiny_model: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_graph: Any, _inputs: Any) -> Any:
+        raise RuntimeError("no way back")
+
+    backend = aot_autograd(fw_compiler=lambda graph, _inputs: make_boxed_func(graph), bw_compiler=failing)
+    monkeypatch.setattr(compiled, "_BACKEND", backend)
+    plain, expected = trained(tiny_model("llama"))
+    report, found = trained(tiny_model("llama"), torch_compile=True)
+    assert report.not_compiled is not None
+    assert "no way back" in report.not_compiled
     assert report.loss_after == plain.loss_after
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -295,6 +295,12 @@ def test_trainings_that_cannot_be_say_so(tiny_model, text):
         Prefix(SHORT).recover(tiny_model("bert"), text)
 
 
+@pytest.mark.parametrize("adapter", [Prefix, Prompt])
+def test_libraries_warn_of_nothing_that_a_user_cannot_change(tiny_model, recwarn, adapter):
+    adapter(SHORT, tokens=5).trainable(tiny_model("llama"))
+    assert [str(one.message) for one in recwarn] == []
+
+
 def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(tiny_model, text):
     wild = replace(SHORT, learning_rate=1e30, checkpoint_every=1, clip=0.0)
     with pytest.raises(BadInput, match=r"the loss of step \d+ of 30 is .* kept in .*checkpoint"):

@@ -247,8 +247,8 @@ def test_a_budget_in_tokens_is_rounded_up_to_steps():
 @pytest.mark.parametrize(
     ("given_settings", "says"),
     [
-        ({}, "either steps or tokens"),
-        ({"steps": 1, "tokens": 1}, "either steps or tokens"),
+        ({}, "neither is set; give either steps or tokens"),
+        ({"steps": 1, "tokens": 1}, "steps=1 and tokens=1 are both set; give either steps or tokens"),
         ({"steps": 0}, "steps=0"),
         ({"steps": 1, "schedule": "cosine"}, "choose one of linear, constant"),
         ({"steps": 1, "learning_rate": 0.0}, "learning_rate"),
