@@ -49,11 +49,8 @@ def environment(place: Path, peer: str) -> Path:
     """The Python of a peer's environment, which is made where it is missing."""
     if not (place / ".complete").is_file():
         subprocess.run([sys.executable, "-m", "venv", place], check=True)
-        needs, pip = HERE / f"requirements-{peer}.txt", [place / "bin" / "pip", "install", "--quiet"]
-        if peer == "gptqmodel":  # its setup needs a setuptools newer than that of a new environment
-            subprocess.run([*pip, "--upgrade", "setuptools", "wheel"], check=True)
-            pip.append("--no-build-isolation")
-        subprocess.run([*pip, "-r", needs], check=True)
+        needs = HERE / f"requirements-{peer}.txt"
+        subprocess.run([place / "bin" / "pip", "install", "--quiet", "-r", needs], check=True)
         (place / ".complete").touch()
     return place / "bin" / "python"
 
