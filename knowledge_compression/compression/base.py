@@ -99,8 +99,8 @@ class Compression(ABC):
             BadInput: no choice is within it.
         """
 
-    def passes(self, tokens: int) -> float:
-        """How often calibration text of so many tokens goes through the network, for the forecast; of this part alone.
+    def passes(self, windows: int, length: int) -> float:
+        """How often calibration text of so many windows goes through the network, for the forecast; by this part only.
 
         Backwards counts as two times forwards.
         """

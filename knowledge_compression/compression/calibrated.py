@@ -99,12 +99,12 @@ class Calibrated(Method, Generic[S]):
 
     @property
     def streams(self) -> bool:
-        """Also false if the text goes through the uncompressed blocks too: a resumed stream has overwritten them."""
+        """Also false if the text goes through the uncompressed blocks too, because a stream reads each block once."""
         return super().streams and not self.walk.beside
 
-    def passes(self, tokens: int) -> float:
+    def passes(self, windows: int, length: int) -> float:
         """Those of the walk."""
-        return self.walk.passes(tokens)
+        return self.walk.passes(windows * length)
 
     @abstractmethod
     def observe(self, in_features: int, device: torch.device) -> S:

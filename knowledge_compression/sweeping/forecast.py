@@ -166,17 +166,18 @@ class Forecaster:
         if (took := self._past_seconds(experiment)) is not None:
             forecast.seconds += took
             return
-        tokens = experiment.corpus.samples * experiment.corpus.length
+        corpus = experiment.corpus
+        tokens = corpus.samples * corpus.length
         layers = linear_layers(skeleton)
         one_pass = self.tokens_through(experiment, skeleton, tokens)
-        written = (experiment.source.fingerprint(), digest_of(known_identity(experiment.corpus)))
-        if isinstance(experiment.corpus, OwnSamples) and written not in self._written:
+        written = (experiment.source.fingerprint(), digest_of(known_identity(corpus)))
+        if isinstance(corpus, OwnSamples) and written not in self._written:
             self._written.add(written)
             forecast.macs += _WRITING * multiply_adds(skeleton, one_pass)
         one_pass = {layer.path: one_pass[layer.path] for layer in layers if layer.role != "final"}
         shapes = [(one_pass.get(layer.path, tokens), *layer.weight.shape) for layer in targets]
         for part in experiment.compression.parts:
-            forecast.macs += part.passes(tokens) * multiply_adds(skeleton, one_pass)
+            forecast.macs += part.passes(corpus.samples, corpus.length) * multiply_adds(skeleton, one_pass)
             if isinstance(part, Calibrated) and part.second_order:
                 forecast.macs += sum(
                     read * width**2 + _SOLVING * (width**3 + rows * width**2) for read, rows, width in shapes

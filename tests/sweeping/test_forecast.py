@@ -18,8 +18,11 @@ import torch
 from helpers.experiments import SUITE, made
 from helpers.networks import MIXTURES, build_network, make_tokenizer
 from helpers.worlds import SMALL
+from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.magnitude import Magnitude
+from knowledge_compression.compression.methods.rtn import Rtn
+from knowledge_compression.compression.methods.scales import Scales
 from knowledge_compression.compression.methods.wanda import Wanda
 from knowledge_compression.corpora.text import TextFile
 from knowledge_compression.evaluation.scoring import Scorer
@@ -148,6 +151,23 @@ def test_questions_about_a_world_are_counted_before_any_model_knows_it(
     assert compositions.items == compositions.compared == sum(one.first.probed for one in world.two_hops)
     assert multiply_adds(source.skeleton(), facts.tokens) > 0
     assert not list(tmp_path.glob("worlds/tiny-*"))  # nothing was trained
+
+
+def test_tuning_costs_what_its_steps_read(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model is an encoder, of which each position is read, so a window costs its tokens."""
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path))
+    (text := tmp_path / "text.txt").write_text("some words")
+
+    def macs(compression: Compression, samples: int, length: int) -> float:
+        run = replace(made(tiny_folder, {}), compression=compression)
+        run = replace(run, corpus=TextFile(name="text", path=str(text), samples=samples, length=length))
+        return Forecaster(RunStore(tmp_path / "outputs"), 1e6).of(run, "")[0].macs
+
+    rounded = Rtn(bits=4)
+    for length in (8, 16):
+        one_pass = macs(Wanda(0.5), 6, length) / 2  # it observes a block, and then runs the compressed one
+        tuned = macs(Scales(first=rounded, steps=5, batch=2), 6, length) - macs(rounded, 6, length)
+        assert tuned == pytest.approx(4 * 5 * 2 / 6 * one_pass)
 
 
 def test_distance_costs_the_dense_head_again_and_states_on_disk(

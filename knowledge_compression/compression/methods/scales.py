@@ -96,9 +96,9 @@ class Scales(Compression):
         """The user's choice, as far as the device and the network's dtype allow."""
         return str(self._narrower(model) or model.dtype).removeprefix("torch.")
 
-    def passes(self, tokens: int) -> float:
-        """How often calibration text of so many tokens goes through the network, for the forecast."""
-        return 4.0 * self.steps * self.batch / tokens
+    def passes(self, windows: int, length: int) -> float:
+        """Four for each window of a step: one dense, one quantized, and one backwards, which counts as two."""
+        return 4.0 * self.steps * self.batch / windows
 
     def compress(self, model: Model, targets: Targets, calibration: LongTensor | None = None) -> CompressionReport:
         """Quantize the targets and tune what was quantized."""
