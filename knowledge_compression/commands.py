@@ -12,8 +12,8 @@ SUBCOMMANDS = {
     "run": ("knowledge_compression.sweeping.cli", "one run, or with -m a sweep"),
     "report": ("knowledge_compression.report", "tables, figures and one page over finished runs"),
     "status": ("knowledge_compression.sweeping.status", "the progress of sweeps"),
-    "take": ("knowledge_compression.take", "take results that other tools made into a store"),
-    "advise": ("knowledge_compression.advise", "the smallest setting that keeps a share of the known facts"),
+    "take": ("knowledge_compression.take", "import results of other tools into a store"),
+    "advise": ("knowledge_compression.advise", "the smallest compressed model that keeps a share of the known facts"),
     "doctor": ("knowledge_compression.doctor", "what works on this machine, and how to fix what does not"),
     "dashboard": ("knowledge_compression.dashboard", "a workspace and a report on Weights & Biases for a sweep"),
 }

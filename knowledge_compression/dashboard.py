@@ -1,7 +1,7 @@
 """The W&B workspace and report for a sweep: kc dashboard outputs/.
 
-They compare the runs that tracker=wandb logged (or wandb sync uploaded later): the figures of the table at the
-end of a sweep, by the settings in which the runs differ. --json prints the definition without contacting a server.
+They compare the runs that tracker=wandb logged (or that wandb sync uploaded later): the columns of the table at
+the end of a sweep, against the settings that vary. --json prints the definition without contacting a server.
 """
 
 from __future__ import annotations
@@ -181,7 +181,9 @@ def definition(what: Compared, entity: str, project: str) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build both and print their addresses, or their definitions."""
     parser = argparse.ArgumentParser(prog="kc dashboard", description=__doc__)
-    parser.add_argument("outputs", type=Path, nargs="?", default=Path("outputs"), help="the folder of the runs")
+    parser.add_argument(
+        "outputs", type=Path, nargs="?", default=Path("outputs"), help="the folder of runs and sweeps (outputs)"
+    )
     parser.add_argument("--sweep", help="a folder under outputs/sweeps (default: the latest)")
     parser.add_argument("--project", default=WandbTracker.project, help="the W&B project (%(default)s)")
     parser.add_argument("--entity", help="the W&B user or team (the one logged in)")

@@ -1,4 +1,4 @@
-"""The page over a store of runs: kc report outputs/ -o report.html."""
+"""One HTML page about all runs of a store: kc report outputs/ -o report.html."""
 
 from __future__ import annotations
 

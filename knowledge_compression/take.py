@@ -14,8 +14,19 @@ if TYPE_CHECKING:
     from knowledge_compression.taking.answers import Answers
     from knowledge_compression.taking.said import Made, Statement
 
-# The fields of Made that the command line can state about one model.
-_SAID = ("model", "compression", "target", "recovery", "restores_by", "family", "bits", "sparsity", "stored_mb", "seed")
+# The fields of Made that the command line can state about one model, and what each of them is.
+_SAID = {
+    "model": "the name of the model, the same for compressed and uncompressed runs",
+    "compression": "what was done to the model; none: this is the uncompressed one",
+    "target": "the layers that were compressed, if known",
+    "recovery": "what was trained after compression, if anything",
+    "restores_by": "how the recovery restores: weights or redirection",
+    "family": "encoder, encoder_decoder or decoder, if known",
+    "bits": "mean bits of a weight, if known",
+    "sparsity": "share of the weights that were removed, if known",
+    "stored_mb": "size of the model in 10^6 bytes, if known",
+    "seed": "seed of the random draws, if known",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,10 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs"), help="the store (outputs)")
     parser.add_argument("--as", dest="said", type=Path, metavar="FILE", help="a YAML file that describes the results")
     parser.add_argument("--by", help="who made the results")
-    parser.add_argument("--compression", help="what was done to the model; none: this is the uncompressed one")
-    parser.add_argument("--model", help="the name of the model, the same for compressed and uncompressed runs")
-    for name in _SAID[2:]:
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help="if known")
+    for name, what in _SAID.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=what)
     options = parser.parse_args(arguments)
     try:
         take_results(options.results, options.output, options.said, options.by, _told(options))

@@ -47,8 +47,8 @@ _TRIED = (
     "`all` select what they have.",
     "- `led` has projections for global attention, which no text here uses. GPTQ rounds them to the nearest value, and "
     "the report names them (`no_tokens`).",
-    "- `mamba` and `jamba` multiply by the weight of `dt_proj` without calling the layer, so GPTQ sees no inputs of it "
-    "and rounds it to the nearest value too.",
+    "- `mamba` and `jamba` multiply by the weight of `dt_proj` without calling the layer, so GPTQ never sees its "
+    "inputs and rounds it to the nearest value too.",
     "- `mbart` is compared with a plain pass, not with stock lm-eval. transformers moves the last of mBART's labels, "
     "normally the token of the language, to the front of what the decoder reads. lm-eval's labels are the answer, so "
     "its decoder reads the end of the answer before it predicts it.",

@@ -154,7 +154,9 @@ def _duration(seconds: float | None) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show the progress; the exit status tells whether a run failed."""
     parser = argparse.ArgumentParser(prog="kc status", description=__doc__)
-    parser.add_argument("outputs", type=Path, nargs="?", default=Path("outputs"), help="the folder of the runs")
+    parser.add_argument(
+        "outputs", type=Path, nargs="?", default=Path("outputs"), help="the folder of runs and sweeps (outputs)"
+    )
     try:
         found = sweeps(parser.parse_args(arguments).outputs)
     except BadInput as error:
