@@ -99,7 +99,7 @@ def gptq(
     with_groups: bool = True,
 ) -> Made:
     """GPTQ, version 1 or 2."""
-    groups = inputs // group
+    groups = -(-inputs // group)
     places = np.arange(inputs) // group
     if act_order:
         rng.shuffle(places)

@@ -185,6 +185,22 @@ def test_the_layout_of_auto_round(name: str, packing: str, stored: Callable[...,
     assert model.on_disk.weights.get("8 bits", 0) == sum(state[f"{path}.weight"].numel() for path in apart)
 
 
+@pytest.mark.parametrize("told", ["group_size", "extra_config"])
+def test_groups_of_auto_round_need_not_divide_the_inputs(
+    told: str, stored: Callable[..., tuple[Path, dict[str, Made]]]
+) -> None:
+    """Of 96 inputs in groups of 64, the last group has 32; two groups of 48 would read without an error."""
+    folder, layers = stored(partial(made_of.gptq, group=64, with_groups=False))
+    sizes: dict[str, Any] = {"group_size": {"group_size": 64}}
+    sizes["extra_config"] = {"group_size": 32, "extra_config": {r".*\.layers\..*": {"bits": 4, "group_size": 64}}}
+    write_settings(folder, AUTO_ROUND | {"bits": 4} | sizes[told])
+    model = LocalModel("local", str(folder)).load("cpu", "float32")
+    state = model.network.state_dict()
+    for path, made in layers.items():
+        assert np.array_equal(state[f"{path}.weight"].numpy(), made.weight), path
+    assert model.on_disk is not None and model.on_disk.group == 64
+
+
 def test_rotations_inside_the_weights_are_read(stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:
     folder, layers = stored(LAYERS["ct-packed-4"])
     inside = {"R1": {"apply": [{"location": "weight_input"}, {"location": "weight_output"}]}}

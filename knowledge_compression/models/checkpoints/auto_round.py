@@ -1,7 +1,8 @@
 """auto-round's own checkpoints: tensors as in GPTQ or AWQ; ``packing_format`` says which.
 
 ``auto_round:auto_gptq`` stores zero points minus one, as version 1 of GPTQ; ``auto_round`` and ``auto_round:gptqmodel``
-store them as they are; ``auto_round:auto_awq`` is AWQ's gemm. There is no ``g_idx``, and layers may differ in bits.
+store them as they are; ``auto_round:auto_awq`` is AWQ's gemm. There is no ``g_idx``, and layers may differ in bits and
+in the size of their groups, which need not divide their inputs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.checkpoints.awq import Awq
-from knowledge_compression.models.checkpoints.gptq import Gptq
+from knowledge_compression.models.checkpoints.gptq import Gptq, sizes_in
 
 
 @dataclass(frozen=True)
@@ -66,4 +67,6 @@ class AutoRound:
         if packing == cls.awq:
             Awq.of({"bits": settings.get("bits", 4)})
             return AutoRoundAwq(made_by)
-        return AutoRoundGptq(cls.zero_offsets[packing], made_by)
+        apart = settings.get("extra_config")
+        sizes = sizes_in([settings, *(apart.values() if isinstance(apart, Mapping) else ())])
+        return AutoRoundGptq(cls.zero_offsets[packing], made_by, sizes)

@@ -2,12 +2,13 @@
 
 Each linear layer is ``qweight`` int32 ``[in * bits / 32, out]`` (codes packed along the inputs), ``qzeros`` int32
 ``[groups, out * bits / 32]``, ``scales`` ``[groups, out]`` and ``g_idx`` int32 ``[in]``, the group of each input. A
-weight is ``scale * (code - zero)``. Version 1 stores every zero point minus one, modulo ``2 ** bits``.
+weight is ``scale * (code - zero)``. Version 1 stores every zero point minus one, modulo ``2 ** bits``. Without
+``g_idx``, neighbours form groups; the last has fewer inputs if the size of the groups does not divide their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,10 +30,12 @@ class Gptq(Format):
     Attributes:
         zero_offset: the number subtracted from every zero point before it was stored.
         quantizer: the program that made the file, according to the file.
+        sizes: sizes of groups, according to the file: that of most layers, then those of some.
     """
 
     zero_offset: int
     quantizer: str = ""
+    sizes: Sequence[int] = ()
 
     name = "gptq"
     methods = ("gptq",)
@@ -50,12 +53,11 @@ class Gptq(Format):
             raise BadInput(f"it is a GPTQ checkpoint in the layout {named}; {', '.join(cls.layouts)} can be read")
         if (words := settings.get("pack_dtype", "int32")) != "int32":
             raise BadInput(f"it is a GPTQ checkpoint packed in {words}; only int32 can be read")
-        for name in ("bits", "group_size"):
-            number(settings, name)
+        number(settings, "bits")
         meta = settings.get("meta")
         made_by = meta.get("quantizer") if isinstance(meta, Mapping) else None
         told = ", ".join(map(str, made_by)) if isinstance(made_by, list) else str(made_by or "")
-        return cls(cls.layouts[layout], told)
+        return cls(cls.layouts[layout], told, sizes_in([settings]))
 
     @property
     def made_by(self) -> str:
@@ -73,9 +75,8 @@ class Gptq(Format):
         _, words = parts[".qzeros"].matrix(f"{layer}.qzeros")
         bits, inputs = _width(layer, rows, outputs, words, parts[".g_idx"].count if ".g_idx" in parts else None)
         fits(layer, ".qzeros", parts[".qzeros"].shape, (groups, outputs * bits // 32))
-        if ".g_idx" not in parts and inputs % groups:
-            raise BadInput(f"{layer} has {groups} groups, which do not divide its {inputs} inputs")
-        return Coded((outputs, inputs), bits, inputs // groups)
+        size = inputs // groups if ".g_idx" in parts else self._size(layer, inputs, groups)
+        return Coded((outputs, inputs), bits, min(size, inputs))
 
     def decode(self, layer: str, parts: Mapping[str, Tensor]) -> Tensor:
         """``scale * (code - zero)``; every product is exact in float32."""
@@ -85,7 +86,7 @@ class Gptq(Format):
         zeros = parts[".qzeros"]
         bits, inputs = _width(layer, len(words), outputs, zeros.shape[1], None if places is None else len(places))
         if places is None:
-            places = torch.arange(inputs) // (inputs // groups)
+            places = torch.arange(inputs) // self._size(layer, inputs, groups)
         if len(places) and not (int(places.min()) >= 0 and int(places.max()) < groups):
             raise BadInput(f"{layer}.g_idx contains group {int(places.max())}, but there are only {groups} groups")
         zeros = unpacked(zeros, bits, outputs) + self.zero_offset & (1 << bits) - 1
@@ -93,6 +94,23 @@ class Gptq(Format):
         weight -= zeros.float().T[:, places.long()]
         weight *= scales.T[:, places.long()]
         return weight
+
+    def _size(self, layer: str, inputs: int, groups: int) -> int:
+        """Inputs of a group of neighbours: the stated size that makes so many groups, otherwise equal parts."""
+        found = next((size for size in self.sizes if -(-inputs // size) == groups), None)
+        if found is None and inputs % groups:
+            raise BadInput(f"{layer} has {groups} groups, which do not divide its {inputs} inputs")
+        return found or inputs // groups
+
+
+def sizes_in(settings: Iterable[Any]) -> list[int]:
+    """The sizes of groups that these settings state.
+
+    Raises:
+        BadInput: one is not a whole number.
+    """
+    found = (number(one, "group_size") for one in settings if isinstance(one, Mapping))
+    return [size for size in found if size is not None and size > 0]  # -1: one group a row
 
 
 def _width(layer: str, rows: int, outputs: int, words: int, inputs: int | None) -> tuple[int, int]:
