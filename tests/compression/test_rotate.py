@@ -63,6 +63,32 @@ def test_what_cannot_be_turned_is_one_line_and_left_as_it_was(tiny_model, archit
         assert torch.equal(values, before[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("architecture", ["llama", "t5", "mixtral"])
+def test_narrower_weights_are_turned_in_float32_and_rounded_once(
+    tiny_model, architecture: str, dtype: torch.dtype
+) -> None:
+    """As a GPU loads them by default."""
+    model, wide = (with_uneven_norms(tiny_model(architecture)) for _ in range(2))
+    model.network.to(dtype)
+    wide.network.load_state_dict(model.network.state_dict())
+    for one in (model, wide):
+        Rotate(seed=3).compress(one, EVERYTHING.select(one))
+    turned = wide.network.state_dict()
+    for name, values in model.network.state_dict().items():
+        torch.testing.assert_close(values, turned[name].to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_narrower_weights_that_cannot_be_turned_are_left_as_they_were(tiny_model) -> None:
+    model = tiny_model("gpt_oss")
+    model.network.to(torch.bfloat16)
+    before = {name: values.clone() for name, values in model.network.state_dict().items()}
+    with pytest.raises(BadInput, match="its answers would not stay the same"):
+        Rotate().compress(model, EVERYTHING.select(model))
+    for name, values in model.network.state_dict().items():
+        assert torch.equal(values, before[name]), name
+
+
 def test_a_width_without_a_hadamard_matrix_is_one_line() -> None:
     with pytest.raises(BadInput, match="no Hadamard matrix for the 18 channels of small; it needs a multiple of 4"):
         Rotate().matrix(18, "small")

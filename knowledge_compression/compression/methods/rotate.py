@@ -29,8 +29,9 @@ class Rotate(Compression):
     The matrix is ``D H / sqrt(n)``, a Hadamard matrix with random signs (QuaRot, section 4, stage 1a). It spreads every
     channel of the stream over all of them, so that weights that read or write it have no outlying columns or rows. The
     factors of the norms move into the layers that read them. The network computes the same as before: its logits on a
-    few tokens are checked to 1e-4, and the network is left unchanged if they differ. A tied head gets a weight of its
-    own, as its norm's factors are not those of the embeddings; its size counts.
+    few tokens are checked to 1e-4 in float32, whatever the dtype of its weights, and the network is left unchanged if
+    they differ. A tied head gets a weight of its own, as its norm's factors are not those of the embeddings; its size
+    counts.
 
     Attributes:
         then: the compression of the rotated model.

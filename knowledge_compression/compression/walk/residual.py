@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -45,6 +46,8 @@ class Norm:
 def rotate_stream(model: Model, rotation: Tensor) -> None:
     """Rotate the residual stream of a network by an orthogonal matrix, by changing only its weights.
 
+    Everything is computed and checked in float32; narrower weights are rounded to their own types at the end.
+
     Args:
         model: the model, whose head is not tied.
         rotation: ``Q``, float64 ``[hidden, hidden]``; a state ``x`` of the stream becomes ``x Q``.
@@ -55,7 +58,7 @@ def rotate_stream(model: Model, rotation: Tensor) -> None:
     """
     embeddings: Any = model.network.get_input_embeddings()
     ids = torch.arange(_TOKENS, device=model.device)[None] % len(embeddings.weight)
-    with torch.no_grad():
+    with torch.no_grad(), _in_float32(model.network) as own:
         norms, before = _traced(model, ids)
         readers = {layer.path for norm in norms for layer in norm.readers}
         hidden = len(rotation)
@@ -66,7 +69,7 @@ def rotate_stream(model: Model, rotation: Tensor) -> None:
         changed = [embeddings.weight, *(norm.module.weight for norm in norms)]
         changed += [layer.parameter for norm in norms for layer in norm.readers] + [w.parameter for w in writers]
         changed += [layer.bias_parameter for layer in writers if layer.bias_parameter is not None]
-        kept = {id(parameter): (parameter, parameter.detach().clone()) for parameter in changed}
+        kept = {parameter: parameter.detach().to(own.get(parameter), copy=True) for parameter in changed}
         turn = rotation.to(model.device)
 
         _write(embeddings.weight, lambda weight: weight @ turn)
@@ -80,12 +83,26 @@ def rotate_stream(model: Model, rotation: Tensor) -> None:
                 _write(layer.bias, lambda bias: bias @ turn)
         after = _logits(model, ids)
         if not float((after - before).abs().max()) <= CLOSE * float(before.abs().max().clamp(min=1.0)):
-            for parameter, values in kept.values():
+            for parameter, values in kept.items():
                 parameter.copy_(values)
             raise BadInput(
                 f"compression=rotate cannot rotate the residual stream of {model.name} "
                 f"({model.network.config.model_type}): its answers would not stay the same"
             )
+
+
+@contextmanager
+def _in_float32(network: nn.Module) -> Iterator[dict[Tensor, torch.dtype]]:
+    """Keep narrower parameters and buffers in float32 until the context ends; yields their own types."""
+    floats = (tensor for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point())
+    own = {tensor: tensor.dtype for tensor in floats if tensor.itemsize < torch.float32.itemsize}
+    try:
+        for tensor in own:
+            tensor.data = tensor.data.float()
+        yield own
+    finally:
+        for tensor, dtype in own.items():
+            tensor.data = tensor.data.to(dtype)
 
 
 def _write(weight: Tensor, change: Callable[[Tensor], Tensor]) -> None:
