@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -269,6 +270,21 @@ def test_an_interrupted_search_goes_on_where_it_was(
     again = done(Gptq(group_size=8), Sensitivity(bits=6.0), tiny_model("llama")).allocation
     assert len(measured) == 5 and again["values"] == whole["values"]
     assert again["measured"] == whole["measured"] and file.read_text() == "".join(lines)
+
+
+def test_runs_that_measure_the_same_at_once_keep_what_each_finds(tiny_model: Callable[[str], Model]) -> None:
+    """As the runs of a sweep over budgets do, whose layers are measured at the same values."""
+    model = tiny_model("llama")
+    runs = [sensitivity.Kept.of(["same"], model, None) for _ in range(4)]
+
+    def measure(number: int) -> None:
+        for layer in range(25):
+            runs[number].add(f"{number}.{layer}", {"4": float(layer)})
+
+    with ThreadPoolExecutor(len(runs)) as pool:
+        list(pool.map(measure, range(len(runs))))  # raises what a run meets
+    wanted = {f"{number}.{layer}": {"4": float(layer)} for number in range(len(runs)) for layer in range(25)}
+    assert sensitivity.Kept.of(["same"], model, None).found == wanted
 
 
 def test_an_interrupted_search_by_divergence_goes_on_too(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from knowledge_compression.cache import cache_folder
+from knowledge_compression.cache import cache_folder, locked
 from knowledge_compression.compression.allocation.base import BITS, Allocation, Budget, Chosen, set_to, to_the_weight
 from knowledge_compression.compression.base import LayerByLayer, Method
 from knowledge_compression.compression.calibrated import Calibrated
@@ -161,23 +161,27 @@ class Kept:
             sha.update(calibration.numpy().tobytes())
         name = digest_of([VERSION, what, sha.hexdigest(), model.device.type])
         file = cache_folder() / "allocations" / f"{name}.jsonl"
-        found: dict[str, dict[str, float]] = {}
-        if file.is_file():
-            for line in file.read_text(encoding="utf-8").splitlines():
-                try:
-                    found |= json.loads(line)
-                except ValueError:  # the line that was being written when the search was interrupted
-                    break
-        return cls(file, found)
+        return cls(file, _read(file))
 
     def add(self, path: str, errors: dict[str, float]) -> None:
-        """Keep those of one more layer, whole or not at all."""
-        self.found[path] = errors
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        whole = "".join(json.dumps({one: values}) + "\n" for one, values in self.found.items())
-        scratch = self.file.with_suffix(".partial")
-        scratch.write_text(whole, encoding="utf-8")
-        scratch.replace(self.file)
+        """Keep those of one more layer, whole or not at all, with those of other runs that measure the same now."""
+        with locked(self.file):
+            self.found.update(_read(self.file) | {path: errors})
+            whole = "".join(json.dumps({one: values}) + "\n" for one, values in self.found.items())
+            scratch = self.file.with_suffix(".partial")
+            scratch.write_text(whole, encoding="utf-8")
+            scratch.replace(self.file)
+
+
+def _read(file: Path) -> dict[str, dict[str, float]]:
+    """The measurements in a file; none if it does not exist."""
+    found: dict[str, dict[str, float]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            found |= json.loads(line)
+        except ValueError:  # the file was damaged
+            break
+    return found
 
 
 class _Both(Statistics):
