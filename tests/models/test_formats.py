@@ -201,6 +201,20 @@ def test_groups_of_auto_round_need_not_divide_the_inputs(
     assert model.on_disk is not None and model.on_disk.group == 64
 
 
+def test_a_group_that_names_one_layer_is_not_that_of_the_others(
+    stored: Callable[..., tuple[Path, dict[str, Made]]],
+) -> None:
+    """Whatever the order of the groups: a path without dots looks like the name of a class."""
+    folder, layers = stored(LAYERS["ct-packed-4"])
+    settings = dict(next(iter(layers.values())).settings)
+    (rest,) = settings["config_groups"].values()
+    head = rest | {"targets": ["lm_head"], "weights": rest["weights"] | {"num_bits": 8}}
+    write_settings(folder, settings | {"config_groups": {"group_0": head, "group_1": rest}})
+    state = LocalModel("local", str(folder)).load("cpu", "float32").network.state_dict()
+    for path, made in layers.items():
+        assert np.array_equal(state[f"{path}.weight"].numpy(), made.weight), path
+
+
 def test_rotations_inside_the_weights_are_read(stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:
     folder, layers = stored(LAYERS["ct-packed-4"])
     inside = {"R1": {"apply": [{"location": "weight_input"}, {"location": "weight_output"}]}}

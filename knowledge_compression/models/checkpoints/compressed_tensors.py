@@ -152,9 +152,9 @@ class CompressedTensors(Format):
         return weight.mul_(each(scales))
 
     def _scheme(self, layer: str) -> Scheme:
-        """The first scheme that names the layer, otherwise the one for all linear layers."""
+        """The first scheme that names the layer, otherwise the one for a class, such as all linear layers."""
         named = (scheme for scheme in self.schemes if scheme.takes(layer))
-        general = (scheme for scheme in self.schemes if any(target.isidentifier() for target in scheme.targets))
+        general = (scheme for scheme in self.schemes if any(target[:1].isupper() for target in scheme.targets))
         found = next(named, None) or next(general, None)
         if found is None:
             raise BadInput(f"it holds a scale for {layer}, which belongs to none of its config_groups")
