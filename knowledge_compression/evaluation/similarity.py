@@ -89,7 +89,8 @@ class Similarity:
         for ids in shown(windows.split(1), "similarity"):
             before, after = observe(dense, ids), observe(model, ids)
             for key in before:
-                cosine = functional.cosine_similarity(before[key], after[key], dim=-1)
+                first = before[key].to(after[key].device)  # they differ if the two are divided in different places
+                cosine = functional.cosine_similarity(first, after[key], dim=-1)
                 cosines.setdefault(key, []).append(float(cosine.mean()))
         return _evaluation(cosines, self._description(len(windows)))
 

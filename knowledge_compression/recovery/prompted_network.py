@@ -140,7 +140,7 @@ class Prompted:
                 reading.choices[0] = probe.choices[0]
         if 0 not in reading.choices:
             return longest
-        return torch.tensor(lengths, device=positions.device)[reading.choices[0]][:, None]
+        return torch.tensor(lengths, device=positions.device)[reading.choices[0].to(positions.device)][:, None]
 
     def _after(self, _: nn.Module, __: Any, output: Any) -> None:
         assert self._reading is not None
@@ -149,9 +149,8 @@ class Prompted:
         if cache is not None:
             self._choices_of_cache[cache] = reading.choices
         if reading.context is not None:
-            layers = range(len(self.bank.keys))
-            chosen = torch.stack([reading.choices[0 if self.selection == ONCE else layer] for layer in layers]).cpu()
-            self.last_choices = chosen.T
+            made = [reading.choices[0 if self.selection == ONCE else layer] for layer in range(len(self.bank.keys))]
+            self.last_choices = torch.stack([choice.to(made[0].device) for choice in made]).cpu().T
             self._chosen += self.last_choices.tolist()
 
 

@@ -52,9 +52,12 @@ class Reading:
             Attended prompt values ``[rows, heads, tokens, width]`` and their log-sum-exp ``[rows, heads, tokens]``.
         """
         known = self.choices.get(0 if self.selection == ONCE else layer)
-        keys, values = self.bank.keys[layer], self.bank.values[layer]
+        # In a network divided over devices, this layer's may be another than that of the bank or of the first choice.
+        of_layer = self.bank.keys[layer], self.bank.values[layer], self.bank.bias
+        keys, values, bias = (part.to(query.device) for part in of_layer)
         if known is not None:
-            return attend(query, keys[known], values[known], scale=scale, bias=self.bank.bias[known])
+            known = known.to(query.device)
+            return attend(query, keys[known], values[known], scale=scale, bias=bias[known])
         rows = query.shape[0]
         parts = [
             attend(
@@ -76,7 +79,8 @@ class Reading:
         assert self.context is not None
         total = torch.logsumexp(torch.cat([sums, own_sum[None]]), dim=0)
         paid = (sums - total).exp().mean(2)  # [prompts, rows, tokens]: attention to all tokens of a prompt
-        by_row = (paid * self.context).sum(-1) / self.context.sum(-1)
+        context = self.context.to(sums.device)
+        by_row = (paid * context).sum(-1) / context.sum(-1)
         return (by_row / torch.tensor(self.bank.lengths, device=sums.device)[:, None]).argmax(0)
 
 

@@ -13,6 +13,7 @@ import polars as pl
 import psutil
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from helpers.experiments import SUITE, made
 from helpers.gguf_files import write
@@ -22,15 +23,21 @@ from helpers.questions import random_questions
 from knowledge_compression.compression.base import memory_bytes
 from knowledge_compression.corpora.text import TextFile
 from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation import similarity
 from knowledge_compression.evaluation.scoring import Blank, Scorer
+from knowledge_compression.evaluation.scoring.depths import head_at_every_depth
+from knowledge_compression.evaluation.similarity import Similarity
 from knowledge_compression.models import Model
 from knowledge_compression.models.device import Device
 from knowledge_compression.models.families import ENCODER
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.soundness import non_finite, weights_of
 from knowledge_compression.models.spread import Spread, bytes_by_place, is_spread
+from knowledge_compression.recovery.bank import bank_of
 from knowledge_compression.recovery.lora import Lora
 from knowledge_compression.recovery.prompt import Prompt
+from knowledge_compression.recovery.prompted_network import Prompted
+from knowledge_compression.recovery.selection import ONCE, PER_LAYER, Reading
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.results.tracker import NoTracker
 from knowledge_compression.training import TrainingSettings
@@ -192,3 +199,65 @@ def test_weights_that_killed_processes_left_on_disk_are_deleted(tmp_path: Path, 
     del model
     gc.collect()
     assert not mine[0].exists()
+
+
+def over_two_devices(model: Model) -> Model:
+    """The model with its second half on the device ``meta``, which refuses to compute with a tensor of the CPU.
+
+    It stands for a second GPU; what is computed there has a shape and no values.
+    """
+    network: Any = model.network
+    second = network.model.layers[1]
+    for part in (second, network.model.norm, network.lm_head):
+        part.to("meta")
+
+    def arrive(_: Any, args: Any, kwargs: Any) -> Any:
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+
+    second.register_forward_pre_hook(arrive, with_kwargs=True)
+    return model
+
+
+def test_the_lens_looks_into_blocks_on_two_devices(tiny_tokenizer: Any) -> None:
+    model = over_two_devices(Model(build_network("llama", tie_word_embeddings=False), tiny_tokenizer, "tiny"))
+    ids = windows(3, 8)
+    with torch.no_grad(), head_at_every_depth(model.network, torch.arange(3), torch.full((3,), 7), 8):
+        logits = model.network(input_ids=ids, use_cache=False).logits
+    assert logits.is_meta and logits.shape[:2] == (2, 8)  # three depths of three positions, in rows of eight
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_prompts_are_read_in_blocks_on_two_devices(prompts: int, tiny_tokenizer: Any) -> None:
+    model = Model(build_network("llama", tie_word_embeddings=False), tiny_tokenizer, "tiny")
+    bank = bank_of(model, [torch.randn(2 + number, 16) for number in range(prompts)])
+    prompted = Prompted(over_two_devices(model), bank, ONCE)
+    with torch.no_grad(), prompted.choosing(None):
+        logits = model.network(input_ids=windows(3, 8), use_cache=False).logits
+    assert logits.is_meta and logits.shape[:2] == (3, 8)
+
+
+def test_a_block_on_another_device_chooses_its_own_prompt(tiny_tokenizer: Any) -> None:
+    model = Model(build_network("llama"), tiny_tokenizer, "tiny")
+    reading = Reading(bank_of(model, [torch.randn(2, 16), torch.randn(3, 16)]), PER_LAYER, torch.ones(3, 8))
+    query, own = torch.empty(3, 2, 8, 8, device="meta"), torch.empty(3, 2, 8, device="meta")
+    for attended, _ in (reading.attend_to_prompt(1, query, own, 1.0) for _ in range(2)):  # chooses, then knows
+        assert attended.is_meta and attended.shape == query.shape
+    assert reading.choices[1].is_meta
+
+
+def test_similarity_compares_what_two_devices_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cosine(before: torch.Tensor, after: torch.Tensor, dim: int) -> torch.Tensor:
+        assert before.device == after.device
+        return torch.ones(len(before))
+
+    places = {"dense": "cpu", "model": "meta"}
+    monkeypatch.setattr(similarity, "functional", SimpleNamespace(cosine_similarity=cosine))
+    monkeypatch.setattr(similarity, "_blocks", lambda model: 1)
+    monkeypatch.setattr(Similarity, "_windows", lambda self, scorer: windows(2, 8))
+    monkeypatch.setattr(Similarity, "fingerprint", lambda self: "")
+    rows = {(kind, "block#0"): torch.ones(8, 4) for kind in ("attention", "activation")}
+    monkeypatch.setattr(
+        similarity, "observe", lambda model, ids: {key: seen.to(places[model]) for key, seen in rows.items()}
+    )
+    scorer: Any = SimpleNamespace(original=lambda: "dense", model="model")
+    assert Similarity().evaluate(scorer).metrics["activation"] == 1.0

@@ -33,7 +33,8 @@ def head_at_every_depth(network: nn.Module, rows: Tensor, positions: Tensor, wid
     states: list[Tensor] = []
 
     def chosen(hidden: Tensor) -> Tensor:
-        return hidden[rows, positions + (hidden.shape[1] - width)]
+        device = hidden.device  # differs from block to block if the network is divided
+        return hidden[rows.to(device), positions.to(device) + (hidden.shape[1] - width)]
 
     def before(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not states:
@@ -44,7 +45,7 @@ def head_at_every_depth(network: nn.Module, rows: Tensor, positions: Tensor, wid
         states.append(chosen(hidden))
         if len(states) <= uses:
             return output
-        flat = torch.stack(states, dim=1).flatten(0, 1)
+        flat = torch.stack([state.to(hidden.device) for state in states], dim=1).flatten(0, 1)
         padded = functional.pad(flat, (0, 0, 0, -len(flat) % hidden.shape[1]))
         packed = padded.unflatten(0, (-1, hidden.shape[1]))
         return (packed, *output[1:]) if isinstance(output, tuple) else packed

@@ -68,7 +68,7 @@ def generate(
             break
         if len(open_) < len(going) and soft.choosing is None:  # the selection of prompts is stored by row
             going = [going[place] for place in open_]
-            state.keep(torch.tensor(open_, device=model.device))
+            state.keep(torch.tensor(open_))
     return said
 
 
@@ -90,7 +90,7 @@ class _State:
     cache: Any = None
 
     def keep(self, rows: Tensor) -> None:
-        """Continue with some rows only."""
+        """Continue with some rows only, given on the CPU: the parts of a divided network's cache lie on its devices."""
         self.tokens, self.mask = self.tokens[rows], self.mask[rows]
         if self.encoded is not None:
             self.encoded["last_hidden_state"] = self.encoded.last_hidden_state[rows]

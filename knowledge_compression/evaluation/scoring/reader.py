@@ -240,7 +240,7 @@ class Reader:
                 reads += [(row, place, token, start + c) for place, token in enumerate(answer)]
         ids, mask = self._pad([question.context for question, _ in asked])
         said, _ = self._pad([beginning for _, beginning in rows])
-        of_question = torch.tensor([q for q, _ in rows], device=ids.device)
+        of_question = torch.tensor([q for q, _ in rows])  # on the CPU: a divided encoder ends on any device
         inputs = {"attention_mask": mask[of_question], "decoder_input_ids": said, "use_cache": False}
         if self.soft_prompted:  # the wrapper places the prompt before the encoder's input
             inputs["input_ids"] = ids[of_question]
