@@ -19,7 +19,7 @@ import logging
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from knowledge_compression.cache import cached_folder
 from knowledge_compression.corpora.corpus import Corpus, Windowed, check_fits
@@ -27,6 +27,7 @@ from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import torch
 from knowledge_compression.identity import LABEL
 from knowledge_compression.models import Model
+from knowledge_compression.models.caches import cache_of
 from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER
 from knowledge_compression.models.streamed import StreamedModel
 from knowledge_compression.progress import shown
@@ -166,14 +167,15 @@ class _Sampler:
 
 
 def _continue(model: Model, sampler: _Sampler, rows: int, length: int) -> Tensor:
-    """Ancestral sampling from a decoder with its key-value cache."""
+    """Ancestral sampling from a decoder with its cache; one that has none reads everything again."""
     device = model.device
     first = torch.tensor([sampler.prefix] * rows, device=device) if sampler.prefix else sampler.any(rows)[:, None]
-    ids, new, past = first, first, None
+    ids, new, cache = first, first, dict[str, Any]()
     for _ in shown(range(length - first.shape[1]), "sampling"):
-        output = model.network(input_ids=new, past_key_values=past, use_cache=True, logits_to_keep=1)
-        past, new = output.past_key_values, sampler.draw(output.logits[:, -1])[:, None]
-        ids = torch.cat([ids, new], dim=1)
+        output = model.network(input_ids=new, use_cache=True, logits_to_keep=1, **cache)
+        cache, drawn = cache_of(output), sampler.draw(output.logits[:, -1])[:, None]
+        ids = torch.cat([ids, drawn], dim=1)
+        new = drawn if cache else ids
     return ids[:, :length]
 
 

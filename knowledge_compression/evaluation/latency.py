@@ -18,6 +18,7 @@ from knowledge_compression.evaluation.suite import Evaluation, item_table
 from knowledge_compression.heavy import pl, torch
 from knowledge_compression.memory import Peak, peak_memory
 from knowledge_compression.models import Model
+from knowledge_compression.models.caches import cache_of
 from knowledge_compression.models.families import DECODER, ENCODER
 from knowledge_compression.progress import shown
 from knowledge_compression.timing import timed
@@ -36,7 +37,7 @@ class Latency:
 
     *Prefill* reads the batch and computes the logits of each row's last token (encoders: of all tokens), filling the
     cache if there is one. *Decode* then generates ``decode_tokens`` more tokens, one at a time, using the cache; its
-    time is that of one token for the whole batch. Encoders have no decode.
+    time is that of one token for the whole batch. Encoders and networks without a cache have no decode.
 
     Attributes:
         batch: number of rows.
@@ -76,14 +77,13 @@ class Latency:
             )
         generator = torch.Generator().manual_seed(self.seed)
         ids = torch.randint(len(model.tokenizer), (self.batch, self.length), generator=generator).to(model.device)
-        kinds = (PREFILL,) if model.family == ENCODER else (PREFILL, DECODE)
-        seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+        seconds: dict[str, list[float]] = {}
         gc.collect()
         with torch.inference_mode(), peak_memory(model.device) as memory:
             for repeat in shown(range(-self.warmup, self.repeats), "latency"):
                 for name, value in self._once(model, ids).items():
                     if repeat >= 0:
-                        seconds[name].append(value)
+                        seconds.setdefault(name, []).append(value)
         return Evaluation(_metrics(seconds, memory), _items(seconds), self._description(model, memory))
 
     def _once(self, model: Model, ids: Tensor) -> dict[str, float]:
@@ -102,10 +102,13 @@ class Latency:
             prefill, output = timed(model.device, lambda: network(input_ids=ids, decoder_input_ids=start, **fields))
             fields["encoder_outputs"] = (output.encoder_last_hidden_state,)
 
+        if not cache_of(output):
+            return {PREFILL: prefill}
+
         def decode(output: Any) -> Any:
             for _ in range(self.decode_tokens):
                 token = output.logits[:, -1:].argmax(-1)
-                output = network(**{said: token}, past_key_values=output.past_key_values, **fields)
+                output = network(**{said: token}, **cache_of(output), **fields)
             return output
 
         decoding, _ = timed(model.device, lambda: decode(output))

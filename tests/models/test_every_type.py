@@ -19,7 +19,9 @@ from knowledge_compression.compression.base import Compression
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.methods.magnitude import Magnitude
+from knowledge_compression.corpora.own_samples import own_samples
 from knowledge_compression.errors import BadInput
+from knowledge_compression.evaluation.latency import Latency
 from knowledge_compression.evaluation.lm import ScorerLM, stock_lm
 from knowledge_compression.evaluation.scoring import Blank, Question, Scorer
 from knowledge_compression.library import choose
@@ -152,6 +154,45 @@ def test_scoring(dense: Model) -> None:
         compare(said_alone(dense))
     else:
         compare(asked(dense))
+
+
+# Recurrent state alone, beside attention and in the same blocks, no cache at all, and positions counted over padding.
+@pytest.mark.parametrize("name", ["mamba", "qwen3_next", "falcon_h1", "recurrent_gemma", "bart", "led"])
+def test_what_it_says_does_not_depend_on_the_batch(name: str, tmp_path: Path) -> None:
+    write_tiny(name, tmp_path)
+    model = loaded(name, tmp_path)
+    with torch.no_grad():
+        for parameter in model.network.parameters():  # so that what it says depends on all that it reads
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+    prompts = [model.tokenizer(text)["input_ids"] for text in _texts()[:6]]
+    alone = [said_by(model, prompt, 5) for prompt in prompts]
+    ends = {tuple(said[: 1 + i % 5]) for i, said in enumerate(alone)}  # not all at once
+    wanted = [next(said[:n] for n in range(1, 6) if n == 5 or tuple(said[:n]) in ends) for said in alone]
+    assert Scorer(model).generate(prompts, 5, lambda said: tuple(said) in ends) == wanted
+    assert len(set(map(tuple, alone))) > 1
+
+
+@pytest.mark.parametrize("name", ["mamba", "recurrent_gemma"])
+def test_a_network_without_keys_and_values_writes_its_own_text_and_is_timed(name: str, tmp_path: Path) -> None:
+    write_tiny(name, tmp_path)
+    model = loaded(name, tmp_path)
+    ids = own_samples(model, 3, 12, seed=0)
+    assert ids.shape == (3, 12) and not torch.equal(ids[0], ids[1])
+    timed = Latency(batch=2, length=8, decode_tokens=2, repeats=1, warmup=0).evaluate(Scorer(model)).metrics
+    assert ("decode_seconds" in timed) == (name == "mamba") and timed["prefill_seconds"] > 0
+
+
+@torch.no_grad()
+def said_by(model: Model, prompt: list[int], most: int) -> list[int]:
+    """The likeliest tokens after a prompt, by plain passes over all of it."""
+    said: list[int] = []
+    for _ in range(most):
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([[*prompt, *said]])}
+        if model.family == ENCODER_DECODER:
+            inputs = {"input_ids": torch.tensor([prompt])}
+            inputs["decoder_input_ids"] = torch.tensor([[model.decoder_start, *said]])
+        said.append(int(model.network(**inputs, use_cache=False).logits[0, -1].argmax()))
+    return said
 
 
 # Layers through which no text goes: for tokens that all others see, or whose weight the network multiplies by itself.

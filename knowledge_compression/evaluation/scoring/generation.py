@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring.heads import head_at
 from knowledge_compression.models import Model
+from knowledge_compression.models.caches import cache_of
 from knowledge_compression.models.families import ENCODER_DECODER
 from knowledge_compression.models.prompts import NO_PROMPTS, Choices, Prompts
 
@@ -81,36 +83,73 @@ class _State:
         mask: 1 for each token read so far that is not padding, int64 ``[rows, seen]``; of the encoder's input for
             encoder-decoders.
         encoded: the encoder's output, or None for decoders.
-        cache: keys and values of the tokens read so far; None before the first pass.
+        cache: what the network keeps of the tokens read so far, as an argument; empty before the first pass.
+        again: whether the network keeps nothing, so that every pass reads all tokens, which are padded on the right.
     """
 
     tokens: Tensor
     mask: Tensor
     encoded: Any = None
-    cache: Any = None
+    cache: Mapping[str, Any] = field(default_factory=dict)
+    again: bool = False
+
+    @property
+    def last(self) -> Tensor:
+        """The place of each row's last token among those to read, int64 ``[rows]``."""
+        return self.mask.sum(-1) - 1 if self.again else torch.full_like(self.tokens[:, 0], self.tokens.shape[1] - 1)
 
     def keep(self, rows: Tensor) -> None:
-        """Continue with some rows only, given on the CPU: the parts of a divided network's cache lie on its devices."""
+        """Continue with some rows only, given on the CPU, as parts of a divided network lie on several devices."""
         self.tokens, self.mask = self.tokens[rows], self.mask[rows]
         if self.encoded is not None:
             self.encoded["last_hidden_state"] = self.encoded.last_hidden_state[rows]
-        self.cache.batch_select_indices(rows)
+        for cache in self.cache.values():
+            cache.reorder_cache(rows)  # batch_select_indices() is not there for recurrent states
 
     def inputs(self) -> dict[str, Any]:
         """The arguments for the network."""
-        shared = {"attention_mask": self.mask, "past_key_values": self.cache, "use_cache": True}
+        shared = {"attention_mask": self.mask, "use_cache": not self.again, **self.cache}
+        if "cache_params" in self.cache:  # a state-space model, which would read a new token once for each in the mask
+            del shared["attention_mask"]
         if self.encoded is not None:
             return shared | {"encoder_outputs": self.encoded, "decoder_input_ids": self.tokens}
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -self.tokens.shape[1] :]
         return shared | {"input_ids": self.tokens, "position_ids": positions}
 
+    def add(self, tokens: Tensor, cache: Mapping[str, Any]) -> None:
+        """Continue with each row's next token ``[rows]``."""
+        new, self.cache = tokens[:, None], cache
+        if self.again:
+            place = self.last[:, None] + 1
+            self.tokens, self.mask = (pad(each, (0, 1)) for each in (self.tokens, self.mask))
+            self.tokens, self.mask = self.tokens.scatter(1, place, new), self.mask.scatter(1, place, 1)
+            return
+        self.tokens = new
+        if self.encoded is None:
+            self.mask = torch.cat([self.mask, torch.ones_like(new)], dim=1)
+
+    def read_again(self) -> None:
+        """Move the padding of prompts to the right, because the network keeps nothing of them."""
+        order = (1 - self.mask).argsort(dim=1, stable=True)
+        self.tokens, self.mask, self.again = self.tokens.gather(1, order), self.mask.gather(1, order), True
+
 
 def _start(model: Model, prompts: Sequence[Sequence[int]]) -> _State:
-    """The first pass: prompts end together, so the generated tokens line up in one column."""
-    width, pad = max(map(len, prompts)), pad_id(model)
-    ids = torch.tensor([[*[pad] * (width - len(p)), *p] for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    if model.family != ENCODER_DECODER:
+    """The first pass.
+
+    A decoder's prompts end together, so the generated tokens line up in one column. An encoder's begin together,
+    because positions in it may be counted over the padding too.
+    """
+    width, filler = max(map(len, prompts)), pad_id(model)
+    left = model.family != ENCODER_DECODER
+
+    def filled(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+        more = ([value] * (width - len(row)) for row in rows)
+        whole = ([*fill, *row] if left else [*row, *fill] for row, fill in zip(rows, more, strict=True))
+        return torch.tensor(list(whole), device=model.device)
+
+    ids, mask = filled(prompts, filler), filled([[1] * len(prompt) for prompt in prompts], 0)
+    if left:
         return _State(ids, mask)
     with torch.inference_mode():
         encoded = model.network.get_encoder()(input_ids=ids, attention_mask=mask)
@@ -127,16 +166,25 @@ def _steps(
     Each step also yields whether each row's logits were finite, and the soft prompts that were selected when the rows
     were first read.
     """
-    for _ in range(most):
-        count, width = state.tokens.shape
-        rows = torch.arange(count, device=state.tokens.device)
-        choosing = choose(None) if state.cache is None else nullcontext([])
-        with choosing as choices, head_at(model.network, rows, torch.full_like(rows, width - 1), width):
-            output = model.network(**state.inputs())
-        state.cache, state.tokens = output.past_key_values, output.logits[0].argmax(-1)[:, None]
-        if state.encoded is None:
-            state.mask = torch.cat([state.mask, torch.ones_like(state.tokens)], dim=1)
-        yield state.tokens[:, 0].tolist(), output.logits[0].amax(-1).isfinite().tolist(), choices
+    for step in range(most):
+        choosing = choose(None) if step == 0 else nullcontext([])
+        with choosing as choices:
+            output = _read(model, state)
+        cache = cache_of(output)
+        if not (cache or state.again):
+            state.read_again()
+            output = _read(model, state)
+        logits = output.logits[0]
+        tokens = logits.argmax(-1)
+        state.add(tokens, cache)
+        yield tokens.tolist(), logits.amax(-1).isfinite().tolist(), choices
+
+
+def _read(model: Model, state: _State) -> Any:
+    """The output of one pass, with logits ``[1, rows, vocabulary]`` after the last tokens."""
+    rows = torch.arange(len(state.tokens), device=state.tokens.device)
+    with head_at(model.network, rows, state.last, state.tokens.shape[1]):
+        return model.network(**state.inputs())
 
 
 def pad_id(model: Model) -> int:
