@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 ROLES = (ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT, FF)
 # As in targets, experts are feed-forward; a mixer counts as attention.
+# Types whose kernels multiply by the mixer's last matrix themselves, so that peft refuses to add anything to it.
+_BY_KERNEL = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 _TAKES = {FF: (FF, EXPERTS, SHARED_EXPERTS), DECODER_SELF_ATT: (DECODER_SELF_ATT, MIXER)}
 
 
@@ -38,7 +40,7 @@ class Lora(OneAdapter):
     """Train low-rank additions to every attention and feed-forward projection; they are not merged into the weights.
 
     Each expert of a mixture gets an addition of its own. Linear attention and state-space mixers, which replace
-    attention, count as attention.
+    attention, count as attention; the last matrix of Mamba's is left out.
 
     Attributes:
         rank: of the additions; the paper uses 2, 3 and 4.
@@ -67,7 +69,10 @@ class Lora(OneAdapter):
     def layers(self, model: Model) -> list[TargetLayer]:
         """The linear layers that get an addition."""
         roles = {part for role in self.roles for part in _TAKES.get(role, (role,))}
-        return [layer for layer in linear_layers(model) if layer.role in roles]
+        found = [layer for layer in linear_layers(model) if layer.role in roles]
+        if model.network.config.model_type in _BY_KERNEL:
+            return [layer for layer in found if not layer.path.endswith(".out_proj")]
+        return found
 
     def prepare(self, model: Model) -> None:
         """Take banks of experts apart, so that each expert can get an addition of its own."""

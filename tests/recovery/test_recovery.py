@@ -13,6 +13,7 @@ from peft import PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_mode
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from helpers.every_type import write_tiny
 from helpers.networks import build_network
 from helpers.places import CONF
 from helpers.recoveries import SHORT, STRATEGIES
@@ -22,6 +23,7 @@ from knowledge_compression.compression.methods.magnitude import Magnitude
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation.scoring import Question, Scorer
 from knowledge_compression.models import Target
+from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.objectives import objective_for
 from knowledge_compression.recovery.adapters import FrozenBase
 from knowledge_compression.recovery.concat import Concat
@@ -316,3 +318,18 @@ def test_every_strategy_is_a_choice(name):
             "config", overrides=[f"recovery={name}", "eval=[]", "compression=none", *NEEDED.get(f"recovery={name}", [])]
         )
     instantiate(config.recovery, _convert_="all")
+
+
+def one_of(name, folder):
+    write_tiny(name, folder)
+    return LocalModel(name, str(folder)).load("cpu", "float32")
+
+
+@pytest.mark.parametrize("name", ["mamba", "falcon_h1"])
+def test_lora_leaves_out_what_a_kernel_multiplies_by_itself(text, tmp_path, name):
+    model = one_of(name, tmp_path / "model")
+    before = loss(model, text)
+    Lora(replace(SHORT, steps=6), rank=2).recover(model, text)
+    added = {path.rpartition(".lora_A")[0] for path, _ in model.network.named_parameters() if ".lora_A" in path}
+    assert any(path.endswith("in_proj") for path in added) and not any(path.endswith("out_proj") for path in added)
+    assert loss(model, text) < before
