@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from knowledge_compression.errors import BadInput
 from knowledge_compression.heavy import nn, torch
 from knowledge_compression.models import Model
-from knowledge_compression.models.families import DECODER
+from knowledge_compression.models.families import DECODER, MIXER
+from knowledge_compression.models.targets import linear_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +76,7 @@ def bank_of(model: Model, prompts: Sequence[Tensor]) -> PromptBank:
 
 
 def check_decoder(model: Model) -> None:
-    """Refuse networks that cannot read cached prompts."""
+    """Refuse networks that cannot read cached prompts: before they are trained, which may take hours."""
     if model.family != DECODER:
         raise BadInput(
             f"{model.name} ({model.family}) reads in both directions, so a prompt's keys and values depend on the "
@@ -87,6 +88,11 @@ def check_decoder(model: Model) -> None:
         raise BadInput(
             f"{model.name} attends within windows of {window} tokens, so later tokens do not see a prompt; "
             "recovery=lora fits it, prompts need full attention"
+        )
+    if recurrent := next((layer.path for layer in linear_layers(model) if layer.role == MIXER), None):
+        raise BadInput(
+            f"{model.name} ({model.network.config.model_type}) keeps a state of the text in place of keys and values "
+            f"({recurrent}), so a prompt cannot be cached; recovery=lora fits it, prompts need attention in every block"
         )
 
 

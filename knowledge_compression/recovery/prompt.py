@@ -14,7 +14,7 @@ from knowledge_compression.models import Model
 from knowledge_compression.models.families import DECODER
 from knowledge_compression.models.prompts import Prompts
 from knowledge_compression.recovery.adapters import Adapter, FrozenBase, Tuning
-from knowledge_compression.recovery.bank import bank_of, check_positions, embedding_width
+from knowledge_compression.recovery.bank import bank_of, check_decoder, check_positions, embedding_width
 from knowledge_compression.recovery.base import RestoresBy
 from knowledge_compression.recovery.joined import join_prompt
 from knowledge_compression.recovery.prompted_network import Prompted
@@ -57,7 +57,9 @@ class Prompt(OneAdapter):
         return self.tokens
 
     def check(self, model: Model) -> None:
-        """Refuse a prompt that leaves no positions for the input."""
+        """Refuse a prompt that leaves no positions for the input, and decoders that cannot read it from a cache."""
+        if model.family == DECODER:
+            check_decoder(model)
         check_positions(model, self.tokens)
 
     def trainable(self, model: Model) -> nn.Module:

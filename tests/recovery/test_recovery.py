@@ -25,6 +25,7 @@ from knowledge_compression.evaluation.scoring import Question, Scorer
 from knowledge_compression.models import Target
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.objectives import objective_for
+from knowledge_compression.recovery import adapters
 from knowledge_compression.recovery.adapters import FrozenBase
 from knowledge_compression.recovery.concat import Concat
 from knowledge_compression.recovery.idp import Idp
@@ -323,6 +324,24 @@ def test_every_strategy_is_a_choice(name):
 def one_of(name, folder):
     write_tiny(name, folder)
     return LocalModel(name, str(folder)).load("cpu", "float32")
+
+
+@pytest.mark.parametrize("strategy", ["prompt", "prefix", "idp", "concat"])
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("mamba", "keeps a state of the text"),
+        ("qwen3_next", "keeps a state of the text"),
+        ("falcon_h1", "keeps a state of the text"),  # beside attention, in every block
+        ("mistral", "attends within windows"),
+    ],
+)
+def test_a_decoder_that_cannot_read_cached_prompts_is_refused_before_any_training(
+    text, tmp_path, monkeypatch, name, why, strategy
+):
+    monkeypatch.setattr(adapters, "train", lambda *args, **kwargs: pytest.fail("it was trained"))
+    with pytest.raises(BadInput, match=why):
+        STRATEGIES[strategy].recover(one_of(name, tmp_path / "model"), text)
 
 
 @pytest.mark.parametrize("name", ["mamba", "falcon_h1"])
