@@ -133,6 +133,8 @@ class Tuning:
         check_gradients(model)
         windows = self._windows(model, corpus, reserved)
         deciding = {"format": FORMAT, "base": base.digest, "text": digest(windows), "training": self.training.to_json()}
+        if model.dtype != torch.float32:  # earlier, some were trained in the network's own type
+            deciding["parameters"] = "float32"
         identity = json.dumps(deciding | dict(kind), sort_keys=True)
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
         label = " ".join(str(value) for value in kind.values())

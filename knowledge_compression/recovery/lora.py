@@ -37,7 +37,7 @@ _TAKES = {FF: (FF, EXPERTS, SHARED_EXPERTS), DECODER_SELF_ATT: (DECODER_SELF_ATT
 
 @dataclass(frozen=True)
 class Lora(OneAdapter):
-    """Train low-rank additions to every attention and feed-forward projection; they are not merged into the weights.
+    """Train low-rank additions to every attention and feed-forward projection, in float32, and leave them unmerged.
 
     Each expert of a mixture gets an addition of its own. Linear attention and state-space mixers, which replace
     attention, count as attention; the last matrix of Mamba's is left out.
@@ -123,4 +123,8 @@ def add_lora(model: Model, settings: Lora) -> nn.Module:
     )
     ours = {type(layer.module) for layer in layers if layer.is_replaced}
     config._register_custom_module(dict.fromkeys((*ours, nn.Linear), LoraLinear))
-    return inject_adapter_in_model(config, model.network)
+    network = inject_adapter_in_model(config, model.network)
+    for parameter in network.parameters():
+        if parameter.requires_grad:  # in a narrower type steps would be lost, and Adam's squares would vanish
+            parameter.data = parameter.data.float()
+    return network

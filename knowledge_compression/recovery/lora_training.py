@@ -49,8 +49,7 @@ class LoraLinear(PeftLinear):
         place, stored = x.device.type, base.weight.dtype
         if torch.is_autocast_enabled(place) and stored in (torch.float32, torch.get_autocast_dtype(place)):
             return torch.get_autocast_dtype(place)
-        same = x.dtype == stored == self.lora_A[names[0]].weight.dtype
-        return stored if same and not torch.is_autocast_enabled(place) else None
+        return stored if x.dtype == stored and not torch.is_autocast_enabled(place) else None
 
 
 class _Sum(torch.autograd.Function):

@@ -321,6 +321,24 @@ def test_every_strategy_is_a_choice(name):
     instantiate(config.recovery, _convert_="all")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_additions_to_narrow_weights_are_trained_in_float32(tiny_model, text, dtype):
+    """As a GPU loads them by default; in float16 Adam's squares vanish, and its steps are far too large."""
+    found = []
+    for narrow in (False, True):
+        model = tiny_model("llama")
+        model.network.to(dtype)
+        model.network.to(dtype if narrow else torch.float32)
+        training = replace(SHORT, learning_rate=0.01)
+        found.append(Lora(training, rank=2).recover(model, text).report)
+        added = [p for path, p in model.network.named_parameters() if ".lora_" in path]
+        assert added and {p.dtype for p in added} == {torch.float32}
+        assert model.dtype == (dtype if narrow else torch.float32)
+    wide, narrow_report = found
+    assert wide.loss_after < wide.loss_before - 0.3
+    assert narrow_report.loss_after == pytest.approx(wide.loss_after, rel=0.01)
+
+
 def one_of(name, folder):
     write_tiny(name, folder)
     return LocalModel(name, str(folder)).load("cpu", "float32")
