@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 ROLES = (ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT, FF)
-# As in targets, experts are feed-forward; a mixer counts as attention.
 # Types whose kernels multiply by the mixer's last matrix themselves, so that peft refuses to add anything to it.
 _BY_KERNEL = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+# As in targets, experts are feed-forward; a mixer counts as attention.
 _TAKES = {FF: (FF, EXPERTS, SHARED_EXPERTS), DECODER_SELF_ATT: (DECODER_SELF_ATT, MIXER)}
 
 
