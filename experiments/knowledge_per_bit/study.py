@@ -230,14 +230,19 @@ def of_equal_size(rows: Sequence[Row]) -> list[list[Row]]:
     return groups
 
 
+def those_asked(rows: Sequence[Row], suite: str) -> list[Row]:
+    """The rows that were asked a suite; those of an older store may not have been."""
+    return [row for row in rows if suite in row.kept]
+
+
 def kept_most(rows: Sequence[Row], suite: str) -> Row:
-    """The row that keeps most of a suite's facts."""
-    return max(rows, key=lambda row: row.kept[suite].value)
+    """Of the rows that were asked a suite, the one that keeps most of its facts."""
+    return max(those_asked(rows, suite), key=lambda row: row.kept[suite].value)
 
 
 def suites_of(rows: Sequence[Row]) -> list[str]:
     """The suites of facts that all rows were asked."""
-    return [suite for suite in FACTS if all(suite in row.kept for row in rows)]
+    return [suite for suite in FACTS if len(those_asked(rows, suite)) == len(rows)]
 
 
 def answer(rows: Sequence[Row]) -> list[str]:
@@ -247,12 +252,16 @@ def answer(rows: Sequence[Row]) -> list[str]:
         if len(group) < 2:
             continue
         by_text = min(group, key=lambda row: row.nats.value)
-        firsts = [(suite, kept_most(group, suite)) for suite in suites_of(group)]
-        told = [f"{row.name} keeps most facts of {FACTS[suite]} ({percent(row.kept[suite])})" for suite, row in firsts]
+        told = []
+        for suite, name in FACTS.items():
+            if asked := those_asked(group, suite):
+                first = kept_most(asked, suite)
+                of = "" if len(asked) == len(group) else f", of {len(asked)} rows that were asked"
+                told.append(f"{first.name} keeps most facts of {name} ({percent(first.kept[suite])}{of})")
         told.append(f"{by_text.name} has the lowest perplexity")
         lines.append(f"- {group[0].bits:.2f} to {group[-1].bits:.2f} bits: {'; '.join(told)}.")
         most = max(len(row.kept) for row in group)
-        compared = [row for row in group if len(row.kept) == most]  # a row of an older store may lack suites
+        compared = [row for row in group if len(row.kept) == most]
         if len(compared) > 2:
             orders = {FACTS[suite]: [row.kept[suite].value for row in compared] for suite in suites_of(compared)}
             orders["perplexity"] = [-row.nats.value for row in compared]
@@ -275,7 +284,9 @@ def against_peers(rows: Sequence[Row]) -> list[str]:
         text, their_text = (min(some, key=lambda row: row.nats.value) for some in (ours, theirs))
         ratio = text.nats.value / their_text.nats.value
         told = []
-        for suite in suites_of([*ours, *theirs]):
+        for suite in FACTS:
+            if not (those_asked(ours, suite) and those_asked(theirs, suite)):
+                continue
             facts, their_facts = kept_most(ours, suite), kept_most(theirs, suite)
             more = 100 * (facts.kept[suite].value - their_facts.kept[suite].value)
             told.append(
