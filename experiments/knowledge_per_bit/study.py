@@ -176,11 +176,6 @@ def told_of(run: Run, peers: Path | None) -> dict[str, Any]:
     return dict(json.loads(place.read_text()))
 
 
-def has(group: Group, run: Run) -> bool:
-    """Whether a run is among those of a group."""
-    return any(member.id == run.id for member in group.members)
-
-
 def rows_of(store: Path, peers: Path | None = None) -> list[list[Row]]:
     """Every compressed model of the store and of the peers, the smallest first; of each the rows of its seeds."""
     runs = list(RunStore(store))
@@ -195,7 +190,9 @@ def rows_of(store: Path, peers: Path | None = None) -> list[list[Row]]:
         seeds = []
         for run in of_setting:
             if f"{TEXT}.perplexity" in run.metrics:
-                groups = {suite: of for suite in FACTS for of in asked[suite] if has(of, run)}
+                groups = {
+                    suite: of for suite in FACTS for of in asked[suite] if run.id in {one.id for one in of.members}
+                }
                 name = short_name(run)
                 if alike[name] > 1:  # e.g. with another rate
                     name = comparisons.names.of(run.id, ("seed", "eval"))
@@ -211,11 +208,15 @@ def ordered(rows: Sequence[list[Row]]) -> list[list[Row]]:
 
 def with_earlier(rows: Sequence[list[Row]], file: Path) -> list[list[Row]]:
     """The rows and those of other names in ``file``, which then holds all of them."""
-    earlier = json.loads(file.read_text()) if file.is_file() else []
-    here = {row.name for row, *_ in rows}
-    others = [[Row.of(row) for row in seeds] for seeds in earlier if seeds[0]["name"] not in here]
-    every = ordered([*rows, *others])
-    file.write_text(json.dumps([[asdict(row) for row in seeds] for seeds in every], indent=1) + "\n")
+    try:
+        earlier = [[Row.of(row) for row in seeds] for seeds in json.loads(file.read_text())] if file.is_file() else []
+        here = {row.name for row, *_ in rows}
+        every = ordered([*rows, *(seeds for seeds in earlier if seeds[0].name not in here)])
+    except (ValueError, TypeError, LookupError, AttributeError):
+        sys.exit(f"error: {file} is not what this study wrote; restore it, or delete it to begin anew")
+    scratch = file.with_suffix(".partial")
+    scratch.write_text(json.dumps([[asdict(row) for row in seeds] for seeds in every], indent=1) + "\n")
+    scratch.replace(file)
     return every
 
 

@@ -124,6 +124,16 @@ def test_rows_written_before_stay_until_a_store_has_them_again(store: RunStore, 
     assert told("second") == after
 
 
+@pytest.mark.parametrize("damaged", ["[[{", '[[{"name": "rtn bits=3"}]]', "[[]]", "{}x", "[1]"])
+def test_damaged_results_are_one_line_and_stay(store: RunStore, tmp_path, damaged: str) -> None:
+    (tmp_path / "README.md").write_text(f"{STUDY.MARKER}\n")
+    (tmp_path / "results.json").write_text(damaged)
+    with pytest.raises(SystemExit, match=r"^error: .*results.json is not what this study wrote; restore it, or delete"):
+        STUDY.main(store.folder, tmp_path)
+    assert (tmp_path / "results.json").read_text() == damaged
+    assert (tmp_path / "README.md").read_text() == f"{STUDY.MARKER}\n"
+
+
 def test_the_front_is_of_rows_that_no_smaller_one_beats(store: RunStore) -> None:
     assert [round(row.kept["atlas"].value, 3) for row in STUDY.best(rows_of(store.folder))] == [0.875, 1.0]
 
