@@ -176,6 +176,11 @@ def told_of(run: Run, peers: Path | None) -> dict[str, Any]:
     return dict(json.loads(place.read_text()))
 
 
+def has(group: Group, run: Run) -> bool:
+    """Whether a run is among those of a group."""
+    return any(member.id == run.id for member in group.members)
+
+
 def rows_of(store: Path, peers: Path | None = None) -> list[list[Row]]:
     """Every compressed model of the store and of the peers, the smallest first; of each the rows of its seeds."""
     runs = list(RunStore(store))
@@ -187,15 +192,13 @@ def rows_of(store: Path, peers: Path | None = None) -> list[list[Row]]:
     alike = Counter(short_name(run) for run, *_ in settings)
     rows = []
     for of_setting in settings:
+        name = short_name(of_setting[0])
+        if alike[name] > 1:  # e.g. with another rate
+            name = comparisons.names.of(of_setting[0].id, ("seed", "eval"))
         seeds = []
         for run in of_setting:
             if f"{TEXT}.perplexity" in run.metrics:
-                groups = {
-                    suite: of for suite in FACTS for of in asked[suite] if run.id in {one.id for one in of.members}
-                }
-                name = short_name(run)
-                if alike[name] > 1:  # e.g. with another rate
-                    name = comparisons.names.of(run.id, ("seed", "eval"))
+                groups = {suite: of for suite in FACTS for of in asked[suite] if has(of, run)}
                 seeds.append(row_of(groups, run, name, peers))
         rows += [seeds] if seeds else []
     return ordered(rows)
@@ -256,7 +259,7 @@ def answer(rows: Sequence[Row]) -> list[str]:
         told = []
         for suite, name in FACTS.items():
             if asked := those_asked(group, suite):
-                first = kept_most(asked, suite)
+                first = kept_most(group, suite)
                 of = "" if len(asked) == len(group) else f", of {len(asked)} rows that were asked"
                 told.append(f"{first.name} keeps most facts of {name} ({percent(first.kept[suite])}{of})")
         told.append(f"{by_text.name} has the lowest perplexity")

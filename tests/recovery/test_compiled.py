@@ -38,6 +38,16 @@ def trained(model: Model, **settings: Any) -> tuple[TrainingReport, list[torch.T
     return report, [p.detach().clone() for p in network.parameters() if p.requires_grad]
 
 
+def why_plain(tiny_model: Callable[[str], Model]) -> str:
+    """Why blocks that should be compiled ran as they are, which must leave no other trace."""
+    plain, expected = trained(tiny_model("llama"))
+    report, found = trained(tiny_model("llama"), torch_compile=True)
+    assert report.not_compiled is not None
+    assert report.loss_after == plain.loss_after
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    return report.not_compiled
+
+
 @needs_compiler
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_compiled_blocks_train_as_plain_ones(tiny_model: Callable[[str], Model], architecture: str) -> None:
@@ -76,12 +86,7 @@ def test_without_a_compiler_the_blocks_run_as_they_are(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # where nothing has been compiled yet
     monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
     torch._dynamo.reset()  # nor in this process
-    plain, expected = trained(tiny_model("llama"))
-    report, found = trained(tiny_model("llama"), torch_compile=True)
-    assert report.not_compiled is not None
-    assert "no-such-compiler" in report.not_compiled
-    assert report.loss_after == plain.loss_after
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert "no-such-compiler" in why_plain(tiny_model)
 
 
 def test_a_failure_leaves_the_blocks_as_they_are(
@@ -91,16 +96,11 @@ def test_a_failure_leaves_the_blocks_as_they_are(
         raise RuntimeError("no compiler here\nand more lines")
 
     monkeypatch.setattr(compiled, "_BACKEND", failing)
-    plain, expected = trained(tiny_model("llama"))
     with caplog.at_level(logging.WARNING):
-        report, found = trained(tiny_model("llama"), torch_compile=True)
-    assert report.not_compiled is not None
-    assert "no compiler here" in report.not_compiled
-    assert [record.message for record in caplog.records].count(
-        f"blocks are not compiled from here on: {report.not_compiled}"
-    ) == 1
-    assert report.loss_after == plain.loss_after
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        why = why_plain(tiny_model)
+    assert "no compiler here" in why
+    said = [record.message for record in caplog.records]
+    assert said.count(f"blocks are not compiled from here on: {why}") == 1
 
 
 def test_a_failure_of_the_backward_pass_leaves_the_blocks_as_they_are(
@@ -111,9 +111,4 @@ def test_a_failure_of_the_backward_pass_leaves_the_blocks_as_they_are(
 
     backend = aot_autograd(fw_compiler=lambda graph, _inputs: make_boxed_func(graph), bw_compiler=failing)
     monkeypatch.setattr(compiled, "_BACKEND", backend)
-    plain, expected = trained(tiny_model("llama"))
-    report, found = trained(tiny_model("llama"), torch_compile=True)
-    assert report.not_compiled is not None
-    assert "no way back" in report.not_compiled
-    assert report.loss_after == plain.loss_after
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert "no way back" in why_plain(tiny_model)
