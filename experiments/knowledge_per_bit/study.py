@@ -185,7 +185,8 @@ def rows_of(store: Path, peers: Path | None = None) -> list[list[Row]]:
     """Every compressed model of the store and of the peers, the smallest first; of each the rows of its seeds."""
     runs = list(RunStore(store))
     if peers is not None:
-        runs += [run for run in RunStore(peers / "store") if is_file(run)]
+        here = {run.id for run in runs}
+        runs += [run for run in RunStore(peers / "store") if run.id not in here]  # theirs, and the dense one if need be
     comparisons = compare(runs)
     asked = {suite: [group for group in comparisons if group.asked.suite == suite] for suite in FACTS}
     settings = [one.seeds[run.id] for one in asked[FIRST] for run in one.runs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import shutil
 from types import SimpleNamespace
 
 import polars as pl
@@ -195,6 +196,13 @@ def test_another_program_is_a_row_with_the_bytes_of_its_file(store: RunStore, pe
     assert row.megabytes == pytest.approx((3500 / 8 + 2 * 500) / 1e6)
     assert (row.nats.value, row.kept["atlas"].value) == (pytest.approx(0.5), 1.0)
     assert len(rows_of(store.folder, peers)) == 1 + len(rows_of(store.folder))
+
+
+def test_the_dense_run_may_be_that_of_the_other_programs(peers, tmp_path) -> None:
+    shutil.copytree(peers, tmp_path / "peers")
+    RunStore(tmp_path / "peers" / "store").write(quantized("1111111100", 3.0, "none", None))
+    (row,) = rows_of(tmp_path / "nothing", tmp_path / "peers")
+    assert row.peer
 
 
 def test_a_pruning_of_another_program_counts_as_ours(store: RunStore, peers, tmp_path) -> None:
