@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
+from helpers import stand_in_gpu
 from knowledge_compression.models import device
+
+GPUS = "KC_TEST_GPUS"  # in a program's environment: how many stand-ins for GPUs it has
 
 # What nearly every run uses. Whether the product loads what it needs by itself, and no more, is asked of processes that
 # start with nothing: test_finished.py, test_launchers.py, test_hub.py and the tests that kill programs.
@@ -144,6 +147,8 @@ def _begin(command: tuple[str, ...], folder: Path, environment: Mapping[str, str
     sys.path[:0] = [str(Path(command[0]).parent)]
     if "OMP_NUM_THREADS" in environment:
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if gpus := int(environment.get(GPUS, 0)):
+        stand_in_gpu.begin(gpus)
     try:
         runpy.run_path(command[0], run_name="__main__")
     finally:

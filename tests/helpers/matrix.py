@@ -69,9 +69,14 @@ def write_model(folder: Path, architecture: str, tokenizer: Any) -> Path:
 def sweep(
     outputs: Path, data: Path, *choices: str, ends: int = 0, target: str = "all", sparsity: float = SPARSITY
 ) -> str:
-    """What a user types; gives what the terminal shows. It asks for perplexity where the choices name no suite."""
+    """What a user types; gives what the terminal shows.
+
+    It asks for perplexity where the choices name no suite, and calibrates on the text where they name no corpus.
+    """
     command = [str(CONF.parent / "run.py"), "-m", f"target={target}", f"sparsity={sparsity}"]
-    command += ["corpus=text", f"corpus.path={data / 'calibration.txt'}", "corpus.samples=6", "corpus.length=24"]
+    if not any(choice.startswith("corpus=") for choice in choices):
+        command += ["corpus=text", f"corpus.path={data / 'calibration.txt'}"]
+    command += ["corpus.samples=6", "corpus.length=24"]
     if not any(choice.startswith("eval=") for choice in choices):
         command += ["eval=[perplexity]", "eval.perplexity.window=24", "eval.perplexity.masked_per_window=4", "limit=4"]
     command += [f"data_dir={data}", f"output.dir={outputs}", *choices]
