@@ -196,7 +196,8 @@ def train(
     tokens_a_step = settings.batch_size * settings.accumulate * windows.shape[1]
 
     network.train()
-    generators = [device] if device.type == "cuda" else []
+    places = {p.device for p in network.parameters()}  # several where a network is divided
+    generators = [place for place in places if place.type == "cuda"]
     with (
         _progress() as bar,
         torch.random.fork_rng(generators),

@@ -11,6 +11,7 @@ import multiprocessing
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,11 @@ from helpers.questions import random_questions
 from knowledge_compression.evaluation.scoring import Scorer
 from knowledge_compression.evaluation.scoring.helpers import Helpers
 from knowledge_compression.models.loading import LocalModel
+from knowledge_compression.models.spread import Spread, bytes_by_place
+from knowledge_compression.objectives import objective_for
+from knowledge_compression.recovery.lora import Lora
 from knowledge_compression.results.store import Run
+from knowledge_compression.training import TrainingSettings, train
 
 pytestmark = [
     pytest.mark.slow,
@@ -125,7 +130,7 @@ def test_samples_of_the_model_itself(folder: Path, data: Path, tmp_path: Path, g
 # What follows runs in processes of their own, because one that has stand-ins keeps them.
 
 
-def on_gpus(work: Callable[..., None], *arguments: Any, count: int = 2, memory: int = 1 << 30) -> None:
+def on_gpus(work: Callable[..., None], *arguments: Any, count: int = 2, memory: int = 2 << 30) -> None:
     """Do work in another process with so many stand-ins of so many bytes."""
     process = multiprocessing.get_context("spawn").Process(target=_begun, args=(count, memory, work, *arguments))
     process.start()
@@ -154,12 +159,14 @@ def _refusals() -> None:
     with pytest.raises(NotImplementedError):
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*torch.ones(3, 1, 1, 2, 4, device="cuda"))
     with pytest.raises(torch.OutOfMemoryError):
-        torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+        torch.empty(1 << 32, dtype=torch.uint8, device="cuda")
     torch.manual_seed(0)
     here = torch.rand(3)
     torch.manual_seed(0)
     there, after = torch.rand(3, device="cuda"), torch.rand(3)
     assert there.device == first.device and torch.equal(here, after)  # their random numbers are apart
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(3, device="cuda"), there)
     before = torch.cuda.memory_allocated("cuda:1")
     kept = second * 2
     assert torch.cuda.memory_allocated("cuda:1") == before + kept.nbytes
@@ -206,3 +213,39 @@ def _shared(folder: Path) -> None:
 def test_two_processes_on_a_gpu_each(tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(GPUS, "2")  # of the second process, which the first starts
     on_gpus(_shared, matrix.write_model(tmp_path, "llama", tiny_tokenizer))
+
+
+class _Interrupted(Exception):
+    """As if the job were stopped."""
+
+
+def _resumed(folder: Path) -> None:
+    windows = torch.randint(5, 90, (8, 16), generator=torch.Generator().manual_seed(0))
+    plan = TrainingSettings(steps=6, batch_size=2, learning_rate=1e-2, checkpoint_every=2)
+
+    def trained(checkpoint: Path | None = None, stop: int | None = None) -> list[torch.Tensor]:
+        model = LocalModel("local", str(folder)).load(Spread.over("cuda", {0: "1000KB", 1: "4000KB"}))
+        assert set(bytes_by_place(model.network)) == {"cuda:0", "cuda:1"}
+        torch.manual_seed(0)
+        network = Lora(plan, rank=2, dropout=0.3).trainable(model)
+        told, count = objective_for(model), iter(range(100))
+
+        def objective(*inputs: Any) -> Any:
+            if next(count) == stop:
+                raise _Interrupted
+            return told(*inputs)
+
+        states = [torch.cuda.get_rng_state(device) for device in range(2)]
+        with nullcontext() if stop is None else pytest.raises(_Interrupted):
+            train(network, windows, objective, plan, checkpoint=checkpoint)
+        assert all(torch.equal(torch.cuda.get_rng_state(device), states[device]) for device in range(2))
+        return [p.detach().cpu() for p in network.parameters() if p.requires_grad]
+
+    whole = trained()
+    trained(folder / "state", stop=5)
+    assert all(torch.equal(a, b) for a, b in zip(trained(folder / "state"), whole, strict=True))
+
+
+def test_a_training_over_two_is_resumed(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """Bit for bit, dropout included; the random numbers of both are as before."""
+    on_gpus(_resumed, matrix.write_model(tmp_path, "llama", tiny_tokenizer))

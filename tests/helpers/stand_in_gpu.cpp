@@ -8,10 +8,8 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/detail/CUDAHooksInterface.h>
-#include <ATen/native/Resize.h>
 #include <ATen/native/TensorFactories.h>
 #include <ATen/ops/as_strided_native.h>
-#include <ATen/ops/set_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
@@ -19,6 +17,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <functional>
 #include <unordered_map>
 
 namespace {
@@ -44,9 +43,9 @@ struct Block {  // what a storage of a GPU keeps alive
   DeviceIndex device;
   int64_t bytes;
   Block(c10::Storage storage, DeviceIndex index) : held(std::move(storage)), device(index), bytes(held.nbytes()) {
-    const int64_t now = used[device] + bytes;
+    const int64_t now = used[device] += bytes;
+    if (now > room) used[device] -= bytes;
     TORCH_CHECK_WITH(OutOfMemoryError, now <= room, "CUDA out of memory. Tried to allocate ", bytes, " bytes on the stand-in ", int(device));
-    used[device] = now;
     peak[device] = std::max<int64_t>(peak[device], now);
   }
   ~Block() { used[device] -= bytes; }

@@ -107,7 +107,9 @@ def begin(count: int = 1, memory: int = 4 << 30) -> None:
         "set_device": lambda device: gpus.stand_in_select(index(device)),
         "synchronize": lambda device=None: None,
     }.items():
-        setattr(torch.cuda, name, made)
+        for module in (torch.cuda, torch.cuda.random):  # which has some of them under its own names
+            if hasattr(module, name):
+                setattr(module, name, made)
 
     def copied(tensor: torch.Tensor, memo: dict[int, Any]) -> Any:
         if not tensor.is_cuda:
