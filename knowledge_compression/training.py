@@ -196,11 +196,9 @@ def train(
     tokens_a_step = settings.batch_size * settings.accumulate * windows.shape[1]
 
     network.train()
-    places = {p.device for p in network.parameters()}  # several where a network is divided
-    generators = [place for place in places if place.type == "cuda"]
     with (
         _progress() as bar,
-        torch.random.fork_rng(generators),
+        torch.random.fork_rng(_gpus_of(network)),
         frozen_kept_in(narrower, network),
         compiled_blocks(network, wanted=settings.torch_compile) as blocks,
     ):
@@ -286,6 +284,11 @@ def _step(
         optimizer.step()
     optimizer.zero_grad()
     return mean
+
+
+def _gpus_of(network: nn.Module) -> list[torch.device]:
+    """Several if it is divided."""
+    return [place for place in {p.device for p in network.parameters()} if place.type == "cuda"]
 
 
 def _batch(windows: LongTensor, settings: TrainingSettings, step: int) -> LongTensor:
