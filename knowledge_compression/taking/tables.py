@@ -49,6 +49,8 @@ def read_tables(root: Path, said: Statement, where: str, made: Made | None) -> l
         for number, row in enumerate(_rows(columns), 1):
             key = _text(row.pop("model", None)) or "", _text(row.pop("made", None)) or ""
             try:
+                if not said.in_order and _text(row["id"]) is None:  # a blank line, too, is a row without values
+                    raise ValueError("it has no id")
                 rows[key].append(_item(row, said.suite or SUITE))
             except ValueError as error:
                 raise BadInput(f"{file}, row {number}: {error}") from None
@@ -233,7 +235,8 @@ def _item(row: Mapping[str, Any], suite: str) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str | None:
-    return None if value is None or value == "" else str(value)
+    # Half a surrogate pair, which a program leaves that cuts a text within a character, cannot be stored.
+    return None if value is None or value == "" else str(value).encode(errors="replace").decode()
 
 
 def _number(text: str, name: str) -> float:
@@ -245,8 +248,8 @@ def _number(text: str, name: str) -> float:
 
 def _whole(text: str, name: str) -> int:
     number = _number(text, name)
-    if not number.is_integer():
-        raise ValueError(f"{name} is {text}, which is not a whole number")
+    if not (number.is_integer() and 1 <= number < 2**63):
+        raise ValueError(f"{name} is {text}, which is not a whole number from 1 on")
     return int(number)
 
 

@@ -112,11 +112,23 @@ def renamed(name, column):
         ([(*ROWS[0][:-1], "x")], MAPPING, "a.csv, row 1: prediction_probability is x, which is not a number"),
         (ROWS, renamed("correct", "said"), "a.csv, row 1: correct is 2; give true, false, 1 or 0"),
         (ROWS, renamed("rank", "sure"), "a.csv, row 1: rank is 0.5, which is not a whole number"),
+        ([(*ROWS[0][:-2], "1e19", "1")], renamed("rank", "said"), "rank is 1e19, which is not a whole number"),
+        ([(*ROWS[0][:-1], "0")], renamed("choices", "sure"), "choices is 0, which is not a whole number from 1 on"),
+        ([*ROWS, [""] * len(HEADS)], MAPPING, "a.csv, row 7: it has no id"),
     ],
 )
 def test_a_table_that_does_not_fit_its_mapping_is_one_line(rows, mapping, expected, quiz, tmp_path, capsys):
     assert expected in refused(capsys, *quiz(rows, mapping))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_was_cut_within_a_character_is_taken(quiz, tmp_path):
+    rows = [dict(zip(HEADS, row, strict=True)) | {"said": "2\ud83d"} for row in ROWS[:3]]
+    folder, *rest = quiz(mapping=MAPPING | {"files": "a.json"})
+    (folder / "a.json").write_text(json.dumps(rows))
+    taken(folder, *rest)
+    (run,) = RunStore(tmp_path / "out")
+    assert run.items["prediction"].to_list() == ["2?"] * 3
 
 
 def test_items_that_do_not_pair_are_named_and_counted(quiz, tmp_path, capsys):
