@@ -90,6 +90,8 @@ def _made(run: Run, suite: str, name: str, there: set[str]) -> tuple[Estimates, 
         condition &= pl.col("task") == timed[1]
     if values_of is None or not there.issuperset(columns):
         return None
+    if columns[0] == "correct" and run.answers(suite, "share").height:  # these count in the metric too
+        return None
     items = run.scan_items().filter(condition).select(columns).collect()
     if (
         columns[0] != "rank"

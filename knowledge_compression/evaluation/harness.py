@@ -124,9 +124,9 @@ class Harness:
     def _means(self, parts: Mapping[str, Evaluation], metrics: Mapping[str, float]) -> dict[str, float]:
         """The means over all items and over the groups of tasks, for tasks with right answers."""
         means: dict[str, float] = {}
-        sizes = {f"{name}.majority": part.items.height for name, part in parts.items()}
-        if guessed := {key: size for key, size in sizes.items() if key in metrics}:
-            means["majority"] = sum(metrics[key] * size for key, size in guessed.items()) / sum(guessed.values())
+        sizes = {name: part.items.height for name, part in parts.items() if f"{name}.accuracy" in metrics}
+        if sizes and all(f"{name}.majority" in metrics for name in sizes):  # over the items of the accuracy
+            means["majority"] = sum(metrics[f"{name}.majority"] * n for name, n in sizes.items()) / sum(sizes.values())
         for group, tasks in self.groups.items():
             if there := [metrics[f"{task}.accuracy"] for task in tasks if f"{task}.accuracy" in metrics]:
                 means[f"group.{group}"] = fmean(there)

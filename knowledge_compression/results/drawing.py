@@ -145,8 +145,8 @@ def intervals(asked: Sequence[tuple[Run, Run, str, str]]) -> list[dict[str, floa
         values: dict[int, NDArray[Any]] = {}
         pairs: dict[int, tuple[NDArray[Any], NDArray[Any]]] = {}
         for place, (run, baseline, suite, metric) in enumerate(asked):
-            if metric != headline:
-                continue
+            if metric != headline or (column == "correct" and run.answers(suite, "share").height):
+                continue  # an accuracy over shares too is not that of the items that are right or wrong
             before, after = (of.answers(suite, column) for of in (baseline, run))
             if after.height:
                 values[place] = after[column].to_numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,8 @@ def test_a_share_of_probability_is_the_headline_as_it_is(tasks: Path, tiny_model
     assert found.items["correct"].null_count() == 6 and shares.null_count() == 0 and 0 < shares.min() < shares.max() < 1
     assert found.metrics["accuracy"] == pytest.approx(shares.mean())
     assert found.metrics["shared.accuracy"] == pytest.approx(found.metrics["shared.acc"])
+    both = asked_of(replace(suite, tasks=["f1", "shared"]), tiny_model("llama")).metrics
+    assert "f1.majority" in both and "majority" not in both  # that would not be of the items of the accuracy
 
 
 def test_more_examples_than_documents_are_one_line(tasks: Path, tiny_model: Callable[[str], Model]) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from helpers.stores import bits, made_run
 from knowledge_compression import statistics
+from knowledge_compression.analysis.metrics import with_intervals
 from knowledge_compression.results import drawing, summary
 
 BEFORE = 3.0 + np.arange(12) / 20
@@ -46,6 +47,24 @@ def test_values_and_losses_have_their_intervals(rows):
     assert np.exp(0.2) - 1 < perplexity["drop_low"] / 100 < np.exp(0.3) - 1 < perplexity["drop_high"] / 100
     # Paired by window, so it is far narrower than that of either perplexity.
     assert perplexity["drop_high"] - perplexity["drop_low"] < 20
+
+
+def test_an_accuracy_over_shares_too_has_no_interval_of_the_other_items():
+    """As TruthfulQA's two tasks give in one suite."""
+
+    def asked(right, share, **how):
+        run = made_run(bits(right), **how)
+        shares = [{"suite": "atlas", "task": "mc2", "id": str(i), "share": share} for i in range(30)]
+        run._items = pl.concat([run.items, pl.DataFrame(shares)], how="diagonal")
+        run.metrics["atlas.accuracy"] = (bits(right).sum() + 30 * share) / (len(right) + 30)
+        return run
+
+    dense, small = asked("1111110000", 0.1, compression="none"), asked("1110000000", 0.1)
+    rows = summary.drop_rows([small], {small.id: dense})
+    assert [row["value"] for row in rows] == pytest.approx([9 / 40, 6 / 40])
+    assert {row[name] for row in rows for name in ("value_low", "value_high", "drop_low", "drop_high")} == {None}
+    assert with_intervals([small])[small.id]["atlas.accuracy"][1] is None
+    drawing.drop_figure(pl.DataFrame(rows, infer_schema_length=None))
 
 
 def test_the_terminal_shows_them(rows):
