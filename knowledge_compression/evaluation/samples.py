@@ -19,8 +19,16 @@ def by_document(samples: Iterable[Sample]) -> list[list[Sample]]:
     """The samples of each document, one for each filter, in the order of the documents."""
     found: dict[Any, list[Sample]] = {}
     for sample in samples:
-        found.setdefault(sample["doc_id"], []).append(sample)
+        found.setdefault(sample["doc_id"], []).append(_after_its_question(sample))
     return list(found.values())
+
+
+def _after_its_question(sample: Sample) -> Sample:
+    """A sample without the choices by themselves, which lm-eval asks last for ``acc_mutual_info``."""
+    if "acc_mutual_info" not in sample:
+        return sample
+    asked = ("arguments", "filtered_resps")
+    return {**sample, **{name: sample[name][: len(sample[name]) // 2] for name in asked}}
 
 
 def judge_of(metrics: Sequence[str], samples: Sequence[Sample]) -> Judge | None:

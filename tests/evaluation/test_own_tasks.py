@@ -33,6 +33,7 @@ FILTERS = [
 ]
 TASKS: dict[str, dict[str, Any]] = {
     "norm": CHOICE | {"metric_list": [{"metric": "acc_norm"}]},
+    "mutual": CHOICE | {"metric_list": [{"metric": "acc"}, {"metric": "acc_mutual_info"}]},
     "correlated": CHOICE | {"metric_list": [{"metric": "mcc"}]},
     "f1": CHOICE
     | {"doc_to_choice": "{{cities[:2]}}", "doc_to_target": "{{place % 2}}"}
@@ -107,6 +108,8 @@ def test_a_task_by_any_metric_has_lm_evals_figures_and_a_row_an_item(
         assert items["correct"].null_count() == 0 and found.metrics["accuracy"] == items["correct"].mean()
     if name == "norm":
         assert found.metrics["accuracy"] == expected["acc_norm", "none"]
+    if name == "mutual":  # the choices by themselves, which lm-eval asks too, are no answers
+        assert items["choices"].to_list() == [3] * 6 and not items["prompt"].str.contains("|", literal=True).any()
     if name == "rolling":
         assert (items["log_prob"] < 0).all()
     if name == "filtered":
@@ -120,8 +123,8 @@ def test_tasks_of_all_kinds_together_have_means_over_those_that_are_right_or_wro
     found = asked_of(Harness(tasks=list(TASKS), data_dir=str(tasks)), tiny_model("llama"))
     judged = [name for name in TASKS if name not in ("rolling", "translated")]
     accuracies = [found.metrics[f"{name}.accuracy"] for name in judged]
-    assert found.metrics["accuracy"] == found.metrics["accuracy_macro"] == pytest.approx(sum(accuracies) / 6)
-    assert not {"rolling.accuracy", "translated.accuracy"} & found.metrics.keys() and found.items.height == 48
+    assert [found.metrics[f"accuracy{of}"] for of in ("", "_macro")] == pytest.approx([sum(accuracies) / 7] * 2)
+    assert not {"rolling.accuracy", "translated.accuracy"} & found.metrics.keys() and found.items.height == 54
 
 
 def test_a_share_of_probability_is_the_headline_as_it_is(tasks: Path, tiny_model: Callable[[str], Model]) -> None:
