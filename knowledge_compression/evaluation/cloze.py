@@ -7,6 +7,7 @@ decoder's sentence, are scored as whole answers.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -228,7 +229,7 @@ class _EncoderReader(Reader):
             blank = one.blank
             assert blank is not None and blank.position is not None  # with a blank
             for length in sorted({len(ids) for ids in candidates.tokens(one.cloze)} - {0, 1}):
-                ids, at = list(blank.ids), blank.position
+                ids, at = self._with_room(blank.ids, blank.position, length - 1)
                 wide = ids[:at] + ids[at : at + 1] * length + ids[at + 1 :]
                 places, answers = candidates.of_length(one.cloze, length)
                 one.scores[places] = 0.0
@@ -239,6 +240,12 @@ class _EncoderReader(Reader):
             for b, row in zip(batch, log_probs, strict=True):
                 scores, places, tokens = targets[b]
                 scores[places] += row[tokens].cpu().double()
+
+    def _with_room(self, ids: Sequence[int], at: int, more: int) -> tuple[list[int], int]:
+        """A text and its mask's place, without the last words (or the first) where ``more`` masks would not fit."""
+        surplus = max(0, len(ids) + more - (self.scorer.max_positions or len(ids) + more))
+        cut = len(ids) - 1 - surplus if at < len(ids) - 1 - surplus else 1  # between the special tokens
+        return [*ids[:cut], *ids[cut + surplus :]], at if at < cut else at - surplus
 
 
 class _GeneratorReader(Reader):
@@ -276,13 +283,17 @@ class _DecoderReader(_GeneratorReader):
 
     def question(self, cloze: Cloze, blank: Blank | None, answers: Sequence[tuple[str, tuple[int, ...]]]) -> Question:
         if blank is not None:
-            return Question(blank.ids, [ids for _, ids in answers], (cloze.id,))
+            return self._fitting(blank.ids, [ids for _, ids in answers], cloze)
         lead = "" if cloze.glued else " "
         whole = [lead + answer + cloze.after.replace(MASK, answer) for answer, _ in answers]
         continuations = self._ids(whole if self._space_matters else [text.lstrip() for text in whole])
-        longest = max(map(len, continuations))
-        context = self._contexts([cloze.before])[0] or [self._opening()]
-        return Question(context[-(self.limit - longest) :] if self.limit else context, continuations, (cloze.id,))
+        return self._fitting(self._contexts([cloze.before])[0] or [self._opening()], continuations, cloze)
+
+    def _fitting(self, context: Sequence[int], continuations: Sequence[Sequence[int]], cloze: Cloze) -> Question:
+        """A question without the beginning of its context, and without the end of its sentence, that do not fit."""
+        limit = self.limit or sys.maxsize
+        room = max(1, limit - max(map(len, continuations)))
+        return Question(context[-room:], [ids[:limit] for ids in continuations], (cloze.id,))
 
     def _contexts(self, texts: Sequence[str]) -> list[list[int]]:
         rows = self._ids([text.rstrip() for text in texts], special=True)

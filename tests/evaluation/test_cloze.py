@@ -16,13 +16,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from helpers.networks import build_network
 from knowledge_compression.errors import BadInput
 from knowledge_compression.evaluation import calibration
 from knowledge_compression.evaluation.calibration import GroupMean, Questions, answers_by_task, sampled
 from knowledge_compression.evaluation.cloze import MASK, Candidates, Cloze, candidate_scores, reader_of
 from knowledge_compression.evaluation.probe import Probe, cloze_metrics, rank_among
 from knowledge_compression.evaluation.scoring import Blank, Scorer
+from knowledge_compression.evaluation.scoring.ways import Ways
 from knowledge_compression.evaluation.suite import item_table
+from knowledge_compression.models import Model
 
 ENCODERS = ["albert", "bert", "distilbert", "electra", "roberta"]
 FAMILIES = ["bert", "roberta", "t5", "bart", "llama", "opt", "gpt2"]
@@ -318,6 +321,22 @@ def test_a_mask_that_is_cut_off_is_counted(tiny_model):
     evaluation = Probe("full", max_tokens=8).ask("test", Scorer(tiny_model("bert")), Questions([*CLOZES[:2], long], {}))
     assert evaluation.description["left_out"] == {"mask_cut_off": {"capital": 1}}
     assert evaluation.items.height == 2
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("sentence", ["{} is [MASK] .", "is [MASK] in {} .", "{} [MASK] was in {} ."])
+def test_a_long_answer_in_a_long_text_stays_within_the_positions(architecture, sentence, tiny_tokenizer):
+    model = Model(build_network(architecture, max_position_embeddings=64), tiny_tokenizer, "short")
+    lengths: list[int] = []
+    read = model.network.get_input_embeddings()
+    read.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    reader = reader_of(Scorer(model, ways=Ways(end_to_end=False, branching=False)))
+    for words in (58, 61, 62, 200):
+        one = cloze(sentence.format("dog " * words, "cat " * words), "france")
+        if (blanks := reader.blanks([one])) != [None] or not reader.needs_blank:
+            (scores,) = candidate_scores(reader, [one], blanks, Candidates(reader, {one.task: WORDS}))
+            assert scores.isfinite().sum() == 6  # the tokenizer does not know all of "new york"
+    assert max(lengths, default=0) <= 64
 
 
 def test_common_vocabulary_ranks_among_its_words_only(tiny_model):
