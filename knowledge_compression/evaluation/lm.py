@@ -147,7 +147,8 @@ class ScorerLM(HFLM):
         ends = set(ends if isinstance(ends, list) else [ends])
 
         done = _Ended(self.tokenizer, frozenset(ends), tuple(filter(None, stops)))
-        prompts = [ids[-room:] for ids in encode(self.tokenizer, [request.args[0] for request in requests])]
+        rows = encode(self.tokenizer, [request.args[0] for request in requests])
+        prompts = [ids[-room:] or [self.prefix_token_id] for ids in rows]  # nothing is read as in loglikelihood()
         items = [(item_id(request.doc_id, request.doc),) for request in requests]
         said = self.scorer.generate(prompts, most, done, items)
         return [postprocess_generated_text(self.tok_decode(ids), stops, None) for ids in said]
@@ -156,6 +157,11 @@ class ScorerLM(HFLM):
         """Truncate from the left to the model's positions, as stock lm-eval does (the last token is not read)."""
         if self.backend == "seq2seq":
             return context[-self.max_length :], continuation[-self.max_length :]
+        if len(continuation) > self.max_length:
+            raise BadInput(
+                f"an answer has {len(continuation)} tokens, more than the {self.max_length} positions of "
+                f"{self.scorer.model.name}; choose another task or a model with more"
+            )
         surplus = max(0, len(context) + len(continuation) - (self.max_length + 1))
         return context[surplus:], continuation
 

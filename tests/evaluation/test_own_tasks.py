@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers.networks import without_special_tokens
 from knowledge_compression.errors import BadInput, DataUnavailable
 from knowledge_compression.evaluation.harness import Harness
 from knowledge_compression.evaluation.scoring import Scorer
@@ -295,6 +296,29 @@ def test_a_task_that_cannot_be_asked_is_one_line(
     with pytest.raises(BadInput, match="task a cannot be evaluated") as refused:
         asked_of(Harness(tasks=["a"], data_dir=str(tasks)), tiny_model("llama"))
     assert "\n" not in str(refused.value)
+
+
+def test_an_answer_longer_than_the_positions_is_one_line(tasks: Path, tiny_model: Callable[[str], Model]) -> None:
+    own = {"task": "a"} | ASKED | CHOICE | {"metric_list": [{"metric": "acc"}]}
+    (tasks / "a.yaml").write_text(
+        yaml.safe_dump(own | {"doc_to_choice": "{{[cities[0] + ' moon' * 200, 'moon', 'sun']}}"})
+    )
+    with pytest.raises(BadInput, match=r"an answer has 20\d tokens, more than the 128 positions of tiny-gpt2"):
+        asked_of(Harness(tasks=["a"], data_dir=str(tasks)), without_special_tokens(tiny_model("gpt2")))
+
+
+def test_an_empty_prompt_is_continued_from_the_beginning_of_a_text(
+    tasks: Path, tiny_model: Callable[[str], Model]
+) -> None:
+    metric = {"metric_list": [{"metric": "exact_match"}]}
+    model = without_special_tokens(tiny_model("llama"))
+    said = {}
+    for name, text in (("empty", ""), ("begun", "[CLS]")):
+        (tasks / f"{name}.yaml").write_text(
+            yaml.safe_dump({"task": name} | ASKED | SAID | metric | {"doc_to_text": text})
+        )
+        said[name] = asked_of(Harness(tasks=[name], data_dir=str(tasks)), model).items["prediction"].to_list()
+    assert said["empty"] == said["begun"]
 
 
 def test_from_the_command_line_code_ends_with_status_2(
