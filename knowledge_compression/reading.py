@@ -59,7 +59,10 @@ def parsed(text: str, where: str, wanted: str) -> Any:
         BadInput: it is not JSON, or is nested more deeply or has longer numbers than Python reads.
     """
     try:
-        return json.loads(text)
+        found = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # half a character, where a program cut a text, becomes a question mark
+            found = json.loads(json.dumps(found, ensure_ascii=False).encode(errors="replace"))
+        return found
     except json.JSONDecodeError as error:
         raise BadInput(f"{where}: not JSON ({error.msg} at column {error.colno}); expected {wanted}") from None
     except (ValueError, RecursionError) as error:

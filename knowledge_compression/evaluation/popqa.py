@@ -159,7 +159,9 @@ def _row(where: str, row: dict[str, Any]) -> dict[str, Any]:
         raise BadInput(f"{where}: possible_answers is not a list of texts")
     try:
         popularity = int(row["s_pop"])
-    except (TypeError, ValueError):
+        if abs(popularity) >= 2**63:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
         raise BadInput(f"{where}: s_pop='{row['s_pop']}' is not a whole number") from None
     texts = {name: str(row[name]) for name in ("question", "prop", "obj")}
     return texts | {"s_pop": popularity, "answers": answers}

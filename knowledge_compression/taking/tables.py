@@ -235,8 +235,7 @@ def _item(row: Mapping[str, Any], suite: str) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str | None:
-    # Half a surrogate pair, which a program leaves that cuts a text within a character, cannot be stored.
-    return None if value is None or value == "" else str(value).encode(errors="replace").decode()
+    return None if value is None or value == "" else str(value)
 
 
 def _number(text: str, name: str) -> float:

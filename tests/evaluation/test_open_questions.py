@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,8 @@ def test_encoders_are_refused(tmp_path: Path, tiny_model: Callable[[str], Model]
     ("change", "said"),
     [
         ({"s_pop": "many"}, r"test\.jsonl:1: s_pop='many' is not a whole number"),
+        ({"s_pop": math.inf}, r"test\.jsonl:1: s_pop='inf' is not a whole number"),
+        ({"s_pop": 2**63}, r"test\.jsonl:1: s_pop='9223372036854775808' is not a whole number"),
         ({"possible_answers": "Paris"}, "possible_answers: not JSON"),
         ({"possible_answers": "[1]"}, "possible_answers is not a list of texts"),
         ({"obj": ""}, r"test\.jsonl:1: no obj; each row needs question, prop, obj"),
@@ -151,6 +154,11 @@ def test_a_bad_row_is_one_line(change: dict[str, Any], said: str, tmp_path: Path
     with pytest.raises(BadInput, match=said) as refused:
         PopQA(str(tmp_path)).fingerprint()
     assert "\n" not in str(refused.value)
+
+
+def test_half_a_character_in_a_file_is_read_as_a_question_mark(tmp_path: Path) -> None:
+    popqa(tmp_path, [rows()[0] | {"question": "who\ud83d"}])
+    assert PopQA(str(tmp_path), prompt="{question}")._questions[0].prompt == "who?"
 
 
 def test_missing_and_broken_files_and_bad_options_are_one_line(tmp_path: Path) -> None:
