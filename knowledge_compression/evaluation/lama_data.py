@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -199,19 +199,23 @@ class _Row:
 def _facts(dataset: str, rows: Iterable[_Row]) -> Iterator[Fact]:
     """Yield the facts in the order in which they first appear.
 
-    If rows hold one ``masked_sentence`` each, rows with the same id are the evidences of one fact.
+    If rows hold one ``masked_sentence`` each, rows with the same id are the evidences of one fact. Otherwise they are
+    several facts, and the id of each but the first is followed by the row's number.
 
     Raises:
         BadInput: a row lacks a field, or none of its sentences has a mask.
     """
     waiting: dict[tuple[str, str], tuple[_Row, str]] = {}  # facts whose sentences are spread over several rows
+    seen: set[tuple[str, str]] = set()
     for row in rows:
         sentences = _sentences(row)
         masked = next((sentence for sentence in sentences if MASK in sentence), "")
-        if "masked_sentence" not in row.record:
-            yield _fact(dataset, row, masked, has_sentences=bool(sentences))
-            continue
         key = (row.relation, _name(row))
+        if "masked_sentence" not in row.record:
+            fact = _fact(dataset, row, masked, has_sentences=bool(sentences))
+            yield replace(fact, id=f"{fact.id}:{row.number}") if key in seen else fact
+            seen.add(key)
+            continue
         if key not in waiting or (masked and not waiting[key][1]):
             waiting[key] = (waiting.get(key, (row, ""))[0], masked)
     for row, masked in waiting.values():

@@ -292,6 +292,13 @@ def test_rows_with_one_evidence_each_are_one_fact_on_disk_as_on_the_hub(protocol
         assert [cloze.sentence for cloze in clozes] == ["France has [MASK].", "[MASK] is in Italy."]
 
 
+def test_facts_of_one_id_are_told_apart(small):
+    net = {"uuid": "n", "sub": "dog", "obj_label": "bark", "masked_sentences": ["A dog can [MASK]."]}
+    lines(small / "lama" / "ConceptNet" / "test.jsonl", [net, net | {"obj_label": "run"}])
+    clozes = Lama(str(small), datasets=["ConceptNet"]).clozes()
+    assert [cloze.id for cloze in clozes] == ["ConceptNet/n/sentence", "ConceptNet/n:2/sentence"]
+
+
 def test_an_id_without_any_mask_is_named_by_its_first_row(small):
     rows = [FLAT | {"uuid": "a", "masked_sentence": "no blank"}, FLAT | {"uuid": "a", "masked_sentence": "none"}]
     lines(small / "lama" / "TREx" / "P36.jsonl", rows)
