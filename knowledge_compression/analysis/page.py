@@ -283,8 +283,15 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 
 
 def write(html: str, path: Path) -> None:
-    """Write the page completely or not at all."""
+    """Write the page completely or not at all; a link, a device and a pipe stay what they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        path.write_text(html, encoding="utf-8")
+        return
+    path = path.resolve()
     scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(html, encoding="utf-8")
-    scratch.replace(path)
+    try:
+        scratch.write_text(html, encoding="utf-8")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)  # half of it, if the disk is full

@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 from contextlib import redirect_stdout
 
@@ -16,7 +17,7 @@ import pytest
 
 from helpers.browser import until
 from helpers.stores import made_run
-from knowledge_compression.analysis.page import render
+from knowledge_compression.analysis.page import render, write
 from knowledge_compression.report import main
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.take import main as take
@@ -95,6 +96,17 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_nothing_is_left(store, 
             main([str(store.folder), "-o", str(tmp_path / "report.html"), *arguments])
         assert end.value.code == 2 and "cannot be written" in capsys.readouterr().err
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_link_and_a_pipe_stay_what_they_are(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDWR)
+    for name in ("link", "pipe"):
+        write("the page", tmp_path / name)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "the page"
+    assert (tmp_path / "pipe").is_fifo() and os.read(reader, 100) == b"the page"
+    os.close(reader)
 
 
 def facts_of(html: str) -> list[dict]:
