@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -31,7 +32,15 @@ def main() -> int | None:
     sys.argv = [f"kc {name}", *rest]
     with stoppable():
         command: Callable[[], int | None] = import_module(SUBCOMMANDS[name][0]).main
-        return command()
+        try:
+            status = command()
+            sys.stdout.flush()
+        except BrokenPipeError:
+            if name == "run":  # it has pipes of its own
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its reader has seen enough, such as head
+            return 1
+        return status
 
 
 def _help() -> str:

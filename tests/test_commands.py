@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
+import subprocess
+import sys
 from html import escape
 from pathlib import Path
 
@@ -139,3 +142,12 @@ def test_the_doctor_sees_a_file_in_the_way_of_the_outputs(tmp_path, monkeypatch)
     (tmp_path / "file").write_text("in the way")
     checks = {check.name: check for check in doctor.examine(tmp_path / "file" / "outputs", None)}
     assert checks["outputs"].state == doctor.BROKEN and checks["outputs"].remedy
+
+
+def test_a_reader_that_has_seen_enough_gets_no_stack_trace(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "knowledge_compression", "status", str(tmp_path)]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")
