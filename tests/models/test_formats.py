@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from transformers import PreTrainedTokenizerFast
 
 from helpers import stored_layers as made_of
@@ -84,9 +84,20 @@ def test_a_layer_reads_as_the_floats_that_it_stands_for(name: str, shape: tuple[
 def test_odd_shapes(name: str, shape: tuple[int, int]) -> None:
     maker = LAYERS[name]
     made = maker(np.random.default_rng(1), *shape, **({"group": 16} if "packed" in name else {}))
+    assert np.array_equal(decoded_as_from_a_file(made).numpy(), made.weight)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_inputs_that_fill_a_single_word(act_order: bool) -> None:
+    made = made_of.gptq(np.random.default_rng(1), 32, 8, group=4, act_order=act_order)
+    assert np.array_equal(decoded_as_from_a_file(made).numpy(), made.weight)
+
+
+def decoded_as_from_a_file(made: Made) -> torch.Tensor:
+    """The floats of a layer whose tensors have the strides of tensors that were read."""
     form = format_of(made)
-    weight = form.decode("layer", {end: made.tensors[end] for end in form.endings if end in made.tensors})
-    assert np.array_equal(weight.numpy(), made.weight)
+    there = {end: made.tensors[end] for end in form.endings if end in made.tensors}
+    return form.decode("layer", load(save({end: tensor.contiguous() for end, tensor in there.items()})))
 
 
 def test_a_bank_of_experts() -> None:

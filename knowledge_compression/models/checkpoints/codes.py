@@ -15,7 +15,8 @@ def unpacked(words: Tensor, bits: int, count: int) -> Tensor:
     The last axis is one stream of bits, the first code in the lowest bits of the first word; a code may lie in two
     words.
     """
-    stream = words.contiguous().view(torch.uint8)
+    # A copy: a transposed row counts as contiguous, but its last axis of one word cannot be seen as bytes.
+    stream = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if 8 % bits == 0:
         steps = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
         codes = stream[..., None] >> steps
