@@ -245,15 +245,22 @@ def mxfp8(rng: np.random.Generator, out: int, inputs: int, *, run: int = 16) -> 
 
 
 def four_bit(
-    rng: np.random.Generator, out: int, inputs: int, *, kind: str = "nf4", run: int = 64, nested: bool = False
+    rng: np.random.Generator,
+    out: int,
+    inputs: int,
+    *,
+    kind: str = "nf4",
+    run: int = 64,
+    nested: bool = False,
+    storage: torch.dtype = torch.uint8,
 ) -> Made:
-    """bitsandbytes: NF4 or FP4, the scales quantized too where ``nested``."""
+    """bitsandbytes: NF4 or FP4, the scales quantized too where ``nested``; bytes declared as the type ``storage``."""
     count = out * inputs
     codes, values = rng.integers(0, 16, count), np.sort(rng.uniform(-1, 1, 16)).astype(np.float32)
     runs = -(-count // run)
     state: dict[str, Any] = {"quant_type": kind, "blocksize": run, "dtype": "bfloat16", "shape": [out, inputs]}
     tensors = {
-        ".weight": halves(np.pad(codes, (0, count % 2))[None], low_first=False).reshape(-1, 1),
+        ".weight": halves(np.pad(codes, (0, count % 2))[None], low_first=False).flatten().view(storage)[:, None],
         ".weight.quant_map": torch.from_numpy(values),
     }
     if nested:

@@ -45,6 +45,7 @@ LAYERS: dict[str, Maker] = {
     "sparse-any": partial(made_of.sparse, two_of_four=False),
     **{f"bnb-{k}": partial(made_of.four_bit, kind=k) for k in ("nf4", "fp4")},
     "bnb-nf4-nested": partial(made_of.four_bit, nested=True),
+    "bnb-nf4-as-floats": partial(made_of.four_bit, storage=torch.bfloat16),
     "bnb-int8": made_of.eight_bit,
     "fp8": made_of.block_fp8,
     **{f"torchao-{kind}": partial(made_of.torchao, kind=kind) for kind in ("int8", "float8", "int4")},
@@ -122,7 +123,17 @@ def write_settings(folder: Path, settings: Any) -> None:
 
 
 WHOLE = ["gptq-v1-4", "gptq-act-order", "awq", "ct-packed-asymmetric", "ct-float-channel", "ct-nvfp4", "ct-mxfp4"]
-WHOLE += ["bnb-nf4-nested", "bnb-int8", "fp8", "sparse-24", "sparse-24-fp8", "sparse-any", "hqq-3-axis-0", "hqq-1.58"]
+WHOLE += [
+    "bnb-nf4-nested",
+    "bnb-nf4-as-floats",
+    "bnb-int8",
+    "fp8",
+    "sparse-24",
+    "sparse-24-fp8",
+    "sparse-any",
+    "hqq-3-axis-0",
+    "hqq-1.58",
+]
 
 
 @pytest.mark.parametrize("name", WHOLE)

@@ -1,11 +1,12 @@
 """bitsandbytes' NF4, FP4 and int8 as transformers stores them in safetensors.
 
-4 bits: ``weight`` uint8 ``[out * in / 2, 1]``, two codes a byte, the high half first; ``weight.quant_map`` float32
-``[16]``, the value of each code; ``weight.absmax``, the scale of each run of ``blocksize`` weights; and the settings
-as JSON in ``weight.quant_state.bitsandbytes__nf4`` or ``__fp4``. Where the scales are quantized too ("double
-quantization"), ``absmax`` is uint8, and a scale is ``nested_quant_map[absmax] * nested_absmax + nested_offset``
-(Dettmers et al., QLoRA, 2023, section 3). 8 bits: ``weight`` int8 ``[out, in]`` and ``SCB`` float32 ``[out]``; a
-weight is ``code * SCB / 127`` (Dettmers et al., LLM.int8(), 2022).
+4 bits: ``weight`` uint8 ``[out * in / 2, 1]``, two codes a byte, the high half first; the bytes may be declared as
+wider numbers (``bnb_4bit_quant_storage``). ``weight.quant_map`` float32 ``[16]``, the value of each code;
+``weight.absmax``, the scale of each run of ``blocksize`` weights; and the settings as JSON in
+``weight.quant_state.bitsandbytes__nf4`` or ``__fp4``. Where the scales are quantized too ("double quantization"),
+``absmax`` is uint8, and a scale is ``nested_quant_map[absmax] * nested_absmax + nested_offset`` (Dettmers et al.,
+QLoRA, 2023, section 3). 8 bits: ``weight`` int8 ``[out, in]`` and ``SCB`` float32 ``[out]``; a weight is
+``code * SCB / 127`` (Dettmers et al., LLM.int8(), 2022).
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ class FourBit(Format):
         ((kind, state),) = told.items()
         settings = _settings(layer, state)
         shape, run = settings["shape"], settings["blocksize"]
-        if parts[".weight"].count != -(-math.prod(shape) // 2):
+        if parts[".weight"].bytes != -(-math.prod(shape) // 2):
             raise BadInput(
-                f"{layer}.weight has {parts['.weight'].count} bytes, but its settings give the shape {list(shape)}"
+                f"{layer}.weight has {parts['.weight'].bytes} bytes, but its settings give the shape {list(shape)}"
             )
         if parts[".weight.absmax"].count != -(-math.prod(shape) // run):
             raise BadInput(
@@ -75,7 +76,7 @@ class FourBit(Format):
         """The value of each code times the scale of its run, rounded once."""
         told = _settings(layer, next(parts[kind] for kind in self.kinds if kind in parts))
         shape, run = told["shape"], told["blocksize"]
-        packed, scales = parts[".weight"].flatten(), parts[".weight.absmax"]
+        packed, scales = parts[".weight"].flatten().view(torch.uint8), parts[".weight.absmax"]
         if scales.dtype == torch.uint8:
             values = parts[".weight.nested_quant_map"].float()[scales.int()]
             values *= _each(parts[".weight.nested_absmax"].float(), told["nested_blocksize"], scales.numel())
