@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import commands, gguf_files
 from helpers import stored_layers as made_of
+from helpers.every_type import write_tiny
 from helpers.networks import build_network
 from helpers.places import ROOT
 from helpers.stored_folders import WEIGHTS, WIDE, Maker, describe, write_folder
@@ -92,6 +94,22 @@ def test_a_layer_of_floats_among_coded_ones_must_be_named(
     describe(folder, quantization_config=settings | named)
     weight = LocalModel("local", str(folder)).load("cpu", "float32").network.state_dict()[f"{LAYER}.weight"]
     assert torch.equal(weight, load_file(folder / WEIGHTS)[f"{LAYER}.weight"].float())
+
+
+def test_a_layer_may_be_named_as_in_the_network(tmp_path: Path) -> None:
+    """Gemma 3's files hold ``language_model.model``, and its network ``model.language_model``, which settings use."""
+    write_tiny("gemma3", tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    left = "language_model.model.layers.1.mlp.down_proj"
+    for name in [name for name in state if name.endswith("down_proj.weight") and not name.startswith(left)]:
+        made = made_of.eight_bit(np.random.default_rng(0), *state[name].shape)
+        state |= {name.removesuffix(".weight") + end: tensor for end, tensor in made.tensors.items()}
+    save_file(state, tmp_path / WEIGHTS, {"format": "pt"})
+    skipped = [f"model.language_model.{left.removeprefix('language_model.model.')}"]
+    describe(tmp_path, quantization_config=made.settings | {"llm_int8_skip_modules": skipped})
+    weights = LocalModel("local", str(tmp_path)).load("cpu", "float32").network.state_dict()
+    assert torch.equal(weights[f"{skipped[0]}.weight"], state[f"{left}.weight"])
+    assert torch.equal(weights[f"{skipped[0]}.weight".replace(".1.", ".0.")], torch.from_numpy(made.weight))
 
 
 def test_eight_bit_floats_without_their_scales_are_no_weights(stored: Callable[..., Path]) -> None:

@@ -139,7 +139,7 @@ class QuantizedFolder(Stored):
                     f"must be {self.format.name} or plain floats"
                 )
             elif isinstance(skeleton.get_submodule(name.rpartition(".")[0]), nn.Linear):
-                self._check_left_out(key)
+                self._check_left_out(key, name)
         decoded = {key: Later(partial(self._decode, layer, key in turned)) for key, layer in layers.items()}
         return decoded | {name: Later(partial(self._checkpoint.read, name)) for name in plain}
 
@@ -205,14 +205,19 @@ class QuantizedFolder(Stored):
                 f"layer in the format {other}; all layers must be {self.format.name} or plain floats"
             )
 
-    def _check_left_out(self, key: str) -> None:
+    def _check_left_out(self, key: str, name: str) -> None:
         """Refuse a weight stored as floats, if the same layer of another block is coded and no setting names this one.
+
+        Args:
+            key: its name in the files.
+            name: its name in the network, which settings may use instead.
 
         Raises:
             BadInput: it is such a weight, which other programs would look for among the coded ones.
         """
-        path = key.removesuffix(".weight")
-        if _NUMBER.sub(".*.", path) in self._kinds and not _names(settings_of(self.folder), path):
+        path, settings = key.removesuffix(".weight"), settings_of(self.folder)
+        named = _names(settings, path) or _names(settings, name.removesuffix(".weight"))
+        if _NUMBER.sub(".*.", path) in self._kinds and not named:
             raise BadInput(
                 f"it holds {path} as plain floats, but the same layer of other blocks as {self.format.name}, and no "
                 f"setting of its quantization_config names it; use the files of one model, or name the layer there "
