@@ -237,6 +237,29 @@ def test_a_group_that_names_one_layer_is_not_that_of_the_others(
         assert np.array_equal(state[f"{path}.weight"].numpy(), made.weight), path
 
 
+def test_torchao_may_have_settings_of_each_layer(stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:
+    """Where they name the coded layers, no others need a name; each layer's code has the width that they state."""
+    left = "model.layers.1.mlp.down_proj"
+    folder, layers = stored(LAYERS["torchao-int8"], apart={left: None})
+    wide = {"_type": "Int8WeightOnlyConfig", "_data": {}}
+    narrow = {
+        "_type": "Int8DynamicActivationIntxWeightConfig",
+        "_data": {"weight_dtype": {"_type": "torch.dtype", "_data": "int4"}},
+    }
+    each = {r"re:.*\.layers\.0\..*": narrow, "model.layers.0.mlp.up_proj": wide}
+    each |= {path: wide for path in layers if ".1." in path}
+    told = {"_type": "FqnToConfig", "_data": {"fqn_to_config": each, "module_fqn_to_config": each}}
+    write_settings(folder, {"quant_method": "torchao", "quant_type": {"default": told}})
+    model = LocalModel("local", str(folder)).load("cpu", "float32")
+    state = model.network.state_dict()
+    for path, made in layers.items():
+        assert np.array_equal(state[f"{path}.weight"].numpy(), made.weight), path
+    assert torch.equal(state[f"{left}.weight"], load_file(folder / "model.safetensors")[f"{left}.weight"].float())
+    assert model.on_disk is not None and "Int8DynamicActivationIntxWeightConfig" in model.on_disk.notes[0]
+    narrow_ones = [made for path, made in layers.items() if ".0." in path and not path.endswith("up_proj")]
+    assert model.on_disk.weights["4 bits"] == sum(made.weight.size for made in narrow_ones)
+
+
 def test_rotations_inside_the_weights_are_read(stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:
     folder, layers = stored(LAYERS["ct-packed-4"])
     inside = {"R1": {"apply": [{"location": "weight_input"}, {"location": "weight_output"}]}}

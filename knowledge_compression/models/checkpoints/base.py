@@ -91,6 +91,11 @@ class Format(ABC):
         """The floats that a layer's tensors represent, float32, in the shape given by :meth:`coded`."""
 
     @property
+    def names_coded(self) -> bool:
+        """Whether the settings name the layers that are coded, so that they need not name those stored as floats."""
+        return False
+
+    @property
     def made_by(self) -> str:
         """The program that made the file, if the file states it; otherwise empty."""
         return ""

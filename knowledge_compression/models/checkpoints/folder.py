@@ -216,7 +216,7 @@ class QuantizedFolder(Stored):
             BadInput: it is such a weight, which other programs would look for among the coded ones.
         """
         path, settings = key.removesuffix(".weight"), settings_of(self.folder)
-        named = _names(settings, path) or _names(settings, name.removesuffix(".weight"))
+        named = self.format.names_coded or _names(settings, path) or _names(settings, name.removesuffix(".weight"))
         if _NUMBER.sub(".*.", path) in self._kinds and not named:
             raise BadInput(
                 f"it holds {path} as plain floats, but the same layer of other blocks as {self.format.name}, and no "

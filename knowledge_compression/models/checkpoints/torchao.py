@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from knowledge_compression.models.checkpoints.fp8 import FLOAT8
 from knowledge_compression.models.streamed import Described
 
 _CODES, _SCALE, _ZERO, _INPUTS = (f"._weight_{name}" for name in ("qdata", "scale", "zero_point", "act_pre_scale"))
+_OTHERS = "_default"
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ class TorchAo(Format):
     """torchao's format, see the module's docstring.
 
     Attributes:
-        kind: torchao's name for its settings.
-        bits: bits of a code according to the settings; None if they do not state it.
+        kinds: torchao's names for its settings.
+        widths: bits of a code according to the settings of each layer, by its name or a pattern; None if they do not
+            state it. Those of :data:`_OTHERS` are for all layers without settings of their own.
     """
 
-    kind: str = ""
-    bits: int | None = None
+    kinds: Sequence[str] = ()
+    widths: Mapping[str, int | None] = field(default_factory=dict)
 
     name = "torchao"
     methods = ("torchao",)
@@ -50,7 +52,7 @@ class TorchAo(Format):
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> TorchAo:
-        """The settings of all layers that have none of their own.
+        """The settings of all layers, or of each.
 
         Raises:
             BadInput: they are those of a version that pickled its tensors.
@@ -65,16 +67,24 @@ class TorchAo(Format):
         if not isinstance(default, Mapping):
             return cls()
         inside = default.get("_data")
-        width = inside.get("weight_dtype") if isinstance(inside, Mapping) else None
-        digits = re.search(r"int(\d)", str(width.get("_data"))) if isinstance(width, Mapping) else None
-        return cls(str(default.get("_type", "")), int(digits[1]) if digits else None)
+        apart = inside.get("fqn_to_config", inside.get("module_fqn_to_config")) if isinstance(inside, Mapping) else None
+        each = apart if isinstance(apart, Mapping) else {_OTHERS: default}
+        each = {name: one for name, one in each.items() if isinstance(one, Mapping)}
+        kinds = dict.fromkeys(str(one.get("_type", "")) for one in each.values())
+        return cls(tuple(kinds), {name: _width(one) for name, one in each.items()})
+
+    @property
+    def names_coded(self) -> bool:
+        """Whether there are no settings for layers without some of their own."""
+        return bool(self.widths) and _OTHERS not in self.widths
 
     @property
     def notes(self) -> tuple[str, ...]:
         """A remark that activations are not rounded here."""
-        if "DynamicActivation" not in self.kind and "StaticActivation" not in self.kind:
+        rounded = [kind for kind in self.kinds if "DynamicActivation" in kind or "StaticActivation" in kind]
+        if not rounded:
             return ()
-        return (f"it is meant to be used with rounded activations ({self.kind}), which is not done here",)
+        return (f"it is meant to be used with rounded activations ({', '.join(rounded)}), which is not done here",)
 
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
         """The codes' type and shape show which of the three it is.
@@ -90,7 +100,7 @@ class TorchAo(Format):
                 raise BadInput(f"{layer}{_SCALE} has the shape {list(scales)}, which does not divide {list(shape)}")
             if codes.dtype == "I8":
                 fits(layer, _ZERO, parts[_ZERO].shape, scales)
-            return Coded(shape, self.bits or 8, shape[0] * shape[1] // max(1, parts[_SCALE].count))
+            return Coded(shape, self._bits(layer) or 8, shape[0] * shape[1] // max(1, parts[_SCALE].count))
         if codes.dtype == "U8" and _ZERO in parts:
             needed(layer, parts, _SCALE)
             outputs, bytes_ = codes.matrix(f"{layer}{_CODES}")
@@ -123,6 +133,20 @@ class TorchAo(Format):
                 weight -= spread(parts[_ZERO].float().reshape(scales.shape), shape, block)
             weight *= spread(scales, shape, block)
         return weight * parts[_INPUTS].float().reshape(1, -1) if _INPUTS in parts else weight
+
+    def _bits(self, layer: str) -> int | None:
+        """Bits of a code according to the settings: those that name the layer, then the first pattern it matches."""
+        patterns = (name for name in self.widths if name.startswith("re:") and re.fullmatch(name[3:], layer))
+        found = layer if layer in self.widths else next(patterns, _OTHERS)
+        return self.widths.get(found)
+
+
+def _width(settings: Mapping[str, Any]) -> int | None:
+    """Bits of a code according to the settings of one kind of layer."""
+    inside = settings.get("_data")
+    told = inside.get("weight_dtype") if isinstance(inside, Mapping) else None
+    digits = re.search(r"int(\d)", str(told.get("_data"))) if isinstance(told, Mapping) else None
+    return int(digits[1]) if digits else None
 
 
 def _two(shape: Sequence[int]) -> tuple[int, int]:
