@@ -60,9 +60,10 @@ def _accepted(place: Path) -> str:
     """The kinds of folder that could be read instead."""
     from knowledge_compression.models.checkpoints.folder import readable, settings_of
 
-    if method := (settings_of(place) or {}).get("quant_method"):
-        ours = ", ".join(readable())
-        return f"it is compressed by {method}, which only transformers can read; this program reads {ours} and GGUF"
+    method, ours = (settings_of(place) or {}).get("quant_method"), readable()
+    if method and method not in ours:
+        known = ", ".join(ours)
+        return f"it is compressed by {method}, which only transformers can read; this program reads {known} and GGUF"
     return "give a folder saved by save_pretrained"
 
 

@@ -18,7 +18,7 @@ from helpers import stored_layers as made_of
 from helpers.hqq_layers import hqq
 from helpers.stored_folders import Maker, describe, write_folder
 from helpers.stored_layers import Made
-from knowledge_compression.errors import BadInput
+from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.models.checkpoints.folder import FORMATS
 from knowledge_compression.models.loading import LocalModel
 
@@ -415,6 +415,13 @@ def test_other_formats_are_one_line(
     with pytest.raises(BadInput, match=match) as caught:
         LocalModel("local", str(folder)).load("cpu", "float32")
     assert "\n" not in str(caught.value)
+
+
+def test_a_readable_format_is_not_called_unreadable(stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:
+    folder, _ = stored(LAYERS["awq"])
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelUnavailable, match=r"cannot be read \(.*\); give a folder saved by save_pretrained"):
+        LocalModel("local", str(folder)).load("cpu", "float32")
 
 
 def test_a_declaration_that_is_no_mapping_is_one_line(
