@@ -14,6 +14,8 @@ from transformers import AutoTokenizer
 
 from helpers import gguf_files
 from helpers.gguf_files import ARCHITECTURES
+from helpers.gguf_tiny import tiny
+from knowledge_compression.compression.formats.gguf import save_gguf
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models.checkpoints.gguf.file import GgufFile
 from knowledge_compression.models.loading import LocalModel
@@ -94,6 +96,20 @@ def test_a_folder_of_several_files_is_asked_which(tmp_path: Path) -> None:
         gguf_files.write(tmp_path / name)
     with pytest.raises(BadInput, match=r"holds several GGUF files \(a.gguf, b.gguf\); choose one, e.g. model.path="):
         LocalModel("local", str(tmp_path)).skeleton()
+
+
+def test_blocks_that_predict_further_tokens_are_no_blocks_of_the_network(tmp_path: Path) -> None:
+    """llama.cpp's conversions count them; run as the last blocks, they would change every answer."""
+    network = tiny("exaone-moe").network
+    save_gguf(tiny("exaone-moe"), tmp_path / "saved")
+    (path,) = (tmp_path / "saved").glob("*.gguf")
+    content, key = bytearray(path.read_bytes()), b"exaone-moe.nextn_predict_layers"
+    struct.pack_into("<I", content, content.index(key) + len(key) + 4, 1)  # behind the number of the value's type
+    path.write_bytes(content)
+    found = LocalModel("local", str(path)).load("cpu", "float32").network
+    assert found.config.num_hidden_layers == network.config.num_hidden_layers - 1
+    assert found.config.layer_types == network.config.layer_types[:-1]
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in found.state_dict().items())
 
 
 @pytest.fixture

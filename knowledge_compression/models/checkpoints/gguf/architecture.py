@@ -99,6 +99,7 @@ class GgufArchitecture:
     def told(self, stored: Mapping[str, Any], tensors: Collection[str]) -> dict[str, Any]:
         """The attributes of a configuration for a file's settings and the names of its tensors."""
         found: dict[str, Any] = dict(self.given)
+        stored = _without_further_blocks(self.name, stored)
         for key, source in self.settings.items():
             value = stored.get(f"{self.name}.{key}")
             if value is None or not isinstance(source, str | Setting):
@@ -156,6 +157,15 @@ class GgufArchitecture:
             if told is not None:
                 found[name] = (told + (ending or ("" if told.endswith(_WITHOUT_ENDING) else ".weight")),)
         return found
+
+
+def _without_further_blocks(architecture: str, stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings without a file's last blocks that predict tokens after the next, which transformers leaves out."""
+    count, further = (stored.get(f"{architecture}.{key}") for key in ("block_count", "nextn_predict_layers"))
+    if not further or not isinstance(count, int):
+        return stored
+    each = {key: value[:-further] for key, value in stored.items() if isinstance(value, list) and len(value) == count}
+    return {**stored, **each, f"{architecture}.block_count": count - further}
 
 
 def is_turned(network: Any, name: str) -> bool:
