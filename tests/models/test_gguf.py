@@ -56,6 +56,33 @@ def test_every_type_that_gguf_decodes(kind: Kind, tmp_path: Path) -> None:
     assert told.bytes == path.stat().st_size and told.made_by == "gguf-py"
 
 
+@pytest.mark.parametrize(
+    ("architecture", "scaled", "parameter"),
+    [
+        ("llama", "blk.1.attn_output", "model.layers.1.self_attn.o_proj.weight"),
+        ("qwen3moe", "blk.1.ffn_down_exps", "model.layers.1.mlp.experts.down_proj"),
+        ("t5", "dec.blk.1.ffn_up", "decoder.block.1.layer.2.DenseReluDense.wi_1.weight"),
+    ],
+)
+def test_a_tensor_may_be_scaled_by_another(architecture: str, scaled: str, parameter: str, tmp_path: Path) -> None:
+    """As llama.cpp stores NVFP4 and ternary weights: a number for each matrix, for a bank one for each expert."""
+    gguf_files.write(tmp_path / "plain.gguf", architecture)
+    plain = LocalModel("local", str(tmp_path / "plain.gguf")).load("cpu", "float32").network.state_dict()
+    each = np.array([0.5, 3] if "exps" in scaled else [0.5], np.float32)
+    gguf_files.write(tmp_path / "scaled.gguf", architecture, further={f"{scaled}.scale": each})
+    there = LocalModel("local", str(tmp_path / "scaled.gguf")).load("cpu", "float32").network.state_dict()
+    factors = torch.from_numpy(each).reshape(-1, *[1] * (plain[parameter].dim() - 1))
+    assert torch.equal(there.pop(parameter), plain[parameter] * factors)
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in there.items())
+
+
+def test_a_wrong_number_of_scales_is_one_line(tmp_path: Path) -> None:
+    gguf_files.write(tmp_path / "model.gguf", further={"blk.1.attn_q.scale": np.ones(3, np.float32)})
+    with pytest.raises(BadInput, match=r"blk\.1\.attn_q\.scale has 3 numbers") as caught:
+        LocalModel("local", str(tmp_path / "model.gguf")).load("cpu", "float32")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_as_transformers_reads_it(architecture: str, tmp_path: Path) -> None:
     gguf_files.write(tmp_path / "model.gguf", architecture, Kind.Q8_0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType, dequantize
+from numpy.typing import NDArray
 from torch import Tensor
 
 from knowledge_compression.errors import BadInput, ModelUnavailable, first_line
@@ -38,6 +39,7 @@ logging.getLogger("gguf").setLevel(logging.WARNING)  # gguf reports every file t
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _PLAIN = {kind for kind, (block, _) in GGML_QUANT_SIZES.items() if block == 1} | {GGMLQuantizationType.BF16}
 _ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
+Scales = Mapping[str, tuple[GgufTensor, Path]]
 _TERNARY = {GGMLQuantizationType.TQ1_0: 1.625}  # five ternary digits per byte, and the rest
 
 
@@ -116,8 +118,9 @@ class GgufFile(Stored):
         if self._known is not None:
             _, known = self._known
             found = known.names(skeleton)
+            scales = self._scales({one for of in found.values() for one in of})
             weights = {
-                name: Later(partial(_decoded, name, [there[one] for one in of], known=known, skeleton=skeleton))
+                name: Later(partial(_decoded, name, [there[one] for one in of], scales, known=known, skeleton=skeleton))
                 for name, of in found.items()
                 if all(one in there for one in of)
             }
@@ -138,9 +141,23 @@ class GgufFile(Stored):
             # A bank of experts is a parameter of its own, which has no ending.
             if target := names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight")):
                 sources.setdefault(target, []).append((tensor, path))
+        scales = self._scales(names)
         return {
-            target: Later(partial(_made, target, of, processor=processor, names=names))
+            target: Later(partial(_made, target, of, scales, processor=processor, names=names))
             for target, of in sources.items()
+        }
+
+    def _scales(self, parameters: Collection[str]) -> Scales:
+        """The tensors that scale others, as those of NVFP4 have them, by the names of the scaled ones.
+
+        Args:
+            parameters: names of tensors that are parameters of the network, which may end like scales.
+        """
+        ends = ".scale"
+        return {
+            f"{tensor.name.removesuffix(ends)}.weight": (tensor, path)
+            for tensor, path in self.described
+            if tensor.name.endswith(ends) and tensor.name not in parameters
         }
 
     def record(self) -> StoredAs:
@@ -269,11 +286,31 @@ class _Outline:
         return [(name, _Outline(child, self._depth - 1)) for name, child in inside if hasattr(child, "config")]
 
 
+def _floats(tensor: GgufTensor, path: Path, scales: Scales) -> NDArray[Any]:
+    """The numbers of a tensor, scaled as a whole or each expert of a bank on its own.
+
+    Raises:
+        BadInput: it has another number of scales.
+    """
+    values: NDArray[Any] = dequantize(tensor.read(path), tensor.kind)
+    if tensor.name not in scales:
+        return values
+    scale, place = scales[tensor.name]
+    if scale.parameters not in (1, len(values)):
+        raise BadInput(f"{scale.name} has {scale.parameters} numbers, and {tensor.name} {len(values)} rows or experts")
+    return values * dequantize(scale.read(place), scale.kind).reshape(-1, *[1] * (values.ndim - 1))
+
+
 def _decoded(
-    name: str, of: Sequence[tuple[GgufTensor, Path]], *, known: GgufArchitecture, skeleton: PreTrainedModel
+    name: str,
+    of: Sequence[tuple[GgufTensor, Path]],
+    scales: Scales,
+    *,
+    known: GgufArchitecture,
+    skeleton: PreTrainedModel,
 ) -> Tensor:
     """The weight that several tensors form."""
-    values = [(tensor.name, dequantize(tensor.read(path), tensor.kind)) for tensor, path in of]
+    values = [(tensor.name, _floats(tensor, path, scales)) for tensor, path in of]
     whole = known.put_together(values, skeleton.config)
     if (place := known.place(name)) is not None:
         whole = whole[place]
@@ -289,11 +326,13 @@ def _number(values: Sequence[float] | float, block: int, shape: Sequence[int]) -
     )
 
 
-def _made(target: str, of: Sequence[tuple[GgufTensor, Path]], *, processor: Any, names: dict[str, str]) -> Tensor:
+def _made(
+    target: str, of: Sequence[tuple[GgufTensor, Path]], scales: Scales, *, processor: Any, names: dict[str, str]
+) -> Tensor:
     """The weight that several tensors form, combined by transformers' processors of the architecture."""
     made: dict[str, Any] = {"tensors": {}}
     for tensor, path in of:
-        values = dequantize(tensor.read(path), tensor.kind)
+        values = _floats(tensor, path, scales)
         result = processor.process(weights=values, name=tensor.name, tensor_key_mapping=names, parsed_parameters=made)
         if result.name is not None:
             made["tensors"][target] = torch.from_numpy(np.require(result.weights, requirements=["C", "W", "O"]))
