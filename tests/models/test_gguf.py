@@ -214,6 +214,10 @@ def test_any_changed_byte_is_answered_in_one_line_or_read(good: Path) -> None:
             {"type": "yarn", "factor": 4.0, "original_context_length": 32},
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
         ),
+        (
+            {"type": "yarn", "factor": 8.0, "original_context_length": 32, "yarn_attn_factor": 1.2079441541679836},
+            {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
+        ),
         ({"type": "none"}, {"rope_type": "default"}),
         (
             {"type": "yarn", "factor": 4.0, "original_context_length": 32, "yarn_beta_fast": 16.0},
@@ -234,6 +238,11 @@ def test_scaled_rotary_embeddings_are_read(settings: dict[str, Any], wanted: dic
         (
             {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_log_multiplier": 0.1},
             r"scaled by type, yarn_log_multiplier \(yarn\)",
+        ),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 8.0}
+            | {"llama.rope.scaling.yarn_attn_factor": 1.0},
+            r"scaled by factor, type, yarn_attn_factor \(yarn\)",
         ),
         ({"rope_freqs.weight": np.full(8, 3, np.float32)}, "rope_freqs.weight scale rotary embeddings differently"),
         ({"rope_factors_long.weight": np.ones(8, np.float32)}, "that depend on the length of the text cannot be read"),

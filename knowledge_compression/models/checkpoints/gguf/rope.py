@@ -19,6 +19,7 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, **_LENGTH}
 _LLAMA4 = {"low_freq_factor": 1.0, "high_freq_factor": 1.0, **_LENGTH}
 _UNROTATED = np.float32(1e30)  # a divisor that leaves nothing of a frequency
 _PLAIN_SCALING = {"type", "factor", "original_context_length", "finetuned", "yarn_beta_fast", "yarn_beta_slow"}
+_STATED = "yarn_attn_factor"  # OLMo 3's files state the usual one, 0.1 ln(factor) + 1
 # Architectures in which YaRN scales attention scores too, and what llama.cpp's conversion multiplies the constant by.
 _SCALED_SCORES = {"deepseek2": 0.1, "mistral3": 1.0}
 
@@ -70,6 +71,10 @@ def scaled_rope(
     """
     prefix = f"{architecture}.rope.scaling."
     scaling = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+    if _STATED in scaling and math.isclose(
+        scaling[_STATED], 0.1 * math.log(scaling.get("factor", 1)) + 1, rel_tol=1e-5
+    ):
+        del scaling[_STATED]
     kind, theta = scaling.get("type", "none"), float(told.get("rope_theta", 10_000.0))
     windows = architecture == "olmo2" and told.get("sliding_window") is not None
     if divisors is not None:
