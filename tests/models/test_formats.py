@@ -62,6 +62,9 @@ PACKED_EVENLY = {"gptq", "awq"}  # formats whose outputs and inputs fill whole w
 NOT_ODD = {"ct-mxfp4", "ct-packed-3-whole-codes"}
 
 
+LAST = "model.layers.1.mlp.down_proj"
+
+
 def format_of(made: Made) -> Any:
     settings = made.settings
     method = settings["quant_method"]
@@ -235,6 +238,24 @@ def test_a_group_that_names_one_layer_is_not_that_of_the_others(
     state = LocalModel("local", str(folder)).load("cpu", "float32").network.state_dict()
     for path, made in layers.items():
         assert np.array_equal(state[f"{path}.weight"].numpy(), made.weight), path
+
+
+@pytest.mark.parametrize("names", [LAST, r"re:.*\.1\.mlp\.down_proj"])
+def test_a_layer_of_several_groups_belongs_to_the_one_that_the_library_takes(
+    names: str, stored: Callable[..., tuple[Path, dict[str, Made]]]
+) -> None:
+    """A name before any pattern, and patterns in the order of the alphabet, whatever the order of the groups."""
+    other = partial(made_of.packed, bits=8)
+    folder, layers = stored(LAYERS["ct-packed-4"], apart={LAST: other})
+    (rest,) = next(iter(layers.values())).settings["config_groups"].values()
+    apart = rest | {"targets": [names], "weights": rest["weights"] | {"num_bits": 8}}
+    groups = {"group_0": rest | {"targets": [r"re:.*\.mlp\..*", r"re:.*_proj$"]}, "group_1": apart}
+    write_settings(folder, {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups})
+    model = LocalModel("local", str(folder)).load("cpu", "float32")
+    state = model.network.state_dict()
+    for path, made in layers.items():
+        assert np.array_equal(state[f"{path}.weight"].numpy(), made.weight), path
+    assert model.on_disk is not None and model.on_disk.weights["8 bits"] == state[f"{LAST}.weight"].numel()
 
 
 def test_torchao_may_have_settings_of_each_layer(stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:

@@ -59,13 +59,6 @@ class Scheme:
     block: tuple[int, int] | None = None
     activations: bool = False
 
-    def takes(self, layer: str) -> bool:
-        """Whether a layer belongs to the group, by its path."""
-        return any(
-            re.match(target[3:], layer) if target.startswith("re:") else layer == target or layer.endswith(f".{target}")
-            for target in self.targets
-        )
-
 
 @dataclass(frozen=True)
 class CompressedTensors(Format):
@@ -152,13 +145,24 @@ class CompressedTensors(Format):
         return weight.mul_(each(scales))
 
     def _scheme(self, layer: str) -> Scheme:
-        """The first scheme that names the layer, otherwise the one for a class, such as all linear layers."""
-        named = (scheme for scheme in self.schemes if scheme.takes(layer))
+        """The scheme that names the layer, or the first pattern for it in the alphabet, as in the library; otherwise
+        the one for a class, such as all linear layers.
+        """
+        targets = [(target, scheme) for scheme in self.schemes for target in scheme.targets]
+        targets.sort(key=lambda one: (one[0].startswith("re:"), one[0]))
+        named = (scheme for target, scheme in targets if _takes(target, layer))
         general = (scheme for scheme in self.schemes if any(target[:1].isupper() for target in scheme.targets))
         found = next(named, None) or next(general, None)
         if found is None:
             raise BadInput(f"it holds a scale for {layer}, which belongs to none of its config_groups")
         return found
+
+
+def _takes(target: str, layer: str) -> bool:
+    """Whether a target names a layer, by its path."""
+    if target.startswith("re:"):
+        return re.match(target[3:], layer) is not None
+    return layer == target or layer.endswith(f".{target}")
 
 
 def _check_transforms(told: Any) -> None:
