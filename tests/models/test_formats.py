@@ -258,6 +258,19 @@ def test_a_layer_of_several_groups_belongs_to_the_one_that_the_library_takes(
     assert model.on_disk is not None and model.on_disk.weights["8 bits"] == state[f"{LAST}.weight"].numel()
 
 
+def test_a_group_may_round_inputs_alone(stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:
+    """As of attention; a cache of rounded keys and values is a setting of its own. The record says both."""
+    folder, layers = stored(LAYERS["ct-packed-4"])
+    settings = dict(next(iter(layers.values())).settings)
+    inputs = {"targets": ["LlamaAttention"], "weights": None, "input_activations": {"num_bits": 8, "type": "float"}}
+    groups = dict(settings["config_groups"]) | {"attention": inputs}
+    write_settings(folder, settings | {"config_groups": groups, "kv_cache_scheme": {"num_bits": 8, "type": "float"}})
+    model = LocalModel("local", str(folder)).load("cpu", "float32")
+    state = model.network.state_dict()
+    assert all(np.array_equal(state[f"{path}.weight"].numpy(), made.weight) for path, made in layers.items())
+    assert model.on_disk is not None and "rounded activations and keys and values," in model.on_disk.notes[0]
+
+
 def test_torchao_may_have_settings_of_each_layer(stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:
     """Where they name the coded layers, no others need a name; each layer's code has the width that they state."""
     left = "model.layers.1.mlp.down_proj"

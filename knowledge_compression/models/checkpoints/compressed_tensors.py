@@ -50,22 +50,27 @@ class Scheme:
         layout: one of :data:`LAYOUTS`.
         bits: bits of a code.
         block: outputs and inputs of a block with one scale, if scales belong to blocks.
-        activations: whether activations are rounded at run time.
     """
 
     targets: Sequence[str]
     layout: str
     bits: int
     block: tuple[int, int] | None = None
-    activations: bool = False
 
 
 @dataclass(frozen=True)
 class CompressedTensors(Format):
-    """compressed-tensors, see the module."""
+    """compressed-tensors, see the module.
+
+    Attributes:
+        schemes: of the groups of layers whose weights are coded.
+        version: version of the library that wrote the file.
+        rounded: what else is rounded at run time.
+    """
 
     schemes: Sequence[Scheme]
     version: str = ""
+    rounded: Sequence[str] = ()
 
     name = "compressed-tensors"
     methods = ("compressed-tensors",)
@@ -88,7 +93,13 @@ class CompressedTensors(Format):
             raise BadInput("its quantization_config has no config_groups, which describe how its layers are stored")
         whole = settings.get("format")
         _check_transforms(settings.get("transform_config"))
-        return cls([_scheme(name, group, whole) for name, group in groups.items()], str(settings.get("version") or ""))
+        inputs = {name for name, one in groups.items() if isinstance(one, Mapping) and one.get("input_activations")}
+        # A group may round nothing but inputs, such as those of attention.
+        coded = {name: one for name, one in groups.items() if name not in inputs or one.get("weights") is not None}
+        rounded = ["activations"] if inputs else []
+        rounded += ["keys and values"] if settings.get("kv_cache_scheme") else []
+        version = str(settings.get("version") or "")
+        return cls([_scheme(name, group, whole) for name, group in coded.items()], version, rounded)
 
     @property
     def made_by(self) -> str:
@@ -97,10 +108,10 @@ class CompressedTensors(Format):
 
     @property
     def notes(self) -> Sequence[str]:
-        """A remark that activations are not rounded here."""
-        if not any(scheme.activations for scheme in self.schemes):
+        """A remark that nothing is rounded at run time here."""
+        if not self.rounded:
             return ()
-        return ("it is meant to be used with rounded activations, which is not done here",)
+        return (f"it is meant to be used with rounded {' and '.join(self.rounded)}, which is not done here",)
 
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
         """Shape from the codes, groups from the scales."""
@@ -210,7 +221,6 @@ def _scheme(name: str, group: Any, whole: Any) -> Scheme:
         layout=layout,
         bits=bits,
         block=None if block is None else (block[0], block[1]),
-        activations=group.get("input_activations") is not None,
     )
 
 
