@@ -134,7 +134,8 @@ def _alike(readers: Sequence[TargetLayer], writer: TargetLayer) -> bool:
 
 def _groups_of_heads(model: Model) -> int:
     config = model.text_config
-    return int(getattr(config, _KEY_VALUE_HEADS, None) or config.num_attention_heads)
+    heads = getattr(config, _KEY_VALUE_HEADS, None) or getattr(config, "num_attention_heads", None)
+    return int(heads or 1)  # Mamba has none
 
 
 def narrower(config: Any, channels: tuple[int, int] | None, heads: tuple[int, int] | None) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.every_type import write_tiny
 from helpers.networks import VOCABULARY, build_network, logits_of
 from knowledge_compression.compression.kept import KeptModels
 from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
@@ -20,6 +21,7 @@ from knowledge_compression.compression.methods.width import Width
 from knowledge_compression.compression.solve.columns import damped, least_missed, refitted
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model, Target
+from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.saving import save_checkpoint
 
 ATT = Target("att", ["encoder_att", "decoder_self_att", "cross_att"])
@@ -218,6 +220,13 @@ def test_what_cannot_be_narrower_is_one_line(
     with pytest.raises(BadInput, match=said):
         Width(**({"sparsity": 0.5} | settings)).compress(model, target.select(model), TEXT)
     assert torch.equal(before, logits_of(model))
+
+
+def test_a_network_without_heads_is_one_line(tmp_path: Path) -> None:
+    write_tiny("mamba2", tmp_path)
+    model = LocalModel("local", str(tmp_path)).load("cpu", "float32")
+    with pytest.raises(BadInput, match="does not belong to a complete one"):
+        Width(0.5).compress(model, Target("mixer", ["mixer"]).select(model), TEXT)
 
 
 def test_damping_is_relative_to_the_mean_of_the_diagonal() -> None:
