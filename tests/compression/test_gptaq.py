@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.every_type import write_tiny
 from helpers.layers import EVERYTHING, windows
+from helpers.networks import logits_of
 from knowledge_compression.compression.layer_reports import LayerReport
 from knowledge_compression.compression.methods.gptaq import Gptaq, PairedInputs
 from knowledge_compression.compression.methods.gptq import Gptq
 from knowledge_compression.compression.walk.blocks import LayerInputs, Statistics, WalkSettings, compress_blocks
-from knowledge_compression.models import Model
+from knowledge_compression.models import Model, Target
 from knowledge_compression.models.families import EXPERTS
+from knowledge_compression.models.loading import LocalModel
 
 
 def reference(method: Gptaq, weight: torch.Tensor, here: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
@@ -116,3 +120,13 @@ def test_layers_are_told_what_they_read_in_the_uncompressed_network(any_tiny_mod
         torch.testing.assert_close(told, wanted, rtol=1e-4, atol=1e-5)
         if layer.path != next(iter(method.seen)) and layer.block:  # what it reads itself is something else by then
             assert not torch.allclose(torch.cat(method.seen[layer.path].here), wanted, rtol=1e-3)
+
+
+def test_a_layer_that_runs_twice_is_paired_with_the_same_time(tmp_path: Path) -> None:
+    """T5Gemma 2's keys and values read the text, then its encoder's states, which may be as many."""
+    write_tiny("t5gemma2", tmp_path)
+    model = LocalModel("local", str(tmp_path)).load("cpu", "float32")
+    before = logits_of(model)
+    targets = Target("att", ["decoder_self_att"]).select(model)
+    Gptaq(8).compress(model, targets, torch.randint(5, 90, (8, 24), generator=torch.Generator().manual_seed(1)))
+    assert (logits_of(model) - before).abs().max() < 0.05 * before.abs().max()

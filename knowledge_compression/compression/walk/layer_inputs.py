@@ -21,6 +21,9 @@ def reading(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Run a module and record the inputs of these layers in it.
 
+    Of a layer that runs more than once (T5Gemma 2 reads text and its encoder's states with the same keys and values),
+    these are the inputs of the first time, which are also those that a suspended pass meets.
+
     Args:
         layers: the layers, by path.
         run: runs the module and returns its output.
@@ -35,9 +38,11 @@ def reading(
 
     def before(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if (values := first_tensor(args, kwargs)).numel():
-            inputs[path] = values.detach()
+            inputs.setdefault(path, values.detach())
 
     def seen(path: str, output: Tensor) -> Tensor:
+        if path in outputs:
+            return output
         # The graph must begin at a leaf; the network gets a copy, which it may modify in place.
         outputs[path] = output if output.requires_grad else output.detach().requires_grad_()
         return output if output.requires_grad else outputs[path].clone()
