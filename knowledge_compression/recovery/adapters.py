@@ -244,8 +244,9 @@ def check_gradients(model: Model) -> None:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if not inputs or not inputs[0].requires_grad:
                 return
-            passed = output.requires_grad and torch.autograd.grad(
-                output.sum(), inputs[0], retain_graph=True, allow_unused=True
+            first = output[0] if isinstance(output, tuple) else output  # Llama 4's router returns scores and logits
+            passed = first.requires_grad and torch.autograd.grad(
+                first.sum(), inputs[0], retain_graph=True, allow_unused=True
             )
             if not passed or passed[0] is None:
                 without.append(path)

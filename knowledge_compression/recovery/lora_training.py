@@ -27,7 +27,8 @@ class LoraLinear(PeftLinear):
         weight, bias = base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype)
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         with torch.autocast(x.device.type, enabled=False):
-            return cast("Tensor", _Sum.apply(x, weight, bias, down, up, self.scaling[name]))
+            rows = cast("Tensor", _Sum.apply(x, weight, bias, down, up, self.scaling[name]))
+        return rows.view(*x.shape[:-1], -1)  # here, as a network may add to it in place (Llama 4 to its shared expert)
 
     def _trains_in(self, x: Tensor) -> torch.dtype | None:
         """The dtype of the products; None if they are left to peft."""
@@ -53,7 +54,7 @@ class LoraLinear(PeftLinear):
 
 
 class _Sum(torch.autograd.Function):
-    """``x @ weight.T + bias + scaling * (x @ down.T) @ up.T``, with no gradient for the frozen weight and bias."""
+    """Rows of ``x @ weight.T + bias + scaling * (x @ down.T) @ up.T``; the frozen weight and bias get no gradient."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
@@ -64,7 +65,7 @@ class _Sum(torch.autograd.Function):
         output = functional.linear(rows, weight, bias).addmm_(hidden, narrow_up.T, alpha=scaling)
         ctx.save_for_backward(rows, weight, narrow_down, narrow_up, hidden)
         ctx.scaling, ctx.shape, ctx.dtypes = scaling, x.shape, (x.dtype, down.dtype, up.dtype)
-        return output.view(*x.shape[:-1], -1)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *of_output: Tensor) -> tuple[Tensor | None, ...]:

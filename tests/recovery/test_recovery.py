@@ -370,3 +370,15 @@ def test_lora_leaves_out_what_a_kernel_multiplies_by_itself(text, tmp_path, name
     added = {path.rpartition(".lora_A")[0] for path, _ in model.network.named_parameters() if ".lora_A" in path}
     assert any(path.endswith("in_proj") for path in added) and not any(path.endswith("out_proj") for path in added)
     assert loss(model, text) < before
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_network_may_route_by_a_linear_layer_and_add_in_place(rounded, tmp_path, text):
+    """Llama 4's router is a linear layer that returns two tensors; its shared expert's output is added to in place."""
+    write_tiny("llama4_text", tmp_path)
+    model = LocalModel("local", str(tmp_path)).load("cpu", "float32")
+    if rounded:
+        Int8Dynamic().compress(model, Target("all", ["decoder_self_att", "shared_experts"]).select(model))
+    before = loss(model, text)
+    Lora(SHORT, rank=2).recover(model, text)
+    assert loss(model, text) < before

@@ -127,7 +127,9 @@ class Int8Linear(ReplacedLinear):
 
         Gradients pass to the input as if nothing were rounded (straight through); the weights are frozen.
         """
-        return _StraightThrough.apply(inputs, self)
+        # Shaped here, as a network may add to it in place (Llama 4 to its shared expert).
+        rows: torch.Tensor = _StraightThrough.apply(inputs.reshape(-1, self.in_features), self)
+        return rows.view(*inputs.shape[:-1], self.out_features)
 
     def multiply(self, integers: torch.Tensor) -> torch.Tensor:
         """The exact product of int8 ``[rows, in_features]`` with the weight, int32 ``[rows, out_features]``."""
@@ -171,12 +173,12 @@ class Int8Linear(ReplacedLinear):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward, the integer product; backward, the gradient of the product with the rounded weights."""
+    """Forward, the integer product with rows; backward, the gradient of the product with the rounded weights."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
         ctx.layer = layer
-        rows = inputs.reshape(-1, layer.in_features).float()
+        rows = inputs.float()
         integers, scale, zero_point = layer.round_inputs(rows)
         if zero_point is not None:  # one scale for all rows
             outputs = layer.multiply_scaled(integers, layer.weight_scale * scale, zero_point)
@@ -188,7 +190,7 @@ class _StraightThrough(torch.autograd.Function):
                 outputs *= scale
             else:
                 torch.addcmul(layer.bias.float(), outputs, scale, out=outputs)
-        return outputs.to(inputs.dtype).view(*inputs.shape[:-1], layer.out_features)
+        return outputs.to(inputs.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
