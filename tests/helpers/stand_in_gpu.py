@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-import tempfile
 import warnings
 from functools import cache
 from hashlib import sha256
@@ -30,8 +29,9 @@ def library() -> Path:
     """The compiled stand-in; compiled once for each version of it and of torch. Needs g++."""
     folder = Path(torch.__file__).parent
     known = sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    made = Path(tempfile.gettempdir()) / f"kc-stand-in-gpu-{os.getuid()}-{known}.so"
+    made = SOURCE.parent / "__pycache__" / f"stand_in_gpu-{known}.so"  # where nobody else may put one
     if not made.is_file():
+        made.parent.mkdir(exist_ok=True)
         scratch = made.with_suffix(f".{os.getpid()}")
         headers = [f"-I{folder / 'include' / part}" for part in ("", "torch/csrc/api/include")]
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
