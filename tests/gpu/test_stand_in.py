@@ -1,4 +1,4 @@
-"""What is shipped, run with ``device=cuda`` and over several GPUs on stand-ins for them, which any machine has.
+"""What is shipped, run with ``device=cuda`` and over several GPUs on stand-ins for them, without a GPU.
 
 They are memory of the processor that says it is a GPU's (helpers/stand_in_gpu.py), so the answers must be the
 processor's. They need a build of torch that has no CUDA of its own. A real GPU is tested by test_gpu.py.

@@ -50,7 +50,7 @@ def why_plain(tiny_model: Callable[[str], Model]) -> str:
 
 
 @needs_compiler
-@pytest.mark.parametrize("architecture", ["llama", "t5"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_compiled_blocks_train_as_plain_ones(
     tiny_model: Callable[[str], Model], architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
