@@ -122,6 +122,14 @@ class Checkpoint:
         """Size of all its files."""
         return sum((self.folder / name).stat().st_size for name in set(self.file_of.values()))
 
+    @property
+    def writer(self) -> str | None:
+        """What the metadata of the files call their format: ``pt``, ``mlx``; None if they do not say."""
+        for path in self.file_of.values():
+            with self._opened(path) as file:
+                return (file.metadata() or {}).get("format")
+        return None
+
     def described(self) -> dict[str, Described]:
         """Shape and type of each tensor, from the files' headers alone.
 

@@ -189,15 +189,50 @@ ENCODER_DECODERS: dict[str, Tiny] = {
     "blenderbot": Tiny("bytes", {"decoder_start_token_id": 2, "forced_eos_token_id": None}),
 }
 TYPES: dict[str, Tiny] = DECODERS | ENCODERS | ENCODER_DECODERS
+# Further types whose files mlx-lm changes; the last two with parts for pictures.
+CONVERTED: dict[str, Tiny] = {
+    "dots1": Tiny("bytes", {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}),
+    "helium": Tiny("llama"),
+    "hunyuan_v1_dense": Tiny("bytes"),
+    "seed_oss": Tiny("bytes"),
+    "gemma4": Tiny(
+        "llama",
+        {
+            "text_config": _GEMMA_PART
+            | {"hidden_size": 64, "head_dim": 16, "global_head_dim": 16, "intermediate_size": 96}
+            | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 512},
+            "vision_config": _VISION | {"num_key_value_heads": 2, "head_dim": 8},
+            "audio_config": None,
+        },
+    ),
+    "qwen3_5": Tiny(
+        "bytes",
+        {
+            "text_config": _DELTA
+            | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+            | {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "full_attention_interval": 2}
+            | {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3},
+            "vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2}
+            | {"out_hidden_size": 64, "patch_size": 8},
+        },
+    ),
+}
 
 
-def write_tiny(model_type: str, folder: Path) -> None:
-    """Save a tiny network of a type and its tokenizer, as anybody saves them."""
+def write_tiny(model_type: str, folder: Path, whole: type | None = None, **sizes: Any) -> None:
+    """Save a tiny network of a type and its tokenizer, as anybody saves them.
+
+    Args:
+        model_type: one of :data:`TYPES` or :data:`CONVERTED`.
+        folder: where to.
+        whole: the auto class of networks with all their parts; by default that of their text part.
+        **sizes: settings of the configuration that are other than those of the type.
+    """
     torch.manual_seed(0)
-    tiny = TYPES[model_type]
+    tiny = (TYPES | CONVERTED)[model_type]
     tokenizer = make(tiny.tokenizer)
-    config = _config(model_type, tiny, tokenizer)
-    network = auto_class(config).from_config(config).eval()
+    config = _config(model_type, tiny._replace(config={**tiny.config, **sizes}), tokenizer)
+    network = (whole or auto_class(config)).from_config(config).eval()
     with torch.no_grad():
         for parameter in network.parameters():  # so that no term is hidden by a zero
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -244,6 +244,28 @@ def mxfp8(rng: np.random.Generator, out: int, inputs: int, *, run: int = 16) -> 
     return Made(tensors, E4M3[codes] * each, _groups("mxfp8-quantized", weights), 8, run)
 
 
+def mlx(rng: np.random.Generator, out: int, inputs: int, *, mode: str = "affine", bits: int = 4) -> Made:
+    """mlx-lm, as the layers of a LLaMA."""
+    run = 16 if mode == "nvfp4" else 32
+    settings = {"quant_method": "mlx", "model_type": "llama", "group_size": run, "bits": bits, "mode": mode}
+    each = (out, inputs // run)
+    if mode == "affine":
+        codes = rng.integers(0, 2**bits, (out, inputs))
+        scales, biases = (rng.uniform(-0.1, 0.1, each).astype(np.float16) for _ in range(2))
+        words = stream(codes, bits)
+        tensors = {".scales": torch.from_numpy(scales), ".biases": torch.from_numpy(biases)}
+        wide = [np.repeat(one.astype(np.float32), run, 1) for one in (scales, biases)]
+        weight = codes.astype(np.float32) * wide[0] + wide[1]
+    else:
+        codes = finite_codes(rng, out, inputs) if bits == 8 else rng.integers(0, 16, (out, inputs))
+        words = stream(codes, bits)
+        scales = rng.integers(1, 120, each) if mode == "nvfp4" else rng.integers(110, 140, each)
+        tensors = {".scales": torch.from_numpy(scales.astype(np.uint8))}
+        factor = E4M3[scales] if mode == "nvfp4" else np.ldexp(np.float32(1), scales - 127)
+        weight = (E4M3 if bits == 8 else FP4)[codes] * np.repeat(factor.astype(np.float32), run, 1)
+    return Made({".weight": words.view(torch.uint32), **tensors}, weight, settings, bits, run)
+
+
 def four_bit(
     rng: np.random.Generator,
     out: int,

@@ -1,6 +1,7 @@
 """Layers as the libraries themselves write them, read here and by them; skipped where a library is not installed.
 
-    python -m venv --system-site-packages peers && peers/bin/pip install compressed-tensors bitsandbytes torchao
+    python -m venv --system-site-packages peers
+    peers/bin/pip install compressed-tensors bitsandbytes torchao "mlx[cpu]" mlx-lm
     peers/bin/python -m pytest tests/models/test_format_peers.py
 
 Scales are given in float32, so that the libraries' own products, which take the type of the scale, are rounded no more
@@ -9,13 +10,16 @@ than ours; of NVFP4 and MXFP4, which compressed-tensors makes bfloat16 of, ours 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
+from helpers.every_type import write_tiny
 from helpers.gguf_tiny import byte_level
 from helpers.networks import build_network, logits_of
 from knowledge_compression.compression.base import Layerwise
@@ -32,6 +36,8 @@ from knowledge_compression.compression.writing.writers import WRITERS
 from knowledge_compression.models import Model, Target
 from knowledge_compression.models.checkpoints.bitsandbytes import EightBit, FourBit
 from knowledge_compression.models.checkpoints.compressed_tensors import CompressedTensors
+from knowledge_compression.models.checkpoints.mlx import TYPES as CONVERTED_BY_MLX
+from knowledge_compression.models.checkpoints.mlx import Mlx
 from knowledge_compression.models.loading import LocalModel
 
 SHAPE = (48, 160)
@@ -104,6 +110,51 @@ def scales(asked: dict[str, Any], layout: str) -> dict[str, torch.Tensor]:
         zeros = torch.randint(-half, half, found["weight_scale"].shape, generator=torch.Generator().manual_seed(1))
         found["weight_zero_point"] = zeros.to(torch.int8)
     return found
+
+
+MODES = [("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+MODES += [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
+
+
+@pytest.mark.parametrize(("mode", "bits", "group"), MODES)
+def test_mlx(mode: str, bits: int, group: int) -> None:
+    mx = pytest.importorskip("mlx.core")
+    parts = mx.quantize(mx.array(weight(2).repeat(1, 4).numpy()), group_size=group, bits=bits, mode=mode)
+    theirs = np.array(mx.dequantize(*parts, group_size=group, bits=bits, mode=mode, dtype=mx.float32))
+    stored = {end: torch.from_numpy(np.array(part)) for end, part in zip(Mlx.endings, parts, strict=False)}
+    form = Mlx.of({"model_type": "llama", "mode": mode, "bits": bits, "group_size": group})
+    assert np.allclose(form.decode("layer", stored).numpy(), theirs, rtol=0, atol=1e-6)  # MLX fuses product and sum
+
+
+# Settings that mlx-lm needs, and which transformers 5 writes elsewhere or leaves out.
+OLDER: dict[str, dict[str, Any]] = {
+    "dots1": {"rope_scaling": None},
+    "gemma4": {"vocab_size": 512, "text_config": {"global_head_dim": 16}},
+    "glm4_moe": {"rope_scaling": None},
+    "gpt_bigcode": {"n_inner": 256},
+    "lfm2": {"block_dim": 64, "block_norm_eps": 1e-5, "full_attn_idxs": [1], "block_ff_dim": 96},
+    "qwen3_moe": {"num_experts": 4},
+    "qwen3_next": {"full_attention_interval": 2},
+}
+
+
+@pytest.mark.parametrize("model_type", sorted(CONVERTED_BY_MLX))
+def test_what_mlx_lm_does_to_a_type_of_model(model_type: str, tmp_path: Path) -> None:
+    mlx_lm = pytest.importorskip("mlx_lm")
+    wrapped = CONVERTED_BY_MLX[model_type].wrapped
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 64, "head_dim": 16}
+    write_tiny(model_type, tmp_path / "theirs", AutoModelForImageTextToText if wrapped else None, **sizes)
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    rotation = config.get("rope_parameters") or {}
+    flat = {name: value for name, value in rotation.items() if not isinstance(value, dict)}
+    flat = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0} | flat
+    config = {"head_dim": 16} | flat | config
+    for name, value in OLDER.get(model_type, {}).items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    mlx_lm.convert(str(tmp_path / "theirs"), mlx_path=str(tmp_path / "floats"))
+    theirs, ours = (LocalModel("m", str(tmp_path / name)).load("cpu", "float32") for name in ("theirs", "floats"))
+    assert torch.allclose(logits_of(theirs), logits_of(ours), atol=1e-5 if CONVERTED_BY_MLX[model_type].raised else 0)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

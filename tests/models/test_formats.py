@@ -40,6 +40,8 @@ LAYERS: dict[str, Maker] = {
     "ct-nvfp4": made_of.nvfp4,
     "ct-mxfp4": made_of.mxfp4_packed,
     "ct-mxfp8": made_of.mxfp8,
+    **{f"mlx-{bits}": partial(made_of.mlx, bits=bits) for bits in (1, 2, 3, 4, 5, 6, 8)},
+    **{f"mlx-{m}": partial(made_of.mlx, mode=m, bits=int(m[-1])) for m in ("mxfp4", "mxfp8", "nvfp4")},
     "sparse-24": made_of.sparse,
     "sparse-24-fp8": partial(made_of.sparse, fp8=True),
     "sparse-any": partial(made_of.sparse, two_of_four=False),
@@ -57,7 +59,7 @@ LAYERS: dict[str, Maker] = {
     "hqq-as-floats": partial(hqq, as_floats=True),
     "hqq-together": partial(hqq, axis=0, together=True),
 }
-PACKED_EVENLY = {"gptq", "awq"}  # formats whose outputs and inputs fill whole words
+PACKED_EVENLY = {"gptq", "awq", "mlx"}  # formats whose outputs and inputs fill whole words
 # MXFP4 has blocks of 32; 48 codes of 3 bits fill five words either way, and are read as they are packed today.
 NOT_ODD = {"ct-mxfp4", "ct-packed-3-whole-codes"}
 
@@ -136,6 +138,8 @@ WHOLE += [
     "sparse-any",
     "hqq-3-axis-0",
     "hqq-1.58",
+    "mlx-3",
+    "mlx-nvfp4",
 ]
 
 

@@ -19,6 +19,7 @@ from knowledge_compression.models.streamed import Described
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,31 @@ class Format(ABC):
     @abstractmethod
     def decode(self, layer: str, parts: Mapping[str, Tensor]) -> Tensor:
         """The floats that a layer's tensors represent, float32, in the shape given by :meth:`coded`."""
+
+    def configuration(self, config: PretrainedConfig) -> PretrainedConfig:
+        """The configuration of the network that the weights are for, given that of the folder."""
+        return config
+
+    def published(self, name: str, shape: Sequence[int]) -> Sequence[str]:
+        """The name of a weight in the files that the model's publisher made.
+
+        Args:
+            name: its name here.
+            shape: its own, or that of the weight that its codes represent.
+
+        Returns:
+            One name, or for a bank of experts, ``[experts, ...]``, that of each expert.
+        """
+        return [name]
+
+    def restored(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor that is stored as floats, in the publisher's layout."""
+        return tensor
+
+    @property
+    def may_be_floats(self) -> bool:
+        """Whether the settings allow that no layer is coded."""
+        return False
 
     @property
     def names_coded(self) -> bool:

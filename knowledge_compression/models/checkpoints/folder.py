@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.models.checkpoints import mlx
 from knowledge_compression.models.checkpoints.auto_round import AutoRound
 from knowledge_compression.models.checkpoints.awq import Awq
 from knowledge_compression.models.checkpoints.base import Coded, Format, StoredAs
@@ -23,15 +24,18 @@ from knowledge_compression.models.checkpoints.compressed_tensors import Compress
 from knowledge_compression.models.checkpoints.fp8 import BlockFp8
 from knowledge_compression.models.checkpoints.gptq import Gptq
 from knowledge_compression.models.checkpoints.hqq import Hqq
+from knowledge_compression.models.checkpoints.mlx import Mlx
 from knowledge_compression.models.checkpoints.mxfp4 import Mxfp4
 from knowledge_compression.models.checkpoints.stored import Later, Stored
 from knowledge_compression.models.checkpoints.torchao import TorchAo
-from knowledge_compression.models.streamed import Checkpoint, Described, names_in_files
+from knowledge_compression.models.streamed import Checkpoint, Described, has_weights, names_in_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-FORMATS: tuple[type[Format], ...] = (Gptq, Awq, CompressedTensors, FourBit, EightBit, BlockFp8, Mxfp4, TorchAo, Hqq)
+FORMATS: tuple[type[Format], ...] = (
+    *(Gptq, Awq, CompressedTensors, FourBit, EightBit, BlockFp8, Mxfp4, TorchAo, Hqq, Mlx),
+)
 _READ: tuple[type[Format] | type[AutoRound], ...] = (*FORMATS, AutoRound)
 # The files in which older programs wrote the settings.
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
@@ -56,6 +60,20 @@ class Layer:
     names: Mapping[str, str]
     coded: Coded
     bytes: int
+
+
+class Piece(NamedTuple):
+    """The part of a tensor, or of a layer's weight, that is one weight in the files of the model's publisher.
+
+    Attributes:
+        name: of the tensor or weight in these files.
+        shape: of the part.
+        expert: which expert of a bank it is; None if it is the whole.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,10 +118,10 @@ class QuantizedFolder(Stored):
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(self.folder, **hub)
-        for name in _SETTINGS:
+        for name in (*_SETTINGS, "quantization"):
             if hasattr(config, name):
                 delattr(config, name)
-        return config
+        return self.format.configuration(config)
 
     def tokenizer(self, **hub: Any) -> PreTrainedTokenizerBase:
         """The tokenizer of the folder."""
@@ -115,33 +133,39 @@ class QuantizedFolder(Stored):
         """The layers, decoded, and every other tensor as it is."""
         layers = {f"{layer.path}{self.format.weight}": layer for layer in self.layers}
         parts = {name for layer in self.layers for name in layer.names.values()}
-        plain = {name: described for name, described in self.described.items() if name not in parts}
+        plain = {name: described.shape for name, described in self.described.items() if name not in parts}
         self._check_one_format(plain)
+        coded = self._pieces({name: layer.coded.shape for name, layer in layers.items()})
+        floats = self._pieces(plain)
         wanted = skeleton.state_dict()
         turned = set()
-        for name, key in names_in_files(skeleton, [*layers, *plain]).items():
+        for name, key in names_in_files(skeleton, [*coded, *floats]).items():
             if name not in wanted:
                 continue
-            shape = tuple(wanted[name].shape)
-            if key in layers:
-                path = name.rpartition(".")[0]
-                if isinstance(skeleton.get_submodule(path), Conv1D):
+            if key in coded:
+                shape, layer = tuple(wanted[name].shape), layers[coded[key].name]
+                if isinstance(skeleton.get_submodule(name.rpartition(".")[0]), Conv1D):
                     turned.add(key)
                     shape = shape[::-1]
-                if layers[key].coded.shape != shape:
+                if coded[key].shape != shape:
                     raise BadInput(
-                        f"{layers[key].path} represents weights of shape {list(layers[key].coded.shape)}, but the "
+                        f"{layer.path} represents weights of shape {list(coded[key].shape)}, but the "
                         f"configuration describes {list(shape)}"
                     )
-            elif wanted[name].is_floating_point() and not plain[key].plain:
+                continue
+            stored = floats[key].name
+            if wanted[name].is_floating_point() and not self.described[stored].plain:
                 raise BadInput(
-                    f"it holds {key} in the type {plain[key].dtype}, without the scales that belong to it; its layers "
-                    f"must be {self.format.name} or plain floats"
+                    f"it holds {stored} in the type {self.described[stored].dtype}, without the scales that belong to "
+                    f"it; its layers must be {self.format.name} or plain floats"
                 )
-            elif isinstance(skeleton.get_submodule(name.rpartition(".")[0]), nn.Linear):
-                self._check_left_out(key, name)
-        decoded = {key: Later(partial(self._decode, layer, key in turned)) for key, layer in layers.items()}
-        return decoded | {name: Later(partial(self._checkpoint.read, name)) for name in plain}
+            if isinstance(skeleton.get_submodule(name.rpartition(".")[0]), nn.Linear):
+                self._check_left_out(stored, name)
+        decoded = {
+            key: Later(partial(self._decode, layers[piece.name], piece.expert, key in turned))
+            for key, piece in coded.items()
+        }
+        return decoded | {key: Later(partial(self._read, piece)) for key, piece in floats.items()}
 
     def record(self) -> StoredAs:
         """From the headers of the files."""
@@ -178,7 +202,7 @@ class QuantizedFolder(Stored):
         """
         form, there = self.format, self.described
         paths = [name.removesuffix(form.mark) for name in there if name.endswith(form.mark)]
-        if not paths:
+        if not paths and not form.may_be_floats:
             raise BadInput(
                 f"its configuration declares the format {form.name}, but no tensor in it ends in {form.mark}"
             )
@@ -229,10 +253,28 @@ class QuantizedFolder(Stored):
         """The paths of coded layers, for any block."""
         return {_NUMBER.sub(".*.", layer.path) for layer in self.layers}
 
-    def _decode(self, layer: Layer, turned: bool) -> Tensor:
+    def _pieces(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Piece]:
+        """Weights of these files by the names that they have in the publisher's."""
+        pieces = {}
+        for name, shape in shapes.items():
+            names = self.format.published(name, shape)
+            if len(names) == 1:
+                pieces[names[0]] = Piece(name, shape)
+            else:
+                pieces |= {each: Piece(name, shape[1:], expert) for expert, each in enumerate(names)}
+        return pieces
+
+    def _decode(self, layer: Layer, expert: int | None, turned: bool) -> Tensor:
         tensors = self._checkpoint.read_all(layer.names.values())
-        weight = self.format.decode(layer.path, {end: tensors[name] for end, name in layer.names.items()})
+        parts = {end: tensors[name] for end, name in layer.names.items()}
+        if expert is not None:
+            parts = {end: bank[expert] for end, bank in parts.items()}
+        weight = self.format.decode(layer.path, parts)
         return weight.T if turned else weight
+
+    def _read(self, piece: Piece) -> Tensor:
+        tensor = self._checkpoint.read(piece.name)
+        return self.format.restored(piece.name, tensor if piece.expert is None else tensor[piece.expert])
 
 
 def settings_of(folder: Path) -> Mapping[str, Any] | None:
@@ -242,6 +284,8 @@ def settings_of(folder: Path) -> Mapping[str, Any] | None:
         BadInput: it is not a mapping of settings.
     """
     config = _read(folder / "config.json")
+    if converted := mlx.settings_in(config, Checkpoint(folder).writer if has_weights(folder) else None):
+        return converted
     for name in _SETTINGS:
         if isinstance(settings := config.get(name), Mapping):
             return settings
@@ -301,7 +345,7 @@ def readable() -> list[str]:
 
 def is_compressed(config: Mapping[str, Any]) -> bool:
     """Whether a configuration names a format that is decoded here."""
-    settings = (config.get(name) for name in _SETTINGS)
+    settings = (mlx.settings_in(config), *(config.get(name) for name in _SETTINGS))
     return any(isinstance(one, Mapping) and _format(one) is not None for one in settings)
 
 
