@@ -266,6 +266,45 @@ def mlx(rng: np.random.Generator, out: int, inputs: int, *, mode: str = "affine"
     return Made({".weight": words.view(torch.uint32), **tensors}, weight, settings, bits, run)
 
 
+def modelopt(rng: np.random.Generator, out: int, inputs: int, *, algorithm: str = "NVFP4") -> Made:
+    """NVIDIA's Model Optimizer; SmoothQuant and AWQ with a factor for each input."""
+    settings = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"]}
+    steps, run, bits = rng.integers(110, 140, (out, inputs // 16)).astype(np.uint8), 16, 4
+    tensors: dict[str, torch.Tensor] = {}
+    if algorithm.startswith(("FP8", "W8A8")):
+        blocks = {"FP8": (), "FP8_PB_WO": (out, 1, inputs // 16, 1)}.get(algorithm, (out,))
+        scales = rng.uniform(0.001, 0.1, blocks).astype(np.float32)
+        wide = np.reshape(scales, (out if blocks else 1, inputs // 16 if len(blocks) > 1 else 1))
+        factor = np.repeat(np.broadcast_to(wide, (out, inputs // 16)), 16, 1)
+        codes = rng.integers(-127, 128, (out, inputs)) if "W8A8" in algorithm else finite_codes(rng, out, inputs)
+        tensors[".weight"] = torch.from_numpy(codes.astype(np.int8)) if "W8A8" in algorithm else float8(codes)
+        tensors[".weight_scale"] = torch.from_numpy(np.asarray(scales))
+        weight = (codes if "W8A8" in algorithm else E4M3[codes]) * factor
+        run, bits = {"FP8": out * inputs, "FP8_PB_WO": 16}.get(algorithm, inputs), 8
+    elif algorithm in ("MXFP8", "MXFP4"):
+        bits = int(algorithm[-1])
+        codes = finite_codes(rng, out, inputs) if bits == 8 else rng.integers(0, 16, (out, inputs))
+        tensors = {".weight": float8(codes) if bits == 8 else halves(codes), ".weight_scale": torch.from_numpy(steps)}
+        factor = np.repeat(np.ldexp(np.float32(1), steps.astype(int) - 127), 16, 1).astype(np.float32)
+        weight = (E4M3 if bits == 8 else FP4)[codes] * factor
+    elif algorithm == "NVFP4":
+        codes, scales = rng.integers(0, 16, (out, inputs)), rng.integers(1, 120, (out, inputs // 16))
+        whole = np.float32(0.013)
+        tensors = {".weight": halves(codes), ".weight_scale": float8(scales), ".weight_scale_2": torch.tensor(whole)}
+        weight = FP4[codes] * np.repeat(E4M3[scales] * whole, 16, 1)
+    else:  # two outputs a byte
+        codes, scales = rng.integers(-8, 8, (out, inputs)), rng.uniform(0.001, 0.1, (out, inputs // 16))
+        low, high = codes[0::2] & 15, codes[1::2] & 15
+        tensors[".weight"] = torch.from_numpy((low | high << 4).astype(np.uint8))
+        tensors[".weight_scale"] = torch.from_numpy(scales.astype(np.float32))
+        weight = codes * np.repeat(scales.astype(np.float32), 16, 1)
+    if algorithm.endswith(("SQ_PER_CHANNEL", "AWQ")):
+        before = rng.uniform(0.5, 2, inputs).astype(np.float32)
+        tensors[".pre_quant_scale"] = torch.from_numpy(before)
+        weight = weight.astype(np.float32) * before
+    return Made(tensors, weight.astype(np.float32), settings, bits, run)
+
+
 def four_bit(
     rng: np.random.Generator,
     out: int,

@@ -22,6 +22,8 @@ from knowledge_compression.errors import BadInput, ModelUnavailable
 from knowledge_compression.models.checkpoints.folder import FORMATS
 from knowledge_compression.models.loading import LocalModel
 
+MODEL_OPTIMIZER = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "W8A8_SQ_PER_CHANNEL", "MXFP8", "MXFP4", "NVFP4")
+MODEL_OPTIMIZER += ("W4A16_AWQ",)
 LAYERS: dict[str, Maker] = {
     **{f"gptq-v{v}-{b}": partial(made_of.gptq, bits=b, version=v) for v in (1, 2) for b in (2, 3, 4, 8)},
     "gptq-act-order": partial(made_of.gptq, act_order=True),
@@ -42,6 +44,7 @@ LAYERS: dict[str, Maker] = {
     "ct-mxfp8": made_of.mxfp8,
     **{f"mlx-{bits}": partial(made_of.mlx, bits=bits) for bits in (1, 2, 3, 4, 5, 6, 8)},
     **{f"mlx-{m}": partial(made_of.mlx, mode=m, bits=int(m[-1])) for m in ("mxfp4", "mxfp8", "nvfp4")},
+    **{f"modelopt-{one}": partial(made_of.modelopt, algorithm=one) for one in MODEL_OPTIMIZER},
     "sparse-24": made_of.sparse,
     "sparse-24-fp8": partial(made_of.sparse, fp8=True),
     "sparse-any": partial(made_of.sparse, two_of_four=False),
@@ -60,8 +63,9 @@ LAYERS: dict[str, Maker] = {
     "hqq-together": partial(hqq, axis=0, together=True),
 }
 PACKED_EVENLY = {"gptq", "awq", "mlx"}  # formats whose outputs and inputs fill whole words
-# MXFP4 has blocks of 32; 48 codes of 3 bits fill five words either way, and are read as they are packed today.
-NOT_ODD = {"ct-mxfp4", "ct-packed-3-whole-codes"}
+# W4A16_AWQ has two outputs a byte, and MXFP4 blocks of 32;
+# 48 codes of 3 bits fill five words either way, and are read as they are packed today.
+NOT_ODD = {"ct-mxfp4", "ct-packed-3-whole-codes", "modelopt-W4A16_AWQ"}
 
 
 LAST = "model.layers.1.mlp.down_proj"
@@ -140,6 +144,8 @@ WHOLE += [
     "hqq-1.58",
     "mlx-3",
     "mlx-nvfp4",
+    "modelopt-NVFP4",
+    "modelopt-W4A16_AWQ",
 ]
 
 
@@ -183,6 +189,30 @@ def test_settings_beside_the_configuration_are_found(stored: Callable[..., tuple
     (folder / "quantize_config.json").write_text(json.dumps(settings))
     model = LocalModel("local", str(folder)).load("cpu", "float32")
     assert model.on_disk is not None and (model.on_disk.format, model.on_disk.made_by) == ("gptq", "numpy:1")
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["newer", "older"])
+def test_settings_of_model_optimizer(beside: bool, stored: Callable[..., tuple[Path, dict[str, Made]]]) -> None:
+    """Older versions write them into a file of their own; layers may differ; patterns name the layers left out."""
+    apart = {LAST: None, "model.layers.0.self_attn.q_proj": LAYERS["modelopt-FP8"]}
+    folder, layers = stored(LAYERS["modelopt-NVFP4"], apart=apart)
+    algorithm: dict[str, Any] = {
+        "quant_algo": "MIXED_PRECISION",
+        "kv_cache_quant_algo": "FP8",
+        "quantized_layers": {"model.layers.0.self_attn.q_proj": {"quant_algo": "FP8"}, "": {"quant_algo": "NVFP4"}},
+    }
+    maker = {"producer": {"name": "modelopt", "version": "0.47.0"}}
+    if beside:
+        describe(folder, quantization_config=None)
+        told = {**maker, "quantization": {**algorithm, "exclude_modules": ["*layers.1.mlp.down*"]}}
+        (folder / "hf_quant_config.json").write_text(json.dumps(told))
+    else:
+        write_settings(folder, {"quant_method": "modelopt", **maker, **algorithm, "ignore": ["*layers.1.mlp.down*"]})
+    model = LocalModel("local", str(folder)).load("cpu", "float32")
+    state = model.network.state_dict()
+    assert all(np.array_equal(state[f"{path}.weight"].numpy(), made.weight) for path, made in layers.items())
+    assert model.on_disk is not None and model.on_disk.made_by == "modelopt 0.47.0"
+    assert "rounded inputs and keys and values" in model.on_disk.notes[0]
 
 
 AUTO_ROUND = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "autoround_version": "0.16.1"}
@@ -333,6 +363,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "transform_config.config_groups.v, which multiplies the input of layers by a matrix at run time",
     ),
+    "modelopt": ("modelopt-NVFP4", {"quant_algo": "NVFP4_SVD"}, "with quant_algo=NVFP4_SVD; FP8, .* can be read"),
     "auto-round packing": (
         "gptq-no-g-idx",
         AUTO_ROUND | {"packing_format": "auto_round:llm_compressor"},
@@ -387,6 +418,10 @@ DAMAGE: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor | None],
         r"W_q is U8 \[.*\], which does not hold .* codes in the",
     ),
     "word type": ("hqq-3-axis-1", ".W_q", lambda t: t.view(torch.float32), "W_q is F32 .* in the packing 3bit_32"),
+    "second scale": ("modelopt-NVFP4", ".weight_scale_2", lambda t: None, r"but not .*\.weight_scale_2, without which"),
+    "half scale": ("modelopt-NVFP4", ".weight_scale", lambda t: t[:-1].clone(), r"\.weight_scale has the shape"),
+    "4-bit codes": ("modelopt-FP8", ".weight", lambda t: t.view(torch.int8).int(), "is stored as I32 with scales F32"),
+    "inputs": ("modelopt-W4A16_AWQ", ".pre_quant_scale", lambda t: t[:-1].clone(), r"\.pre_quant_scale has the shape"),
     "zero": ("hqq-4-axis-0", ".zero", lambda t: t[:, :-1].clone(), r"\.zero is F32 \[.*\], which must be .* floats"),
     "no scale": ("hqq-4-axis-0", ".scale", lambda t: None, r"but not .*\.scale, without which"),
     "both": ("hqq-together", ".zero_scale", lambda t: t[:1].clone(), r"\.zero_scale is F32 .* must be .* floats"),

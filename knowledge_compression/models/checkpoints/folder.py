@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +26,7 @@ from knowledge_compression.models.checkpoints.fp8 import BlockFp8
 from knowledge_compression.models.checkpoints.gptq import Gptq
 from knowledge_compression.models.checkpoints.hqq import Hqq
 from knowledge_compression.models.checkpoints.mlx import Mlx
+from knowledge_compression.models.checkpoints.modelopt import ModelOpt
 from knowledge_compression.models.checkpoints.mxfp4 import Mxfp4
 from knowledge_compression.models.checkpoints.stored import Later, Stored
 from knowledge_compression.models.checkpoints.torchao import TorchAo
@@ -34,11 +36,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 FORMATS: tuple[type[Format], ...] = (
-    *(Gptq, Awq, CompressedTensors, FourBit, EightBit, BlockFp8, Mxfp4, TorchAo, Hqq, Mlx),
+    *(Gptq, Awq, CompressedTensors, FourBit, EightBit, BlockFp8, Mxfp4, TorchAo, Hqq, Mlx, ModelOpt),
 )
 _READ: tuple[type[Format] | type[AutoRound], ...] = (*FORMATS, AutoRound)
 # The files in which older programs wrote the settings.
-_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 # Files of folders that say nothing of their quantization in config.json, and cannot be read.
 _FOREIGN = {"quanto_qmap.json": "written by optimum-quanto", "qmodel.pt": "a pickle written by hqq"}
 _SETTINGS = ("quantization_config", "compression_config")
@@ -335,7 +337,7 @@ def _names(settings: Any, path: str) -> bool:
     try:
         return bool(text) and (f".{text}." in f".{path}." or re.match(text, path) is not None)
     except re.error:
-        return False
+        return fnmatchcase(path, text)  # such as *.mlp.gate
 
 
 def readable() -> list[str]:
