@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from platformdirs import user_cache_path
 from xxhash import xxh3_64_hexdigest, xxh3_128
 
 from knowledge_compression.errors import BadInput
+from knowledge_compression.writing import no_room
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,15 @@ _PART = 2 << 20  # bytes read at a time, which fit in the processor's cache
 _SETTLED = 2.0  # seconds, within which a second write may leave a file's times unchanged
 _LEFT_FREE = 0.1  # of the disk, left free for everything else
 _LONG = 10 << 30  # bytes above which reading is announced
+
+
+class CacheUnwritable(BadInput):
+    """The cache folder cannot be written; the message says why and how to choose another."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"the cache folder {cache_folder()} cannot be written ({why}); KC_CACHE_DIR=DIR chooses another place"
+        )
 
 
 def cache_folder() -> Path:
@@ -50,7 +61,7 @@ def check_cache() -> None:
     """Refuse a cache folder that cannot be written, before anything needs it.
 
     Raises:
-        BadInput: it cannot be written; the message says why and how to choose another.
+        CacheUnwritable: it cannot be written.
     """
     folder = cache_folder()
     try:
@@ -58,9 +69,7 @@ def check_cache() -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise BadInput(
-            f"the cache folder {folder} cannot be written ({error.strerror}); KC_CACHE_DIR=DIR chooses another place"
-        ) from None
+        raise CacheUnwritable(error.strerror or str(error)) from None
 
 
 @contextmanager
@@ -72,25 +81,32 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def kept_finding(name: str, of: Any, find: Callable[[], Any]) -> Any:
-    """The result of ``find`` for ``of``, as plain data; computed once, then kept in the cache."""
+    """The result of ``find`` for ``of``, as plain data; computed once, then kept in the cache if it has room."""
     key = hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    told = lru_cache(lambda: json.dumps({"found": find(), "of": of}, default=str))
 
     def make(folder: Path) -> None:
-        (folder / "finding.json").write_text(json.dumps({"found": find(), "of": of}, default=str))
+        (folder / "finding.json").write_text(told())
 
-    return json.loads((cached_folder(f"findings/{name}-{key}", make) / "finding.json").read_text())["found"]
+    try:
+        kept = (cached_folder(f"findings/{name}-{key}", make) / "finding.json").read_text()
+    except CacheUnwritable:
+        kept = told()
+    return json.loads(kept)["found"]
 
 
 def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     """The cache's folder ``name``; if it does not exist, ``make`` fills a temporary one that is then renamed.
 
     A damaged folder is made again. Safe against other processes doing the same, and against interruption.
+
+    Raises:
+        CacheUnwritable: the disk has no room.
     """
     folder = cache_folder() / name
     if _is_as_made(folder, name):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with _writing(), locked(folder):
         if not _is_as_made(folder, name):
             if folder.is_dir():
                 log.warning("%s in the cache is damaged; making it again", name)
@@ -105,6 +121,16 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each library has errors of its own
+        if (why := no_room(error)) is None:
+            raise
+        raise CacheUnwritable(why) from None
 
 
 def _is_as_made(folder: Path, name: str) -> bool:

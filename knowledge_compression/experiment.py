@@ -38,6 +38,7 @@ from knowledge_compression.results.layout import SAVED
 from knowledge_compression.results.secrets import hidden
 from knowledge_compression.results.store import Run, RunStore
 from knowledge_compression.results.tracker import Tracker
+from knowledge_compression.results.workplace import discard
 
 log = logging.getLogger(__name__)
 
@@ -291,6 +292,8 @@ class Experiment:
         with store.claim(self.id, afresh=force) as workplace:
             if not force and (done := self._done(store)):  # by the process that had the claim before
                 return done
+            if not self.streams:  # an interrupted attempt may have saved half a model, or one in another form
+                discard(workplace.folder / SAVED)
             run = store.write(do(self, workplace, tracker, afresh=force))
             if self.saved_as and run.folder is not None:
                 log.info("the model is saved in %s", run.folder / SAVED)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from knowledge_compression.cache import cache_folder, cached_folder, discard, keep_within
+from knowledge_compression.cache import CacheUnwritable, cache_folder, cached_folder, discard, keep_within
 from knowledge_compression.compression.base import Compression, memory_bytes
 from knowledge_compression.compression.layer_reports import CompressionReport
 from knowledge_compression.compression.solve.coding import FP8, INTEGERS, MXFP4, NF4, NVFP4, CodedWeight
@@ -113,7 +113,9 @@ class KeptModels:
         while True:
             try:
                 folder = cached_folder(name, make)
-            except _NotKept as error:
+            except (_NotKept, CacheUnwritable) as error:
+                if not made:
+                    raise
                 log.warning("the compressed model cannot be cached (%s); other runs will compress it again", error)
                 return made[0], False
             if made:

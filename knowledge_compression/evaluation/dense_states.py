@@ -18,6 +18,7 @@ import numpy as np
 
 from knowledge_compression.evaluation.scoring.positions import KEY_BYTES
 from knowledge_compression.heavy import pl, torch
+from knowledge_compression.writing import write_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,7 +58,7 @@ class Recording:
         keys = np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, KEY_BYTES)
         np.save(self._folder / _KEYS, keys)
         (self._folder / _ABOUT).write_text(json.dumps(self._about))
-        evaluation.items.select(ANSWERS).write_parquet(self._folder / _ITEMS)
+        write_table(evaluation.items.select(ANSWERS), self._folder / _ITEMS)
 
 
 class DenseStates:

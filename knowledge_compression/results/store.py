@@ -29,6 +29,7 @@ from knowledge_compression.results.layout import Layout
 from knowledge_compression.results.lease import LEASE, Holder, holder, leased
 from knowledge_compression.results.shape import check_agreement, check_columns, checked, columns_of, finite, read_json
 from knowledge_compression.results.workplace import Workplace, discard
+from knowledge_compression.writing import write_table
 
 log = logging.getLogger(__name__)
 
@@ -306,7 +307,7 @@ class RunStore:
         if layers := compression.pop("layers", None):
             _write_json(scratch / LAYERS, layers)
         _write_json(scratch / "report.json", run.report | ({"compression": compression} if compression else {}))
-        run.items.write_parquet(scratch / ITEMS)
+        write_table(run.items, scratch / ITEMS)
         columns = {name: str(kind) for name, kind in run.items.schema.items()}
         digests = {name: _digest(scratch / name) for name in (ITEMS, LAYERS) if (scratch / name).is_file()}
         about = {"format": FORMAT, "digests": digests, "columns": columns}
@@ -317,7 +318,7 @@ class RunStore:
         if (workplace := self.workplace(run.id)).is_dir():
             for path in workplace.iterdir():
                 if not path.name.startswith("."):
-                    path.rename(scratch / path.name)
+                    shutil.move(path, scratch / path.name)  # runs/ may be a link to another disk
         for path in scratch.rglob("*"):
             if path.is_file():
                 path.chmod((scratch / "config.yaml").stat().st_mode)  # safetensors lets only the owner read

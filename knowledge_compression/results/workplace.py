@@ -13,6 +13,7 @@ from pathlib import Path
 from knowledge_compression.evaluation.suite import Evaluation
 from knowledge_compression.heavy import pl
 from knowledge_compression.results.shape import finite
+from knowledge_compression.writing import write_table
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Workplace:
                 return kept
         evaluation = evaluate()
         items.parent.mkdir(parents=True, exist_ok=True)
-        evaluation.items.write_parquet(items)
+        write_table(evaluation.items, items)
         scratch = rest.with_suffix(".partial")
         told = {field.name: getattr(evaluation, field.name) for field in fields(evaluation) if field.name != "items"}
         scratch.write_text(json.dumps(finite(told), default=str))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +27,7 @@ from knowledge_compression.configuration import GROUPS, Values, conf_folder, set
 from knowledge_compression.errors import BadInput
 from knowledge_compression.sweeping.plan import BAD_INPUT, DONE, FAILED, Outcome, planned_names, settings_typed
 from knowledge_compression.threads import let_idle_threads_sleep
+from knowledge_compression.writing import no_room
 
 if TYPE_CHECKING:
     from knowledge_compression.experiment import Experiment
@@ -39,7 +40,6 @@ CONF = conf_folder()
 SETTINGS = {*GROUPS, "tracker", *Values.__dataclass_fields__}
 
 EXIT_STATUS = {DONE: 0, FAILED: 1, BAD_INPUT: 2}
-_NO_ROOM = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES}  # a disk that cannot be written, by any user
 
 
 def main() -> None:
@@ -47,6 +47,7 @@ def main() -> None:
     let_idle_threads_sleep()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive unchanged; what the user sees is decided here
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs the building of its font list
+    logging.raiseExceptions = False  # a line that a full disk does not take would be a stack trace on the terminal
     command = hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)
     try:
         check_choices(sys.argv[1:])
@@ -185,14 +186,31 @@ def carry_out(config: DictConfig) -> tuple[Run, Run]:
         typed = HydraConfig.get().overrides.task
         names = planned_names(sweep) if sweep else {experiment.id: _called(experiment, typed)}
         tracker = tracker_from(config, sweep.name if sweep else None, names)
-    try:
+    with writing(config.output.dir):
         first = wanted[::-1] if experiment.compares else wanted
         done = {one.id: one.run(store, tracker, force=config.run.force and one is experiment) for one in first}
         return done[experiment.id], done[wanted[-1].id]
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
+
+
+@contextmanager
+def writing(folder: str) -> Iterator[None]:
+    """Turn the errors of a disk that cannot be written into one line.
+
+    Args:
+        folder: the folder that is named if the error names no file.
+
+    Raises:
+        BadInput: it cannot be written; the message says why.
+    """
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:  # each library has errors of its own
+        denied = error.strerror if isinstance(error, PermissionError) else None
+        if (why := no_room(error) or denied) is None:
             raise
-        raise BadInput(f"{error.filename or config.output.dir} cannot be written ({error.strerror})") from None
+        raise BadInput(f"{getattr(error, 'filename', None) or folder} cannot be written ({why})") from None
 
 
 def _called(experiment: Experiment, overrides: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing_extensions import TypedDict
 
 from knowledge_compression.errors import BadInput, first_line
 from knowledge_compression.results.secrets import hidden
+
+log = logging.getLogger(__name__)
 
 DONE, FAILED, BAD_INPUT = "done", "failed", "bad input"
 
@@ -51,8 +54,11 @@ class Outcome:
         return f"{self.status}: {self.label}: {self.message}{place}"
 
     def write(self, folder: Path) -> None:
-        """Store it in the job's folder, completely or not at all."""
-        _write(folder / OUTCOME, asdict(self))
+        """Store it in the job's folder, completely or not at all; a full disk does not end the sweep."""
+        try:
+            _write(folder / OUTCOME, asdict(self))
+        except OSError as error:
+            log.warning("%s cannot be written (%s)", folder / OUTCOME, error.strerror)
 
     @classmethod
     def read(cls, folder: Path) -> Outcome | None:

@@ -22,7 +22,7 @@ from knowledge_compression.configuration import Values, settings_of, values_of
 from knowledge_compression.errors import BadInput
 from knowledge_compression.progress import shown
 from knowledge_compression.results.secrets import hidden
-from knowledge_compression.sweeping.cli import EXIT_STATUS, one_line, settled_by_classes
+from knowledge_compression.sweeping.cli import EXIT_STATUS, one_line, settled_by_classes, writing
 from knowledge_compression.sweeping.combinations import combinations, selected
 from knowledge_compression.sweeping.launching import ProcessLauncher
 from knowledge_compression.sweeping.plan import (
@@ -102,7 +102,8 @@ class PlannedSweeper(Sweeper):
         say_what_moved([one for run, one in accepted if not run.there], RunStore(self.config.output.dir))
         if refused and planned:
             sys.stderr.write(f"running the other {len(planned)} of {len(jobs)} combinations\n")
-        outcomes = [*refused, *self._launch(planned, self._names(accepted))] if planned else refused
+        with writing(self.config.output.dir):
+            outcomes = [*refused, *self._launch(planned, self._names(accepted))] if planned else refused
         raise SystemExit(max((EXIT_STATUS[outcome.status] for outcome in outcomes), default=0))
 
     def _jobs(self, arguments: Sequence[str]) -> list[list[str]]:

@@ -9,7 +9,9 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +189,28 @@ def test_what_a_run_keeps_for_others_moves_into_its_folder_and_the_rest_goes(tmp
     assert not (tmp_path / "unfinished").exists()
 
 
+@pytest.fixture
+def another_disk() -> Iterator[Path]:
+    shm = Path("/dev/shm")
+    if not shm.is_dir() or shm.stat().st_dev == Path(tempfile.gettempdir()).stat().st_dev:
+        pytest.skip("there is no second file system")
+    with tempfile.TemporaryDirectory(dir=shm) as folder:
+        yield Path(folder)
+
+
+def test_finished_runs_may_lie_on_another_disk(tmp_path: Path, another_disk: Path) -> None:
+    (tmp_path / "runs").symlink_to(another_disk)
+    store = RunStore(tmp_path)
+    with store.claim("a1") as workplace:
+        workplace.add("layer_map.png", b"PNG")
+        (workplace.folder / "model").mkdir()
+        workplace.add("model/config.json", b"{}")
+        store.write(made())
+    assert (another_disk / "a1" / "layer_map.png").read_bytes() == b"PNG"
+    assert (another_disk / "a1" / "model" / "config.json").read_bytes() == b"{}"
+    assert [run.id for run in store] == ["a1"] and not (tmp_path / "unfinished").exists()
+
+
 def test_what_others_may_read_of_a_run_they_may_read_whole(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     with store.claim("a1") as place:
@@ -206,7 +230,7 @@ def test_outputs_that_cannot_be_written_are_one_line(tmp_path: Path, monkeypatch
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pl.DataFrame, "write_parquet", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     store = RunStore(tmp_path / "full")
     with pytest.raises(BadInput, match="No space left"), store.claim("a1"):
         store.write(made())

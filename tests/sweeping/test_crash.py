@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.experiments import SUITE, made
+from knowledge_compression.results.store import RunStore
+from knowledge_compression.results.tracker import NoTracker
 from sweep_parts import do_run
 
 pytestmark = pytest.mark.slow  # every test starts processes
@@ -58,8 +62,6 @@ def way(tmp_path: Path) -> list[str]:
 
 
 def result(outputs: Path) -> dict[str, Any]:
-    from knowledge_compression.results.store import RunStore
-
     (run,) = RunStore(outputs)
     assert sorted(path.name for path in outputs.iterdir()) == ["runs"]
     assert [path.name for path in (outputs / "runs").iterdir()] == [run.id]
@@ -88,8 +90,8 @@ def test_a_run_killed_everywhere_goes_on_to_the_same_result(
         assert not list((tmp_path / "outputs" / "runs").glob("[!.]*")), place
     assert attempt() == 0
     assert result(tmp_path / "outputs") == undisturbed
-    for made in ("compression-0.5", "probe", "second", "third"):  # killed twice at it, and not made again afterwards
-        assert way(tmp_path).count(made) == 3, made
+    for done in ("compression-0.5", "probe", "second", "third"):  # killed twice at it, and not made again afterwards
+        assert way(tmp_path).count(done) == 3, done
 
 
 def test_processes_given_the_same_run_at_once_do_it_once(
@@ -124,6 +126,23 @@ def test_a_run_that_raises_keeps_what_it_had(attempt: Any, undisturbed: dict[str
     assert attempt() == 0
     assert way(tmp_path).count("probe") == 1
     assert result(tmp_path / "outputs") == undisturbed
+
+
+def test_half_a_saved_model_of_an_interrupted_attempt_is_not_in_the_run(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KC_CACHE_DIR", str(tmp_path / "cache"))
+    experiment = made(tiny_folder, {"a": SUITE})
+    for save_model in (False, True):
+        store = RunStore(tmp_path / f"outputs-{save_model}")
+        half = store.workplace(experiment.id) / "model"
+        half.mkdir(parents=True)
+        (half / "model.gguf").write_bytes(b"GGUF")
+        run = replace(experiment, save_model=save_model).run(store, NoTracker())
+        assert run.folder is not None
+        left = {path.name for path in run.folder.glob("model/*")}
+        assert "model.gguf" not in left and ("model.safetensors" in left) == save_model
+        assert (run.folder / "model").exists() == save_model
 
 
 def test_a_training_that_is_killed_goes_on_from_the_step_it_reached(

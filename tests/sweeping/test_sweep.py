@@ -104,6 +104,30 @@ def test_outputs_that_cannot_be_written_are_one_line(command: Any, tmp_path: Pat
     assert sum("cannot be written" in line for line in said.splitlines()) == 1
 
 
+def test_a_disk_that_is_full_at_the_end_of_a_run_does_not_end_the_sweep(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_text
+
+    def full(path: Path, *arguments: Any, **options: Any) -> int:
+        if "outcome" in path.name:
+            raise OSError(28, "No space left on device")
+        return write(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    status, said = command("-m", "target=all", "sparsity=0.2,0.3")
+    assert status == 0 and "Traceback" not in said
+    assert said.count("outcome.json cannot be written (No space left on device)") == 2
+    assert len(list(RunStore(tmp_path / "outputs"))) == 3
+
+    def nothing(path: Path, *_: Any, **__: Any) -> int:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("knowledge_compression.results.summary._write", nothing)
+    status, said = command("-m", "target=all", "sparsity=0.2,0.4")
+    assert status == 2 and "Traceback" not in said and "error: " in said
+
+
 def test_a_run_that_raises_is_named_and_the_sweep_goes_on(command: Any, tmp_path: Path) -> None:
     (tmp_path / "mishaps" / "compression-0.3").write_text("bad luck")
     status, said = command("-m", "target=all", "sparsity=0.2,0.3,0.4")
