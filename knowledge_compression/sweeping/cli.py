@@ -263,6 +263,8 @@ def one_line(error: BaseException) -> str:
         key, _, value = error.override.partition("=")
         return f"""{error.override}: a value with = in it is quoted, e.g. '{key}="{value}"'"""
     cause = error.__cause__
+    if isinstance(cause, BadInput):  # raised by a launcher that Hydra builds
+        return one_line(cause)
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
         message += f" ({' '.join(str(cause).split())})"
     return message or type(error).__name__

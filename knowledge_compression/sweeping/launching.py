@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
@@ -22,10 +22,25 @@ from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+from pydantic import Field
 
+from knowledge_compression.building import fitting
 from knowledge_compression.sweeping.plan import DONE, FAILED, Outcome, labels
 
 log = logging.getLogger(__name__)
+
+AtLeast0, AtLeast1 = Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+def check_numbers(hint: Any, given: Mapping[str, Any]) -> None:
+    """Refuse settings of a launcher, by name, that are not such numbers.
+
+    Raises:
+        BadInput: one is not; the message names it and says what would be accepted.
+    """
+    for name, value in given.items():
+        fitting(f"hydra.launcher.{name}", value, hint)
 
 
 @dataclass

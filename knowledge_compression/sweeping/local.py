@@ -14,7 +14,7 @@ from typing import Any
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.stopping import GRACE, end_when_closed, end_with_parent, stoppable
-from knowledge_compression.sweeping.launching import Job, ProcessLauncher
+from knowledge_compression.sweeping.launching import AtLeast1, Job, Positive, ProcessLauncher, check_numbers
 
 
 class LocalLauncher(ProcessLauncher):
@@ -26,8 +26,8 @@ class LocalLauncher(ProcessLauncher):
     """
 
     def __init__(self, at_once: int = 2, memory_gb: float | None = None) -> None:
-        if at_once < 1:
-            raise BadInput(f"hydra.launcher.at_once={at_once} starts no run; give 1 or more")
+        check_numbers(AtLeast1, {"at_once": at_once})
+        check_numbers(Positive | None, {"memory_gb": memory_gb})
         self.at_once, self.memory_gb = at_once, memory_gb
         self._running: dict[int, Any] = {}
         self._why: dict[int, str] = {}

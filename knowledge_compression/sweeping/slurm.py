@@ -20,7 +20,7 @@ from typing import Any
 
 from knowledge_compression.errors import BadInput
 from knowledge_compression.results.layout import Layout
-from knowledge_compression.sweeping.launching import Job, ProcessLauncher
+from knowledge_compression.sweeping.launching import AtLeast0, AtLeast1, Job, Positive, ProcessLauncher, check_numbers
 from knowledge_compression.sweeping.plan import PLAN, Outcome, PlannedRun, read_plan
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,8 @@ class SlurmLauncher(ProcessLauncher):
     """One job array on SLURM, through submitit.
 
     Args:
-        partition, account, qos, constraint: passed to SLURM; None for the cluster's defaults.
+        partition, account, qos, constraint: passed to SLURM; None for the cluster's defaults. Of several partitions
+            with commas between them, SLURM takes the first that has room.
         gpus, cpus, memory_gb: what each run gets.
         minutes: walltime of one run.
         at_once: number of tasks of the array that run simultaneously.
@@ -94,6 +95,9 @@ class SlurmLauncher(ProcessLauncher):
         setup: Sequence[str] = (),
         options: Mapping[str, Any] | None = None,
     ) -> None:
+        check_numbers(AtLeast1, {"cpus": cpus, "minutes": minutes, "at_once": at_once})
+        check_numbers(AtLeast0, {"gpus": gpus, "requeues": requeues})
+        check_numbers(Positive, {"memory_gb": memory_gb})
         self.partition, self.at_once, self.requeues, self.gpus = partition, at_once, requeues, gpus
         wanted = {
             "slurm_partition": partition,
@@ -124,10 +128,11 @@ class SlurmLauncher(ProcessLauncher):
                 f"run.processes={processes} needs a GPU per process, but hydra.launcher.gpus={self.gpus} gives a run "
                 f"too few; give hydra.launcher.gpus={processes}, or hydra.launcher.gpus=0 to use the CPU"
             )
-        there = {name.rstrip("*") for name in _slurm("sinfo", "-h", "-o", "%P").split()}
-        if self.partition is not None and self.partition not in there:
+        there = {name.rstrip("*") for name in _slurm("sinfo", "-a", "-h", "-o", "%P").split()}  # hidden ones too
+        wanted = set(filter(None, str(self.partition or "").split(",")))
+        if absent := sorted(wanted - there):
             raise BadInput(
-                f"hydra.launcher.partition={self.partition} does not exist; choose one of {', '.join(sorted(there))}"
+                f"hydra.launcher.partition={','.join(absent)} does not exist; choose one of {', '.join(sorted(there))}"
             )
 
     def start(self, jobs: Sequence[Job]) -> Mapping[int, Any]:

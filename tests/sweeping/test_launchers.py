@@ -13,6 +13,7 @@ import pytest
 from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import InstantiationException
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -23,6 +24,7 @@ from helpers.stores import made_run
 from knowledge_compression.errors import BadInput
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.sweeping import status
+from knowledge_compression.sweeping.cli import one_line
 from knowledge_compression.sweeping.launching import Job
 from knowledge_compression.sweeping.local import LocalLauncher
 from knowledge_compression.sweeping.plan import Outcome, PlannedRun, labels, write_plan
@@ -88,6 +90,42 @@ def test_launchers_refuse_what_they_cannot_do(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PATH", "")
     with pytest.raises(BadInput, match="sbatch"):
         SlurmLauncher().check()
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        (LocalLauncher, {"at_once": "two"}),
+        (LocalLauncher, {"memory_gb": 0}),
+        (SlurmLauncher, {"minutes": "8h"}),
+        (SlurmLauncher, {"at_once": 0}),
+        (SlurmLauncher, {"gpus": -1}),
+        (SlurmLauncher, {"memory_gb": "64GB"}),
+    ],
+)
+def test_numbers_of_a_launcher_that_are_none_are_one_line_that_names_them(kind: Any, setting: dict[str, Any]) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(BadInput, match=f"hydra.launcher.{name}={value} does not fit") as raised:
+        kind(**setting)
+    wrapped = InstantiationException("Error in call to target")
+    wrapped.__cause__ = raised.value  # as Hydra, which builds launchers, passes it on
+    assert one_line(wrapped) == str(raised.value)
+
+
+def test_several_partitions_are_accepted_and_one_that_is_not_there_is_named(
+    alive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = "case $* in *-a*) echo 'debug* night hidden';; *) echo 'debug* night';; esac"
+    (alive.parent / "bin" / "sinfo").write_text(f"#!/bin/sh\n{listed}\n")
+    (alive.parent / "bin" / "sinfo").chmod(0o755)
+    for partition in ("debug", "night,debug", "hidden", None):
+        launcher = SlurmLauncher(partition=partition)
+        launcher.config = OmegaConf.create({"run": {"processes": 1}})
+        launcher.check()
+    launcher = SlurmLauncher(partition="night,nowhere")
+    launcher.config = OmegaConf.create({"run": {"processes": 1}})
+    with pytest.raises(BadInput, match=r"partition=nowhere does not exist; choose one of debug, hidden, night"):
+        launcher.check()
 
 
 @pytest.fixture
