@@ -35,26 +35,30 @@ class Holder:
 def holder(file: Path, lease: float = LEASE) -> Holder | None:
     """The living process that holds the lease, or None.
 
-    On this host the process itself is checked. A process on another host counts as alive if it renewed the lease within
-    ``lease`` seconds by this host's clock, which is good enough for display: no run is taken over because of it.
+    On this host the process itself is checked; one that started long after the last sign of life was only given the
+    number of the dead owner, as happens after a restart. A process on another host counts as alive if it renewed the
+    lease within ``lease`` seconds by this host's clock, which is good enough for display: no run is taken over because
+    of it.
     """
     found = SoftFileLease(file, lease_duration=lease).owner
     if found is None:
         return None
     host, _, namespace = found.hostname.partition("?pidns-")  # filelock's notation for a container's own processes
-    if host == socket.gethostname() and namespace == _namespace():
-        return Holder(found.pid, host) if _is_alive(found.pid) else None
+    here = host == socket.gethostname() and namespace == _namespace()
     with suppress(FileNotFoundError):
-        if time.time() - file.stat().st_mtime < lease:
+        until = file.stat().st_mtime + lease
+        if _was_alive(found.pid, until) if here else time.time() < until:
             return Holder(found.pid, host)
     return None
 
 
-def _is_alive(pid: int) -> bool:
+def _was_alive(pid: int, then: float) -> bool:
+    """Whether a process of this host is alive, and already was at that time."""
     import psutil
 
     with suppress(psutil.NoSuchProcess):
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        process = psutil.Process(pid)
+        return bool(process.status() != psutil.STATUS_ZOMBIE and process.create_time() < then)
     return False
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from rich.console import Console
@@ -50,17 +51,19 @@ def sweeps(outputs: Path) -> list[SweepStatus]:
     """
     if not outputs.is_dir():
         raise BadInput(f"{outputs} does not exist; give the folder that output.dir named")
-    alive = _living_jobs()
-    return [_status(outputs, plan.parent, alive) for plan in Layout(outputs).sweeps_with(PLAN)]
+    alive, store = _living_jobs(), RunStore(outputs)
+    look_up = cache(store.look_up)  # the same runs are in the sweep and in every later start of it
+    return [_status(store, look_up, plan.parent, alive) for plan in Layout(outputs).sweeps_with(PLAN)]
 
 
-def _status(outputs: Path, folder: Path, alive: set[str] | None) -> SweepStatus:
+def _status(
+    store: RunStore, look_up: Callable[[str], Run | str | None], folder: Path, alive: set[str] | None
+) -> SweepStatus:
     try:
         planned, at_once = read_plan(folder)
     except BadInput as error:
         return SweepStatus(folder.name, [DAMAGED], [Outcome("the sweep", DAMAGED, message=str(error))], None)
     names = labels([run.overrides for run in planned])
-    store = RunStore(outputs)
     states, troubled, seconds = [], [], []
     for number, (run, label) in enumerate(zip(planned, names, strict=True)):
         job = folder / str(number)
@@ -71,7 +74,7 @@ def _status(outputs: Path, folder: Path, alive: set[str] | None) -> SweepStatus:
             troubled.append(Outcome(label, DAMAGED, message=str(error)))
         if outcome is not None and outcome.seconds:
             seconds.append(outcome.seconds)
-        found = {run_id: store.look_up(run_id) for run_id in dict.fromkeys((run.run_id, run.baseline_id))}
+        found = {run_id: look_up(run_id) for run_id in dict.fromkeys((run.run_id, run.baseline_id))}
         broken = [f"runs/{run_id}: {why}" for run_id, why in found.items() if isinstance(why, str)]
         if all(isinstance(one, Run) for one in found.values()):
             states.append(DONE)

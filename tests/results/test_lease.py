@@ -42,6 +42,15 @@ def test_a_dead_process_of_this_host_has_nothing_however_fresh_the_file(tmp_path
     assert holder(file) is None
 
 
+def test_a_process_that_was_given_the_number_of_a_dead_one_has_nothing(tmp_path: Path, marker: str) -> None:
+    file = tmp_path / "a1.lock"
+    file.write_text(marker)
+    assert holder(file) is not None
+    died = time.time() - 365 * 24 * 3600  # before this process started
+    os.utime(file, (died, died))
+    assert holder(file) is None
+
+
 def test_a_process_of_another_host_is_believed_for_the_time_of_a_lease(tmp_path: Path, marker: str) -> None:
     file = tmp_path / "a1.lock"
     file.write_text(marker.replace(f"host={socket.gethostname()}", "host=elsewhere"))

@@ -271,7 +271,10 @@ def test_the_status_of_a_sweep(
     finished = tmp_path / "sweeps" / "2026-11-22_10-00-00.123456"  # nothing was left to do when it was started
     finished.mkdir()
     write_plan(finished, runs[:2], at_once=2)
+    read, look_up = list[str](), RunStore.look_up
+    monkeypatch.setattr(RunStore, "look_up", lambda self, run_id: (read.append(run_id), look_up(self, run_id))[1])
     assert status.sweeps(tmp_path)[-1].seconds_left == 0
+    assert len(read) == len(set(read)) == 7  # however many sweeps and baselines a run has
     (tmp_path / "without").mkdir()
     assert status.main([str(tmp_path / "without")]) == 0 and "no sweep was started" in capsys.readouterr().out
     assert status.main([str(tmp_path / "nowhere")]) == 2
