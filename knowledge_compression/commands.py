@@ -40,6 +40,9 @@ def main() -> int | None:
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its reader has seen enough, such as head
             return 1
+        except PermissionError as error:
+            sys.stderr.write(f"error: {error.filename}: {error.strerror}\n")
+            return 2
         return status
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from helpers.stores import bits, made_run
-from knowledge_compression import doctor
+from knowledge_compression import commands, doctor
 from knowledge_compression.commands import SUBCOMMANDS
 from knowledge_compression.results.store import RunStore
 from knowledge_compression.sweeping.plan import PlannedRun, write_plan
@@ -142,6 +142,20 @@ def test_the_doctor_sees_a_file_in_the_way_of_the_outputs(tmp_path, monkeypatch)
     (tmp_path / "file").write_text("in the way")
     checks = {check.name: check for check in doctor.examine(tmp_path / "file" / "outputs", None)}
     assert checks["outputs"].state == doctor.BROKEN and checks["outputs"].remedy
+
+
+@pytest.mark.parametrize("command", ["report", "advise --keep 95%"])
+def test_a_store_that_only_another_user_may_read_is_one_line(command, tmp_path, capsys, monkeypatch):
+    (tmp_path / "runs").mkdir()
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    name, *options = command.split()
+    monkeypatch.setattr("sys.argv", ["kc", name, str(tmp_path), *options])
+    assert commands.main() == 2
+    assert capsys.readouterr().err.splitlines() == [f"error: {tmp_path / 'runs'}: Permission denied"]
 
 
 def test_a_reader_that_has_seen_enough_gets_no_stack_trace(tmp_path):

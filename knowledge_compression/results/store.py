@@ -247,11 +247,13 @@ class RunStore:
         """The finished run with that hash, or why it cannot be read, or None if it does not exist."""
         # A run that is being replaced has another name for an instant, or for longer if its replacer was killed.
         for folder in (self._path(run_id), self._aside(run_id)):
-            if folder.is_dir():
-                try:
+            try:
+                if folder.is_dir():
                     return self._read(run_id, folder)
-                except Unreadable as error:
-                    return str(error)
+            except Unreadable as error:
+                return str(error)
+            except PermissionError as error:
+                return f"it cannot be read ({error.strerror})"
         return None
 
     def __iter__(self) -> Iterator[Run]:

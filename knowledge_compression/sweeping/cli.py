@@ -58,7 +58,7 @@ def main() -> None:
         except _ManyRuns:
             sys.argv.insert(1, "-m")
             command()
-    except (BadInput, HydraException, OmegaConfBaseException) as error:
+    except (BadInput, HydraException, OmegaConfBaseException, PermissionError) as error:
         refuse(error)
 
 

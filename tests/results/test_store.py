@@ -295,6 +295,26 @@ def test_half_copied_folders_are_named_skipped_and_counted(tmp_path: Path, name:
     assert store.find("a1") is None  # it is done again
 
 
+def test_a_run_that_only_another_user_may_read_is_named_and_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RunStore(tmp_path)
+    for run_id in ("a1", "b2"):
+        store.write(made(run_id))
+    is_file = Path.is_file
+
+    def denied(path: Path) -> bool:
+        if path.parent.name == "b2":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    runs, skipped = store.scan()
+    assert [run.id for run in runs] == ["a1"]
+    assert skipped == [("b2", "it cannot be read (Permission denied)")]
+    assert "b2" not in store
+
+
 def test_a_folder_of_another_version_is_named_and_skipped(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     for run_id in ("a1", "b2"):
