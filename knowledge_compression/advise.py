@@ -59,7 +59,7 @@ def advise(outputs: Path, keep: float, flips: float = 1.0, *, claims: bool = Fal
         damaged = f" that can be read ({unreadable[0][0]}: {unreadable[0][1]})" if unreadable else ""
         raise BadInput(f"{outputs} holds no dense run to compare with{damaged}; run one with compression=none")
     console, names = Console(), comparisons.names
-    wanted = f"{keep:.0%}" + (f" and flip at most {flips:.0%}" if flips < 1 else "")
+    wanted = f"{100 * keep:g}%" + (f" and flip at most {100 * flips:g}%" if flips < 1 else "")
     wants = wanted.replace("flip", "flips")
 
     def say(text: str) -> None:
@@ -67,6 +67,10 @@ def advise(outputs: Path, keep: float, flips: float = 1.0, *, claims: bool = Fal
 
     for group in comparisons:
         rows = kept(group)
+        if not rows:
+            say(f"{group.asked.model} answers no {group.asked.name} item right, so there is no knowledge to keep.")
+            console.print()
+            continue
         for title, listed in (("the front", front(rows)), ("of unknown size", unsized(rows))):
             words = shown(f"{group.asked.model}, {group.asked.name}: {title}")
             bounds = "≥, ≤: with 95 % confidence"
@@ -82,13 +86,11 @@ def advise(outputs: Path, keep: float, flips: float = 1.0, *, claims: bool = Fal
                     "" if is_dense(row.run) else f"{row.flips:.1%}, ≤ {row.flips_at_most:.1%}",
                     shown(row.run.id[:8]),
                 )
-            if listed or not rows:
+            if listed:
                 console.print(table)
         best = smallest(rows, keep, flips)
         able = [names.of(row.run.id, _POOLED) for row in unsized(rows) if enough(row, keep, flips)]
-        if not rows:
-            say(f"{group.asked.model} answers no {group.asked.suite} item right, so there is no knowledge to keep.")
-        elif unsized(rows):
+        if unsized(rows):
             say(f"Of unknown size, keep {wanted} with 95 % confidence: {', '.join(able) or 'none'}")
         if best:
             kept_by = f"{names.of(best.run.id, _POOLED)} ({best.size_mb:.1f} MB)"

@@ -79,7 +79,7 @@ def shares_of_fates(group: Group, run: Run) -> list[Row]:
     return rows
 
 
-def shares_by_setting(group: Group, restored: Sequence[Row]) -> list[Row]:
+def shares_by_setting(group: Group, restored: Sequence[Row] = ()) -> list[Row]:
     """The fates of the facts under every setting, pooled over its seeds.
 
     Args:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +12,9 @@ from typing import Any, NamedTuple
 from knowledge_compression.analysis import kinds, wordings
 from knowledge_compression.analysis.claims import FACTS, REASONING, Claim
 from knowledge_compression.analysis.comparisons import Comparisons
-from knowledge_compression.analysis.fates import OVERALL, RESTORED, shares_of_fates, shares_restored
+from knowledge_compression.analysis.fates import OVERALL, RESTORED, shares_by_setting, shares_restored
 from knowledge_compression.analysis.findings import Finding, Verdict
-from knowledge_compression.analysis.tables import CALIBRATION, DISTANCES, calibration_table, distance_table
+from knowledge_compression.analysis.tables import CALIBRATION, DISTANCES, calibration_table, distance_table, spaced
 from knowledge_compression.statistics import Estimate
 
 
@@ -46,17 +48,18 @@ def fates(comparisons: Comparisons) -> list[str]:
     rows = []
     frequencies: list[str] = []
     for group in comparisons:
+        by_run: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in shares_by_setting(group):
+            by_run[row["run"]].append(row)
         for run in group.runs:
-            shares = shares_of_fates(group, run)
+            shares = by_run[run.id]
             told = {row["value"]: row["lost"] for row in shares if row["by"] != "relation"}
             frequencies += [name for name in told if name not in (*frequencies, OVERALL)]
-            fall = group.drops[run.id]
-            lost = f"{fall.value:.1f} % [{fall.low:.1f}, {fall.high:.1f}]"
             cells = [
                 plain(comparisons.names.of(run.id, ("seed", "eval"))),
                 plain(group.asked.name),
                 percent(group.accuracies[run.id]),
-                lost,
+                percent(group.drops[run.id].through(lambda fall: fall / 100)),
                 *(percent(shares[0][name]) for name in ("flips", "all_flips")),
             ]
             rows.append((cells, told))
@@ -137,17 +140,13 @@ def distances(comparisons: Comparisons) -> list[str]:
     """One row per run with ``distance=true``: how far its distributions lie from the dense model's."""
 
     rows = distance_table(comparisons).rows
-    return table(["run", "suite", *map(_spaced, DISTANCES)], [_plainly(row, DISTANCES) for row in rows])
+    return table(["run", "suite", *map(spaced, DISTANCES)], [_plainly(row, DISTANCES) for row in rows])
 
 
 def calibration(comparisons: Comparisons) -> list[str]:
     """One row per run: whether its confidence means something, and how that differs from the dense model's."""
     rows = calibration_table(comparisons).rows
-    return table(["run", "suite", *map(_spaced, CALIBRATION)], [_plainly(row, CALIBRATION) for row in rows])
-
-
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")
+    return table(["run", "suite", *map(spaced, CALIBRATION)], [_plainly(row, CALIBRATION) for row in rows])
 
 
 def _plainly(row: Mapping[str, Any], figures: Sequence[str]) -> list[str]:
@@ -156,8 +155,9 @@ def _plainly(row: Mapping[str, Any], figures: Sequence[str]) -> list[str]:
 
 def _number(value: Estimate | float | None) -> str:
     if isinstance(value, Estimate):
-        return f"{value.value:.3g} [{value.low:.3g}, {value.high:.3g}]"
-    return "" if value is None else f"{value:.3g}"
+        ends = "" if math.isnan(value.low) else f" [{value.low:.3g}, {value.high:.3g}]"
+        return f"{value.value:.3g}{ends}"
+    return "" if value is None else f"{value:,.0f}" if value.is_integer() else f"{value:.3g}"
 
 
 def _finding(claim: Claim, finding: Finding) -> list[str]:
@@ -202,14 +202,18 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def percent(estimate: Estimate | None) -> str:
     """A share and its interval in percent; empty where there is none."""
-    if estimate is None:
+    if estimate is None or math.isnan(estimate.value):
         return ""
-    return f"{100 * estimate.value:.1f} % [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    ends = "" if math.isnan(estimate.low) else f" [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    return f"{100 * estimate.value:.1f} %{ends}"
 
 
 def points(estimate: Estimate) -> str:
-    """A difference of shares and its interval, in points."""
-    return f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
+    """A difference of shares and its interval, in points; empty where there is none."""
+    if math.isnan(estimate.value):
+        return ""
+    ends = "" if math.isnan(estimate.low) else f" [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
+    return f"{100 * estimate.value:+.1f}{ends}"
 
 
 def write_below(marker: str, lines: Iterable[str], page: Path) -> None:

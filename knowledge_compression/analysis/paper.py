@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from operator import mul
@@ -12,13 +13,13 @@ import polars as pl
 
 from knowledge_compression import __version__
 from knowledge_compression.analysis.comparisons import Comparisons, Group
-from knowledge_compression.analysis.fates import OVERALL, shares_of_fates
+from knowledge_compression.analysis.fates import OVERALL, shares_by_setting
 from knowledge_compression.analysis.markdown import plain, table
 from knowledge_compression.analysis.metrics import with_intervals
 from knowledge_compression.analysis.tables import PaperTable
 from knowledge_compression.results.drawing import drop_figure, literal_text
 from knowledge_compression.results.store import Run
-from knowledge_compression.results.summary import drop_rows
+from knowledge_compression.results.summary import rows_of
 
 _PERCENT = partial(mul, 0.01)
 
@@ -148,13 +149,13 @@ def results_table(comparisons: Comparisons) -> PaperTable:
     """One row per setting of every suite with right answers, pooled over its seeds: size, accuracy, losses."""
     rows = []
     for group in comparisons:
+        whole = {told["run"]: told for told in shares_by_setting(group) if told["by"] == OVERALL}
         for run in group.settings:
             row = _setting(comparisons, group, run) | {"seeds": len(group.seeds_of(run))}
             row |= {"accuracy": group.accuracies[run.id], "drop": None, "flips": None, "lost_of_known": None}
             if run is not group.dense:
                 row |= {"drop": group.drops[run.id].through(_PERCENT), "flips": group.flips[run.id]}
-                whole = next(told for told in shares_of_fates(group, run) if told["value"] == OVERALL)
-                row["lost_of_known"] = whole["lost"]
+                row["lost_of_known"] = whole[run.id]["lost"]
             rows.append(row)
     caption = (
         "Accuracy, relative drop against the dense model, flips (share of all facts that were lost or gained) and "
@@ -178,13 +179,21 @@ def values_table(comparisons: Comparisons) -> PaperTable:
 
 def draw(comparisons: Comparisons, folder: Path) -> list[Path]:
     """Write the figure that a sweep ends with, over the whole store, as ``results.svg`` and ``.pdf``."""
-    found = {run.id: (run, group.dense) for group in [*comparisons.groups, *comparisons.measured] for run in group.runs}
-    rows = drop_rows([run for run, _ in found.values()], {name: dense for name, (_, dense) in found.items()})
-    if not found or not rows:
+    groups = [*comparisons.groups, *comparisons.measured]
+    rows = rows_of([(run, group.dense, group.asked.suite) for group in groups for run in group.settings])
+    pooled = {(group.dense.id, group.asked.suite): group.drops for group in comparisons}
+    for row in rows:
+        row.pop("asked_seed", None)
+        fall = pooled.get((row["baseline"], row["suite"]), {}).get(row["run"])
+        if row["run"] != row["baseline"] and fall and not math.isnan(fall.low):  # over the seeds, as in the table
+            row |= {"drop_percent": fall.value, "drop_low": fall.low, "drop_high": fall.high}
+    if not rows:
         return []
-    paths = [folder / f"results.{suffix}" for suffix in ("svg", "pdf")]
     with literal_text():
         figure = drop_figure(pl.DataFrame(rows, infer_schema_length=None, strict=False))
+        if figure is None:
+            return []
+        paths = [folder / f"results.{suffix}" for suffix in ("svg", "pdf")]
         for path in paths:
             figure.savefig(path)
     return paths

@@ -55,8 +55,13 @@ class PaperTable:
     shares: bool = True
 
     def frame(self) -> pl.DataFrame:
-        """Plain columns: ``x`` with ``x_low`` and ``x_high`` for every figure that has an interval."""
-        return pl.DataFrame([dict(_flat(row)) for row in self.rows], infer_schema_length=None)
+        """Plain columns: ``x``, and beside it ``x_low`` and ``x_high`` if any row has an interval of it."""
+        estimated = {key for row in self.rows for key, value in row.items() if isinstance(value, Estimate)}
+        keys = dict.fromkeys(key for row in self.rows for key in row)
+        columns = [
+            name for key in keys for name in ((key, f"{key}_low", f"{key}_high") if key in estimated else (key,))
+        ]
+        return pl.DataFrame([dict(_flat(row)) for row in self.rows], infer_schema_length=None).select(columns)
 
     @property
     def same(self) -> Mapping[str, Any]:
@@ -76,7 +81,7 @@ class PaperTable:
         keys = [key for key in dict.fromkeys(key for row in self.rows for key in row) if key not in left_out]
         cells = [[_cell(row.get(key), shares=self.shares) for key in keys] for row in self.rows]
         sides = ["r" if all(map(_NUMBER.match, column)) else "l" for column in zip(*cells, strict=True)]
-        rows = [[_escaped(str(key).replace("_", " ")) for key in keys]]
+        rows = [[_escaped(spaced(str(key))) for key in keys]]
         rows += [
             [_minus(cell) if side == "r" else _escaped(cell) for side, cell in zip(sides, row, strict=True)]
             for row in cells
@@ -193,9 +198,9 @@ def fates_table(comparisons: Comparisons) -> PaperTable:
             back = told["restored"] or [None] * len(RESTORED)
             rows.append(row | {f"restored {how}": share for how, share in zip(RESTORED, back, strict=True)})
     caption = (
-        "Facts by fate relative to the dense model, with 95 % intervals of the shares. Wrong otherwise: how many of "
-        "those never known are answered differently. Flips: the facts lost or gained; all flips: also those wrong "
-        "otherwise."
+        "Facts by fate relative to the dense model, with 95 % intervals of the shares. Other wrong answer: how many of "
+        "those never known are answered differently. Flips: the facts lost or gained; all flips: also those with "
+        "another wrong answer."
     )
     return PaperTable("fates", caption, rows)
 
@@ -240,13 +245,18 @@ def calibration_table(comparisons: Comparisons) -> PaperTable:
             rows.append(row | {name: getattr(one, name) for name in CALIBRATION})
     caption = (
         "Confidence among the answers that an item is ranked with: expected calibration error (15 bins), Brier score, "
-        f"size and coverage of conformal answer sets at {COVERAGE:.0%}, coverage by the dense model's threshold, and "
-        "changes against the dense model, paired by item; 95 % intervals."
+        f"size and coverage of conformal answer sets at {100 * COVERAGE:.0f} %, coverage by the dense model's "
+        "threshold, and changes against the dense model, paired by item; 95 % intervals."
     )
     return PaperTable("calibration", caption, rows, shares=False)
 
 
 TABLES = (parameters_table, cost_table, recovery_table, fates_table, distance_table, calibration_table)
+
+
+def spaced(name: str) -> str:
+    """The name of a column as people read it, e.g. ``kl p99.9``."""
+    return re.sub(r"(?<=p\d\d)_(?=\d)", ".", name).replace("_", " ")
 
 
 def write(table: PaperTable, folder: Path) -> list[Path]:
@@ -256,7 +266,7 @@ def write(table: PaperTable, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{table.name}.csv", folder / f"{table.name}.tex"]
     table.frame().write_csv(paths[0])
-    paths[1].write_text(f"% {table.told()}\n{table.latex()}")
+    paths[1].write_text(f"% {table.told()}\n{table.latex()}", encoding="utf-8")
     return paths
 
 
@@ -280,7 +290,8 @@ def _recovery_order(run: Run) -> tuple[str, bool, str, int]:
 def _flat(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in row.items():
         if isinstance(value, Estimate):
-            yield from ((key, value.value), (f"{key}_low", value.low), (f"{key}_high", value.high))
+            for name, figure in ((key, value.value), (f"{key}_low", value.low), (f"{key}_high", value.high)):
+                yield name, None if math.isnan(figure) else figure
         else:
             yield key, value
 
@@ -291,7 +302,7 @@ def _number(value: float | None) -> str | None:
 
 
 def _cell(value: Any, *, shares: bool) -> str:
-    if value is None:
+    if value is None or (isinstance(value, Estimate) and math.isnan(value.value)):
         return "--"
     if isinstance(value, Estimate):
         ends = "" if math.isnan(value.low) else f" [{_figure(value.low, shares)}, {_figure(value.high, shares)}]"
@@ -300,7 +311,7 @@ def _cell(value: Any, *, shares: bool) -> str:
 
 
 def _figure(value: float, share: bool) -> str:
-    return f"{100 * value:.1f}" if share else f"{value:.3g}"
+    return f"{100 * value:.1f}" if share else f"{value:.0f}" if value.is_integer() else f"{value:.3g}"
 
 
 _NUMBER = re.compile(r"(-?[\d.e+]+|nan|-?inf)( \[[^]]*\])?$|--$")  # a cell of a column of numbers

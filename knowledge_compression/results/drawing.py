@@ -42,21 +42,26 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
                     figure.savefig(folder / f"{name}.{suffix}", dpi=150)
 
 
-def drop_figure(table: pl.DataFrame) -> Figure:
+def drop_figure(table: pl.DataFrame) -> Figure | None:
     """The drop against the amount of compression, one panel per suite, one line per other setting, the majority dashed.
 
     The amount is the sparsity reached; if that is the same in all runs, the first number that varies, e.g. the bits; if
     none does, the runs are side by side. In the style of Figures 2 and 5 of The Cost of Compression (Namburi et al.,
-    2023).
+    2023). Runs without a drop (from a dense accuracy of 0) or of an unknown amount (taken from elsewhere) are left out;
+    None if there are no others.
     """
-    suites = table["suite"].unique(maintain_order=True).to_list()
-    figure = Figure(figsize=(6.4 * len(suites), 4.4), layout="constrained")
+    ends = pl.col("drop_percent", "drop_low", "drop_high", "majority_percent").cast(pl.Float64)
+    compressed = table.with_columns(ends).filter(pl.col("run") != pl.col("baseline")).drop_nulls("drop_percent")
+    shown = [(suite, of, *_x_axis(of)) for (suite,), of in compressed.group_by("suite", maintain_order=True)]
+    shown = [(suite, of.drop_nulls(x), x, name) for suite, of, x, name in shown if of[x].count()]
+    if not shown:
+        return None
+    figure = Figure(figsize=(6.4 * len(shown), 4.4), layout="constrained")
     most = 0  # rows of a legend below its axes
-    for axes, suite in zip(figure.subplots(1, len(suites), squeeze=False)[0], suites, strict=True):
-        rows = table.filter(pl.col("suite") == suite)
-        metric = rows["metric"][0]
-        lossy = rows.filter(pl.col("run") != pl.col("baseline"))
-        x_column, x_name = _x_axis(lossy)
+    for axes, (suite, lossy, x_column, x_name) in zip(
+        figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True
+    ):
+        metric = lossy["metric"][0]
         apart = [name for name in asked_columns(table.columns) if name not in (x_column, "asked_sparsity")]
         if x_column != "reached_sparsity" and "asked_sparsity" in table.columns and x_column != "asked_sparsity":
             apart.append("asked_sparsity")
@@ -74,11 +79,12 @@ def drop_figure(table: pl.DataFrame) -> Figure:
             start = [0.0] if x_column == "reached_sparsity" and points[x_column].max() else []
             y = [*start, *points["drop_percent"]]
             (drawn,) = axes.plot([*start, *x], y, linestyle=style, marker=marker, label=" ".join(words))
-            low, high = (points[f"drop_{end}"].fill_null(points["drop_percent"]) for end in ("low", "high"))
             middle = points["drop_percent"]
-            axes.errorbar(x, middle, [middle - low, high - middle], fmt="none", capsize=3, color=drawn.get_color())
+            low, high = (points[f"drop_{end}"].fill_null(middle) for end in ("low", "high"))
+            spread = [(middle - low).clip(0), (high - middle).clip(0)]  # an end may miss its figure by rounding
+            axes.errorbar(x, middle, spread, fmt="none", capsize=3, color=drawn.get_color())
         axes.axhline(0, color="grey", linewidth=0.8)
-        for majority in rows["majority_percent"].drop_nulls().unique():
+        for majority in lossy["majority_percent"].drop_nulls().unique():
             axes.axhline(majority, color="grey", linestyle="--", linewidth=0.8)
             axes.annotate(
                 "majority", (1, majority), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
@@ -98,7 +104,7 @@ def drop_figure(table: pl.DataFrame) -> Figure:
 
 def _x_axis(rows: pl.DataFrame) -> tuple[str, str]:
     """The column on a figure's horizontal axis, and its label."""
-    if rows["reached_sparsity"].n_unique() > 1:
+    if rows["reached_sparsity"].drop_nulls().n_unique() > 1:
         return "reached_sparsity", "sparsity of the target (%)"
     asked = (rows[name] for name in asked_columns(rows.columns))
     numbers = (column.name for column in asked if column.dtype.is_numeric() and column.n_unique() > 1)
@@ -135,7 +141,9 @@ _ESTIMATES: Mapping[str, tuple[str, Callable[..., list[Estimate]], Callable[...,
 
 
 def intervals(asked: Sequence[tuple[Run, Run, str, str]]) -> list[dict[str, float]]:
-    """The 95 % intervals of each value and of its loss relative to the baseline; none if the items are missing.
+    """The 95 % intervals of each value and of its loss relative to the baseline.
+
+    There are none if the items are missing, or cannot show how they vary (a single one; none that the baseline knows).
 
     Args:
         asked: run, baseline, suite and headline of each.
@@ -155,7 +163,8 @@ def intervals(asked: Sequence[tuple[Run, Run, str, str]]) -> list[dict[str, floa
                 pairs[place] = both[column].to_numpy(), both[f"{column}_after"].to_numpy()
         for name, made, of in (("value", estimates, values), ("drop", losses, pairs)):
             for place, estimate in zip(of, made(list(of.values())), strict=True):
-                found[place] |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+                if not math.isnan(estimate.low):
+                    found[place] |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
     return found
 
 

@@ -116,26 +116,36 @@ def drop_rows(runs: Sequence[Run], baselines: Mapping[str, Run]) -> list[dict[st
 
         - the settings that vary among the runs: a choice among files under its group (``target``), a setting as
           ``asked_<name>`` (``asked_bits``); None if a run has no such setting;
-        - ``suite, metric, value, dense``; ``drop_percent`` (share of the dense value lost; for perplexity, the rise);
-          the 95 % intervals ``value_low, value_high`` and ``drop_low, drop_high`` (paired bootstrap over items or
-          windows of text); ``majority_percent`` (the drop of always giving the most frequent answer);
-        - ``reached_sparsity, reached_bits, stored_mb, baseline, run``;
+        - ``suite, metric, value, dense``; ``drop_percent`` (share of the dense value lost; for perplexity, the rise;
+          None if the dense value is 0, which leaves nothing to lose); the 95 % intervals ``value_low, value_high`` and
+          ``drop_low, drop_high`` (paired bootstrap over items or windows of text); ``majority_percent`` (the drop of
+          always giving the most frequent answer);
+        - ``reached_sparsity, reached_bits, stored_mb, baseline, run``; the first three are None where a run taken from
+          elsewhere does not say them;
         - for files of one model, ``file``, its name, and ``kept_percent, kept_low, kept_high``, see
           :func:`~knowledge_compression.results.files.kept`.
     """
-    distinct = list({run.id: run for run in [*baselines.values(), *runs]}.values())
+    distinct = {run.id: run for run in [*baselines.values(), *runs]}.values()
+    return rows_of([(run, baselines.get(run.id, run), suite) for run in distinct for suite in run.config["eval"]])
+
+
+def rows_of(pairs: Sequence[tuple[Run, Run, str]]) -> list[dict[str, Any]]:
+    """:func:`drop_rows` of each run, its baseline and a suite, of those that have a value to compare.
+
+    A run that several suites compare with different baselines has a row for each.
+    """
+    distinct = list({run.id: run for run, *_ in pairs}.values())
     settings = varied([run.config for run in distinct])
     said = {
         run.id: {(one.name if one.chosen else f"asked_{one.name}"): one.values[i] for one in settings}
         for i, run in enumerate(distinct)
     }
     asked = [
-        (run, baselines.get(run.id, run), suite, metric)
-        for run in distinct
-        for suite in run.config["eval"]
-        if not {suite} & (run.void.keys() | baselines.get(run.id, run).void.keys())
+        (run, baseline, suite, metric)
+        for run, baseline, suite in pairs
+        if not {suite} & (run.void.keys() | baseline.void.keys())
         and (metric := next((name for name in HEADLINES if f"{suite}.{name}" in run.metrics), None))
-        and f"{suite}.{metric}" in baselines.get(run.id, run).metrics
+        and f"{suite}.{metric}" in baseline.metrics
         and not (metric == "perplexity" and tokens_differ(run))
     ]
     rows = [said[one[0].id] | _row(*one) | intervals for one, intervals in zip(asked, _intervals(asked), strict=True)]
@@ -225,21 +235,22 @@ def _columns(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> lis
     alone = {} if asked else names
     called_by = ["dense" if row["run"] == row["baseline"] else alone.get(row["run"], "") for row in rows]
     texts = {name for name in asked if any(isinstance(row[name], str) for row in rows)}
-    kept = [_Column("kept %", ["" if (s := row.get("kept_percent")) is None else f"{s:.1f}" for row in rows])]
-    stored = ["" if row["stored_mb"] is None else f"{row['stored_mb']:.0f}" for row in rows]
-    frequent = ["" if row["majority_percent"] is None else f"{row['majority_percent']:+.1f}" for row in rows]
+
+    def known(name: str, form: str) -> list[str]:
+        return ["" if (value := row.get(name)) is None else f"{value:{form}}" for row in rows]
+
     return [
         _Column("", [shown(name) for name in called_by], right=False),
         *(_Column(heading(name), [shown(text_of(row[name])) for row in rows], name not in texts) for name in asked),
         _Column("suite", [shown(row["suite"]) for row in rows], right=False, spare=0),
         _Column("metric", [shown(row["metric"]) for row in rows], right=False, spare=1),
-        _Column("reached sparsity", [f"{row['reached_sparsity']:.1%}" for row in rows], spare=4),
-        _Column("reached bits", [f"{row['reached_bits']:.3g}" for row in rows], spare=2),
-        _Column("MB stored", stored, spare=3),
+        _Column("reached sparsity", known("reached_sparsity", ".1%"), spare=4),
+        _Column("reached bits", known("reached_bits", ".3g"), spare=2),
+        _Column("MB stored", known("stored_mb", ".0f"), spare=3),
         _Column("value", [_with_interval(row, "value", ".4g") for row in rows]),
         _Column("drop %", [_with_interval(row, "drop", "+.1f") for row in rows]),
-        *(kept if "kept_percent" in rows[0] else []),
-        _Column("majority: drop %", frequent, spare=6),
+        *([_Column("kept %", known("kept_percent", ".1f"))] if "kept_percent" in rows[0] else []),
+        _Column("majority: drop %", known("majority_percent", "+.1f"), spare=6),
         _Column("run", [shown(row["run"][:8]) for row in rows], spare=5),
     ]
 
@@ -270,8 +281,8 @@ def _row(run: Run, baseline: Run, suite: str, metric: str) -> dict[str, Any]:
         "drop_percent": _percent_lost(value, reference, sign),
         **dict.fromkeys(("value_low", "value_high", "drop_low", "drop_high")),
         "majority_percent": None if majority is None else _percent_lost(majority, reference, sign),
-        "reached_sparsity": float(report.get("sparsity", 0.0)),
-        "reached_bits": float(report.get("bits") or 32.0),
+        "reached_sparsity": report.get("sparsity", None if run.taken else 0.0),
+        "reached_bits": report.get("bits") or (None if run.taken else 32.0),
         "stored_mb": run.stored_mb,
         "baseline": baseline.id,
         "run": run.id,
@@ -310,10 +321,12 @@ def _code() -> list[str]:
 
 def _with_interval(row: Mapping[str, Any], name: str, form: str) -> str:
     value = row["drop_percent"] if name == "drop" else row[name]
+    if value is None:
+        return ""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     inner = form.removeprefix("+")
     return f"{value:{form}}" + ("" if low is None else f" [{low:{inner}}, {high:{inner}}]")
 
 
-def _percent_lost(value: float, reference: float, sign: float) -> float:
-    return 100.0 * sign * (reference - value) / reference if reference else 0.0
+def _percent_lost(value: float, reference: float, sign: float) -> float | None:
+    return 100.0 * sign * (reference - value) / reference + 0.0 if reference else None  # + 0.0: never minus zero

@@ -117,10 +117,22 @@ def test_advise_prints_a_front_and_refuses_nonsense(tmp_path, capsys):
     main([str(tmp_path), "--claims"])
     said = capsys.readouterr().out
     assert re.search(r"fewer_bits_hurt: \".+\"; no runs here test it; python run.py", said) and "untested" not in said
+    main([str(tmp_path), "--keep", "72.5%", "--flips", "0.125"])
+    assert "keeps 72.5% and flips at most 12.5% " in capsys.readouterr().out  # not rounded
     for nonsense in ("lots", "0", "120%"):
         with pytest.raises(SystemExit) as end:
             main([str(tmp_path), "--keep", nonsense])
         assert end.value.code == 2 and "--keep" in capsys.readouterr().err
+
+
+def test_advise_on_a_model_that_knows_nothing_is_one_line(tmp_path, capsys):
+    from knowledge_compression.advise import main
+
+    for run in (sized(made_run(bits("00"), compression="none"), 10), sized(made_run(bits("10")), 5)):
+        RunStore(tmp_path).write(run)
+    main([str(tmp_path)])
+    said = capsys.readouterr().out
+    assert said.startswith("m answers no atlas item right") and "the front" not in said
 
 
 def seeded(correct, seed, **settings):

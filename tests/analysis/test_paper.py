@@ -9,11 +9,14 @@ import polars as pl
 import pytest
 
 from helpers.stores import bits, made_run
+from knowledge_compression.analysis import markdown, paper
 from knowledge_compression.analysis.comparisons import compare
 from knowledge_compression.analysis.paper import how_to_cite, results_table, values_table
 from knowledge_compression.analysis.tables import PaperTable, write
 from knowledge_compression.report import main
+from knowledge_compression.results.drawing import drop_figure
 from knowledge_compression.results.store import RunStore
+from knowledge_compression.statistics import Estimate
 
 
 @pytest.fixture
@@ -31,6 +34,70 @@ def test_the_table_has_what_was_counted_by_hand(runs):
     assert pruned["flips"].value == pytest.approx((4 + 1) / 10)  # four lost and one gained
     assert pruned["lost_of_known"].value == pytest.approx(4 / 8)
     assert pruned["drop"].low <= pruned["drop"].value <= pruned["drop"].high
+
+
+@pytest.fixture
+def figure_of(tmp_path, monkeypatch):
+    """The panels of ``results.pdf``, by suite."""
+
+    def panels(runs):
+        drawn = []
+        monkeypatch.setattr(paper, "drop_figure", lambda table: drawn.append(drop_figure(table)) or drawn[0])
+        paper.draw(compare(runs), tmp_path)
+        return {axes.get_title(): axes for axes in drawn[0].axes}
+
+    return panels
+
+
+def test_every_figure_of_a_row_is_over_the_same_seeds(runs, figure_of):
+    """All of the known facts are kept under one seed, and half of them under the other."""
+    dense = runs[0]
+    seeds = [made_run(bits("1111111100"), id="seed0000"), made_run(bits("1111000000"), id="seed0001")]
+    for number, run in enumerate(seeds):
+        run.config["seed"] = number
+    comparisons = compare([dense, *seeds])
+    row = results_table(comparisons).rows[1]
+    assert row["seeds"] == 2
+    assert row["drop"].value == pytest.approx(row["lost_of_known"].value) == pytest.approx(0.25)
+    assert row["flips"].value == pytest.approx(0.2)
+    told = markdown.fates(comparisons)[-1]
+    assert [cell.split(" %")[0].strip() for cell in told.split(" | ")[2:]] == ["60.0", "25.0", "20.0", "20.0", "25.0"]
+    assert [*figure_of([dense, *seeds])["atlas"].lines[0].get_ydata()] == pytest.approx([25])
+
+
+def test_suites_whose_dense_runs_are_separate_are_all_drawn(figure_of):
+    """One dense run was asked the facts, another one read the text; the compressed run did both."""
+
+    def reading(run, loss):
+        run.config["eval"] = run.config["eval"] | {"perplexity": {}}
+        run.report["eval"] = run.report["eval"] | {"perplexity": {}}
+        run.metrics["perplexity.perplexity"] = float(np.exp(loss))
+        windows = [{"suite": "perplexity", "task": "c4", "id": str(i), "nll": loss + i / 10} for i in range(3)]
+        run._items = pl.concat([run.items, pl.DataFrame(windows)], how="diagonal")
+        return run
+
+    asked, read = made_run(bits("1110"), compression="none"), reading(made_run(bits("1"), compression="none"), 3.0)
+    del read.config["eval"]["atlas"], read.report["eval"]["atlas"]
+    assert figure_of([asked, read, reading(made_run(bits("1000")), 3.5)]).keys() == {"atlas", "perplexity"}
+
+
+def test_a_drop_from_a_dense_accuracy_of_0_is_left_blank(tmp_path):
+    comparisons = compare([made_run(bits("000"), compression="none"), made_run(bits("100"), target="ff")])
+    write(results_table(comparisons), tmp_path)
+    assert "nan" not in (tmp_path / "results.tex").read_text()
+    assert pl.read_csv(tmp_path / "results.csv")["drop"].null_count() == 2
+    assert "nan" not in "".join(markdown.fates(comparisons))
+
+
+def test_counts_and_percentiles_are_written_as_people_read_them():
+    table = PaperTable("distance", "", [{"kl_p99_9": 1.25, "positions": 12345.0}], shares=False)
+    assert "kl p99.9 & positions" in table.latex() and "1.25 & 12345 " in table.latex()
+
+
+def test_the_ends_of_an_interval_stand_beside_their_figure_in_a_csv():
+    estimate = Estimate(0.5, 0.4, 0.6, 10)
+    table = PaperTable("one", "", [{"x": None, "y": 1}, {"x": estimate, "y": 2}])
+    assert table.frame().columns == ["x", "x_low", "x_high", "y"]
 
 
 def test_latex_shows_names_literally_and_figures_in_percent_with_intervals(runs):

@@ -67,6 +67,28 @@ def test_an_accuracy_over_shares_too_has_no_interval_of_the_other_items():
     drawing.drop_figure(pl.DataFrame(rows, infer_schema_length=None))
 
 
+def test_a_dense_accuracy_of_0_leaves_nothing_to_lose(tmp_path):
+    dense, small = made_run(bits("0000"), compression="none"), made_run(bits("1000"))
+    dense.metrics["atlas.majority"] = small.metrics["atlas.majority"] = 1.0
+    rows = summary.drop_rows([small], {small.id: dense})
+    told = {row[name] for row in rows for name in ("drop_percent", "drop_low", "drop_high", "majority_percent")}
+    assert told == {None}
+    (drops,) = (column for column in summary.as_rich(rows).columns if column.header == "drop %")
+    assert [*drops.cells] == ["", ""]
+    drawing.write(rows, tmp_path)
+    assert "NaN" not in (tmp_path / "table.csv").read_text() and not [*tmp_path.glob("drop*")]
+
+
+@pytest.mark.parametrize("rise", [0.1, 0.2, 0.3, 0.4])
+def test_an_end_that_misses_its_figure_by_rounding_is_drawn(rise):
+    """Every window of text rises by the same, so both ends of the interval are the figure, but for the last digit."""
+    dense = with_perplexity(made_run(bits("1"), compression="none"), BEFORE)
+    small = with_perplexity(made_run(bits("1")), BEFORE + rise)
+    rows = [row for row in summary.drop_rows([small], {small.id: dense}) if row["suite"] == "perplexity"]
+    (axes,) = drawing.drop_figure(pl.DataFrame(rows, infer_schema_length=None)).axes
+    assert [*axes.lines[0].get_ydata()] == pytest.approx([100 * np.expm1(rise)])
+
+
 def test_the_terminal_shows_them(rows):
     console = Console(width=190, record=True, file=io.StringIO())
     console.print(summary.as_rich(rows))
