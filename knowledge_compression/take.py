@@ -42,14 +42,23 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=what)
     options = parser.parse_args(arguments)
     try:
-        take_results(options.results, options.output, options.said, options.by, _told(options))
+        take_results(options.results, options.output, options.said, _text("by", options.by), _told(options))
     except BadInput as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
 
 
 def _told(options: argparse.Namespace) -> dict[str, str]:
-    return {name: value for name in _SAID if (value := getattr(options, name)) is not None}
+    return {name: value for name in _SAID if (value := _text(name, getattr(options, name))) is not None}
+
+
+def _text(name: str, value: str | None) -> str | None:
+    """What an option says, refused if its bytes are no text, which no file of the store could hold."""
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"--{name.replace('_', '-')} {ascii(value)} is not UTF-8 text; give a name in UTF-8") from None
+    return value
 
 
 def take_results(results: Path, output: Path, said: Path | None, by: str | None, told: dict[str, Any]) -> None:

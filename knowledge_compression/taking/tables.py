@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -72,10 +74,14 @@ def read_columns(path: Path, keys: str | None = None) -> Columns:
         BadInput: it is none of these.
     """
     if path.suffix == ".csv":
+        text = text_of(path, "a CSV file")
         try:
-            table = pl.read_csv(text_of(path, "a CSV file").encode(), infer_schema=False)
-        except pl.exceptions.PolarsError as error:
+            heads = Counter(next(csv.reader(io.StringIO(text)), []))
+            table = pl.read_csv(text.encode(), infer_schema=False)
+        except (pl.exceptions.PolarsError, csv.Error) as error:
             raise BadInput(f"{path}: not CSV ({first_line(error)})") from None
+        if twice := [name for name, count in heads.items() if name and count > 1]:  # polars would rename the others
+            raise BadInput(f"{path} has {heads[twice[0]]} columns {twice[0]}; give each a name of its own")
         return table.to_dict(as_series=False)
     if path.suffix == ".jsonl":
         return _columns([row for _, row in objects(path)], path)

@@ -122,6 +122,21 @@ def test_a_table_that_does_not_fit_its_mapping_is_one_line(rows, mapping, expect
     assert not (tmp_path / "out").exists()
 
 
+def test_a_column_name_twice_is_one_line(quiz, tmp_path, capsys):
+    """The other column used to be left out without a word, and might be the one that was meant."""
+    words = quiz([(*row, "4") for row in ROWS], heads=(*HEADS, "said"))
+    assert "a.csv has 2 columns said; give each a name of its own" in refused(capsys, *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--by", "--model"])
+def test_a_name_that_is_no_text_is_one_line(option, quiz, tmp_path, capsys):
+    """As a terminal in Latin-1 passes it."""
+    said = refused(capsys, *quiz(), option, "caf\udce9", "--compression", "none")
+    assert said == f"error: {option} 'caf\\udce9' is not UTF-8 text; give a name in UTF-8\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_text_that_was_cut_within_a_character_is_taken(quiz, tmp_path):
     rows = [dict(zip(HEADS, row, strict=True)) | {"said": "2\ud83d"} for row in ROWS[:3]]
     folder, *rest = quiz(mapping=MAPPING | {"files": "a.json"})
