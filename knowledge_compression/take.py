@@ -57,7 +57,7 @@ def _text(name: str, value: str | None) -> str | None:
     try:
         (value or "").encode()
     except UnicodeEncodeError:
-        raise BadInput(f"--{name.replace('_', '-')} {ascii(value)} is not UTF-8 text; give a name in UTF-8") from None
+        raise BadInput(f"--{name.replace('_', '-')} {value!a} is not UTF-8 text; give a name in UTF-8") from None
     return value
 
 
