@@ -174,7 +174,11 @@ def values_table(comparisons: Comparisons) -> PaperTable:
             value, estimate = told[run.id].get(f"{group.asked.suite}.{group.measure.metric}", (None, None))
             row = _setting(comparisons, group, run) | {"metric": group.measure.metric}
             rows.append(row | {"value": estimate or value})
-    return PaperTable("values", "Values with 95 % intervals; MB: stored size in 10^6 bytes.", rows, shares=False)
+    caption = (
+        "Values with 95 % intervals, of the lowest seed where a setting was run with several; MB: stored size in 10^6 "
+        "bytes."
+    )
+    return PaperTable("values", caption, rows, shares=False)
 
 
 def draw(comparisons: Comparisons, folder: Path) -> list[Path]:

@@ -273,6 +273,38 @@ def test_in_a_browser_runs_without_right_answers_are_told_all_the_same(tmp_path,
 
 
 @pytest.mark.slow
+def test_in_a_browser_the_layer_map_shows_an_encoder_beside_its_decoder(tmp_path, page_in_browser):
+    """Their blocks have the same numbers and modules; the decoder's used to cover the encoder's."""
+    run = made_run(np.ones(3, bool), compression="magnitude", id="pruned00")
+    layers = [(f"{stack}.block.{i}.layer.0.SelfAttention.q", i) for stack in ("encoder", "decoder") for i in (0, 1)]
+    run.report["compression"]["layers"] = [
+        {"path": path, "parameters": 100, "removed": 10 * number + block}
+        for number, (path, block) in enumerate(layers, 1)
+    ]
+    (tmp_path / "report.html").write_text(render([run]))
+    page = page_in_browser(tmp_path / "report.html")
+    until(page, "document.querySelector('#layer-map')?.data !== undefined")
+    assert page.evaluate("document.querySelector('#layer-map').data[0].z") == [[10, 21, 30, 41]]
+    shown = page.evaluate("document.querySelector('#layer-map').data[0].x")
+    assert shown == ["encoder 0", "encoder 1", "decoder 0", "decoder 1"]
+
+
+@pytest.mark.slow
+def test_in_a_browser_alike_distances_and_long_names_leave_the_axes_their_numbers(tmp_path, page_in_browser):
+    dense = made_run(np.ones(3, bool), compression="none")
+    runs = [made_run(np.ones(3, bool), compression=f"a_file_with_a_rather_long_name_{i}" * 3) for i in range(2)]
+    told = dict.fromkeys(("reverse_kl", "same_top", "gold_rms", "positions"), 1.0)
+    for run, kl in zip(runs, (0.25, 0.27), strict=True):
+        run.metrics |= {f"atlas.{name}": value for name, value in (told | {"kl": kl}).items()}
+    (tmp_path / "report.html").write_text(render([dense, *runs]))
+    page = page_in_browser(tmp_path / "report.html")
+    assert page.locator("#distance-chart .xtick").count() > 1
+    box, axis = page.locator("#settings-chart").bounding_box(), page.locator("#settings-chart .ytitle").bounding_box()
+    assert box["y"] <= axis["y"] and axis["y"] + axis["height"] <= box["y"] + box["height"]
+    assert page.locator(".chart:not([role=figure][aria-label]):visible").count() == 0
+
+
+@pytest.mark.slow
 def test_in_a_browser_drops_of_files_are_drawn_over_their_bits(tmp_path, page_in_browser):
     """Nothing was pruned and no number was typed, so over the sparsity all of them would lie on one line."""
     luck = np.random.default_rng(4).random(60)

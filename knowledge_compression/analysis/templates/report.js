@@ -72,7 +72,7 @@ const main = ({runs, varying, points, measured, fates, sure, names}, facts) => {
     [row.metric || row.dense ? "" : interval(row.drop, 1), "number"], [row.metric || row.dense ? "" : interval(row.flips), "number"]];
   const all = [...rows, ...measured.map(point => ({...byId[point.run], ...point}))];
   at("overview-table").append(table(["run", "suite", "seeds", "sparsity", "bits", "MB stored", measured.length ? "accuracy, or as named" : "accuracy", "drop", "flips"], all.map(row => [
-    button(row.id, row.setting), row.suite, [row.seeds, "number"], [percent(row.sparsity), "number"], [row.dense ? "" : (row.bits ?? ""), "number"],
+    button(row.id, row.setting), row.suite, [row.metric && row.seeds > 1 ? `lowest of ${row.seeds}` : row.seeds, "number"], [percent(row.sparsity), "number"], [row.dense ? "" : (row.bits ?? ""), "number"],
     [row.stored_mb?.toFixed(1) ?? "", "number"], ...found(row)])));
   for (const id of ["charts", "fate-section", "facts"]) at(id).hidden = !rows.length;  // nothing has right answers
   at("notes").textContent = [...new Set(runs.filter(r => r.note).map(r => `${r.model}: ${r.note}`))].join(" · ");
@@ -152,8 +152,10 @@ const main = ({runs, varying, points, measured, fates, sure, names}, facts) => {
     at("distance-chart").hidden = !both.length;
     if (both.length) redraws.push(() => {
       const chart = layout("mean KL from the dense model (nats)", "flips (%)");
+      const far = both.map(row => row.at("kl")[0]), least = Math.min(...far), most = Math.max(...far);
       const marks = [-6, -5, -4, -3, -2, -1, 0, 1, 2].flatMap(power => [1, 2, 5].map(digit => Number(`${digit}e${power}`)));
-      Object.assign(chart.xaxis, {type: "log", tickvals: marks, ticktext: marks.map(String)}); chart.yaxis.rangemode = "tozero"; chart.showlegend = true;
+      const ticks = marks.filter(mark => least <= mark && mark <= most).length > 1 ? {tickvals: marks, ticktext: marks.map(String)} : {};  // too few would leave the axis bare
+      Object.assign(chart.xaxis, {type: "log", ...ticks}); chart.yaxis.rangemode = "tozero"; chart.showlegend = true;
       const asked = [...new Set(both.map(row => `${row.model}, ${row.suite}`))];
       return Plotly.react("distance-chart", asked.map(name => {
         const theirs = both.filter(row => `${row.model}, ${row.suite}` === name);
@@ -207,6 +209,8 @@ const main = ({runs, varying, points, measured, fates, sure, names}, facts) => {
     });
     const chart = layout("", "lost, of what the dense model knew (%)", {showlegend: true});
     chart.xaxis.categoryarray = [...new Set(list.map(row => literal(method(row))))];
+    const longest = Math.max(...list.map(row => method(row).length));
+    at("settings-chart").style.height = `${460 + 4 * Math.max(0, longest - 20)}px`;  // slanted names take their room from the drawing
     chart.yaxis.rangemode = "tozero";
     return Plotly.react("settings-chart", traces, chart, CONFIG);
   };
@@ -329,11 +333,18 @@ const main = ({runs, varying, points, measured, fates, sure, names}, facts) => {
     for (const [suite, why] of Object.entries(run.void)) place.append(make("p", `${suite} gives no figures, because ${why}`, {class: "wrong"}));
     place.append(table(["metric", "value", "95 % interval"], Object.entries(run.metrics).map(([name, told]) => [name, [Number(told[0]).toPrecision(4), "number"], [within(told), "number"]])));
     if (run.layers.length) {
-      const map = make("div", null, {class: "chart", id: "layer-map"}); place.append(make("h3", "Layer map: sparsity"), map);
-      const parts = run.layers.map(layer => { const found = layer.path.match(/^(.*?)\.(\d+)\.(.*)$/); return found ? [Number(found[2]), found[3]] : [0, layer.path]; });
-      const blocks = [...new Set(parts.map(p => p[0]))].sort((a, b) => a - b), modules = [...new Set(parts.map(p => p[1]))];
+      const map = make("div", null, {class: "chart", id: "layer-map", role: "figure", "aria-label": "Sparsity of each layer"}); place.append(make("h3", "Layer map: sparsity"), map);
+      const parts = run.layers.map(({path}) => {
+        const found = path.match(/^(.*?)\.(\d+)\.(.*)$/);
+        return found ? {stack: found[1].match(/encoder|decoder/)?.[0] ?? "", block: Number(found[2]), module: found[3]} : {stack: "", block: 0, module: path};
+      });
+      const stacks = [...new Set(parts.map(part => part.stack))];  // an encoder-decoder has blocks of the same numbers and modules twice
+      const columnOf = part => stacks.length > 1 ? `${part.stack} ${part.block}`.trim() : part.block;
+      parts.forEach((part, i) => { part.layer = run.layers[i]; });
+      const ordered = [...parts].sort((a, b) => stacks.indexOf(a.stack) - stacks.indexOf(b.stack) || a.block - b.block);
+      const blocks = [...new Set(ordered.map(columnOf))], modules = [...new Set(parts.map(part => part.module))];
       const grid = modules.map(() => blocks.map(() => null));
-      run.layers.forEach((layer, i) => { grid[modules.indexOf(parts[i][1])][blocks.indexOf(parts[i][0])] = 100 * layer.removed / layer.parameters; });
+      for (const part of parts) grid[modules.indexOf(part.module)][blocks.indexOf(columnOf(part))] = 100 * part.layer.removed / part.layer.parameters;
       Plotly.newPlot(map, [{type: "heatmap", z: grid, x: blocks, y: modules.map(literal), colorscale: "Viridis", colorbar: {title: {text: "%"}}}], whole(layout("block", ""), blocks.length), CONFIG);
     }
     for (const [title, text] of [["Configuration", run.config], ["Environment", JSON.stringify(run.environment, null, 1)]]) {
