@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,9 @@ _PLACES = (
 )  # paths in runs of format 1; the fingerprint has their content, which decides
 
 
+_ALONE = "only items that are right or wrong"  # of a suite in which others have shares, as TruthfulQA's mc2 has
+
+
 @dataclass(frozen=True)
 class Asked:
     """What makes two results comparable: the same model, asked the same questions in the same way.
@@ -40,7 +43,7 @@ class Asked:
         suite: e.g. ``atlas``.
         protocol: short hash of the model's identity, dtype, and the suite's settings and data digests.
         differs: if the store has the same model and suite under several protocols, what distinguishes this one, e.g.
-            ``limit=100``; otherwise empty.
+            ``limit=100``; if only some of its items are compared, which; otherwise empty.
     """
 
     model: str
@@ -249,6 +252,10 @@ def compare(runs: Sequence[Run]) -> Comparisons:
             why = f"no dense run of {named.model} with the same {named.suite} settings{_in_brackets(named.differs)}"
             skipped += [(run.id, why) for run in members]
         elif measure := _measure_of(dense[0], asked.suite):  # otherwise it is not compared item by item, e.g. lens
+            if (
+                measure is ANSWERS and dense[0].answers(asked.suite, "share").height
+            ):  # these are not compared beside them
+                named = replace(named, differs=", ".join(filter(None, [named.differs, _ALONE])))
             group = Group(named, dense[0], measure, seeds={dense[0].id: dense})
             skipped += _fill(group, [run for run in members if not is_dense(run)])
             (groups if measure is ANSWERS else measured).append(group)

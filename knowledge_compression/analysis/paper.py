@@ -15,6 +15,7 @@ from knowledge_compression import __version__
 from knowledge_compression.analysis.comparisons import Comparisons, Group
 from knowledge_compression.analysis.fates import OVERALL, shares_by_setting
 from knowledge_compression.analysis.markdown import plain, table
+from knowledge_compression.analysis.measures import ANSWERS
 from knowledge_compression.analysis.metrics import with_intervals
 from knowledge_compression.analysis.tables import PaperTable
 from knowledge_compression.results.drawing import drop_figure, literal_text
@@ -185,12 +186,15 @@ def draw(comparisons: Comparisons, folder: Path) -> list[Path]:
     """Write the figure that a sweep ends with, over the whole store, as ``results.svg`` and ``.pdf``."""
     groups = [*comparisons.groups, *comparisons.measured]
     rows = rows_of([(run, group.dense, group.asked.suite) for group in groups for run in group.settings])
-    pooled = {(group.dense.id, group.asked.suite): group.drops for group in comparisons}
+    of = {(group.dense.id, group.asked.suite): group for group in groups}
     for row in rows:
         row.pop("asked_seed", None)
-        fall = pooled.get((row["baseline"], row["suite"]), {}).get(row["run"])
-        if row["run"] != row["baseline"] and fall and not math.isnan(fall.low):  # over the seeds, as in the table
-            row |= {"drop_percent": fall.value, "drop_low": fall.low, "drop_high": fall.high}
+        group = of[row["baseline"], row["suite"]]
+        row["suite"] = group.asked.name
+        if group.measure is ANSWERS and row["run"] != row["baseline"]:  # over the items and seeds of the table
+            fall = group.drops[row["run"]]
+            figures = {"drop_percent": fall.value, "drop_low": fall.low, "drop_high": fall.high}
+            row |= {name: None if math.isnan(figure) else figure for name, figure in figures.items()}
     if not rows:
         return []
     with literal_text():

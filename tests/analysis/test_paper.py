@@ -81,6 +81,19 @@ def test_suites_whose_dense_runs_are_separate_are_all_drawn(figure_of):
     assert figure_of([asked, read, reading(made_run(bits("1000")), 3.5)]).keys() == {"atlas", "perplexity"}
 
 
+def test_a_suite_whose_other_items_have_shares_says_which_are_compared(figure_of):
+    """As TruthfulQA's two tasks in one suite: at a terminal the accuracy counts both."""
+
+    def with_shares(run, share):
+        rows = [{"suite": "atlas", "task": "mc2", "id": str(i), "share": share} for i in range(4)]
+        run._items = pl.concat([run.items, pl.DataFrame(rows)], how="diagonal")
+        return run
+
+    runs = [with_shares(made_run(bits("1100"), compression="none"), 0.5), with_shares(made_run(bits("1000")), 0.1)]
+    (name,) = {row["suite"] for row in results_table(compare(runs)).rows}
+    assert name == "atlas (only items that are right or wrong)" and figure_of(runs).keys() == {name}
+
+
 def test_a_drop_from_a_dense_accuracy_of_0_is_left_blank(tmp_path):
     comparisons = compare([made_run(bits("000"), compression="none"), made_run(bits("100"), target="ff")])
     write(results_table(comparisons), tmp_path)
