@@ -102,7 +102,7 @@ def drop_figure(comparisons: Comparisons, wanted: DropFigure, *, per_parameter: 
     bootstrap; the dashed line is the drop of always giving the most frequent answer (divided like each line, in its
     colour). None if the store has no runs for it.
     """
-    found = list(_panels(comparisons, wanted))
+    found = list(_panels(comparisons, wanted, per_parameter))
     if not found:
         return None
     figure, grid = panels(len(found))
@@ -128,7 +128,7 @@ def drop_figure(comparisons: Comparisons, wanted: DropFigure, *, per_parameter: 
 Panel = tuple[str, Group, Mapping[str, Sequence[Run]], Sequence[NDArray[np.bool_]]]
 
 
-def _panels(comparisons: Comparisons, wanted: DropFigure) -> Iterator[Panel]:
+def _panels(comparisons: Comparisons, wanted: DropFigure, touched: bool) -> Iterator[Panel]:
     for group in comparisons:
         if group.dense.report["model"].get("family") not in wanted.families:
             continue
@@ -136,7 +136,7 @@ def _panels(comparisons: Comparisons, wanted: DropFigure) -> Iterator[Panel]:
             f"{target} {compression}" if len(wanted.compressions) > 1 else target: sorted(runs, key=_sparsity)
             for target in wanted.targets
             for compression in wanted.compressions
-            if (runs := [run for run in group.runs if _is(run, compression, target)])
+            if (runs := [run for run in group.runs if _is(run, compression, target) and (not touched or _counted(run))])
         }
         if not lines:
             continue
@@ -168,6 +168,11 @@ def _is(run: Run, compression: str, target: str) -> bool:
 
 def _sparsity(run: Run) -> float:
     return float(run.report["compression"].get("sparsity", 0.0))
+
+
+def _counted(run: Run) -> bool:
+    """Whether the touched parameters are known, which they are not of a run taken from elsewhere."""
+    return "parameters_touched" in run.report["compression"]
 
 
 def _share_touched(run: Run) -> float:

@@ -30,9 +30,10 @@ def accuracy_by_compression(comparisons: Comparisons) -> Figure | None:
     """Average accuracy against the bits of GPTQ and the sparsity of SparseGPT, by calibration text (Figure 1)."""
     found: list[tuple[Group, str, dict[str, list[Run]]]] = []
     for group in comparisons:
-        for compression in _TURNED:
+        for compression, amount in _TURNED.items():
             runs = [run for run in group.runs if _chose(run, compression=compression, recovery="none")]
-            if runs:
+            # Of a run taken from elsewhere, the amount may be unknown.
+            if runs := [run for run in runs if amount in run.config["compression"]]:
                 found.append((group, compression, _by_corpus(runs)))
     if not found:
         return None

@@ -137,6 +137,19 @@ def test_a_name_that_is_no_text_is_one_line(option, quiz, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_figures_leave_out_amounts_that_nobody_stated(quiz, tmp_path):
+    """GPTQ of unknown bits, and pruning that touched an unknown share of the parameters."""
+    made = {"full": {"compression": "none", "family": "decoder"}, "4bit": {"compression": "gptq", "target": "att"}}
+    taken(*quiz(mapping=MAPPING | {"made": made}))
+    pruned = {"compression": "magnitude", "target": "att", "sparsity": 0.5}
+    others = [row if row[1] == "full" else (*row[:6], "9", "1") for row in ROWS]
+    taken(*quiz(others, mapping=MAPPING | {"made": made | {"4bit": pruned}}))
+    words = [str(tmp_path / "out"), "-o", str(tmp_path / "report.html"), "--figures", str(tmp_path / "figures")]
+    report([*words, "--per-parameter"])
+    names = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert "results" in names and not {name for name in names if name.startswith(("pruning", "accuracy_by"))}
+
+
 def test_a_text_that_was_cut_within_a_character_is_taken(quiz, tmp_path):
     rows = [dict(zip(HEADS, row, strict=True)) | {"said": "2\ud83d"} for row in ROWS[:3]]
     folder, *rest = quiz(mapping=MAPPING | {"files": "a.json"})
