@@ -21,10 +21,13 @@ def without_adapters(network: nn.Module) -> Any:
 def body_of(inner: Any) -> nn.Module:
     """The part before the head, of a network without a wrapper: the encoder of an encoder, otherwise the decoder."""
     architecture = architecture_of(inner)
-    body: nn.Module = inner.base_model if architecture.family == ENCODER else inner.get_decoder()
-    if body is inner:  # as Llama 4's does: the parent of the blocks outputs the hidden states
-        body = inner.get_submodule(architecture.stacks[-1].blocks.rpartition(".")[0])
-    return body
+    if architecture.family == ENCODER:
+        whole: nn.Module = inner.base_model
+        return whole
+    around: nn.Module = inner.get_submodule(architecture.stacks[-1].blocks.rpartition(".")[0])
+    body: nn.Module = inner.get_decoder()
+    # Llama 4's is the network with its head, and that of ModernBERT's decoder the projection to the vocabulary.
+    return body if body is not inner and around in body.modules() else around
 
 
 @contextmanager
