@@ -32,7 +32,7 @@ _COLUMNS = {"attention": (ENCODER_ATT, DECODER_SELF_ATT, CROSS_ATT)} | {
 
 # What the tests do in addition to this table; one of them compares the number with the list.
 _TRIED = (
-    "89 types were tried from end to end, each with a tiny network of random weights and a tokenizer of its kind:",
+    "92 types were tried from end to end, each with a tiny network of random weights and a tokenizer of its kind:",
     "",
     "1. The network is loaded.",
     "2. It is pruned by magnitude (`target=att`, `ff`, `all` and `final`), quantized to int8, and quantized by GPTQ.",
@@ -49,6 +49,13 @@ _TRIED = (
     "the report names them (`no_tokens`).",
     "- `mamba` and `jamba` multiply by the weight of `dt_proj` without calling the layer, so GPTQ never sees its "
     "inputs and rounds it to the nearest value too.",
+    "- `zamba` and `zamba2` share attention and feed-forward layers between blocks. A shared matrix is one layer, in "
+    "the first of its blocks: it is counted and compressed once, on the inputs that it has there, and holds in all of "
+    "them. Adapters of `zamba2` for its later blocks read nothing in the first, so GPTQ rounds them to the nearest "
+    "value. Such networks are not streamed.",
+    "- `deepseek_v4` multiplies groups of attention's outputs by parts of one weight (`o_a_proj`). Methods that change "
+    "weights compress it on the inputs of all groups together; the int8 methods and packed formats refuse it, and LoRA "
+    "leaves it out.",
     "- `mbart` is compared with a plain pass, not with stock lm-eval. transformers moves the last of mBART's labels, "
     "normally the token of the language, to the front of what the decoder reads. lm-eval's labels are the answer, so "
     "its decoder reads the end of the answer before it predicts it.",

@@ -27,6 +27,7 @@ class TargetLayer:
         uses: how often a forward pass uses it (ALBERT shares one block over its whole depth).
         expert: its place in a bank of experts, if it belongs to one.
         block: number of its block in its stack, from 0; None outside the blocks.
+        copies: paths of further modules that multiply by the same parameter (Zamba's blocks share their attention).
     """
 
     path: str
@@ -35,6 +36,7 @@ class TargetLayer:
     uses: int = 1
     expert: Expert | None = None
     block: int | None = None
+    copies: tuple[str, ...] = ()
 
     @property
     def expert_number(self) -> int | None:
@@ -119,7 +121,7 @@ class TargetLayer:
     @property
     def is_replaceable(self) -> bool:
         """Whether another module can replace it, which is false if the network uses its weight in another way."""
-        return self.expert is not None or is_linear(self.module)
+        return self.expert is not None or (is_linear(self.module) and _answers_as_linear(self.module))
 
     @property
     def is_replaced(self) -> bool:
@@ -152,7 +154,8 @@ class TargetLayer:
             from knowledge_compression.models.replaced import ReplacedExperts
 
             ReplacedExperts.in_place_of(self.module, self.expert.parameter, self.expert.transposed)
-        self.network.set_submodule(self.path, module)
+        for path in (self.path, *self.copies):
+            self.network.set_submodule(path, module)
 
 
 @dataclass(frozen=True)
@@ -179,3 +182,20 @@ def is_linear(module: nn.Module) -> bool:
     from knowledge_compression.models.replaced import ReplacedLinear
 
     return isinstance(module, (nn.Linear, Conv1D, ReplacedLinear))
+
+
+def _answers_as_linear(module: Any) -> bool:
+    """Whether a linear layer's output is one product with the whole of its weight.
+
+    Llama 4's routers also choose experts, and the grouped projection of DeepSeek V4 gives each of its outputs a part of
+    the input. Layers with a ``forward`` of their own are tried, without values.
+    """
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return True
+    weights = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
+    inputs = torch.empty(1, 2, module.in_features, device="meta", dtype=module.weight.dtype)
+    try:
+        output = torch.func.functional_call(module, weights, inputs)
+    except (RuntimeError, ValueError):  # it reads inputs of another shape
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (1, 2, module.out_features)

@@ -138,7 +138,8 @@ def full_state(network: PreTrainedModel) -> dict[str, Tensor]:
 def _with_float_weights(network: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict, with float weights in place of the tensors of int8 modules."""
     state: dict[str, Tensor] = dict(network.state_dict())
-    ours = {path: module for path, module in network.named_modules() if isinstance(module, ReplacedLinear)}
+    modules = network.named_modules(remove_duplicate=False)  # one may be in several blocks
+    ours = {path: module for path, module in modules if isinstance(module, ReplacedLinear)}
     banks = {
         path: module
         for path, module in network.named_modules()

@@ -177,10 +177,11 @@ class StreamedModel(Model):
     stored: torch.dtype = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse a checkpoint that lacks a weight, and a network that uses one block several times."""
-        if self.architecture.shared_depth:
-            raise BadInput(f"{self.name} uses one block several times, so there is nothing to stream; load it whole")
+        """Refuse a checkpoint that lacks a weight, and a network in which several blocks have the same weights."""
         names, tied = self.network.state_dict().keys(), self.network.all_tied_weights_keys
+        block_of = self.architecture.roles(self.network).block_of
+        if self.architecture.shared_depth or any(map(block_of, tied)):
+            raise BadInput(f"{self.name} uses weights in several blocks, which cannot be streamed; load it whole")
         stored = names_in_files(self.network, self.checkpoint.file_of)
         self.parts = parts_in_files(self.network, self.checkpoint.file_of)
         stored |= dict.fromkeys(self.parts, "")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Annotated
 
 from pydantic import Field
@@ -246,16 +246,19 @@ def placed(model: Model, reading: str = "module") -> Placed:
     depth = getattr(config, architecture.shared_depth) if architecture.shared_depth else 1
     hidden = getattr(model.text_config, "hidden_size", 0)
     roles = architecture.roles(network, reading)
+    copies = _copies(network)
+    again = set(chain.from_iterable(copies.values()))
     layers: list[TargetLayer] = []
     others: list[tuple[str, str | None, int, str]] = []
     unknown: list[str] = []
     for path, module in network.named_modules():
-        if roles.is_outside(path):
+        if roles.is_outside(path) or path in again:
             continue
         matrix = is_linear(module) or (roles.block_of(path) and _is_matrix(module))
         if matrix and (role := roles.of(path)):
             uses = 1 if role in (TRANSFORM, FINAL) else depth
-            layers.append(TargetLayer(path, role, network, uses, block=_number(roles.block_of(path))))
+            block = _number(roles.block_of(path))
+            layers.append(TargetLayer(path, role, network, uses, block=block, copies=copies.get(path, ())))
         elif matrix:
             unknown.append(path)
         if is_linear(module) or not roles.block_of(path):
@@ -281,6 +284,15 @@ def placed(model: Model, reading: str = "module") -> Placed:
             "(docs/extending.md shows how to give one a role)"
         )
     return Placed(layers, others, frozenset(layer.path for layer in layers if not roles.block_of(layer.holder)))
+
+
+def _copies(network: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Of matrices that several modules share, the path of the first of these and the paths of the others."""
+    paths: dict[object, list[str]] = defaultdict(list)
+    for path, module in network.named_modules(remove_duplicate=False):
+        if is_linear(module) or _is_matrix(module):
+            paths[module._parameters.get("weight", module)].append(path)  # a module that replaced them has none
+    return {first: tuple(others) for first, *others in paths.values() if others}
 
 
 def _pattern(path: str) -> str:

@@ -40,7 +40,7 @@ class Lora(OneAdapter):
     """Train low-rank additions to every attention and feed-forward projection, in float32, and leave them unmerged.
 
     Each expert of a mixture gets an addition of its own. Linear attention and state-space mixers, which replace
-    attention, count as attention; the last matrix of Mamba's is left out.
+    attention, count as attention; the last matrix of Mamba's is left out, and so is DeepSeek V4's projection in groups.
 
     Attributes:
         rank: of the additions; the paper uses 2, 3 and 4.
@@ -69,7 +69,7 @@ class Lora(OneAdapter):
     def layers(self, model: Model) -> list[TargetLayer]:
         """The linear layers that get an addition."""
         roles = {part for role in self.roles for part in _TAKES.get(role, (role,))}
-        found = [layer for layer in linear_layers(model) if layer.role in roles]
+        found = [layer for layer in linear_layers(model) if layer.role in roles and layer.is_replaceable]
         if model.network.config.model_type in _BY_KERNEL:
             return [layer for layer in found if not layer.path.endswith(".out_proj")]
         return found
@@ -117,7 +117,7 @@ def add_lora(model: Model, settings: Lora) -> nn.Module:
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
-        target_modules=[layer.path for layer in layers],
+        target_modules=[path for layer in layers for path in (layer.path, *layer.copies)],
         fan_in_fan_out=isinstance(layers[0].module, Conv1D),
         bias="none",
     )

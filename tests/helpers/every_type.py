@@ -80,6 +80,7 @@ DECODERS: dict[str, Tiny] = {
     "gemma3_text": Tiny("llama", _ALTERNATING),
     "gemma3": Tiny("llama", {"text_config": _GEMMA_PART, "vision_config": _VISION, "mm_tokens_per_image": 4}),
     "gemma4_text": Tiny("llama", _ALTERNATING | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 512}),
+    "modernbert-decoder": Tiny("bytes", {"local_attention": 16, "layer_types": _ALTERNATING["layer_types"]}),
     "phi": Tiny("bytes_unpadded"),
     "phi3": Tiny("llama"),
     "phimoe": Tiny("llama"),
@@ -104,6 +105,11 @@ DECODERS: dict[str, Tiny] = {
     "deepseek_v3": Tiny(
         "bytes_begun", _LATENT | {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
     ),
+    "deepseek_v4": Tiny(
+        "bytes_begun",
+        {"num_hidden_layers": 3, "head_dim": 16, "qk_rope_head_dim": 8, "q_lora_rank": 24, "o_lora_rank": 16}
+        | {"o_groups": 2, "index_n_heads": 2, "index_head_dim": 16},
+    ),
     "gpt_oss": Tiny("bytes", _ALTERNATING),
     "gptj": Tiny("bytes_unpadded", {"rotary_dim": 4}),
     "gpt_neo": Tiny("bytes_unpadded", {"attention_types": [[["global", "local"], 1]], "window_size": 16}),
@@ -123,9 +129,16 @@ DECODERS: dict[str, Tiny] = {
         | {"use_mamba_kernels": False},
     ),
     "bamba": Tiny("bytes", _MAMBA2 | {"attn_layer_indices": [1]}),
-    "zamba2": Tiny(
+    "zamba": Tiny(
         "llama",
-        {"num_hidden_layers": 3, "hybrid_layer_ids": [1], "layers_block_type": ["mamba", "hybrid", "mamba"]}
+        {"num_hidden_layers": 5, "layer_types": ["mamba", "hybrid", "mamba", "hybrid", "mamba"]}
+        | {"n_mamba_heads": 2, "mamba_d_state": 8, "mamba_dt_rank": 8, "use_mamba_kernels": False}
+        | {"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4},
+    ),
+    "zamba2": Tiny(  # its second and fourth block share their attention and feed-forward layers, as Zamba's do
+        "llama",
+        {"num_hidden_layers": 5, "hybrid_layer_ids": [1, 3], "num_mem_blocks": 1, "use_shared_attention_adapter": True}
+        | {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"]}
         | {"n_mamba_heads": 4, "mamba_headdim": 16, "mamba_d_state": 8, "chunk_size": 16, "adapter_rank": 8}
         | {"use_mamba_kernels": False, "attention_head_dim": 16, "num_key_value_heads": 4},
     ),

@@ -3,22 +3,29 @@
 import csv
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
+from helpers.every_type import write_tiny
 from helpers.networks import TINY, build_network, logits_of
 from helpers.places import ROOT, TESTS
+from knowledge_compression.compression.formats.int8_linear import Int8Linear
 from knowledge_compression.compression.methods.ablation import Ablation
+from knowledge_compression.compression.methods.int8_dynamic import Int8Dynamic
 from knowledge_compression.compression.methods.magnitude import Magnitude
+from knowledge_compression.compression.methods.random_pruning import RandomPruning
 from knowledge_compression.errors import BadInput
 from knowledge_compression.identity import identity
 from knowledge_compression.models import Model, Target
-from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, family_of
-from knowledge_compression.models.targets import Targets, linear_layers
+from knowledge_compression.models.families import DECODER, ENCODER, ENCODER_DECODER, FF, family_of
+from knowledge_compression.models.loading import LocalModel
+from knowledge_compression.models.saving import save_checkpoint
+from knowledge_compression.models.targets import TargetLayer, Targets, linear_layers
 
 SHAPES = yaml.safe_load((TESTS / "published_shapes.yaml").read_text())
 with (ROOT / "experiments/cost_of_compression/published/table2.csv").open() as file:
@@ -175,6 +182,48 @@ def test_a_shared_block_counts_once_in_memory_and_once_a_use_in_the_paper() -> N
     targets = shipped_target("ff").select(model)
     assert len(targets) == 2 and in_use(targets) == 3 * targets.parameters
     assert Magnitude(0.5).compress(model, targets, None).removed == targets.parameters // 2
+
+
+@pytest.fixture
+def sharing(tmp_path: Path) -> Model:
+    """A Zamba 2 whose second and fourth block share their attention and feed-forward layers."""
+    write_tiny("zamba2", tmp_path / "zamba2")
+    return LocalModel("zamba2", str(tmp_path / "zamba2")).load("cpu", "float32")
+
+
+def test_a_matrix_that_blocks_share_is_pruned_once(sharing: Model) -> None:
+    targets = shipped_target("att").select(sharing)
+    first, last = (sharing.network.model.layers[number].shared_transformer.self_attn for number in (1, 3))
+    assert first.q_proj is not last.q_proj and first.q_proj.weight is last.q_proj.weight
+    once = {id(part.weight) for part in first.modules() if isinstance(part, nn.Linear)}
+    assert len(targets) == len(once)
+    report = RandomPruning(0.5, seed=0).compress(sharing, targets, None)
+    zeros = sum(int((part.weight == 0).sum()) for part in first.modules() if isinstance(part, nn.Linear))
+    assert zeros == report.removed == round(0.5 * targets.parameters)
+
+
+def test_a_matrix_that_blocks_share_is_replaced_in_all_of_them(sharing: Model, tmp_path: Path) -> None:
+    Int8Dynamic("per_channel").compress(sharing, shipped_target("att").select(sharing), None)
+    first, last = (sharing.network.model.layers[number].shared_transformer.self_attn for number in (1, 3))
+    assert isinstance(first.q_proj, Int8Linear) and last.q_proj is first.q_proj
+    save_checkpoint(sharing, tmp_path / "again")
+    again = LocalModel("zamba2", str(tmp_path / "again")).load("cpu", "float32").network
+    assert torch.equal(again.model.layers[3].shared_transformer.self_attn.q_proj.weight, first.q_proj.weight)
+
+
+def test_blocks_that_share_weights_are_not_streamed(sharing: Model, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="uses weights in several blocks, which cannot be streamed"):
+        LocalModel("zamba2", str(tmp_path / "zamba2"), stream=True).streamed("cpu", "float32")
+
+
+def test_a_linear_layer_that_computes_its_product_otherwise_can_be_replaced() -> None:
+    """As Falcon's, whose product is the same."""
+    assert TargetLayer("0", FF, nn.Sequential(LinearOfItsOwn(4, 3))).is_replaceable
+
+
+class LinearOfItsOwn(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T
 
 
 def numbers(targets: Targets) -> set[tuple[int | None, int | None]]:

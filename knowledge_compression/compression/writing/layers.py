@@ -115,6 +115,7 @@ class LayerWriter(Writer):
         if not weights:
             raise BadInput(f"{model.name} has no layer whose weights come from codes, and {self.name} holds codes")
         banks = {layer.weight_name for layer in weights}  # possibly only a part of it is coded
+        copies = {f"{path}.weight" for layer in weights for path in layer.copies}
         places = places_of(layers)
         for layer, weight in weights.items():
             if why := self._unfit(weight.coding, layer, places[layer]):
@@ -122,7 +123,7 @@ class LayerWriter(Writer):
         coded = alike({place: weight.coding for layer, weight in weights.items() for place in places[layer]})
         settings = self.settings(coded, _left(model, layers, places, {place.path for place in coded}))
         state = full_state(model.network)
-        for name in banks:
+        for name in banks | copies:
             del state[name]
         for layer, parts in places.items():
             if layer not in weights and layer.weight_name in banks:

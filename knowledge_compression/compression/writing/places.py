@@ -57,7 +57,8 @@ def places_of(layers: Iterable[TargetLayer]) -> dict[TargetLayer, list[Place]]:
         if layer.expert is None:
             plain = isinstance(layer.module, nn.Linear) or layer.is_replaced
             kind = "Linear" if plain else type(layer.module).__name__
-            found[layer] = [Place(layer.path, (outputs, inputs), layer.role, kind)] if layer.is_replaceable else []
+            paths = (layer.path, *layer.copies) if layer.is_replaceable else ()
+            found[layer] = [Place(path, (outputs, inputs), layer.role, kind) for path in paths]
             continue
         if layer.weight_name not in banks:
             banks[layer.weight_name] = _matrices(layer)
