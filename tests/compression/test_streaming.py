@@ -322,7 +322,7 @@ def test_nan_never_reaches_the_copy(saved: Callable[..., LocalModel], tmp_path: 
 
 
 def test_one_block_used_many_times_is_not_streamed(saved: Callable[..., LocalModel]) -> None:
-    with pytest.raises(BadInput, match="one block several times"):
+    with pytest.raises(BadInput, match="uses weights in several blocks"):
         saved("albert").streamed("cpu")
 
 

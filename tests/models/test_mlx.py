@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText
 
 from helpers import stored_layers
 from helpers.every_type import write_tiny
+from helpers.places import DOCS
 from helpers.stored_folders import WEIGHTS, describe
 from knowledge_compression.errors import BadInput
 from knowledge_compression.models import Model
@@ -162,6 +163,12 @@ def test_a_layer_with_settings_of_its_own(tmp_path: Path) -> None:
     apart = {layer: {"group_size": 32, "bits": 8}, "lm_head": False}
     describe(folder, quantization={"group_size": 32, "bits": 4, "mode": "mxfp4"} | apart)
     assert np.array_equal(load(folder).network.state_dict()[f"{layer}.weight"].numpy(), told[f"{layer}.weight"])
+
+
+def test_the_page_names_every_type_that_is_read() -> None:
+    page = (DOCS / "formats.md").read_text()
+    paragraph = page[page.index("runs mlx-lm itself:") : page.index("Their weights are those of the file")]
+    assert set(re.findall("`([a-z0-9_]+)`", paragraph)) == TYPES.keys()
 
 
 def test_rounded_inputs_are_noted() -> None:

@@ -63,7 +63,7 @@ def command(tmp_path: Path, tiny_folder: Path) -> Any:
     program.write_text(COMMAND)
 
     def run(*arguments: str, start: Any = commands.run_anew) -> tuple[str, list[str]]:
-        given = ["model=local", f"model.path={tiny_folder}", "device=cpu", "limit=10", f"output.dir={tmp_path / 'out'}"]
+        given = ["model=local", f"model.path={tiny_folder}", "device=cpu", f"output.dir={tmp_path / 'out'}"]
         command = [str(program), str(file), ",".join(HEAVY), *arguments, *given]
         done = start(*command, folder=ROOT, environment=environment)
         assert done.returncode == 0, done.stdout + done.stderr
