@@ -28,6 +28,7 @@ from knowledge_compression.models.checkpoints.folder import is_compressed
 from knowledge_compression.models.checkpoints.mlx import TYPES, Mlx
 from knowledge_compression.models.loading import LocalModel
 from knowledge_compression.models.saving import save_checkpoint
+from knowledge_compression.models.streamed import Described
 
 State = dict[str, Tensor]
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 64, "head_dim": 16}
@@ -182,16 +183,30 @@ def test_floats_of_a_type_that_stays_as_it_is_are_left_to_transformers(tmp_path:
     assert model.on_disk is None and torch.equal(logits(model), logits(load(theirs)))
 
 
+def test_codes_in_a_folder_of_floats_are_one_line() -> None:
+    part = {".scales": Described((4, 1), "F16")} | dict.fromkeys((".weight", ".biases"), Described((4, 4), "U32"))
+    with pytest.raises(BadInput, match="has no settings for that layer's codes"):
+        Mlx.of({"model_type": "mamba"}).coded("layer", part, {})
+
+
 BAD = {
     "type": ({}, {"model_type": "falcon_h1", "quantization": AFFINE}, "type 'falcon_h1'; cohere"),
     "mode": ({}, {"quantization": {**AFFINE, "mode": "int4"}}, "has mode='int4'; MLX has affine, mxfp4, mxfp8, nvfp4"),
     "bits": ({}, {"quantization": {**AFFINE, "bits": 9}}, "group_size=32 and bits=9, which affine of MLX cannot have"),
-    "group": ({}, {"quantization": {"mode": "mxfp4", "group_size": 64}}, "group_size=64 and bits=4, which mxfp4"),
+    "group": (
+        {},
+        {"quantization": {"mode": "mxfp4", "group_size": 64, "bits": 4}},
+        "group_size=64 and bits=4, which mxfp4",
+    ),
     "number": ({}, {"quantization": {**AFFINE, "bits": "4"}}, "bits='4', which must be a whole number"),
     "biases": ({".biases": None}, {}, "but not model.layers.1.mlp.up_proj.biases"),
     "words": ({".weight": torch.zeros(96, 9, dtype=torch.uint32)}, {}, "but its other tensors require [96, 8]"),
     "codes": ({".weight": torch.zeros(96, 8)}, {}, "up_proj.weight is F32 [96, 8]; MLX packs codes into words (U32)"),
-    "settings": ({}, {"quantization": {"model.norm": False}}, "has no settings for that layer's codes"),
+    "others": (
+        {},
+        {"quantization": {"quant_algo": "FP8"}},
+        "of shape [96, 8], but its configuration describes",
+    ),
 }
 
 

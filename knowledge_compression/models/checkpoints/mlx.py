@@ -210,7 +210,8 @@ def settings_in(config: Mapping[str, Any], writer: str | None = None) -> Mapping
     """
     kind, quantization, others = (config.get(name) for name in ("model_type", "quantization", "quantization_config"))
     named = {"quant_method": "mlx", "model_type": kind}
-    if isinstance(quantization, Mapping) and not (isinstance(others, Mapping) and "quant_method" in others):
+    declared = isinstance(others, Mapping) and "quant_method" in others
+    if isinstance(quantization, Mapping) and "bits" in quantization and not declared:  # TensorRT-LLM has no bits there
         return {**quantization, **named}
     return named if writer == "mlx" and others is None and TYPES.get(str(kind)) != Conversion() else None
 
