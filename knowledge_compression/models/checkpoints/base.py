@@ -198,6 +198,11 @@ class StoredAs:
         )
 
 
+def rounded_at_run_time(what: Sequence[str]) -> Sequence[str]:
+    """The remark that what a file wants rounded at run time, besides its weights, is not rounded here."""
+    return (f"it is meant to be used with rounded {' and '.join(what)}, which is not done here",) if what else ()
+
+
 def fits(layer: str, what: str, there: Sequence[int], wanted: Sequence[int]) -> None:
     """Refuse a tensor whose shape contradicts the layer's other tensors.
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models.checkpoints.base import Coded, Format, fits, needed, number
+from knowledge_compression.models.checkpoints.base import Coded, Format, fits, needed, number, rounded_at_run_time
 from knowledge_compression.models.checkpoints.codes import fp4, powers_of_two, spread, unpacked
 from knowledge_compression.models.checkpoints.sparse import SparseTensors
 from knowledge_compression.models.streamed import Described
@@ -109,9 +109,7 @@ class CompressedTensors(Format):
     @property
     def notes(self) -> Sequence[str]:
         """A remark that nothing is rounded at run time here."""
-        if not self.rounded:
-            return ()
-        return (f"it is meant to be used with rounded {' and '.join(self.rounded)}, which is not done here",)
+        return rounded_at_run_time(self.rounded)
 
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
         """Shape from the codes, groups from the scales."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models.checkpoints.base import Coded, Format, fits, needed, number
+from knowledge_compression.models.checkpoints.base import Coded, Format, fits, needed, number, rounded_at_run_time
 from knowledge_compression.models.checkpoints.codes import fp4, powers_of_two, unpacked
 from knowledge_compression.models.streamed import Described
 
@@ -141,7 +141,7 @@ class Mlx(Format):
     @property
     def notes(self) -> Sequence[str]:
         """A remark that inputs are not rounded here."""
-        return ("it is meant to be used with rounded inputs, which is not done here",) if self.rounded else ()
+        return rounded_at_run_time(["inputs"] if self.rounded else [])
 
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
         """Shape from the scales, which say how many groups there are."""

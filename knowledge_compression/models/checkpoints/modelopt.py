@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from knowledge_compression.errors import BadInput
-from knowledge_compression.models.checkpoints.base import Coded, Format, fits, needed
+from knowledge_compression.models.checkpoints.base import Coded, Format, fits, needed, rounded_at_run_time
 from knowledge_compression.models.checkpoints.codes import fp4, powers_of_two, spread, unpacked
 from knowledge_compression.models.streamed import Described
 
@@ -83,9 +83,7 @@ class ModelOpt(Format):
     @property
     def notes(self) -> Sequence[str]:
         """A remark that nothing is rounded at run time here."""
-        if not self.rounded:
-            return ()
-        return (f"it is meant to be used with rounded {' and '.join(self.rounded)}, which is not done here",)
+        return rounded_at_run_time(self.rounded)
 
     def coded(self, layer: str, parts: Mapping[str, Described], told: Mapping[str, Tensor]) -> Coded:
         """From the types and shapes of the codes and scales.
